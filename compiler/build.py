@@ -1,0 +1,206 @@
+"""Slice of a recording + update plan -> StepGraph."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from .capture.ops import SUBSTITUTES
+from .capture.recorder import Function
+from .capture.slicing import Slice
+from .ir import Port, Role, StepGraph, gradient
+from .update import UpdatePlan
+
+aten = torch.ops.aten
+
+
+class WithHooks:
+    """Registers tensor hooks on a value and returns it."""
+
+    def __init__(self, hooks: Sequence[Any]) -> None:
+        self.hooks = tuple(hooks)
+        self.__name__ = "with_hooks"
+
+    def __call__(self, value: Tensor) -> Tensor:
+        if value.requires_grad:
+            for hook in self.hooks:
+                value.register_hook(hook)
+        return value
+
+
+def build_step(slice_: Slice, plan: UpdatePlan, params: Sequence[int], stale: bool, theta_specs: Sequence[tuple],
+               param_specs: Sequence[tuple], state_specs: Sequence[dict[str, tuple]], lifted: Sequence[int],
+               first_order: bool, hooked: bool) -> StepGraph:
+    """The StepGraph of a recorded step.
+
+    Args:
+        slice_: what the loss (first root) and the hyper-parameters (the other roots) depend on.
+        plan: the update; its slots are the slice's roots after the first.
+        params: for each updated parameter, its place among the slice's thetas.
+        stale: whether the update finds other parameters than the loss read.
+        theta_specs, param_specs, state_specs: of the slice's thetas, the updated parameters and their states.
+        lifted: which of the slice's numbers are inputs.
+        first_order, hooked: see `StepGraph`.
+    """
+    builder = _Builder(slice_, lifted)
+    thetas = [builder.input(Role.THETA, spec, f"theta_{i}") for i, spec in enumerate(theta_specs)]
+    now = [builder.input(Role.THETA_NOW, spec, f"now_{i}") for i, spec in enumerate(param_specs)] if stale else [
+        thetas[i] for i in params]
+    states = [{k: builder.input(Role.OPT_STATE, spec, f"{k}_{i}") for k, spec in state.items()}
+              for i, state in enumerate(state_specs)]
+    externals = [builder.input(Role.META if grad else Role.SCAN, spec, f"{'meta' if grad else 'scan'}_{i}")
+                 for i, (spec, grad) in enumerate(slice_.key[2])]
+    numbers: dict[int, fx.Node] = {}
+    for i in lifted:
+        dtype = torch.float64 if isinstance(slice_.numbers[i], float) else torch.int64
+        numbers[i] = builder.input(Role.SCAN, ((), dtype, (), torch.device("cpu")), f"number_{i}")
+    builder.body(thetas, externals, numbers)
+    loss, *slots = [builder.value(root) for root in slice_.roots]
+    graph = builder.graph
+    grads_node = graph.call_function(gradient, (loss, tuple(thetas[i] for i in params)))
+    grads = [graph.call_function(operator.getitem, (grads_node, i)) for i in range(len(params))]
+    grad_nodes = grads
+    if first_order:
+        grads = [graph.call_function(aten.detach.default, (g,)) for g in grads]
+    new_thetas, new_states, state_names, new_specs = _trace_update(graph, plan, now, grads, states, slots, builder)
+    outputs = [Port(Role.LOSS, (), "loss")]
+    outputs += [Port(Role.THETA, spec, f"theta_{i}'") for i, spec in zip(params, param_specs, strict=True)]
+    outputs += [Port(Role.OPT_STATE, spec, f"{name}'") for name, spec in zip(state_names, new_specs, strict=True)]
+    outputs += [Port(Role.GRADIENT, spec, f"g_{i}") for i, spec in zip(params, param_specs, strict=True)]
+    graph.output(tuple([loss, *new_thetas, *new_states, *grad_nodes]))
+    graph.lint()
+    return StepGraph(graph, tuple(builder.inputs), tuple(outputs), slice_.opaque,
+                     any(e.shape is not None for e in slice_.entries), first_order, hooked)
+
+
+class _Builder:
+    def __init__(self, slice_: Slice, lifted: Sequence[int]) -> None:
+        self.slice, self.lifted = slice_, lifted
+        self.graph = fx.Graph()
+        self.inputs: list[Port] = []
+        self.nodes: list[fx.Node] = []
+        self.hooked: dict[tuple, fx.Node] = {}
+
+    def input(self, role: Role, spec: tuple, name: str) -> fx.Node:
+        node = self.graph.placeholder(name)
+        node.meta["spec"] = spec
+        self.inputs.append(Port(role, spec, name))
+        return node
+
+    def body(self, thetas: list[fx.Node], externals: list[fx.Node], numbers: dict[int, fx.Node]) -> None:
+        self.thetas, self.externals, self.numbers = thetas, externals, numbers
+        for k in range(len(thetas)):
+            self._hook(("t", k), thetas[k])
+        for i, (entry, key) in enumerate(zip(self.slice.entries, self.slice.key[0], strict=True)):
+            node = self._emit(entry, key)
+            node.meta["grad"] = entry.grad
+            self.nodes.append(node)
+            for where in list(self.slice.hooks):
+                if where[:2] == ("v", i):
+                    self._hook(where, self.value(where))
+
+    def _hook(self, where: tuple, node: fx.Node) -> None:
+        spies = self.slice.hooks.get(where)
+        if spies:
+            self.hooked[where] = self.graph.call_function(WithHooks([s.hook for s in spies]), (node,))
+
+    def _emit(self, entry: Any, key: tuple) -> fx.Node:
+        op = entry.op
+        if isinstance(op, Function):
+            args = tuple(a if k[:1] == ("o",) else self.value(k) if isinstance(k, tuple) else k
+                         for a, k in zip(entry.args, key[1], strict=True))
+            return self.graph.call_function(op, args, {k: self.value(v) for k, v in key[2]})
+        args = key[1]
+        if op is aten.select.int and isinstance(args[2], tuple) and args[2][0] == "n":
+            return self._select(*args)
+        if op is aten.slice.Tensor and len(args) > 3 and isinstance(args[2], tuple) and args[2][0] == "n":
+            return self._slice(*args)
+        values = [self.value(a) for a in args]
+        for at, a in enumerate(args):
+            if isinstance(a, tuple) and a[:1] == ("n",) and a[1] in self.lifted:
+                # a wrapped number takes the dtype of the tensor it meets
+                values[at] = self.graph.call_function(aten.type_as.default, (values[at], values[0]))
+        return self.graph.call_function(SUBSTITUTES.get(op, op), tuple(values), {k: self.value(v) for k, v in key[2]})
+
+    def _select(self, source: Any, dim: int, at: tuple) -> fx.Node:
+        call, source = self.graph.call_function, self.value(source)
+        if at[1] not in self.lifted:
+            return call(aten.select.int, (source, dim, self.slice.numbers[at[1]]))
+        index = call(aten.view.default, (self.numbers[at[1]], [1]))
+        return call(aten.squeeze.dim, (call(aten.index_select.default, (source, dim, index)), dim))
+
+    def _slice(self, source: Any, dim: int, at: tuple, length: int, stride: int) -> fx.Node:
+        call, source = self.graph.call_function, self.value(source)
+        start = self.slice.numbers[at[1]]
+        if at[1] not in self.lifted:
+            return call(aten.slice.Tensor, (source, dim, start, start + (length - 1) * stride + 1 if length else start, stride))
+        offsets = call(aten.arange.default, (length,))
+        index = call(aten.add.Tensor, (call(aten.mul.Tensor, (offsets, stride)), self.numbers[at[1]]))
+        return call(aten.index_select.default, (source, dim, index))
+
+    def value(self, token: Any) -> Any:
+        """The node or constant behind a token of the slice."""
+        if not isinstance(token, tuple):
+            return token
+        kind = token[0] if token and isinstance(token[0], str) else None
+        if token in self.hooked if kind in ("v", "t") else False:
+            return self.hooked[token]
+        if kind == "v":
+            node = self.nodes[token[1]]
+            return node if token[2] is None else self.graph.call_function(operator.getitem, (node, token[2]))
+        if kind == "t":
+            return self.thetas[token[1]]
+        if kind == "x":
+            return self.externals[token[1]]
+        if kind == "n":
+            return self.numbers[token[1]] if token[1] in self.lifted else self.slice.numbers[token[1]]
+        if kind == "c":
+            return token[2]
+        return tuple(self.value(t) for t in token)
+
+
+def _trace_update(graph: fx.Graph, plan: UpdatePlan, thetas: list[fx.Node], grads: list[fx.Node],
+                  states: list[dict[str, fx.Node]], slots: list[Any], builder: _Builder) -> tuple[list, list, list, list]:
+    """Inline the update's ATen ops into ``graph``."""
+    names: list[str] = []
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        fakes: list[Tensor] = []
+        nodes: list[fx.Node] = []
+
+        def fake(node: Any, spec: tuple | None = None) -> Any:
+            if not isinstance(node, fx.Node):
+                return node
+            shape, dtype, stride, device = spec or node.meta.get("spec") or ((), torch.float64, (), torch.device("cpu"))
+            fakes.append(torch.empty_strided(shape, stride, dtype=dtype, device=device))
+            nodes.append(node)
+            return ("input", len(fakes) - 1)
+
+        where = ([fake(t) for t in thetas], [fake(g, t.meta["spec"]) for g, t in zip(grads, thetas, strict=True)],
+                 [{k: fake(v) for k, v in s.items()} for s in states], [fake(s) for s in slots])
+
+        def run(*inputs: Tensor) -> list[Tensor]:
+            def pick(v: Any) -> Any:
+                return inputs[v[1]] if isinstance(v, tuple) and v[:1] == ("input",) else v
+
+            new, new_states = plan.run([pick(t) for t in where[0]], [pick(g) for g in where[1]],
+                                       [{k: pick(v) for k, v in s.items()} for s in where[2]], list(map(pick, where[3])))
+            names[:] = [f"{k}_{i}" for i, s in enumerate(new_states) for k in s]
+            return [*new, *(v for s in new_states for v in s.values())]
+
+        module = make_fx(run)(*fakes)
+    values: dict[fx.Node, fx.Node] = dict(zip(module.graph.find_nodes(op="placeholder"), nodes, strict=True))
+    before = len(graph.nodes)
+    results: Any = graph.graph_copy(module.graph, values)
+    for node in list(graph.nodes)[before:]:
+        node.meta["update"] = True
+    (output,) = module.graph.find_nodes(op="output")
+    metas = [n.meta["val"] for n in output.args[0]]
+    specs = [(tuple(m.shape), m.dtype, m.stride(), m.device) for m in metas]
+    count = len(thetas)
+    return list(results[:count]), list(results[count:]), names, specs[count:]

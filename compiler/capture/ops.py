@@ -1,0 +1,104 @@
+"""What the recorder must know about an ATen operator: what it writes, whether it is random, what can be lifted."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+aten = torch.ops.aten
+
+
+class OpInfo(NamedTuple):
+    """Facts about one operator overload."""
+
+    writes: tuple[int | str, ...]  # positions / keyword names of the arguments it mutates
+    random: bool
+    dynamic: bool  # output shape depends on values
+    lifts_number: bool  # a Python number among its two operands may become an input
+
+
+_INFO: dict[Any, OpInfo] = {}
+_TWO_OPERANDS = {aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor}
+
+
+def op_info(op: Any) -> OpInfo:
+    """Facts about ``op``, computed once."""
+    info = _INFO.get(op)
+    if info is None:
+        writes: list[int | str] = []
+        for position, argument in enumerate(op._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                writes.append(argument.name if argument.kwarg_only else position)
+        info = _INFO[op] = OpInfo(
+            tuple(writes),
+            torch.Tag.nondeterministic_seeded in op.tags,
+            torch.Tag.dynamic_output_shape in op.tags,
+            op in _TWO_OPERANDS,
+        )
+    return info
+
+
+def written(info: OpInfo, args: tuple, kwargs: dict) -> list[Tensor]:
+    """The tensors this call mutates."""
+    out = []
+    for where in info.writes:
+        value = kwargs.get(where) if isinstance(where, str) else (args[where] if where < len(args) else None)
+        for item in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(item, Tensor):
+                out.append(item)
+    return out
+
+
+# In training mode the output does not depend on the running statistics, and these operators update them in place
+# without saying so in their schema: the recorded call does without them. (position of the two, position of `training`)
+_BATCH_NORM = {
+    aten.native_batch_norm.default: (3, 4, 5),
+    aten.cudnn_batch_norm.default: (3, 4, 5),
+    aten.miopen_batch_norm.default: (3, 4, 5),
+}
+
+
+def without_running_stats(op: Any, args: tuple) -> tuple:
+    """``args`` of a training-mode batch norm with its running statistics left out."""
+    where = _BATCH_NORM.get(op)
+    if where is None or not args[where[2]]:
+        return args
+    args_list = list(args)
+    args_list[where[0]] = args_list[where[1]] = None
+    return tuple(args_list)
+
+
+def attention_by_math(query: Tensor, key: Tensor, value: Tensor, dropout_p: float = 0.0, is_causal: bool = False,
+                      *, attn_mask: Tensor | None = None, scale: float | None = None) -> tuple[Tensor, None]:
+    """Scaled-dot-product attention from differentiable parts: the fused kernels have no second derivative."""
+    return aten._scaled_dot_product_attention_math(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)[0], None
+
+
+def lstm_by_parts(input: Tensor, w0: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, hx: Tensor, cx: Tensor, reverse: bool,
+                  batch_sizes: list[int], mode: int, hidden_size: int, num_layers: int, has_biases: bool,
+                  bidirectional: bool, batch_first: bool, train: bool) -> tuple[Tensor, Tensor, Tensor, None]:
+    """One LSTM layer, step by step: oneDNN's fused layer has no second derivative.
+
+    i, f, g, o = split(x W_ih^T + b_ih + h W_hh^T + b_hh); c' = σ(f) c + σ(i) tanh(g); h' = σ(o) tanh(c').
+    """
+    h, c = hx.reshape(input.shape[1], -1), cx.reshape(input.shape[1], -1)
+    outputs = []
+    steps = range(input.shape[0])
+    for t in reversed(steps) if reverse else steps:
+        gates = torch.nn.functional.linear(input[t], w0, w2) + torch.nn.functional.linear(h, w1, w3)
+        i, f, g, o = gates.chunk(4, 1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        h = o.sigmoid() * c.tanh()
+        outputs.append(h)
+    if reverse:
+        outputs.reverse()
+    return torch.stack(outputs), h.reshape(hx.shape), c.reshape(cx.shape), None
+
+
+# Operators without a second derivative, and what stands for them in a step graph.
+SUBSTITUTES: dict[Any, Any] = {
+    aten._scaled_dot_product_flash_attention_for_cpu.default: attention_by_math,
+    aten.mkldnn_rnn_layer.default: lstm_by_parts,
+}

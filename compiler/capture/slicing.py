@@ -1,0 +1,195 @@
+"""From a loss to the part of the recording it depends on, and to the signature equal steps share."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .intercept import is_removed
+from .recorder import Carried, Entry, External, Function, Number, Spy, Theta, Value
+
+aten = torch.ops.aten
+
+
+def tensor_spec(t: Tensor) -> tuple:
+    """What must be equal for one program to serve both tensors."""
+    return (tuple(t.shape), t.dtype, t.stride(), t.device)
+
+
+class Slice:
+    """The ancestor slice of some roots, its leaves numbered in the order they are met.
+
+    Attributes:
+        entries: calls, in the order they were made.
+        thetas: versions of theta tensors read.
+        consistent: whether no theta tensor was read in two versions.
+        externals: tensors read from outside (differentiable or not).
+        numbers: values of the numbers that may be lifted.
+        hooks: for each hooked value, the hooks that changed their gradient.
+        opaque: whether custom Functions or hooks occur (the step is then checked every time).
+        key: structure of the slice: everything but `numbers`.
+    """
+
+    def __init__(self, roots: list[Any], aliases: dict[int, Theta], carry: bool) -> None:
+        """Slice back from ``roots``.
+
+        Args:
+            roots: values, externals and numbers.
+            aliases: id of a tensor -> the theta it stands for (parameters of a network adopted by this very step).
+            carry: whether values carried over from before another step of the super-step are followed.
+        """
+        self.aliases, self.carry = aliases, carry
+        self.entries = _ancestors(roots, carry)
+        self.number_of = {id(e): i for i, e in enumerate(self.entries)}
+        self.thetas: list[Theta] = []
+        self.consistent = True
+        self.externals: list[External] = []
+        self.numbers: list[float] = []
+        self.hooks: dict[tuple, list[Spy]] = {}
+        self._theta_at: dict[int, int] = {}
+        self._external_at: dict[int, int] = {}
+        self.opaque = False
+        self._plain = not any(e.deps for e in self.entries)
+        body = tuple(self._entry_key(e) for e in self.entries)
+        self.roots = tuple(self.token(r) for r in roots)
+        specs = tuple((tensor_spec(x.tensor), x.tensor.requires_grad) for x in self.externals)
+        hooks = tuple((at, tuple(hook_key(s.hook) for s in spies)) for at, spies in self.hooks.items())
+        if hooks:
+            self.opaque = True
+        self.key = (body, self.roots, specs, hooks)
+
+    def token(self, a: Any) -> Any:
+        """A hashable stand-in for one argument: ("v", entry, output), ("t", k), ("x", k), ("n", k) or a constant."""
+        if isinstance(a, Carried):
+            a = a.value if self.carry else a.external
+        if isinstance(a, External):
+            theta = self.aliases.get(id(a.tensor)) if self.aliases else None
+            if theta is None:
+                at = self._external_at.get(id(a.tensor))
+                if at is None:
+                    at = self._external_at[id(a.tensor)] = len(self.externals)
+                    self.externals.append(a)
+                return ("x", at)
+            a = theta
+        if isinstance(a, Theta):
+            at = self._theta_at.get(a.index)
+            if at is None:
+                at = self._theta_at[a.index] = len(self.thetas)
+                self.thetas.append(a)
+            elif self.thetas[at] is not a:
+                self.consistent = False
+            where = ("t", at)
+            self._note_hooks(where, a.hooks)
+            return where
+        if isinstance(a, Value):
+            where = ("v", self.number_of[id(a.entry)], a.index)
+            self._note_hooks(where, a.hooks)
+            return where
+        if isinstance(a, Number):
+            self.numbers.append(a.value)
+            return ("n", len(self.numbers) - 1)
+        if isinstance(a, tuple):
+            return tuple(self.token(b) for b in a)
+        if isinstance(a, (int, float)):
+            return ("c", type(a), a)
+        return a
+
+    def _note_hooks(self, where: tuple, hooks: Any) -> None:
+        if hooks and where not in self.hooks:
+            spies = [spy for handle, spy in hooks if spy.returned and not is_removed(handle)]
+            if spies:
+                self.hooks[where] = spies
+
+    def _entry_key(self, entry: Entry) -> tuple:
+        op: Any = entry.op
+        if isinstance(op, Function):
+            self.opaque = True
+            args = tuple(self._function_arg(a) for a in entry.args)
+            return (op.cls, args, tuple((k, self._function_arg(v)) for k, v in entry.kwargs.items()))
+        args = self._lift_index(entry) if self._plain else None
+        if args is None:
+            args = tuple(self.token(a) for a in entry.args)
+        kwargs = tuple((k, self.token(v)) for k, v in entry.kwargs.items()) if entry.kwargs else ()
+        return (op, args, kwargs, entry.grad, entry.shape)
+
+    def _function_arg(self, a: Any) -> Any:
+        token = self.token(a)
+        try:
+            hash(token)
+        except TypeError:
+            return ("o", id(a))
+        return token
+
+    def _lift_index(self, entry: Entry) -> tuple | None:
+        # learnable data indexed by the step: the index is a number of the step, not of its program
+        if entry.op is aten.select.int and isinstance(entry.args[2], int) and isinstance(entry.args[0], External):
+            source, dim, index = entry.args
+            size = source.tensor.shape[dim]
+            token = self.token(source)
+            self.numbers.append(index % size)
+            return (token, dim, ("n", len(self.numbers) - 1))
+        if entry.op is aten.slice.Tensor and len(entry.args) >= 4 and isinstance(entry.args[0], External):
+            source, dim, start, end = entry.args[:4]
+            size = source.tensor.shape[dim]
+            start, end, stride = slice(start, end, entry.args[4] if len(entry.args) > 4 else 1).indices(size)
+            token = self.token(source)
+            self.numbers.append(start)
+            return (token, dim, ("n", len(self.numbers) - 1), len(range(start, end, stride)), stride)
+        return None
+
+
+def _ancestors(roots: list[Any], carry: bool) -> list[Entry]:
+    seen: set[int] = set()
+    found: list[Entry] = []
+    stack: list[Any] = list(roots)
+    while stack:
+        a = stack.pop()
+        if isinstance(a, Carried):
+            if not carry:
+                continue
+            a = a.value
+        if isinstance(a, Value):
+            entry = a.entry
+        elif isinstance(a, Entry):
+            entry = a
+        elif isinstance(a, tuple):
+            stack.extend(a)
+            continue
+        else:
+            continue
+        if id(entry) in seen:
+            continue
+        seen.add(id(entry))
+        found.append(entry)
+        stack.extend(entry.args)
+        stack.extend(entry.deps)
+        if entry.kwargs:
+            stack.extend(entry.kwargs.values())
+    found.sort(key=lambda e: e.seq)
+    return found
+
+
+def hook_key(hook: Any) -> Any:
+    """What must be equal for two hooks to do the same: code, defaults, and what they close over."""
+    if isinstance(hook, functools.partial):
+        return (hook_key(hook.func), tuple(map(_cell_key, hook.args)), tuple(sorted(hook.keywords.items())))
+    if hasattr(hook, "__self__"):
+        return (hook_key(hook.__func__), id(hook.__self__)) if hasattr(hook, "__func__") else id(hook)
+    code = getattr(hook, "__code__", None)
+    if code is None:
+        return id(hook)
+    cells = tuple(_cell_key(c.cell_contents) for c in hook.__closure__ or ())
+    return (code, cells, tuple(map(_cell_key, hook.__defaults__ or ())))
+
+
+def _cell_key(value: Any) -> Any:
+    if isinstance(value, (int, float, str, bytes, bool, type(None))):
+        return (type(value), value)
+    if isinstance(value, Tensor):
+        return ("tensor", id(value), value._version)
+    if callable(value) and hasattr(value, "__code__"):
+        return hook_key(value)
+    return ("object", id(value))

@@ -1,0 +1,99 @@
+"""StepGraph -> flat ATen graphs: the replay of the step, and its VJP by reverse-over-reverse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._functorch.compile_utils import fx_graph_cse
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import _disable_current_modes
+
+from .cotangent_hook import call_cotangent_hook
+from .interpret import interpret
+from .ir import Role, StepGraph
+
+aten = torch.ops.aten
+
+
+def replay_graph(step: StepGraph, example: Sequence[Tensor] | None = None) -> fx.GraphModule:
+    """inputs -> (theta', opt_state', g), without autograd."""
+
+    def replay(*inputs: Tensor) -> tuple:
+        held = _as_leaves(step, inputs, (Role.THETA,))
+        return interpret(step, held, create_graph=False)[1:]
+
+    return _trace(replay, step, (), example)
+
+
+def vjp_graph(step: StepGraph, example: Sequence[Tensor] | None = None) -> fx.GraphModule:
+    """inputs, cotangents of (theta', float opt_state') -> a cotangent, or None, per input."""
+    hook = call_cotangent_hook if step.hooked else None
+
+    def vjp(*args: Tensor) -> tuple:
+        inputs, cotangents = args[: len(step.inputs)], args[len(step.inputs):]
+        held = _as_leaves(step, inputs, (Role.THETA, Role.THETA_NOW, Role.OPT_STATE, Role.META))
+        results = interpret(step, held, create_graph=True, cotangent_hook=hook)
+        outs = [results[i] for i in cotangent_outputs(step)]
+        pairs = [(o, c) for o, c in zip(outs, cotangents, strict=True) if o.requires_grad]
+        wanted = [i for i, t in enumerate(held) if t.requires_grad]
+        grads: list[Tensor | None] = [None] * len(held)
+        if pairs:
+            found = torch.autograd.grad([o for o, _ in pairs], [held[i] for i in wanted], [c for _, c in pairs],
+                                        allow_unused=True)
+            for i, g in zip(wanted, found, strict=True):
+                grads[i] = g
+        return tuple(grads)
+
+    extra = [step.outputs[i].empty for i in cotangent_outputs(step)]
+    return _trace(vjp, step, extra, example)
+
+
+def cotangent_outputs(step: StepGraph) -> list[int]:
+    """Positions of the outputs that take a cotangent."""
+    return [i for i, p in enumerate(step.outputs) if p.role in (Role.THETA, Role.OPT_STATE) and p.differentiable]
+
+
+def _as_leaves(step: StepGraph, inputs: Sequence[Tensor], roles: tuple[Role, ...]) -> list[Tensor]:
+    return [t.detach().requires_grad_() if p.role in roles and p.differentiable else t
+            for t, p in zip(inputs, step.inputs, strict=True)]
+
+
+def _trace(fn: Callable, step: StepGraph, extra: Sequence[Callable[[], Tensor]],
+           example: Sequence[Tensor] | None) -> fx.GraphModule:
+    """Trace over fake tensors; over ``example`` where shapes depend on values."""
+    with _disable_current_modes(), torch.enable_grad(), torch.autocast("cpu", enabled=False), torch.autocast(
+            "cuda", enabled=False):
+        if step.dynamic:
+            if example is None:
+                raise ValueError("a step whose shapes depend on values is traced over real inputs")
+            module = _pure(make_fx(fn)(*[t.detach().clone() for t in example]), None)
+        else:
+            fake = FakeTensorMode(allow_non_fake_inputs=True)
+            with fake:
+                inputs = [p.empty() for p in step.inputs] + [make() for make in extra]
+                module = _pure(make_fx(fn)(*inputs), inputs)
+    return module
+
+
+def _pure(module: fx.GraphModule, inputs: Sequence[Tensor] | None) -> fx.GraphModule:
+    """Functional, without detaches (no autograd runs inside), without duplicates and dead nodes."""
+    if inputs is not None and any(_mutates(n) for n in module.graph.nodes):
+        module = make_fx(torch.func.functionalize(module, remove="mutations"))(*inputs)
+    functional = not any(_mutates(n) for n in module.graph.nodes)
+    if functional:
+        for node in module.graph.find_nodes(op="call_function", target=aten.detach.default):
+            node.replace_all_uses_with(node.args[0])
+            module.graph.erase_node(node)
+        module.graph.eliminate_dead_code()
+        module = fx.GraphModule(module, fx_graph_cse(module.graph))
+    module.recompile()
+    return module
+
+
+def _mutates(node: fx.Node) -> bool:
+    target: Any = node.target
+    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable

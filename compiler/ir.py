@@ -1,0 +1,194 @@
+"""StepGraph and Program: what an inner loop is, as data.
+
+A `StepGraph` is an fx graph of one inner step: from theta, optimizer state, meta-parameters and data to the loss, from
+the loss to its gradient (one `gradient` node), from the gradient to theta' and the new optimizer state. Its operators
+are ATen calls; custom autograd Functions and hooks are calls too, since they have a derivative of their own. Everything
+that runs - the replay of the step and its VJP - is derived from this graph and from nothing else.
+
+A `Program` is the sequence of calls of such graphs that a window has recorded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+
+class Role(str, Enum):
+    """What an input or output of a StepGraph is to the inner loop."""
+
+    THETA = "theta"  # parameters as the loss read them
+    THETA_NOW = "theta_now"  # parameters as the update finds them, where another step came between
+    OPT_STATE = "opt_state"
+    META = "meta"  # requires grad: receives a gradient
+    SCAN = "scan"  # differs per step, no gradient
+    LOSS = "loss"
+    GRADIENT = "gradient"
+
+
+@dataclass(frozen=True)
+class Port:
+    """One input or output: its role, and the tensor it takes (shape, dtype, stride, device)."""
+
+    role: Role
+    spec: tuple
+    name: str
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether a cotangent can exist here."""
+        return self.role is not Role.SCAN and (self.spec[1].is_floating_point or self.spec[1].is_complex)
+
+    def empty(self) -> Tensor:
+        """An uninitialised tensor of this spec."""
+        shape, dtype, stride, device = self.spec
+        return torch.empty_strided(shape, stride, dtype=dtype, device=device)
+
+    def __str__(self) -> str:
+        shape = "×".join(map(str, self.spec[0])) or "scalar"
+        return f"{self.name}: {self.role.value}[{str(self.spec[1]).removeprefix('torch.')} {shape}]"
+
+
+def gradient(loss: Tensor, thetas: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    """∇_thetas loss, as a node of a StepGraph."""
+    raise RuntimeError("a StepGraph is run by compiler.interpret")
+
+
+@dataclass
+class StepGraph:
+    """One distinct inner step.
+
+    Attributes:
+        graph: placeholders in the order of `inputs`; the output node holds one tuple in the order of `outputs`.
+        inputs, outputs: the ports.
+        opaque: holds custom Functions or hooks, so every use is checked against eager.
+        dynamic: holds an operator whose output shape depends on values.
+        first_order: g is taken as a constant (FOMAML).
+        programs: callables lowered from this graph, by kind; filled on first use.
+    """
+
+    graph: fx.Graph
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    opaque: bool = False
+    dynamic: bool = False
+    first_order: bool = False
+    hooked: bool = False
+    programs: dict[str, Any] = field(default_factory=dict)
+
+    def positions(self, *roles: Role) -> list[int]:
+        """Positions of the inputs with these roles."""
+        return [i for i, port in enumerate(self.inputs) if port.role in roles]
+
+    def __str__(self) -> str:
+        lines = [f"step({', '.join(map(str, self.inputs))}):"]
+        for node in self.graph.nodes:
+            if node.op == "call_function":
+                args = ", ".join([_show(a) for a in node.args] + [f"{k}={_show(v)}" for k, v in node.kwargs.items()])
+                mark = "" if node.meta.get("grad", True) else "  # no_grad"
+                lines.append(f"  {node.name} = {_target_name(node.target)}({args}){mark}")
+        (result,) = self.graph.find_nodes(op="output")
+        pairs = zip(self.outputs, result.args[0], strict=True)
+        lines.append("  return " + ", ".join(f"{p.name}={_show(v)}" for p, v in pairs))
+        return "\n".join(lines)
+
+
+def _target_name(target: Any) -> str:
+    return str(target) if isinstance(target, torch._ops.OpOverload) else getattr(target, "__name__", str(target))
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, (tuple, list)):
+        return "(" + ", ".join(map(_show, value)) + ("," if len(value) == 1 else "") + ")"
+    return str(value)
+
+
+@dataclass
+class StepCall:
+    """One recorded inner step: a StepGraph and what it was called with.
+
+    Attributes:
+        step: the graph.
+        theta: state indices behind the THETA inputs, in order.
+        update: state indices of theta', in order.
+        opt_state: state indices of the optimizer state before (None: created by this step) and after.
+        base: tape position whose state the loss read; the step itself starts at its own position.
+        inputs: what fills the META and SCAN inputs, in order.
+        metas: for each META input, the number under which its gradient is collected.
+        location: the user's line.
+    """
+
+    step: StepGraph
+    theta: tuple[int, ...]
+    update: tuple[int, ...]
+    opt_state_in: tuple[int, ...]
+    opt_state_out: tuple[int, ...]
+    base: int
+    inputs: list[Any]
+    metas: tuple[int, ...]
+    location: str
+
+
+@dataclass
+class Assign:
+    """State entries set to values from outside.
+
+    Attributes:
+        indices, values: what is set to what.
+        adoption: the values are a network's own parameters (cotangents that arrive here are theirs); otherwise the
+            assignment is a history cut (an in-place load), where cotangents end.
+    """
+
+    indices: tuple[int, ...]
+    values: list[Tensor]
+    adoption: bool = False
+
+
+@dataclass
+class Program:
+    """The recorded inner loop: tape position -> call, from `start` on."""
+
+    start: int = 0
+    calls: list[StepCall | Assign] = field(default_factory=list)
+
+    @property
+    def end(self) -> int:
+        """The position after the last call."""
+        return self.start + len(self.calls)
+
+    def __getitem__(self, position: int) -> StepCall | Assign:
+        return self.calls[position - self.start]
+
+    @property
+    def horizon(self) -> int:
+        """Number of inner steps held."""
+        return sum(isinstance(c, StepCall) for c in self.calls)
+
+    @property
+    def step_graphs(self) -> list[StepGraph]:
+        """The distinct steps, in order of appearance."""
+        found: dict[int, StepGraph] = {}
+        for call in self.calls:
+            if isinstance(call, StepCall):
+                found.setdefault(id(call.step), call.step)
+        return list(found.values())
+
+    def __str__(self) -> str:
+        graphs = self.step_graphs
+        names = {id(g): f"step_{chr(97 + i)}" if i < 26 else f"step_{i}" for i, g in enumerate(graphs)}
+        lines = [f"program of {self.horizon} inner steps, {len(graphs)} distinct"]
+        run: list[Any] = []
+        for call in [*self.calls, None]:
+            label = None if call is None else names[id(call.step)] if isinstance(call, StepCall) else "assign"
+            if run and run[0] != label:
+                lines.append(f"  {run[0]} × {run[1]}")
+                run = []
+            run = [label, run[1] + 1 if run else 1]
+        for g in graphs:
+            lines.append(str(g).replace("step(", f"{names[id(g)]}(", 1))
+        return "\n".join(lines)

@@ -1,0 +1,79 @@
+"""fx graph -> callable, and the cache of step graphs that equal steps share."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from threading import RLock
+from typing import Any
+
+from torch import Tensor
+
+from .differentiate import replay_graph, vjp_graph
+from .ir import StepGraph
+
+Lowered = Callable[..., Sequence[Any]]
+_GRAPHS = {"replay": replay_graph, "vjp": vjp_graph}
+
+
+def lowered(step: StepGraph, kind: str, inputs: Sequence[Tensor]) -> Lowered:
+    """The callable for ``kind`` ("replay" or "vjp") of a step, traced on first use."""
+    program = step.programs.get(kind)
+    if program is None:
+        example = inputs if step.dynamic else None
+        program = step.programs[kind] = _GRAPHS[kind](step, example).forward
+    return program
+
+
+class _Family:
+    """Steps equal but for numbers: baked in until two of them differ, then lifted."""
+
+    def __init__(self, numbers: tuple) -> None:
+        self.first = numbers
+        self.lifted: frozenset[int] = frozenset()
+        self.steps: dict[tuple, tuple[StepGraph, tuple[int, ...]]] = {}
+
+    def masked(self, numbers: tuple) -> tuple:
+        return tuple(None if i in self.lifted else n for i, n in enumerate(numbers))
+
+
+class StepCache:
+    """Structure of a step -> its StepGraph. Least recently used structures are dropped."""
+
+    def __init__(self, capacity: int = 512) -> None:
+        self.capacity = capacity
+        self._families: OrderedDict[Any, _Family] = OrderedDict()
+        self._lock = RLock()
+
+    def get(self, key: Any, numbers: tuple, build: Callable[[tuple[int, ...]], StepGraph]
+            ) -> tuple[StepGraph, tuple[int, ...], bool]:
+        """The step for ``key`` and ``numbers``, which of the numbers are its inputs, and whether it is new."""
+        with self._lock:
+            family = self._families.get(key)
+            if family is None:
+                family = self._families[key] = _Family(numbers)
+                if len(self._families) > self.capacity:
+                    self._families.popitem(last=False)
+            else:
+                self._families.move_to_end(key)
+            found = family.steps.get(family.masked(numbers))
+            if found is None and family.steps:
+                differing = {i for i, (a, b) in enumerate(zip(family.first, numbers, strict=True)) if a != b}
+                family.lifted |= differing
+                found = family.steps.get(family.masked(numbers))
+            if found is not None:
+                return (*found, False)
+            lifted = tuple(sorted(family.lifted))
+            step = build(lifted)
+            family.steps[family.masked(numbers)] = (step, lifted)
+            return step, lifted, True
+
+    def discard(self, key: Any) -> None:
+        """Forget a structure (its first check failed)."""
+        with self._lock:
+            self._families.pop(key, None)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        with self._lock:
+            self._families.clear()

@@ -1,0 +1,22 @@
+"""metaoptim: exact meta-gradients in bounded memory, from ordinary PyTorch code."""
+
+from .errors import CaptureError, LossError, MetaOptimError, StaleInputError, UnreachableWarning, WindowError
+from .optim import MetaAdam, MetaOptimizer, MetaRMSprop, MetaSGD
+from .window import SlidingWindow, zero_nan_hook
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CaptureError",
+    "LossError",
+    "MetaAdam",
+    "MetaOptimError",
+    "MetaOptimizer",
+    "MetaRMSprop",
+    "MetaSGD",
+    "SlidingWindow",
+    "StaleInputError",
+    "UnreachableWarning",
+    "WindowError",
+    "zero_nan_hook",
+]

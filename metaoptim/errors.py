@@ -1,0 +1,83 @@
+"""Every exception and warning metaoptim raises, and where in the user's code it points to."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from types import FrameType
+
+import torch
+
+_OWN = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+_SKIP = tuple(os.path.join(_OWN, part) + os.sep for part in ("metaoptim", "compiler", "runtime")) + (
+    os.path.dirname(os.path.abspath(torch.__file__)) + os.sep,
+    os.path.dirname(os.__file__) + os.sep + "contextlib",
+)
+
+
+class MetaOptimError(RuntimeError):
+    """Base class of what metaoptim raises; the message names the thing, the fix, and the user's line."""
+
+    def __init__(self, message: str) -> None:
+        where = user_location()
+        super().__init__(f"{message}\n  at {where}" if where else message)
+
+
+class WindowError(MetaOptimError):
+    """A window, an optimizer or a network was used where it cannot be."""
+
+
+class LossError(MetaOptimError):
+    """The inner loss given to ``step`` cannot be differentiated as it stands."""
+
+
+class StaleInputError(MetaOptimError):
+    """Something an inner step read was overwritten before its backward."""
+
+
+class CaptureError(MetaOptimError):
+    """An inner step does something that cannot be recorded exactly."""
+
+
+class UnreachableWarning(UserWarning):
+    """A tensor requires grad but no gradient can flow back to it."""
+
+
+def _user_frames() -> Iterator[FrameType]:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if not frame.f_code.co_filename.startswith(_SKIP):
+            yield frame
+        frame = frame.f_back
+
+
+def user_location() -> str:
+    """File and line of the innermost frame that belongs to neither metaoptim nor torch."""
+    for frame in _user_frames():
+        return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+    return ""
+
+
+def user_name_of(tensor: torch.Tensor) -> str | None:
+    """The name ``tensor`` has in a calling frame (a local, a global, or an attribute of one), if any."""
+    for frame in _user_frames():
+        for scope in (frame.f_locals, frame.f_globals):
+            for name, value in list(scope.items()):
+                if value is tensor:
+                    return name
+        for name, value in list(frame.f_locals.items()):
+            for attribute, inner in list(getattr(value, "__dict__", {}).items()):
+                if inner is tensor:
+                    return f"{name}.{attribute}"
+    return None
+
+
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """A warning that points at the user's line."""
+    for frame in _user_frames():
+        registry = frame.f_globals.setdefault("__warningregistry__", {})
+        warnings.warn_explicit(message, category, frame.f_code.co_filename, frame.f_lineno, registry=registry)
+        return
+    warnings.warn(message, category, stacklevel=2)

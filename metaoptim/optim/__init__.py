@@ -1,0 +1,8 @@
+"""Inner optimizers: `torch.optim` by name, numbers and state, differentiable by what they are given."""
+
+from .adam import MetaAdam
+from .optimizer import MetaOptimizer
+from .rmsprop import MetaRMSprop
+from .sgd import MetaSGD
+
+__all__ = ["MetaAdam", "MetaOptimizer", "MetaRMSprop", "MetaSGD"]

@@ -1,0 +1,225 @@
+"""The base of inner optimizers: torch.optim's interface over networks, and two pure functions per subclass."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Union
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from metaoptim.errors import WindowError
+from metaoptim.runtime.session import current_session
+
+Number = Union[float, Tensor]
+
+#: Optimizers alive, with the thread that made them: a window adopts those of its own thread when it opens.
+live_optimizers: weakref.WeakSet[MetaOptimizer] = weakref.WeakSet()
+
+
+class MetaOptimizer(Optimizer):
+    """Base class: a subclass states `init_state` and `update`, both pure, and passes its defaults on.
+
+    Args:
+        networks: list of `nn.Module`, one parameter group each, or of dicts ``{"params": module, **options}``.
+        defaults: options of groups that do not set them.
+        first_order: take the inner gradient as a constant in the meta-backward.
+    """
+
+    def __init__(self, networks: Iterable[nn.Module | dict[str, Any]], defaults: dict[str, Any], *,
+                 first_order: bool = False) -> None:
+        self._networks: list[nn.Module] = []
+        self._normalizer: tuple[Any, float, bool] | None = None
+        self._tape: list[tuple[str, Tensor]] = []
+        self.first_order = first_order
+        self.thread = threading.get_ident()
+        if isinstance(networks, (nn.Module, dict)):
+            networks = [networks]
+        networks = list(networks)
+        if networks and isinstance(networks[0], Tensor):
+            raise TypeError(f"{type(self).__name__} takes networks, not parameters: write {type(self).__name__}([net]) "
+                            "instead of passing net.parameters()")
+        super().__init__([self._group(n) for n in networks], defaults)
+        live_optimizers.add(self)
+        session = current_session()
+        if session is not None:
+            session.adopt(self)
+
+    # -- what a subclass states ----------------------------------------------------------------------------------
+
+    @staticmethod
+    def init_state(param: Tensor, hyper: dict[str, Any]) -> dict[str, Tensor]:
+        """The optimizer state of a parameter before its first step, by name."""
+        raise NotImplementedError
+
+    @staticmethod
+    def update(param: Tensor, grad: Tensor, state: dict[str, Tensor], hyper: dict[str, Any]
+               ) -> tuple[Tensor, dict[str, Tensor]]:
+        """``(param', state')``; pure, and differentiable by ``param``, ``grad``, ``state`` and tensors in ``hyper``."""
+        raise NotImplementedError
+
+    # -- torch.optim's interface ---------------------------------------------------------------------------------
+
+    def step(self, loss: Tensor | None = None, closure: Callable[[], Tensor] | None = None,  # type: ignore[override]
+             allow_unused: bool = False) -> Tensor:
+        """One inner step: θ' = Υ(∇_θ loss, θ, s).
+
+        Args:
+            loss: scalar that depends on the networks' parameters, computed inside the window.
+            closure: computes the loss instead, as in `torch.optim`.
+            allow_unused: let parameters that the loss does not depend on keep their values, instead of raising.
+
+        Returns:
+            The loss.
+
+        Raises:
+            WindowError: outside a window, or after a parameter was rebound.
+            LossError: for a loss that is not a scalar, has no graph, or does not depend on the parameters.
+            CaptureError: for a step that cannot be recorded exactly.
+        """
+        session = current_session()
+        if session is None:
+            raise WindowError(f"{type(self).__name__}.step was called outside a window; put the inner loop inside "
+                              "`with metaoptim.SlidingWindow(...):`")
+        for hook in self._optimizer_step_pre_hooks.values():
+            hook(self, (loss,), {})
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        session.step(self, loss, allow_unused)
+        for hook in self._optimizer_step_post_hooks.values():
+            hook(self, (loss,), {})
+        return loss  # type: ignore[return-value]
+
+    # torch's wrapper would open a profiler range per step, which costs more than the step's own bookkeeping
+    step.hooked = True  # type: ignore[attr-defined]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the ``.grad`` of the networks' own parameters (inner steps never write them)."""
+        super().zero_grad(set_to_none)
+
+    def add_param_group(self, param_group: nn.Module | dict[str, Any]) -> None:  # type: ignore[override]
+        """Add a network: a module, or ``{"params": module, **options}``."""
+        built = param_group if isinstance(param_group, dict) and isinstance(param_group.get("params"), list) else None
+        late = built is None
+        group: dict[str, Any] = self._group(param_group) if built is None else built
+        known = {id(p) for g in self.param_groups for p in g["params"]}
+        for p in group["params"]:
+            if id(p) in known:
+                raise ValueError(f"{type(self).__name__}: a parameter of shape {tuple(p.shape)} is in more than one "
+                                 "group; list each network once")
+        super().add_param_group(group)
+        session = current_session()
+        if late and session is not None:
+            session.adopt(self)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As `torch.optim.Optimizer.state_dict`, detached; loads into the optimizer of the same name there."""
+        packed = super().state_dict()
+        packed["state"] = {k: {n: _detached(v) for n, v in s.items()} for k, s in packed["state"].items()}
+        packed["param_groups"] = [{k: _detached(v) for k, v in g.items()} for g in packed["param_groups"]]
+        return packed
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state from this or `torch.optim`'s optimizer of the same name.
+
+        Hyper-parameters that are tensors requiring grad stay the user's own: loading must not cut them off. Inside a
+        window the load is a history cut: values change, the gradient stops here.
+
+        Raises:
+            ValueError: when groups do not match.
+        """
+        learned = [{k: v for k, v in g.items() if k != "params" and _learned(v)} for g in self.param_groups]
+        super().load_state_dict(state_dict)
+        for group, kept in zip(self.param_groups, learned, strict=True):
+            group.update(kept)
+            for k, v in self.defaults.items():
+                group.setdefault(k, v)
+            if isinstance(group.get("betas"), list):
+                group["betas"] = tuple(group["betas"])
+        for state in self.state.values():
+            for name, value in state.items():
+                if isinstance(value, (int, float)):
+                    state[name] = torch.tensor(float(value))
+            if state.get("momentum_buffer", 0) is None:  # torch.optim.SGD before its first step
+                del state["momentum_buffer"]
+
+    # -- Meta-Optim's interface ----------------------------------------------------------------------------------
+
+    def reset_grad_normalizer(self, max_norm: Number | None, norm_type: float = 2.0,
+                              error_if_nonfinite: bool = False) -> None:
+        """Clip inner gradients to a total norm, as `torch.nn.utils.clip_grad_norm_` would, differentiably.
+
+        Args:
+            max_norm: largest norm of all the optimizer's gradients together; None switches clipping off.
+            norm_type: p of the p-norm.
+            error_if_nonfinite: raise `LossError` when the norm is not finite.
+        """
+        if max_norm is not None:
+            check_non_negative(max_norm=max_norm)
+        self._normalizer = None if max_norm is None else (max_norm, float(norm_type), error_if_nonfinite)
+
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Names and tensors of the networks' parameters; under ``record_grad_tape`` also ``step_k:name``.
+
+        ``step_k:name`` is the (detached) value that step k started from.
+        """
+        yield from self._tape
+        for network in self._networks:
+            yield from network.named_parameters()
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        """The networks, in order of their groups."""
+        return list(self._networks)
+
+    def _group(self, network: Any) -> dict[str, Any]:
+        options: dict[str, Any] = {}
+        if isinstance(network, dict):
+            options = {k: v for k, v in network.items() if k != "params"}
+            network = network.get("params")
+        if not isinstance(network, nn.Module):
+            raise TypeError(f"{type(self).__name__}: got {type(network).__name__}, expected an nn.Module; write "
+                            f"{type(self).__name__}([net]), networks instead of parameters")
+        session = current_session()
+        own = session.networks.original if session is not None else _same
+        self._networks.append(network)
+        return {"params": [own(p) for p in network.parameters()], **options}
+
+
+def _same(p: Any) -> Any:
+    return p
+
+
+def _detached(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach()
+    return tuple(map(_detached, value)) if isinstance(value, tuple) else value
+
+
+def _learned(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.requires_grad
+    return isinstance(value, tuple) and any(map(_learned, value))
+
+
+def active(hyper: Any) -> bool:
+    """Whether an optional term is switched on: any tensor, or a number that is not 0."""
+    return isinstance(hyper, Tensor) or hyper != 0
+
+
+def check_non_negative(**hyper: Any) -> None:
+    """Raise ValueError for a negative number, by name."""
+    for name, value in hyper.items():
+        smallest = float(value.detach().min()) if isinstance(value, Tensor) else value
+        if not smallest >= 0:
+            raise ValueError(f"{name}: got {smallest}, expected a number that is not negative")
+
+
+def safe_sqrt(x: Tensor) -> Tensor:
+    """sqrt(x) with derivative 0 at exactly 0, where torch's is infinite and makes 0 · ∞ = NaN of what follows."""
+    zero = x == 0
+    return torch.where(zero, x, torch.where(zero, torch.ones_like(x), x).sqrt())

@@ -1,0 +1,123 @@
+"""SlidingWindow: the `with` block an inner loop lives in."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import WindowError
+from .optim.optimizer import live_optimizers
+from .runtime.full_tape import FullTapeSession
+from .runtime.recorded import RecordedSession
+from .runtime.session import Options, Session, current_session
+
+_STRATEGIES: dict[str, type[Session]] = {"auto": RecordedSession, "full_tape": FullTapeSession}
+
+
+class SlidingWindow:
+    """Inner steps taken inside this block are differentiable: exactly, and without holding their tape.
+
+    Offline (MAML): after the block the networks are back at θ₀, and θ₀ receives dL(θ_T)/dθ₀. Online (meta-gradient
+    RL): the networks keep θ_T, and only meta-parameters receive gradients. The backward may run inside the block or
+    after it, any number of times.
+
+    Args:
+        offline: which of the two.
+        backward_hook: ``hook(grad) -> Tensor | None``, applied to the cotangent of each inner gradient during the
+            meta-backward; None keeps it. `zero_nan_hook` is one.
+        record_grad_tape: keep each step's parameters; `MetaOptimizer.named_parameters` then yields ``step_k:name``.
+        pickup_step: online only: leave networks and optimizers as they were after step k (from 0) instead of the last.
+        window: truncate: every outer loss sees only the last ``window`` super-steps before it. None sees all.
+        slots: keep at most this many states of the inner loop, counting the initial one, and replay the rest. None
+            keeps the state of every step (no activations).
+        strategy: ``"auto"`` records; ``"full_tape"`` keeps autograd's own tape (the oracle; memory grows with T).
+
+    Raises:
+        WindowError: for windows inside windows, or pickup_step offline.
+        ValueError: for an unknown strategy, or window or slots below 1.
+
+    Example:
+        >>> net = torch.nn.Linear(1, 1)
+        >>> inner = metaoptim.MetaSGD([net], lr=0.1)
+        >>> with metaoptim.SlidingWindow(offline=True, slots=4):
+        ...     for t in range(20):
+        ...         inner.step((net(torch.ones(1, 1)) - 1).square().sum())
+        ...     net(torch.ones(1, 1)).square().sum().backward()
+        >>> net.weight.grad is not None
+        True
+
+    References:
+        MAML: Finn, Abbeel & Levine 2017, arXiv 1703.03400, eq. 1. Meta-gradient RL: Xu, van Hasselt & Silver 2018,
+        arXiv 1805.09801, eq. 4-6.
+    """
+
+    def __init__(self, offline: bool = False, backward_hook: Callable[[Tensor], Tensor | None] | None = None,
+                 record_grad_tape: bool = False, pickup_step: int = -1, *, window: int | None = None,
+                 slots: int | None = None, strategy: str = "auto") -> None:
+        if strategy not in _STRATEGIES:
+            raise ValueError(f"strategy: got {strategy!r}, expected one of {', '.join(map(repr, _STRATEGIES))}")
+        for name, value in (("window", window), ("slots", slots)):
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ValueError(f"{name}: got {value!r}, expected a positive integer or None")
+            if value is not None and strategy == "full_tape":
+                raise ValueError(f"{name}={value}: a full_tape window keeps everything; use strategy='auto'")
+        if not isinstance(pickup_step, int) or pickup_step < -1:
+            raise ValueError(f"pickup_step: got {pickup_step!r}, expected a step counted from 0, or -1 for the last")
+        if offline and pickup_step != -1:
+            raise WindowError(f"pickup_step={pickup_step} with offline=True: offline, the networks return to where they "
+                              "began, so there is no step to pick up; use offline=False")
+        if backward_hook is not None and not callable(backward_hook):
+            raise TypeError(f"backward_hook: got {type(backward_hook).__name__}, expected a function of one tensor")
+        self._options = Options(offline, backward_hook, record_grad_tape, pickup_step, window, slots)
+        self._strategy = strategy
+        self._session: Session | None = None
+        self._program: Any = None
+
+    def __enter__(self) -> SlidingWindow:
+        if current_session() is not None:
+            raise WindowError("a window was opened inside a window; close the first one, or use one window with several "
+                              "optimizers")
+        session = self._session = _STRATEGIES[self._strategy](self._options)
+        session.open()
+        try:
+            for optimizer in list(live_optimizers):
+                if optimizer.thread == threading.get_ident() and optimizer.__dict__.get("_session") is None:
+                    session.adopt(optimizer)
+        except BaseException:
+            session.close(failed=True)
+            raise
+        self._program = getattr(session, "program", None)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        session, self._session = self._session, None
+        assert session is not None
+        if isinstance(session, RecordedSession):
+            self._program = session.program
+        session.close(failed=kind is not None)
+
+    @property
+    def program(self) -> Any:
+        """What the window has recorded, as a printable Program; None under full_tape."""
+        return self._session.program if isinstance(self._session, RecordedSession) else self._program
+
+
+def zero_nan_hook(grad: Tensor) -> Tensor:
+    """A `backward_hook` that replaces NaN entries of a cotangent by 0.
+
+    Args:
+        grad: cotangent of an inner gradient, any shape.
+
+    Returns:
+        A tensor like ``grad``.
+
+    Example:
+        >>> metaoptim.zero_nan_hook(torch.tensor([1.0, float("nan")]))
+        tensor([1., 0.])
+    """
+    return torch.where(grad.isnan(), torch.zeros_like(grad), grad)

@@ -1,0 +1,105 @@
+"""The autograd nodes that join an engine to the user's graph (DESIGN: Read and Link).
+
+A Read hands out theta at one position; its only differentiable input is a token. A Link stands where a step first read
+some differentiable tensors: its inputs are those and the previous token. Autograd runs a node after everything that
+depends on it, so when a Link's backward runs, all cotangents above it have been deposited.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metaoptim.errors import MetaOptimError
+
+from .engine import Engine, Sweep
+
+
+def new_token() -> Tensor:
+    """The empty tensor a chain of Links begins with."""
+    return torch.empty(0, requires_grad=True)
+
+
+def as_parameter(value: Tensor) -> nn.Parameter:
+    """``value`` as a parameter that shares its memory and nothing else."""
+    return torch.Tensor._make_subclass(nn.Parameter, value, False)  # type: ignore[return-value]
+
+
+def _refuse_third_order() -> None:
+    if torch.is_grad_enabled():
+        raise MetaOptimError("backward through a window with create_graph=True: metaoptim gives meta-gradients, not their "
+                             "derivatives. Drop create_graph, or open the window with strategy='full_tape'.")
+
+
+class Read(torch.autograd.Function):
+    """Theta at a position, as parameters the user's code can use."""
+
+    @staticmethod
+    def forward(ctx: Any, engine: Engine, position: int, indices: Sequence[int], token: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        ctx.set_materialize_grads(False)
+        ctx.engine, ctx.position, ctx.indices = engine, position, tuple(indices)
+        state = engine.state
+        return tuple(as_parameter(state[i]) for i in indices)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+        _refuse_third_order()
+        sweep = ctx.engine.sweep_of(torch._C._current_graph_task_id())
+        for index, grad in zip(ctx.indices, grads, strict=True):
+            if grad is not None:
+                sweep.deposit(ctx.position, index, grad)
+        return None, None, None, torch.empty(0)
+
+
+class Link(torch.autograd.Function):
+    """Where differentiable tensors enter: a new token that stands for them and for everything before.
+
+    ``metas`` are the numbers of the meta-parameters among ``tensors``; ``thetas`` the state indices of the rest, which are
+    parameters adopted at ``position``.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, engine: Engine, position: int, metas: Sequence[int], thetas: Sequence[int], token: Tensor,  # type: ignore[override]
+                *tensors: Tensor) -> Tensor:
+        ctx.engine, ctx.position, ctx.metas, ctx.thetas = engine, position, tuple(metas), tuple(thetas)
+        return torch.empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        _refuse_third_order()
+        sweep = ctx.engine.sweep_of(torch._C._current_graph_task_id())
+        ctx.engine.pull_back(sweep, ctx.position)
+        grads = [sweep.metas.pop(m, None) for m in ctx.metas] + [sweep.adopted.pop(i, None) for i in ctx.thetas]
+        return None, None, None, None, torch.empty(0), *grads
+
+
+class WindowedRead(torch.autograd.Function):
+    """Theta at a position with the last W super-steps behind it: its own root, its own sweep.
+
+    ``life`` is an object that lives as long as this node; the window keeps what living nodes need.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, engine: Engine, position: int, indices: Sequence[int], bottom: int,  # type: ignore[override]
+                metas: Sequence[int], thetas: Sequence[int], life: Any, on_cut: Callable[[], None] | None,
+                anchor: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.engine, ctx.position, ctx.indices, ctx.bottom = engine, position, tuple(indices), bottom
+        ctx.metas, ctx.thetas, ctx.life, ctx.on_cut = tuple(metas), tuple(thetas), life, on_cut
+        return tuple(as_parameter(engine.state[i]) for i in indices)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+        _refuse_third_order()
+        sweep = Sweep()
+        for index, grad in zip(ctx.indices, grads, strict=True):
+            if grad is not None:
+                sweep.deposit(ctx.position, index, grad)
+        ctx.engine.pull_back(sweep, ctx.bottom)
+        if ctx.on_cut is not None:
+            ctx.on_cut()
+        found = [sweep.metas.get(m) for m in ctx.metas] + [sweep.adopted.get(i) for i in ctx.thetas]
+        return *[None] * 8, torch.empty(0), *found

@@ -1,0 +1,283 @@
+"""The recording strategy: steps become StepGraphs of a Program, and meta-gradients come out of sweeps over it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from metaoptim.errors import (
+    CaptureError,
+    LossError,
+    StaleInputError,
+    UnreachableWarning,
+    user_location,
+    user_name_of,
+    warn,
+)
+
+from ..compiler.build import build_step
+from ..compiler.capture.recorder import External, Number
+from ..compiler.capture.slicing import Slice, tensor_spec
+from ..compiler.ir import Assign, Program, StepCall
+from ..compiler.lower import StepCache, lowered
+from ..compiler.update import Clip, Slot, UpdatePlan
+from .engine import Engine
+from .inputs import Held, Snapshots, checksum
+from .session import Options, Session
+from .theta import ThetaView
+
+step_cache = StepCache()
+
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+_told: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+class _Hyper(NamedTuple):
+    """An optimizer's hyper-parameters: the plan's groups and clipping, slot values, and what was recorded of them."""
+
+    groups: tuple
+    clip: Clip | None
+    slots: list[Any]
+    roots: list[Any]
+
+
+class _Update(NamedTuple):
+    """What a step does to which parameters."""
+
+    ordinals: list[int]
+    indices: tuple[int, ...]
+    grads: list[Tensor]
+    old: list[Tensor]
+    states: list[dict[str, Tensor]]
+    plan: UpdatePlan
+
+
+class RecordedSession(Session):
+    """A window that records its steps."""
+
+    def __init__(self, options: Options) -> None:
+        super().__init__(options)
+        self.engine = Engine(options.slots, options.backward_hook)
+        self.view = ThetaView(options, self.engine, self.networks)
+        self.recorder = self.view.recorder
+        self.snapshots = Snapshots()
+        self._opt_state: dict[tuple[int, int, str], int] = {}  # (optimizer, ordinal, name) -> state index
+
+    @property
+    def program(self) -> Program:
+        """What has been recorded."""
+        return self.engine.program
+
+    def _enter(self, ordinals: list[int], late: bool) -> None:
+        self.view.enter(ordinals, late)
+
+    def _close(self) -> None:
+        self.snapshots.clear()
+        self.view.close()
+
+    def _step(self, optimizer: Any, loss: Tensor, allow_unused: bool) -> None:
+        self.view.settle()
+        root = self.recorder.value_of(loss)
+        if isinstance(root, External):
+            raise LossError(f"{type(optimizer).__name__}.step: the loss was not computed inside this window; compute it "
+                            "inside the block, from the networks as they are now")
+        hyper = self._hyper(optimizer)
+        sliced, epoch = self.view.slice([root, *hyper.roots])
+        update = self._plan(optimizer, loss, sliced, hyper, allow_unused)
+        with torch.no_grad():
+            new, new_states = update.plan.run(update.old, update.grads, update.states, hyper.slots)
+        call = self._capture(optimizer, sliced, update, epoch, new_states)
+        self._tell_unreachable(sliced)
+        # nothing the user sees has changed so far, and nothing below fails
+        outputs = iter(call.opt_state_out)
+        for i, state in zip(update.ordinals, new_states, strict=True):
+            for name in state:
+                self._opt_state[id(optimizer), i, name] = next(outputs)
+            optimizer.state[self.networks.originals[i]] = state
+        changes = [*zip(call.update, new, strict=True),
+                   *zip(call.opt_state_out, (v for s in new_states for v in s.values()), strict=True)]
+        metas = [x.tensor for x in sliced.externals if x.tensor.requires_grad]
+        self.view.take(call, changes, epoch, metas, update.ordinals)
+
+    # -- the update ----------------------------------------------------------------------------------------------
+
+    def _hyper(self, optimizer: Any) -> _Hyper:
+        slots: list[Any] = []
+        roots: list[Any] = []
+
+        def fill(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                roots.append(self.recorder.value_of(value))
+            elif type(value) is float and value != 0:
+                roots.append(Number(value))
+            else:
+                return tuple(map(fill, value)) if isinstance(value, (tuple, list)) else value
+            slots.append(value)
+            return Slot(len(slots) - 1)
+
+        groups = tuple(tuple((name, fill(group[name])) for name in optimizer.defaults) for group in optimizer.param_groups)
+        normalizer = optimizer._normalizer
+        clip = None if normalizer is None else Clip(fill(normalizer[0]), normalizer[1])
+        return _Hyper(groups, clip, slots, roots)
+
+    def _plan(self, optimizer: Any, loss: Tensor, sliced: Slice, hyper: _Hyper, allow_unused: bool) -> _Update:
+        indices, shown, engine = self.view.indices, self.networks.shown, self.engine
+        read = {t.index: t.tensor for t in sliced.thetas}
+        members = [(i, k) for k, group in enumerate(optimizer.param_groups) for p in group["params"]
+                   if (i := self.networks.index_of(p)) is not None]
+        ordinals = [i for i, _ in members]
+        grads = self.gradients(optimizer, loss, ordinals, [read.get(indices[i], shown[i]) for i in ordinals], False,
+                               allow_unused)
+        used = [(i, k, g) for (i, k), g in zip(members, grads, strict=True) if g is not None]
+        for i, _, _ in used:
+            if indices[i] not in read:
+                raise _unrecorded(self.networks.names[i])
+        ordinals = [i for i, _, _ in used]
+        self._sync_opt_state(optimizer, ordinals)
+        states = [optimizer.state[self.networks.originals[i]] for i in ordinals]
+        plan = UpdatePlan(type(optimizer).update, hyper.groups, tuple(k for _, k, _ in used), tuple(map(tuple, states)),
+                          hyper.clip)
+        where = tuple(indices[i] for i in ordinals)
+        return _Update(ordinals, where, [g for _, _, g in used], [engine.state[x] for x in where], states, plan)
+
+    def _sync_opt_state(self, optimizer: Any, ordinals: list[int]) -> None:
+        """Bring optimizer state that is not on the tape (new, from before the window, or just loaded) onto it."""
+        engine = self.engine
+        changes: list[tuple[int, Tensor]] = []
+        end = len(engine.state)
+        for i in ordinals:
+            p = self.networks.originals[i]
+            state = optimizer.state[p]
+            if not state:
+                group = next(g for g in optimizer.param_groups if any(q is p for q in g["params"]))
+                with torch.no_grad():
+                    state.update(optimizer.init_state(engine.state[self.view.indices[i]], group))
+            for name, value in state.items():
+                index = self._opt_state.get((id(optimizer), i, name))
+                if index is None:
+                    index = self._opt_state[id(optimizer), i, name] = end
+                    end += 1
+                elif engine.state[index] is value:
+                    continue
+                state[name] = value.detach() if value.requires_grad else value
+                changes.append((index, state[name]))
+        if changes:
+            engine.append(Assign(tuple(i for i, _ in changes), [v for _, v in changes]), changes)
+
+    # -- the step graph ------------------------------------------------------------------------------------------
+
+    def _capture(self, optimizer: Any, sliced: Slice, update: _Update, epoch: Any, new_states: list[dict]) -> StepCall:
+        engine, view = self.engine, self.view
+        place = {t.index: k for k, t in enumerate(sliced.thetas)}
+        changed = {t.index for t in sliced.thetas if not view.unchanged(t)}
+        base = epoch.position if changed else engine.position
+        stale = not changed.isdisjoint(update.indices)
+        params = tuple(place[x] for x in update.indices)
+        theta_specs = tuple(tensor_spec(t.tensor) for t in sliced.thetas)
+        param_specs = tuple(map(tensor_spec, update.old))
+        state_specs = tuple(tuple((k, tensor_spec(v)) for k, v in s.items()) for s in update.states)
+        hooked, first_order = self.options.backward_hook is not None, optimizer.first_order
+        key = (sliced.key, update.plan, params, stale, theta_specs, param_specs, state_specs, first_order, hooked)
+
+        def build(lifted: tuple[int, ...]) -> Any:
+            return build_step(sliced, update.plan, params, stale, theta_specs, param_specs, list(map(dict, state_specs)),
+                              lifted, first_order, hooked)
+
+        held = [self._hold(x) for x in sliced.externals]
+        try:
+            step, lifted, new = step_cache.get(key, tuple(sliced.numbers), build)
+        except Exception as error:
+            raise _uncapturable(error) from error
+        dtypes = [port.spec[1] for port in step.inputs[len(step.inputs) - len(lifted):]]
+        held += [Held(torch.tensor(sliced.numbers[i], dtype=dtype), None, "a number")
+                 for i, dtype in zip(lifted, dtypes, strict=True)]
+        end, outputs = len(engine.state), []
+        for i, state in zip(update.ordinals, new_states, strict=True):
+            for name in state:
+                index = self._opt_state.get((id(optimizer), i, name), end)
+                end += index == end
+                outputs.append(index)
+        inputs = [self._opt_state[id(optimizer), i, name]
+                  for i, state in zip(update.ordinals, update.states, strict=True) for name in state]
+        call = StepCall(step, tuple(place), update.indices, tuple(inputs), tuple(outputs), base, held, (), user_location())
+        if new or step.opaque:
+            try:
+                self._check(call, sliced, update, stale)
+            except CaptureError:
+                step_cache.discard(key)
+                raise
+        return call
+
+    def _hold(self, x: External) -> Held:
+        t = x.tensor
+        if not t.is_inference() and t._version != x.version:
+            raise StaleInputError(f"a tensor of shape {tuple(t.shape)} was changed in place between its use in the loss and "
+                                  "the step; clone it before changing it, or change it after the step")
+        if t.requires_grad:
+            return self.snapshots.take(t, "a meta-parameter")
+        if self.networks.is_buffer(t):
+            return self.snapshots.take(t, "a buffer")
+        return Held(t, checksum(t), "an input of an inner step")
+
+    def _check(self, call: StepCall, sliced: Slice, update: _Update, stale: bool) -> None:
+        """The gradient of the captured step against the eager one."""
+        inputs = [t.tensor.detach() for t in sliced.thetas] + (update.old if stale else [])
+        inputs += [v for s in update.states for v in s.values()] + [h.tensor for h in call.inputs]
+        try:
+            with torch.no_grad():
+                results = lowered(call.step, "replay", inputs)(*inputs)
+        except Exception as error:
+            raise _uncapturable(error) from error
+        for i, got, expected in zip(update.ordinals, results[len(results) - len(update.grads):], update.grads, strict=True):
+            if not _agree(got, expected):
+                worst = float((got - expected).abs().max())
+                raise _unrecorded(self.networks.names[i], worst, float(expected.abs().max()))
+
+    # -- what no gradient reaches --------------------------------------------------------------------------------
+
+    def _tell_unreachable(self, sliced: Slice) -> None:
+        tainted = self.recorder.tainted
+        if not tainted:
+            return
+        reached = {id(x.tensor) for x in sliced.externals if x.tensor.requires_grad}
+        for x in sliced.externals:
+            if x.tensor.requires_grad:
+                continue
+            for ref in self.recorder.taint_of(x.tensor).values():
+                leaf = ref()
+                if leaf is None or id(leaf) in reached or leaf in _told or self.networks.index_of(leaf) is not None:
+                    continue
+                _told[leaf] = True
+                name = user_name_of(leaf)
+                if name is not None:
+                    warn(f"{name!r} requires grad, but reaches the inner loss only where no gradient flows (under "
+                         "torch.no_grad() or through .detach()), so it receives no meta-gradient from it. Compute what "
+                         f"depends on {name!r} outside no_grad.", UnreachableWarning)
+
+
+def _agree(got: Tensor, expected: Tensor) -> bool:
+    if not expected.numel():
+        return True
+    finite = expected.isfinite()
+    if not torch.equal(got.isfinite(), finite):
+        return False
+    got, expected = got[finite], expected[finite]
+    scale = float(expected.abs().max()) if expected.numel() else 0.0
+    worst = float((got - expected).abs().max()) if expected.numel() else 0.0
+    return worst <= _TOLERANCE.get(expected.dtype, 1e-4) * scale + 1e-30
+
+
+def _uncapturable(error: Exception) -> CaptureError:
+    return CaptureError(f"the inner step cannot be captured: {type(error).__name__}: {error}. Open the window with "
+                        "strategy='full_tape' for this loss.")
+
+
+def _unrecorded(name: str, worst: float | None = None, scale: float | None = None) -> CaptureError:
+    found = "" if worst is None else f" (largest difference {worst:.3g}, largest entry {scale:.3g})"
+    return CaptureError(
+        f"the recorded inner step does not reproduce the gradient eager PyTorch gives for parameter {name!r}{found}: "
+        "something in the loss cannot be seen by the recorder, such as a hook on an autograd node, a C++ autograd "
+        "function, or a module compiled beforehand. Open the window with strategy='full_tape' for this loss.")

@@ -1,0 +1,224 @@
+"""What an open window does whatever its strategy: adoption, checks, entry and exit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metaoptim.errors import LossError, WindowError
+
+from ..compiler.capture import intercept
+from ..compiler.capture.recorder import Recorder
+from .distributed import average_over_ranks
+from .networks import Networks
+
+_current: ContextVar[Session | None] = ContextVar("metaoptim_session", default=None)
+
+
+def current_session() -> Session | None:
+    """The window open in this thread, if any."""
+    return _current.get()
+
+
+@dataclass(frozen=True)
+class Options:
+    """A window's options; see `metaoptim.SlidingWindow`."""
+
+    offline: bool = False
+    backward_hook: Callable[[Tensor], Tensor | None] | None = None
+    record_grad_tape: bool = False
+    pickup_step: int = -1
+    window: int | None = None
+    slots: int | None = None
+
+
+class _Member:
+    """An optimizer of the window: its state at entry, its steps so far, and what pickup_step asked to keep."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer = optimizer
+        self.entry = {p: dict(s) for p, s in optimizer.state.items()}
+        self.groups = len(optimizer.param_groups)
+        self.steps = 0
+        self.picked: tuple[dict[int, Tensor], dict[Any, dict]] | None = None
+
+
+class Session:
+    """Base of the strategies. A strategy shows parameters (`_enter`) and takes steps (`_step`)."""
+
+    recorder: Recorder
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.networks = Networks()
+        self.members: dict[int, _Member] = {}
+        self._grads: list[Tensor | None] = []
+
+    # -- what a strategy states ----------------------------------------------------------------------------------
+
+    def _enter(self, ordinals: list[int], late: bool) -> None:
+        """Show newly adopted parameters; ``late``: the loss at hand has read the user's own."""
+        raise NotImplementedError
+
+    def _step(self, optimizer: Any, loss: Tensor, allow_unused: bool) -> None:
+        raise NotImplementedError
+
+    def _close(self) -> None:
+        """Drop every reference to the user's graph."""
+        raise NotImplementedError
+
+    # -- entry ---------------------------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Begin: from here on the calling thread's code is the window's."""
+        intercept.install()
+        _current.set(self)
+        intercept.recording.set(self.recorder)
+        intercept.binding.set(self.networks.bind)
+        self.recorder.__enter__()
+
+    def adopt(self, optimizer: Any, late: bool = False) -> None:
+        """Take an optimizer and its networks into the window (again, when it has got a new group)."""
+        owner = optimizer.__dict__.get("_session")
+        if owner is not None and owner is not self:
+            raise WindowError(f"this {type(optimizer).__name__} is in use by a window of another thread; give each thread "
+                              "an optimizer and a network of its own")
+        with self.recorder.paused():
+            if id(optimizer) not in self.members:
+                self.members[id(optimizer)] = _Member(optimizer)
+                optimizer._session = self
+                optimizer._tape = []
+            new = self.networks.adopt(optimizer.networks)
+            for i in new:
+                grad = self.networks.originals[i].grad
+                self._grads.append(None if grad is None else grad.detach().clone())
+            if new:
+                self._enter(new, late)
+
+    # -- steps ---------------------------------------------------------------------------------------------------
+
+    def step(self, optimizer: Any, loss: Any, allow_unused: bool) -> None:
+        """One inner step; nothing changes if it raises."""
+        name = type(optimizer).__name__
+        if not isinstance(loss, Tensor):
+            raise LossError(f"{name}.step: got {type(loss).__name__}, expected the inner loss as a tensor")
+        if loss.numel() != 1:
+            raise LossError(f"{name}.step: got a loss of shape {tuple(loss.shape)}, expected a scalar; reduce it, "
+                            "for example with .mean()")
+        if not loss.requires_grad:
+            raise LossError(f"{name}.step: the loss has no graph (it does not require grad); compute it from the network "
+                            "outside torch.no_grad() and without .detach() or .item()")
+        if id(optimizer) not in self.members:
+            self.adopt(optimizer, late=True)
+        member = self.members[id(optimizer)]
+        with self.recorder.paused(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            self.networks.check()
+            if torch.is_anomaly_enabled() and not bool(torch.isfinite(loss)):
+                raise LossError(f"{name}.step {member.steps}: the inner loss is {float(loss)}")
+            before = self._record_tape(optimizer, member) if self.options.record_grad_tape else []
+            self._step(optimizer, loss, allow_unused)
+            optimizer._tape += before
+            if member.steps == self.options.pickup_step:
+                values = {i: self.networks.shown[i].detach() for i in self.ordinals(optimizer)}
+                member.picked = (values, {p: dict(s) for p, s in optimizer.state.items()})
+            member.steps += 1
+            if torch.is_anomaly_enabled():
+                self._check_finite(optimizer, member)
+
+    def ordinals(self, optimizer: Any) -> list[int]:
+        """Ordinals of an optimizer's trainable parameters, in order of its groups."""
+        found = (self.networks.index_of(p) for group in optimizer.param_groups for p in group["params"])
+        return [i for i in found if i is not None]
+
+    def gradients(self, optimizer: Any, loss: Tensor, ordinals: list[int], thetas: list[Tensor], create_graph: bool,
+                  allow_unused: bool) -> list[Tensor | None]:
+        """∇ loss by ``thetas``, with the complaints a user understands."""
+        name = type(optimizer).__name__
+        grads = list(torch.autograd.grad(loss, thetas, create_graph=create_graph, retain_graph=True, allow_unused=True))
+        unused = [self.networks.names[i] for i, g in zip(ordinals, grads, strict=True) if g is None]
+        if len(unused) == len(grads):
+            raise LossError(f"{name}.step: the loss does not depend on the parameters of this optimizer's networks; "
+                            "compute it inside the window, from the networks as they are now")
+        if unused and not allow_unused:
+            raise LossError(f"{name}.step: the loss does not depend on {', '.join(map(repr, unused))}; if that is meant, "
+                            "pass allow_unused=True: they keep their values")
+        normalizer = optimizer._normalizer
+        if normalizer is not None and normalizer[2]:
+            norm = torch.nn.utils.get_total_norm([g.detach() for g in grads if g is not None], normalizer[1])
+            if not bool(torch.isfinite(norm)):
+                raise LossError(f"{name}.step: the norm of the inner gradient is {float(norm)} and error_if_nonfinite is "
+                                "set; fix the loss or clip without it")
+        return grads
+
+    def _record_tape(self, optimizer: Any, member: _Member) -> list[tuple[str, Tensor]]:
+        return [(f"step_{member.steps}:{self.networks.names[i]}", self.networks.shown[i].detach().clone())
+                for i in self.ordinals(optimizer)]
+
+    def _check_finite(self, optimizer: Any, member: _Member) -> None:
+        for i in self.ordinals(optimizer):
+            if not bool(torch.isfinite(self.networks.shown[i].detach()).all()):
+                raise LossError(f"{type(optimizer).__name__}.step {member.steps - 1} made parameter "
+                                f"{self.networks.names[i]!r} non-finite")
+
+    # -- exit ----------------------------------------------------------------------------------------------------
+
+    def close(self, failed: bool) -> None:
+        """End: networks, buffers and optimizers as the mode says, or as at entry if the block failed."""
+        self.recorder.depth += 1  # from here on nothing is the window's any more
+        try:
+            error = self._rebinding() if not failed else None
+            late = self._missing_pickup() if not failed and error is None else None
+            if failed or error or late or self.options.offline:
+                self.networks.restore()
+                for member in self.members.values():
+                    member.optimizer.state.clear()
+                    member.optimizer.state.update(member.entry)
+                if failed or error or late:
+                    for p, grad in zip(self.networks.originals, self._grads, strict=True):
+                        p.grad = grad
+            else:
+                self._commit()
+            if error or late:
+                raise error or late  # type: ignore[misc]
+        finally:
+            for member in self.members.values():
+                member.optimizer._session = None
+            self.recorder.leave()
+            intercept.recording.set(None)
+            intercept.binding.set(None)
+            _current.set(None)
+            intercept.uninstall()
+            self._close()
+
+    def _rebinding(self) -> WindowError | None:
+        try:
+            self.networks.check()
+        except WindowError as error:
+            return error
+        return None
+
+    def _missing_pickup(self) -> WindowError | None:
+        k = self.options.pickup_step
+        short = [m for m in self.members.values() if k >= 0 and m.steps and m.picked is None]
+        if not short:
+            return None
+        return WindowError(f"pickup_step={k}: {type(short[0].optimizer).__name__} took only {short[0].steps} steps in this "
+                           "window (they count from 0)")
+
+    def _commit(self) -> None:
+        values = [shown.detach() for shown in self.networks.shown]
+        for member in self.members.values():
+            if member.picked is not None:
+                for i, value in member.picked[0].items():
+                    values[i] = value
+                member.optimizer.state.clear()
+                member.optimizer.state.update(member.picked[1])
+            for state in member.optimizer.state.values():
+                for name, value in state.items():
+                    state[name] = value.detach()
+        self.networks.commit(average_over_ranks(values))

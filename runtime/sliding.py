@@ -1,0 +1,75 @@
+"""`window=W`: reads that see the last W super-steps only, and what the tape may forget."""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from metaoptim.errors import UnreachableWarning, warn
+
+from .bridge import WindowedRead, new_token
+from .engine import Engine
+
+
+class _Life:
+    """Lives as long as a WindowedRead; the tape keeps what lies above `bottom`."""
+
+    __slots__ = ("bottom", "__weakref__")
+
+    def __init__(self, bottom: int) -> None:
+        self.bottom = bottom
+
+
+class Sliding:
+    """Reads of a sliding window.
+
+    Args:
+        engine: the tape.
+        limit: W, in super-steps.
+    """
+
+    def __init__(self, engine: Engine, limit: int) -> None:
+        self.engine, self.limit = engine, limit
+        self.count = 0
+        self._starts: deque[int] = deque(maxlen=limit)
+        self._metas: dict[int, tuple[Tensor, int]] = {}  # number -> the tensor, the last super-step that read it
+        self._lives: weakref.WeakSet[_Life] = weakref.WeakSet()
+        self._warned = False
+
+    def step(self, position: int, fresh: bool, metas: dict[int, Tensor]) -> None:
+        """A step at ``position`` is about to be appended; ``fresh``: it begins a super-step."""
+        if fresh:
+            self.count += 1
+            self._starts.append(position)
+        for number, tensor in metas.items():
+            self._metas[number] = (tensor, self.count)
+
+    def read(self, indices: Sequence[int], originals: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Theta now. ``originals``: the parameters behind ``indices`` where they may receive a gradient (offline)."""
+        engine = self.engine
+        self._metas = {n: (t, last) for n, (t, last) in self._metas.items() if last > self.count - self.limit}
+        whole = self.count <= self.limit
+        bottom = engine.program.start if whole else self._starts[0]
+        reached = originals if whole else ()
+        life = _Life(bottom)
+        with torch.enable_grad():
+            shown = WindowedRead.apply(
+                engine, engine.position, tuple(indices), bottom, tuple(self._metas), tuple(indices) if reached else (), life,
+                self._cut if originals and not whole else None, new_token(), *(t for t, _ in self._metas.values()), *reached)
+        self._lives.add(life)
+        engine.trim(min(l.bottom for l in self._lives))
+        return shown
+
+    def _cut(self) -> None:
+        if not self._warned:
+            self._warned = True
+            warn(f"the loss lies more than window={self.limit} steps after the start of an offline window: the initial "
+                 "parameters receive no gradient (None) from it", UnreachableWarning)
+
+    def close(self) -> None:
+        """Drop the user's tensors."""
+        self._metas.clear()

@@ -1,0 +1,195 @@
+"""Theta as the user's code sees it: which tensors the networks show, and what writing into them means."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import enable_reentrant_dispatch
+
+from metaoptim.errors import CaptureError, WindowError
+
+from ..compiler.capture.recorder import Carried, Epoch, Recorder, Theta
+from ..compiler.capture.slicing import Slice
+from ..compiler.ir import Assign
+from .bridge import Link, Read, as_parameter, new_token
+from .engine import Engine
+from .networks import Networks
+from .session import Options
+from .sliding import Sliding
+
+
+class ThetaView:
+    """Shows the engine's theta through the networks; the recorder's guard against writes behind the tape's back.
+
+    Attributes:
+        indices: ordinal of a parameter -> its state index.
+        epochs: the epochs of the super-step at hand, oldest first.
+        late: id of the user's own parameter -> its theta, while the loss at hand may have read it itself.
+    """
+
+    def __init__(self, options: Options, engine: Engine, networks: Networks) -> None:
+        self.offline, self.engine, self.networks = options.offline, engine, networks
+        self.recorder = Recorder(self)
+        self.indices: list[int] = []
+        self.epochs: list[Epoch] = []
+        self.late: dict[int, Theta] = {}
+        self.sliding = None if options.window is None else Sliding(engine, options.window)
+        self._superstep = 0
+        self._dirty: set[int] = set()
+        self._storages: dict[int, int] | None = None
+        self._token = new_token()
+        self._metas: dict[int, tuple[int, Tensor]] = {}  # id -> number, the tensor
+        self._numbered = 0
+
+    # -- showing -------------------------------------------------------------------------------------------------
+
+    def enter(self, ordinals: list[int], late: bool) -> None:
+        """Put newly adopted parameters on the tape and show them."""
+        engine = self.engine
+        originals = [self.networks.originals[i] for i in ordinals]
+        values = [p.detach().clone() for p in originals]
+        first = len(engine.state)
+        indices = tuple(range(first, first + len(values)))
+        self.indices += indices
+        position = engine.position
+        engine.append(Assign(indices, values, adoption=True), list(zip(indices, values, strict=True)))
+        if self.offline and self.sliding is None:
+            with torch.enable_grad():
+                self._token = Link.apply(engine, position, (), indices, self._token, *originals)
+        if len(self.epochs) == 1:
+            self.epochs.clear()
+        self._show(ordinals)
+        if late:
+            self.late = {id(p): Theta(i, p) for p, i in zip(originals, indices, strict=True)}
+
+    def _show(self, ordinals: Sequence[int]) -> None:
+        engine = self.engine
+        if self.sliding is not None:
+            ordinals = range(len(self.indices))
+            shown = self.sliding.read(self.indices, self.networks.originals if self.offline else ())
+        elif not self.offline and engine.program.horizon == 0:
+            shown = tuple(as_parameter(engine.state[self.indices[i]]).requires_grad_() for i in ordinals)
+        else:
+            with torch.enable_grad():
+                shown = Read.apply(engine, engine.position, [self.indices[i] for i in ordinals], self._token)
+        for i, t in zip(ordinals, shown, strict=True):
+            self.networks.show(i, t)
+        old, theta = self.recorder.epoch.theta, {}
+        for index, t in zip(self.indices, self.networks.shown, strict=True):
+            theta[id(t)] = old.get(id(t)) or Theta(index, t)
+        self._open(theta)
+
+    def _open(self, theta: dict[int, Theta]) -> None:
+        epoch = self.recorder.epoch = Epoch(self.engine.position, self._superstep, theta)
+        self.epochs.append(epoch)
+        self.late = {}
+        self._storages = None
+
+    # -- what a loss has read ------------------------------------------------------------------------------------
+
+    def slice(self, roots: list[Any]) -> tuple[Slice, Epoch]:
+        """The ancestor slice of a loss (first root) and hyper-parameters, and the epoch whose theta it read."""
+        loss, *others = roots
+        if isinstance(loss, Carried):
+            loss = loss.value
+        for carry in (True, False):
+            sliced = Slice([loss, *others], self.late, carry)
+            if sliced.consistent:
+                for epoch in (self.epochs[0], *reversed(self.epochs)):
+                    if all(self._is_of(t, epoch) for t in sliced.thetas):
+                        return sliced, epoch
+        raise CaptureError("the loss reads parameters of several inner steps in a way that cannot be told apart; compute "
+                           "each loss from the networks as they are at one step")
+
+    def _is_of(self, theta: Theta, epoch: Epoch) -> bool:
+        return epoch.theta.get(id(theta.tensor)) is theta or id(theta.tensor) in self.late
+
+    def unchanged(self, theta: Theta) -> bool:
+        """Whether this version is still the one shown."""
+        return self._is_of(theta, self.recorder.epoch)
+
+    # -- a step --------------------------------------------------------------------------------------------------
+
+    def take(self, call: Any, changes: list[tuple[int, Tensor]], epoch: Epoch, metas: list[Tensor],
+             ordinals: list[int]) -> None:
+        """Append a step that read ``epoch`` and ``metas``, and show the new values of ``ordinals``."""
+        engine = self.engine
+        fresh = epoch is self.epochs[-1] or not self._superstep
+        if fresh:
+            self._superstep += 1
+            epoch.superstep = self._superstep
+            self.epochs = [epoch]
+        new = [t for t in metas if id(t) not in self._metas]
+        for t in new:
+            self._metas[id(t)] = (self._numbered, t)
+            self._numbered += 1
+        call.metas = tuple(self._metas[id(t)][0] for t in metas)
+        if self.sliding is not None:
+            self.sliding.step(engine.position, fresh, dict(zip(call.metas, metas, strict=True)))
+            self._metas = {id(t): (n, t) for n, (t, _) in self.sliding._metas.items()}
+        elif new:
+            with torch.enable_grad():
+                numbers = [self._metas[id(t)][0] for t in new]
+                self._token = Link.apply(engine, engine.position, numbers, (), self._token, *new)
+        engine.append(call, changes)
+        self._show(ordinals)
+
+    # -- writes into theta (the recorder asks) -------------------------------------------------------------------
+
+    def before_write(self, targets: list[Tensor], op: Any) -> list[int]:
+        """Ordinals of the parameters about to be overwritten, after saving what the tape holds of them."""
+        if self._storages is None:
+            self._storages = {t.untyped_storage()._cdata: i for i, t in enumerate(self.networks.shown)}
+        hit = []
+        for t in targets:
+            storage = t.untyped_storage()._cdata
+            ordinal = self._storages.get(storage)
+            if ordinal is None:
+                continue
+            if torch.is_grad_enabled() and t.requires_grad:
+                raise WindowError(f"parameter {self.networks.names[ordinal]!r} was changed in place by {op} with grad mode "
+                                  "on; wrap the change in torch.no_grad()")
+            if ordinal not in self._dirty:
+                self.engine.protect(storage)
+            hit.append(ordinal)
+        return hit
+
+    def after_write(self, hit: list[int]) -> None:
+        """Overwritten parameters are leaves from now on: a history cut."""
+        with self.recorder.paused(), enable_reentrant_dispatch():
+            for ordinal in hit:
+                shown = self.networks.shown[ordinal]
+                if not shown.is_leaf:
+                    shown.detach_()
+                    shown.requires_grad_()
+        self._dirty.update(hit)
+
+    def settle(self) -> None:
+        """Put overwritten parameters on the tape before theta is read again."""
+        if not self._dirty:
+            return
+        ordinals = sorted(self._dirty)
+        self._dirty.clear()
+        with self.recorder.paused(), torch.no_grad():
+            indices = tuple(self.indices[i] for i in ordinals)
+            values = [self.networks.shown[i].detach() for i in ordinals]
+            self.engine.append(Assign(indices, values), list(zip(indices, values, strict=True)))
+        theta = dict(self.recorder.epoch.theta)
+        for i in ordinals:
+            theta[id(self.networks.shown[i])] = Theta(self.indices[i], self.networks.shown[i])
+        self._open(theta)
+
+    def close(self) -> None:
+        """Drop every reference to the user's graph."""
+        self._metas.clear()
+        self.epochs.clear()
+        self.late = {}
+        self._token = new_token()
+        self.recorder.epoch = Epoch(0, 0, {})
+        self.recorder.values.clear()
+        self.recorder.tainted.clear()
+        if self.sliding is not None:
+            self.sliding.close()
