@@ -112,6 +112,8 @@ class Engine:
     def trim(self, needed: int) -> None:
         """Forget what lies before ``needed``: no sweep will go there."""
         start = self.program.start
+        if needed <= start or needed < self.store.base:
+            return
         base = self.store.nearest(needed)
         if base <= start and needed - start > max(16, self.program.end - needed):
             with _disable_current_modes(), torch.no_grad():

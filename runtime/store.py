@@ -35,6 +35,11 @@ class SlotStore:
         return self._states[position]
 
     @property
+    def base(self) -> int:
+        """The lowest position held."""
+        return self._positions[0]
+
+    @property
     def states(self) -> list[State]:
         """All states held."""
         return list(self._states.values())

@@ -1,0 +1,54 @@
+# Everything is installed into .venv; a stamp file per extra keeps repeated runs from installing again.
+.NOTPARALLEL:
+.PHONY: help demo test lint format bench clean distclean
+
+PYTHON ?= python3
+JOBS ?= 2
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+# One torch thread per test process: two on few cores slow each other down a hundredfold.
+THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+
+help:
+	@echo "make demo    train the few-shot example (minutes on two CPU cores) and draw its pictures"
+	@echo "make test    run the whole test suite   (ARGS='-k window -x', JOBS=4)"
+	@echo "make lint    ruff and pyright           (make format: let ruff fix and format)"
+	@echo "make bench   run every benchmarks/bench_*.py"
+	@echo "make clean   remove builds and caches   (make distclean: $(VENV) too)"
+
+demo: $(VENV)/.examples
+	$(BIN)/python examples/few-shot/maml-omniglot.py --preset demo $(ARGS)
+
+test: $(VENV)/.test,examples
+	$(THREADS) $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(VENV)/.lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.test,examples
+	@set -e; for script in benchmarks/bench_*.py; do \
+	  echo "== $$script"; $(BIN)/python "$$script" $(ARGS); \
+	done
+
+$(VENV)/.made:
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+# The stamp's name is the list of extras.
+$(VENV)/.%: $(VENV)/.made pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis torch_compile_debug
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)
