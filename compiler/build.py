@@ -15,6 +15,7 @@ from .capture.ops import SUBSTITUTES
 from .capture.recorder import Function
 from .capture.slicing import Slice
 from .ir import Port, Role, StepGraph, gradient
+from .tracing import tracing
 from .update import UpdatePlan
 
 aten = torch.ops.aten
@@ -169,7 +170,7 @@ def _trace_update(graph: fx.Graph, plan: UpdatePlan, thetas: list[fx.Node], grad
                   states: list[dict[str, fx.Node]], slots: list[Any], builder: _Builder) -> tuple[list, list, list, list]:
     """Inline the update's ATen ops into ``graph``."""
     names: list[str] = []
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+    with tracing(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         fakes: list[Tensor] = []
         nodes: list[fx.Node] = []
 

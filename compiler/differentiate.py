@@ -10,11 +10,11 @@ from torch import Tensor, fx
 from torch._functorch.compile_utils import fx_graph_cse
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._python_dispatch import _disable_current_modes
 
 from .cotangent_hook import call_cotangent_hook
 from .interpret import interpret
 from .ir import Role, StepGraph
+from .tracing import tracing
 
 aten = torch.ops.aten
 
@@ -65,8 +65,7 @@ def _as_leaves(step: StepGraph, inputs: Sequence[Tensor], roles: tuple[Role, ...
 def _trace(fn: Callable, step: StepGraph, extra: Sequence[Callable[[], Tensor]],
            example: Sequence[Tensor] | None) -> fx.GraphModule:
     """Trace over fake tensors; over ``example`` where shapes depend on values."""
-    with _disable_current_modes(), torch.enable_grad(), torch.autocast("cpu", enabled=False), torch.autocast(
-            "cuda", enabled=False):
+    with tracing():
         if step.dynamic:
             if example is None:
                 raise ValueError("a step whose shapes depend on values is traced over real inputs")

@@ -57,17 +57,18 @@ class UpdatePlan:
             slots: Sequence[Any]) -> tuple[list[Tensor], list[State]]:
         """New parameters and new states."""
 
-        def fill(value: Any) -> Any:
-            if isinstance(value, Slot):
-                return slots[value.at]
-            return tuple(map(fill, value)) if isinstance(value, tuple) else value
-
-        groups = [{name: fill(value) for name, value in group} for group in self.groups]
+        groups = [{name: _fill(value, slots) for name, value in group} for group in self.groups]
         if self.clip is not None:
-            grads = clip_gradients(grads, fill(self.clip.max_norm), self.clip.norm_type)
+            grads = clip_gradients(grads, _fill(self.clip.max_norm, slots), self.clip.norm_type)
         new_thetas, new_states = [], []
         for theta, grad, state, group in zip(thetas, grads, states, self.group_of, strict=True):
             new, new_state = self.update(theta, grad, state, groups[group])
             new_thetas.append(new if new.dtype == theta.dtype else new.to(theta.dtype))
             new_states.append(new_state)
         return new_thetas, new_states
+
+
+def _fill(value: Any, slots: Sequence[Any]) -> Any:
+    if isinstance(value, Slot):
+        return slots[value.at]
+    return tuple([_fill(v, slots) for v in value]) if isinstance(value, tuple) else value

@@ -23,9 +23,34 @@ def new_token() -> Tensor:
     return torch.empty(0, requires_grad=True)
 
 
-def as_parameter(value: Tensor) -> nn.Parameter:
-    """``value`` as a parameter that shares its memory and nothing else."""
-    return torch.Tensor._make_subclass(nn.Parameter, value, False)  # type: ignore[return-value]
+class InnerParameter(nn.Parameter):
+    """What a network shows inside a window: a parameter that need not be a leaf.
+
+    Its ``grad`` is that of the user's own parameter behind it, so that zero_grad and clipping inside the block act on
+    what the outer optimizer will see.
+    """
+
+    own: nn.Parameter
+
+    @property
+    def grad(self) -> Tensor | None:  # type: ignore[override]
+        """The ``.grad`` of the user's own parameter."""
+        return self.own.grad
+
+    @grad.setter
+    def grad(self, value: Tensor | None) -> None:
+        self.own.grad = value
+
+    def __deepcopy__(self, memo: dict) -> nn.Parameter:
+        copy = memo[id(self)] = nn.Parameter(self.detach().clone(), self.own.requires_grad)
+        return copy
+
+
+def as_parameter(value: Tensor, own: nn.Parameter) -> InnerParameter:
+    """``value`` as a parameter that shares its memory and nothing else; ``own``: the user's parameter behind it."""
+    shown: InnerParameter = torch.Tensor._make_subclass(InnerParameter, value, False)  # type: ignore[assignment]
+    shown.own = own
+    return shown
 
 
 def _refuse_third_order() -> None:
@@ -38,11 +63,12 @@ class Read(torch.autograd.Function):
     """Theta at a position, as parameters the user's code can use."""
 
     @staticmethod
-    def forward(ctx: Any, engine: Engine, position: int, indices: Sequence[int], token: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def forward(ctx: Any, engine: Engine, position: int, indices: Sequence[int], own: Sequence[nn.Parameter],  # type: ignore[override]
+                token: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.engine, ctx.position, ctx.indices = engine, position, tuple(indices)
         state = engine.state
-        return tuple(as_parameter(state[i]) for i in indices)
+        return tuple(as_parameter(state[i], p) for i, p in zip(indices, own, strict=True))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
@@ -51,7 +77,7 @@ class Read(torch.autograd.Function):
         for index, grad in zip(ctx.indices, grads, strict=True):
             if grad is not None:
                 sweep.deposit(ctx.position, index, grad)
-        return None, None, None, torch.empty(0)
+        return None, None, None, None, torch.empty(0)
 
 
 class Link(torch.autograd.Function):
@@ -83,13 +109,13 @@ class WindowedRead(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, engine: Engine, position: int, indices: Sequence[int], bottom: int,  # type: ignore[override]
-                metas: Sequence[int], thetas: Sequence[int], life: Any, on_cut: Callable[[], None] | None,
-                anchor: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, engine: Engine, position: int, indices: Sequence[int], own: Sequence[nn.Parameter],  # type: ignore[override]
+                bottom: int, metas: Sequence[int], thetas: Sequence[int], life: Any,
+                on_cut: Callable[[], None] | None, anchor: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.engine, ctx.position, ctx.indices, ctx.bottom = engine, position, tuple(indices), bottom
         ctx.metas, ctx.thetas, ctx.life, ctx.on_cut = tuple(metas), tuple(thetas), life, on_cut
-        return tuple(as_parameter(engine.state[i]) for i in indices)
+        return tuple(as_parameter(engine.state[i], p) for i, p in zip(indices, own, strict=True))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
@@ -102,4 +128,4 @@ class WindowedRead(torch.autograd.Function):
         if ctx.on_cut is not None:
             ctx.on_cut()
         found = [sweep.metas.get(m) for m in ctx.metas] + [sweep.adopted.get(i) for i in ctx.thetas]
-        return *[None] * 8, torch.empty(0), *found
+        return *[None] * 9, torch.empty(0), *found

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import enable_reentrant_dispatch
 
 from metaoptim.errors import WindowError
@@ -16,16 +16,25 @@ from .bridge import as_parameter
 from .session import Options, Session
 
 
+# How many versions back a loss may have read: steps that other optimizers took since it was computed.
+_LOOK_BACK = 8
+
+
 class _Show(torch.autograd.Function):
     """A tensor as a parameter of its own, differentiable any number of times."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor) -> Tensor:  # type: ignore[override]
-        return as_parameter(value.detach().clone())
+    def forward(ctx: Any, value: Tensor, own: list[nn.Parameter]) -> Tensor:  # type: ignore[override]
+        return as_parameter(value.detach().clone(), own[0])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
-        return grad
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad, None
+
+
+def _show(value: Tensor, own: nn.Parameter) -> Tensor:
+    # the parameter behind is no differentiable input: hand it over out of autograd's sight
+    return _Show.apply(value, [own])
 
 
 class FullTapeSession(Session):
@@ -40,7 +49,7 @@ class FullTapeSession(Session):
         for i in ordinals:
             p = self.networks.originals[i]
             with torch.enable_grad():
-                shown = _Show.apply(p) if self.options.offline else as_parameter(p.detach().clone()).requires_grad_()
+                shown = _show(p, p) if self.options.offline else as_parameter(p.detach().clone(), p).requires_grad_()
             self.networks.show(i, shown)
         if late and self._versions:
             raise WindowError("an optimizer of another thread joined a full_tape window late; make it in its own thread")
@@ -74,21 +83,32 @@ class FullTapeSession(Session):
             plan = UpdatePlan(type(optimizer).update, groups, tuple(group_of[id(p)] for p in originals),
                               tuple(map(tuple, states)))
             new, new_states = plan.run([self.networks.shown[i] for i, _ in used], inner, states, ())
-            shown = [_Show.apply(value) if value.requires_grad else as_parameter(value).requires_grad_() for value in new]
-        for (i, _), p, value, state in zip(used, originals, shown, new_states, strict=True):
+            shown = [_show(value, p) if value.requires_grad else as_parameter(value, p).requires_grad_()
+                     for value, p in zip(new, originals, strict=True)]
+            for (i, _), value in zip(used, shown, strict=True):
+                self.networks.show(i, value)
+            # The others are shown anew too: what they are read for from now on is not what past steps read them for, so
+            # an inner gradient is the derivative at this state alone, as in any training loop.
+            for i in set(range(len(self.networks.shown))) - {i for i, _ in used}:
+                self.networks.show(i, _show(self.networks.shown[i], self.networks.originals[i]))
+        for p, state in zip(originals, new_states, strict=True):
             optimizer.state[p] = state
-            self.networks.show(i, value)
         self._versions.append(list(self.networks.shown))
 
     def _read_by(self, loss: Tensor, ordinals: list[int]) -> list[Tensor]:
-        """The newest version of the optimizer's parameters that the loss depends on."""
-        newest = [self._versions[-1][i] for i in ordinals]
-        for version in reversed(self._versions):
-            thetas = [version[i] if i < len(version) else newest[k] for k, i in enumerate(ordinals)]
-            found = torch.autograd.grad(loss, thetas, retain_graph=True, allow_unused=True)
-            if any(g is not None for g in found):
-                return thetas
-        return newest
+        """For each parameter the newest version that the loss depends on; the newest of all if on none."""
+        thetas = [self._versions[-1][i] for i in ordinals]
+        missing = set(range(len(ordinals)))
+        for version in reversed(self._versions[-_LOOK_BACK:]):
+            tried = [k for k in missing if ordinals[k] < len(version)]
+            if not tried:
+                break
+            found = torch.autograd.grad(loss, [version[ordinals[k]] for k in tried], retain_graph=True, allow_unused=True)
+            for k, g in zip(tried, found, strict=True):
+                if g is not None:
+                    thetas[k] = version[ordinals[k]]
+                    missing.discard(k)
+        return thetas
 
     def _close(self) -> None:
         self._versions.clear()

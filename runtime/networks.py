@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -115,30 +114,18 @@ class Networks:
                 own.copy_(value)
 
     def bind(self, fn: Callable) -> Callable:
-        """``fn`` for activation checkpointing: called again later, it sees the parameters of now."""
-        shown = list(self.shown)
-
-        @contextmanager
-        def as_then():
-            now = [[(m, n, m._parameters.get(n)) for m, n in places] for places in self._places[: len(shown)]]
-            for i, value in enumerate(shown):
-                for module, name in self._places[i]:
-                    module._parameters[name] = value  # type: ignore[assignment]
-            try:
-                yield
-            finally:
-                for places in now:
-                    for module, name, value in places:
-                        module._parameters[name] = value
-
-        first = True
+        """``fn`` for the recomputation of activation checkpointing: it sees the parameters of now."""
+        then = [(module, name, value) for places, value in zip(self._places, self.shown, strict=True)
+                for module, name in places]
 
         def bound(*args: Any, **kwargs: Any) -> Any:
-            nonlocal first
-            if first:
-                first = False
+            now = [(module, name, module._parameters.get(name)) for module, name, _ in then]
+            for module, name, value in then:
+                module._parameters[name] = value  # type: ignore[assignment]
+            try:
                 return fn(*args, **kwargs)
-            with as_then():
-                return fn(*args, **kwargs)
+            finally:
+                for module, name, value in now:
+                    module._parameters[name] = value
 
         return bound

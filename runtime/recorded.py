@@ -87,6 +87,10 @@ class RecordedSession(Session):
         hyper = self._hyper(optimizer)
         sliced, epoch = self.view.slice([root, *hyper.roots])
         update = self._plan(optimizer, loss, sliced, hyper, allow_unused)
+        if sliced.spies:  # only now have the hooks run
+            if any(spy.mutated for spy in sliced.spies):
+                raise CaptureError("a tensor hook changed its gradient in place; return the new gradient instead")
+            sliced, epoch = self.view.slice([root, *hyper.roots])
         with torch.no_grad():
             new, new_states = update.plan.run(update.old, update.grads, update.states, hyper.slots)
         call = self._capture(optimizer, sliced, update, epoch, new_states)
@@ -107,21 +111,24 @@ class RecordedSession(Session):
     def _hyper(self, optimizer: Any) -> _Hyper:
         slots: list[Any] = []
         roots: list[Any] = []
-
-        def fill(value: Any) -> Any:
-            if isinstance(value, Tensor):
-                roots.append(self.recorder.value_of(value))
-            elif type(value) is float and value != 0:
-                roots.append(Number(value))
-            else:
-                return tuple(map(fill, value)) if isinstance(value, (tuple, list)) else value
-            slots.append(value)
-            return Slot(len(slots) - 1)
-
-        groups = tuple(tuple((name, fill(group[name])) for name in optimizer.defaults) for group in optimizer.param_groups)
+        groups = tuple(tuple((name, self._template(group[name], slots, roots)) for name in optimizer.defaults)
+                       for group in optimizer.param_groups)
         normalizer = optimizer._normalizer
-        clip = None if normalizer is None else Clip(fill(normalizer[0]), normalizer[1])
+        clip = None if normalizer is None else Clip(self._template(normalizer[0], slots, roots), normalizer[1])
         return _Hyper(groups, clip, slots, roots)
+
+    def _template(self, value: Any, slots: list[Any], roots: list[Any]) -> Any:
+        """``value`` with what may differ from step to step moved into ``slots``."""
+        if isinstance(value, Tensor):
+            roots.append(self.recorder.value_of(value))
+        elif type(value) is float and value != 0:
+            roots.append(Number(value))
+        elif isinstance(value, (tuple, list)):
+            return tuple([self._template(v, slots, roots) for v in value])
+        else:
+            return value
+        slots.append(value)
+        return Slot(len(slots) - 1)
 
     def _plan(self, optimizer: Any, loss: Tensor, sliced: Slice, hyper: _Hyper, allow_unused: bool) -> _Update:
         indices, shown, engine = self.view.indices, self.networks.shown, self.engine

@@ -92,7 +92,6 @@ class Session:
             if id(optimizer) not in self.members:
                 self.members[id(optimizer)] = _Member(optimizer)
                 optimizer._session = self
-                optimizer._tape = []
             new = self.networks.adopt(optimizer.networks)
             for i in new:
                 grad = self.networks.originals[i].grad
@@ -122,7 +121,7 @@ class Session:
                 raise LossError(f"{name}.step {member.steps}: the inner loss is {float(loss)}")
             before = self._record_tape(optimizer, member) if self.options.record_grad_tape else []
             self._step(optimizer, loss, allow_unused)
-            optimizer._tape += before
+            optimizer._tape = [*(optimizer._tape if member.steps else ()), *before]
             if member.steps == self.options.pickup_step:
                 values = {i: self.networks.shown[i].detach() for i in self.ordinals(optimizer)}
                 member.picked = (values, {p: dict(s) for p, s in optimizer.state.items()})
@@ -194,6 +193,8 @@ class Session:
             _current.set(None)
             intercept.uninstall()
             self._close()
+            self.recorder.guard = None  # no cycles: what the window held dies now, not when the collector comes by
+            self.members.clear()
 
     def _rebinding(self) -> WindowError | None:
         try:

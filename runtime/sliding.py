@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from metaoptim.errors import UnreachableWarning, warn
 
@@ -48,18 +48,18 @@ class Sliding:
         for number, tensor in metas.items():
             self._metas[number] = (tensor, self.count)
 
-    def read(self, indices: Sequence[int], originals: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Theta now. ``originals``: the parameters behind ``indices`` where they may receive a gradient (offline)."""
+    def read(self, indices: Sequence[int], originals: Sequence[nn.Parameter], offline: bool) -> tuple[Tensor, ...]:
+        """Theta now; ``originals``, the parameters behind ``indices``, receive a gradient offline."""
         engine = self.engine
         self._metas = {n: (t, last) for n, (t, last) in self._metas.items() if last > self.count - self.limit}
         whole = self.count <= self.limit
         bottom = engine.program.start if whole else self._starts[0]
-        reached = originals if whole else ()
+        reached = originals if whole and offline else ()
         life = _Life(bottom)
         with torch.enable_grad():
             shown = WindowedRead.apply(
-                engine, engine.position, tuple(indices), bottom, tuple(self._metas), tuple(indices) if reached else (), life,
-                self._cut if originals and not whole else None, new_token(), *(t for t, _ in self._metas.values()), *reached)
+                engine, engine.position, tuple(indices), originals, bottom, tuple(self._metas), tuple(indices) if reached else (),
+                life, self._cut if offline and not whole else None, new_token(), *(t for t, _ in self._metas.values()), *reached)
         self._lives.add(life)
         engine.trim(min(l.bottom for l in self._lives))
         return shown

@@ -66,15 +66,16 @@ class ThetaView:
             self.late = {id(p): Theta(i, p) for p, i in zip(originals, indices, strict=True)}
 
     def _show(self, ordinals: Sequence[int]) -> None:
-        engine = self.engine
+        engine, own = self.engine, self.networks.originals
         if self.sliding is not None:
             ordinals = range(len(self.indices))
-            shown = self.sliding.read(self.indices, self.networks.originals if self.offline else ())
+            shown = self.sliding.read(self.indices, list(own), self.offline)
         elif not self.offline and engine.program.horizon == 0:
-            shown = tuple(as_parameter(engine.state[self.indices[i]]).requires_grad_() for i in ordinals)
+            shown = tuple(as_parameter(engine.state[self.indices[i]], own[i]).requires_grad_() for i in ordinals)
         else:
             with torch.enable_grad():
-                shown = Read.apply(engine, engine.position, [self.indices[i] for i in ordinals], self._token)
+                shown = Read.apply(engine, engine.position, [self.indices[i] for i in ordinals],
+                                   [own[i] for i in ordinals], self._token)
         for i, t in zip(ordinals, shown, strict=True):
             self.networks.show(i, t)
         old, theta = self.recorder.epoch.theta, {}

@@ -33,7 +33,7 @@ def op_info(op: Any) -> OpInfo:
                 writes.append(argument.name if argument.kwarg_only else position)
         info = _INFO[op] = OpInfo(
             tuple(writes),
-            torch.Tag.nondeterministic_seeded in op.tags,
+            torch.Tag.nondeterministic_seeded in op.tags and op not in SUBSTITUTES,
             torch.Tag.dynamic_output_shape in op.tags,
             op in _TWO_OPERANDS,
         )
@@ -73,6 +73,8 @@ def without_running_stats(op: Any, args: tuple) -> tuple:
 def attention_by_math(query: Tensor, key: Tensor, value: Tensor, dropout_p: float = 0.0, is_causal: bool = False,
                       *, attn_mask: Tensor | None = None, scale: float | None = None) -> tuple[Tensor, None]:
     """Scaled-dot-product attention from differentiable parts: the fused kernels have no second derivative."""
+    if dropout_p:
+        raise NotImplementedError("dropout inside scaled_dot_product_attention; use SDPBackend.MATH, or dropout outside")
     return aten._scaled_dot_product_attention_math(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)[0], None
 
 

@@ -28,7 +28,8 @@ class Slice:
         consistent: whether no theta tensor was read in two versions.
         externals: tensors read from outside (differentiable or not).
         numbers: values of the numbers that may be lifted.
-        hooks: for each hooked value, the hooks that changed their gradient.
+        hooks: for each hooked value, the hooks that changed their gradient (known once they have run).
+        spies: all hooks met.
         opaque: whether custom Functions or hooks occur (the step is then checked every time).
         key: structure of the slice: everything but `numbers`.
     """
@@ -49,6 +50,7 @@ class Slice:
         self.externals: list[External] = []
         self.numbers: list[float] = []
         self.hooks: dict[tuple, list[Spy]] = {}
+        self.spies: list[Spy] = []
         self._theta_at: dict[int, int] = {}
         self._external_at: dict[int, int] = {}
         self.opaque = False
@@ -99,9 +101,11 @@ class Slice:
 
     def _note_hooks(self, where: tuple, hooks: Any) -> None:
         if hooks and where not in self.hooks:
-            spies = [spy for handle, spy in hooks if spy.returned and not is_removed(handle)]
-            if spies:
-                self.hooks[where] = spies
+            spies = [spy for handle, spy in hooks if not is_removed(handle)]
+            self.spies += spies
+            changing = [spy for spy in spies if spy.returned]
+            if changing:
+                self.hooks[where] = changing
 
     def _entry_key(self, entry: Entry) -> tuple:
         op: Any = entry.op

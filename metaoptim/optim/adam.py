@@ -49,8 +49,9 @@ class MetaAdam(MetaOptimizer):
                  first_order: bool = False) -> None:
         check_non_negative(lr=lr, eps=eps, weight_decay=weight_decay, eps_root=eps_root)
         for i, beta in enumerate(betas):
-            if not 0.0 <= float(beta) < 1.0:
-                raise ValueError(f"betas[{i}]: got {float(beta)}, expected a number in [0, 1)")
+            value = float(beta.detach()) if isinstance(beta, Tensor) else beta
+            if not 0.0 <= value < 1.0:
+                raise ValueError(f"betas[{i}]: got {value}, expected a number in [0, 1)")
         defaults = dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, amsgrad=amsgrad,
                         maximize=maximize, eps_root=eps_root)
         super().__init__(networks, defaults, first_order=first_order)

@@ -1,0 +1,20 @@
+"""The circumstances under which anything is traced."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import RLock
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+_lock = RLock()  # make_fx patches torch globally while it runs
+
+
+@contextmanager
+def tracing() -> Iterator[None]:
+    """One trace at a time, outside the user's modes and autocast, with grad mode on."""
+    with _lock, _disable_current_modes(), torch.enable_grad(), torch.autocast("cpu", enabled=False), torch.autocast(
+            "cuda", enabled=False):
+        yield

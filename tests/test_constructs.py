@@ -1,0 +1,279 @@
+"""Ordinary constructs inside an inner loss: each as eager would differentiate it, twice."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import Problem, agree, run_oracle, run_window
+from problems import data
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
+
+STEPS = 4
+XS, YS = data(STEPS)
+
+
+class Straight(torch.autograd.Function):
+    """A straight-through estimator with the new-style setup_context."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return (x * 2).round() / 2
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return grad * (1 - x.tanh() ** 2)
+
+
+class OldCube(torch.autograd.Function):
+    """Old style (ctx in forward), two inputs and a constant, a backward that is not the true one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, power: int) -> Tensor:
+        y = x**power
+        ctx.save_for_backward(x, w, y)
+        ctx.power = power
+        return y * w
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        x, w, y = ctx.saved_tensors
+        return grad * w * ctx.power * x.sin(), grad * y.cos(), None
+
+
+straight = Straight.apply  # captured before any window
+
+
+def _mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+
+
+def _inplace_mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 6), nn.LeakyReLU(0.1, inplace=True), nn.Linear(6, 4), nn.ELU(inplace=True), nn.Linear(4, 2))
+
+
+class _Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.head = nn.Linear(3, 12), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).view(1, 1, 5, 12).chunk(3, -1)
+        return self.head(F.scaled_dot_product_attention(q, k, v).reshape(5, 4))
+
+
+class _Spectral(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(3, 4)), nn.Tanh(), nn.Linear(4, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+Loss = Callable[[Any, int, dict, dict], Tensor]
+CASES: dict[str, tuple[Callable[[], nn.Module], Loss]] = {}
+
+
+def case(build: Callable[[], nn.Module] = _mlp) -> Callable[[Loss], Loss]:
+    def add(loss: Loss) -> Loss:
+        CASES[loss.__name__] = (build, loss)
+        return loss
+
+    return add
+
+
+@case()
+def tensor_hook(net: Any, t: int, metas: dict, carried: dict) -> Tensor:
+    h = net(XS[t])
+    h.register_hook(lambda g: g * 1.7 + g.square())
+    return F.mse_loss(h, YS[t]) * metas["w"].sigmoid()
+
+
+@case()
+def hook_that_differs_per_step(net: Any, t: int, metas: dict, carried: dict) -> Tensor:
+    h = net(XS[t]).tanh()
+    scale = 1.0 + 0.2 * t
+    h.register_hook(functools.partial(lambda s, g: g * s, scale))
+    h.register_hook(lambda g: None)
+    return (h * metas["w"] - YS[t]).square().sum()
+
+
+@case()
+def hook_removed(net: Any, t: int, metas: dict, carried: dict) -> Tensor:
+    h = net(XS[t])
+    h.register_hook(lambda g: g * 100).remove()
+    return F.mse_loss(h * metas["w"], YS[t])
+
+
+@case()
+def hook_on_parameter(net: Any, t: int, metas: dict, carried: dict) -> Tensor:
+    for p in net.parameters():
+        p.register_hook(lambda g: g.clamp(-0.1, 0.1))
+    return F.mse_loss(net(XS[t]) * metas["w"], YS[t])
+
+
+@case()
+def gradient_penalty(net: Any, t: int, metas: dict, carried: dict) -> Tensor:
+    x = XS[t].clone().requires_grad_()
+    out = net(x).exp().sum()
+    (g,) = torch.autograd.grad(out, x, create_graph=True)
+    return F.mse_loss(net(XS[t]), YS[t]) + metas["w"].sigmoid() * (g.norm(dim=1) - 1).square().mean()
+
+
+@case()
+def penalty_on_parameters(net: Any, t: int, metas: dict, carried: dict) -> Tensor:
+    loss = F.mse_loss(net(XS[t]).sigmoid(), YS[t])
+    grads = torch.autograd.grad(loss, list(net.parameters()), create_graph=True)
+    return loss + metas["w"] * sum(g.square().sum() for g in grads)
+
+
+@case(_inplace_mlp)
+def inplace_activations(net: Any, t: int, metas: dict, carried: dict) -> Tensor:
+    return F.mse_loss(net(XS[t]), YS[t]) * metas["w"].exp()
+
+
+@case()
+def inplace_views(net: Any, t: int, metas: dict, carried: dict) -> Tensor:
+    h = net(XS[t])
+    buffer = torch.zeros(6, 2)
+    buffer[1:] = h
+    buffer[0].add_(metas["w"])
+    buffer.mul_(1.5)
+    row = buffer[2]
+    row.sin_()
+    return (buffer * buffer.flip(0)).sum() + buffer[3].prod()
+
+
+@case()
+def inplace_under_no_grad(net: Any, t: int, metas: dict, carried: dict) -> Tensor:
+    h = net(XS[t]) + metas["w"]
+    with torch.no_grad():
+        h[0].mul_(0.5)
+        h.clamp_(-1, 1)
+    return (h * YS[t]).sum() + 0.1 * sum(p.square().sum() for p in net.parameters())
+
+
+@case()
+def straight_through(net: Any, t: int, metas: dict, carried: dict) -> Tensor:
+    return F.mse_loss(straight(net(XS[t]) * metas["w"]), YS[t])
+
+
+@case()
+def old_function(net: Any, t: int, metas: dict, carried: dict) -> Tensor:
+    return OldCube.apply(net(XS[t]), metas["w"], 3).square().mean() + 0.1 * OldCube.apply(net(XS[t]).cos(), metas["w"], 2).sum()
+
+
+@case()
+def detach_and_no_grad(net: Any, t: int, metas: dict, carried: dict) -> Tensor:
+    h = net(XS[t])
+    with torch.no_grad():
+        target = net(XS[t] + 1).tanh()
+    mask = (h > 0).double()
+    return ((h - h.detach() * 0.5 - target) * (mask + 0.5) * metas["w"]).square().mean()
+
+
+@case()
+def requires_grad_inside(net: Any, t: int, metas: dict, carried: dict) -> Tensor:
+    h = net(XS[t]).detach().requires_grad_()
+    loss = (h * metas["w"]).square().sum()
+    (g,) = torch.autograd.grad(loss, h, create_graph=True)
+    return F.mse_loss(net(XS[t]), g)
+
+
+@case()
+def learnable_data_by_index(net: Any, t: int, metas: dict, carried: dict) -> Tensor:
+    return (net(XS[t]) - metas["y"][t % 3] - metas["y"][t % 2 : t % 2 + 2].prod(0)).square().mean() * metas["s"][t % 2]
+
+
+@case()
+def python_schedule(net: Any, t: int, metas: dict, carried: dict) -> Tensor:
+    return F.mse_loss(net(XS[t]), YS[t]) * (1 + 0.1 * t) / (2 + t) + metas["w"] * net(XS[t]).mean() ** (2 + t % 2)
+
+
+@case()
+def item_as_number(net: Any, t: int, metas: dict, carried: dict) -> Tensor:
+    h = net(XS[t])
+    return (h * metas["w"]).square().mean() / (1.0 + h.abs().mean().item())
+
+
+@case()
+def carried_hidden_state(net: Any, t: int, metas: dict, carried: dict) -> Tensor:
+    h = carried.get("h")
+    out = net(XS[t] if h is None else XS[t] + 0.3 * h @ torch.ones(2, 3))
+    carried["h"] = out.tanh() * metas["w"]
+    return F.mse_loss(out, YS[t])
+
+
+@case()
+def boolean_mask(net: Any, t: int, metas: dict, carried: dict) -> Tensor:
+    h = net(XS[t])
+    return (h[h > 0] * metas["w"]).square().sum() + h[YS[t] > 0.2].mean() + torch.where(h > 0, h, 0.1 * h).sum() * 0.1
+
+
+@case(_Attention)
+def attention(net: Any, t: int, metas: dict, carried: dict) -> Tensor:
+    return F.mse_loss(net(XS[t]), YS[t]) * metas["w"].exp()
+
+
+@case(lambda: nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.GELU(), nn.GroupNorm(2, 4), nn.SiLU(), nn.Linear(4, 2)))
+def norms(net: Any, t: int, metas: dict, carried: dict) -> Tensor:
+    return F.mse_loss(net(XS[t]), YS[t]) * metas["w"].exp()
+
+
+@case()
+def checkpointed(net: Any, t: int, metas: dict, carried: dict) -> Tensor:
+    h = checkpoint(lambda x: net(x).tanh() * metas["w"], XS[t], use_reentrant=False)
+    return F.mse_loss(h, YS[t])
+
+
+@case()
+def functional_transforms(net: Any, t: int, metas: dict, carried: dict) -> Tensor:
+    w = dict(net.named_parameters())["0.weight"]
+    per_row = torch.func.vmap(lambda x: (w @ x).tanh().sum())(XS[t])
+    slope = torch.func.grad(lambda s: (s * per_row).sin().sum())(torch.tensor(0.7))
+    return F.mse_loss(net(XS[t]), YS[t]) + metas["w"] * slope
+
+
+@case()
+def random_numbers(net: Any, t: int, metas: dict, carried: dict) -> Tensor:
+    h = net(XS[t] + 0.1 * torch.randn_like(XS[t]))
+    h = F.dropout(h, 0.3) * metas["w"] + torch.normal(torch.zeros(2), torch.ones(2))
+    return (torch.native_dropout(h, 0.2, True)[0] - YS[t]).square().mean()
+
+
+@case()
+def indexing(net: Any, t: int, metas: dict, carried: dict) -> Tensor:
+    h = net(XS[t])
+    a, b = h.split(1, 1)
+    g = torch.gather(h, 0, torch.tensor([[0, 1], [t, 2]]))
+    return (a * b).sum() + g.prod() + torch.stack([h[t], h[-1]]).logsumexp(0).sum() * metas["w"] + torch.cat([a, b]).amax()
+
+
+@pytest.mark.parametrize("offline", [True, False], ids=["offline", "online"])
+@pytest.mark.parametrize("name", CASES)
+def test_construct(name: str, offline: bool) -> None:
+    build, loss = CASES[name]
+    case = Problem(
+        build=build, optimizer="MetaAdam" if len(name) % 2 else "MetaSGD", steps=STEPS, offline=offline, loss=loss,
+        outer=lambda net, metas: F.mse_loss(net(XS[STEPS]), YS[STEPS]), hyper=lambda metas: {"lr": metas["log_lr"].exp()},
+        metas={"log_lr": torch.tensor(-2.0), "w": torch.tensor(0.8), "y": torch.randn(3, 2, generator=torch.Generator().manual_seed(1)),
+               "s": torch.tensor([0.7, 1.2])})
+    with sdpa_kernel(SDPBackend.MATH):  # the fused kernel has no second derivative
+        expected = run_oracle(case)
+    assert expected["log_lr"] is not None and expected["log_lr"].abs() > 1e-8
+    for slots in (None, 2):
+        agree(run_window(case, slots=slots), expected, rtol=1e-9)
+    with sdpa_kernel(SDPBackend.MATH):
+        agree(run_window(case, strategy="full_tape"), expected, rtol=1e-9)
