@@ -16,5 +16,5 @@ _lock = RLock()  # make_fx patches torch globally while it runs
 def tracing() -> Iterator[None]:
     """One trace at a time, outside the user's modes and autocast, with grad mode on."""
     with _lock, _disable_current_modes(), torch.enable_grad(), torch.autocast("cpu", enabled=False), torch.autocast(
-            "cuda", enabled=False):
+            "cuda", enabled=False), torch.autograd.set_detect_anomaly(False):
         yield

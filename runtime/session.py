@@ -118,7 +118,7 @@ class Session:
         with self.recorder.paused(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             self.networks.check()
             if torch.is_anomaly_enabled() and not bool(torch.isfinite(loss)):
-                raise LossError(f"{name}.step {member.steps}: the inner loss is {float(loss)}")
+                raise LossError(f"{name}.step {member.steps}: the inner loss is {float(loss.detach())}")
             before = self._record_tape(optimizer, member) if self.options.record_grad_tape else []
             self._step(optimizer, loss, allow_unused)
             optimizer._tape = [*(optimizer._tape if member.steps else ()), *before]

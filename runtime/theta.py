@@ -123,6 +123,7 @@ class ThetaView:
             self._superstep += 1
             epoch.superstep = self._superstep
             self.epochs = [epoch]
+            self.recorder.keep_only(epoch)
         new = [t for t in metas if id(t) not in self._metas]
         for t in new:
             self._metas[id(t)] = (self._numbered, t)

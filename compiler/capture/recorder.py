@@ -213,6 +213,10 @@ class Recorder(TorchDispatchMode):
         for mode in reversed(above):
             torch._C._push_on_torch_dispatch_stack(mode)
 
+    def keep_only(self, epoch: Epoch) -> None:
+        """A super-step has begun that reads ``epoch``: nothing older will be part of a step."""
+        self.values = {k: v for k, v in self.values.items() if v.entry.epoch is epoch and v.ref() is not None}
+
     # -- looking up ----------------------------------------------------------------------------------------------
 
     def _known(self, t: Tensor) -> Theta | Value | None:

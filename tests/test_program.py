@@ -1,0 +1,220 @@
+"""The Program is what runs: counts of steps, nodes and programs, and corruption that must show."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import agree, run_oracle, run_window
+from problems import problem
+from torch import Tensor, nn
+
+import metaoptim
+from metaoptim.compiler.ir import StepCall, gradient
+from metaoptim.runtime.recorded import step_cache
+
+torch.set_num_threads(1)
+aten = torch.ops.aten
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+
+
+def loss_of(net: Any, t: int) -> Tensor:
+    g = torch.Generator().manual_seed(t)
+    return F.mse_loss(net(torch.randn(5, 3, generator=g, dtype=torch.float64)),
+                      torch.randn(5, 2, generator=g, dtype=torch.float64))
+
+
+def loop(steps: int, every: bool = False, **options: Any) -> tuple[Any, Tensor, list[Tensor]]:
+    net, lr = network(), torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    inner = metaoptim.MetaSGD([net], lr=lr, momentum=0.5)
+    total: Any = 0.0
+    with metaoptim.SlidingWindow(offline=True, **options) as window:
+        for t in range(steps):
+            if every:
+                total = total + loss_of(net, 50 + t)
+            inner.step(loss_of(net, t))
+        engine = window._session.engine
+        total = total + loss_of(net, 99)
+    return engine, total, [*net.parameters(), lr]
+
+
+@pytest.mark.parametrize("slots", [None, 3])
+def test_one_sweep_for_a_loss_summed_over_steps(slots: int | None) -> None:
+    engine, total, _ = loop(12, every=True, slots=slots)
+    total.backward()
+    assert engine.vjps == 12
+    assert engine.replays == 0 if slots is None else engine.replays > 0
+
+
+def graph_nodes(root: Any) -> int:
+    seen, stack = set(), [root]
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            stack += [n for n, _ in node.next_functions]
+    return len(seen)
+
+
+@pytest.mark.parametrize("options", [{}, {"slots": 2}, {"window": 3}])
+def test_graph_behind_theta_T_does_not_grow_with_T(options: dict) -> None:
+    counts = {graph_nodes(loop(steps, **options)[1].grad_fn) for steps in (4, 8, 40)}
+    assert len(counts) == 1
+
+
+def test_equal_steps_share_one_program() -> None:
+    step_cache.clear()
+    counts = []
+    for steps in (3, 30):
+        engine, _, _ = loop(steps)
+        counts.append(len(engine.program.step_graphs))
+        assert engine.program.horizon == steps
+    assert counts == [2, 2]  # the first step creates the momentum buffer
+
+
+def test_numbers_that_differ_between_steps_are_lifted() -> None:
+    step_cache.clear()
+    net, lr = network(), torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    table = torch.linspace(0.5, 1.5, 30, dtype=torch.float64, requires_grad=True)
+    inner = metaoptim.MetaSGD([net], lr=lr)
+    with metaoptim.SlidingWindow() as window:
+        for t in range(20):
+            inner.param_groups[0]["lr"] = 0.1 / (1 + t)
+            inner.step(loss_of(net, t) * (1 + 0.1 * t) * table[t] + table[t : t + 2].sum() * net(torch.ones(1, 3).double()).sum())
+        assert len(window.program.step_graphs) <= 3
+        loss_of(net, 99).backward()
+    assert (table.grad[:21] != 0).all()
+
+
+def test_a_program_prints_as_text() -> None:
+    engine, _, _ = loop(5)
+    text = str(engine.program)
+    assert "5 inner steps, 2 distinct" in text and "gradient(" in text and "theta[float64 4×3]" in text
+    assert "momentum_buffer" in text
+
+
+def nodes_of(step: Any) -> list[Any]:
+    return [n for n in step.graph.nodes if n.op == "call_function" and isinstance(n.target, torch._ops.OpOverload)]
+
+
+@pytest.mark.parametrize("slots", [None, 2])
+def test_corrupting_a_node_changes_the_gradient(slots: int | None) -> None:
+    """Every arithmetic node of the step graph: replaced by twice itself, it must show in the meta-gradient."""
+    step_cache.clear()
+    engine, total, own = loop(4, slots=slots)
+    honest = torch.autograd.grad(total, own, retain_graph=True)
+    step = next(c.step for c in reversed(engine.program.calls) if isinstance(c, StepCall))
+    tried = 0
+    for node in nodes_of(step):
+        if node.target in (aten.t.default, aten.view.default, aten.detach.default, aten.expand.default):
+            continue
+        step.programs.clear()
+        with step.graph.inserting_after(node):
+            twice = step.graph.call_function(aten.mul.Tensor, (node, 2.0))
+        users = [u for u in node.users if u is not twice]
+        for user in users:
+            user.replace_input_with(node, twice)
+        if not any(p is not None for p in users):
+            continue
+        corrupted = torch.autograd.grad(total, own, retain_graph=True)
+        assert any(not torch.allclose(a, b, rtol=1e-6, atol=1e-12) for a, b in zip(honest, corrupted, strict=True)), node
+        for user in users:
+            user.replace_input_with(twice, node)
+        step.graph.erase_node(twice)
+        tried += 1
+    assert tried >= 8
+    step.programs.clear()
+    again = torch.autograd.grad(total, own)
+    assert all(torch.equal(a, b) for a, b in zip(honest, again, strict=True))
+    step_cache.clear()
+
+
+def test_every_step_graph_has_one_gradient_node_and_complete_roles() -> None:
+    engine, _, _ = loop(3)
+    for step in engine.program.step_graphs:
+        assert len(step.graph.find_nodes(op="call_function", target=gradient)) == 1
+        assert len(step.graph.find_nodes(op="placeholder")) == len(step.inputs)
+        assert {p.role.value for p in step.inputs} >= {"theta", "meta", "scan"}
+
+
+def test_no_backward_builds_a_graph_over_more_than_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sweeps run without grad mode, on tensors without history."""
+    from metaoptim.runtime import engine as engine_module
+
+    real, seen = engine_module.lowered, []
+
+    def spy(step: Any, kind: str, inputs: Any) -> Any:
+        seen.append(kind)
+        assert not torch.is_grad_enabled() and all(t.grad_fn is None for t in inputs)
+        return real(step, kind, inputs)
+
+    monkeypatch.setattr(engine_module, "lowered", spy)
+    engine, total, _ = loop(6, slots=2)
+    total.backward()
+    assert seen.count("vjp") == 6 and all(t.grad_fn is None for t in engine.state)
+
+
+def test_slots_bound_the_states_kept() -> None:
+    for slots in (1, 2, 3, 5):
+        net, lr = network(), torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+        inner = metaoptim.MetaSGD([net], lr=lr)
+        with metaoptim.SlidingWindow(slots=slots) as window:
+            most = 0
+            store = window._session.engine.store
+            original = store._put
+            store._put = lambda p, s, o=original: (o(p, s), None)[1]
+            for t in range(25):
+                inner.step(loss_of(net, t))
+                most = max(most, len(store))
+            loss_of(net, 99).backward()
+            assert most <= slots and len(store) <= slots
+        assert lr.grad is not None
+
+
+def test_random_stream_ends_where_it_would_have() -> None:
+    ends = []
+    for strategy in ("auto", "full_tape", "plain"):
+        torch.manual_seed(1)
+        net = nn.Sequential(network(), nn.Dropout(0.3))
+        if strategy == "plain":
+            for t in range(3):
+                loss_of(net, t).backward()
+            loss_of(net, 9).backward()
+        else:
+            inner = metaoptim.MetaSGD([net], lr=0.1)
+            with metaoptim.SlidingWindow(offline=True, strategy=strategy, **({"slots": 1} if strategy == "auto" else {})):
+                for t in range(3):
+                    inner.step(loss_of(net, t))
+                loss_of(net, 9).backward()
+        ends.append(torch.get_rng_state())
+    assert torch.equal(ends[0], ends[1]) and torch.equal(ends[0], ends[2])
+
+
+@pytest.mark.parametrize("window", [1, 2, 5])
+def test_overlapping_windows_give_each_loss_its_own_steps(window: int) -> None:
+    case = problem("linear", "momentum", 9, False, window, per_step=True)
+    expected = run_oracle(case)
+    for slots in (None, 1, 3):
+        agree(run_window(case, slots=slots), expected)
+
+
+@pytest.mark.parametrize("slots", [None, 1, 4])
+def test_a_sliding_window_keeps_a_tape_of_W(slots: int | None) -> None:
+    net, lr = network(), torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    inner = metaoptim.MetaSGD([net], lr=lr)
+    outer = torch.optim.SGD([lr], lr=1e-3)
+    with metaoptim.SlidingWindow(window=4, slots=slots) as w:
+        for t in range(60):
+            inner.step(loss_of(net, t))
+            if t % 10 == 9:
+                outer.zero_grad()
+                loss_of(net, 99).backward()
+                assert lr.grad is not None and lr.grad != 0
+                outer.step()  # in place, between overlapping windows
+            assert len(w.program.calls) <= 30 and len(w._session.engine.store) <= 30
