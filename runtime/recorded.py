@@ -173,6 +173,7 @@ class RecordedSession(Session):
                 changes.append((index, state[name]))
         if changes:
             engine.append(Assign(tuple(i for i, _ in changes), [v for _, v in changes]), changes)
+            self.recorder.epoch.position = engine.position  # theta is the same here
 
     # -- the step graph ------------------------------------------------------------------------------------------
 

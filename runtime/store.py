@@ -46,7 +46,10 @@ class SlotStore:
 
     def nearest(self, position: int) -> int:
         """The highest position held that is not above ``position``."""
-        return self._positions[bisect_right(self._positions, position) - 1]
+        at = bisect_right(self._positions, position)
+        if not at:
+            raise AssertionError(f"position {position} lies below the tape, which begins at {self._positions[0]}")
+        return self._positions[at - 1]
 
     def offer(self, position: int, state: State) -> None:
         """A new state, in order of position; kept if its turn has come."""
