@@ -26,6 +26,7 @@ test: $(VENV)/.test,examples
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 format: $(VENV)/.lint

@@ -35,9 +35,18 @@ class WithHooks:
         return value
 
 
-def build_step(slice_: Slice, plan: UpdatePlan, params: Sequence[int], stale: bool, theta_specs: Sequence[tuple],
-               param_specs: Sequence[tuple], state_specs: Sequence[dict[str, tuple]], lifted: Sequence[int],
-               first_order: bool, hooked: bool) -> StepGraph:
+def build_step(
+    slice_: Slice,
+    plan: UpdatePlan,
+    params: Sequence[int],
+    stale: bool,
+    theta_specs: Sequence[tuple],
+    param_specs: Sequence[tuple],
+    state_specs: Sequence[dict[str, tuple]],
+    lifted: Sequence[int],
+    first_order: bool,
+    hooked: bool,
+) -> StepGraph:
     """The StepGraph of a recorded step.
 
     Args:
@@ -51,12 +60,19 @@ def build_step(slice_: Slice, plan: UpdatePlan, params: Sequence[int], stale: bo
     """
     builder = _Builder(slice_, lifted)
     thetas = [builder.input(Role.THETA, spec, f"theta_{i}") for i, spec in enumerate(theta_specs)]
-    now = [builder.input(Role.THETA_NOW, spec, f"now_{i}") for i, spec in enumerate(param_specs)] if stale else [
-        thetas[i] for i in params]
-    states = [{k: builder.input(Role.OPT_STATE, spec, f"{k}_{i}") for k, spec in state.items()}
-              for i, state in enumerate(state_specs)]
-    externals = [builder.input(Role.META if grad else Role.SCAN, spec, f"{'meta' if grad else 'scan'}_{i}")
-                 for i, (spec, grad) in enumerate(slice_.key[2])]
+    now = (
+        [builder.input(Role.THETA_NOW, spec, f"now_{i}") for i, spec in enumerate(param_specs)]
+        if stale
+        else [thetas[i] for i in params]
+    )
+    states = [
+        {k: builder.input(Role.OPT_STATE, spec, f"{k}_{i}") for k, spec in state.items()}
+        for i, state in enumerate(state_specs)
+    ]
+    externals = [
+        builder.input(Role.META if grad else Role.SCAN, spec, f"{'meta' if grad else 'scan'}_{i}")
+        for i, (spec, grad) in enumerate(slice_.key[2])
+    ]
     numbers: dict[int, fx.Node] = {}
     for i in lifted:
         dtype = torch.float64 if isinstance(slice_.numbers[i], float) else torch.int64
@@ -69,15 +85,26 @@ def build_step(slice_: Slice, plan: UpdatePlan, params: Sequence[int], stale: bo
     grad_nodes = grads
     if first_order:
         grads = [graph.call_function(aten.detach.default, (g,)) for g in grads]
-    new_thetas, new_states, state_names, new_specs = _trace_update(graph, plan, now, grads, states, slots, builder)
+    new_thetas, new_states, state_names, new_specs = _trace_update(
+        graph, plan, now, grads, states, slots, builder
+    )
     outputs = [Port(Role.LOSS, (), "loss")]
     outputs += [Port(Role.THETA, spec, f"theta_{i}'") for i, spec in zip(params, param_specs, strict=True)]
-    outputs += [Port(Role.OPT_STATE, spec, f"{name}'") for name, spec in zip(state_names, new_specs, strict=True)]
+    outputs += [
+        Port(Role.OPT_STATE, spec, f"{name}'") for name, spec in zip(state_names, new_specs, strict=True)
+    ]
     outputs += [Port(Role.GRADIENT, spec, f"g_{i}") for i, spec in zip(params, param_specs, strict=True)]
-    graph.output(tuple([loss, *new_thetas, *new_states, *grad_nodes]))
+    graph.output((loss, *new_thetas, *new_states, *grad_nodes))
     graph.lint()
-    return StepGraph(graph, tuple(builder.inputs), tuple(outputs), slice_.opaque,
-                     any(e.shape is not None for e in slice_.entries), first_order, hooked)
+    return StepGraph(
+        graph,
+        tuple(builder.inputs),
+        tuple(outputs),
+        slice_.opaque,
+        any(e.shape is not None for e in slice_.entries),
+        first_order,
+        hooked,
+    )
 
 
 class _Builder:
@@ -114,8 +141,10 @@ class _Builder:
     def _emit(self, entry: Any, key: tuple) -> fx.Node:
         op = entry.op
         if isinstance(op, Function):
-            args = tuple(a if k[:1] == ("o",) else self.value(k) if isinstance(k, tuple) else k
-                         for a, k in zip(entry.args, key[1], strict=True))
+            args = tuple(
+                a if k[:1] == ("o",) else self.value(k) if isinstance(k, tuple) else k
+                for a, k in zip(entry.args, key[1], strict=True)
+            )
             return self.graph.call_function(op, args, {k: self.value(v) for k, v in key[2]})
         args = key[1]
         if op is aten.select.int and isinstance(args[2], tuple) and args[2][0] == "n":
@@ -127,7 +156,9 @@ class _Builder:
             if isinstance(a, tuple) and a[:1] == ("n",) and a[1] in self.lifted:
                 # a wrapped number takes the dtype of the tensor it meets
                 values[at] = self.graph.call_function(aten.type_as.default, (values[at], values[0]))
-        return self.graph.call_function(SUBSTITUTES.get(op, op), tuple(values), {k: self.value(v) for k, v in key[2]})
+        return self.graph.call_function(
+            SUBSTITUTES.get(op, op), tuple(values), {k: self.value(v) for k, v in key[2]}
+        )
 
     def _select(self, source: Any, dim: int, at: tuple) -> fx.Node:
         call, source = self.graph.call_function, self.value(source)
@@ -140,7 +171,10 @@ class _Builder:
         call, source = self.graph.call_function, self.value(source)
         start = self.slice.numbers[at[1]]
         if at[1] not in self.lifted:
-            return call(aten.slice.Tensor, (source, dim, start, start + (length - 1) * stride + 1 if length else start, stride))
+            return call(
+                aten.slice.Tensor,
+                (source, dim, start, start + (length - 1) * stride + 1 if length else start, stride),
+            )
         offsets = call(aten.arange.default, (length,))
         index = call(aten.add.Tensor, (call(aten.mul.Tensor, (offsets, stride)), self.numbers[at[1]]))
         return call(aten.index_select.default, (source, dim, index))
@@ -166,8 +200,15 @@ class _Builder:
         return tuple(self.value(t) for t in token)
 
 
-def _trace_update(graph: fx.Graph, plan: UpdatePlan, thetas: list[fx.Node], grads: list[fx.Node],
-                  states: list[dict[str, fx.Node]], slots: list[Any], builder: _Builder) -> tuple[list, list, list, list]:
+def _trace_update(
+    graph: fx.Graph,
+    plan: UpdatePlan,
+    thetas: list[fx.Node],
+    grads: list[fx.Node],
+    states: list[dict[str, fx.Node]],
+    slots: list[Any],
+    builder: _Builder,
+) -> tuple[list, list, list, list]:
     """Inline the update's ATen ops into ``graph``."""
     names: list[str] = []
     with tracing(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
@@ -177,20 +218,30 @@ def _trace_update(graph: fx.Graph, plan: UpdatePlan, thetas: list[fx.Node], grad
         def fake(node: Any, spec: tuple | None = None) -> Any:
             if not isinstance(node, fx.Node):
                 return node
-            shape, dtype, stride, device = spec or node.meta.get("spec") or ((), torch.float64, (), torch.device("cpu"))
+            shape, dtype, stride, device = (
+                spec or node.meta.get("spec") or ((), torch.float64, (), torch.device("cpu"))
+            )
             fakes.append(torch.empty_strided(shape, stride, dtype=dtype, device=device))
             nodes.append(node)
             return ("input", len(fakes) - 1)
 
-        where = ([fake(t) for t in thetas], [fake(g, t.meta["spec"]) for g, t in zip(grads, thetas, strict=True)],
-                 [{k: fake(v) for k, v in s.items()} for s in states], [fake(s) for s in slots])
+        where = (
+            [fake(t) for t in thetas],
+            [fake(g, t.meta["spec"]) for g, t in zip(grads, thetas, strict=True)],
+            [{k: fake(v) for k, v in s.items()} for s in states],
+            [fake(s) for s in slots],
+        )
 
         def run(*inputs: Tensor) -> list[Tensor]:
             def pick(v: Any) -> Any:
                 return inputs[v[1]] if isinstance(v, tuple) and v[:1] == ("input",) else v
 
-            new, new_states = plan.run([pick(t) for t in where[0]], [pick(g) for g in where[1]],
-                                       [{k: pick(v) for k, v in s.items()} for s in where[2]], list(map(pick, where[3])))
+            new, new_states = plan.run(
+                [pick(t) for t in where[0]],
+                [pick(g) for g in where[1]],
+                [{k: pick(v) for k, v in s.items()} for s in where[2]],
+                list(map(pick, where[3])),
+            )
             names[:] = [f"{k}_{i}" for i, s in enumerate(new_states) for k in s]
             return [*new, *(v for s in new_states for v in s.values())]
 

@@ -9,7 +9,9 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-_hook: ContextVar[Callable[[Tensor], Tensor | None] | None] = ContextVar("metaoptim_cotangent_hook", default=None)
+_hook: ContextVar[Callable[[Tensor], Tensor | None] | None] = ContextVar(
+    "metaoptim_cotangent_hook", default=None
+)
 
 
 @torch.library.custom_op("metaoptim::cotangent_hook", mutates_args=())
@@ -20,8 +22,10 @@ def call_cotangent_hook(cotangent: Tensor) -> Tensor:
     if result is None:
         return cotangent.clone()
     if result.shape != cotangent.shape:
-        raise ValueError(f"backward_hook: got a result of shape {tuple(result.shape)}, expected "
-                         f"{tuple(cotangent.shape)}; return a tensor like its argument, or None to keep it")
+        raise ValueError(
+            f"backward_hook: got a result of shape {tuple(result.shape)}, expected "
+            f"{tuple(cotangent.shape)}; return a tensor like its argument, or None to keep it"
+        )
     return result.to(cotangent.dtype).clone() if result is cotangent else result.to(cotangent.dtype)
 
 

@@ -34,7 +34,7 @@ def vjp_graph(step: StepGraph, example: Sequence[Tensor] | None = None) -> fx.Gr
     hook = call_cotangent_hook if step.hooked else None
 
     def vjp(*args: Tensor) -> tuple:
-        inputs, cotangents = args[: len(step.inputs)], args[len(step.inputs):]
+        inputs, cotangents = args[: len(step.inputs)], args[len(step.inputs) :]
         held = _as_leaves(step, inputs, (Role.THETA, Role.THETA_NOW, Role.OPT_STATE, Role.META))
         results = interpret(step, held, create_graph=True, cotangent_hook=hook)
         outs = [results[i] for i in cotangent_outputs(step)]
@@ -42,8 +42,9 @@ def vjp_graph(step: StepGraph, example: Sequence[Tensor] | None = None) -> fx.Gr
         wanted = [i for i, t in enumerate(held) if t.requires_grad]
         grads: list[Tensor | None] = [None] * len(held)
         if pairs:
-            found = torch.autograd.grad([o for o, _ in pairs], [held[i] for i in wanted], [c for _, c in pairs],
-                                        allow_unused=True)
+            found = torch.autograd.grad(
+                [o for o, _ in pairs], [held[i] for i in wanted], [c for _, c in pairs], allow_unused=True
+            )
             for i, g in zip(wanted, found, strict=True):
                 grads[i] = g
         return tuple(grads)
@@ -54,16 +55,21 @@ def vjp_graph(step: StepGraph, example: Sequence[Tensor] | None = None) -> fx.Gr
 
 def cotangent_outputs(step: StepGraph) -> list[int]:
     """Positions of the outputs that take a cotangent."""
-    return [i for i, p in enumerate(step.outputs) if p.role in (Role.THETA, Role.OPT_STATE) and p.differentiable]
+    return [
+        i for i, p in enumerate(step.outputs) if p.role in (Role.THETA, Role.OPT_STATE) and p.differentiable
+    ]
 
 
 def _as_leaves(step: StepGraph, inputs: Sequence[Tensor], roles: tuple[Role, ...]) -> list[Tensor]:
-    return [t.detach().requires_grad_() if p.role in roles and p.differentiable else t
-            for t, p in zip(inputs, step.inputs, strict=True)]
+    return [
+        t.detach().requires_grad_() if p.role in roles and p.differentiable else t
+        for t, p in zip(inputs, step.inputs, strict=True)
+    ]
 
 
-def _trace(fn: Callable, step: StepGraph, extra: Sequence[Callable[[], Tensor]],
-           example: Sequence[Tensor] | None) -> fx.GraphModule:
+def _trace(
+    fn: Callable, step: StepGraph, extra: Sequence[Callable[[], Tensor]], example: Sequence[Tensor] | None
+) -> fx.GraphModule:
     """Trace over fake tensors; over ``example`` where shapes depend on values."""
     with tracing():
         if step.dynamic:

@@ -24,12 +24,16 @@ class _Interpreter(fx.Interpreter):
             args, _ = self.fetch_args_kwargs_from_env(n)
             return self.gradient(*args)
         # after the gradient nothing but its derivative needs a graph
-        with torch.set_grad_enabled(n.meta.get("grad", True) and (self.create_graph or not n.meta.get("update", False))):
+        with torch.set_grad_enabled(
+            n.meta.get("grad", True) and (self.create_graph or not n.meta.get("update", False))
+        ):
             return super().run_node(n)
 
     def gradient(self, loss: Tensor, thetas: Sequence[Tensor]) -> tuple[Tensor, ...]:
         create = self.create_graph and not self.first_order
-        grads = torch.autograd.grad(loss, list(thetas), create_graph=create, retain_graph=create or self.create_graph)
+        grads = torch.autograd.grad(
+            loss, list(thetas), create_graph=create, retain_graph=create or self.create_graph
+        )
         if self.cotangent_hook is not None and create:
             grads = tuple(_HookCotangent.apply(g, self.cotangent_hook) for g in grads)
         return tuple(grads)
@@ -48,8 +52,9 @@ class _HookCotangent(torch.autograd.Function):
         return ctx.hook(cotangent), None
 
 
-def interpret(step: StepGraph, inputs: Sequence[Tensor], *, create_graph: bool,
-              cotangent_hook: Callable | None = None) -> tuple[Any, ...]:
+def interpret(
+    step: StepGraph, inputs: Sequence[Tensor], *, create_graph: bool, cotangent_hook: Callable | None = None
+) -> tuple[Any, ...]:
     """The outputs of ``step``.
 
     Args:

@@ -89,7 +89,9 @@ class StepGraph:
         lines = [f"step({', '.join(map(str, self.inputs))}):"]
         for node in self.graph.nodes:
             if node.op == "call_function":
-                args = ", ".join([_show(a) for a in node.args] + [f"{k}={_show(v)}" for k, v in node.kwargs.items()])
+                args = ", ".join(
+                    [_show(a) for a in node.args] + [f"{k}={_show(v)}" for k, v in node.kwargs.items()]
+                )
                 mark = "" if node.meta.get("grad", True) else "  # no_grad"
                 lines.append(f"  {node.name} = {_target_name(node.target)}({args}){mark}")
         (result,) = self.graph.find_nodes(op="output")
@@ -99,7 +101,9 @@ class StepGraph:
 
 
 def _target_name(target: Any) -> str:
-    return str(target) if isinstance(target, torch._ops.OpOverload) else getattr(target, "__name__", str(target))
+    return (
+        str(target) if isinstance(target, torch._ops.OpOverload) else getattr(target, "__name__", str(target))
+    )
 
 
 def _show(value: Any) -> str:

@@ -45,8 +45,9 @@ class StepCache:
         self._families: OrderedDict[Any, _Family] = OrderedDict()
         self._lock = RLock()
 
-    def get(self, key: Any, numbers: tuple, build: Callable[[tuple[int, ...]], StepGraph]
-            ) -> tuple[StepGraph, tuple[int, ...], bool]:
+    def get(
+        self, key: Any, numbers: tuple, build: Callable[[tuple[int, ...]], StepGraph]
+    ) -> tuple[StepGraph, tuple[int, ...], bool]:
         """The step for ``key`` and ``numbers``, which of the numbers are its inputs, and whether it is new."""
         with self._lock:
             family = self._families.get(key)

@@ -15,6 +15,12 @@ _lock = RLock()  # make_fx patches torch globally while it runs
 @contextmanager
 def tracing() -> Iterator[None]:
     """One trace at a time, outside the user's modes and autocast, with grad mode on."""
-    with _lock, _disable_current_modes(), torch.enable_grad(), torch.autocast("cpu", enabled=False), torch.autocast(
-            "cuda", enabled=False), torch.autograd.set_detect_anomaly(False):
+    with (
+        _lock,
+        _disable_current_modes(),
+        torch.enable_grad(),
+        torch.autocast("cpu", enabled=False),
+        torch.autocast("cuda", enabled=False),
+        torch.autograd.set_detect_anomaly(False),
+    ):
         yield

@@ -53,8 +53,9 @@ class UpdatePlan:
     states: tuple[tuple[str, ...], ...]
     clip: Clip | None = None
 
-    def run(self, thetas: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[State],
-            slots: Sequence[Any]) -> tuple[list[Tensor], list[State]]:
+    def run(
+        self, thetas: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[State], slots: Sequence[Any]
+    ) -> tuple[list[Tensor], list[State]]:
         """New parameters and new states."""
 
         groups = [{name: _fill(value, slots) for name, value in group} for group in self.groups]

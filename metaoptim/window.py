@@ -56,23 +56,39 @@ class SlidingWindow:
         arXiv 1805.09801, eq. 4-6.
     """
 
-    def __init__(self, offline: bool = False, backward_hook: Callable[[Tensor], Tensor | None] | None = None,
-                 record_grad_tape: bool = False, pickup_step: int = -1, *, window: int | None = None,
-                 slots: int | None = None, strategy: str = "auto") -> None:
+    def __init__(
+        self,
+        offline: bool = False,
+        backward_hook: Callable[[Tensor], Tensor | None] | None = None,
+        record_grad_tape: bool = False,
+        pickup_step: int = -1,
+        *,
+        window: int | None = None,
+        slots: int | None = None,
+        strategy: str = "auto",
+    ) -> None:
         if strategy not in _STRATEGIES:
-            raise ValueError(f"strategy: got {strategy!r}, expected one of {', '.join(map(repr, _STRATEGIES))}")
+            raise ValueError(
+                f"strategy: got {strategy!r}, expected one of {', '.join(map(repr, _STRATEGIES))}"
+            )
         for name, value in (("window", window), ("slots", slots)):
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"{name}: got {value!r}, expected a positive integer or None")
             if value is not None and strategy == "full_tape":
                 raise ValueError(f"{name}={value}: a full_tape window keeps everything; use strategy='auto'")
         if not isinstance(pickup_step, int) or pickup_step < -1:
-            raise ValueError(f"pickup_step: got {pickup_step!r}, expected a step counted from 0, or -1 for the last")
+            raise ValueError(
+                f"pickup_step: got {pickup_step!r}, expected a step counted from 0, or -1 for the last"
+            )
         if offline and pickup_step != -1:
-            raise WindowError(f"pickup_step={pickup_step} with offline=True: offline, the networks return to where they "
-                              "began, so there is no step to pick up; use offline=False")
+            raise WindowError(
+                f"pickup_step={pickup_step} with offline=True: offline, the networks return to where they "
+                "began, so there is no step to pick up; use offline=False"
+            )
         if backward_hook is not None and not callable(backward_hook):
-            raise TypeError(f"backward_hook: got {type(backward_hook).__name__}, expected a function of one tensor")
+            raise TypeError(
+                f"backward_hook: got {type(backward_hook).__name__}, expected a function of one tensor"
+            )
         self._options = Options(offline, backward_hook, record_grad_tape, pickup_step, window, slots)
         self._strategy = strategy
         self._session: Session | None = None
@@ -80,8 +96,10 @@ class SlidingWindow:
 
     def __enter__(self) -> SlidingWindow:
         if current_session() is not None:
-            raise WindowError("a window was opened inside a window; close the first one, or use one window with several "
-                              "optimizers")
+            raise WindowError(
+                "a window was opened inside a window; close the first one, or use one window with several "
+                "optimizers"
+            )
         session = self._session = _STRATEGIES[self._strategy](self._options)
         session.open()
         try:
@@ -94,7 +112,9 @@ class SlidingWindow:
         self._program = getattr(session, "program", None)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         session, self._session = self._session, None
         assert session is not None
         if isinstance(session, RecordedSession):

@@ -32,7 +32,7 @@ class InnerParameter(nn.Parameter):
 
     own: nn.Parameter
 
-    @property
+    @property  # pyright: ignore[reportIncompatibleVariableOverride]
     def grad(self) -> Tensor | None:  # type: ignore[override]
         """The ``.grad`` of the user's own parameter."""
         return self.own.grad
@@ -55,16 +55,24 @@ def as_parameter(value: Tensor, own: nn.Parameter) -> InnerParameter:
 
 def _refuse_third_order() -> None:
     if torch.is_grad_enabled():
-        raise MetaOptimError("backward through a window with create_graph=True: metaoptim gives meta-gradients, not their "
-                             "derivatives. Drop create_graph, or open the window with strategy='full_tape'.")
+        raise MetaOptimError(
+            "backward through a window with create_graph=True: metaoptim gives meta-gradients, not their "
+            "derivatives. Drop create_graph, or open the window with strategy='full_tape'."
+        )
 
 
 class Read(torch.autograd.Function):
     """Theta at a position, as parameters the user's code can use."""
 
     @staticmethod
-    def forward(ctx: Any, engine: Engine, position: int, indices: Sequence[int], own: Sequence[nn.Parameter],  # type: ignore[override]
-                token: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any,
+        engine: Engine,
+        position: int,
+        indices: Sequence[int],
+        own: Sequence[nn.Parameter],  # type: ignore[override]
+        token: Tensor,
+    ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.engine, ctx.position, ctx.indices = engine, position, tuple(indices)
         state = engine.state
@@ -83,13 +91,20 @@ class Read(torch.autograd.Function):
 class Link(torch.autograd.Function):
     """Where differentiable tensors enter: a new token that stands for them and for everything before.
 
-    ``metas`` are the numbers of the meta-parameters among ``tensors``; ``thetas`` the state indices of the rest, which are
-    parameters adopted at ``position``.
+    ``metas`` are the numbers of the meta-parameters among ``tensors``; ``thetas`` the state indices of the rest,
+    which are parameters adopted at ``position``.
     """
 
     @staticmethod
-    def forward(ctx: Any, engine: Engine, position: int, metas: Sequence[int], thetas: Sequence[int], token: Tensor,  # type: ignore[override]
-                *tensors: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        engine: Engine,
+        position: int,
+        metas: Sequence[int],
+        thetas: Sequence[int],
+        token: Tensor,  # type: ignore[override]
+        *tensors: Tensor,
+    ) -> Tensor:
         ctx.engine, ctx.position, ctx.metas, ctx.thetas = engine, position, tuple(metas), tuple(thetas)
         return torch.empty(0)
 
@@ -98,7 +113,9 @@ class Link(torch.autograd.Function):
         _refuse_third_order()
         sweep = ctx.engine.sweep_of(torch._C._current_graph_task_id())
         ctx.engine.pull_back(sweep, ctx.position)
-        grads = [sweep.metas.pop(m, None) for m in ctx.metas] + [sweep.adopted.pop(i, None) for i in ctx.thetas]
+        grads = [sweep.metas.pop(m, None) for m in ctx.metas] + [
+            sweep.adopted.pop(i, None) for i in ctx.thetas
+        ]
         return None, None, None, None, torch.empty(0), *grads
 
 
@@ -109,9 +126,20 @@ class WindowedRead(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, engine: Engine, position: int, indices: Sequence[int], own: Sequence[nn.Parameter],  # type: ignore[override]
-                bottom: int, metas: Sequence[int], thetas: Sequence[int], life: Any,
-                on_cut: Callable[[], None] | None, anchor: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any,
+        engine: Engine,
+        position: int,
+        indices: Sequence[int],
+        own: Sequence[nn.Parameter],  # type: ignore[override]
+        bottom: int,
+        metas: Sequence[int],
+        thetas: Sequence[int],
+        life: Any,
+        on_cut: Callable[[], None] | None,
+        anchor: Tensor,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.engine, ctx.position, ctx.indices, ctx.bottom = engine, position, tuple(indices), bottom
         ctx.metas, ctx.thetas, ctx.life, ctx.on_cut = tuple(metas), tuple(thetas), life, on_cut

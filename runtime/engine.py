@@ -105,8 +105,12 @@ class Engine:
             return copies[id(t)]
 
         with _disable_current_modes(), torch.no_grad():
-            for values in [self.state, *self.store.states, *self._work.values(),
-                           *(c.values for c in self.program.calls if isinstance(c, Assign))]:
+            for values in [
+                self.state,
+                *self.store.states,
+                *self._work.values(),
+                *(c.values for c in self.program.calls if isinstance(c, Assign)),
+            ]:
                 values[:] = [kept(t) for t in values]
 
     def trim(self, needed: int) -> None:
@@ -122,7 +126,7 @@ class Engine:
             self.store.rebase(base, state)
         if base > start:
             self.store.rebase(base, self.store[base])
-            self.program = Program(base, self.program.calls[base - start:])
+            self.program = Program(base, self.program.calls[base - start :])
 
     # -- states --------------------------------------------------------------------------------------------------
 
@@ -151,7 +155,9 @@ class Engine:
         found = self._work.get(position)
         return self.store[position] if found is None else found
 
-    def _advance(self, call: StepCall | Assign, position: int, state: State, passed: dict[int, State]) -> State:
+    def _advance(
+        self, call: StepCall | Assign, position: int, state: State, passed: dict[int, State]
+    ) -> State:
         new = list(state)
         if isinstance(call, Assign):
             for index, value in zip(call.indices, call.values, strict=True):
@@ -198,7 +204,11 @@ class Engine:
         found = self._sweeps.get(task)
         if found is None:
             found = self._sweeps[task] = Sweep()
-            torch.autograd.Variable._execution_engine.queue_callback(lambda: self._sweeps.pop(task, None))
+
+            def forget() -> None:
+                self._sweeps.pop(task, None)
+
+            torch.autograd.Variable._execution_engine.queue_callback(forget)
         return found
 
     def pull_back(self, sweep: Sweep, bottom: int) -> None:
@@ -242,8 +252,12 @@ class Engine:
         arguments = (*inputs, *cotangents)
         grads = lowered(step, "vjp", arguments)(*arguments)
         roles = [p.role for p in step.inputs]
-        indices = {Role.THETA: iter(call.theta), Role.THETA_NOW: iter(call.update), Role.OPT_STATE: iter(call.opt_state_in),
-                   Role.META: iter(call.metas)}
+        indices = {
+            Role.THETA: iter(call.theta),
+            Role.THETA_NOW: iter(call.update),
+            Role.OPT_STATE: iter(call.opt_state_in),
+            Role.META: iter(call.metas),
+        }
         for role, grad in zip(roles, grads, strict=True):
             index = next(indices[role]) if role in indices else -1
             if grad is None or index < 0:

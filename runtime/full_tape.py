@@ -1,4 +1,4 @@
-"""The full tape: plain eager PyTorch with `create_graph=True`. The oracle, and the way out for what cannot be recorded."""
+"""The full tape, plain eager PyTorch with `create_graph=True`: the oracle, and a way out of what cannot be recorded."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from ..compiler.capture.recorder import Recorder
 from ..compiler.update import UpdatePlan, clip_gradients
 from .bridge import as_parameter
 from .session import Options, Session
-
 
 # How many versions back a loss may have read: steps that other optimizers took since it was computed.
 _LOOK_BACK = 8
@@ -49,10 +48,16 @@ class FullTapeSession(Session):
         for i in ordinals:
             p = self.networks.originals[i]
             with torch.enable_grad():
-                shown = _show(p, p) if self.options.offline else as_parameter(p.detach().clone(), p).requires_grad_()
+                shown = (
+                    _show(p, p)
+                    if self.options.offline
+                    else as_parameter(p.detach().clone(), p).requires_grad_()
+                )
             self.networks.show(i, shown)
         if late and self._versions:
-            raise WindowError("an optimizer of another thread joined a full_tape window late; make it in its own thread")
+            raise WindowError(
+                "an optimizer of another thread joined a full_tape window late; make it in its own thread"
+            )
         before = [list(self.networks.originals)] if late else []
         self._versions += [*before, list(self.networks.shown)]
 
@@ -75,16 +80,28 @@ class FullTapeSession(Session):
             for (i, _), p in zip(used, originals, strict=True):
                 state = optimizer.state[p]
                 if not state:
-                    state.update(optimizer.init_state(self.networks.shown[i].detach(), optimizer.param_groups[group_of[id(p)]]))
+                    state.update(
+                        optimizer.init_state(
+                            self.networks.shown[i].detach(), optimizer.param_groups[group_of[id(p)]]
+                        )
+                    )
                 states.append(dict(state))
             if optimizer._normalizer is not None:
                 inner = clip_gradients(inner, *optimizer._normalizer[:2])
-            groups = tuple(tuple((k, group[k]) for k in optimizer.defaults) for group in optimizer.param_groups)
-            plan = UpdatePlan(type(optimizer).update, groups, tuple(group_of[id(p)] for p in originals),
-                              tuple(map(tuple, states)))
+            groups = tuple(
+                tuple((k, group[k]) for k in optimizer.defaults) for group in optimizer.param_groups
+            )
+            plan = UpdatePlan(
+                type(optimizer).update,
+                groups,
+                tuple(group_of[id(p)] for p in originals),
+                tuple(map(tuple, states)),
+            )
             new, new_states = plan.run([self.networks.shown[i] for i, _ in used], inner, states, ())
-            shown = [_show(value, p) if value.requires_grad else as_parameter(value, p).requires_grad_()
-                     for value, p in zip(new, originals, strict=True)]
+            shown = [
+                _show(value, p) if value.requires_grad else as_parameter(value, p).requires_grad_()
+                for value, p in zip(new, originals, strict=True)
+            ]
             for (i, _), value in zip(used, shown, strict=True):
                 self.networks.show(i, value)
             # The others are shown anew too: what they are read for from now on is not what past steps read them for, so
@@ -103,7 +120,9 @@ class FullTapeSession(Session):
             tried = [k for k in missing if ordinals[k] < len(version)]
             if not tried:
                 break
-            found = torch.autograd.grad(loss, [version[ordinals[k]] for k in tried], retain_graph=True, allow_unused=True)
+            found = torch.autograd.grad(
+                loss, [version[ordinals[k]] for k in tried], retain_graph=True, allow_unused=True
+            )
             for k, g in zip(tried, found, strict=True):
                 if g is not None:
                     thetas[k] = version[ordinals[k]]
@@ -120,8 +139,10 @@ class FullTapeSession(Session):
         storages = {t.untyped_storage()._cdata: i for i, t in enumerate(self.networks.shown)}
         hit = [storages[s] for t in targets if (s := t.untyped_storage()._cdata) in storages]
         if hit and torch.is_grad_enabled() and any(t.requires_grad for t in targets):
-            raise WindowError(f"parameter {self.networks.names[hit[0]]!r} was changed in place by {op} with grad mode on; "
-                              "wrap the change in torch.no_grad()")
+            raise WindowError(
+                f"parameter {self.networks.names[hit[0]]!r} was changed in place by {op} with grad mode on; "
+                "wrap the change in torch.no_grad()"
+            )
         return hit
 
     def after_write(self, hit: list[int]) -> None:

@@ -32,7 +32,7 @@ def checksum(t: Tensor) -> int | Tensor | None:
         weights = _mixing_weights()
         n = flat.numel()
         whole = n // _CHUNK
-        digest = int(torch.dot(flat[whole * _CHUNK:], weights[: n - whole * _CHUNK]))
+        digest = int(torch.dot(flat[whole * _CHUNK :], weights[: n - whole * _CHUNK]))
         if whole:
             rows = torch.mv(flat[: whole * _CHUNK].view(whole, _CHUNK), weights)
             digest = hash((digest, tuple(rows.tolist())))
@@ -64,7 +64,8 @@ class Held:
                 raise StaleInputError(
                     f"{self.label}, a tensor of shape {tuple(self.tensor.shape)}, was overwritten after the step had "
                     "read it, so the step cannot be differentiated any more. Give each step a tensor of its own (clone "
-                    "what is reused), or call backward before overwriting it.")
+                    "what is reused), or call backward before overwriting it."
+                )
         return self.tensor
 
 
@@ -81,7 +82,9 @@ class Snapshots:
         if known is not None and known[0] is tensor:
             if isinstance(digest, Tensor):
                 same = version == known[2]
-                held = Held(known[3].tensor, digest, label)  # compared when it is used: no synchronisation here
+                held = Held(
+                    known[3].tensor, digest, label
+                )  # compared when it is used: no synchronisation here
             else:
                 same, held = digest == known[1], known[3]
             if same:

@@ -88,7 +88,8 @@ class Networks:
                 if module._parameters.get(name) is not shown:
                     raise WindowError(
                         f"parameter {self.names[i]!r} was bound to another tensor inside the window; change its values "
-                        "instead (`with torch.no_grad(): p.copy_(...)` or load_state_dict), or rebind it outside")
+                        "instead (`with torch.no_grad(): p.copy_(...)` or load_state_dict), or rebind it outside"
+                    )
 
     def restore(self) -> None:
         """Give every module its own parameters and buffers back."""
@@ -115,8 +116,11 @@ class Networks:
 
     def bind(self, fn: Callable) -> Callable:
         """``fn`` for the recomputation of activation checkpointing: it sees the parameters of now."""
-        then = [(module, name, value) for places, value in zip(self._places, self.shown, strict=True)
-                for module, name in places]
+        then = [
+            (module, name, value)
+            for places, value in zip(self._places, self.shown, strict=True)
+            for module, name in places
+        ]
 
         def bound(*args: Any, **kwargs: Any) -> Any:
             now = [(module, name, module._parameters.get(name)) for module, name, _ in then]

@@ -82,14 +82,18 @@ class RecordedSession(Session):
         self.view.settle()
         root = self.recorder.value_of(loss)
         if isinstance(root, External):
-            raise LossError(f"{type(optimizer).__name__}.step: the loss was not computed inside this window; compute it "
-                            "inside the block, from the networks as they are now")
+            raise LossError(
+                f"{type(optimizer).__name__}.step: the loss was not computed inside this window; compute it "
+                "inside the block, from the networks as they are now"
+            )
         hyper = self._hyper(optimizer)
         sliced, epoch = self.view.slice([root, *hyper.roots])
         update = self._plan(optimizer, loss, sliced, hyper, allow_unused)
         if sliced.spies:  # only now have the hooks run
             if any(spy.mutated for spy in sliced.spies):
-                raise CaptureError("a tensor hook changed its gradient in place; return the new gradient instead")
+                raise CaptureError(
+                    "a tensor hook changed its gradient in place; return the new gradient instead"
+                )
             sliced, epoch = self.view.slice([root, *hyper.roots])
         with torch.no_grad():
             new, new_states = update.plan.run(update.old, update.grads, update.states, hyper.slots)
@@ -101,8 +105,10 @@ class RecordedSession(Session):
             for name in state:
                 self._opt_state[id(optimizer), i, name] = next(outputs)
             optimizer.state[self.networks.originals[i]] = state
-        changes = [*zip(call.update, new, strict=True),
-                   *zip(call.opt_state_out, (v for s in new_states for v in s.values()), strict=True)]
+        changes = [
+            *zip(call.update, new, strict=True),
+            *zip(call.opt_state_out, (v for s in new_states for v in s.values()), strict=True),
+        ]
         metas = [x.tensor for x in sliced.externals if x.tensor.requires_grad]
         self.view.take(call, changes, epoch, metas, update.ordinals)
 
@@ -111,10 +117,14 @@ class RecordedSession(Session):
     def _hyper(self, optimizer: Any) -> _Hyper:
         slots: list[Any] = []
         roots: list[Any] = []
-        groups = tuple(tuple((name, self._template(group[name], slots, roots)) for name in optimizer.defaults)
-                       for group in optimizer.param_groups)
+        groups = tuple(
+            tuple((name, self._template(group[name], slots, roots)) for name in optimizer.defaults)
+            for group in optimizer.param_groups
+        )
         normalizer = optimizer._normalizer
-        clip = None if normalizer is None else Clip(self._template(normalizer[0], slots, roots), normalizer[1])
+        clip = (
+            None if normalizer is None else Clip(self._template(normalizer[0], slots, roots), normalizer[1])
+        )
         return _Hyper(groups, clip, slots, roots)
 
     def _template(self, value: Any, slots: list[Any], roots: list[Any]) -> Any:
@@ -130,14 +140,21 @@ class RecordedSession(Session):
         slots.append(value)
         return Slot(len(slots) - 1)
 
-    def _plan(self, optimizer: Any, loss: Tensor, sliced: Slice, hyper: _Hyper, allow_unused: bool) -> _Update:
+    def _plan(
+        self, optimizer: Any, loss: Tensor, sliced: Slice, hyper: _Hyper, allow_unused: bool
+    ) -> _Update:
         indices, shown, engine = self.view.indices, self.networks.shown, self.engine
         read = {t.index: t.tensor for t in sliced.thetas}
-        members = [(i, k) for k, group in enumerate(optimizer.param_groups) for p in group["params"]
-                   if (i := self.networks.index_of(p)) is not None]
+        members = [
+            (i, k)
+            for k, group in enumerate(optimizer.param_groups)
+            for p in group["params"]
+            if (i := self.networks.index_of(p)) is not None
+        ]
         ordinals = [i for i, _ in members]
-        grads = self.gradients(optimizer, loss, ordinals, [read.get(indices[i], shown[i]) for i in ordinals], False,
-                               allow_unused)
+        grads = self.gradients(
+            optimizer, loss, ordinals, [read.get(indices[i], shown[i]) for i in ordinals], False, allow_unused
+        )
         used = [(i, k, g) for (i, k), g in zip(members, grads, strict=True) if g is not None]
         for i, _, _ in used:
             if indices[i] not in read:
@@ -145,10 +162,17 @@ class RecordedSession(Session):
         ordinals = [i for i, _, _ in used]
         self._sync_opt_state(optimizer, ordinals)
         states = [optimizer.state[self.networks.originals[i]] for i in ordinals]
-        plan = UpdatePlan(type(optimizer).update, hyper.groups, tuple(k for _, k, _ in used), tuple(map(tuple, states)),
-                          hyper.clip)
+        plan = UpdatePlan(
+            type(optimizer).update,
+            hyper.groups,
+            tuple(k for _, k, _ in used),
+            tuple(map(tuple, states)),
+            hyper.clip,
+        )
         where = tuple(indices[i] for i in ordinals)
-        return _Update(ordinals, where, [g for _, _, g in used], [engine.state[x] for x in where], states, plan)
+        return _Update(
+            ordinals, where, [g for _, _, g in used], [engine.state[x] for x in where], states, plan
+        )
 
     def _sync_opt_state(self, optimizer: Any, ordinals: list[int]) -> None:
         """Bring optimizer state that is not on the tape (new, from before the window, or just loaded) onto it."""
@@ -177,7 +201,9 @@ class RecordedSession(Session):
 
     # -- the step graph ------------------------------------------------------------------------------------------
 
-    def _capture(self, optimizer: Any, sliced: Slice, update: _Update, epoch: Any, new_states: list[dict]) -> StepCall:
+    def _capture(
+        self, optimizer: Any, sliced: Slice, update: _Update, epoch: Any, new_states: list[dict]
+    ) -> StepCall:
         engine, view = self.engine, self.view
         place = {t.index: k for k, t in enumerate(sliced.thetas)}
         changed = {t.index for t in sliced.thetas if not view.unchanged(t)}
@@ -188,29 +214,56 @@ class RecordedSession(Session):
         param_specs = tuple(map(tensor_spec, update.old))
         state_specs = tuple(tuple((k, tensor_spec(v)) for k, v in s.items()) for s in update.states)
         hooked, first_order = self.options.backward_hook is not None, optimizer.first_order
-        key = (sliced.key, update.plan, params, stale, theta_specs, param_specs, state_specs, first_order, hooked)
+        key = (
+            sliced.key,
+            update.plan,
+            params,
+            stale,
+            theta_specs,
+            param_specs,
+            state_specs,
+            first_order,
+            hooked,
+        )
 
         def build(lifted: tuple[int, ...]) -> Any:
-            return build_step(sliced, update.plan, params, stale, theta_specs, param_specs, list(map(dict, state_specs)),
-                              lifted, first_order, hooked)
+            return build_step(
+                sliced,
+                update.plan,
+                params,
+                stale,
+                theta_specs,
+                param_specs,
+                list(map(dict, state_specs)),
+                lifted,
+                first_order,
+                hooked,
+            )
 
         held = [self._hold(x) for x in sliced.externals]
         try:
             step, lifted, new = step_cache.get(key, tuple(sliced.numbers), build)
         except Exception as error:
             raise _uncapturable(error) from error
-        dtypes = [port.spec[1] for port in step.inputs[len(step.inputs) - len(lifted):]]
-        held += [Held(torch.tensor(sliced.numbers[i], dtype=dtype), None, "a number")
-                 for i, dtype in zip(lifted, dtypes, strict=True)]
+        dtypes = [port.spec[1] for port in step.inputs[len(step.inputs) - len(lifted) :]]
+        held += [
+            Held(torch.tensor(sliced.numbers[i], dtype=dtype), None, "a number")
+            for i, dtype in zip(lifted, dtypes, strict=True)
+        ]
         end, outputs = len(engine.state), []
         for i, state in zip(update.ordinals, new_states, strict=True):
             for name in state:
                 index = self._opt_state.get((id(optimizer), i, name), end)
                 end += index == end
                 outputs.append(index)
-        inputs = [self._opt_state[id(optimizer), i, name]
-                  for i, state in zip(update.ordinals, update.states, strict=True) for name in state]
-        call = StepCall(step, tuple(place), update.indices, tuple(inputs), tuple(outputs), base, held, (), user_location())
+        inputs = [
+            self._opt_state[id(optimizer), i, name]
+            for i, state in zip(update.ordinals, update.states, strict=True)
+            for name in state
+        ]
+        call = StepCall(
+            step, tuple(place), update.indices, tuple(inputs), tuple(outputs), base, held, (), user_location()
+        )
         if new or step.opaque:
             try:
                 self._check(call, sliced, update, stale)
@@ -222,8 +275,10 @@ class RecordedSession(Session):
     def _hold(self, x: External) -> Held:
         t = x.tensor
         if not t.is_inference() and t._version != x.version:
-            raise StaleInputError(f"a tensor of shape {tuple(t.shape)} was changed in place between its use in the loss and "
-                                  "the step; clone it before changing it, or change it after the step")
+            raise StaleInputError(
+                f"a tensor of shape {tuple(t.shape)} was changed in place between its use in the loss and "
+                "the step; clone it before changing it, or change it after the step"
+            )
         if t.requires_grad:
             return self.snapshots.take(t, "a meta-parameter")
         if self.networks.is_buffer(t):
@@ -239,7 +294,9 @@ class RecordedSession(Session):
                 results = lowered(call.step, "replay", inputs)(*inputs)
         except Exception as error:
             raise _uncapturable(error) from error
-        for i, got, expected in zip(update.ordinals, results[len(results) - len(update.grads):], update.grads, strict=True):
+        for i, got, expected in zip(
+            update.ordinals, results[len(results) - len(update.grads) :], update.grads, strict=True
+        ):
             if not _agree(got, expected):
                 worst = float((got - expected).abs().max())
                 raise _unrecorded(self.networks.names[i], worst, float(expected.abs().max()))
@@ -256,14 +313,22 @@ class RecordedSession(Session):
                 continue
             for ref in self.recorder.taint_of(x.tensor).values():
                 leaf = ref()
-                if leaf is None or id(leaf) in reached or leaf in _told or self.networks.index_of(leaf) is not None:
+                if (
+                    leaf is None
+                    or id(leaf) in reached
+                    or leaf in _told
+                    or self.networks.index_of(leaf) is not None
+                ):
                     continue
                 _told[leaf] = True
                 name = user_name_of(leaf)
                 if name is not None:
-                    warn(f"{name!r} requires grad, but reaches the inner loss only where no gradient flows (under "
-                         "torch.no_grad() or through .detach()), so it receives no meta-gradient from it. Compute what "
-                         f"depends on {name!r} outside no_grad.", UnreachableWarning)
+                    warn(
+                        f"{name!r} requires grad, but reaches the inner loss only where no gradient flows (under "
+                        "torch.no_grad() or through .detach()), so it receives no meta-gradient from it. Compute what "
+                        f"depends on {name!r} outside no_grad.",
+                        UnreachableWarning,
+                    )
 
 
 def _agree(got: Tensor, expected: Tensor) -> bool:
@@ -279,8 +344,10 @@ def _agree(got: Tensor, expected: Tensor) -> bool:
 
 
 def _uncapturable(error: Exception) -> CaptureError:
-    return CaptureError(f"the inner step cannot be captured: {type(error).__name__}: {error}. Open the window with "
-                        "strategy='full_tape' for this loss.")
+    return CaptureError(
+        f"the inner step cannot be captured: {type(error).__name__}: {error}. Open the window with "
+        "strategy='full_tape' for this loss."
+    )
 
 
 def _unrecorded(name: str, worst: float | None = None, scale: float | None = None) -> CaptureError:
@@ -288,4 +355,5 @@ def _unrecorded(name: str, worst: float | None = None, scale: float | None = Non
     return CaptureError(
         f"the recorded inner step does not reproduce the gradient eager PyTorch gives for parameter {name!r}{found}: "
         "something in the loss cannot be seen by the recorder, such as a hook on an autograd node, a C++ autograd "
-        "function, or a module compiled beforehand. Open the window with strategy='full_tape' for this loss.")
+        "function, or a module compiled beforehand. Open the window with strategy='full_tape' for this loss."
+    )

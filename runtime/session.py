@@ -86,8 +86,10 @@ class Session:
         """Take an optimizer and its networks into the window (again, when it has got a new group)."""
         owner = optimizer.__dict__.get("_session")
         if owner is not None and owner is not self:
-            raise WindowError(f"this {type(optimizer).__name__} is in use by a window of another thread; give each thread "
-                              "an optimizer and a network of its own")
+            raise WindowError(
+                f"this {type(optimizer).__name__} is in use by a window of another thread; give each thread "
+                "an optimizer and a network of its own"
+            )
         with self.recorder.paused():
             if id(optimizer) not in self.members:
                 self.members[id(optimizer)] = _Member(optimizer)
@@ -107,15 +109,23 @@ class Session:
         if not isinstance(loss, Tensor):
             raise LossError(f"{name}.step: got {type(loss).__name__}, expected the inner loss as a tensor")
         if loss.numel() != 1:
-            raise LossError(f"{name}.step: got a loss of shape {tuple(loss.shape)}, expected a scalar; reduce it, "
-                            "for example with .mean()")
+            raise LossError(
+                f"{name}.step: got a loss of shape {tuple(loss.shape)}, expected a scalar; reduce it, "
+                "for example with .mean()"
+            )
         if not loss.requires_grad:
-            raise LossError(f"{name}.step: the loss has no graph (it does not require grad); compute it from the network "
-                            "outside torch.no_grad() and without .detach() or .item()")
+            raise LossError(
+                f"{name}.step: the loss has no graph (it does not require grad); compute it from the network "
+                "outside torch.no_grad() and without .detach() or .item()"
+            )
         if id(optimizer) not in self.members:
             self.adopt(optimizer, late=True)
         member = self.members[id(optimizer)]
-        with self.recorder.paused(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        with (
+            self.recorder.paused(),
+            torch.autocast("cpu", enabled=False),
+            torch.autocast("cuda", enabled=False),
+        ):
             self.networks.check()
             if torch.is_anomaly_enabled() and not bool(torch.isfinite(loss)):
                 raise LossError(f"{name}.step {member.steps}: the inner loss is {float(loss.detach())}")
@@ -134,35 +144,54 @@ class Session:
         found = (self.networks.index_of(p) for group in optimizer.param_groups for p in group["params"])
         return [i for i in found if i is not None]
 
-    def gradients(self, optimizer: Any, loss: Tensor, ordinals: list[int], thetas: list[Tensor], create_graph: bool,
-                  allow_unused: bool) -> list[Tensor | None]:
+    def gradients(
+        self,
+        optimizer: Any,
+        loss: Tensor,
+        ordinals: list[int],
+        thetas: list[Tensor],
+        create_graph: bool,
+        allow_unused: bool,
+    ) -> list[Tensor | None]:
         """∇ loss by ``thetas``, with the complaints a user understands."""
         name = type(optimizer).__name__
-        grads = list(torch.autograd.grad(loss, thetas, create_graph=create_graph, retain_graph=True, allow_unused=True))
+        grads: list[Tensor | None] = list(
+            torch.autograd.grad(loss, thetas, create_graph=create_graph, retain_graph=True, allow_unused=True)
+        )
         unused = [self.networks.names[i] for i, g in zip(ordinals, grads, strict=True) if g is None]
         if len(unused) == len(grads):
-            raise LossError(f"{name}.step: the loss does not depend on the parameters of this optimizer's networks; "
-                            "compute it inside the window, from the networks as they are now")
+            raise LossError(
+                f"{name}.step: the loss does not depend on the parameters of this optimizer's networks; "
+                "compute it inside the window, from the networks as they are now"
+            )
         if unused and not allow_unused:
-            raise LossError(f"{name}.step: the loss does not depend on {', '.join(map(repr, unused))}; if that is meant, "
-                            "pass allow_unused=True: they keep their values")
+            raise LossError(
+                f"{name}.step: the loss does not depend on {', '.join(map(repr, unused))}; if that is meant, "
+                "pass allow_unused=True: they keep their values"
+            )
         normalizer = optimizer._normalizer
         if normalizer is not None and normalizer[2]:
             norm = torch.nn.utils.get_total_norm([g.detach() for g in grads if g is not None], normalizer[1])
             if not bool(torch.isfinite(norm)):
-                raise LossError(f"{name}.step: the norm of the inner gradient is {float(norm)} and error_if_nonfinite is "
-                                "set; fix the loss or clip without it")
+                raise LossError(
+                    f"{name}.step: the norm of the inner gradient is {float(norm)} and error_if_nonfinite is "
+                    "set; fix the loss or clip without it"
+                )
         return grads
 
     def _record_tape(self, optimizer: Any, member: _Member) -> list[tuple[str, Tensor]]:
-        return [(f"step_{member.steps}:{self.networks.names[i]}", self.networks.shown[i].detach().clone())
-                for i in self.ordinals(optimizer)]
+        return [
+            (f"step_{member.steps}:{self.networks.names[i]}", self.networks.shown[i].detach().clone())
+            for i in self.ordinals(optimizer)
+        ]
 
     def _check_finite(self, optimizer: Any, member: _Member) -> None:
         for i in self.ordinals(optimizer):
             if not bool(torch.isfinite(self.networks.shown[i].detach()).all()):
-                raise LossError(f"{type(optimizer).__name__}.step {member.steps - 1} made parameter "
-                                f"{self.networks.names[i]!r} non-finite")
+                raise LossError(
+                    f"{type(optimizer).__name__}.step {member.steps - 1} made parameter "
+                    f"{self.networks.names[i]!r} non-finite"
+                )
 
     # -- exit ----------------------------------------------------------------------------------------------------
 
@@ -193,7 +222,9 @@ class Session:
             _current.set(None)
             intercept.uninstall()
             self._close()
-            self.recorder.guard = None  # no cycles: what the window held dies now, not when the collector comes by
+            self.recorder.guard = (
+                None  # no cycles: what the window held dies now, not when the collector comes by
+            )
             self.members.clear()
 
     def _rebinding(self) -> WindowError | None:
@@ -208,8 +239,10 @@ class Session:
         short = [m for m in self.members.values() if k >= 0 and m.steps and m.picked is None]
         if not short:
             return None
-        return WindowError(f"pickup_step={k}: {type(short[0].optimizer).__name__} took only {short[0].steps} steps in this "
-                           "window (they count from 0)")
+        return WindowError(
+            f"pickup_step={k}: {type(short[0].optimizer).__name__} took only {short[0].steps} steps in this "
+            "window (they count from 0)"
+        )
 
     def _commit(self) -> None:
         values = [shown.detach() for shown in self.networks.shown]

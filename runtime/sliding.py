@@ -36,7 +36,9 @@ class Sliding:
         self.engine, self.limit = engine, limit
         self.count = 0
         self._starts: deque[int] = deque(maxlen=limit)
-        self._metas: dict[int, tuple[Tensor, int]] = {}  # number -> the tensor, the last super-step that read it
+        self._metas: dict[
+            int, tuple[Tensor, int]
+        ] = {}  # number -> the tensor, the last super-step that read it
         self._lives: weakref.WeakSet[_Life] = weakref.WeakSet()
         self._warned = False
 
@@ -48,7 +50,9 @@ class Sliding:
         for number, tensor in metas.items():
             self._metas[number] = (tensor, self.count)
 
-    def read(self, indices: Sequence[int], originals: Sequence[nn.Parameter], offline: bool) -> tuple[Tensor, ...]:
+    def read(
+        self, indices: Sequence[int], originals: Sequence[nn.Parameter], offline: bool
+    ) -> tuple[Tensor, ...]:
         """Theta now; ``originals``, the parameters behind ``indices``, receive a gradient offline."""
         engine = self.engine
         self._metas = {n: (t, last) for n, (t, last) in self._metas.items() if last > self.count - self.limit}
@@ -58,17 +62,31 @@ class Sliding:
         life = _Life(bottom)
         with torch.enable_grad():
             shown = WindowedRead.apply(
-                engine, engine.position, tuple(indices), originals, bottom, tuple(self._metas), tuple(indices) if reached else (),
-                life, self._cut if offline and not whole else None, new_token(), *(t for t, _ in self._metas.values()), *reached)
+                engine,
+                engine.position,
+                tuple(indices),
+                originals,
+                bottom,
+                tuple(self._metas),
+                tuple(indices) if reached else (),
+                life,
+                self._cut if offline and not whole else None,
+                new_token(),
+                *(t for t, _ in self._metas.values()),
+                *reached,
+            )
         self._lives.add(life)
-        engine.trim(min(l.bottom for l in self._lives))
+        engine.trim(min(life.bottom for life in self._lives))
         return shown
 
     def _cut(self) -> None:
         if not self._warned:
             self._warned = True
-            warn(f"the loss lies more than window={self.limit} steps after the start of an offline window: the initial "
-                 "parameters receive no gradient (None) from it", UnreachableWarning)
+            warn(
+                f"the loss lies more than window={self.limit} steps after the start of an offline window: the initial "
+                "parameters receive no gradient (None) from it",
+                UnreachableWarning,
+            )
 
     def close(self) -> None:
         """Drop the user's tensors."""

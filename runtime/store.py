@@ -48,7 +48,9 @@ class SlotStore:
         """The highest position held that is not above ``position``."""
         at = bisect_right(self._positions, position)
         if not at:
-            raise AssertionError(f"position {position} lies below the tape, which begins at {self._positions[0]}")
+            raise AssertionError(
+                f"position {position} lies below the tape, which begins at {self._positions[0]}"
+            )
         return self._positions[at - 1]
 
     def offer(self, position: int, state: State) -> None:

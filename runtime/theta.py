@@ -71,11 +71,18 @@ class ThetaView:
             ordinals = range(len(self.indices))
             shown = self.sliding.read(self.indices, list(own), self.offline)
         elif not self.offline and engine.program.horizon == 0:
-            shown = tuple(as_parameter(engine.state[self.indices[i]], own[i]).requires_grad_() for i in ordinals)
+            shown = tuple(
+                as_parameter(engine.state[self.indices[i]], own[i]).requires_grad_() for i in ordinals
+            )
         else:
             with torch.enable_grad():
-                shown = Read.apply(engine, engine.position, [self.indices[i] for i in ordinals],
-                                   [own[i] for i in ordinals], self._token)
+                shown = Read.apply(
+                    engine,
+                    engine.position,
+                    [self.indices[i] for i in ordinals],
+                    [own[i] for i in ordinals],
+                    self._token,
+                )
         for i, t in zip(ordinals, shown, strict=True):
             self.networks.show(i, t)
         old, theta = self.recorder.epoch.theta, {}
@@ -102,8 +109,10 @@ class ThetaView:
                 for epoch in (self.epochs[0], *reversed(self.epochs)):
                     if all(self._is_of(t, epoch) for t in sliced.thetas):
                         return sliced, epoch
-        raise CaptureError("the loss reads parameters of several inner steps in a way that cannot be told apart; compute "
-                           "each loss from the networks as they are at one step")
+        raise CaptureError(
+            "the loss reads parameters of several inner steps in a way that cannot be told apart; compute "
+            "each loss from the networks as they are at one step"
+        )
 
     def _is_of(self, theta: Theta, epoch: Epoch) -> bool:
         return epoch.theta.get(id(theta.tensor)) is theta or id(theta.tensor) in self.late
@@ -114,8 +123,14 @@ class ThetaView:
 
     # -- a step --------------------------------------------------------------------------------------------------
 
-    def take(self, call: Any, changes: list[tuple[int, Tensor]], epoch: Epoch, metas: list[Tensor],
-             ordinals: list[int]) -> None:
+    def take(
+        self,
+        call: Any,
+        changes: list[tuple[int, Tensor]],
+        epoch: Epoch,
+        metas: list[Tensor],
+        ordinals: list[int],
+    ) -> None:
         """Append a step that read ``epoch`` and ``metas``, and show the new values of ``ordinals``."""
         engine = self.engine
         fresh = epoch is self.epochs[-1] or not self._superstep
@@ -152,8 +167,10 @@ class ThetaView:
             if ordinal is None:
                 continue
             if torch.is_grad_enabled() and t.requires_grad:
-                raise WindowError(f"parameter {self.networks.names[ordinal]!r} was changed in place by {op} with grad mode "
-                                  "on; wrap the change in torch.no_grad()")
+                raise WindowError(
+                    f"parameter {self.networks.names[ordinal]!r} was changed in place by {op} with grad mode "
+                    "on; wrap the change in torch.no_grad()"
+                )
             if ordinal not in self._dirty:
                 self.engine.protect(storage)
             hit.append(ordinal)

@@ -1,4 +1,4 @@
-"""The oracle: inner loops by `functional_call` with explicit theta, `create_graph=True`, nothing of metaoptim's runtime.
+"""The oracle: inner loops by `functional_call` with explicit theta, `create_graph=True`, and no window.
 
 A `Problem` is written once, against a small interface, and run twice: by the oracle here, by a window in `run_window`.
 """
@@ -123,12 +123,18 @@ class _Tape:
         self.problem, self.net, self.metas = problem, net, metas
         self.update = getattr(metaoptim, problem.optimizer).update
         self.init = getattr(metaoptim, problem.optimizer).init_state
-        self.hyper = {**getattr(metaoptim, problem.optimizer)([nn.Linear(1, 1)]).defaults, **problem.hyper(metas),
-                      **problem.options}
+        self.hyper = {
+            **getattr(metaoptim, problem.optimizer)([nn.Linear(1, 1)]).defaults,
+            **problem.hyper(metas),
+            **problem.options,
+        }
         self.rng: dict[Any, Tensor] = {}
         self.states: list[tuple[dict, dict, dict]] = []  # theta, optimizer state, buffers: with whole history
         torch.manual_seed(11)
-        theta = {n: (p * 1.0 if problem.offline else p.detach().clone().requires_grad_()) for n, p in net.named_parameters()}
+        theta = {
+            n: (p * 1.0 if problem.offline else p.detach().clone().requires_grad_())
+            for n, p in net.named_parameters()
+        }
         buffers = {n: b.detach().clone() for n, b in net.named_buffers()}
         opt: dict[str, dict[str, Tensor]] = {}
         self.carried: dict[str, Any] = {}
@@ -146,7 +152,9 @@ class _Tape:
         torch.set_rng_state(self.rng["step", t])
         buffers = {n: b.clone() for n, b in buffers.items()}
         loss = self.problem.loss(_Shown(self.net, theta, buffers), t, self.metas, carried)
-        grads = torch.autograd.grad(loss, list(theta.values()), create_graph=True, allow_unused=self.problem.allow_unused)
+        grads = torch.autograd.grad(
+            loss, list(theta.values()), create_graph=True, allow_unused=self.problem.allow_unused
+        )
         new_theta, new_opt = {}, {}
         for (n, p), g in zip(theta.items(), grads, strict=True):
             if g is None:
@@ -181,4 +189,6 @@ def agree(got: dict[str, Tensor | None], expected: dict[str, Tensor | None], rto
         g = torch.zeros_like(e) if g is None else g
         worst = float((g - e).abs().max()) if e.numel() else 0.0
         size = float(e.abs().max()) if e.numel() else 0.0
-        assert worst <= rtol * size + rtol * 1e-3 * scale, f"{name}: off by {worst:.3g}, largest entry {size:.3g}"
+        assert worst <= rtol * size + rtol * 1e-3 * scale, (
+            f"{name}: off by {worst:.3g}, largest entry {size:.3g}"
+        )

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from oracle import Problem
 from torch import Tensor, nn
+
+from oracle import Problem
 
 
 class _Lstm(nn.Module):
@@ -41,8 +42,14 @@ class _Unused(nn.Module):
 
 NETWORKS: dict[str, Any] = {
     "linear": lambda: nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)),
-    "conv_bn": lambda: nn.Sequential(nn.Unflatten(1, (1, 3)), nn.Conv1d(1, 2, 2), nn.BatchNorm1d(2), nn.ReLU(), nn.Flatten(),
-                                     nn.Linear(4, 2)),
+    "conv_bn": lambda: nn.Sequential(
+        nn.Unflatten(1, (1, 3)),
+        nn.Conv1d(1, 2, 2),
+        nn.BatchNorm1d(2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(4, 2),
+    ),
     "dropout": lambda: nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Dropout(0.4), nn.Linear(6, 2)),
     "lstm": _Lstm,
     "tied": _Tied,
@@ -64,8 +71,16 @@ def data(steps: int, seed: int = 5) -> tuple[Tensor, Tensor]:
     return torch.randn(steps + 1, 5, 3, generator=g), torch.randn(steps + 1, 5, 2, generator=g)
 
 
-def problem(network: str, optimizer: str, steps: int, offline: bool, window: int | None = None, *, per_step: bool = False,
-            carry: bool = False) -> Problem:
+def problem(
+    network: str,
+    optimizer: str,
+    steps: int,
+    offline: bool,
+    window: int | None = None,
+    *,
+    per_step: bool = False,
+    carry: bool = False,
+) -> Problem:
     """A regression inner loop with a learnt learning rate, a learnt loss weight and learnt, step-indexed targets."""
     xs, ys = data(steps)
     name, options = OPTIMIZERS[optimizer]
@@ -87,8 +102,20 @@ def problem(network: str, optimizer: str, steps: int, offline: bool, window: int
         return (0.3 + 0.1 * t) * F.mse_loss(net(xs[steps]), ys[t])
 
     return Problem(
-        build=NETWORKS[network], optimizer=name, steps=steps, offline=offline, loss=loss, outer=outer, per_step=term if per_step else None,
+        build=NETWORKS[network],
+        optimizer=name,
+        steps=steps,
+        offline=offline,
+        loss=loss,
+        outer=outer,
+        per_step=term if per_step else None,
         hyper=lambda metas: {"lr": metas["log_lr"].exp()},
-        metas={"log_lr": torch.tensor(-2.6), "weight": torch.tensor(0.3),
-               "shift": torch.tensor([[0.2, -0.1], [0.05, 0.3], [-0.2, 0.1]])},
-        window=window, allow_unused=network == "unused", options=options)
+        metas={
+            "log_lr": torch.tensor(-2.6),
+            "weight": torch.tensor(0.3),
+            "shift": torch.tensor([[0.2, -0.1], [0.05, 0.3], [-0.2, 0.1]]),
+        },
+        window=window,
+        allow_unused=network == "unused",
+        options=options,
+    )

@@ -14,7 +14,10 @@ from torch import Tensor, nn
 import metaoptim
 
 torch.set_num_threads(1)
-X, Y = torch.randn(6, 3, generator=torch.Generator().manual_seed(1)), torch.randn(6, 2, generator=torch.Generator().manual_seed(2))
+X, Y = (
+    torch.randn(6, 3, generator=torch.Generator().manual_seed(1)),
+    torch.randn(6, 2, generator=torch.Generator().manual_seed(2)),
+)
 
 
 def network() -> nn.Module:
@@ -22,12 +25,17 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
 
 
-def unchanged(net: nn.Module, inner: Any, act: Callable[[], None], error: type[Exception], match: str, **options: Any) -> str:
+def unchanged(
+    net: nn.Module, inner: Any, act: Callable[[], None], error: type[Exception], match: str, **options: Any
+) -> str:
     """``act`` inside a window raises, and everything is as at entry."""
     net.zero_grad()
     F.mse_loss(net(X), Y).backward()
     own, before = list(net.parameters()), copy.deepcopy(net.state_dict())
-    grads, state = [p.grad.clone() for p in own if p.grad is not None], copy.deepcopy(inner.state_dict()["state"])
+    grads, state = (
+        [p.grad.clone() for p in own if p.grad is not None],
+        copy.deepcopy(inner.state_dict()["state"]),
+    )
     with pytest.raises(error, match=match) as caught, metaoptim.SlidingWindow(**options):
         inner.step(F.mse_loss(net(X), Y), allow_unused=True)
         act()
@@ -43,18 +51,27 @@ def unchanged(net: nn.Module, inner: Any, act: Callable[[], None], error: type[E
 
 def test_step_outside_a_window_names_the_line() -> None:
     inner = metaoptim.MetaSGD([network()])
-    with pytest.raises(metaoptim.WindowError, match=r"outside a window.*SlidingWindow[\s\S]*test_bad_input.py:\d+"):
+    with pytest.raises(
+        metaoptim.WindowError, match=r"outside a window.*SlidingWindow[\s\S]*test_bad_input.py:\d+"
+    ):
         inner.step(torch.ones((), requires_grad=True))
 
 
-@pytest.mark.parametrize(("make", "match"), [
-    (lambda net: F.mse_loss(net(X), Y, reduction="none"), r"shape \(6, 2\), expected a scalar"),
-    (lambda net: F.mse_loss(net(X), Y).detach(), "no graph"),
-    (lambda net: F.mse_loss(net(X), Y).item(), "got float"),
-    (lambda net: None, "got NoneType"),
-    (lambda net: (torch.ones(3, requires_grad=True) * 2).sum(), "does not depend on the parameters"),
-    (lambda net: F.mse_loss(nn.Sequential(*list(net)[2:])(torch.ones(6, 4)), Y), "'0.weight', '0.bias'.*allow_unused"),
-], ids=["non-scalar", "graph-less", "number", "none", "independent", "unused"])
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda net: F.mse_loss(net(X), Y, reduction="none"), r"shape \(6, 2\), expected a scalar"),
+        (lambda net: F.mse_loss(net(X), Y).detach(), "no graph"),
+        (lambda net: F.mse_loss(net(X), Y).item(), "got float"),
+        (lambda net: None, "got NoneType"),
+        (lambda net: (torch.ones(3, requires_grad=True) * 2).sum(), "does not depend on the parameters"),
+        (
+            lambda net: F.mse_loss(nn.Sequential(*list(net)[2:])(torch.ones(6, 4)), Y),
+            "'0.weight', '0.bias'.*allow_unused",
+        ),
+    ],
+    ids=["non-scalar", "graph-less", "number", "none", "independent", "unused"],
+)
 def test_losses(make: Callable, match: str) -> None:
     net = network()
     inner = metaoptim.MetaSGD([net])
@@ -79,7 +96,10 @@ def test_rebound_parameter(strategy: str) -> None:
         inner.step(F.mse_loss(net(X), Y), allow_unused=True)
 
     unchanged(net, inner, act, metaoptim.WindowError, "'0.weight' was bound", strategy=strategy)
-    with pytest.raises(metaoptim.WindowError, match="'2.bias' was bound"), metaoptim.SlidingWindow(strategy=strategy):
+    with (
+        pytest.raises(metaoptim.WindowError, match=r"'2\.bias' was bound"),
+        metaoptim.SlidingWindow(strategy=strategy),
+    ):
         net[2].bias = nn.Parameter(torch.ones(2))
 
 
@@ -93,7 +113,9 @@ def test_in_place_with_grad_mode(strategy: str) -> None:
 def test_windows_inside_windows() -> None:
     net = network()
     inner = metaoptim.MetaSGD([net])
-    unchanged(net, inner, lambda: metaoptim.SlidingWindow().__enter__(), metaoptim.WindowError, "inside a window")
+    unchanged(
+        net, inner, lambda: metaoptim.SlidingWindow().__enter__(), metaoptim.WindowError, "inside a window"
+    )
 
 
 def test_constructors() -> None:
@@ -107,15 +129,25 @@ def test_constructors() -> None:
         (lambda: metaoptim.MetaRMSprop([net], eps=-1.0), ValueError, "eps"),
         (lambda: metaoptim.MetaSGD([net], nesterov=True), ValueError, "momentum"),
         (lambda: metaoptim.MetaSGD([]), ValueError, "empty"),
-        (lambda: metaoptim.SlidingWindow(offline=True, pickup_step=2), metaoptim.WindowError, "pickup_step=2"),
+        (
+            lambda: metaoptim.SlidingWindow(offline=True, pickup_step=2),
+            metaoptim.WindowError,
+            "pickup_step=2",
+        ),
         (lambda: metaoptim.SlidingWindow(strategy="tape"), ValueError, "'full_tape'"),
         (lambda: metaoptim.SlidingWindow(slots=0), ValueError, "slots: got 0"),
         (lambda: metaoptim.SlidingWindow(window=1.5), ValueError, "window: got 1.5"),  # type: ignore[arg-type]
         (lambda: metaoptim.SlidingWindow(strategy="full_tape", slots=2), ValueError, "full_tape"),
         (lambda: metaoptim.SlidingWindow(backward_hook=3), TypeError, "backward_hook"),  # type: ignore[arg-type]
-        (lambda: metaoptim.MetaSGD([net]).load_state_dict(torch.optim.SGD([{"params": net[0].parameters()},
-                                                                          {"params": net[2].parameters()}]).state_dict()),
-         ValueError, "different number"),
+        (
+            lambda: metaoptim.MetaSGD([net]).load_state_dict(
+                torch.optim.SGD(
+                    [{"params": net[0].parameters()}, {"params": net[2].parameters()}]
+                ).state_dict()
+            ),
+            ValueError,
+            "different number",
+        ),
     ]:
         with pytest.raises(error, match=match):
             make()
@@ -125,7 +157,10 @@ def test_pickup_step_that_never_came() -> None:
     net = network()
     inner = metaoptim.MetaSGD([net])
     before = copy.deepcopy(net.state_dict())
-    with pytest.raises(metaoptim.WindowError, match="took only 1 steps"), metaoptim.SlidingWindow(pickup_step=3):
+    with (
+        pytest.raises(metaoptim.WindowError, match="took only 1 steps"),
+        metaoptim.SlidingWindow(pickup_step=3),
+    ):
         inner.step(F.mse_loss(net(X), Y))
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
 
@@ -134,9 +169,13 @@ def test_non_finite_under_anomaly_mode() -> None:
     net = network()
     inner = metaoptim.MetaSGD([net])
     with torch.autograd.set_detect_anomaly(True):
-        unchanged(net, inner, lambda: inner.step(net(X).sum() / 0.0 * 0.0), metaoptim.LossError, "inner loss is nan")
+        unchanged(
+            net, inner, lambda: inner.step(net(X).sum() / 0.0 * 0.0), metaoptim.LossError, "inner loss is nan"
+        )
     inner.reset_grad_normalizer(1.0, error_if_nonfinite=True)
-    unchanged(net, inner, lambda: inner.step((net(X).sum() * float("inf"))), metaoptim.LossError, "error_if_nonfinite")
+    unchanged(
+        net, inner, lambda: inner.step(net(X).sum() * float("inf")), metaoptim.LossError, "error_if_nonfinite"
+    )
 
 
 def test_hook_that_changes_its_gradient_in_place() -> None:
@@ -221,7 +260,10 @@ def test_what_no_gradient_reaches_is_named() -> None:
     net = network()
     gamma = torch.tensor(0.9, requires_grad=True)
     inner = metaoptim.MetaSGD([net])
-    with pytest.warns(metaoptim.UnreachableWarning, match="'gamma' requires grad") as caught, metaoptim.SlidingWindow():
+    with (
+        pytest.warns(metaoptim.UnreachableWarning, match="'gamma' requires grad") as caught,
+        metaoptim.SlidingWindow(),
+    ):
         for _ in range(3):
             with torch.no_grad():
                 target = torch.zeros(6, 2)
@@ -233,7 +275,10 @@ def test_what_no_gradient_reaches_is_named() -> None:
 def test_offline_truncation_warns_and_leaves_none() -> None:
     net = network()
     inner = metaoptim.MetaSGD([net])
-    with pytest.warns(metaoptim.UnreachableWarning, match="window=2"), metaoptim.SlidingWindow(offline=True, window=2):
+    with (
+        pytest.warns(metaoptim.UnreachableWarning, match="window=2"),
+        metaoptim.SlidingWindow(offline=True, window=2),
+    ):
         for _ in range(3):
             inner.step(F.mse_loss(net(X), Y))
         F.mse_loss(net(X), Y).backward()

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import Problem, agree, run_oracle, run_window
-from problems import data
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
+
+from oracle import Problem, agree, run_oracle, run_window
+from problems import data
 
 STEPS = 4
 XS, YS = data(STEPS)
@@ -60,7 +61,13 @@ def _mlp() -> nn.Module:
 
 
 def _inplace_mlp() -> nn.Module:
-    return nn.Sequential(nn.Linear(3, 6), nn.LeakyReLU(0.1, inplace=True), nn.Linear(6, 4), nn.ELU(inplace=True), nn.Linear(4, 2))
+    return nn.Sequential(
+        nn.Linear(3, 6),
+        nn.LeakyReLU(0.1, inplace=True),
+        nn.Linear(6, 4),
+        nn.ELU(inplace=True),
+        nn.Linear(4, 2),
+    )
 
 
 class _Attention(nn.Module):
@@ -76,7 +83,9 @@ class _Attention(nn.Module):
 class _Spectral(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.net = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(3, 4)), nn.Tanh(), nn.Linear(4, 2))
+        self.net = nn.Sequential(
+            nn.utils.parametrizations.spectral_norm(nn.Linear(3, 4)), nn.Tanh(), nn.Linear(4, 2)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
@@ -172,7 +181,10 @@ def straight_through(net: Any, t: int, metas: dict, carried: dict) -> Tensor:
 
 @case()
 def old_function(net: Any, t: int, metas: dict, carried: dict) -> Tensor:
-    return OldCube.apply(net(XS[t]), metas["w"], 3).square().mean() + 0.1 * OldCube.apply(net(XS[t]).cos(), metas["w"], 2).sum()
+    return (
+        OldCube.apply(net(XS[t]), metas["w"], 3).square().mean()
+        + 0.1 * OldCube.apply(net(XS[t]).cos(), metas["w"], 2).sum()
+    )
 
 
 @case()
@@ -194,12 +206,16 @@ def requires_grad_inside(net: Any, t: int, metas: dict, carried: dict) -> Tensor
 
 @case()
 def learnable_data_by_index(net: Any, t: int, metas: dict, carried: dict) -> Tensor:
-    return (net(XS[t]) - metas["y"][t % 3] - metas["y"][t % 2 : t % 2 + 2].prod(0)).square().mean() * metas["s"][t % 2]
+    return (net(XS[t]) - metas["y"][t % 3] - metas["y"][t % 2 : t % 2 + 2].prod(0)).square().mean() * metas[
+        "s"
+    ][t % 2]
 
 
 @case()
 def python_schedule(net: Any, t: int, metas: dict, carried: dict) -> Tensor:
-    return F.mse_loss(net(XS[t]), YS[t]) * (1 + 0.1 * t) / (2 + t) + metas["w"] * net(XS[t]).mean() ** (2 + t % 2)
+    return F.mse_loss(net(XS[t]), YS[t]) * (1 + 0.1 * t) / (2 + t) + metas["w"] * net(XS[t]).mean() ** (
+        2 + t % 2
+    )
 
 
 @case()
@@ -219,7 +235,11 @@ def carried_hidden_state(net: Any, t: int, metas: dict, carried: dict) -> Tensor
 @case()
 def boolean_mask(net: Any, t: int, metas: dict, carried: dict) -> Tensor:
     h = net(XS[t])
-    return (h[h > 0] * metas["w"]).square().sum() + h[YS[t] > 0.2].mean() + torch.where(h > 0, h, 0.1 * h).sum() * 0.1
+    return (
+        (h[h > 0] * metas["w"]).square().sum()
+        + h[YS[t] > 0.2].mean()
+        + torch.where(h > 0, h, 0.1 * h).sum() * 0.1
+    )
 
 
 @case(_Attention)
@@ -227,7 +247,11 @@ def attention(net: Any, t: int, metas: dict, carried: dict) -> Tensor:
     return F.mse_loss(net(XS[t]), YS[t]) * metas["w"].exp()
 
 
-@case(lambda: nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.GELU(), nn.GroupNorm(2, 4), nn.SiLU(), nn.Linear(4, 2)))
+@case(
+    lambda: nn.Sequential(
+        nn.Linear(3, 4), nn.LayerNorm(4), nn.GELU(), nn.GroupNorm(2, 4), nn.SiLU(), nn.Linear(4, 2)
+    )
+)
 def norms(net: Any, t: int, metas: dict, carried: dict) -> Tensor:
     return F.mse_loss(net(XS[t]), YS[t]) * metas["w"].exp()
 
@@ -258,7 +282,12 @@ def indexing(net: Any, t: int, metas: dict, carried: dict) -> Tensor:
     h = net(XS[t])
     a, b = h.split(1, 1)
     g = torch.gather(h, 0, torch.tensor([[0, 1], [t, 2]]))
-    return (a * b).sum() + g.prod() + torch.stack([h[t], h[-1]]).logsumexp(0).sum() * metas["w"] + torch.cat([a, b]).amax()
+    return (
+        (a * b).sum()
+        + g.prod()
+        + torch.stack([h[t], h[-1]]).logsumexp(0).sum() * metas["w"]
+        + torch.cat([a, b]).amax()
+    )
 
 
 @pytest.mark.parametrize("offline", [True, False], ids=["offline", "online"])
@@ -266,10 +295,20 @@ def indexing(net: Any, t: int, metas: dict, carried: dict) -> Tensor:
 def test_construct(name: str, offline: bool) -> None:
     build, loss = CASES[name]
     case = Problem(
-        build=build, optimizer="MetaAdam" if len(name) % 2 else "MetaSGD", steps=STEPS, offline=offline, loss=loss,
-        outer=lambda net, metas: F.mse_loss(net(XS[STEPS]), YS[STEPS]), hyper=lambda metas: {"lr": metas["log_lr"].exp()},
-        metas={"log_lr": torch.tensor(-2.0), "w": torch.tensor(0.8), "y": torch.randn(3, 2, generator=torch.Generator().manual_seed(1)),
-               "s": torch.tensor([0.7, 1.2])})
+        build=build,
+        optimizer="MetaAdam" if len(name) % 2 else "MetaSGD",
+        steps=STEPS,
+        offline=offline,
+        loss=loss,
+        outer=lambda net, metas: F.mse_loss(net(XS[STEPS]), YS[STEPS]),
+        hyper=lambda metas: {"lr": metas["log_lr"].exp()},
+        metas={
+            "log_lr": torch.tensor(-2.0),
+            "w": torch.tensor(0.8),
+            "y": torch.randn(3, 2, generator=torch.Generator().manual_seed(1)),
+            "s": torch.tensor([0.7, 1.2]),
+        },
+    )
     with sdpa_kernel(SDPBackend.MATH):  # the fused kernel has no second derivative
         expected = run_oracle(case)
     assert expected["log_lr"] is not None and expected["log_lr"].abs() > 1e-8

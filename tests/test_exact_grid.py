@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from oracle import agree, run_oracle, run_window
 from problems import NETWORKS, OPTIMIZERS, problem
 

@@ -41,7 +41,10 @@ def two_networks() -> tuple[nn.Module, nn.Module]:
 
 def loss_of(a: nn.Module, b: nn.Module, t: int) -> torch.Tensor:
     g = torch.Generator().manual_seed(t)
-    x, y = torch.randn(5, 3, generator=g, dtype=torch.float64), torch.randn(5, 2, generator=g, dtype=torch.float64)
+    x, y = (
+        torch.randn(5, 3, generator=g, dtype=torch.float64),
+        torch.randn(5, 2, generator=g, dtype=torch.float64),
+    )
     return F.mse_loss(b(a(x)), y)
 
 
@@ -50,7 +53,9 @@ def loss_of(a: nn.Module, b: nn.Module, t: int) -> torch.Tensor:
 def test_trajectory_equals_torch(name: str, options: dict, strategy: str) -> None:
     a, b = two_networks()
     c, d = two_networks()
-    reference = getattr(torch.optim, name)([{"params": a.parameters()}, {"params": b.parameters(), "lr": 0.004}], **options)
+    reference = getattr(torch.optim, name)(
+        [{"params": a.parameters()}, {"params": b.parameters(), "lr": 0.004}], **options
+    )
     inner = getattr(metaoptim, f"Meta{name}")([c, {"params": d, "lr": 0.004}], **options)
     for t in range(50):
         reference.zero_grad()
@@ -72,7 +77,9 @@ def test_state_dict_interchanges(name: str, options: dict) -> None:
         state = None
         for kind, steps in ((first, range(5)), (second, range(5, 10))):
             if kind == "torch":
-                optimizer = getattr(torch.optim, name)([{"params": a.parameters()}, {"params": b.parameters()}], **options)
+                optimizer = getattr(torch.optim, name)(
+                    [{"params": a.parameters()}, {"params": b.parameters()}], **options
+                )
                 if state is not None:
                     optimizer.load_state_dict(state)
                 for t in steps:
@@ -94,16 +101,26 @@ def test_state_dict_interchanges(name: str, options: dict) -> None:
 
 
 HYPER: list[tuple[str, str, float, dict[str, Any]]] = [
-    ("SGD", "lr", 0.1, {}), ("SGD", "momentum", 0.6, {"lr": 0.05}), ("SGD", "dampening", 0.2, {"lr": 0.05, "momentum": 0.5}),
+    ("SGD", "lr", 0.1, {}),
+    ("SGD", "momentum", 0.6, {"lr": 0.05}),
+    ("SGD", "dampening", 0.2, {"lr": 0.05, "momentum": 0.5}),
     ("SGD", "weight_decay", 0.1, {"lr": 0.05}),
-    ("Adam", "lr", 0.03, {}), ("Adam", "eps", 1e-2, {"lr": 0.03}), ("Adam", "weight_decay", 0.1, {"lr": 0.03}),
-    ("Adam", "eps_root", 1e-3, {"lr": 0.03}), ("Adam", "betas", 0.8, {"lr": 0.03}),
-    ("RMSprop", "lr", 0.01, {}), ("RMSprop", "alpha", 0.9, {"lr": 0.01}), ("RMSprop", "eps", 1e-2, {"lr": 0.01}),
-    ("RMSprop", "momentum", 0.4, {"lr": 0.01}), ("RMSprop", "weight_decay", 0.2, {"lr": 0.01}),
+    ("Adam", "lr", 0.03, {}),
+    ("Adam", "eps", 1e-2, {"lr": 0.03}),
+    ("Adam", "weight_decay", 0.1, {"lr": 0.03}),
+    ("Adam", "eps_root", 1e-3, {"lr": 0.03}),
+    ("Adam", "betas", 0.8, {"lr": 0.03}),
+    ("RMSprop", "lr", 0.01, {}),
+    ("RMSprop", "alpha", 0.9, {"lr": 0.01}),
+    ("RMSprop", "eps", 1e-2, {"lr": 0.01}),
+    ("RMSprop", "momentum", 0.4, {"lr": 0.01}),
+    ("RMSprop", "weight_decay", 0.2, {"lr": 0.01}),
 ]
 
 
-@pytest.mark.parametrize(("name", "hyper", "value", "options"), HYPER, ids=[f"{n}-{h}" for n, h, _, _ in HYPER])
+@pytest.mark.parametrize(
+    ("name", "hyper", "value", "options"), HYPER, ids=[f"{n}-{h}" for n, h, _, _ in HYPER]
+)
 def test_every_hyper_parameter_gets_its_gradient(name: str, hyper: str, value: float, options: dict) -> None:
     """By finite differences through the whole inner loop."""
 
@@ -228,7 +245,9 @@ def test_frozen_unused_tied_and_shared(strategy: str) -> None:
             second.step((other.weight * trunk(x)).square().mean(), allow_unused=True)
             assert head.weight is head_two.weight
     assert trunk.bias is frozen and torch.equal(other.bias, unused) and head.weight is head_two.weight
-    assert not torch.equal(head.weight, before) and isinstance(head.weight, nn.Parameter) and head.weight.is_leaf
+    assert (
+        not torch.equal(head.weight, before) and isinstance(head.weight, nn.Parameter) and head.weight.is_leaf
+    )
 
 
 def test_closure_allow_unused_and_add_param_group() -> None:
@@ -254,4 +273,6 @@ def test_repr_and_zero_grad_feel_like_torch() -> None:
     assert all(p.grad is None for p in a.parameters())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        torch.optim.Adam([{"params": a.parameters()}, {"params": b.parameters()}]).load_state_dict(inner.state_dict())
+        torch.optim.Adam([{"params": a.parameters()}, {"params": b.parameters()}]).load_state_dict(
+            inner.state_dict()
+        )

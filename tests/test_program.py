@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import agree, run_oracle, run_window
-from problems import problem
 from torch import Tensor, nn
 
 import metaoptim
 from metaoptim.compiler.ir import StepCall, gradient
 from metaoptim.runtime.recorded import step_cache
+from oracle import agree, run_oracle, run_window
+from problems import problem
 
 torch.set_num_threads(1)
 aten = torch.ops.aten
@@ -26,8 +26,10 @@ def network() -> nn.Module:
 
 def loss_of(net: Any, t: int) -> Tensor:
     g = torch.Generator().manual_seed(t)
-    return F.mse_loss(net(torch.randn(5, 3, generator=g, dtype=torch.float64)),
-                      torch.randn(5, 2, generator=g, dtype=torch.float64))
+    return F.mse_loss(
+        net(torch.randn(5, 3, generator=g, dtype=torch.float64)),
+        torch.randn(5, 2, generator=g, dtype=torch.float64),
+    )
 
 
 def loop(steps: int, every: bool = False, **options: Any) -> tuple[Any, Tensor, list[Tensor]]:
@@ -86,7 +88,10 @@ def test_numbers_that_differ_between_steps_are_lifted() -> None:
     with metaoptim.SlidingWindow() as window:
         for t in range(20):
             inner.param_groups[0]["lr"] = 0.1 / (1 + t)
-            inner.step(loss_of(net, t) * (1 + 0.1 * t) * table[t] + table[t : t + 2].sum() * net(torch.ones(1, 3).double()).sum())
+            inner.step(
+                loss_of(net, t) * (1 + 0.1 * t) * table[t]
+                + table[t : t + 2].sum() * net(torch.ones(1, 3).double()).sum()
+            )
         assert len(window.program.step_graphs) <= 3
         loss_of(net, 99).backward()
     assert (table.grad[:21] != 0).all()
@@ -100,7 +105,9 @@ def test_a_program_prints_as_text() -> None:
 
 
 def nodes_of(step: Any) -> list[Any]:
-    return [n for n in step.graph.nodes if n.op == "call_function" and isinstance(n.target, torch._ops.OpOverload)]
+    return [
+        n for n in step.graph.nodes if n.op == "call_function" and isinstance(n.target, torch._ops.OpOverload)
+    ]
 
 
 @pytest.mark.parametrize("slots", [None, 2])
@@ -123,7 +130,9 @@ def test_corrupting_a_node_changes_the_gradient(slots: int | None) -> None:
         if not any(p is not None for p in users):
             continue
         corrupted = torch.autograd.grad(total, own, retain_graph=True)
-        assert any(not torch.allclose(a, b, rtol=1e-6, atol=1e-12) for a, b in zip(honest, corrupted, strict=True)), node
+        assert any(
+            not torch.allclose(a, b, rtol=1e-6, atol=1e-12) for a, b in zip(honest, corrupted, strict=True)
+        ), node
         for user in users:
             user.replace_input_with(twice, node)
         step.graph.erase_node(twice)
@@ -188,7 +197,9 @@ def test_random_stream_ends_where_it_would_have() -> None:
             loss_of(net, 9).backward()
         else:
             inner = metaoptim.MetaSGD([net], lr=0.1)
-            with metaoptim.SlidingWindow(offline=True, strategy=strategy, **({"slots": 1} if strategy == "auto" else {})):
+            with metaoptim.SlidingWindow(
+                offline=True, strategy=strategy, **({"slots": 1} if strategy == "auto" else {})
+            ):
                 for t in range(3):
                     inner.step(loss_of(net, t))
                 loss_of(net, 9).backward()

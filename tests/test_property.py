@@ -8,17 +8,33 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from oracle import Problem, agree, leaves, outer_terms, run_oracle, run_window
 from problems import NETWORKS, OPTIMIZERS, problem
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
-@given(network=st.sampled_from([n for n in NETWORKS if n != "lstm"]), optimizer=st.sampled_from(list(OPTIMIZERS)),
-       steps=st.integers(0, 9), offline=st.booleans(), window=st.sampled_from([None, None, 1, 2, 4]),
-       slots=st.sampled_from([None, 1, 2, 3, 4]), per_step=st.booleans(), carry=st.booleans())
+@given(
+    network=st.sampled_from([n for n in NETWORKS if n != "lstm"]),
+    optimizer=st.sampled_from(list(OPTIMIZERS)),
+    steps=st.integers(0, 9),
+    offline=st.booleans(),
+    window=st.sampled_from([None, None, 1, 2, 4]),
+    slots=st.sampled_from([None, 1, 2, 3, 4]),
+    per_step=st.booleans(),
+    carry=st.booleans(),
+)
 @pytest.mark.filterwarnings("ignore::metaoptim.UnreachableWarning")
-def test_random_inner_loops(network: str, optimizer: str, steps: int, offline: bool, window: int | None, slots: int | None,
-                            per_step: bool, carry: bool) -> None:
+def test_random_inner_loops(
+    network: str,
+    optimizer: str,
+    steps: int,
+    offline: bool,
+    window: int | None,
+    slots: int | None,
+    per_step: bool,
+    carry: bool,
+) -> None:
     if window is not None:
         carry = False  # what is carried has a history of its own: see test_carried_under_truncation
     if network == "dropout" and per_step and window is not None:
@@ -57,12 +73,21 @@ def test_closed_form_quadratic() -> None:
             self.p = torch.nn.Parameter(torch.tensor(theta0))
 
     case = Problem(
-        build=One, optimizer="MetaSGD", steps=steps, offline=True, hyper=lambda m: {"lr": m["eta"]},
+        build=One,
+        optimizer="MetaSGD",
+        steps=steps,
+        offline=True,
+        hyper=lambda m: {"lr": m["eta"]},
         metas={"eta": torch.tensor(eta), "a": torch.tensor(a), "c": torch.tensor(c)},
         loss=lambda net, t, m, carried: 0.5 * m["a"] * (dict(net.named_parameters())["p"] - m["c"]).square(),
-        outer=lambda net, m: dict(net.named_parameters())["p"] * 1.0)
+        outer=lambda net, m: dict(net.named_parameters())["p"] * 1.0,
+    )
     rate = (1 - eta * a) ** steps
-    expected = {"p": rate, "eta": -a * steps * (1 - eta * a) ** (steps - 1) * (theta0 - c),
-                "a": -eta * steps * (1 - eta * a) ** (steps - 1) * (theta0 - c), "c": 1 - rate}
+    expected = {
+        "p": rate,
+        "eta": -a * steps * (1 - eta * a) ** (steps - 1) * (theta0 - c),
+        "a": -eta * steps * (1 - eta * a) ** (steps - 1) * (theta0 - c),
+        "c": 1 - rate,
+    }
     for slots in (None, 1, 4):
         agree(run_window(case, slots=slots), {k: torch.tensor(v) for k, v in expected.items()}, rtol=1e-12)

@@ -30,8 +30,12 @@ class Net(nn.Module):
 def loader() -> Iterator[tuple[Tensor, ...]]:
     g = torch.Generator().manual_seed(4)
     while True:
-        yield (torch.randn(2, 6, 1, 8, 8, generator=g), torch.arange(6).remainder(3).expand(2, 6),
-               torch.randn(2, 6, 1, 8, 8, generator=g), torch.arange(6).remainder(3).expand(2, 6))
+        yield (
+            torch.randn(2, 6, 1, 8, 8, generator=g),
+            torch.arange(6).remainder(3).expand(2, 6),
+            torch.randn(2, 6, 1, 8, 8, generator=g),
+            torch.arange(6).remainder(3).expand(2, 6),
+        )
 
 
 def test_few_shot() -> None:
@@ -131,6 +135,7 @@ def run(printed: bool, oracle: bool) -> tuple[Tensor | None, list[Tensor]]:
         hyper = MetaOptim.MetaAdam([nn.Linear(1, 1)]).defaults
         states: list[dict] = [{n: init(p.detach(), hyper) for n, p in d.items()} for d in (theta, phi)]
         for k in range(inner_iters + 1):
+
             def act(x: Tensor, th: dict = theta) -> Tensor:
                 return functional_call(actor, th, (x,))
 
@@ -143,14 +148,22 @@ def run(printed: bool, oracle: bool) -> tuple[Tensor | None, list[Tensor]]:
             critic_loss = critic_loss_fn(seen["returns"], value)
             actor_loss = actor_loss_fn(seen["observations"], act, value)
             if k == inner_iters:
-                return torch.autograd.grad(critic_loss + actor_loss, gamma)[0], [*theta.values(), *phi.values()]
+                return torch.autograd.grad(critic_loss + actor_loss, gamma)[0], [
+                    *theta.values(),
+                    *phi.values(),
+                ]
             gc = torch.autograd.grad(critic_loss, list(phi.values()), create_graph=True)
             ga = torch.autograd.grad(actor_loss, list(theta.values()), create_graph=True)
             new = [update(p, g, states[1][n], hyper) for (n, p), g in zip(phi.items(), gc, strict=True)]
-            phi, states[1] = dict(zip(phi, (p for p, _ in new), strict=True)), dict(zip(phi, (s for _, s in new), strict=True))
+            phi, states[1] = (
+                dict(zip(phi, (p for p, _ in new), strict=True)),
+                dict(zip(phi, (s for _, s in new), strict=True)),
+            )
             new = [update(p, g, states[0][n], hyper) for (n, p), g in zip(theta.items(), ga, strict=True)]
-            theta, states[0] = (dict(zip(theta, (p for p, _ in new), strict=True)),
-                                dict(zip(theta, (s for _, s in new), strict=True)))
+            theta, states[0] = (
+                dict(zip(theta, (p for p, _ in new), strict=True)),
+                dict(zip(theta, (s for _, s in new), strict=True)),
+            )
 
     actor_optim = MetaOptim.MetaAdam([actor])
     critic_optim = MetaOptim.MetaAdam([critic])
@@ -177,7 +190,9 @@ def run(printed: bool, oracle: bool) -> tuple[Tensor | None, list[Tensor]]:
         critic_loss = critic_loss_fn(returns, critic)
         actor_loss = actor_loss_fn(observations, actor, critic)
         gamma_optim.zero_grad()
-        critic_loss.backward(retain_graph=not printed)  # here `returns` is the user's own graph, shared by both losses
+        critic_loss.backward(
+            retain_graph=not printed
+        )  # here `returns` is the user's own graph, shared by both losses
         actor_loss.backward()
         found = gamma.grad
         if found is not None:
@@ -203,7 +218,7 @@ def test_meta_gradient_rl_corrected_equals_the_oracle() -> None:
 def test_readme_code_runs() -> None:
     """Every Python block of the README that is complete is run as it stands."""
     text = (Path(__file__).parent.parent / "README.md").read_text()
-    blocks = [b for b in re.findall(r"```python\n(.*?)```", text, re.DOTALL)]
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert len(blocks) >= 2
     for block in blocks:
         compile(block, "README.md", "exec")

@@ -19,7 +19,9 @@ from torch.utils.checkpoint import checkpoint
 import metaoptim
 
 torch.set_num_threads(1)
-STRATEGIES = pytest.mark.parametrize("options", [{}, {"slots": 2}, {"strategy": "full_tape"}], ids=["all", "slots", "tape"])
+STRATEGIES = pytest.mark.parametrize(
+    "options", [{}, {"slots": 2}, {"strategy": "full_tape"}], ids=["all", "slots", "tape"]
+)
 
 
 class PassThrough(TorchDispatchMode):
@@ -35,7 +37,9 @@ def network(seed: int = 0, bn: bool = False) -> nn.Module:
 
 def batch(t: int) -> tuple[Tensor, Tensor]:
     g = torch.Generator().manual_seed(100 + t)
-    return torch.randn(6, 3, generator=g, dtype=torch.float64), torch.randn(6, 2, generator=g, dtype=torch.float64)
+    return torch.randn(6, 3, generator=g, dtype=torch.float64), torch.randn(
+        6, 2, generator=g, dtype=torch.float64
+    )
 
 
 def loss_of(net: Any, t: int) -> Tensor:
@@ -167,7 +171,9 @@ def test_exception_restores_as_at_entry(options: dict) -> None:
         for g, h in zip(grads(net), old, strict=True):
             assert g is not None and h is not None and torch.equal(g, h)
         now = inner.state_dict()
-        assert all(torch.equal(v, now["state"][k][n]) for k, s in state["state"].items() for n, v in s.items())
+        assert all(
+            torch.equal(v, now["state"][k][n]) for k, s in state["state"].items() for n, v in s.items()
+        )
         assert metaoptim.MetaSGD([net]) is not None  # nothing of the window is left behind
 
 
@@ -202,9 +208,11 @@ def test_actor_and_critic_losses_before_both_steps(options: dict) -> None:
             critic_loss, actor_loss = losses(t, f)
             gc_ = torch.autograd.grad(critic_loss, [*theta[2], *theta[0]], create_graph=True)
             ga = torch.autograd.grad(actor_loss, [*theta[0], *theta[1]], create_graph=True)
-            theta = [[w - 0.2 * g - 0.1 * h for w, g, h in zip(theta[0], gc_[2:], ga[:2], strict=True)],
-                     [w - 0.1 * h for w, h in zip(theta[1], ga[2:], strict=True)],
-                     [w - 0.2 * g for w, g in zip(theta[2], gc_[:2], strict=True)]]
+            theta = [
+                [w - 0.2 * g - 0.1 * h for w, g, h in zip(theta[0], gc_[2:], ga[:2], strict=True)],
+                [w - 0.1 * h for w, h in zip(theta[1], ga[2:], strict=True)],
+                [w - 0.2 * g for w, g in zip(theta[2], gc_[:2], strict=True)],
+            ]
         f = [lambda x, w=w: F.linear(x, *w) for w in theta]
         own = [p for m in modules for p in m.parameters()]
         found = torch.autograd.grad(sum(losses(9, f)), [*own, gamma])
@@ -236,13 +244,22 @@ def test_loss_finished_after_the_other_step(options: dict) -> None:
     for t in range(3):
         x, y = batch(t)
         logp, value = call(actor, theta[0], (x,)), call(critic, theta[1], (x,))
-        g = torch.autograd.grad((value - gamma * y).square().mean(), list(theta[1].values()), create_graph=True)
-        h = torch.autograd.grad((logp * (y - value.detach()) * gamma).mean() + logp.square().mean(), list(theta[0].values()),
-                                create_graph=True)
-        theta = [{k: v - 0.3 * d for (k, v), d in zip(theta[0].items(), h, strict=True)},
-                 {k: v - 0.2 * d for (k, v), d in zip(theta[1].items(), g, strict=True)}]
+        g = torch.autograd.grad(
+            (value - gamma * y).square().mean(), list(theta[1].values()), create_graph=True
+        )
+        h = torch.autograd.grad(
+            (logp * (y - value.detach()) * gamma).mean() + logp.square().mean(),
+            list(theta[0].values()),
+            create_graph=True,
+        )
+        theta = [
+            {k: v - 0.3 * d for (k, v), d in zip(theta[0].items(), h, strict=True)},
+            {k: v - 0.2 * d for (k, v), d in zip(theta[1].items(), g, strict=True)},
+        ]
     x = batch(9)[0]
-    (expected,) = torch.autograd.grad((call(actor, theta[0], (x,)) * call(critic, theta[1], (x,))).sum(), gamma)
+    (expected,) = torch.autograd.grad(
+        (call(actor, theta[0], (x,)) * call(critic, theta[1], (x,))).sum(), gamma
+    )
     torch.testing.assert_close(first, expected, rtol=1e-10, atol=1e-13)
 
 
@@ -306,12 +323,18 @@ def test_in_place_load_is_a_history_cut(options: dict, how: str) -> None:
         pass
     theta = {n: p.detach().clone().requires_grad_() for n, p in donor.named_parameters()}
     start = dict(network().named_parameters())
-    e, l = leaf(0.1), leaf(0.2)
+    e, late_leaf = leaf(0.1), leaf(0.2)
     call = torch.func.functional_call
-    g0 = torch.autograd.grad(loss_of(lambda x: call(net, start, (x,)), 0) * e, list(start.values()), create_graph=True)
-    g1 = torch.autograd.grad(loss_of(lambda x: call(net, theta, (x,)), 1) * l, list(theta.values()), create_graph=True)
+    g0 = torch.autograd.grad(
+        loss_of(lambda x: call(net, start, (x,)), 0) * e, list(start.values()), create_graph=True
+    )
+    g1 = torch.autograd.grad(
+        loss_of(lambda x: call(net, theta, (x,)), 1) * late_leaf, list(theta.values()), create_graph=True
+    )
     final = {n: v - 0.1 * (0.5 * b + g) for (n, v), b, g in zip(theta.items(), g0, g1, strict=True)}
-    wanted = torch.autograd.grad(loss_of(lambda x: call(net, final, (x,)), 2), [e, l, *start.values()])
+    wanted = torch.autograd.grad(
+        loss_of(lambda x: call(net, final, (x,)), 2), [e, late_leaf, *start.values()]
+    )
     torch.testing.assert_close(momentum_path, wanted[0])
     torch.testing.assert_close(late.grad, wanted[1])
     for g, h in zip(after, wanted[2:], strict=True):
@@ -335,7 +358,9 @@ def test_captured_initial_parameters_are_a_constant_meta_parameter(options: dict
     theta = {n: p * 1 for n, p in start.items()}
     for t in range(3):
         value = loss_of(lambda x, th=theta: torch.func.functional_call(net, th, (x,)), t)
-        value = value + 0.3 * sum((p * a.tanh()).sum() for p, a in zip(theta.values(), start.values(), strict=True))
+        value = value + 0.3 * sum(
+            (p * a.tanh()).sum() for p, a in zip(theta.values(), start.values(), strict=True)
+        )
         g = torch.autograd.grad(value, list(theta.values()), create_graph=True)
         theta = {n: p - 0.1 * d for (n, p), d in zip(theta.items(), g, strict=True)}
     outer = loss_of(lambda x: torch.func.functional_call(net, theta, (x,)), 9)
@@ -364,7 +389,9 @@ def test_optimizer_made_inside_and_networks_joining_late(options: dict) -> None:
         return lambda x: call(net, th, (x,))
 
     def descend(th: dict, value: Any) -> dict:
-        th = {n: p * 1 for n, p in th.items()}  # the gradient at this state, not through how the others came about
+        th = {
+            n: p * 1 for n, p in th.items()
+        }  # the gradient at this state, not through how the others came about
         g = torch.autograd.grad(value(f(th)), list(th.values()), create_graph=True)
         return {n: p - rate * d for (n, p), d in zip(th.items(), g, strict=True)}
 

@@ -28,7 +28,7 @@ _saved: dict[str, Any] = {}
 
 def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
     def apply(*a: Any, **k: Any) -> Any:
-        return super(_SingleLevelFunction, cls).apply(*a, **k)
+        return super(_SingleLevelFunction, cls).apply(*a, **k)  # type: ignore[misc]  # pyright: ignore
 
     recorder = recording.get()
     if recorder is None or recorder.depth:

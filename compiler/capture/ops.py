@@ -70,17 +70,44 @@ def without_running_stats(op: Any, args: tuple) -> tuple:
     return tuple(args_list)
 
 
-def attention_by_math(query: Tensor, key: Tensor, value: Tensor, dropout_p: float = 0.0, is_causal: bool = False,
-                      *, attn_mask: Tensor | None = None, scale: float | None = None) -> tuple[Tensor, None]:
+def attention_by_math(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    attn_mask: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, None]:
     """Scaled-dot-product attention from differentiable parts: the fused kernels have no second derivative."""
     if dropout_p:
-        raise NotImplementedError("dropout inside scaled_dot_product_attention; use SDPBackend.MATH, or dropout outside")
-    return aten._scaled_dot_product_attention_math(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)[0], None
+        raise NotImplementedError(
+            "dropout inside scaled_dot_product_attention; use SDPBackend.MATH, or dropout outside"
+        )
+    return aten._scaled_dot_product_attention_math(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale
+    )[0], None
 
 
-def lstm_by_parts(input: Tensor, w0: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, hx: Tensor, cx: Tensor, reverse: bool,
-                  batch_sizes: list[int], mode: int, hidden_size: int, num_layers: int, has_biases: bool,
-                  bidirectional: bool, batch_first: bool, train: bool) -> tuple[Tensor, Tensor, Tensor, None]:
+def lstm_by_parts(
+    input: Tensor,
+    w0: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    w3: Tensor,
+    hx: Tensor,
+    cx: Tensor,
+    reverse: bool,
+    batch_sizes: list[int],
+    mode: int,
+    hidden_size: int,
+    num_layers: int,
+    has_biases: bool,
+    bidirectional: bool,
+    batch_first: bool,
+    train: bool,
+) -> tuple[Tensor, Tensor, Tensor, None]:
     """One LSTM layer, step by step: oneDNN's fused layer has no second derivative.
 
     i, f, g, o = split(x W_ih^T + b_ih + h W_hh^T + b_hh); c' = σ(f) c + σ(i) tanh(g); h' = σ(o) tanh(c').

@@ -55,7 +55,9 @@ class Entry:
 
     __slots__ = ("op", "args", "kwargs", "epoch", "seq", "deps", "grad", "shape")
 
-    def __init__(self, op: Any, args: tuple, kwargs: dict, epoch: Epoch, seq: int, deps: tuple, grad: bool) -> None:
+    def __init__(
+        self, op: Any, args: tuple, kwargs: dict, epoch: Epoch, seq: int, deps: tuple, grad: bool
+    ) -> None:
         self.op, self.args, self.kwargs = op, args, kwargs
         self.epoch, self.seq, self.deps, self.grad = epoch, seq, deps, grad
         self.shape: tuple | None = None
@@ -231,9 +233,10 @@ class Recorder(TorchDispatchMode):
         return None if isinstance(found, Value) and found.entry.epoch is not self.epoch else found
 
     def _touches(self, args: Iterable) -> bool:
-        values = self.values
-        for t in _tensors(args):
-            if t.requires_grad or (id(t) in values and self._current(t) is not None):
+        for t in _tensors(args):  # a plain loop: this runs for every operator
+            if t.requires_grad:
+                return True
+            if id(t) in self.values and self._current(t) is not None:
                 return True
         return False
 
@@ -266,7 +269,9 @@ class Recorder(TorchDispatchMode):
         base = t._base
         assert base is not None
         shift = t.storage_offset() - base.storage_offset()
-        entry = self._entry(aten.as_strided.default, (self.value_of(base), t.shape, t.stride(), shift), {}, (base,), True)
+        entry = self._entry(
+            aten.as_strided.default, (self.value_of(base), t.shape, t.stride(), shift), {}, (base,), True
+        )
         return self._bind(t, Value(entry, None))
 
     # -- writing down --------------------------------------------------------------------------------------------
@@ -325,7 +330,9 @@ class Recorder(TorchDispatchMode):
         result, mask = out
         p = args[1]
         kept = self._entry(aten.mul.Tensor, (self.value_of(args[0]), External(mask)), {}, (args[0],), True)
-        scaled = self._entry(aten.mul.Tensor, (Value(kept, None), 0.0 if p == 1 else 1.0 / (1.0 - p)), {}, (), True)
+        scaled = self._entry(
+            aten.mul.Tensor, (Value(kept, None), 0.0 if p == 1 else 1.0 / (1.0 - p)), {}, (), True
+        )
         self._bind(result, Value(scaled, None))
         return scaled
 
@@ -334,10 +341,11 @@ class Recorder(TorchDispatchMode):
     def _write(self, op: Any, info: OpInfo, args: tuple, kwargs: dict) -> Any:
         targets = written(info, args, kwargs)
         grad = torch.is_grad_enabled()
-        hit = self.guard.before_write(targets, op) if self.guard is not None else None
-        if hit:
+        guard = self.guard
+        hit = guard.before_write(targets, op) if guard is not None else None
+        if guard is not None and hit:
             out = op(*args, **kwargs)
-            self.guard.after_write(hit)
+            guard.after_write(hit)
             return out
         if not self.record:
             return op(*args, **kwargs)
@@ -363,7 +371,11 @@ class Recorder(TorchDispatchMode):
         if info.random:
             # Its effect, not the drawing, is what the step repeats.
             (target,) = targets
-            entry.op, entry.args, entry.kwargs = aten.copy_.default, (tokens[0], External(target.detach().clone())), {}
+            entry.op, entry.args, entry.kwargs = (
+                aten.copy_.default,
+                (tokens[0], External(target.detach().clone())),
+                {},
+            )
         for t in targets:
             self.epoch.writes.setdefault(t.untyped_storage()._cdata, []).append(entry)
         self._bind_outputs(entry, out)
@@ -416,7 +428,10 @@ class Recorder(TorchDispatchMode):
                 storage = t.untyped_storage()
                 known = self.taint_of(t)
                 known.update(leaves)
-                self.tainted[storage._cdata] = (torch.multiprocessing.reductions.StorageWeakRef(storage), known)
+                self.tainted[storage._cdata] = (
+                    torch.multiprocessing.reductions.StorageWeakRef(storage),
+                    known,
+                )
 
     def taint_of(self, t: Tensor) -> dict[int, Any]:
         """Leaves that were read into ``t`` where no gradient flows."""

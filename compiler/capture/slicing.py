@@ -129,7 +129,11 @@ class Slice:
 
     def _lift_index(self, entry: Entry) -> tuple | None:
         # learnable data indexed by the step: the index is a number of the step, not of its program
-        if entry.op is aten.select.int and isinstance(entry.args[2], int) and isinstance(entry.args[0], External):
+        if (
+            entry.op is aten.select.int
+            and isinstance(entry.args[2], int)
+            and isinstance(entry.args[0], External)
+        ):
             source, dim, index = entry.args
             size = source.tensor.shape[dim]
             token = self.token(source)

@@ -117,14 +117,11 @@ def meta_step(
     Returns:
         Query loss and query accuracy after adaptation, both averaged over the episodes.
     """
-    inner = metaoptim.MetaSGD([net], lr=args.inner_lr)
-    # First-order MAML is MAML with the inner gradients taken for constants: whatever
-    # the meta-backward would send into one of them is replaced by zeros.
-    hook = torch.zeros_like if args.first_order else None
+    inner = metaoptim.MetaSGD([net], lr=args.inner_lr, first_order=args.first_order)
     outer.zero_grad()
     total_loss = total_accuracy = 0.0
     for episode in episodes:
-        with metaoptim.SlidingWindow(offline=True, backward_hook=hook):
+        with metaoptim.SlidingWindow(offline=True):
             adapt(net, inner, episode, args.inner_steps)
             logits = net(episode.x_qry)
             loss = F.cross_entropy(logits, episode.y_qry)

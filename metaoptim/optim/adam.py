@@ -43,31 +43,51 @@ class MetaAdam(MetaOptimizer):
         torch.Size([])
     """
 
-    def __init__(self, networks: Iterable[nn.Module | dict[str, Any]], lr: Number = 1e-3,
-                 betas: tuple[Number, Number] = (0.9, 0.999), eps: Number = 1e-8, weight_decay: Number = 0,
-                 amsgrad: bool = False, *, maximize: bool = False, eps_root: Number = 0.0,
-                 first_order: bool = False) -> None:
+    def __init__(
+        self,
+        networks: Iterable[nn.Module | dict[str, Any]],
+        lr: Number = 1e-3,
+        betas: tuple[Number, Number] = (0.9, 0.999),
+        eps: Number = 1e-8,
+        weight_decay: Number = 0,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        eps_root: Number = 0.0,
+        first_order: bool = False,
+    ) -> None:
         check_non_negative(lr=lr, eps=eps, weight_decay=weight_decay, eps_root=eps_root)
         for i, beta in enumerate(betas):
             value = float(beta.detach()) if isinstance(beta, Tensor) else beta
             if not 0.0 <= value < 1.0:
                 raise ValueError(f"betas[{i}]: got {value}, expected a number in [0, 1)")
-        defaults = dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, amsgrad=amsgrad,
-                        maximize=maximize, eps_root=eps_root)
+        defaults = dict(
+            lr=lr,
+            betas=tuple(betas),
+            eps=eps,
+            weight_decay=weight_decay,
+            amsgrad=amsgrad,
+            maximize=maximize,
+            eps_root=eps_root,
+        )
         super().__init__(networks, defaults, first_order=first_order)
 
     @staticmethod
     def init_state(param: Tensor, hyper: dict[str, Any]) -> dict[str, Tensor]:
         """Zero moments and step count, by the names `torch.optim.Adam` gives them."""
-        state = {"step": torch.zeros((), dtype=torch.float32), "exp_avg": torch.zeros_like(param),
-                 "exp_avg_sq": torch.zeros_like(param)}
+        state = {
+            "step": torch.zeros((), dtype=torch.float32),
+            "exp_avg": torch.zeros_like(param),
+            "exp_avg_sq": torch.zeros_like(param),
+        }
         if hyper["amsgrad"]:
             state["max_exp_avg_sq"] = torch.zeros_like(param)
         return state
 
     @staticmethod
-    def update(param: Tensor, grad: Tensor, state: dict[str, Tensor], hyper: dict[str, Any]
-               ) -> tuple[Tensor, dict[str, Tensor]]:
+    def update(
+        param: Tensor, grad: Tensor, state: dict[str, Tensor], hyper: dict[str, Any]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """One step for one parameter."""
         beta1, beta2 = hyper["betas"]
         if hyper["maximize"]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Union
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from metaoptim.errors import WindowError
 from metaoptim.runtime.session import current_session
 
-Number = Union[float, Tensor]
+Number: TypeAlias = float | Tensor
 
 #: Optimizers alive, with the thread that made them: a window adopts those of its own thread when it opens.
 live_optimizers: weakref.WeakSet[MetaOptimizer] = weakref.WeakSet()
@@ -29,20 +29,25 @@ class MetaOptimizer(Optimizer):
         first_order: take the inner gradient as a constant in the meta-backward.
     """
 
-    def __init__(self, networks: Iterable[nn.Module | dict[str, Any]], defaults: dict[str, Any], *,
-                 first_order: bool = False) -> None:
+    def __init__(
+        self,
+        networks: Iterable[nn.Module | dict[str, Any]],
+        defaults: dict[str, Any],
+        *,
+        first_order: bool = False,
+    ) -> None:
         self._networks: list[nn.Module] = []
         self._normalizer: tuple[Any, float, bool] | None = None
         self._tape: list[tuple[str, Tensor]] = []
         self.first_order = first_order
         self.thread = threading.get_ident()
-        if isinstance(networks, (nn.Module, dict)):
-            networks = [networks]
-        networks = list(networks)
-        if networks and isinstance(networks[0], Tensor):
-            raise TypeError(f"{type(self).__name__} takes networks, not parameters: write {type(self).__name__}([net]) "
-                            "instead of passing net.parameters()")
-        super().__init__([self._group(n) for n in networks], defaults)
+        given: list[Any] = [networks] if isinstance(networks, (nn.Module, dict)) else list(networks)
+        if given and isinstance(given[0], Tensor):
+            raise TypeError(
+                f"{type(self).__name__} takes networks, not parameters: write {type(self).__name__}([net]) "
+                "instead of passing net.parameters()"
+            )
+        super().__init__([self._group(n) for n in given], defaults)
         live_optimizers.add(self)
         session = current_session()
         if session is not None:
@@ -56,15 +61,20 @@ class MetaOptimizer(Optimizer):
         raise NotImplementedError
 
     @staticmethod
-    def update(param: Tensor, grad: Tensor, state: dict[str, Tensor], hyper: dict[str, Any]
-               ) -> tuple[Tensor, dict[str, Tensor]]:
+    def update(
+        param: Tensor, grad: Tensor, state: dict[str, Tensor], hyper: dict[str, Any]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """``(param', state')``; pure, and differentiable by ``param``, ``grad``, ``state`` and tensors in ``hyper``."""
         raise NotImplementedError
 
     # -- torch.optim's interface ---------------------------------------------------------------------------------
 
-    def step(self, loss: Tensor | None = None, closure: Callable[[], Tensor] | None = None,  # type: ignore[override]
-             allow_unused: bool = False) -> Tensor:
+    def step(  # type: ignore[override]  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        loss: Tensor | None = None,
+        closure: Callable[[], Tensor] | None = None,
+        allow_unused: bool = False,
+    ) -> Tensor:
         """One inner step: θ' = Υ(∇_θ loss, θ, s).
 
         Args:
@@ -82,13 +92,17 @@ class MetaOptimizer(Optimizer):
         """
         session = current_session()
         if session is None:
-            raise WindowError(f"{type(self).__name__}.step was called outside a window; put the inner loop inside "
-                              "`with metaoptim.SlidingWindow(...):`")
+            raise WindowError(
+                f"{type(self).__name__}.step was called outside a window; put the inner loop inside "
+                "`with metaoptim.SlidingWindow(...):`"
+            )
         for group in self.param_groups:
             if "initial_lr" in group and _learned(group.get("lr")):
-                raise WindowError("a torch scheduler writes into lr in place, which cuts a learnt learning rate off from its "
-                                  "gradient; compute the schedule from the meta-parameter instead: "
-                                  "inner.param_groups[0]['lr'] = base_lr * factor(t)")
+                raise WindowError(
+                    "a torch scheduler writes into lr in place, which cuts a learnt learning rate off from its "
+                    "gradient; compute the schedule from the meta-parameter instead: "
+                    "inner.param_groups[0]['lr'] = base_lr * factor(t)"
+                )
         for hook in self._optimizer_step_pre_hooks.values():
             hook(self, (loss,), {})
         if closure is not None:
@@ -108,14 +122,20 @@ class MetaOptimizer(Optimizer):
 
     def add_param_group(self, param_group: nn.Module | dict[str, Any]) -> None:  # type: ignore[override]
         """Add a network: a module, or ``{"params": module, **options}``."""
-        built = param_group if isinstance(param_group, dict) and isinstance(param_group.get("params"), list) else None
+        built = (
+            param_group
+            if isinstance(param_group, dict) and isinstance(param_group.get("params"), list)
+            else None
+        )
         late = built is None
         group: dict[str, Any] = self._group(param_group) if built is None else built
         known = {id(p) for g in self.param_groups for p in g["params"]}
         for p in group["params"]:
             if id(p) in known:
-                raise ValueError(f"{type(self).__name__}: a parameter of shape {tuple(p.shape)} is in more than one "
-                                 "group; list each network once")
+                raise ValueError(
+                    f"{type(self).__name__}: a parameter of shape {tuple(p.shape)} is in more than one "
+                    "group; list each network once"
+                )
         super().add_param_group(group)
         session = current_session()
         if late and session is not None:
@@ -154,8 +174,9 @@ class MetaOptimizer(Optimizer):
 
     # -- Meta-Optim's interface ----------------------------------------------------------------------------------
 
-    def reset_grad_normalizer(self, max_norm: Number | None, norm_type: float = 2.0,
-                              error_if_nonfinite: bool = False) -> None:
+    def reset_grad_normalizer(
+        self, max_norm: Number | None, norm_type: float = 2.0, error_if_nonfinite: bool = False
+    ) -> None:
         """Clip inner gradients to a total norm, as `torch.nn.utils.clip_grad_norm_` would, differentiably.
 
         Args:
@@ -187,8 +208,10 @@ class MetaOptimizer(Optimizer):
             options = {k: v for k, v in network.items() if k != "params"}
             network = network.get("params")
         if not isinstance(network, nn.Module):
-            raise TypeError(f"{type(self).__name__}: got {type(network).__name__}, expected an nn.Module; write "
-                            f"{type(self).__name__}([net]), networks instead of parameters")
+            raise TypeError(
+                f"{type(self).__name__}: got {type(network).__name__}, expected an nn.Module; write "
+                f"{type(self).__name__}([net]), networks instead of parameters"
+            )
         session = current_session()
         own = session.networks.original if session is not None else _same
         self._networks.append(network)

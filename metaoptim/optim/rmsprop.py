@@ -42,12 +42,29 @@ class MetaRMSprop(MetaOptimizer):
         True
     """
 
-    def __init__(self, networks: Iterable[nn.Module | dict[str, Any]], lr: Number = 1e-2, alpha: Number = 0.99,
-                 eps: Number = 1e-8, weight_decay: Number = 0, momentum: Number = 0, centered: bool = False, *,
-                 maximize: bool = False, first_order: bool = False) -> None:
+    def __init__(
+        self,
+        networks: Iterable[nn.Module | dict[str, Any]],
+        lr: Number = 1e-2,
+        alpha: Number = 0.99,
+        eps: Number = 1e-8,
+        weight_decay: Number = 0,
+        momentum: Number = 0,
+        centered: bool = False,
+        *,
+        maximize: bool = False,
+        first_order: bool = False,
+    ) -> None:
         check_non_negative(lr=lr, alpha=alpha, eps=eps, weight_decay=weight_decay, momentum=momentum)
-        defaults = dict(lr=lr, alpha=alpha, eps=eps, weight_decay=weight_decay, momentum=momentum, centered=centered,
-                        maximize=maximize)
+        defaults = dict(
+            lr=lr,
+            alpha=alpha,
+            eps=eps,
+            weight_decay=weight_decay,
+            momentum=momentum,
+            centered=centered,
+            maximize=maximize,
+        )
         super().__init__(networks, defaults, first_order=first_order)
 
     @staticmethod
@@ -61,8 +78,9 @@ class MetaRMSprop(MetaOptimizer):
         return state
 
     @staticmethod
-    def update(param: Tensor, grad: Tensor, state: dict[str, Tensor], hyper: dict[str, Any]
-               ) -> tuple[Tensor, dict[str, Tensor]]:
+    def update(
+        param: Tensor, grad: Tensor, state: dict[str, Tensor], hyper: dict[str, Any]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """One step for one parameter."""
         alpha = hyper["alpha"]
         if hyper["maximize"]:

@@ -40,14 +40,29 @@ class MetaSGD(MetaOptimizer):
         torch.Size([1, 2])
     """
 
-    def __init__(self, networks: Iterable[nn.Module | dict[str, Any]], lr: Number = 1e-3, momentum: Number = 0,
-                 dampening: Number = 0, weight_decay: Number = 0, nesterov: bool = False, *, maximize: bool = False,
-                 first_order: bool = False) -> None:
+    def __init__(
+        self,
+        networks: Iterable[nn.Module | dict[str, Any]],
+        lr: Number = 1e-3,
+        momentum: Number = 0,
+        dampening: Number = 0,
+        weight_decay: Number = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        first_order: bool = False,
+    ) -> None:
         check_non_negative(lr=lr, momentum=momentum, weight_decay=weight_decay)
         if nesterov and (not active(momentum) or active(dampening)):
             raise ValueError("Nesterov momentum requires a momentum and zero dampening")
-        defaults = dict(lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov,
-                        maximize=maximize)
+        defaults = dict(
+            lr=lr,
+            momentum=momentum,
+            dampening=dampening,
+            weight_decay=weight_decay,
+            nesterov=nesterov,
+            maximize=maximize,
+        )
         super().__init__(networks, defaults, first_order=first_order)
 
     @staticmethod
@@ -56,8 +71,9 @@ class MetaSGD(MetaOptimizer):
         return {}
 
     @staticmethod
-    def update(param: Tensor, grad: Tensor, state: dict[str, Tensor], hyper: dict[str, Any]
-               ) -> tuple[Tensor, dict[str, Tensor]]:
+    def update(
+        param: Tensor, grad: Tensor, state: dict[str, Tensor], hyper: dict[str, Any]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """One step for one parameter."""
         if hyper["maximize"]:
             grad = -grad
@@ -65,7 +81,9 @@ class MetaSGD(MetaOptimizer):
             grad = grad + hyper["weight_decay"] * param
         if active(hyper["momentum"]):
             previous = state.get("momentum_buffer")
-            buffer = grad if previous is None else hyper["momentum"] * previous + (1 - hyper["dampening"]) * grad
+            buffer = (
+                grad if previous is None else hyper["momentum"] * previous + (1 - hyper["dampening"]) * grad
+            )
             state = {"momentum_buffer": buffer}
             grad = grad + hyper["momentum"] * buffer if hyper["nesterov"] else buffer
         return param - hyper["lr"] * grad, state

@@ -1,0 +1,73 @@
+"""Memory of a window in T: activations for the tape, one state per step for all states, nothing for slots."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import metaoptim
+from metaoptim.runtime.engine import Engine
+from metaoptim.runtime.meter import AllocatorMeter
+
+torch.set_num_threads(1)
+BATCHES = [
+    (torch.randn(16, 8, generator=torch.Generator().manual_seed(t)), torch.arange(16) % 4) for t in range(120)
+]
+
+
+def measure(steps: int, **options: Any) -> tuple[int, int, int]:
+    """(bytes held after the loop, peak with backward, bytes of one state)."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 4))
+    lr = torch.tensor(0.1, requires_grad=True)
+    inner = metaoptim.MetaSGD([net], lr=lr, momentum=0.9)
+    state = 2 * sum(p.numel() * p.element_size() for p in net.parameters())
+
+    def loop() -> torch.Tensor:
+        with metaoptim.SlidingWindow(offline=True, **options):
+            for x, y in BATCHES[:steps]:
+                inner.step(F.cross_entropy(net(x), y))
+            return F.cross_entropy(net(BATCHES[0][0]), BATCHES[0][1])
+
+    if options.get("strategy") != "full_tape":
+        for x, y in BATCHES[:3]:  # trace the programs first
+            with metaoptim.SlidingWindow(offline=True, slots=1):
+                for _ in range(3):
+                    inner.step(F.cross_entropy(net(x), y))
+                F.cross_entropy(net(x), y).backward()
+    with AllocatorMeter() as forward:
+        outer = loop()
+    with AllocatorMeter() as backward:
+        outer.backward()
+    return forward.held, forward.held + backward.peak, state
+
+
+def growth(**options: Any) -> tuple[float, float]:
+    """States per step that the loop holds, and that the peak grows by."""
+    held, peak, state = zip(*(measure(steps, **options) for steps in (40, 120)), strict=True)
+    return (held[1] - held[0]) / 80 / state[0], (peak[1] - peak[0]) / 80 / state[0]
+
+
+def test_memory_in_T() -> None:
+    tape, _ = growth(strategy="full_tape")
+    states, states_peak = growth()
+    slots, slots_peak = growth(slots=8)
+    assert tape > 2.0
+    assert 0.8 < states < 1.3 and states_peak < 1.3
+    assert abs(slots) < 0.05 and slots_peak < 0.05
+
+
+def test_the_check_fails_when_a_state_per_step_is_leaked(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, leaked = Engine.append, []
+
+    def append(self: Engine, call: Any, changes: Any) -> None:
+        real(self, call, changes)
+        leaked.append(list(self.state))
+
+    monkeypatch.setattr(Engine, "append", append)
+    slots, _ = growth(slots=8)
+    assert slots > 0.8
