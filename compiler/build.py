@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from .capture.ops import SUBSTITUTES
+from .capture.ops import SUBSTITUTES, op_info
 from .capture.recorder import Function
 from .capture.slicing import Slice
 from .ir import Port, Role, StepGraph, gradient
@@ -122,6 +122,11 @@ class _Builder:
         return node
 
     def body(self, thetas: list[fx.Node], externals: list[fx.Node], numbers: dict[int, fx.Node]) -> None:
+        if any(isinstance(e.op, torch._ops.OpOverload) and op_info(e.op).writes for e in self.slice.entries):
+            # in-place operators must not reach what the tape holds
+            thetas, externals = (
+                [self.graph.call_function(aten.clone.default, (x,)) for x in xs] for xs in (thetas, externals)
+            )
         self.thetas, self.externals, self.numbers = thetas, externals, numbers
         for k in range(len(thetas)):
             self._hook(("t", k), thetas[k])

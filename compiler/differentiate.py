@@ -75,25 +75,21 @@ def _trace(
         if step.dynamic:
             if example is None:
                 raise ValueError("a step whose shapes depend on values is traced over real inputs")
-            module = _pure(make_fx(fn)(*[t.detach().clone() for t in example]), None)
-        else:
-            fake = FakeTensorMode(allow_non_fake_inputs=True)
-            with fake:
-                inputs = [p.empty() for p in step.inputs] + [make() for make in extra]
-                module = _pure(make_fx(fn)(*inputs), inputs)
-    return module
+            return _clean(make_fx(fn)(*[t.detach().clone() for t in example]))
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            return _clean(make_fx(fn)(*[p.empty() for p in step.inputs], *[make() for make in extra]))
 
 
-def _pure(module: fx.GraphModule, inputs: Sequence[Tensor] | None) -> fx.GraphModule:
-    """Functional, without detaches (no autograd runs inside), without duplicates and dead nodes."""
-    if inputs is not None and any(_mutates(n) for n in module.graph.nodes):
-        module = make_fx(torch.func.functionalize(module, remove="mutations"))(*inputs)
-    functional = not any(_mutates(n) for n in module.graph.nodes)
-    if functional:
-        for node in module.graph.find_nodes(op="call_function", target=aten.detach.default):
-            node.replace_all_uses_with(node.args[0])
-            module.graph.erase_node(node)
-        module.graph.eliminate_dead_code()
+def _clean(module: fx.GraphModule) -> fx.GraphModule:
+    """Without detaches (no autograd runs inside), dead nodes and duplicates.
+
+    In-place operators may remain: they write into what the graph itself made, never into its inputs.
+    """
+    for node in module.graph.find_nodes(op="call_function", target=aten.detach.default):
+        node.replace_all_uses_with(node.args[0])
+        module.graph.erase_node(node)
+    module.graph.eliminate_dead_code()
+    if not any(_mutates(n) for n in module.graph.nodes):
         module = fx.GraphModule(module, fx_graph_cse(module.graph))
     module.recompile()
     return module

@@ -63,7 +63,7 @@ class UpdatePlan:
             grads = clip_gradients(grads, _fill(self.clip.max_norm, slots), self.clip.norm_type)
         new_thetas, new_states = [], []
         for theta, grad, state, group in zip(thetas, grads, states, self.group_of, strict=True):
-            new, new_state = self.update(theta, grad, state, groups[group])
+            new, new_state = self.update(theta, grad, state, _matching(groups[group], theta))
             new_thetas.append(new if new.dtype == theta.dtype else new.to(theta.dtype))
             new_states.append(new_state)
         return new_thetas, new_states
@@ -73,3 +73,16 @@ def _fill(value: Any, slots: Sequence[Any]) -> Any:
     if isinstance(value, Slot):
         return slots[value.at]
     return tuple([_fill(v, slots) for v in value]) if isinstance(value, tuple) else value
+
+
+def _matching(group: dict[str, Any], theta: Tensor) -> dict[str, Any]:
+    # a 0-dim tensor does not promote tensors that have dimensions, but it does promote a 0-dim parameter
+    if theta.dim():
+        return group
+    return {k: _cast(v, theta) for k, v in group.items()}
+
+
+def _cast(value: Any, theta: Tensor) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(theta.dtype)
+    return tuple([_cast(v, theta) for v in value]) if isinstance(value, tuple) else value

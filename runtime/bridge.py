@@ -32,14 +32,13 @@ class InnerParameter(nn.Parameter):
 
     own: nn.Parameter
 
-    @property  # pyright: ignore[reportIncompatibleVariableOverride]
-    def grad(self) -> Tensor | None:  # type: ignore[override]
-        """The ``.grad`` of the user's own parameter."""
+    def _own_grad(self) -> Tensor | None:
         return self.own.grad
 
-    @grad.setter
-    def grad(self, value: Tensor | None) -> None:
+    def _set_own_grad(self, value: Tensor | None) -> None:
         self.own.grad = value
+
+    grad = property(_own_grad, _set_own_grad)  # type: ignore[assignment]  # pyright: ignore
 
     def __deepcopy__(self, memo: dict) -> nn.Parameter:
         copy = memo[id(self)] = nn.Parameter(self.detach().clone(), self.own.requires_grad)

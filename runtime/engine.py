@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from metaoptim.errors import CaptureError
+
 from ..compiler import cotangent_hook
 from ..compiler.differentiate import cotangent_outputs
 from ..compiler.ir import Assign, Program, Role, StepCall
@@ -250,7 +252,13 @@ class Engine:
             cotangents.append(_zeros(step.outputs[i].spec) if c is None else c)
         self.vjps += 1
         arguments = (*inputs, *cotangents)
-        grads = lowered(step, "vjp", arguments)(*arguments)
+        try:
+            vjp = lowered(step, "vjp", arguments)
+        except RuntimeError as error:
+            raise CaptureError(
+                f"the inner step at {call.location} cannot be differentiated a second time: {error}"
+            ) from error
+        grads = vjp(*arguments)
         roles = [p.role for p in step.inputs]
         indices = {
             Role.THETA: iter(call.theta),

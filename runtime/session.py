@@ -158,6 +158,11 @@ class Session:
         grads: list[Tensor | None] = list(
             torch.autograd.grad(loss, thetas, create_graph=create_graph, retain_graph=True, allow_unused=True)
         )
+        for i, g in zip(ordinals, grads, strict=True):
+            if g is not None and g.layout is not torch.strided:
+                raise LossError(
+                    f"{name}.step: the gradient of {self.networks.names[i]!r} is sparse; use sparse=False in its module"
+                )
         unused = [self.networks.names[i] for i, g in zip(ordinals, grads, strict=True) if g is None]
         if len(unused) == len(grads):
             raise LossError(

@@ -212,6 +212,11 @@ class MetaOptimizer(Optimizer):
                 f"{type(self).__name__}: got {type(network).__name__}, expected an nn.Module; write "
                 f"{type(self).__name__}([net]), networks instead of parameters"
             )
+        for name, p in network.named_parameters():
+            if not p.is_floating_point():
+                raise TypeError(
+                    f"{type(self).__name__}: parameter {name!r} is {p.dtype}, expected a real floating-point type"
+                )
         session = current_session()
         own = session.networks.original if session is not None else _same
         self._networks.append(network)

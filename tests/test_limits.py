@@ -1,0 +1,166 @@
+"""The known limits, as docs/limits.md states them: refused by name, the dangerous ones first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import metaoptim
+
+torch.set_num_threads(1)
+X = torch.randn(6, 3, generator=torch.Generator().manual_seed(1))
+Y = torch.randn(6, 2, generator=torch.Generator().manual_seed(2))
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+
+
+def take(net: nn.Module, loss: Callable[[], Tensor], steps: int = 1, **options: Any) -> None:
+    inner = metaoptim.MetaSGD([net], lr=0.1)
+    with metaoptim.SlidingWindow(offline=True, **options):
+        for _ in range(steps):
+            inner.step(loss())
+        F.mse_loss(net(X), Y).backward()
+
+
+def test_module_backward_hook_that_changes_the_gradient() -> None:
+    net = network()
+    net[1].register_full_backward_hook(lambda m, gi, go: (gi[0] * 3,))
+    with pytest.raises(metaoptim.CaptureError, match=r"0\.weight.*full_tape"):
+        take(net, lambda: F.mse_loss(net(X), Y))
+    take(net, lambda: F.mse_loss(net(X), Y), strategy="full_tape")
+    assert net[0].weight.grad is not None
+
+
+def test_node_hook() -> None:
+    net = network()
+
+    def loss() -> Tensor:
+        h = net(X)
+        h.grad_fn.register_hook(lambda gi, go: tuple(None if g is None else 2 * g for g in gi))
+        return F.mse_loss(h, Y)
+
+    with pytest.raises(metaoptim.CaptureError, match="hook on an autograd node"):
+        take(net, loss)
+
+
+def test_random_operator_with_a_gradient() -> None:
+    net = network()
+    with pytest.raises(metaoptim.CaptureError, match="cannot be seen"):
+        take(net, lambda: torch._standard_gamma(net(X).exp()).square().mean())
+
+
+def test_dropout_inside_attention() -> None:
+    """On the CPU torch itself takes the unfused path here, so it is ordinary dropout, and exact."""
+    found = []
+    for options in ({}, {"strategy": "full_tape"}):
+        torch.manual_seed(0)
+        net = nn.Linear(3, 8)
+        inner = metaoptim.MetaSGD([net], lr=0.1)
+        with metaoptim.SlidingWindow(offline=True, **options):
+            q = net(X).view(1, 1, 6, 8)
+            inner.step(F.scaled_dot_product_attention(q, q, q, dropout_p=0.5).square().mean())
+            net(X).square().mean().backward()
+        found.append(net.weight.grad)
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_reentrant_checkpoint() -> None:
+    net = network()
+    with pytest.raises((metaoptim.CaptureError, RuntimeError), match=r"checkpoint|Checkpoint"):
+        take(net, lambda: F.mse_loss(checkpoint(net, X.clone().requires_grad_(), use_reentrant=True), Y))
+
+
+def test_function_whose_python_state_changes() -> None:
+    net = network()
+    state = {"scale": 1.0}
+
+    class Scaled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x * state["scale"]
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> Tensor:
+            return g * state["scale"]
+
+    def loss() -> Tensor:
+        state["scale"] += 1.0
+        return F.mse_loss(Scaled.apply(net(X)), Y)
+
+    with pytest.raises(metaoptim.CaptureError, match="does not reproduce"):
+        take(net, loss, steps=2)
+
+
+def test_function_that_cannot_be_traced() -> None:
+    net = network()
+
+    class Numpy(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return torch.from_numpy(x.detach().numpy() * 2)
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> Tensor:
+            return g * 2
+
+    with pytest.raises(metaoptim.CaptureError, match="full_tape"):
+        take(net, lambda: F.mse_loss(Numpy.apply(net(X)), Y))
+
+
+def test_sparse_gradients_and_complex_parameters() -> None:
+    table = nn.Embedding(5, 3, sparse=True)
+    with pytest.raises(metaoptim.LossError, match="sparse"):
+        inner = metaoptim.MetaSGD([table])
+        with metaoptim.SlidingWindow():
+            inner.step(table(torch.tensor([1, 2])).square().sum())
+    with pytest.raises(TypeError, match="complex"):
+        metaoptim.MetaSGD([nn.Linear(2, 2, dtype=torch.complex64)])
+
+
+def test_operator_without_a_second_derivative_names_the_step() -> None:
+    net = nn.Linear(3, 3)
+
+    def loss() -> Tensor:
+        a, b = net(X).unsqueeze(0), X.unsqueeze(0)
+        return torch.cdist(a, b, p=1.5).sum()
+
+    with pytest.raises(
+        (metaoptim.CaptureError, RuntimeError), match=r"cannot be differentiated a second time|derivative"
+    ):
+        take(net, loss)
+
+
+def _average(rank: int, store: str, results: Any) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    net = network()
+    inner = metaoptim.MetaSGD([net], lr=0.1)
+    with metaoptim.SlidingWindow():
+        inner.step(F.mse_loss(net(X), Y * (rank + 1)))
+    results[rank] = net[2].bias.detach().tolist()
+    torch.distributed.destroy_process_group()
+
+
+def test_online_windows_average_over_ranks(tmp_path: Any) -> None:
+    alone = []
+    for rank in range(2):
+        net = network()
+        inner = metaoptim.MetaSGD([net], lr=0.1)
+        with metaoptim.SlidingWindow():
+            inner.step(F.mse_loss(net(X), Y * (rank + 1)))
+        alone.append(net[2].bias.detach())
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.spawn(_average, args=(str(tmp_path / "store"), results), nprocs=2)
+        for rank in range(2):
+            torch.testing.assert_close(torch.tensor(results[rank]), (alone[0] + alone[1]) / 2)
