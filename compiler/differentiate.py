@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -76,8 +77,15 @@ def _trace(
             if example is None:
                 raise ValueError("a step whose shapes depend on values is traced over real inputs")
             return _clean(make_fx(fn)(*[t.detach().clone() for t in example]))
+        table = {aten._efficientzerotensor.default: functools.partial(_zeros, step.inputs[0].spec[3])}
         with FakeTensorMode(allow_non_fake_inputs=True):
-            return _clean(make_fx(fn)(*[p.empty() for p in step.inputs], *[make() for make in extra]))
+            return _clean(make_fx(fn, table)(*[p.empty() for p in step.inputs], *[make() for make in extra]))
+
+
+def _zeros(home: torch.device, size: Any, *, device: Any = None, **options: Any) -> Tensor:
+    """For autograd's immaterial zeros, which a fake tensor's formula asks for on the meta device."""
+    device = torch.device(home if device is None else device)
+    return torch.zeros(size, device=home if device.type == "meta" else device, dtype=options.get("dtype"))
 
 
 def _clean(module: fx.GraphModule) -> fx.GraphModule:

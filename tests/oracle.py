@@ -15,9 +15,6 @@ from torch.func import functional_call
 
 import metaoptim
 
-torch.set_num_threads(1)
-torch.set_default_dtype(torch.float64)
-
 
 @dataclass
 class Problem:

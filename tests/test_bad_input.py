@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 import metaoptim
 
-torch.set_num_threads(1)
 X, Y = (
     torch.randn(6, 3, generator=torch.Generator().manual_seed(1)),
     torch.randn(6, 2, generator=torch.Generator().manual_seed(2)),

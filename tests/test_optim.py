@@ -13,8 +13,6 @@ from torch import nn
 
 import metaoptim
 
-torch.set_num_threads(1)
-
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("SGD", {}),
     ("SGD", {"lr": 0.05, "momentum": 0.9}),

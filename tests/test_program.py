@@ -15,7 +15,6 @@ from metaoptim.runtime.recorded import step_cache
 from oracle import agree, run_oracle, run_window
 from problems import problem
 
-torch.set_num_threads(1)
 aten = torch.ops.aten
 
 

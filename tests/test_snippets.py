@@ -15,8 +15,6 @@ from torch.func import functional_call
 
 import MetaOptim
 
-torch.set_num_threads(1)
-
 
 class Net(nn.Module):
     def __init__(self) -> None:

@@ -18,7 +18,6 @@ from torch.utils.checkpoint import checkpoint
 
 import metaoptim
 
-torch.set_num_threads(1)
 STRATEGIES = pytest.mark.parametrize(
     "options", [{}, {"slots": 2}, {"strategy": "full_tape"}], ids=["all", "slots", "tape"]
 )
