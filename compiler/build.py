@@ -8,14 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from .capture.ops import SUBSTITUTES, op_info
 from .capture.recorder import Function
 from .capture.slicing import Slice
 from .ir import Port, Role, StepGraph, gradient
-from .tracing import tracing
 from .update import UpdatePlan
 
 aten = torch.ops.aten
@@ -35,6 +32,20 @@ class WithHooks:
         return value
 
 
+class GradientHooks:
+    """Applies the hooks of the user's own parameter to its inner gradient, as a training loop's backward would."""
+
+    def __init__(self, hooks: Sequence[Any]) -> None:
+        self.hooks = tuple(hooks)
+        self.__name__ = "gradient_hooks"
+
+    def __call__(self, grad: Tensor) -> Tensor:
+        for hook in self.hooks:
+            changed = hook(grad)
+            grad = grad if changed is None else changed
+        return grad
+
+
 def build_step(
     slice_: Slice,
     plan: UpdatePlan,
@@ -43,7 +54,9 @@ def build_step(
     theta_specs: Sequence[tuple],
     param_specs: Sequence[tuple],
     state_specs: Sequence[dict[str, tuple]],
+    new_state_specs: Sequence[dict[str, tuple]],
     lifted: Sequence[int],
+    grad_hooks: Sequence[Sequence[Any]],
     first_order: bool,
     hooked: bool,
 ) -> StepGraph:
@@ -54,8 +67,10 @@ def build_step(
         plan: the update; its slots are the slice's roots after the first.
         params: for each updated parameter, its place among the slice's thetas.
         stale: whether the update finds other parameters than the loss read.
-        theta_specs, param_specs, state_specs: of the slice's thetas, the updated parameters and their states.
+        theta_specs, param_specs: of the slice's thetas and the updated parameters.
+        state_specs, new_state_specs: of the states of the updated parameters, before and after.
         lifted: which of the slice's numbers are inputs.
+        grad_hooks: for each updated parameter, the hooks of the user's own parameter that change its gradient.
         first_order, hooked: see `StepGraph`.
     """
     builder = _Builder(slice_, lifted)
@@ -82,25 +97,34 @@ def build_step(
     graph = builder.graph
     grads_node = graph.call_function(gradient, (loss, tuple(thetas[i] for i in params)))
     grads = [graph.call_function(operator.getitem, (grads_node, i)) for i in range(len(params))]
+    grads = [
+        graph.call_function(GradientHooks(h), (g,)) if h else g for g, h in zip(grads, grad_hooks, strict=True)
+    ]
     grad_nodes = grads
     if first_order:
         grads = [graph.call_function(aten.detach.default, (g,)) for g in grads]
-    new_thetas, new_states, state_names, new_specs = _trace_update(
-        graph, plan, now, grads, states, slots, builder
-    )
+    update = graph.call_function(plan, (now, grads, states, slots))
+    update.meta["update"] = True
+    new_thetas, new_states = (graph.call_function(operator.getitem, (update, i)) for i in (0, 1))
+    results = [graph.call_function(operator.getitem, (new_thetas, i)) for i in range(len(params))]
+    for i, specs in enumerate(new_state_specs):
+        new = graph.call_function(operator.getitem, (new_states, i))
+        results += [graph.call_function(operator.getitem, (new, name)) for name in specs]
     outputs = [Port(Role.LOSS, (), "loss")]
     outputs += [Port(Role.THETA, spec, f"theta_{i}'") for i, spec in zip(params, param_specs, strict=True)]
     outputs += [
-        Port(Role.OPT_STATE, spec, f"{name}'") for name, spec in zip(state_names, new_specs, strict=True)
+        Port(Role.OPT_STATE, spec, f"{name}_{i}'")
+        for i, specs in enumerate(new_state_specs)
+        for name, spec in specs.items()
     ]
     outputs += [Port(Role.GRADIENT, spec, f"g_{i}") for i, spec in zip(params, param_specs, strict=True)]
-    graph.output((loss, *new_thetas, *new_states, *grad_nodes))
+    graph.output((loss, *results, *grad_nodes))
     graph.lint()
     return StepGraph(
         graph,
         tuple(builder.inputs),
         tuple(outputs),
-        slice_.opaque,
+        slice_.opaque or any(grad_hooks),
         any(e.shape is not None for e in slice_.entries),
         first_order,
         hooked,
@@ -201,63 +225,6 @@ class _Builder:
         if kind == "n":
             return self.numbers[token[1]] if token[1] in self.lifted else self.slice.numbers[token[1]]
         if kind == "c":
-            return token[2]
+            return float.fromhex(token[1]) if len(token) == 2 else token[2]
         return tuple(self.value(t) for t in token)
 
-
-def _trace_update(
-    graph: fx.Graph,
-    plan: UpdatePlan,
-    thetas: list[fx.Node],
-    grads: list[fx.Node],
-    states: list[dict[str, fx.Node]],
-    slots: list[Any],
-    builder: _Builder,
-) -> tuple[list, list, list, list]:
-    """Inline the update's ATen ops into ``graph``."""
-    names: list[str] = []
-    with tracing(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        fakes: list[Tensor] = []
-        nodes: list[fx.Node] = []
-
-        def fake(node: Any, spec: tuple | None = None) -> Any:
-            if not isinstance(node, fx.Node):
-                return node
-            shape, dtype, stride, device = (
-                spec or node.meta.get("spec") or ((), torch.float64, (), torch.device("cpu"))
-            )
-            fakes.append(torch.empty_strided(shape, stride, dtype=dtype, device=device))
-            nodes.append(node)
-            return ("input", len(fakes) - 1)
-
-        where = (
-            [fake(t) for t in thetas],
-            [fake(g, t.meta["spec"]) for g, t in zip(grads, thetas, strict=True)],
-            [{k: fake(v) for k, v in s.items()} for s in states],
-            [fake(s) for s in slots],
-        )
-
-        def run(*inputs: Tensor) -> list[Tensor]:
-            def pick(v: Any) -> Any:
-                return inputs[v[1]] if isinstance(v, tuple) and v[:1] == ("input",) else v
-
-            new, new_states = plan.run(
-                [pick(t) for t in where[0]],
-                [pick(g) for g in where[1]],
-                [{k: pick(v) for k, v in s.items()} for s in where[2]],
-                list(map(pick, where[3])),
-            )
-            names[:] = [f"{k}_{i}" for i, s in enumerate(new_states) for k in s]
-            return [*new, *(v for s in new_states for v in s.values())]
-
-        module = make_fx(run)(*fakes)
-    values: dict[fx.Node, fx.Node] = dict(zip(module.graph.find_nodes(op="placeholder"), nodes, strict=True))
-    before = len(graph.nodes)
-    results: Any = graph.graph_copy(module.graph, values)
-    for node in list(graph.nodes)[before:]:
-        node.meta["update"] = True
-    (output,) = module.graph.find_nodes(op="output")
-    metas = [n.meta["val"] for n in output.args[0]]
-    specs = [(tuple(m.shape), m.dtype, m.stride(), m.device) for m in metas]
-    count = len(thetas)
-    return list(results[:count]), list(results[count:]), names, specs[count:]

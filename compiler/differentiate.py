@@ -12,6 +12,9 @@ from torch._functorch.compile_utils import fx_graph_cse
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from metaoptim.errors import CaptureError
+
+from .capture.ops import op_info
 from .cotangent_hook import call_cotangent_hook
 from .interpret import interpret
 from .ir import Role, StepGraph
@@ -97,10 +100,33 @@ def _clean(module: fx.GraphModule) -> fx.GraphModule:
         node.replace_all_uses_with(node.args[0])
         module.graph.erase_node(node)
     module.graph.eliminate_dead_code()
+    _check_constants(module)
     if not any(_mutates(n) for n in module.graph.nodes):
         module = fx.GraphModule(module, fx_graph_cse(module.graph))
     module.recompile()
     return module
+
+
+def _check_constants(module: fx.GraphModule) -> None:
+    """What the graph has picked up besides its inputs: nothing may be drawn, tensors are frozen as they are."""
+    for node in module.graph.nodes:
+        target: Any = node.target
+        if isinstance(target, torch._ops.OpOverload) and op_info(target).random:
+            raise CaptureError(
+                f"a hook, a custom Function or the optimizer's update draws random numbers ({target}), which a replay "
+                "would draw anew; draw them in the loss, or pass them as a hyper-parameter of the step"
+            )
+    for name in {str(n.target) for n in module.graph.find_nodes(op="get_attr")}:
+        constant = getattr(module, name)
+        if not isinstance(constant, Tensor):
+            continue
+        if constant.requires_grad:
+            raise CaptureError(
+                f"a hook, a custom Function or the optimizer's update uses a tensor of shape {tuple(constant.shape)} that "
+                "requires grad but is none of its arguments, so it would receive no gradient; pass it as an argument, or "
+                "detach it"
+            )
+        setattr(module, name, constant.clone())
 
 
 def _mutates(node: fx.Node) -> bool:

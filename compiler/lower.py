@@ -29,12 +29,16 @@ class _Family:
     """Steps equal but for numbers: baked in until two of them differ, then lifted."""
 
     def __init__(self, numbers: tuple) -> None:
-        self.first = numbers
+        self.first = _exact(numbers)
         self.lifted: frozenset[int] = frozenset()
         self.steps: dict[tuple, tuple[StepGraph, tuple[int, ...]]] = {}
 
     def masked(self, numbers: tuple) -> tuple:
-        return tuple(None if i in self.lifted else n for i, n in enumerate(numbers))
+        return tuple(None if i in self.lifted else n for i, n in enumerate(_exact(numbers)))
+
+
+def _exact(numbers: tuple) -> tuple:
+    return tuple(n.hex() if isinstance(n, float) else n for n in numbers)  # -0.0 is not 0.0
 
 
 class StepCache:
@@ -59,7 +63,7 @@ class StepCache:
                 self._families.move_to_end(key)
             found = family.steps.get(family.masked(numbers))
             if found is None and family.steps:
-                differing = {i for i, (a, b) in enumerate(zip(family.first, numbers, strict=True)) if a != b}
+                differing = {i for i, (a, b) in enumerate(zip(family.first, _exact(numbers), strict=True)) if a != b}
                 family.lifted |= differing
                 found = family.steps.get(family.masked(numbers))
             if found is not None:

@@ -9,12 +9,15 @@ from threading import RLock
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+from .capture.intercept import recording
+
 _lock = RLock()  # make_fx patches torch globally while it runs
 
 
 @contextmanager
 def tracing() -> Iterator[None]:
-    """One trace at a time, outside the user's modes and autocast, with grad mode on."""
+    """One trace at a time, outside the window, the user's modes and autocast, with grad mode on."""
+    recorder = recording.set(None)
     with (
         _lock,
         _disable_current_modes(),
@@ -23,4 +26,7 @@ def tracing() -> Iterator[None]:
         torch.autocast("cuda", enabled=False),
         torch.autograd.set_detect_anomaly(False),
     ):
-        yield
+        try:
+            yield
+        finally:
+            recording.reset(recorder)

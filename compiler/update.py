@@ -45,6 +45,7 @@ class UpdatePlan:
         group_of: per updated parameter, its group.
         states: per updated parameter, the names of the optimizer state it has before the step.
         clip: clipping of the gradients, or None.
+        init: pure ``(param, hyper) -> state``, where the initial state depends on the parameter and is part of the step.
     """
 
     update: Callable[..., tuple[Tensor, State]]
@@ -52,8 +53,13 @@ class UpdatePlan:
     group_of: tuple[int, ...]
     states: tuple[tuple[str, ...], ...]
     clip: Clip | None = None
+    init: Callable[..., State] | None = None
 
-    def run(
+    @property
+    def __name__(self) -> str:
+        return self.update.__qualname__
+
+    def __call__(
         self, thetas: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[State], slots: Sequence[Any]
     ) -> tuple[list[Tensor], list[State]]:
         """New parameters and new states."""
@@ -63,7 +69,10 @@ class UpdatePlan:
             grads = clip_gradients(grads, _fill(self.clip.max_norm, slots), self.clip.norm_type)
         new_thetas, new_states = [], []
         for theta, grad, state, group in zip(thetas, grads, states, self.group_of, strict=True):
-            new, new_state = self.update(theta, grad, state, _matching(groups[group], theta))
+            hyper = _matching(groups[group], theta)
+            if self.init is not None and not state:
+                state = self.init(theta, hyper)
+            new, new_state = self.update(theta, grad, state, hyper)
             new_thetas.append(new if new.dtype == theta.dtype else new.to(theta.dtype))
             new_states.append(new_state)
         return new_thetas, new_states

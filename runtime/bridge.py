@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metaoptim.errors import MetaOptimError
+from metaoptim.errors import MetaOptimError, WindowError
 
 from .engine import Engine, Sweep
 
@@ -39,6 +39,35 @@ class InnerParameter(nn.Parameter):
         self.own.grad = value
 
     grad = property(_own_grad, _set_own_grad)  # type: ignore[assignment]  # pyright: ignore
+
+    def _values(self) -> Tensor:
+        return torch.Tensor.data.__get__(self)  # type: ignore[attr-defined]
+
+    def _set_values(self, value: Tensor) -> None:
+        # what the tape knows of this parameter is its memory: copy into it (a history cut), never swap it
+        if (value.shape, value.dtype, value.device) != (self.shape, self.dtype, self.device):
+            raise WindowError(
+                f"p.data = ... inside a window: got {tuple(value.shape)} of {value.dtype} on {value.device}, expected "
+                f"{tuple(self.shape)} of {self.dtype} on {self.device}; convert the network outside the window"
+            )
+        with torch.no_grad():
+            self.copy_(value)
+
+    data = property(_values, _set_values)  # type: ignore[assignment]  # pyright: ignore
+
+    def requires_grad_(self, requires_grad: bool = True) -> Tensor:  # type: ignore[override]
+        """Refused for False: what inner steps train is fixed while they can be differentiated."""
+        if not requires_grad:
+            raise WindowError(
+                "a parameter was frozen inside a window; freeze it before the window, or give its network a group of its "
+                "own with lr=0"
+            )
+        return super().requires_grad_()
+
+    def _needs_grad(self) -> bool:
+        return torch.Tensor.requires_grad.__get__(self)  # type: ignore[attr-defined]
+
+    requires_grad = property(_needs_grad, requires_grad_)  # type: ignore[assignment]  # pyright: ignore
 
     def __deepcopy__(self, memo: dict) -> nn.Parameter:
         copy = memo[id(self)] = nn.Parameter(self.detach().clone(), self.own.requires_grad)
@@ -85,6 +114,18 @@ class Read(torch.autograd.Function):
             if grad is not None:
                 sweep.deposit(ctx.position, index, grad)
         return None, None, None, None, torch.empty(0)
+
+
+class Alias(torch.autograd.Function):
+    """A tensor with its history as it is now, whatever in-place calls make of it later."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:  # type: ignore[override]
+        return torch.Tensor._make_subclass(torch.Tensor, value.detach(), False)  # type: ignore[return-value]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return grad
 
 
 class Link(torch.autograd.Function):

@@ -254,6 +254,8 @@ class Engine:
         arguments = (*inputs, *cotangents)
         try:
             vjp = lowered(step, "vjp", arguments)
+        except CaptureError:
+            raise
         except RuntimeError as error:
             raise CaptureError(
                 f"the inner step at {call.location} cannot be differentiated a second time: {error}"

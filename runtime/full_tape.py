@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -54,17 +55,18 @@ class FullTapeSession(Session):
                     else as_parameter(p.detach().clone(), p).requires_grad_()
                 )
             self.networks.show(i, shown)
-        if late and self._versions:
-            raise WindowError(
-                "an optimizer of another thread joined a full_tape window late; make it in its own thread"
-            )
-        before = [list(self.networks.originals)] if late else []
-        self._versions += [*before, list(self.networks.shown)]
+        shown = self.networks.shown
+        if late:  # the loss at hand has read the user's own
+            own = self.networks.originals
+            self._versions.append([own[i] if i in ordinals else shown[i] for i in range(len(shown))])
+        self._versions.append(list(shown))
 
     def _step(self, optimizer: Any, loss: Tensor, allow_unused: bool) -> None:
         ordinals = self.ordinals(optimizer)
         thetas = self._read_by(loss, ordinals)
-        grads = self.gradients(optimizer, loss, ordinals, thetas, not optimizer.first_order, allow_unused)
+        grads, _ = self.gradients(
+            optimizer, loss, ordinals, thetas, not optimizer.first_order, allow_unused
+        )
         used = [(i, g) for i, g in zip(ordinals, grads, strict=True) if g is not None]
         hook = self.options.backward_hook
         group_of = {id(p): k for k, group in enumerate(optimizer.param_groups) for p in group["params"]}
@@ -81,9 +83,7 @@ class FullTapeSession(Session):
                 state = optimizer.state[p]
                 if not state:
                     state.update(
-                        optimizer.init_state(
-                            self.networks.shown[i].detach(), optimizer.param_groups[group_of[id(p)]]
-                        )
+                        optimizer.init_state(self.networks.shown[i], optimizer.param_groups[group_of[id(p)]])
                     )
                 states.append(dict(state))
             if optimizer._normalizer is not None:
@@ -97,7 +97,7 @@ class FullTapeSession(Session):
                 tuple(group_of[id(p)] for p in originals),
                 tuple(map(tuple, states)),
             )
-            new, new_states = plan.run([self.networks.shown[i] for i, _ in used], inner, states, ())
+            new, new_states = plan([self.networks.shown[i] for i, _ in used], inner, states, ())
             shown = [
                 _show(value, p) if value.requires_grad else as_parameter(value, p).requires_grad_()
                 for value, p in zip(new, originals, strict=True)
@@ -133,6 +133,13 @@ class FullTapeSession(Session):
         self._versions.clear()
 
     # -- the recorder's guard ------------------------------------------------------------------------------------
+
+    def statistics(self, stats: Sequence[Tensor], training: bool) -> list[Tensor]:
+        """The running statistics for a batch norm to use."""
+        return self.networks.statistics(stats, training)
+
+    def preserve(self, targets: list[Tensor]) -> None:
+        """Nothing is held here but by autograd, which watches versions itself."""
 
     def before_write(self, targets: list[Tensor], op: Any) -> list[int]:
         """Ordinals of the parameters about to be overwritten."""

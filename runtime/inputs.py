@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -48,17 +51,35 @@ def _mixing_weights() -> Tensor:
     return _weights
 
 
+def _copy(t: Tensor) -> Tensor:
+    """A copy with the very strides of ``t``: step graphs are traced for them."""
+    with torch.no_grad():
+        t = t.detach()
+        if t.layout is not torch.strided or t.is_conj() or t.is_neg() or not t.numel():
+            return t.clone()
+        span = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+        return t.as_strided((span,), (1,)).clone().as_strided(t.shape, t.stride())
+
+
 class Held:
-    """An input of a recorded step."""
+    """The value of a tensor as a step read it.
 
-    __slots__ = ("tensor", "digest", "label")
+    Attributes:
+        tensor: the user's, or a copy.
+        digest: of the value, to find out whether it was overwritten; None if it cannot be.
+        private: whether it is a copy.
+    """
 
-    def __init__(self, tensor: Tensor, digest: int | Tensor | None, label: str) -> None:
-        self.tensor, self.digest, self.label = tensor, digest, label
+    __slots__ = ("tensor", "digest", "label", "private", "__weakref__")
+
+    def __init__(
+        self, tensor: Tensor, digest: int | Tensor | None, label: str, private: bool = False
+    ) -> None:
+        self.tensor, self.digest, self.label, self.private = tensor, digest, label, private
 
     def get(self) -> Tensor:
         """The tensor, or `StaleInputError` if it was overwritten since."""
-        if self.digest is not None:
+        if isinstance(self.digest, Tensor) or (self.digest is not None and not self.private):
             now = checksum(self.tensor)
             same = bool((now == self.digest).all()) if isinstance(now, Tensor) else now == self.digest
             if not same:
@@ -69,36 +90,72 @@ class Held:
                 )
         return self.tensor
 
+    def is_current(self, source: Tensor) -> bool:
+        """Whether another read of ``source``, at the same version, may share this hold."""
+        if not self.private or isinstance(self.digest, Tensor):
+            return True  # a difference is found when the value is used
+        return checksum(source) == self.digest
 
-class Snapshots:
-    """Copies of inputs that are expected to change (meta-parameters, buffers), one copy per value."""
+    def keep(self) -> None:
+        """The user's memory is about to be overwritten: copy it."""
+        if not self.private:
+            self.tensor, self.private = _copy(self.get()), True
 
-    def __init__(self) -> None:
-        self._taken: dict[int, tuple[Tensor, int | Tensor | None, int, Held]] = {}
 
-    def take(self, tensor: Tensor, label: str) -> Held:
-        """A private copy of ``tensor`` as it is now; the last one if nothing changed."""
-        digest, version = checksum(tensor), 0 if tensor.is_inference() else tensor._version
-        known = self._taken.get(id(tensor))
-        if known is not None and known[0] is tensor:
-            if isinstance(digest, Tensor):
-                same = version == known[2]
-                held = Held(
-                    known[3].tensor, digest, label
-                )  # compared when it is used: no synchronisation here
-            else:
-                same, held = digest == known[1], known[3]
-            if same:
-                return held
-        with torch.no_grad():
-            held = Held(tensor.detach().clone(), None, label)
-        self._taken[id(tensor)] = (tensor, digest, version, held)
+class Inputs:
+    """Holds on everything that the steps of a window read from outside.
+
+    Meta-parameters and buffers are expected to change: they are copied, once per value. Everything else is held by
+    reference, copied when an operator is about to overwrite it, and watched for overwriting that no operator shows.
+
+    Args:
+        is_buffer: whether a tensor is a buffer of the inner networks.
+    """
+
+    def __init__(self, is_buffer: Callable[[Tensor], bool]) -> None:
+        self.is_buffer = is_buffer
+        self._copies: dict[int, tuple[Tensor, int, Held]] = {}
+        self._at: dict[int, weakref.WeakSet[Held]] = {}  # storage -> holds by reference
+        self._prune_at = 256
+
+    def hold(self, tensor: Tensor) -> Held:
+        """``tensor`` as it is now."""
+        if tensor.requires_grad:
+            return self._copied(tensor, "a meta-parameter")
+        if self.is_buffer(tensor):
+            return self._copied(tensor, "a buffer")
+        held = Held(tensor, checksum(tensor), "an input of an inner step")
+        if tensor.layout is torch.strided:
+            storage = tensor.untyped_storage()._cdata
+            if storage not in self._at:
+                if len(self._at) >= self._prune_at:
+                    self._at = {k: v for k, v in self._at.items() if v}
+                    self._prune_at = max(256, 2 * len(self._at))
+                self._at[storage] = weakref.WeakSet()
+            self._at[storage].add(held)
         return held
 
-    def forget(self, tensor: Tensor) -> None:
-        """Drop the last copy of ``tensor``."""
-        self._taken.pop(id(tensor), None)
+    def _copied(self, tensor: Tensor, label: str) -> Held:
+        digest, version = checksum(tensor), 0 if tensor.is_inference() else tensor._version
+        known = self._copies.get(id(tensor))
+        if known is not None and known[0] is tensor:
+            if isinstance(digest, Tensor):
+                # compared when it is used: no synchronisation here
+                if version == known[1]:
+                    return Held(known[2].tensor, digest, label, True)
+            elif digest == known[2].digest:
+                return known[2]
+        held = Held(_copy(tensor), digest, label, True)
+        self._copies[id(tensor)] = (tensor, version, held)
+        return held
+
+    def preserve(self, targets: list[Tensor]) -> None:
+        """An operator is about to overwrite ``targets``: copy what is held of their memory."""
+        for t in targets:
+            if self._at and t.layout is torch.strided:
+                for held in self._at.pop(t.untyped_storage()._cdata, ()):
+                    held.keep()
 
     def clear(self) -> None:
         """Drop every reference to the user's tensors."""
-        self._taken.clear()
+        self._copies.clear()

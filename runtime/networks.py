@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,9 @@ class Networks:
         self._index: dict[int, int] = {}
         self._places: list[list[tuple[nn.Module, str]]] = []
         self._modules: dict[int, nn.Module] = {}
-        self._buffers: list[tuple[nn.Module, str, Tensor, Tensor]] = []
+        self._buffers: list[tuple[nn.Module, str, Tensor]] = []  # with the user's own tensor
+        self._copies: dict[int, Tensor] = {}  # id of a buffer of the user -> what the modules show
+        self._read: dict[int, Tensor] = {}  # running statistics that autograd has saved
 
     def index_of(self, parameter: Tensor) -> int | None:
         """The ordinal of one of the user's own parameters."""
@@ -43,14 +45,14 @@ class Networks:
     def adopt(self, modules: Iterable[nn.Module]) -> list[int]:
         """Take modules in: their buffers are swapped for copies; the ordinals of parameters not known before."""
         new: list[int] = []
-        copies: dict[int, Tensor] = {id(own): copy for _, _, own, copy in self._buffers}
+        modules = list(modules)
+        self._copy_buffers(modules)
         for root in modules:
             for prefix, module in root.named_modules():
-                if id(module) in self._modules:
-                    continue
+                known = id(module) in self._modules
                 self._modules[id(module)] = module
                 for name, p in module._parameters.items():
-                    if p is None or not p.requires_grad:
+                    if p is None or not p.requires_grad or (known and any(p is s for s in self.shown)):
                         continue
                     i = self._index.get(id(p))
                     if i is None:
@@ -63,12 +65,33 @@ class Networks:
                     self._places[i].append((module, name))
                     module._parameters[name] = self.shown[i]  # type: ignore[assignment]
                 for name, b in module._buffers.items():
-                    if b is not None:
-                        if id(b) not in copies:
-                            copies[id(b)] = b.detach().clone()
-                        self._buffers.append((module, name, b, copies[id(b)]))
-                        module._buffers[name] = copies[id(b)]
+                    if b is not None and not known:
+                        self._buffers.append((module, name, b))
+                        module._buffers[name] = self._copies[id(b)]
         return new
+
+    def _copy_buffers(self, modules: list[nn.Module]) -> None:
+        """Copies of the modules' buffers, sharing memory with one another as the buffers do."""
+        storages: dict[int, Any] = {}
+        weights = {p.untyped_storage()._cdata: n for m in modules for n, p in m.named_parameters()}
+        for module in (m for root in modules for m in root.modules() if id(m) not in self._modules):
+            for name, b in module._buffers.items():
+                if b is None or id(b) in self._copies:
+                    continue
+                if b.layout is not torch.strided:
+                    self._copies[id(b)] = b.detach().clone()
+                    continue
+                storage = b.untyped_storage()
+                if storage._cdata in weights:
+                    raise WindowError(
+                        f"buffer {name!r} shares memory with parameter {weights[storage._cdata]!r}, which inner steps "
+                        "replace; register a clone of it"
+                    )
+                if storage._cdata not in storages:
+                    storages[storage._cdata] = storage.clone()
+                with torch.no_grad():
+                    copy = b.new_empty(0).set_(storages[storage._cdata], b.storage_offset(), b.shape, b.stride())  # type: ignore[call-overload]
+                self._copies[id(b)] = copy
 
     def show(self, i: int, value: Tensor) -> None:
         """Let the modules show ``value`` as parameter ``i``."""
@@ -78,7 +101,30 @@ class Networks:
 
     def is_buffer(self, t: Tensor) -> bool:
         """Whether ``t`` is a buffer of the networks."""
-        return any(m._buffers.get(name) is t for m, name, _, _ in self._buffers)
+        return any(m._buffers.get(name) is t for m, name, _ in self._buffers)
+
+    def statistics(self, stats: Sequence[Tensor], training: bool) -> list[Tensor]:
+        """The running statistics for a batch norm to use: fresh ones if autograd has saved these.
+
+        Batch norm in eval mode lets autograd save them, in training mode overwrites them without telling it.
+        """
+        if not training:
+            if torch.is_grad_enabled():
+                self._read.update((id(s), s) for s in stats)
+            return list(stats)
+        return [self._renew(s) if id(s) in self._read else s for s in stats]
+
+    def _renew(self, buffer: Tensor) -> Tensor:
+        places = [(m, name) for m, name, _ in self._buffers if m._buffers.get(name) is buffer]
+        if not places:
+            raise WindowError(
+                "running statistics that a batch norm in eval mode has used in a loss are about to be overwritten in "
+                "training mode, and are no buffer of an inner network; give each of the two a clone"
+            )
+        new = buffer.clone()
+        for module, name in places:
+            module._buffers[name] = new
+        return new
 
     def check(self) -> None:
         """Raise if a parameter was replaced behind our back."""
@@ -96,7 +142,7 @@ class Networks:
         for i, p in enumerate(self.originals):
             for module, name in self._places[i]:
                 module._parameters[name] = p
-        for module, name, own, _ in self._buffers:
+        for module, name, own in self._buffers:
             module._buffers[name] = own
         for module in self._modules.values():
             refresh: Any = getattr(module, "_init_flat_weights", None)  # torch's RNNs cache their weights
@@ -106,12 +152,14 @@ class Networks:
     @torch.no_grad()
     def commit(self, values: list[Tensor]) -> None:
         """Restore, with ``values`` and the last buffers copied into the user's own tensors."""
-        last = [(own, module._buffers.get(name)) for module, name, own, _ in self._buffers]
+        last = [(module, name, own, module._buffers.get(name)) for module, name, own in self._buffers]
         self.restore()
         for p, value in zip(self.originals, values, strict=True):
             p.copy_(value)
-        for own, value in last:
-            if value is not None and value is not own:
+        for module, name, own, value in last:
+            if value is None or (value.shape, value.dtype) != (own.shape, own.dtype):
+                module._buffers[name] = None if value is None else value.detach()  # as rebinding it would
+            else:
                 own.copy_(value)
 
     def bind(self, fn: Callable) -> Callable:

@@ -11,7 +11,6 @@ from torch.utils.weak import WeakIdKeyDictionary
 from metaoptim.errors import (
     CaptureError,
     LossError,
-    StaleInputError,
     UnreachableWarning,
     user_location,
     user_name_of,
@@ -20,12 +19,12 @@ from metaoptim.errors import (
 
 from ..compiler.build import build_step
 from ..compiler.capture.recorder import External, Number
-from ..compiler.capture.slicing import Slice, tensor_spec
+from ..compiler.capture.slicing import Slice, hook_key, tensor_spec
 from ..compiler.ir import Assign, Program, StepCall
 from ..compiler.lower import StepCache, lowered
 from ..compiler.update import Clip, Slot, UpdatePlan
 from .engine import Engine
-from .inputs import Held, Snapshots, checksum
+from .inputs import Held
 from .session import Options, Session
 from .theta import ThetaView
 
@@ -53,6 +52,7 @@ class _Update(NamedTuple):
     old: list[Tensor]
     states: list[dict[str, Tensor]]
     plan: UpdatePlan
+    grad_hooks: tuple[tuple, ...]
 
 
 class RecordedSession(Session):
@@ -63,7 +63,6 @@ class RecordedSession(Session):
         self.engine = Engine(options.slots, options.backward_hook)
         self.view = ThetaView(options, self.engine, self.networks)
         self.recorder = self.view.recorder
-        self.snapshots = Snapshots()
         self._opt_state: dict[tuple[int, int, str], int] = {}  # (optimizer, ordinal, name) -> state index
 
     @property
@@ -75,7 +74,6 @@ class RecordedSession(Session):
         self.view.enter(ordinals, late)
 
     def _close(self) -> None:
-        self.snapshots.clear()
         self.view.close()
 
     def _step(self, optimizer: Any, loss: Tensor, allow_unused: bool) -> None:
@@ -96,8 +94,8 @@ class RecordedSession(Session):
                 )
             sliced, epoch = self.view.slice([root, *hyper.roots])
         with torch.no_grad():
-            new, new_states = update.plan.run(update.old, update.grads, update.states, hyper.slots)
-        call = self._capture(optimizer, sliced, update, epoch, new_states)
+            new, new_states = update.plan(update.old, update.grads, update.states, hyper.slots)
+        call = self._capture(optimizer, sliced, update, epoch, new, new_states)
         self._tell_unreachable(sliced)
         # nothing the user sees has changed so far, and nothing below fails
         outputs = iter(call.opt_state_out)
@@ -109,7 +107,7 @@ class RecordedSession(Session):
             *zip(call.update, new, strict=True),
             *zip(call.opt_state_out, (v for s in new_states for v in s.values()), strict=True),
         ]
-        metas = [x.tensor for x in sliced.externals if x.tensor.requires_grad]
+        metas = [x.tensor for x in sliced.externals if x.grad]
         self.view.take(call, changes, epoch, metas, update.ordinals)
 
     # -- the update ----------------------------------------------------------------------------------------------
@@ -152,30 +150,41 @@ class RecordedSession(Session):
             if (i := self.networks.index_of(p)) is not None
         ]
         ordinals = [i for i, _ in members]
-        grads = self.gradients(
+        grads, hooks = self.gradients(
             optimizer, loss, ordinals, [read.get(indices[i], shown[i]) for i in ordinals], False, allow_unused
         )
-        used = [(i, k, g) for (i, k), g in zip(members, grads, strict=True) if g is not None]
-        for i, _, _ in used:
+        used = [(i, k, g, h) for (i, k), g, h in zip(members, grads, hooks, strict=True) if g is not None]
+        for i, *_ in used:
             if indices[i] not in read:
                 raise _unrecorded(self.networks.names[i])
-        ordinals = [i for i, _, _ in used]
-        self._sync_opt_state(optimizer, ordinals)
+        ordinals = [i for i, *_ in used]
+        init = type(optimizer).init_state if self._sync_opt_state(optimizer, ordinals) else None
         states = [optimizer.state[self.networks.originals[i]] for i in ordinals]
         plan = UpdatePlan(
             type(optimizer).update,
             hyper.groups,
-            tuple(k for _, k, _ in used),
+            tuple(k for _, k, _, _ in used),
             tuple(map(tuple, states)),
             hyper.clip,
+            init,
         )
         where = tuple(indices[i] for i in ordinals)
         return _Update(
-            ordinals, where, [g for _, _, g in used], [engine.state[x] for x in where], states, plan
+            ordinals,
+            where,
+            [g for _, _, g, _ in used],
+            [engine.state[x] for x in where],
+            states,
+            plan,
+            tuple(h for *_, h in used),
         )
 
-    def _sync_opt_state(self, optimizer: Any, ordinals: list[int]) -> None:
-        """Bring optimizer state that is not on the tape (new, from before the window, or just loaded) onto it."""
+    def _sync_opt_state(self, optimizer: Any, ordinals: list[int]) -> bool:
+        """Bring optimizer state that is not on the tape (new, from before the window, or just loaded) onto it.
+
+        Returns whether there are initial states that depend on their parameter: those must be part of the step.
+        """
+        inside = False
         engine = self.engine
         changes: list[tuple[int, Tensor]] = []
         end = len(engine.state)
@@ -184,8 +193,14 @@ class RecordedSession(Session):
             state = optimizer.state[p]
             if not state:
                 group = next(g for g in optimizer.param_groups if any(q is p for q in g["params"]))
-                with torch.no_grad():
-                    state.update(optimizer.init_state(engine.state[self.view.indices[i]], group))
+                with torch.enable_grad():
+                    initial = optimizer.init_state(
+                        engine.state[self.view.indices[i]].detach().requires_grad_(), group
+                    )
+                if any(v.requires_grad for v in initial.values()):
+                    inside = True
+                else:
+                    state.update(initial)
             for name, value in state.items():
                 index = self._opt_state.get((id(optimizer), i, name))
                 if index is None:
@@ -198,11 +213,18 @@ class RecordedSession(Session):
         if changes:
             engine.append(Assign(tuple(i for i, _ in changes), [v for _, v in changes]), changes)
             self.recorder.epoch.position = engine.position  # theta is the same here
+        return inside
 
     # -- the step graph ------------------------------------------------------------------------------------------
 
     def _capture(
-        self, optimizer: Any, sliced: Slice, update: _Update, epoch: Any, new_states: list[dict]
+        self,
+        optimizer: Any,
+        sliced: Slice,
+        update: _Update,
+        epoch: Any,
+        new_theta: list[Tensor],
+        new_states: list[dict],
     ) -> StepCall:
         engine, view = self.engine, self.view
         place = {t.index: k for k, t in enumerate(sliced.thetas)}
@@ -222,6 +244,7 @@ class RecordedSession(Session):
             theta_specs,
             param_specs,
             state_specs,
+            tuple(tuple(map(hook_key, h)) for h in update.grad_hooks),
             first_order,
             hooked,
         )
@@ -235,14 +258,18 @@ class RecordedSession(Session):
                 theta_specs,
                 param_specs,
                 list(map(dict, state_specs)),
+                [{k: tensor_spec(v) for k, v in s.items()} for s in new_states],
                 lifted,
+                update.grad_hooks,
                 first_order,
                 hooked,
             )
 
-        held = [self._hold(x) for x in sliced.externals]
+        held = [x.held for x in sliced.externals]
         try:
             step, lifted, new = step_cache.get(key, tuple(sliced.numbers), build)
+        except CaptureError:
+            raise
         except Exception as error:
             raise _uncapturable(error) from error
         dtypes = [port.spec[1] for port in step.inputs[len(step.inputs) - len(lifted) :]]
@@ -266,40 +293,37 @@ class RecordedSession(Session):
         )
         if new or step.opaque:
             try:
-                self._check(call, sliced, update, stale)
+                self._check(call, sliced, update, stale, [*new_theta, *(v for s in new_states for v in s.values())])
             except CaptureError:
                 step_cache.discard(key)
                 raise
         return call
 
-    def _hold(self, x: External) -> Held:
-        t = x.tensor
-        if not t.is_inference() and t._version != x.version:
-            raise StaleInputError(
-                f"a tensor of shape {tuple(t.shape)} was changed in place between its use in the loss and "
-                "the step; clone it before changing it, or change it after the step"
-            )
-        if t.requires_grad:
-            return self.snapshots.take(t, "a meta-parameter")
-        if self.networks.is_buffer(t):
-            return self.snapshots.take(t, "a buffer")
-        return Held(t, checksum(t), "an input of an inner step")
-
-    def _check(self, call: StepCall, sliced: Slice, update: _Update, stale: bool) -> None:
-        """The gradient of the captured step against the eager one."""
+    def _check(
+        self, call: StepCall, sliced: Slice, update: _Update, stale: bool, expected_state: list[Tensor]
+    ) -> None:
+        """The gradient of the captured step against the eager one, and what the update makes of it."""
         inputs = [t.tensor.detach() for t in sliced.thetas] + (update.old if stale else [])
         inputs += [v for s in update.states for v in s.values()] + [h.tensor for h in call.inputs]
         try:
             with torch.no_grad():
                 results = lowered(call.step, "replay", inputs)(*inputs)
+        except CaptureError:
+            raise
         except Exception as error:
             raise _uncapturable(error) from error
-        for i, got, expected in zip(
-            update.ordinals, results[len(results) - len(update.grads) :], update.grads, strict=True
-        ):
+        count = len(results) - len(update.grads)
+        grads, state = results[count:], results[:count]
+        for i, got, expected in zip(update.ordinals, grads, update.grads, strict=True):
             if not _agree(got, expected):
                 worst = float((got - expected).abs().max())
                 raise _unrecorded(self.networks.names[i], worst, float(expected.abs().max()))
+        # Adam turns a rounding error in a gradient that should be 0 into a whole step: compare after equal gradients.
+        if all(map(torch.equal, grads, update.grads)) and not all(map(_agree, state, expected_state)):
+            raise CaptureError(
+                f"{update.plan.__name__} does not give the same result when it is run again on the same arguments; it "
+                "must be a pure function of them"
+            )
 
     # -- what no gradient reaches --------------------------------------------------------------------------------
 
@@ -307,11 +331,11 @@ class RecordedSession(Session):
         tainted = self.recorder.tainted
         if not tainted:
             return
-        reached = {id(x.tensor) for x in sliced.externals if x.tensor.requires_grad}
+        reached = {id(x.source) for x in sliced.externals if x.grad}
         for x in sliced.externals:
-            if x.tensor.requires_grad:
+            if x.grad:
                 continue
-            for ref in self.recorder.taint_of(x.tensor).values():
+            for ref in self.recorder.taint_of(x.source).values():
                 leaf = ref()
                 if (
                     leaf is None

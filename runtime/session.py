@@ -12,8 +12,9 @@ from torch import Tensor
 
 from metaoptim.errors import LossError, WindowError
 
+from ..compiler.build import GradientHooks
 from ..compiler.capture import intercept
-from ..compiler.capture.recorder import Recorder
+from ..compiler.capture.recorder import Recorder, Spy
 from .distributed import average_over_ranks
 from .networks import Networks
 
@@ -118,7 +119,7 @@ class Session:
                 f"{name}.step: the loss has no graph (it does not require grad); compute it from the network "
                 "outside torch.no_grad() and without .detach() or .item()"
             )
-        if id(optimizer) not in self.members:
+        if id(optimizer) not in self.members or self._unfrozen(optimizer):
             self.adopt(optimizer, late=True)
         member = self.members[id(optimizer)]
         with (
@@ -139,6 +140,10 @@ class Session:
             if torch.is_anomaly_enabled():
                 self._check_finite(optimizer, member)
 
+    def _unfrozen(self, optimizer: Any) -> bool:
+        index_of = self.networks.index_of
+        return any(p.requires_grad and index_of(p) is None for g in optimizer.param_groups for p in g["params"])
+
     def ordinals(self, optimizer: Any) -> list[int]:
         """Ordinals of an optimizer's trainable parameters, in order of its groups."""
         found = (self.networks.index_of(p) for group in optimizer.param_groups for p in group["params"])
@@ -152,8 +157,12 @@ class Session:
         thetas: list[Tensor],
         create_graph: bool,
         allow_unused: bool,
-    ) -> list[Tensor | None]:
-        """∇ loss by ``thetas``, with the complaints a user understands."""
+    ) -> tuple[list[Tensor | None], list[tuple]]:
+        """∇ loss by ``thetas``, with the complaints a user understands.
+
+        Hooks on the user's own parameters are applied, as the backward of a training loop would; those that change
+        their gradient are returned.
+        """
         name = type(optimizer).__name__
         grads: list[Tensor | None] = list(
             torch.autograd.grad(loss, thetas, create_graph=create_graph, retain_graph=True, allow_unused=True)
@@ -174,6 +183,14 @@ class Session:
                 f"{name}.step: the loss does not depend on {', '.join(map(repr, unused))}; if that is meant, "
                 "pass allow_unused=True: they keep their values"
             )
+        hooks: list[tuple] = [()] * len(grads)
+        for k, (i, g) in enumerate(zip(ordinals, grads, strict=True)):
+            own = self.networks.originals[i]._backward_hooks
+            if own and g is not None:
+                spies = [Spy(hook) for hook in own.values()]
+                with torch.set_grad_enabled(create_graph):
+                    grads[k] = GradientHooks(spies)(g)
+                hooks[k] = tuple(spy.hook for spy in spies if spy.returned or spy.mutated)
         normalizer = optimizer._normalizer
         if normalizer is not None and normalizer[2]:
             norm = torch.nn.utils.get_total_norm([g.detach() for g in grads if g is not None], normalizer[1])
@@ -182,7 +199,7 @@ class Session:
                     f"{name}.step: the norm of the inner gradient is {float(norm)} and error_if_nonfinite is "
                     "set; fix the loss or clip without it"
                 )
-        return grads
+        return grads, hooks
 
     def _record_tape(self, optimizer: Any, member: _Member) -> list[tuple[str, Tensor]]:
         return [

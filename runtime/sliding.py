@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from metaoptim.errors import UnreachableWarning, warn
 
-from .bridge import WindowedRead, new_token
+from .bridge import Alias, WindowedRead, new_token
 from .engine import Engine
 
 
@@ -48,7 +48,14 @@ class Sliding:
             self.count += 1
             self._starts.append(position)
         for number, tensor in metas.items():
+            known = self._metas.get(number)
+            with torch.enable_grad():
+                tensor = tensor if tensor.is_leaf else Alias.apply(tensor) if known is None else known[0]
             self._metas[number] = (tensor, self.count)
+
+    def reads(self, number: int) -> bool:
+        """Whether a step that reads of now will see has read this meta-parameter."""
+        return number in self._metas
 
     def read(
         self, indices: Sequence[int], originals: Sequence[nn.Parameter], offline: bool

@@ -16,6 +16,7 @@ from ..compiler.capture.slicing import Slice
 from ..compiler.ir import Assign
 from .bridge import Link, Read, as_parameter, new_token
 from .engine import Engine
+from .inputs import Held, Inputs
 from .networks import Networks
 from .session import Options
 from .sliding import Sliding
@@ -41,7 +42,8 @@ class ThetaView:
         self._dirty: set[int] = set()
         self._storages: dict[int, int] | None = None
         self._token = new_token()
-        self._metas: dict[int, tuple[int, Tensor]] = {}  # id -> number, the tensor
+        self.inputs = Inputs(networks.is_buffer)
+        self._metas: dict[tuple, tuple[int, Tensor]] = {}  # identity -> number, the tensor
         self._numbered = 0
 
     # -- showing -------------------------------------------------------------------------------------------------
@@ -139,20 +141,38 @@ class ThetaView:
             epoch.superstep = self._superstep
             self.epochs = [epoch]
             self.recorder.keep_only(epoch)
-        new = [t for t in metas if id(t) not in self._metas]
-        for t in new:
-            self._metas[id(t)] = (self._numbered, t)
+        keys = [(id(t), None if t.is_leaf else t._version) for t in metas]  # in-place calls change where it leads
+        new = {key: t for key, t in zip(keys, metas, strict=True) if key not in self._metas}
+        for key, t in new.items():
+            self._metas[key] = (self._numbered, t)
             self._numbered += 1
-        call.metas = tuple(self._metas[id(t)][0] for t in metas)
+        call.metas = tuple(self._metas[key][0] for key in keys)
         if self.sliding is not None:
             self.sliding.step(engine.position, fresh, dict(zip(call.metas, metas, strict=True)))
-            self._metas = {id(t): (n, t) for n, (t, _) in self.sliding._metas.items()}
+            self._metas = {k: (n, t) for k, (n, t) in self._metas.items() if self.sliding.reads(n)}
         elif new:
             with torch.enable_grad():
-                numbers = [self._metas[id(t)][0] for t in new]
-                self._token = Link.apply(engine, engine.position, numbers, (), self._token, *new)
+                numbers = [self._metas[key][0] for key in new]
+                self._token = Link.apply(engine, engine.position, numbers, (), self._token, *new.values())
         engine.append(call, changes)
         self._show(ordinals)
+
+    # -- what is read from outside (the recorder asks) -----------------------------------------------------------
+
+    def hold(self, tensor: Tensor) -> Held:
+        """The value of ``tensor`` as it is read now."""
+        return self.inputs.hold(tensor)
+
+    def preserve(self, targets: list[Tensor]) -> None:
+        """``targets`` are about to be overwritten."""
+        self.inputs.preserve(targets)
+
+    def statistics(self, stats: Sequence[Tensor], training: bool) -> list[Tensor]:
+        """The running statistics for a batch norm to use."""
+        fresh = self.networks.statistics(stats, training)
+        if training:
+            self.inputs.preserve(fresh)
+        return fresh
 
     # -- writes into theta (the recorder asks) -------------------------------------------------------------------
 
@@ -204,6 +224,7 @@ class ThetaView:
     def close(self) -> None:
         """Drop every reference to the user's graph."""
         self._metas.clear()
+        self.inputs.clear()
         self.epochs.clear()
         self.late = {}
         self._token = new_token()

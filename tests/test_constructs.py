@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -92,12 +93,16 @@ class _Spectral(nn.Module):
 
 
 Loss = Callable[[Any, int, dict, dict], Tensor]
-CASES: dict[str, tuple[Callable[[], nn.Module], Loss]] = {}
+CASES: dict[str, tuple[Callable[[], nn.Module], Loss, Loss | None]] = {}
 
 
-def case(build: Callable[[], nn.Module] = _mlp) -> Callable[[Loss], Loss]:
+def case(
+    build: Callable[[], nn.Module] = _mlp, out_of_place: Loss | None = None
+) -> Callable[[Loss], Loss]:
+    """``out_of_place``: the same loss for the oracle, whose tape does not survive in-place changes."""
+
     def add(loss: Loss) -> Loss:
-        CASES[loss.__name__] = (build, loss)
+        CASES[loss.__name__] = (build, loss, out_of_place)
         return loss
 
     return add
@@ -290,10 +295,119 @@ def indexing(net: Any, t: int, metas: dict, carried: dict) -> Tensor:
     )
 
 
+# -- tensors changed in place while they are carried from step to step ------------------------------------------------
+
+
+def _accumulated(net: Any, t: int, metas: dict, carried: dict) -> Tensor:
+    h = carried["h"] = carried.get("h", torch.zeros(5, 2)) * 0.9 + net(XS[t]).tanh()
+    return F.mse_loss(h * metas["w"], YS[t]) + net(XS[t]).square().mean()
+
+
+@case(out_of_place=_accumulated)
+def carried_accumulator(net: Any, t: int, metas: dict, carried: dict) -> Tensor:
+    h = carried.setdefault("h", torch.zeros(5, 2))
+    h *= 0.9
+    h += net(XS[t]).tanh()
+    return F.mse_loss(h * metas["w"], YS[t]) + net(XS[t]).square().mean()
+
+
+def _read_early(net: Any, t: int, metas: dict, carried: dict) -> Tensor:
+    h = carried.get("h", metas["w"] * torch.ones(2))
+    early = (h + 1).sum() + net(XS[t]).sum()
+    h = carried["h"] = h + net(XS[t]).mean(0) * 0.1
+    return F.mse_loss(net(XS[t]) * h, YS[t]) + 0.01 * early.square()
+
+
+@case(out_of_place=_read_early)
+def carried_accumulator_read_before_it_changes(net: Any, t: int, metas: dict, carried: dict) -> Tensor:
+    h = carried.setdefault("h", metas["w"] * torch.ones(2))
+    early = (h + 1).sum() + net(XS[t]).sum()
+    h += net(XS[t]).mean(0) * 0.1
+    return F.mse_loss(net(XS[t]) * h, YS[t]) + 0.01 * early.square()
+
+
+def _remembered(net: Any, t: int, metas: dict, carried: dict) -> Tensor:
+    memory = carried["memory"] = carried.get("memory", torch.full((STEPS, 5, 2), 0.3)).clone()
+    memory[t] = net(XS[t]).tanh() * metas["w"]
+    return F.mse_loss(net(XS[t]) + memory.mean(0), YS[t])
+
+
+@case(out_of_place=_remembered)
+def memory_written_at_t(net: Any, t: int, metas: dict, carried: dict) -> Tensor:
+    memory = carried.setdefault("memory", torch.full((STEPS, 5, 2), 0.3))
+    memory[t] = net(XS[t]).tanh() * metas["w"]
+    return F.mse_loss(net(XS[t]) + memory.mean(0), YS[t])
+
+
+def _weighted(net: Any, t: int, metas: dict, carried: dict) -> Tensor:
+    weight = carried.get("weight", metas["w"] * 1.0)
+    loss = F.mse_loss(net(XS[t]), YS[t]) + (net(XS[t]).mean() + weight).square()
+    if t % 2:
+        weight = weight * 0.7 + 0.1 * metas["s"][0]
+        loss = loss + net(XS[t]).mean() * weight
+    carried["weight"] = weight
+    return loss
+
+
+@case(out_of_place=_weighted)
+def meta_changed_in_place(net: Any, t: int, metas: dict, carried: dict) -> Tensor:
+    weight = carried.setdefault("weight", metas["w"] * 1.0)
+    loss = F.mse_loss(net(XS[t]), YS[t]) + (net(XS[t]).mean() + weight).square()
+    if t % 2:
+        weight *= 0.7
+        weight += 0.1 * metas["s"][0]
+        loss = loss + net(XS[t]).mean() * weight
+    return loss
+
+
+@case()
+def discount(net: Any, t: int, metas: dict, carried: dict) -> Tensor:
+    gamma, total = torch.ones(()), torch.zeros(())
+    for reward in YS[t, :, 0]:
+        total += gamma * reward
+        gamma *= metas["w"]
+    return (net(XS[t])[:, 0] - total).square().mean()
+
+
+@case()
+def written_through_data(net: Any, t: int, metas: dict, carried: dict) -> Tensor:
+    h = net(XS[t]) + metas["w"]
+    h.data.mul_(0.5 + 0.1 * t)
+    return (h + YS[t]).sum() * 0.1 + F.mse_loss(net(XS[t]), YS[t])
+
+
+@case()
+def zeros_of_both_signs(net: Any, t: int, metas: dict, carried: dict) -> Tensor:
+    sign = torch.copysign(torch.ones(()), net(XS[t]).detach() * 0 + (0.0 if t % 2 else -0.0))
+    return (net(XS[t]) * sign * metas["w"]).sum() * (1 + 0.1 * t) + F.mse_loss(net(XS[t]), YS[t])
+
+
+class _Ema(nn.Module):
+    """Updates a buffer after its use, in the forward."""
+
+    ema: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = _mlp()
+        self.register_buffer("ema", torch.full((2,), 0.2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.net(x) + self.ema
+        with torch.no_grad():
+            self.ema.mul_(0.8).add_(out.mean(0), alpha=0.2)
+        return out + 2 * self.ema
+
+
+@case(_Ema)
+def buffer_updated_after_its_use(net: Any, t: int, metas: dict, carried: dict) -> Tensor:
+    return F.mse_loss(net(XS[t]) * metas["w"], YS[t])
+
+
 @pytest.mark.parametrize("offline", [True, False], ids=["offline", "online"])
 @pytest.mark.parametrize("name", CASES)
 def test_construct(name: str, offline: bool) -> None:
-    build, loss = CASES[name]
+    build, loss, out_of_place = CASES[name]
     case = Problem(
         build=build,
         optimizer="MetaAdam" if len(name) % 2 else "MetaSGD",
@@ -310,9 +424,11 @@ def test_construct(name: str, offline: bool) -> None:
         },
     )
     with sdpa_kernel(SDPBackend.MATH):  # the fused kernel has no second derivative
-        expected = run_oracle(case)
+        expected = run_oracle(case if out_of_place is None else dataclasses.replace(case, loss=out_of_place))
     assert expected["log_lr"] is not None and expected["log_lr"].abs() > 1e-8
     for slots in (None, 2):
         agree(run_window(case, slots=slots), expected, rtol=1e-9)
+    if out_of_place is not None:
+        return
     with sdpa_kernel(SDPBackend.MATH):
         agree(run_window(case, strategy="full_tape"), expected, rtol=1e-9)

@@ -53,7 +53,7 @@ def written(info: OpInfo, args: tuple, kwargs: dict) -> list[Tensor]:
 
 # In training mode the output does not depend on the running statistics, and these operators update them in place
 # without saying so in their schema: the recorded call does without them. (position of the two, position of `training`)
-_BATCH_NORM = {
+BATCH_NORM = {
     aten.native_batch_norm.default: (3, 4, 5),
     aten.cudnn_batch_norm.default: (3, 4, 5),
     aten.miopen_batch_norm.default: (3, 4, 5),
@@ -62,7 +62,7 @@ _BATCH_NORM = {
 
 def without_running_stats(op: Any, args: tuple) -> tuple:
     """``args`` of a training-mode batch norm with its running statistics left out."""
-    where = _BATCH_NORM.get(op)
+    where = BATCH_NORM.get(op)
     if where is None or not args[where[2]]:
         return args
     args_list = list(args)

@@ -14,9 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import enable_reentrant_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
+from torch.utils.checkpoint import CheckpointFunction
 
-from .ops import OpInfo, op_info, without_running_stats, written
+from metaoptim.errors import CaptureError
+
+from .ops import BATCH_NORM, OpInfo, op_info, without_running_stats, written
 
 aten = torch.ops.aten
 _DETACH = aten.detach.default
@@ -41,13 +45,17 @@ class Epoch:
         superstep: ordinal of the super-step it was opened in.
         theta: id of a tensor the networks show -> its `Theta`.
         writes: storage -> in-place entries on it, oldest first.
+        externals: id of a tensor read from outside -> weak reference to what stands for it.
+        written: those that recorded in-place calls go into.
     """
 
-    __slots__ = ("position", "superstep", "theta", "writes")
+    __slots__ = ("position", "superstep", "theta", "writes", "externals", "written")
 
     def __init__(self, position: int, superstep: int, theta: dict[int, Theta]) -> None:
         self.position, self.superstep, self.theta = position, superstep, theta
         self.writes: dict[int, list[Entry]] = {}
+        self.externals: dict[int, weakref.ref[External]] = {}
+        self.written: list[External] = []
 
 
 class Entry:
@@ -75,13 +83,22 @@ class Value:
 
 
 class External:
-    """A tensor that came from outside what is recorded, held as it was read."""
+    """A tensor that came from outside what is recorded, as it was read.
 
-    __slots__ = ("tensor", "version")
+    Attributes:
+        source: the tensor object that was read.
+        tensor: where its gradient goes: the source, or a copy with the history that the source had when it was read.
+        grad: whether it could carry a gradient then.
+        held: the guard's hold on its value.
+        written: whether recorded in-place calls go into it, so that it is read anew from the recording.
+    """
 
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-        self.version = 0 if tensor.is_inference() else tensor._version
+    __slots__ = ("source", "tensor", "version", "grad", "held", "written", "__weakref__")
+
+    def __init__(self, tensor: Tensor, held: Any) -> None:
+        self.source = self.tensor = tensor
+        self.version, self.grad = _version(tensor), tensor.requires_grad
+        self.held, self.written = held, False
 
 
 class Carried:
@@ -89,8 +106,8 @@ class Carried:
 
     __slots__ = ("value", "external")
 
-    def __init__(self, value: Value, tensor: Tensor) -> None:
-        self.value, self.external = value, External(tensor)
+    def __init__(self, value: Value, external: External) -> None:
+        self.value, self.external = value, external
 
 
 class Number:
@@ -129,6 +146,10 @@ class Function:
         return self.cls.apply(*args, **kwargs)
 
 
+def _version(t: Tensor) -> int:
+    return 0 if t.is_inference() else t._version
+
+
 def _tensors(args: Iterable) -> Iterable[Tensor]:
     for a in args:
         if isinstance(a, Tensor):
@@ -143,8 +164,9 @@ class Recorder(TorchDispatchMode):
     """The dispatch mode of a window.
 
     Args:
-        guard: told of writes into theta (``before_write``, ``after_write``), and asked to ``settle`` them before theta
-            is read again.
+        guard: told of writes into theta (``before_write``, ``after_write``) and asked to ``settle`` them before theta
+            is read again; to ``hold`` a tensor read from outside, and ``preserve`` what is held of memory that is about
+            to be overwritten; and for ``statistics`` that batch norm may overwrite.
         record: whether to record; otherwise only the guard is served.
     """
 
@@ -158,6 +180,7 @@ class Recorder(TorchDispatchMode):
         self._sweep_at = 4096
         # storage -> (the storage's weak reference, leaf tensors read into it where no gradient flows)
         self.tainted: dict[int, tuple[Any, dict[int, Any]]] = {}
+        self._histories: list[weakref.ref[External]] = []  # of differentiable tensors that are no leaves
 
     # -- the mode ------------------------------------------------------------------------------------------------
 
@@ -165,6 +188,8 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if self.depth:
             return func(*args, **kwargs)
+        if func in BATCH_NORM:
+            args = self._fresh_statistics(func, args)
         info = op_info(func)
         if info.writes:
             return self._write(func, info, args, kwargs)
@@ -247,8 +272,8 @@ class Recorder(TorchDispatchMode):
             return found
         if found is not None:
             if t.requires_grad:
-                if t.is_leaf:
-                    return External(t)  # `requires_grad_()` made it the user's own leaf
+                if t.is_leaf and found.entry.grad:
+                    return self._external(t)  # `requires_grad_()` made it the user's own leaf
                 # autograd hands saved outputs back through a detach: an alias, not a cut
                 resolved: Any = found
                 while isinstance(resolved, Value) and resolved.entry.op is _DETACH:
@@ -259,20 +284,36 @@ class Recorder(TorchDispatchMode):
             epoch = found.entry.epoch
             if epoch is self.epoch:
                 return found
-            return Carried(found, t) if epoch.superstep == self.epoch.superstep else External(t)
+            external = self._external(t)
+            return Carried(found, external) if epoch.superstep == self.epoch.superstep else external
         if t._is_view() and t._base is not None and not (t.requires_grad and t.is_leaf):
-            if isinstance(self._current(t._base), Value):
-                return self._view_of(t)
-        return External(t)
+            if self._is_recorded(t._base) and not isinstance(self._known(t._base), Theta):
+                return self._alias_of(t, t._base)
+        return self._external(t)
 
-    def _view_of(self, t: Tensor) -> Value:
-        base = t._base
-        assert base is not None
+    def _external(self, t: Tensor) -> External:
+        known = self._external_of(t)
+        if known is not None:
+            if known.written or (known.version == _version(t) and known.held.is_current(t)):
+                return known
+        new = External(t, self.guard.hold(t))
+        self.epoch.externals[id(t)] = ref = weakref.ref(new)
+        if not t.is_leaf:
+            self._histories.append(ref)
+        return new
+
+    def _external_of(self, t: Tensor) -> External | None:
+        ref = self.epoch.externals.get(id(t))
+        found = None if ref is None else ref()
+        return found if found is not None and found.source is t else None
+
+    def _alias_of(self, t: Tensor, base: Tensor) -> Value:
+        """``t``, which shares the memory of ``base``, as a view of it."""
         shift = t.storage_offset() - base.storage_offset()
-        entry = self._entry(
-            aten.as_strided.default, (self.value_of(base), t.shape, t.stride(), shift), {}, (base,), True
-        )
-        return self._bind(t, Value(entry, None))
+        args = (self.value_of(base), t.shape, t.stride(), shift)
+        # a view made under no_grad is a leaf; an alias that requires no grad is detached
+        grad = not t.is_leaf if t.requires_grad else not base.requires_grad
+        return self._bind(t, Value(self._entry(aten.as_strided.default, args, {}, (base,), grad), None))
 
     # -- writing down --------------------------------------------------------------------------------------------
 
@@ -312,8 +353,7 @@ class Recorder(TorchDispatchMode):
             self._sweep_at = max(4096, 2 * len(self.values))
 
     def _record(self, op: Any, info: OpInfo, args: tuple, kwargs: dict, out: Any) -> Entry:
-        if self.guard is not None:
-            self.guard.settle()
+        self.guard.settle()
         if op is aten.native_dropout.default:
             return self._record_dropout(args, out)
         tokens = tuple(self._token(a) for a in without_running_stats(op, args))
@@ -329,7 +369,8 @@ class Recorder(TorchDispatchMode):
     def _record_dropout(self, args: tuple, out: tuple[Tensor, Tensor]) -> Entry:
         result, mask = out
         p = args[1]
-        kept = self._entry(aten.mul.Tensor, (self.value_of(args[0]), External(mask)), {}, (args[0],), True)
+        drawn = External(mask, self.guard.hold(mask))
+        kept = self._entry(aten.mul.Tensor, (self.value_of(args[0]), drawn), {}, (args[0],), True)
         scaled = self._entry(
             aten.mul.Tensor, (Value(kept, None), 0.0 if p == 1 else 1.0 / (1.0 - p)), {}, (), True
         )
@@ -340,10 +381,10 @@ class Recorder(TorchDispatchMode):
 
     def _write(self, op: Any, info: OpInfo, args: tuple, kwargs: dict) -> Any:
         targets = written(info, args, kwargs)
-        grad = torch.is_grad_enabled()
-        guard = self.guard
-        hit = guard.before_write(targets, op) if guard is not None else None
-        if guard is not None and hit:
+        grad, guard = torch.is_grad_enabled(), self.guard
+        hit = guard.before_write(targets, op)
+        if hit:
+            guard.preserve(targets)
             out = op(*args, **kwargs)
             guard.after_write(hit)
             return out
@@ -351,29 +392,38 @@ class Recorder(TorchDispatchMode):
             return op(*args, **kwargs)
         reads = (*args, *kwargs.values())
         live = grad and not info.random and self._touches(reads)
-        if not live and not any(self._is_recorded(t) for t in targets):
+        recorded = any([self._is_recorded(t) for t in targets])
+        older = []
+        for key, value, t in self._sharing(targets):
+            if value.entry.epoch is not self.epoch:
+                older.append(key)
+            elif not self._is_recorded(t):
+                recorded = True
+                self._alias_of(t, value.ref())
+        if not live and not recorded:
+            for key in older:
+                del self.values[key]
+            guard.preserve(targets)
             out = op(*args, **kwargs)
             if not grad or self.tainted:
                 self._note_taint(reads, targets)
-            return out
-        if any(t.requires_grad and isinstance(self.value_of(t), (External, Carried)) for t in targets):
-            # A differentiable tensor of the user's own: autograd gives it a new history, which we will read later.
-            out = op(*args, **kwargs)
-            for t in targets:
-                self.values.pop(id(t), None)
             return out
         for t in targets:
             self._adopt_target(t)
         tokens = tuple(self._token(a) for a in args)
         kw = {k: self._token(v) for k, v in kwargs.items()}
         entry = self._entry(op, tokens, kw, _tensors(reads), grad)
+        if grad:
+            self._keep_histories(targets)
+        guard.preserve(targets)
         out = op(*args, **kwargs)
         if info.random:
             # Its effect, not the drawing, is what the step repeats.
             (target,) = targets
+            effect = target.detach().clone()
             entry.op, entry.args, entry.kwargs = (
                 aten.copy_.default,
-                (tokens[0], External(target.detach().clone())),
+                (tokens[0], External(effect, self.guard.hold(effect))),
                 {},
             )
         for t in targets:
@@ -382,25 +432,71 @@ class Recorder(TorchDispatchMode):
         return out
 
     def _is_recorded(self, t: Tensor) -> bool:
+        """Whether what ``t`` holds is part of the recording of this epoch, so that a write into it must be too."""
         base = t._base if t._is_view() else None
-        return self._current(t) is not None or (base is not None and self._current(base) is not None)
+        for x in (t,) if base is None else (t, base):
+            external = self._external_of(x)
+            if self._current(x) is not None or (external is not None and external.written):
+                return True
+        return False
+
+    def _sharing(self, targets: list[Tensor]) -> list[tuple[int, Value, Tensor]]:
+        """What the recording knows of the memory of ``targets`` without autograd knowing it (``.data``, detach)."""
+        at = {t.untyped_storage()._cdata: t for t in targets if not self._is_recorded(t)}
+        found = []
+        for key, value in self.values.items() if at else ():
+            other = value.ref()
+            target = None if other is None else at.get(other.untyped_storage()._cdata)
+            if target is not None:
+                found.append((key, value, target))
+        return found
 
     def _adopt_target(self, t: Tensor) -> None:
-        """Bring a tensor that is about to be written into the recording, by a copy of what it holds now."""
-        if self._is_recorded(t):
-            return
+        """From now on what ``t`` holds is what the recording says: it is about to be written by a recorded call."""
         base = t._base if t._is_view() and t._base is not None else t
-        copy = base.detach().clone()
-        entry = self._entry(aten.clone.default, (External(copy),), {}, (), False)
-        self._bind(base, Value(entry, None))
+        if self._is_recorded(t):
+            external = self._external_of(base)  # of which ``t`` is a recorded view
+            if self._known(t) is None and base is not t:
+                self._alias_of(t, base)
+        else:
+            found = self.value_of(base)
+            external = found.external if isinstance(found, Carried) else found
+            if not isinstance(external, External):
+                raise CaptureError("a tensor that autograd has saved was changed in place; clone it first")
+        if external is not None and not external.written:
+            external.written = True
+            self.epoch.written.append(external)
+
+    def _keep_histories(self, targets: list[Tensor]) -> None:
+        """An in-place call gives its target a new history: what was read of it keeps the old one."""
+        storages = {t.untyped_storage()._cdata for t in targets}
+        self._histories = [ref for ref in self._histories if ref() is not None]
+        for ref in self._histories:
+            x = ref()
+            if x is not None and x.tensor is x.source and x.source.untyped_storage()._cdata in storages:
+                with self.paused(), enable_reentrant_dispatch(), torch.enable_grad():
+                    x.tensor = x.source.clone()
+
+    def _fresh_statistics(self, op: Any, args: tuple) -> tuple:
+        """Training-mode batch norm overwrites its running statistics without a trace: let the guard protect them."""
+        mean, _, training = BATCH_NORM[op]
+        if args[mean] is None:
+            return args
+        fresh = self.guard.statistics(args[mean : mean + 2], training=args[training])
+        return (*args[:mean], *fresh, *args[mean + 2 :])
 
     # -- Python-level calls --------------------------------------------------------------------------------------
 
     def apply_function(self, cls: Any, apply: Callable, args: tuple, kwargs: dict) -> Any:
         """Record a custom `autograd.Function` as one call: its backward is the user's, not that of its inner ops."""
-        live = torch.is_grad_enabled() and self._touches((*args, *kwargs.values()))
+        live = self.record and torch.is_grad_enabled() and self._touches((*args, *kwargs.values()))
         tokens = tuple(self._token(a) for a in args) if live else ()
         kw = {k: self._token(v) for k, v in kwargs.items()} if live else {}
+        if live and cls is CheckpointFunction:
+            raise CaptureError(
+                "reentrant activation checkpointing cannot be differentiated twice; call checkpoint(..., "
+                "use_reentrant=False)"
+            )
         with self.paused():
             out = apply(*args, **kwargs)
         if live:

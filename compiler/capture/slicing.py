@@ -57,7 +57,7 @@ class Slice:
         self._plain = not any(e.deps for e in self.entries)
         body = tuple(self._entry_key(e) for e in self.entries)
         self.roots = tuple(self.token(r) for r in roots)
-        specs = tuple((tensor_spec(x.tensor), x.tensor.requires_grad) for x in self.externals)
+        specs = tuple((tensor_spec(x.held.tensor), x.grad) for x in self.externals)
         hooks = tuple((at, tuple(hook_key(s.hook) for s in spies)) for at, spies in self.hooks.items())
         if hooks:
             self.opaque = True
@@ -68,11 +68,11 @@ class Slice:
         if isinstance(a, Carried):
             a = a.value if self.carry else a.external
         if isinstance(a, External):
-            theta = self.aliases.get(id(a.tensor)) if self.aliases else None
+            theta = self.aliases.get(id(a.source)) if self.aliases else None
             if theta is None:
-                at = self._external_at.get(id(a.tensor))
+                at = self._external_at.get(id(a))
                 if at is None:
-                    at = self._external_at[id(a.tensor)] = len(self.externals)
+                    at = self._external_at[id(a)] = len(self.externals)
                     self.externals.append(a)
                 return ("x", at)
             a = theta
@@ -95,7 +95,9 @@ class Slice:
             return ("n", len(self.numbers) - 1)
         if isinstance(a, tuple):
             return tuple(self.token(b) for b in a)
-        if isinstance(a, (int, float)):
+        if isinstance(a, float):
+            return ("c", a.hex())  # -0.0 is not 0.0, and nan is nan
+        if isinstance(a, int):
             return ("c", type(a), a)
         return a
 
@@ -135,13 +137,13 @@ class Slice:
             and isinstance(entry.args[0], External)
         ):
             source, dim, index = entry.args
-            size = source.tensor.shape[dim]
+            size = source.held.tensor.shape[dim]
             token = self.token(source)
             self.numbers.append(index % size)
             return (token, dim, ("n", len(self.numbers) - 1))
         if entry.op is aten.slice.Tensor and len(entry.args) >= 4 and isinstance(entry.args[0], External):
             source, dim, start, end = entry.args[:4]
-            size = source.tensor.shape[dim]
+            size = source.held.tensor.shape[dim]
             start, end, stride = slice(start, end, entry.args[4] if len(entry.args) > 4 else 1).indices(size)
             token = self.token(source)
             self.numbers.append(start)

@@ -47,7 +47,7 @@ class MetaOptimizer(Optimizer):
                 f"{type(self).__name__} takes networks, not parameters: write {type(self).__name__}([net]) "
                 "instead of passing net.parameters()"
             )
-        super().__init__([self._group(n) for n in given], defaults)
+        super().__init__([n if isinstance(n, dict) else {"params": n} for n in given], defaults)
         live_optimizers.add(self)
         session = current_session()
         if session is not None:
@@ -122,13 +122,7 @@ class MetaOptimizer(Optimizer):
 
     def add_param_group(self, param_group: nn.Module | dict[str, Any]) -> None:  # type: ignore[override]
         """Add a network: a module, or ``{"params": module, **options}``."""
-        built = (
-            param_group
-            if isinstance(param_group, dict) and isinstance(param_group.get("params"), list)
-            else None
-        )
-        late = built is None
-        group: dict[str, Any] = self._group(param_group) if built is None else built
+        group = self._group(param_group)
         known = {id(p) for g in self.param_groups for p in g["params"]}
         for p in group["params"]:
             if id(p) in known:
@@ -138,7 +132,7 @@ class MetaOptimizer(Optimizer):
                 )
         super().add_param_group(group)
         session = current_session()
-        if late and session is not None:
+        if session is not None and self in live_optimizers:
             session.adopt(self)
 
     def state_dict(self) -> dict[str, Any]:
