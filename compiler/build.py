@@ -98,7 +98,8 @@ def build_step(
     grads_node = graph.call_function(gradient, (loss, tuple(thetas[i] for i in params)))
     grads = [graph.call_function(operator.getitem, (grads_node, i)) for i in range(len(params))]
     grads = [
-        graph.call_function(GradientHooks(h), (g,)) if h else g for g, h in zip(grads, grad_hooks, strict=True)
+        graph.call_function(GradientHooks(h), (g,)) if h else g
+        for g, h in zip(grads, grad_hooks, strict=True)
     ]
     grad_nodes = grads
     if first_order:
@@ -227,4 +228,3 @@ class _Builder:
         if kind == "c":
             return float.fromhex(token[1]) if len(token) == 2 else token[2]
         return tuple(self.value(t) for t in token)
-

@@ -82,7 +82,8 @@ def _trace(
             return _clean(make_fx(fn)(*[t.detach().clone() for t in example]))
         table = {aten._efficientzerotensor.default: functools.partial(_zeros, step.inputs[0].spec[3])}
         with FakeTensorMode(allow_non_fake_inputs=True):
-            return _clean(make_fx(fn, table)(*[p.empty() for p in step.inputs], *[make() for make in extra]))
+            module = make_fx(fn, table)(*[p.empty() for p in step.inputs], *[make() for make in extra])
+        return _clean(module)
 
 
 def _zeros(home: torch.device, size: Any, *, device: Any = None, **options: Any) -> Tensor:
@@ -122,9 +123,9 @@ def _check_constants(module: fx.GraphModule) -> None:
             continue
         if constant.requires_grad:
             raise CaptureError(
-                f"a hook, a custom Function or the optimizer's update uses a tensor of shape {tuple(constant.shape)} that "
-                "requires grad but is none of its arguments, so it would receive no gradient; pass it as an argument, or "
-                "detach it"
+                f"a hook, a custom Function or the optimizer's update uses a tensor of shape {tuple(constant.shape)} "
+                "that requires grad but is none of its arguments, so it would receive no gradient; pass it as an "
+                "argument, or detach it"
             )
         setattr(module, name, constant.clone())
 

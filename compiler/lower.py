@@ -63,7 +63,9 @@ class StepCache:
                 self._families.move_to_end(key)
             found = family.steps.get(family.masked(numbers))
             if found is None and family.steps:
-                differing = {i for i, (a, b) in enumerate(zip(family.first, _exact(numbers), strict=True)) if a != b}
+                differing = {
+                    i for i, (a, b) in enumerate(zip(family.first, _exact(numbers), strict=True)) if a != b
+                }
                 family.lifted |= differing
                 found = family.steps.get(family.masked(numbers))
             if found is not None:

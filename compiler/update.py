@@ -45,7 +45,7 @@ class UpdatePlan:
         group_of: per updated parameter, its group.
         states: per updated parameter, the names of the optimizer state it has before the step.
         clip: clipping of the gradients, or None.
-        init: pure ``(param, hyper) -> state``, where the initial state depends on the parameter and is part of the step.
+        init: pure ``(param, hyper) -> state``, if the initial state depends on the parameter: part of the step then.
     """
 
     update: Callable[..., tuple[Tensor, State]]

@@ -59,8 +59,8 @@ class InnerParameter(nn.Parameter):
         """Refused for False: what inner steps train is fixed while they can be differentiated."""
         if not requires_grad:
             raise WindowError(
-                "a parameter was frozen inside a window; freeze it before the window, or give its network a group of its "
-                "own with lr=0"
+                "a parameter was frozen inside a window; freeze it before the window, or give its network a group "
+                "of its own with lr=0"
             )
         return super().requires_grad_()
 
@@ -146,6 +146,7 @@ class Link(torch.autograd.Function):
         *tensors: Tensor,
     ) -> Tensor:
         ctx.engine, ctx.position, ctx.metas, ctx.thetas = engine, position, tuple(metas), tuple(thetas)
+        ctx.hooked = _hooked(tensors)
         return torch.empty(0)
 
     @staticmethod
@@ -156,7 +157,20 @@ class Link(torch.autograd.Function):
         grads = [sweep.metas.pop(m, None) for m in ctx.metas] + [
             sweep.adopted.pop(i, None) for i in ctx.thetas
         ]
-        return None, None, None, None, torch.empty(0), *grads
+        return None, None, None, None, torch.empty(0), *_defined(grads, ctx.hooked)
+
+
+def _hooked(tensors: Sequence[Tensor]) -> dict[int, Tensor]:
+    """Zeros for those that have hooks: torch would call these with None where no gradient arrives."""
+    return {
+        k: torch.zeros((), dtype=t.dtype, device=t.device).expand(t.shape)
+        for k, t in enumerate(tensors)
+        if t._backward_hooks
+    }
+
+
+def _defined(grads: list[Tensor | None], zeros: dict[int, Tensor]) -> list[Tensor | None]:
+    return [zeros[k].clone() if g is None and k in zeros else g for k, g in enumerate(grads)]
 
 
 class WindowedRead(torch.autograd.Function):
@@ -183,6 +197,7 @@ class WindowedRead(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.engine, ctx.position, ctx.indices, ctx.bottom = engine, position, tuple(indices), bottom
         ctx.metas, ctx.thetas, ctx.life, ctx.on_cut = tuple(metas), tuple(thetas), life, on_cut
+        ctx.hooked = _hooked(tensors)
         return tuple(as_parameter(engine.state[i], p) for i, p in zip(indices, own, strict=True))
 
     @staticmethod
@@ -196,4 +211,4 @@ class WindowedRead(torch.autograd.Function):
         if ctx.on_cut is not None:
             ctx.on_cut()
         found = [sweep.metas.get(m) for m in ctx.metas] + [sweep.adopted.get(i) for i in ctx.thetas]
-        return *[None] * 9, torch.empty(0), *found
+        return *[None] * 9, torch.empty(0), *_defined(found, ctx.hooked)

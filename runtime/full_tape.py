@@ -37,6 +37,11 @@ def _show(value: Tensor, own: nn.Parameter) -> Tensor:
     return _Show.apply(value, [own])
 
 
+def _own(hyper: Any) -> Any:
+    """Schedulers write into tensors that autograd saves here: a copy, where that changes no gradient."""
+    return hyper.clone() if isinstance(hyper, Tensor) and not hyper.requires_grad else hyper
+
+
 class FullTapeSession(Session):
     """A window whose inner steps stay on autograd's tape."""
 
@@ -64,9 +69,7 @@ class FullTapeSession(Session):
     def _step(self, optimizer: Any, loss: Tensor, allow_unused: bool) -> None:
         ordinals = self.ordinals(optimizer)
         thetas = self._read_by(loss, ordinals)
-        grads, _ = self.gradients(
-            optimizer, loss, ordinals, thetas, not optimizer.first_order, allow_unused
-        )
+        grads, _ = self.gradients(optimizer, loss, ordinals, thetas, not optimizer.first_order, allow_unused)
         used = [(i, g) for i, g in zip(ordinals, grads, strict=True) if g is not None]
         hook = self.options.backward_hook
         group_of = {id(p): k for k, group in enumerate(optimizer.param_groups) for p in group["params"]}
@@ -89,7 +92,7 @@ class FullTapeSession(Session):
             if optimizer._normalizer is not None:
                 inner = clip_gradients(inner, *optimizer._normalizer[:2])
             groups = tuple(
-                tuple((k, group[k]) for k in optimizer.defaults) for group in optimizer.param_groups
+                tuple((k, _own(group[k])) for k in optimizer.defaults) for group in optimizer.param_groups
             )
             plan = UpdatePlan(
                 type(optimizer).update,

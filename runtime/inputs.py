@@ -94,7 +94,7 @@ class Held:
         """Whether another read of ``source``, at the same version, may share this hold."""
         if not self.private or isinstance(self.digest, Tensor):
             return True  # a difference is found when the value is used
-        return checksum(source) == self.digest
+        return bool(checksum(source) == self.digest)
 
     def keep(self) -> None:
         """The user's memory is about to be overwritten: copy it."""

@@ -90,7 +90,9 @@ class Networks:
                 if storage._cdata not in storages:
                     storages[storage._cdata] = storage.clone()
                 with torch.no_grad():
-                    copy = b.new_empty(0).set_(storages[storage._cdata], b.storage_offset(), b.shape, b.stride())  # type: ignore[call-overload]
+                    copy = b.new_empty(0).set_(
+                        storages[storage._cdata], b.storage_offset(), b.shape, b.stride()
+                    )  # type: ignore[call-overload]
                 self._copies[id(b)] = copy
 
     def show(self, i: int, value: Tensor) -> None:

@@ -293,7 +293,9 @@ class RecordedSession(Session):
         )
         if new or step.opaque:
             try:
-                self._check(call, sliced, update, stale, [*new_theta, *(v for s in new_states for v in s.values())])
+                self._check(
+                    call, sliced, update, stale, [*new_theta, *(v for s in new_states for v in s.values())]
+                )
             except CaptureError:
                 step_cache.discard(key)
                 raise

@@ -142,7 +142,9 @@ class Session:
 
     def _unfrozen(self, optimizer: Any) -> bool:
         index_of = self.networks.index_of
-        return any(p.requires_grad and index_of(p) is None for g in optimizer.param_groups for p in g["params"])
+        return any(
+            p.requires_grad and index_of(p) is None for g in optimizer.param_groups for p in g["params"]
+        )
 
     def ordinals(self, optimizer: Any) -> list[int]:
         """Ordinals of an optimizer's trainable parameters, in order of its groups."""

@@ -141,7 +141,9 @@ class ThetaView:
             epoch.superstep = self._superstep
             self.epochs = [epoch]
             self.recorder.keep_only(epoch)
-        keys = [(id(t), None if t.is_leaf else t._version) for t in metas]  # in-place calls change where it leads
+        keys = [
+            (id(t), None if t.is_leaf else t._version) for t in metas
+        ]  # in-place calls change where it leads
         new = {key: t for key, t in zip(keys, metas, strict=True) if key not in self._metas}
         for key, t in new.items():
             self._metas[key] = (self._numbered, t)

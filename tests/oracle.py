@@ -31,7 +31,7 @@ class Problem:
     """
 
     build: Callable[[], nn.Module]
-    optimizer: str
+    optimizer: str | type
     steps: int
     offline: bool
     loss: Callable[[Any, int, dict[str, Tensor], dict], Tensor]
@@ -42,6 +42,10 @@ class Problem:
     per_step: Callable[[Any, int, dict[str, Tensor]], Tensor] | None = None
     allow_unused: bool = False
     options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def optimizer_class(self) -> Any:
+        return getattr(metaoptim, self.optimizer) if isinstance(self.optimizer, str) else self.optimizer
 
 
 def leaves(metas: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -54,7 +58,7 @@ def run_window(problem: Problem, **window: Any) -> dict[str, Tensor | None]:
     torch.manual_seed(3)
     net = problem.build()
     metas = leaves(problem.metas)
-    inner = getattr(metaoptim, problem.optimizer)([net], **problem.hyper(metas), **problem.options)
+    inner = problem.optimizer_class([net], **problem.hyper(metas), **problem.options)
     carried: dict[str, Any] = {}
     total: Any = 0.0
     torch.manual_seed(11)
@@ -118,10 +122,10 @@ class _Tape:
 
     def __init__(self, problem: Problem, net: nn.Module, metas: dict[str, Tensor]) -> None:
         self.problem, self.net, self.metas = problem, net, metas
-        self.update = getattr(metaoptim, problem.optimizer).update
-        self.init = getattr(metaoptim, problem.optimizer).init_state
+        self.update = problem.optimizer_class.update
+        self.init = problem.optimizer_class.init_state
         self.hyper = {
-            **getattr(metaoptim, problem.optimizer)([nn.Linear(1, 1)]).defaults,
+            **problem.optimizer_class([nn.Linear(1, 1)]).defaults,
             **problem.hyper(metas),
             **problem.options,
         }
@@ -157,7 +161,7 @@ class _Tape:
             if g is None:
                 new_theta[n], new_opt[n] = p, opt.get(n, {})
                 continue
-            state = opt.get(n) or self.init(p.detach(), self.hyper)
+            state = opt.get(n) or self.init(p, self.hyper)
             new_theta[n], new_opt[n] = self.update(p, g, state, self.hyper)
         return new_theta, new_opt, buffers
 

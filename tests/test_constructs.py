@@ -96,9 +96,7 @@ Loss = Callable[[Any, int, dict, dict], Tensor]
 CASES: dict[str, tuple[Callable[[], nn.Module], Loss, Loss | None]] = {}
 
 
-def case(
-    build: Callable[[], nn.Module] = _mlp, out_of_place: Loss | None = None
-) -> Callable[[Loss], Loss]:
+def case(build: Callable[[], nn.Module] = _mlp, out_of_place: Loss | None = None) -> Callable[[Loss], Loss]:
     """``out_of_place``: the same loss for the oracle, whose tape does not survive in-place changes."""
 
     def add(loss: Loss) -> Loss:

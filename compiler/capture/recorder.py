@@ -392,7 +392,7 @@ class Recorder(TorchDispatchMode):
             return op(*args, **kwargs)
         reads = (*args, *kwargs.values())
         live = grad and not info.random and self._touches(reads)
-        recorded = any([self._is_recorded(t) for t in targets])
+        recorded = any(self._is_recorded(t) for t in targets)
         older = []
         for key, value, t in self._sharing(targets):
             if value.entry.epoch is not self.epoch:

@@ -1,0 +1,492 @@
+"""What lies just off the beaten track: right, or refused by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import metaoptim
+from metaoptim.optim.optimizer import MetaOptimizer
+from oracle import Problem, agree, run_oracle, run_window
+from problems import data
+
+STEPS = 3
+XS, YS = data(STEPS)
+STRATEGIES = ({}, {"slots": 1}, {"strategy": "full_tape"})
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+
+
+def leaf(value: Any) -> Tensor:
+    return torch.tensor(value, requires_grad=True)
+
+
+def loss_of(net: Any, t: int) -> Tensor:
+    return F.mse_loss(net(XS[t]), YS[t])
+
+
+# -- optimizers of the user's own -------------------------------------------------------------------------------------
+
+
+class SignDescent(MetaOptimizer):
+    """Its update has a no_grad part and a straight-through Function."""
+
+    def __init__(self, networks: Any, lr: Any = 0.1) -> None:
+        super().__init__(networks, {"lr": lr})
+
+    @staticmethod
+    def init_state(param: Tensor, hyper: dict[str, Any]) -> dict[str, Tensor]:
+        return {}
+
+    @staticmethod
+    def update(param: Tensor, grad: Tensor, state: dict, hyper: dict) -> tuple[Tensor, dict]:
+        with torch.no_grad():
+            scale = grad.abs().mean()
+        return param - hyper["lr"] * _SoftSign.apply(grad) * scale - 0.1 * grad, {}
+
+
+class _SoftSign(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.sign()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * (1 - ctx.saved_tensors[0].tanh() ** 2)
+
+
+class Lookahead(MetaOptimizer):
+    """Its initial state is the parameter itself."""
+
+    def __init__(self, networks: Any, lr: Any = 0.1, alpha: Any = 0.4) -> None:
+        super().__init__(networks, {"lr": lr, "alpha": alpha})
+
+    @staticmethod
+    def init_state(param: Tensor, hyper: dict[str, Any]) -> dict[str, Tensor]:
+        return {"slow": param.clone()}
+
+    @staticmethod
+    def update(param: Tensor, grad: Tensor, state: dict, hyper: dict) -> tuple[Tensor, dict]:
+        fast = param - hyper["lr"] * grad
+        slow = state["slow"] + hyper["alpha"] * (fast - state["slow"])
+        return slow, {"slow": slow}
+
+
+class Langevin(SignDescent):
+    """Draws noise in its update."""
+
+    @staticmethod
+    def update(param: Tensor, grad: Tensor, state: dict, hyper: dict) -> tuple[Tensor, dict]:
+        return param - hyper["lr"] * grad + 0.01 * torch.randn_like(param), {}
+
+
+class Forgetful(SignDescent):
+    """Keeps a count where no step graph can see it."""
+
+    count = 0
+
+    @staticmethod
+    def update(param: Tensor, grad: Tensor, state: dict, hyper: dict) -> tuple[Tensor, dict]:
+        Forgetful.count += 1
+        return param - hyper["lr"] * grad / Forgetful.count, {}
+
+
+@pytest.mark.parametrize("offline", [True, False], ids=["offline", "online"])
+@pytest.mark.parametrize("optimizer", [SignDescent, Lookahead])
+def test_custom_optimizer(optimizer: type, offline: bool) -> None:
+    case = Problem(
+        build=network,
+        optimizer=optimizer,
+        steps=STEPS,
+        offline=offline,
+        loss=lambda net, t, metas, carried: loss_of(net, t),
+        outer=lambda net, metas: loss_of(net, STEPS),
+        hyper=lambda metas: {"lr": metas["lr"] * 0.5},
+        metas={"lr": torch.tensor(0.3)},
+    )
+    expected = run_oracle(case)
+    for options in STRATEGIES:
+        agree(run_window(case, **options), expected)
+
+
+@pytest.mark.parametrize(("optimizer", "match"), [(Langevin, "random numbers"), (Forgetful, "pure function")])
+def test_impure_updates_are_refused(optimizer: Any, match: str) -> None:
+    net = network()
+    inner = optimizer([net])
+    with pytest.raises(metaoptim.CaptureError, match=match), metaoptim.SlidingWindow():
+        inner.step(loss_of(net, 0))
+
+
+# -- hooks ------------------------------------------------------------------------------------------------------------
+
+
+def test_hook_with_a_tensor_of_its_own_that_requires_grad_is_refused() -> None:
+    net, scale = network(), leaf(2.0)
+    inner = metaoptim.MetaSGD([net])
+    with pytest.raises(metaoptim.CaptureError, match="requires grad but is none of its arguments"):
+        with metaoptim.SlidingWindow():
+            h = net(XS[0])
+            h.register_hook(lambda g: g * scale)
+            inner.step(h.square().mean())
+
+
+def test_hook_with_a_mask_that_changes_behind_its_back() -> None:
+    net, mask, lr = network(), torch.tensor([1.0, 0.5]), leaf(0.1)
+    inner = metaoptim.MetaSGD([net], lr=lr)
+
+    def step() -> None:
+        h = net(XS[0])
+        h.register_hook(lambda g: g * mask)
+        inner.step(h.square().mean())
+
+    with metaoptim.SlidingWindow():
+        step()
+        outer = loss_of(net, 1)
+        expected = torch.autograd.grad(outer, lr, retain_graph=True)
+        mask.numpy()[...] = 7.0
+        torch.testing.assert_close(torch.autograd.grad(outer, lr), expected)
+        with pytest.raises(metaoptim.CaptureError, match="does not reproduce"):
+            step()
+
+
+@pytest.mark.parametrize("options", STRATEGIES, ids=["all", "slots", "full_tape"])
+def test_hooks_on_the_users_own_parameters_act_on_inner_gradients(options: dict) -> None:
+    """A pruning mask: what it masks does not move, as in a training loop."""
+    net, lr, seen = network(), leaf(0.1), []
+    mask = torch.tensor([[1.0, 0.0, 2.0, 0.5], [0.0, 1.0, 1.0, 3.0]])
+    handles = [
+        net[2].weight.register_hook(lambda g: g * mask),
+        net[0].weight.register_hook(lambda g: seen.append(1)),
+    ]
+    inner = metaoptim.MetaSGD([net], lr=lr)
+    own = dict(net.named_parameters())
+    with metaoptim.SlidingWindow(offline=True, **options):
+        for t in range(STEPS):
+            inner.step(loss_of(net, t))
+        outer = loss_of(net, STEPS)
+    assert len(seen) >= STEPS
+    for handle in handles:  # what they do to the gradient of theta_0 itself is torch's own affair
+        handle.remove()
+    got = torch.autograd.grad(outer, [*own.values(), lr])
+    theta = {n: p * 1.0 for n, p in own.items()}
+    for t in range(STEPS):
+        grads = torch.autograd.grad(
+            F.mse_loss(torch.func.functional_call(net, theta, (XS[t],)), YS[t]),
+            list(theta.values()),
+            create_graph=True,
+        )
+        theta = {
+            n: p - lr * (g * mask if n == "2.weight" else g)
+            for (n, p), g in zip(theta.items(), grads, strict=True)
+        }
+    outer = F.mse_loss(torch.func.functional_call(net, theta, (XS[STEPS],)), YS[STEPS])
+    for g, e in zip(got, torch.autograd.grad(outer, [*own.values(), lr]), strict=True):
+        torch.testing.assert_close(g, e)
+
+
+# -- parameters -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", STRATEGIES, ids=["all", "slots", "full_tape"])
+def test_assigning_data_is_a_history_cut(options: dict) -> None:
+    net, lr = network(), leaf(0.1)
+    inner = metaoptim.MetaSGD([net], lr=lr)
+    values = torch.randn(sum(p.numel() for p in net.parameters()), generator=torch.Generator().manual_seed(4))
+    with metaoptim.SlidingWindow(**options):
+        inner.step(loss_of(net, 0))
+        nn.utils.vector_to_parameters(values, net.parameters())
+        inner.step(loss_of(net, 1))
+        loss_of(net, 2).backward()
+    start = network()
+    nn.utils.vector_to_parameters(values.clone(), start.parameters())
+    own = leaf(0.1)
+    theta = dict(start.named_parameters())
+    grads = torch.autograd.grad(loss_of(start, 1), list(theta.values()))
+    theta = {n: p - own * g for (n, p), g in zip(theta.items(), grads, strict=True)}
+    F.mse_loss(torch.func.functional_call(start, theta, (XS[2],)), YS[2]).backward()
+    torch.testing.assert_close(lr.grad, own.grad)
+    for p, q in zip(net.parameters(), theta.values(), strict=True):
+        torch.testing.assert_close(p.detach(), q.detach())
+
+
+@pytest.mark.parametrize("options", STRATEGIES, ids=["all", "slots", "full_tape"])
+@pytest.mark.parametrize("act", ["half", "freeze", "flag"])
+def test_converting_or_freezing_parameters_inside_is_refused(act: str, options: dict) -> None:
+    net = network()
+    inner = metaoptim.MetaSGD([net])
+    with pytest.raises(metaoptim.WindowError, match=r"outside the window|before the window"):
+        with metaoptim.SlidingWindow(**options):
+            inner.step(loss_of(net, 0))
+            if act == "half":
+                net.half()
+            elif act == "freeze":
+                net[0].requires_grad_(False)
+            else:
+                net[0].weight.requires_grad = False
+    assert net[0].weight.dtype == torch.float64 and net[0].weight.requires_grad
+
+
+@pytest.mark.parametrize("options", STRATEGIES, ids=["all", "slots", "full_tape"])
+def test_parameters_unfrozen_in_the_window_train(options: dict) -> None:
+    results = []
+    for early in (True, False):
+        net, lr = network(), leaf(0.1)
+        net[0].requires_grad_(early)
+        inner = metaoptim.MetaSGD([net], lr=lr)
+        with metaoptim.SlidingWindow(offline=True, **options):
+            for t in range(STEPS):
+                net[0].requires_grad_()
+                inner.step(loss_of(net, t))
+            loss_of(net, STEPS).backward()
+        results.append([p.grad for p in net.parameters()] + [lr.grad])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_groups_take_networks() -> None:
+    net, other = network(), network()
+    inner = metaoptim.MetaSGD([net])
+    with pytest.raises(TypeError, match="networks instead of parameters"):
+        inner.add_param_group({"params": list(other.parameters())})
+    with metaoptim.SlidingWindow(offline=True):
+        inner.step(loss_of(net, 0))
+        inner.add_param_group({"params": other, "lr": 0.2})
+        inner.step(loss_of(net, 1) + loss_of(other, 1))
+        (loss_of(net, 2) + loss_of(other, 2)).backward()
+    assert len(inner.param_groups) == 2 and all(p.grad is not None for p in other.parameters())
+
+
+# -- buffers ----------------------------------------------------------------------------------------------------------
+
+
+class _Norm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(3, 4), nn.BatchNorm1d(4, momentum=0.3), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.norm(self.first(x)).tanh())
+
+
+def _norm_loss(net: nn.Module, t: int, order: str) -> Tensor:
+    total: Any = 0.0
+    for i, mode in enumerate(order):
+        net.train(mode == "t")
+        total = total + (1 + 0.5 * i) * F.mse_loss(net(XS[t] * (1 + 0.1 * i)), YS[t])
+    return total
+
+
+def _norm_oracle(net: Any, lr: Tensor, order: str) -> Tensor:
+    """The statistics as values: every use has its own."""
+    theta = {n: p * 1.0 for n, p in net.named_parameters()}
+    mean, var = net.norm.running_mean.clone(), net.norm.running_var.clone()
+
+    def forward(x: Tensor, mode: str) -> Tensor:
+        nonlocal mean, var
+        h = F.linear(x, theta["first.weight"], theta["first.bias"])
+        if mode == "t":
+            m, v = h.mean(0), h.var(0, unbiased=False)
+            mean = 0.7 * mean + 0.3 * m.detach()
+            var = 0.7 * var + 0.3 * h.detach().var(0)
+        else:
+            m, v = mean, var
+        h = (h - m) / (v + 1e-5).sqrt() * theta["norm.weight"] + theta["norm.bias"]
+        return F.linear(h.tanh(), theta["last.weight"], theta["last.bias"])
+
+    for t in range(STEPS):
+        total: Any = 0.0
+        for i, mode in enumerate(order):
+            total = total + (1 + 0.5 * i) * F.mse_loss(forward(XS[t] * (1 + 0.1 * i), mode), YS[t])
+        grads = torch.autograd.grad(total, list(theta.values()), create_graph=True)
+        theta = {n: p - lr * g for (n, p), g in zip(theta.items(), grads, strict=True)}
+    return F.mse_loss(forward(XS[STEPS], "e"), YS[STEPS])
+
+
+@pytest.mark.parametrize("options", STRATEGIES, ids=["all", "slots", "full_tape"])
+@pytest.mark.parametrize("order", ["et", "te", "etet"])
+def test_batch_norm_in_both_modes_within_one_loss(order: str, options: dict) -> None:
+    torch.manual_seed(1)
+    net, lr = _Norm(), leaf(0.1)
+    own = list(net.parameters())
+    expected = torch.autograd.grad(_norm_oracle(net, lr, order), [*own, lr])
+    inner = metaoptim.MetaSGD([net], lr=lr)
+    before = net.norm.running_mean.clone()
+    with metaoptim.SlidingWindow(offline=True, **options):
+        for t in range(STEPS):
+            inner.step(_norm_loss(net, t, order))
+        net.eval()
+        outer = loss_of(net, STEPS)
+        net.train()
+        net(XS[0])  # overwrites the statistics that autograd has saved for the outer loss
+    for g, e in zip(torch.autograd.grad(outer, [*own, lr]), expected, strict=True):
+        torch.testing.assert_close(g, e)
+    assert torch.equal(net.norm.running_mean, before)
+
+
+def test_online_batch_norm_statistics_that_were_renewed_are_kept() -> None:
+    torch.manual_seed(1)
+    net = _Norm()
+    own = net.norm.running_mean
+    plain = _Norm()
+    plain.load_state_dict(net.state_dict())
+    inner = metaoptim.MetaSGD([net], lr=0.1)
+    outer = torch.optim.SGD(plain.parameters(), lr=0.1)
+    with metaoptim.SlidingWindow():
+        for t in range(STEPS):
+            inner.step(_norm_loss(net, t, "te"))
+    for t in range(STEPS):
+        outer.zero_grad()
+        _norm_loss(plain, t, "te").backward()
+        outer.step()
+    assert net.norm.running_mean is own
+    for (name, a), b in zip(net.state_dict().items(), plain.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+
+
+class _Views(nn.Module):
+    """Two buffers in one piece of memory, changed through either."""
+
+    whole: Tensor
+    part: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(3, 2)
+        self.register_buffer("whole", torch.tensor([0.5, 1.0, 2.0]))
+        self.register_buffer("part", self.whole[:2])
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.net(x) + self.part + self.whole.sum()
+        with torch.no_grad():
+            self.whole.mul_(0.9)
+            self.part.add_(0.1)
+        return out
+
+
+@pytest.mark.parametrize("offline", [True, False], ids=["offline", "online"])
+def test_buffers_that_share_memory_keep_sharing_it(offline: bool) -> None:
+    net, plain = _Views(), _Views()
+    before = net.whole.clone()
+    inner = metaoptim.MetaSGD([net], lr=0.1)
+    with metaoptim.SlidingWindow(offline=offline):
+        for t in range(STEPS):
+            inner.step(loss_of(net, t))
+        seen = net.whole.clone()
+    for t in range(STEPS):
+        plain(XS[t])
+    torch.testing.assert_close(seen, plain.whole)
+    torch.testing.assert_close(net.whole, before if offline else plain.whole)
+    assert torch.equal(net.part, net.whole[:2])
+
+
+def test_buffer_that_shares_memory_with_a_parameter_is_refused() -> None:
+    net = nn.Linear(3, 2)
+    net.register_buffer("reference", net.weight.detach())
+    inner = metaoptim.MetaSGD([net])
+    with pytest.raises(metaoptim.WindowError, match="'reference' shares memory with parameter 'weight'"):
+        with metaoptim.SlidingWindow():
+            inner.step(net(XS[0]).sum())
+
+
+class _Growing(nn.Module):
+    history: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(3, 2)
+        self.register_buffer("history", torch.zeros(1, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.net(x)
+        self.history = torch.cat([self.history, out.detach().mean(0, keepdim=True)])
+        return out + self.history.mean(0)
+
+
+def test_online_exit_with_a_buffer_that_grew() -> None:
+    net, lr = _Growing(), leaf(0.1)
+    inner = metaoptim.MetaSGD([net], lr=lr)
+    with metaoptim.SlidingWindow():
+        for t in range(STEPS):
+            inner.step(loss_of(net, t))
+        loss_of(net, STEPS).backward()
+    assert net.history.shape == (STEPS + 2, 2) and lr.grad is not None
+
+
+# -- hyper-parameters -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", STRATEGIES, ids=["all", "slots", "full_tape"])
+def test_scheduler_on_a_tensor_learning_rate(options: dict) -> None:
+    """The scheduler writes into the tensor; every step keeps the value it used."""
+    results = []
+    for lr in (0.2, torch.tensor(0.2)):
+        net = network()
+        inner = metaoptim.MetaSGD([net], lr=lr)
+        schedule = torch.optim.lr_scheduler.ExponentialLR(inner, 0.5)
+        with metaoptim.SlidingWindow(offline=True, **options):
+            for t in range(STEPS):
+                inner.step(loss_of(net, t))
+                schedule.step()
+            loss_of(net, STEPS).backward()
+        results.append([p.grad for p in net.parameters()])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_batch_tensor_refilled_for_every_step() -> None:
+    lr, batch, net = leaf(0.1), torch.empty(5, 3), network()
+    inner = metaoptim.MetaSGD([net], lr=lr)
+    with metaoptim.SlidingWindow(slots=1):
+        for t in range(STEPS):
+            batch.copy_(XS[t])
+            inner.step(F.mse_loss(net(batch), YS[t]))
+        loss_of(net, STEPS).backward()
+    again, net = leaf(0.1), network()
+    inner = metaoptim.MetaSGD([net], lr=again)
+    with metaoptim.SlidingWindow():
+        for t in range(STEPS):
+            inner.step(loss_of(net, t))
+        loss_of(net, STEPS).backward()
+    torch.testing.assert_close(lr.grad, again.grad)
+
+
+@pytest.mark.parametrize("window", [None, 1, 2])
+def test_differentiable_tensor_changed_in_place_between_steps(window: int | None) -> None:
+    """Each step differentiates by the history that the tensor had when the step read it."""
+    net, w = network(), leaf([0.9, 1.1, 0.7])
+    inner = metaoptim.MetaSGD([net], lr=0.3)
+    shift = w * 1.0
+    with metaoptim.SlidingWindow(window=window):
+        for t in range(STEPS):
+            inner.step(F.mse_loss(net(XS[t] + shift), YS[t]))
+            shift *= 0.5
+        (got,) = torch.autograd.grad(loss_of(net, STEPS), w)
+    twin, v = network(), leaf([0.9, 1.1, 0.7])
+    theta = {n: p.detach() for n, p in twin.named_parameters()}
+    for t in range(STEPS):
+        cut = window is not None and t <= STEPS - window
+        theta = {n: p.detach().requires_grad_() if cut or t == 0 else p for n, p in theta.items()}
+        loss = F.mse_loss(torch.func.functional_call(twin, theta, (XS[t] + v * 0.5**t,)), YS[t])
+        grads = torch.autograd.grad(loss, list(theta.values()), create_graph=True)
+        theta = {n: p - 0.3 * g for (n, p), g in zip(theta.items(), grads, strict=True)}
+    outer = F.mse_loss(torch.func.functional_call(twin, theta, (XS[STEPS],)), YS[STEPS])
+    torch.testing.assert_close(got, torch.autograd.grad(outer, v)[0])
+
+
+@pytest.mark.parametrize("window", [None, 2])
+def test_hooks_of_tensors_that_no_gradient_reaches_get_zeros(window: int | None) -> None:
+    net, other, seen = network(), network(), []
+    other[0].weight.register_hook(lambda g: seen.append(float(g.abs().sum())))
+    inner = metaoptim.MetaSGD([net, other])
+    with metaoptim.SlidingWindow(offline=True, window=window):
+        inner.step(loss_of(net, 0), allow_unused=True)
+        loss_of(net, 1).backward()
+    assert seen == [0.0]
