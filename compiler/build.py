@@ -172,7 +172,7 @@ class _Builder:
         op = entry.op
         if isinstance(op, Function):
             args = tuple(
-                a if k[:1] == ("o",) else self.value(k) if isinstance(k, tuple) else k
+                k if not isinstance(k, tuple) else a if k[:1] == ("o",) else self.value(k)
                 for a, k in zip(entry.args, key[1], strict=True)
             )
             return self.graph.call_function(op, args, {k: self.value(v) for k, v in key[2]})

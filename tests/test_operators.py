@@ -1,7 +1,7 @@
 """PyTorch's own operator database: every operator with a second derivative, inside an inner loss, against eager.
 
-The operator is fed from the parameters; two inner steps; the loss is a weighted sum of what it returns. Slow: run with
-``pytest -m slow``.
+The operator is fed from the parameters; two inner steps; the loss is a weighted sum of what it returns. Leave out with
+``-m "not slow"``.
 """
 
 from __future__ import annotations
@@ -12,12 +12,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.testing._internal.common_methods_invocations import op_db
 from torch.utils._pytree import tree_flatten
 
 import metaoptim
-
-pytest.importorskip("expecttest")  # torch's operator database needs it
-from torch.testing._internal.common_methods_invocations import op_db
 
 OPS = [
     op
