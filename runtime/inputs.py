@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import weakref
 from collections.abc import Callable
 
@@ -10,45 +11,24 @@ from torch import Tensor
 
 from metaoptim.errors import StaleInputError
 
-_CHUNK = 1 << 16
-_weights: Tensor | None = None
+_CHUNK = 1 << 20
 
 
-def checksum(t: Tensor) -> int | Tensor | None:
-    """A position-dependent 32-bit digest of the bytes of ``t`` (a tensor, unsynchronised, off the CPU).
+def checksum(t: Tensor) -> int | Tensor:
+    """A 64-bit digest of the bytes of ``t`` (a tensor, unsynchronised, off the CPU).
 
     Version counters do not move for ``.data`` writes, memory shared with numpy and fused optimizers; bytes do.
     """
     if t.layout is not torch.strided:
         return t._version
-    with torch.no_grad():
-        if t.device.type != "cpu":
+    if t.device.type != "cpu":
+        with torch.no_grad():
             return torch.hash_tensor(t)
-        if t.is_complex():
-            t = torch.view_as_real(t)
-        flat = t.detach().contiguous()
-        flat = flat.as_strided((flat.numel(),), (1,))
-        width = flat.element_size()
-        if width >= 4:
-            flat = flat.view(torch.int32)
-        else:
-            flat = flat.view(torch.int16 if width == 2 else torch.uint8).to(torch.int32)
-        weights = _mixing_weights()
-        n = flat.numel()
-        whole = n // _CHUNK
-        digest = int(torch.dot(flat[whole * _CHUNK :], weights[: n - whole * _CHUNK]))
-        if whole:
-            rows = torch.mv(flat[: whole * _CHUNK].view(whole, _CHUNK), weights)
-            digest = hash((digest, tuple(rows.tolist())))
-        return digest
-
-
-def _mixing_weights() -> Tensor:
-    global _weights
-    if _weights is None:
-        generator = torch.Generator().manual_seed(0x5EED)
-        _weights = torch.randint(-(2**31), 2**31 - 1, (_CHUNK,), dtype=torch.int32, generator=generator) | 1
-    return _weights
+    if not t.is_contiguous():
+        t = t.detach().contiguous()
+    start, size = t.data_ptr(), t.numel() * t.element_size()
+    chunks = range(0, size, _CHUNK)
+    return hash(tuple([hash(ctypes.string_at(start + at, min(_CHUNK, size - at))) for at in chunks]))
 
 
 def _copy(t: Tensor) -> Tensor:
@@ -143,7 +123,7 @@ class Inputs:
                 # compared when it is used: no synchronisation here
                 if version == known[1]:
                     return Held(known[2].tensor, digest, label, True)
-            elif digest == known[2].digest:
+            elif digest == known[2].digest and version == known[1]:
                 return known[2]
         held = Held(_copy(tensor), digest, label, True)
         self._copies[id(tensor)] = (tensor, version, held)

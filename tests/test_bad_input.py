@@ -202,6 +202,8 @@ def _overwrite(how: str, t: Tensor) -> None:
         t.detach().numpy()[...] += 1.0
     elif how == "permuted":
         t.data.copy_(t.data.flip(0))
+    elif how == "signs":
+        t.detach().numpy()[...] *= -1.0  # changes one and the same bit everywhere
     elif how == "fused":
         t.grad = torch.ones_like(t)
         torch.optim.Adam([t], lr=0.5, fused=True).step()
@@ -210,7 +212,7 @@ def _overwrite(how: str, t: Tensor) -> None:
 
 @pytest.mark.parametrize("slots", [None, 1])
 @pytest.mark.parametrize("when", ["before the step", "in the window", "after it"])
-@pytest.mark.parametrize("how", ["in-place", ".data", "numpy", "permuted"])
+@pytest.mark.parametrize("how", ["in-place", ".data", "numpy", "permuted", "signs"])
 def test_overwritten_data(how: str, when: str, slots: int | None) -> None:
     """Right where the window sees the operator that overwrites, stale where it cannot."""
     expected = None
@@ -229,7 +231,7 @@ def test_overwritten_data(how: str, when: str, slots: int | None) -> None:
                 _overwrite(how, x)
         if interfere and when == "after it":
             _overwrite(how, x)
-        if interfere and (how == "numpy" or when == "after it"):
+        if interfere and (how in ("numpy", "signs") or when == "after it"):
             with pytest.raises(metaoptim.StaleInputError, match=r"shape \(6, \d\)"):
                 outer.backward()
             assert lr.grad is None
@@ -240,7 +242,7 @@ def test_overwritten_data(how: str, when: str, slots: int | None) -> None:
 
 
 @pytest.mark.parametrize("slots", [None, 1])
-@pytest.mark.parametrize("how", ["in-place", ".data", "numpy", "fused"])
+@pytest.mark.parametrize("how", ["in-place", ".data", "numpy", "signs", "fused"])
 def test_overwritten_meta_parameters_are_right_by_snapshot(how: str, slots: int | None) -> None:
     expected = None
     for interfere in (False, True):
