@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import metaoptim
+from metaoptim.runtime.recorded import step_cache
 
 X = torch.randn(6, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 Y = torch.randn(6, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
@@ -42,6 +43,7 @@ def test_module_backward_hook_that_changes_the_gradient() -> None:
 
 def test_node_hook() -> None:
     net = network()
+    step_cache.clear()  # the hook shows on the first use of a step only
 
     def loss() -> Tensor:
         h = net(X)
@@ -75,7 +77,7 @@ def test_dropout_inside_attention() -> None:
 
 def test_reentrant_checkpoint() -> None:
     net = network()
-    with pytest.raises((metaoptim.MetaOptimError, RuntimeError), match=r"does not depend|heckpoint"):
+    with pytest.raises(metaoptim.CaptureError, match="use_reentrant=False"):
         take(net, lambda: F.mse_loss(checkpoint(net, X.clone().requires_grad_(), use_reentrant=True), Y))
 
 

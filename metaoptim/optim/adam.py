@@ -101,8 +101,7 @@ class MetaAdam(MetaOptimizer):
         new = {"step": step, "exp_avg": mean, "exp_avg_sq": square}
         if hyper["amsgrad"]:
             square = new["max_exp_avg_sq"] = torch.maximum(state["max_exp_avg_sq"], square)
-        scale = (1 - beta1**count).to(param.dtype).to(param.device)
-        square = square / (1 - beta2**count).to(param.dtype).to(param.device)
+        square = square / (1 - beta2**count)
         if active(hyper["eps_root"]):
             square = square + hyper["eps_root"]
-        return param - hyper["lr"] * (mean / scale) / (safe_sqrt(square) + hyper["eps"]), new
+        return param - hyper["lr"] * (mean / (1 - beta1**count)) / (safe_sqrt(square) + hyper["eps"]), new

@@ -248,5 +248,7 @@ def check_non_negative(**hyper: Any) -> None:
 
 def safe_sqrt(x: Tensor) -> Tensor:
     """sqrt(x) with derivative 0 at exactly 0, where torch's is infinite and makes 0 · ∞ = NaN of what follows."""
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        return x.sqrt()
     zero = x == 0
     return torch.where(zero, x, torch.where(zero, torch.ones_like(x), x).sqrt())
