@@ -112,6 +112,11 @@ def _check_constants(module: fx.GraphModule) -> None:
     """What the graph has picked up besides its inputs: nothing may be drawn, tensors are frozen as they are."""
     for node in module.graph.nodes:
         target: Any = node.target
+        if _mutates(node) and _memory_of(node.args[0]).op == "placeholder":
+            raise CaptureError(
+                f"a hook, a custom Function or the optimizer's update changes its argument in place ({target}); clone "
+                "it there and return the clone"
+            )
         if isinstance(target, torch._ops.OpOverload) and op_info(target).random:
             raise CaptureError(
                 f"a hook, a custom Function or the optimizer's update draws random numbers ({target}), which a replay "
@@ -128,6 +133,13 @@ def _check_constants(module: fx.GraphModule) -> None:
                 "argument, or detach it"
             )
         setattr(module, name, constant.clone())
+
+
+def _memory_of(node: Any) -> fx.Node:
+    """The node that made the memory ``node`` is a view of."""
+    while node.op == "call_function" and getattr(node.target, "is_view", False):
+        node = node.args[0]
+    return node
 
 
 def _mutates(node: fx.Node) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +32,7 @@ from .theta import ThetaView
 step_cache = StepCache()
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+_pure: weakref.WeakSet = weakref.WeakSet()  # updates that have been seen not to write into their arguments
 _told: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
@@ -93,8 +95,7 @@ class RecordedSession(Session):
                     "a tensor hook changed its gradient in place; return the new gradient instead"
                 )
             sliced, epoch = self.view.slice([root, *hyper.roots])
-        with torch.no_grad():
-            new, new_states = update.plan(update.old, update.grads, update.states, hyper.slots)
+        new, new_states = self._apply(update, hyper.slots)
         call = self._capture(optimizer, sliced, update, epoch, new, new_states)
         self._tell_unreachable(sliced)
         # nothing the user sees has changed so far, and nothing below fails
@@ -178,6 +179,22 @@ class RecordedSession(Session):
             plan,
             tuple(h for *_, h in used),
         )
+
+    def _apply(self, update: _Update, slots: list[Any]) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+        """Υ, on copies the first time: an update that writes into its arguments must not reach the tape."""
+        plan, old, grads, states = update.plan, update.old, update.grads, update.states
+        with torch.no_grad():
+            if plan.update in _pure:
+                return plan(old, grads, states, slots)
+            old, grads = [t.clone() for t in old], [t.clone() for t in grads]
+            states = [{k: v.clone() for k, v in s.items()} for s in states]
+            given = [*old, *grads, *(v for s in states for v in s.values())]
+            versions = [t._version for t in given]
+            results = plan(old, grads, states, slots)
+        if versions != [t._version for t in given]:
+            raise CaptureError(f"{plan.__name__} changes its arguments in place; it must return new tensors")
+        _pure.add(plan.update)
+        return results
 
     def _sync_opt_state(self, optimizer: Any, ordinals: list[int]) -> bool:
         """Bring optimizer state that is not on the tape (new, from before the window, or just loaded) onto it.

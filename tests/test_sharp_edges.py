@@ -117,12 +117,55 @@ def test_custom_optimizer(optimizer: type, offline: bool) -> None:
         agree(run_window(case, **options), expected)
 
 
-@pytest.mark.parametrize(("optimizer", "match"), [(Langevin, "random numbers"), (Forgetful, "pure function")])
+class Inplace(SignDescent):
+    """Writes into the parameter it is given."""
+
+    @staticmethod
+    def update(param: Tensor, grad: Tensor, state: dict, hyper: dict) -> tuple[Tensor, dict]:
+        return param.sub_(hyper["lr"] * grad), {}
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "match"),
+    [(Langevin, "random numbers"), (Forgetful, "pure function"), (Inplace, "in place")],
+)
 def test_impure_updates_are_refused(optimizer: Any, match: str) -> None:
     net = network()
+    before = [p.detach().clone() for p in net.parameters()]
     inner = optimizer([net])
     with pytest.raises(metaoptim.CaptureError, match=match), metaoptim.SlidingWindow():
         inner.step(loss_of(net, 0))
+    assert all(map(torch.equal, net.parameters(), before))
+
+
+class _Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.mark_dirty(x)
+        return x.mul_(2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 2 * grad
+
+
+def test_function_that_writes_into_its_argument() -> None:
+    """Exact on what the loss has computed itself; refused on what the tape holds."""
+    results = []
+    for options in STRATEGIES:
+        net, lr = network(), leaf(0.1)
+        inner = metaoptim.MetaSGD([net], lr=lr)
+        with metaoptim.SlidingWindow(**options):
+            for t in range(STEPS):
+                inner.step((_Doubled.apply(net(XS[t])) - YS[t]).square().mean())
+            loss_of(net, STEPS).backward()
+        results.append(lr.grad)
+    torch.testing.assert_close(results[0], results[2])
+    torch.testing.assert_close(results[1], results[2])
+    carried = leaf([[0.5, 0.2]]) * 1.0
+    inner = metaoptim.MetaSGD([net], lr=0.1)
+    with pytest.raises(metaoptim.CaptureError, match="in place"), metaoptim.SlidingWindow():
+        inner.step((net(XS[0]) * _Doubled.apply(carried)).square().mean())
 
 
 # -- hooks ------------------------------------------------------------------------------------------------------------

@@ -243,6 +243,7 @@ class Recorder(TorchDispatchMode):
     def keep_only(self, epoch: Epoch) -> None:
         """A super-step has begun that reads ``epoch``: nothing older will be part of a step."""
         self.values = {k: v for k, v in self.values.items() if v.entry.epoch is epoch and v.ref() is not None}
+        self._histories = [ref for ref in self._histories if ref() is not None]
 
     # -- looking up ----------------------------------------------------------------------------------------------
 
@@ -351,6 +352,8 @@ class Recorder(TorchDispatchMode):
         if len(self.values) > self._sweep_at:
             self.values = {k: v for k, v in self.values.items() if v.ref() is not None}
             self._sweep_at = max(4096, 2 * len(self.values))
+            externals = self.epoch.externals
+            self.epoch.externals = {k: ref for k, ref in externals.items() if ref() is not None}
 
     def _record(self, op: Any, info: OpInfo, args: tuple, kwargs: dict, out: Any) -> Entry:
         self.guard.settle()
