@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from .capture.entries import Function
 from .capture.ops import SUBSTITUTES, op_info
-from .capture.recorder import Function
 from .capture.slicing import Slice
 from .ir import Port, Role, StepGraph, gradient
 from .update import UpdatePlan

@@ -19,7 +19,7 @@ from metaoptim.errors import (
 )
 
 from ..compiler.build import build_step
-from ..compiler.capture.recorder import External, Number
+from ..compiler.capture.entries import External, Number
 from ..compiler.capture.slicing import Slice, hook_key, tensor_spec
 from ..compiler.ir import Assign, Program, StepCall
 from ..compiler.lower import StepCache, lowered

@@ -14,7 +14,8 @@ from metaoptim.errors import LossError, WindowError
 
 from ..compiler.build import GradientHooks
 from ..compiler.capture import intercept
-from ..compiler.capture.recorder import Recorder, Spy
+from ..compiler.capture.entries import Spy
+from ..compiler.capture.recorder import Recorder
 from .distributed import average_over_ranks
 from .networks import Networks
 

@@ -11,7 +11,8 @@ from torch.overrides import enable_reentrant_dispatch
 
 from metaoptim.errors import CaptureError, WindowError
 
-from ..compiler.capture.recorder import Carried, Epoch, Recorder, Theta
+from ..compiler.capture.entries import Carried, Epoch, Theta
+from ..compiler.capture.recorder import Recorder
 from ..compiler.capture.slicing import Slice
 from ..compiler.ir import Assign
 from .bridge import Link, Read, as_parameter, new_token

@@ -15,7 +15,8 @@ import torch.utils.checkpoint as checkpointing
 from torch import Tensor
 from torch.autograd.function import _SingleLevelFunction
 
-from .recorder import Recorder, Spy
+from .entries import Spy
+from .recorder import Recorder
 
 recording: ContextVar[Recorder | None] = ContextVar("metaoptim_recorder", default=None)
 # Called with the function handed to checkpoint; returns one that recomputes with the parameters of now.

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .entries import Carried, Entry, External, Function, Number, Spy, Theta, Value
 from .intercept import is_removed
-from .recorder import Carried, Entry, External, Function, Number, Spy, Theta, Value
 
 aten = torch.ops.aten
 

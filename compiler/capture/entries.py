@@ -1,0 +1,132 @@
+"""What a recording is made of: calls, their values, and what stands for tensors from outside."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+
+def version_of(t: Tensor) -> int:
+    return 0 if t.is_inference() else t._version
+
+
+class Theta:
+    """A version of one theta tensor: its state index, and the tensor the networks show for it."""
+
+    __slots__ = ("index", "tensor", "hooks")
+
+    def __init__(self, index: int, tensor: Tensor) -> None:
+        self.index, self.tensor = index, tensor
+        self.hooks: list[tuple[Any, Spy]] | None = None
+
+
+class Epoch:
+    """The stretch of user code between two changes of theta.
+
+    Attributes:
+        position: the tape position whose state the networks show.
+        superstep: ordinal of the super-step it was opened in.
+        theta: id of a tensor the networks show -> its `Theta`.
+        writes: storage -> in-place entries on it, oldest first.
+        externals: id of a tensor read from outside -> weak reference to what stands for it.
+        written: those that recorded in-place calls go into.
+    """
+
+    __slots__ = ("position", "superstep", "theta", "writes", "externals", "written")
+
+    def __init__(self, position: int, superstep: int, theta: dict[int, Theta]) -> None:
+        self.position, self.superstep, self.theta = position, superstep, theta
+        self.writes: dict[int, list[Entry]] = {}
+        self.externals: dict[int, weakref.ref[External]] = {}
+        self.written: list[External] = []
+
+
+class Entry:
+    """One recorded call."""
+
+    __slots__ = ("op", "args", "kwargs", "epoch", "seq", "deps", "grad", "shape")
+
+    def __init__(
+        self, op: Any, args: tuple, kwargs: dict, epoch: Epoch, seq: int, deps: tuple, grad: bool
+    ) -> None:
+        self.op, self.args, self.kwargs = op, args, kwargs
+        self.epoch, self.seq, self.deps, self.grad = epoch, seq, deps, grad
+        self.shape: tuple | None = None
+
+
+class Value:
+    """An output of an entry (the only one if ``index`` is None)."""
+
+    __slots__ = ("entry", "index", "ref", "hooks")
+
+    def __init__(self, entry: Entry, index: int | None) -> None:
+        self.entry, self.index = entry, index
+        self.ref: Any = None
+        self.hooks: list[tuple[Any, Spy]] | None = None
+
+
+class External:
+    """A tensor that came from outside what is recorded, as it was read.
+
+    Attributes:
+        source: the tensor object that was read.
+        tensor: where its gradient goes: the source, or a copy with the history that the source had when it was read.
+        grad: whether it could carry a gradient then.
+        held: the guard's hold on its value.
+        written: whether recorded in-place calls go into it, so that it is read anew from the recording.
+    """
+
+    __slots__ = ("source", "tensor", "version", "grad", "held", "written", "__weakref__")
+
+    def __init__(self, tensor: Tensor, held: Any) -> None:
+        self.source = self.tensor = tensor
+        self.version, self.grad = version_of(tensor), tensor.requires_grad
+        self.held, self.written = held, False
+
+
+class Carried:
+    """A value from before the last change of theta: part of the step if it is of the same super-step, else external."""
+
+    __slots__ = ("value", "external")
+
+    def __init__(self, value: Value, external: External) -> None:
+        self.value, self.external = value, external
+
+
+class Number:
+    """A Python number that may differ between otherwise equal steps."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+
+class Spy:
+    """A tensor hook, with the note whether it changed its gradient when it ran."""
+
+    __slots__ = ("hook", "returned", "mutated")
+
+    def __init__(self, hook: Callable[[Tensor], Tensor | None]) -> None:
+        self.hook, self.returned, self.mutated = hook, False, False
+
+    def __call__(self, grad: Tensor) -> Tensor | None:
+        version = grad._version
+        result = self.hook(grad)
+        self.returned = result is not None
+        self.mutated = grad._version != version
+        return result
+
+
+class Function:
+    """A call of a user's `autograd.Function`, re-applied whenever the recording is run."""
+
+    def __init__(self, cls: Any) -> None:
+        self.cls = cls
+        self.__name__ = cls.__name__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.cls.apply(*args, **kwargs)
