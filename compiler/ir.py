@@ -186,6 +186,8 @@ class Program:
         graphs = self.step_graphs
         names = {id(g): f"step_{chr(97 + i)}" if i < 26 else f"step_{i}" for i, g in enumerate(graphs)}
         lines = [f"program of {self.horizon} inner steps, {len(graphs)} distinct"]
+        if self.start:
+            lines[0] += f" (what lies before position {self.start} is forgotten)"
         run: list[Any] = []
         for call in [*self.calls, None]:
             label = None if call is None else names[id(call.step)] if isinstance(call, StepCall) else "assign"

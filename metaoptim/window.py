@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import WindowError
+from .errors import WindowError, warn
 from .optim.optimizer import live_optimizers
 from .runtime.full_tape import FullTapeSession
 from .runtime.recorded import RecordedSession
@@ -23,8 +23,9 @@ class SlidingWindow:
     """Inner steps taken inside this block are differentiable: exactly, and without holding their tape.
 
     Offline (MAML): after the block the networks are back at θ₀, and θ₀ receives dL(θ_T)/dθ₀. Online (meta-gradient
-    RL): the networks keep θ_T, and only meta-parameters receive gradients. The backward may run inside the block or
-    after it, any number of times.
+    RL): the networks keep θ_T, and only meta-parameters receive gradients. Outer losses are computed inside the block;
+    their backward may run inside or after it, and repeatedly (with ``retain_graph=True`` where torch asks for it: what
+    the user's own code has put on autograd's tape follows torch's rule).
 
     Args:
         offline: which of the two.
@@ -117,9 +118,19 @@ class SlidingWindow:
     ) -> None:
         session, self._session = self._session, None
         assert session is not None
+        idle = kind is None and not session.members
         if isinstance(session, RecordedSession):
             self._program = session.program
         session.close(failed=kind is not None)
+        if idle:
+            warn(
+                "this window had no inner optimizer, so nothing in it was differentiated or put back; build one from "
+                "the networks (inner = metaoptim.MetaSGD([net])) and call inner.step(loss) instead of torch.optim's"
+            )
+
+    def __repr__(self) -> str:
+        shown = {k: v for k, v in vars(self._options).items() if v != getattr(Options(), k)}
+        return f"SlidingWindow({', '.join(f'{k}={v!r}' for k, v in {**shown, 'strategy': self._strategy}.items())})"
 
     @property
     def program(self) -> Any:

@@ -13,6 +13,7 @@ from metaoptim.errors import (
     CaptureError,
     LossError,
     UnreachableWarning,
+    WindowError,
     user_location,
     user_name_of,
     warn,
@@ -183,14 +184,20 @@ class RecordedSession(Session):
     def _apply(self, update: _Update, slots: list[Any]) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
         """Υ, on copies the first time: an update that writes into its arguments must not reach the tape."""
         plan, old, grads, states = update.plan, update.old, update.grads, update.states
+        known = plan.update in _pure
         with torch.no_grad():
-            if plan.update in _pure:
-                return plan(old, grads, states, slots)
-            old, grads = [t.clone() for t in old], [t.clone() for t in grads]
-            states = [{k: v.clone() for k, v in s.items()} for s in states]
-            given = [*old, *grads, *(v for s in states for v in s.values())]
+            if not known:
+                old, grads = [t.clone() for t in old], [t.clone() for t in grads]
+                states = [{k: v.clone() for k, v in s.items()} for s in states]
+            given = () if known else [*old, *grads, *(v for s in states for v in s.values())]
             versions = [t._version for t in given]
-            results = plan(old, grads, states, slots)
+            try:
+                results = plan(old, grads, states, slots)
+            except RuntimeError as error:
+                shapes = ", ".join(str(tuple(s.shape)) for s in slots if isinstance(s, Tensor)) or "none"
+                raise WindowError(
+                    f"{plan.__name__} failed: {error}; shapes of the hyper-parameters that are tensors: {shapes}"
+                ) from error
         if versions != [t._version for t in given]:
             raise CaptureError(f"{plan.__name__} changes its arguments in place; it must return new tensors")
         _pure.add(plan.update)

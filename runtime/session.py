@@ -109,7 +109,10 @@ class Session:
         """One inner step; nothing changes if it raises."""
         name = type(optimizer).__name__
         if not isinstance(loss, Tensor):
-            raise LossError(f"{name}.step: got {type(loss).__name__}, expected the inner loss as a tensor")
+            raise LossError(
+                f"{name}.step: got {type(loss).__name__}, expected the inner loss as a tensor"
+                + ("; pass a function as closure=..." if callable(loss) else "")
+            )
         if loss.numel() != 1:
             raise LossError(
                 f"{name}.step: got a loss of shape {tuple(loss.shape)}, expected a scalar; reduce it, "

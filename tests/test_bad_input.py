@@ -127,7 +127,9 @@ def test_constructors() -> None:
         (lambda: metaoptim.MetaAdam([net], betas=(1.0, 0.9)), ValueError, r"betas\[0\]"),
         (lambda: metaoptim.MetaRMSprop([net], eps=-1.0), ValueError, "eps"),
         (lambda: metaoptim.MetaSGD([net], nesterov=True), ValueError, "momentum"),
-        (lambda: metaoptim.MetaSGD([]), ValueError, "empty"),
+        (lambda: metaoptim.MetaSGD(None), ValueError, "got None, expected networks"),
+        (lambda: metaoptim.MetaSGD([network()], lr="0.1"), TypeError, "lr: got '0.1', expected a number"),
+        (lambda: metaoptim.MetaSGD([]), ValueError, r"got \[\], expected networks"),
         (
             lambda: metaoptim.SlidingWindow(offline=True, pickup_step=2),
             metaoptim.WindowError,
@@ -175,6 +177,23 @@ def test_non_finite_under_anomaly_mode() -> None:
     unchanged(
         net, inner, lambda: inner.step(net(X).sum() * float("inf")), metaoptim.LossError, "error_if_nonfinite"
     )
+
+
+def test_hyper_parameter_of_the_wrong_shape_names_the_update() -> None:
+    net = network()
+    inner = metaoptim.MetaSGD([net])
+
+    def act() -> None:
+        inner.param_groups[0]["lr"] = torch.ones(7)
+        inner.step(F.mse_loss(net(X), Y))
+
+    unchanged(net, inner, act, metaoptim.WindowError, r"MetaSGD.update failed.*\(7,\)")
+
+
+def test_function_in_place_of_the_loss() -> None:
+    net = network()
+    inner = metaoptim.MetaSGD([net])
+    unchanged(net, inner, lambda: inner.step(lambda: net(X).sum()), metaoptim.LossError, "closure=")
 
 
 def test_hook_that_changes_its_gradient_in_place() -> None:

@@ -552,7 +552,7 @@ def test_nothing_leaks(window: int | None) -> None:
     try:
         del w, outer, carried, extra, inner
         assert engine() is None and shown() is None
-        with metaoptim.SlidingWindow() as w:
+        with pytest.warns(UserWarning, match="no inner optimizer"), metaoptim.SlidingWindow() as w:
             assert not w._session.members  # a dropped optimizer is gone at once, too
     finally:
         gc.enable()

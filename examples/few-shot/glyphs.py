@@ -226,7 +226,7 @@ def render_glyphs(seed: int = 0) -> Characters:
                 names.append(unicodedata.name(chr(code)).lower())
     kept = _distinct(np.stack(shapes))
     images = np.empty((len(kept), IMAGES_PER_CHARACTER, SIDE, SIDE), np.uint8)
-    for row, i in enumerate(tqdm(kept, desc="drawing glyphs", unit="char", leave=False)):
+    for row, i in enumerate(tqdm(kept, desc="drawing glyphs", unit="char", leave=False, disable=None)):
         order = rng.permutation(len(drawn[i]))  # every style once before any style twice
         for k in range(IMAGES_PER_CHARACTER):
             images[row, k] = _random_view(drawn[i][order[k % len(order)]], rng)
@@ -253,7 +253,7 @@ def read_omniglot(archive: str | os.PathLike) -> Characters:
     """Reads one Omniglot archive: a zip of <alphabet>/<character>/<image>.png."""
     pages: dict[tuple[str, str], list[np.ndarray]] = {}
     with zipfile.ZipFile(archive) as zipped:
-        for name in tqdm(sorted(zipped.namelist()), desc=f"reading {archive}", leave=False):
+        for name in tqdm(sorted(zipped.namelist()), desc=f"reading {archive}", leave=False, disable=None):
             parts = name.split("/")
             if not name.endswith(".png") or len(parts) < 3 or parts[0] == "__MACOSX":
                 continue

@@ -147,7 +147,7 @@ def predict(net: ConvNet, episode: Episode, args: argparse.Namespace) -> tuple[t
 def evaluate(net: ConvNet, sampler: EpisodeSampler, count: int, args: argparse.Namespace) -> dict[str, float]:
     """Measures accuracy before and after adaptation, with half widths of 95% intervals."""
     scores: dict[str, list[float]] = {"before": [], "after": []}
-    for _ in tqdm(range(count), desc="held-out episodes", unit="ep", leave=False):
+    for _ in tqdm(range(count), desc="held-out episodes", unit="ep", leave=False, disable=None):
         episode = sampler.draw()
         for key, logits in zip(scores, predict(net, episode, args)):
             scores[key].append(accuracy(logits, episode.y_qry))
@@ -232,7 +232,9 @@ class Run:
         every = max(1, args.iterations // args.curve_points)
         shown: dict[str, str] = {}
         started = time.monotonic() - self.seconds
-        bar = tqdm(total=args.iterations, initial=self.iteration, desc="meta-training", unit="it")
+        bar = tqdm(
+            total=args.iterations, initial=self.iteration, desc="meta-training", unit="it", disable=None
+        )
         while True:
             due = self.iteration % every == 0 or self.iteration == args.iterations
             if due and self.iteration not in self.curves["iteration"]:

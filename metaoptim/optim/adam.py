@@ -35,7 +35,8 @@ class MetaAdam(MetaOptimizer):
     Example:
         >>> net = torch.nn.Linear(2, 1)
         >>> log_lr = torch.tensor(-2.0, requires_grad=True)
-        >>> inner = metaoptim.MetaAdam([net], lr=log_lr.exp())
+        >>> inner = metaoptim.MetaAdam([net])
+        >>> inner.param_groups[0]["lr"] = log_lr.exp()  # anew for every window
         >>> with metaoptim.SlidingWindow():
         ...     inner.step(net(torch.ones(1, 2)).square().sum())
         ...     net(torch.ones(1, 2)).square().sum().backward()

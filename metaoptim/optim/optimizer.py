@@ -41,7 +41,11 @@ class MetaOptimizer(Optimizer):
         self._tape: list[tuple[str, Tensor]] = []
         self.first_order = first_order
         self.thread = threading.get_ident()
-        given: list[Any] = [networks] if isinstance(networks, (nn.Module, dict)) else list(networks)
+        given: list[Any] = [networks] if isinstance(networks, (nn.Module, dict)) else list(networks or ())
+        if not given:
+            raise ValueError(
+                f"{type(self).__name__}: got {networks!r}, expected networks, as in {type(self).__name__}([net])"
+            )
         if given and isinstance(given[0], Tensor):
             raise TypeError(
                 f"{type(self).__name__} takes networks, not parameters: write {type(self).__name__}([net]) "
@@ -241,6 +245,8 @@ def active(hyper: Any) -> bool:
 def check_non_negative(**hyper: Any) -> None:
     """Raise ValueError for a negative number, by name."""
     for name, value in hyper.items():
+        if not isinstance(value, (int, float, Tensor)):
+            raise TypeError(f"{name}: got {value!r}, expected a number or a tensor")
         smallest = float(value.detach().min()) if isinstance(value, Tensor) else value
         if not smallest >= 0:
             raise ValueError(f"{name}: got {smallest}, expected a number that is not negative")
