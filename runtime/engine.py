@@ -5,6 +5,7 @@ It holds detached tensors only, so that autograd nodes may refer to it without a
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 
 import torch
@@ -71,6 +72,7 @@ class Engine:
         self.replays = 0
         self._sweeps: dict[int, Sweep] = {}
         self._work: dict[int, State] = {}
+        self._memory: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
 
     @property
     def position(self) -> int:
@@ -86,6 +88,7 @@ class Engine:
             self.store.offer(position, self.state)
         state = list(self.state)
         for index, value in changes:
+            self._memory[value.untyped_storage()._cdata] = value
             if index == len(state):
                 state.append(value)
             else:
@@ -97,13 +100,16 @@ class Engine:
 
     def protect(self, storage: int) -> None:
         """Someone is about to write into ``storage``: keep what the tape holds of it."""
+        if self._memory.pop(storage, None) is None:
+            return
         copies: dict[int, Tensor] = {}
 
         def kept(t: Tensor) -> Tensor:
             if t.untyped_storage()._cdata != storage:
                 return t
             if id(t) not in copies:
-                copies[id(t)] = t.clone()
+                copies[id(t)] = copy = t.clone()
+                self._memory[copy.untyped_storage()._cdata] = copy
             return copies[id(t)]
 
         with _disable_current_modes(), torch.no_grad():

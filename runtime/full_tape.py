@@ -142,7 +142,8 @@ class FullTapeSession(Session):
         return self.networks.statistics(stats, training)
 
     def preserve(self, targets: list[Tensor]) -> None:
-        """Nothing is held here but by autograd, which watches versions itself."""
+        """What steps have read is held by autograd, which watches versions itself."""
+        self.networks.back_up(targets)
 
     def before_write(self, targets: list[Tensor], op: Any) -> list[int]:
         """Ordinals of the parameters about to be overwritten."""

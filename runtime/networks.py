@@ -29,6 +29,8 @@ class Networks:
         self._modules: dict[int, nn.Module] = {}
         self._buffers: list[tuple[nn.Module, str, Tensor]] = []  # with the user's own tensor
         self._copies: dict[int, Tensor] = {}  # id of a buffer of the user -> what the modules show
+        self._frozen: dict[int, nn.Parameter] = {}  # storage -> a parameter that no step trains
+        self._backups: list[tuple[nn.Parameter, Tensor]] = []
         self._read: dict[int, Tensor] = {}  # running statistics that autograd has saved
 
     def index_of(self, parameter: Tensor) -> int | None:
@@ -46,13 +48,17 @@ class Networks:
         """Take modules in: their buffers are swapped for copies; the ordinals of parameters not known before."""
         new: list[int] = []
         modules = list(modules)
+        _check_memory(modules)
         self._copy_buffers(modules)
         for root in modules:
             for prefix, module in root.named_modules():
                 known = id(module) in self._modules
                 self._modules[id(module)] = module
                 for name, p in module._parameters.items():
-                    if p is None or not p.requires_grad or (known and any(p is s for s in self.shown)):
+                    if p is None or (known and any(p is s for s in self.shown)):
+                        continue
+                    if not p.requires_grad:
+                        self._frozen[p.untyped_storage()._cdata] = p
                         continue
                     i = self._index.get(id(p))
                     if i is None:
@@ -151,6 +157,19 @@ class Networks:
             if refresh is not None:
                 refresh()
 
+    def back_up(self, targets: list[Tensor]) -> None:
+        """``targets`` are about to be overwritten: keep what `undo` must put back of frozen parameters."""
+        for t in targets if self._frozen else ():
+            p = self._frozen.pop(t.untyped_storage()._cdata, None) if t.layout is torch.strided else None
+            if p is not None:
+                self._backups.append((p, p.detach().clone()))
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        """Put frozen parameters back that were written into."""
+        for p, value in self._backups:
+            p.copy_(value)
+
     @torch.no_grad()
     def commit(self, values: list[Tensor]) -> None:
         """Restore, with ``values`` and the last buffers copied into the user's own tensors."""
@@ -183,3 +202,28 @@ class Networks:
                     module._parameters[name] = value
 
         return bound
+
+
+def _check_memory(modules: list[nn.Module]) -> None:
+    """Raise if two parameters overlap in memory: inner steps would tear them apart."""
+    seen: dict[int, list[tuple[int, int, str, Tensor]]] = {}
+    for root in modules:
+        for name, p in root.named_parameters():
+            if (
+                p.layout is not torch.strided
+                or not p.numel()
+                or isinstance(p, nn.parameter.UninitializedParameter)
+            ):
+                continue
+            start = p.storage_offset()
+            end = (
+                start + 1 + sum((size - 1) * stride for size, stride in zip(p.shape, p.stride(), strict=True))
+            )
+            others = seen.setdefault(p.untyped_storage()._cdata, [])
+            for low, high, other, q in others:
+                if q is not p and start < high and low < end:
+                    raise WindowError(
+                        f"parameters {other!r} and {name!r} share memory, which inner steps cannot keep; let both names "
+                        "hold the same nn.Parameter object (tying), or clone one"
+                    )
+            others.append((start, end, name, p))

@@ -45,6 +45,10 @@ class _Member:
     def __init__(self, optimizer: Any) -> None:
         self.optimizer = optimizer
         self.entry = {p: dict(s) for p, s in optimizer.state.items()}
+        for p, state in self.entry.items():  # what the window shows is its own: the user may write into it
+            optimizer.state[p] = {
+                k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in state.items()
+            }
         self.groups = len(optimizer.param_groups)
         self.steps = 0
         self.picked: tuple[dict[int, Tensor], dict[Any, dict]] | None = None
@@ -231,6 +235,7 @@ class Session:
             late = self._missing_pickup() if not failed and error is None else None
             if failed or error or late or self.options.offline:
                 self.networks.restore()
+                self.networks.undo()
                 for member in self.members.values():
                     member.optimizer.state.clear()
                     member.optimizer.state.update(member.entry)

@@ -169,6 +169,7 @@ class ThetaView:
     def preserve(self, targets: list[Tensor]) -> None:
         """``targets`` are about to be overwritten."""
         self.inputs.preserve(targets)
+        self.networks.back_up(targets)
 
     def statistics(self, stats: Sequence[Tensor], training: bool) -> list[Tensor]:
         """The running statistics for a batch norm to use."""
@@ -188,6 +189,9 @@ class ThetaView:
             storage = t.untyped_storage()._cdata
             ordinal = self._storages.get(storage)
             if ordinal is None:
+                self.engine.protect(
+                    storage
+                )  # an alias of what an earlier step has shown, or of optimizer state
                 continue
             if torch.is_grad_enabled() and t.requires_grad:
                 raise WindowError(

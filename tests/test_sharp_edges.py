@@ -533,3 +533,169 @@ def test_hooks_of_tensors_that_no_gradient_reaches_get_zeros(window: int | None)
         inner.step(loss_of(net, 0), allow_unused=True)
         loss_of(net, 1).backward()
     assert seen == [0.0]
+
+
+# -- found by trying to break it --------------------------------------------------------------------------------------
+
+
+def _against_tape(run: Any) -> None:
+    """The same gradients and the same end under every strategy."""
+    results = [run(options) for options in STRATEGIES]
+    for other in results[:2]:
+        for a, b in zip(other, results[2], strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_detach_in_place() -> None:
+    def run(options: dict) -> list[Any]:
+        net, w = network(), leaf(0.8)
+        inner = metaoptim.MetaSGD([net], lr=0.1)
+        with metaoptim.SlidingWindow(**options):
+            for t in range(STEPS):
+                target = w * YS[t]
+                target.detach_()
+                guess = net(XS[t] + 1)
+                guess.detach_()
+                inner.step((net(XS[t]) * w - target - 0.1 * guess).square().mean())
+            loss_of(net, STEPS).backward()
+        return [w.grad]
+
+    _against_tape(run)
+
+
+def test_hook_where_only_the_meta_gradient_passes() -> None:
+    def run(options: dict) -> list[Any]:
+        net, w = network(), leaf(0.8)
+        inner = metaoptim.MetaSGD([net], lr=0.1)
+        with metaoptim.SlidingWindow(**options):
+            for t in range(STEPS):
+                weight = w * 1.0
+                weight.register_hook(lambda g: 0.5 * g)
+                inner.step(F.mse_loss(net(XS[t]) * weight, YS[t]))
+            loss_of(net, STEPS).backward()
+        return [w.grad]
+
+    _against_tape(run)
+
+
+def test_target_network_from_aliases_of_shown_parameters() -> None:
+    def run(options: dict) -> list[Any]:
+        net, lr = network(), leaf(0.1)
+        inner = metaoptim.MetaSGD([net], lr=lr)
+        own = list(net.parameters())
+        with metaoptim.SlidingWindow(offline=True, **options):
+            inner.step(loss_of(net, 0))
+            names = [n for n, _ in net.named_parameters()]
+            target = [p.detach() for p in net.parameters()]
+            for t in range(STEPS):
+                aim = torch.func.functional_call(
+                    net, dict(zip(names, target, strict=True)), (XS[t],)
+                ).detach()
+                inner.step(F.mse_loss(net(XS[t]), aim + YS[t]))
+                for old, new in zip(target, net.parameters(), strict=True):
+                    old.copy_(0.5 * old + 0.5 * new.detach())
+            loss_of(net, STEPS).backward()
+        return [lr.grad, *(p.grad for p in own)]
+
+    results = [run(options) for options in STRATEGIES[:2]]
+    net, lr = network(), leaf(0.1)
+    theta = {n: p * 1.0 for n, p in net.named_parameters()}
+
+    def step(theta: dict, loss: Tensor) -> dict:
+        grads = torch.autograd.grad(loss, list(theta.values()), create_graph=True)
+        return {n: p - lr * g for (n, p), g in zip(theta.items(), grads, strict=True)}
+
+    def call(theta: dict, t: int) -> Tensor:
+        return torch.func.functional_call(net, theta, (XS[t],))
+
+    theta = step(theta, F.mse_loss(call(theta, 0), YS[0]))
+    target = {n: p.detach() for n, p in theta.items()}
+    for t in range(STEPS):
+        theta = step(theta, F.mse_loss(call(theta, t), call(target, t).detach() + YS[t]))
+        target = {n: 0.5 * target[n] + 0.5 * p.detach() for n, p in theta.items()}
+    outer = F.mse_loss(call(theta, STEPS), YS[STEPS])
+    expected = torch.autograd.grad(outer, [lr, *net.parameters()])
+    for got in results:
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("slots", [None, 1])
+def test_optimizer_state_changed_in_place_is_a_history_cut(slots: int | None) -> None:
+    net, lr = network(), leaf(0.1)
+    inner = metaoptim.MetaSGD([net], lr=lr, momentum=0.9)
+    with metaoptim.SlidingWindow():
+        inner.step(loss_of(net, 0))
+    before = {p: s["momentum_buffer"].clone() for p, s in inner.state.items()}
+    start = {n: p.detach().clone() for n, p in net.named_parameters()}
+    own = list(net.parameters())
+    with metaoptim.SlidingWindow(offline=True, slots=slots):
+        inner.step(loss_of(net, 0))
+        for state in inner.state.values():
+            state["momentum_buffer"].mul_(0.5)
+        inner.step(loss_of(net, 1))
+        for state in inner.state.values():
+            state["momentum_buffer"].zero_()
+        inner.step(loss_of(net, 2))
+        loss_of(net, STEPS).backward()
+    assert all(torch.equal(inner.state[p]["momentum_buffer"], b) for p, b in before.items())
+    again = leaf(0.1)
+    theta = {n: v.clone().requires_grad_() for n, v in start.items()}
+    first = list(theta.values())
+    moments = dict(zip(theta, before.values(), strict=True))
+    for t, factor in enumerate((1.0, 0.5, 0.0)):
+        loss = F.mse_loss(torch.func.functional_call(net, theta, (XS[t],)), YS[t])
+        grads = torch.autograd.grad(loss, list(theta.values()), create_graph=True)
+        moments = {
+            n: (m.detach() if t else m) * factor * 0.9 + g
+            for (n, m), g in zip(moments.items(), grads, strict=True)
+        }
+        theta = {n: p - again * moments[n] for n, p in theta.items()}
+    outer = F.mse_loss(torch.func.functional_call(net, theta, (XS[STEPS],)), YS[STEPS])
+    for got, e in zip(
+        [lr.grad, *(p.grad for p in own)], torch.autograd.grad(outer, [again, *first]), strict=True
+    ):
+        torch.testing.assert_close(got, e)
+
+
+def test_parameters_that_overlap_are_refused_and_flat_ones_are_not() -> None:
+    flat = torch.randn(12, generator=torch.Generator().manual_seed(1))
+    net = nn.Linear(3, 2)
+    net.weight, net.bias = nn.Parameter(flat[:6].view(2, 3)), nn.Parameter(flat[6:8])
+    inner = metaoptim.MetaSGD([net], lr=0.1)
+    with metaoptim.SlidingWindow():
+        inner.step(net(XS[0]).square().mean())
+    net.bias = nn.Parameter(flat[5:7])
+    with pytest.raises(metaoptim.WindowError, match="'weight' and 'bias' share memory"):
+        with metaoptim.SlidingWindow():
+            pass
+
+
+@pytest.mark.parametrize("options", STRATEGIES, ids=["all", "slots", "full_tape"])
+@pytest.mark.parametrize("offline", [True, False])
+def test_frozen_parameters_written_into(offline: bool, options: dict) -> None:
+    net = network()
+    net[0].requires_grad_(False)
+    before = net[0].weight.detach().clone()
+    inner = metaoptim.MetaSGD([net], lr=0.1)
+    with metaoptim.SlidingWindow(offline=offline, **options):
+        inner.step(loss_of(net, 0))
+        net[0].weight.mul_(0.5)
+        inner.step(loss_of(net, 1))
+    torch.testing.assert_close(net[0].weight.detach(), before if offline else 0.5 * before)
+
+
+def test_masks_with_a_differentiable_value() -> None:
+    def run(options: dict) -> list[Any]:
+        net, w = network(), leaf(0.8)
+        inner = metaoptim.MetaSGD([net], lr=0.1)
+        with metaoptim.SlidingWindow(**options):
+            for t in range(STEPS):
+                out = net(XS[t]) * 1.0
+                out[out > 0.1 * t] = w * 0.3
+                count = torch.unique((net(XS[t]) > 0).sum(1)).numel()
+                inner.step(F.mse_loss(out, YS[t]) * count)
+            loss_of(net, STEPS).backward()
+        return [w.grad]
+
+    _against_tape(run)

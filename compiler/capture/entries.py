@@ -108,15 +108,15 @@ class Number:
 class Spy:
     """A tensor hook, with the note whether it changed its gradient when it ran."""
 
-    __slots__ = ("hook", "returned", "mutated")
+    __slots__ = ("hook", "ran", "returned", "mutated")
 
     def __init__(self, hook: Callable[[Tensor], Tensor | None]) -> None:
-        self.hook, self.returned, self.mutated = hook, False, False
+        self.hook, self.ran, self.returned, self.mutated = hook, False, False, False
 
     def __call__(self, grad: Tensor) -> Tensor | None:
         version = grad._version
         result = self.hook(grad)
-        self.returned = result is not None
+        self.ran, self.returned = True, result is not None
         self.mutated = grad._version != version
         return result
 

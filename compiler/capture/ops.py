@@ -51,6 +51,9 @@ def written(info: OpInfo, args: tuple, kwargs: dict) -> list[Tensor]:
     return out
 
 
+# Their outputs have fixed shapes, but where an index is a boolean mask their derivatives look for its true entries.
+MASKED = {aten.index_put_.default, aten.index_put.default}
+
 # In training mode the output does not depend on the running statistics, and these operators update them in place
 # without saying so in their schema: the recorded call does without them. (position of the two, position of `training`)
 BATCH_NORM = {

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import CheckpointFunction
 from metaoptim.errors import CaptureError
 
 from .entries import Carried, Entry, Epoch, External, Function, Number, Spy, Theta, Value, version_of
-from .ops import BATCH_NORM, OpInfo, op_info, without_running_stats, written
+from .ops import BATCH_NORM, MASKED, OpInfo, op_info, without_running_stats, written
 
 aten = torch.ops.aten
 _DETACH = aten.detach.default
@@ -36,6 +36,11 @@ def _tensors(args: Iterable) -> Iterable[Tensor]:
             for b in a:
                 if isinstance(b, Tensor):
                     yield b
+
+
+def _chosen(args: tuple) -> tuple[int, ...]:
+    """How many elements the boolean masks among the indices choose: the derivative's shapes depend on it."""
+    return tuple(int(i.sum()) for i in args[1] if i is not None and i.dtype in (torch.bool, torch.uint8))
 
 
 class Recorder(TorchDispatchMode):
@@ -161,14 +166,26 @@ class Recorder(TorchDispatchMode):
                     return resolved
                 found = resolved
             epoch = found.entry.epoch
+            cut = self._is_cut(t, found)
             if epoch is self.epoch:
-                return found
+                return self._detached(t, found) if cut else found
             external = self._external(t)
-            return Carried(found, external) if epoch.superstep == self.epoch.superstep else external
+            return (
+                Carried(found, external) if epoch.superstep == self.epoch.superstep and not cut else external
+            )
         if t._is_view() and t._base is not None and not (t.requires_grad and t.is_leaf):
             if self._is_recorded(t._base) and not isinstance(self._known(t._base), Theta):
                 return self._alias_of(t, t._base)
         return self._external(t)
+
+    def _is_cut(self, t: Tensor, found: Value) -> bool:
+        """Whether ``t`` requires no gradient where its operator may give one: `detach_` leaves no other trace."""
+        entry = found.entry
+        differentiable = t.is_floating_point() or t.is_complex()
+        return entry.grad and not t.requires_grad and differentiable and entry.op is not _DETACH
+
+    def _detached(self, t: Tensor, found: Value) -> Value:
+        return self._bind(t, Value(self._entry(_DETACH, (found,), {}, (t,), True), None))
 
     def _external(self, t: Tensor) -> External:
         known = self._external_of(t)
@@ -242,8 +259,10 @@ class Recorder(TorchDispatchMode):
             tokens = (tokens[0], Number(float(args[1])), *tokens[2:])
         kw = {k: self._token(v) for k, v in kwargs.items()} if kwargs else kwargs
         entry = self._entry(op, tokens, kw, _tensors(args), True)
-        if info.dynamic and isinstance(out, Tensor):
-            entry.shape = tuple(out.shape)
+        if info.dynamic:
+            entry.shape = tuple(tuple(o.shape) for o in _tensors(out if isinstance(out, tuple) else (out,)))
+        elif op in MASKED:
+            entry.shape = _chosen(args) or None
         self._bind_outputs(entry, out)
         return entry
 
@@ -270,6 +289,7 @@ class Recorder(TorchDispatchMode):
             guard.after_write(hit)
             return out
         if not self.record:
+            guard.preserve(targets)
             return op(*args, **kwargs)
         reads = (*args, *kwargs.values())
         live = grad and not info.random and self._touches(reads)
@@ -296,6 +316,8 @@ class Recorder(TorchDispatchMode):
         entry = self._entry(op, tokens, kw, _tensors(reads), grad)
         if grad:
             self._keep_histories(targets)
+        if op in MASKED:
+            entry.shape = _chosen(args) or None
         guard.preserve(targets)
         out = op(*args, **kwargs)
         if info.random:

@@ -105,7 +105,8 @@ class Slice:
         if hooks and where not in self.hooks:
             spies = [spy for handle, spy in hooks if not is_removed(handle)]
             self.spies += spies
-            changing = [spy for spy in spies if spy.returned]
+            # one that has not run lies where only the meta-gradient passes
+            changing = [spy for spy in spies if spy.returned or not spy.ran]
             if changing:
                 self.hooks[where] = changing
 
