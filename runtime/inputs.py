@@ -19,6 +19,8 @@ def checksum(t: Tensor) -> int | Tensor:
 
     Version counters do not move for ``.data`` writes, memory shared with numpy and fused optimizers; bytes do.
     """
+    if t.layout is torch.sparse_coo:
+        return hash((t._version, checksum(t._indices()), checksum(t._values())))
     if t.layout is not torch.strided:
         return t._version
     if t.device.type != "cpu":

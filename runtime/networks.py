@@ -71,7 +71,7 @@ class Networks:
                     self._places[i].append((module, name))
                     module._parameters[name] = self.shown[i]  # type: ignore[assignment]
                 for name, b in module._buffers.items():
-                    if b is not None and not known:
+                    if b is not None and not b.requires_grad and not known:
                         self._buffers.append((module, name, b))
                         module._buffers[name] = self._copies[id(b)]
         return new
@@ -82,7 +82,7 @@ class Networks:
         weights = {p.untyped_storage()._cdata: n for m in modules for n, p in m.named_parameters()}
         for module in (m for root in modules for m in root.modules() if id(m) not in self._modules):
             for name, b in module._buffers.items():
-                if b is None or id(b) in self._copies:
+                if b is None or b.requires_grad or id(b) in self._copies:  # a learnt one is a meta-parameter
                     continue
                 if b.layout is not torch.strided:
                     self._copies[id(b)] = b.detach().clone()
@@ -110,6 +110,12 @@ class Networks:
     def is_buffer(self, t: Tensor) -> bool:
         """Whether ``t`` is a buffer of the networks."""
         return any(m._buffers.get(name) is t for m, name, _ in self._buffers)
+
+    def buffers_of(self, modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str, Tensor]]:
+        """Copies of the buffers as they are, with their places."""
+        inside = {id(m) for root in modules for m in root.modules()}
+        now = [(m, name, m._buffers.get(name)) for m, name, _ in self._buffers if id(m) in inside]
+        return [(m, name, b.detach().clone()) for m, name, b in now if b is not None]
 
     def statistics(self, stats: Sequence[Tensor], training: bool) -> list[Tensor]:
         """The running statistics for a batch norm to use: fresh ones if autograd has saved these.
@@ -206,7 +212,7 @@ class Networks:
 
 def _check_memory(modules: list[nn.Module]) -> None:
     """Raise if two parameters overlap in memory: inner steps would tear them apart."""
-    seen: dict[int, list[tuple[int, int, str, Tensor]]] = {}
+    seen: dict[int, list[tuple[Any, Any, str, Tensor]]] = {}
     for root in modules:
         for name, p in root.named_parameters():
             if (
@@ -216,14 +222,14 @@ def _check_memory(modules: list[nn.Module]) -> None:
             ):
                 continue
             start = p.storage_offset()
-            end = (
+            end: Any = (
                 start + 1 + sum((size - 1) * stride for size, stride in zip(p.shape, p.stride(), strict=True))
             )
             others = seen.setdefault(p.untyped_storage()._cdata, [])
             for low, high, other, q in others:
                 if q is not p and start < high and low < end:
                     raise WindowError(
-                        f"parameters {other!r} and {name!r} share memory, which inner steps cannot keep; let both names "
-                        "hold the same nn.Parameter object (tying), or clone one"
+                        f"parameters {other!r} and {name!r} share memory, which inner steps cannot keep; let both "
+                        "names hold the same nn.Parameter object (tying), or clone one"
                     )
             others.append((start, end, name, p))

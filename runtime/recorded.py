@@ -66,6 +66,7 @@ class RecordedSession(Session):
         self.engine = Engine(options.slots, options.backward_hook)
         self.view = ThetaView(options, self.engine, self.networks)
         self.recorder = self.view.recorder
+        self._lifts = True
         self._opt_state: dict[tuple[int, int, str], int] = {}  # (optimizer, ordinal, name) -> state index
 
     @property
@@ -81,7 +82,7 @@ class RecordedSession(Session):
 
     def _step(self, optimizer: Any, loss: Tensor, allow_unused: bool) -> None:
         self.view.settle()
-        root = self.recorder.value_of(loss)
+        root = self.recorder.root_of(loss)
         if isinstance(root, External):
             raise LossError(
                 f"{type(optimizer).__name__}.step: the loss was not computed inside this window; compute it "
@@ -117,6 +118,8 @@ class RecordedSession(Session):
     def _hyper(self, optimizer: Any) -> _Hyper:
         slots: list[Any] = []
         roots: list[Any] = []
+        # arithmetic with a Python number is more exact than with the half-precision tensor it would become
+        self._lifts = all(p.dtype in (torch.float32, torch.float64) for p in self.networks.originals)
         groups = tuple(
             tuple((name, self._template(group[name], slots, roots)) for name in optimizer.defaults)
             for group in optimizer.param_groups
@@ -131,7 +134,7 @@ class RecordedSession(Session):
         """``value`` with what may differ from step to step moved into ``slots``."""
         if isinstance(value, Tensor):
             roots.append(self.recorder.value_of(value))
-        elif type(value) is float and value != 0:
+        elif type(value) is float and value != 0 and self._lifts:
             roots.append(Number(value))
         elif isinstance(value, (tuple, list)):
             return tuple([self._template(v, slots, roots) for v in value])
@@ -232,7 +235,11 @@ class RecordedSession(Session):
                     end += 1
                 elif engine.state[index] is value:
                     continue
-                state[name] = value.detach() if value.requires_grad else value
+                if value.requires_grad:
+                    raise WindowError(
+                        f"the optimizer state {name!r} of {self.networks.names[i]!r} requires grad; detach it, or open "
+                        "the window with strategy='full_tape' to differentiate by it"
+                    )
                 changes.append((index, state[name]))
         if changes:
             engine.append(Assign(tuple(i for i, _ in changes), [v for _, v in changes]), changes)
@@ -289,6 +296,12 @@ class RecordedSession(Session):
                 hooked,
             )
 
+        for x in sliced.externals:
+            if x.grad and x.tensor is x.source and not x.source.requires_grad:
+                raise CaptureError(
+                    f"a tensor of shape {tuple(x.source.shape)} required grad when the loss read it and does not "
+                    "at the step; freeze it before the loss, or after the step"
+                )
         held = [x.held for x in sliced.externals]
         try:
             step, lifted, new = step_cache.get(key, tuple(sliced.numbers), build)

@@ -47,11 +47,11 @@ class _Member:
         self.entry = {p: dict(s) for p, s in optimizer.state.items()}
         for p, state in self.entry.items():  # what the window shows is its own: the user may write into it
             optimizer.state[p] = {
-                k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in state.items()
+                k: v.clone() if isinstance(v, Tensor) and not v.requires_grad else v for k, v in state.items()
             }
         self.groups = len(optimizer.param_groups)
         self.steps = 0
-        self.picked: tuple[dict[int, Tensor], dict[Any, dict]] | None = None
+        self.picked: tuple[dict[int, Tensor], dict[Any, dict], list[tuple]] | None = None
 
 
 class Session:
@@ -142,8 +142,11 @@ class Session:
             self._step(optimizer, loss, allow_unused)
             optimizer._tape = [*(optimizer._tape if member.steps else ()), *before]
             if member.steps == self.options.pickup_step:
-                values = {i: self.networks.shown[i].detach() for i in self.ordinals(optimizer)}
-                member.picked = (values, {p: dict(s) for p, s in optimizer.state.items()})
+                member.picked = (
+                    {i: self.networks.shown[i].detach().clone() for i in self.ordinals(optimizer)},
+                    {p: {k: v.detach().clone() for k, v in s.items()} for p, s in optimizer.state.items()},
+                    self.networks.buffers_of(optimizer.networks),
+                )
             member.steps += 1
             if torch.is_anomaly_enabled():
                 self._check_finite(optimizer, member)
@@ -285,6 +288,8 @@ class Session:
                     values[i] = value
                 member.optimizer.state.clear()
                 member.optimizer.state.update(member.picked[1])
+                for module, name, value in member.picked[2]:
+                    module._buffers[name] = value
             for state in member.optimizer.state.values():
                 for name, value in state.items():
                     state[name] = value.detach()

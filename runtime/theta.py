@@ -11,7 +11,7 @@ from torch.overrides import enable_reentrant_dispatch
 
 from metaoptim.errors import CaptureError, WindowError
 
-from ..compiler.capture.entries import Carried, Epoch, Theta
+from ..compiler.capture.entries import Epoch, Theta
 from ..compiler.capture.recorder import Recorder
 from ..compiler.capture.slicing import Slice
 from ..compiler.ir import Assign
@@ -104,8 +104,6 @@ class ThetaView:
     def slice(self, roots: list[Any]) -> tuple[Slice, Epoch]:
         """The ancestor slice of a loss (first root) and hyper-parameters, and the epoch whose theta it read."""
         loss, *others = roots
-        if isinstance(loss, Carried):
-            loss = loss.value
         for carry in (True, False):
             sliced = Slice([loss, *others], self.late, carry)
             if sliced.consistent:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -699,3 +700,139 @@ def test_masks_with_a_differentiable_value() -> None:
         return [w.grad]
 
     _against_tape(run)
+
+
+@pytest.mark.parametrize("view", [False, True])
+def test_view_that_is_alive_while_its_base_is_rewritten(view: bool) -> None:
+    def run(in_place: bool, options: dict) -> list[Any]:
+        net, w, lr = network(), leaf(0.7), leaf(0.2)
+        inner = metaoptim.MetaSGD([net], lr=lr)
+        d, kept = torch.full((3, 2), 0.4), []
+        with metaoptim.SlidingWindow(**options):
+            for t in range(STEPS):
+                b = d * 0.97 + w
+                if view:
+                    kept = [d[0], d[1:]]
+                if in_place:
+                    d.copy_(b.clone() * 0.83)
+                else:
+                    d = b.clone() * 0.83
+                inner.step(loss_of(net, t) + (net(XS[t])[:3] * (b + d)).sum())
+            loss_of(net, STEPS).backward()
+        assert len(kept) == 2 * view
+        return [w.grad, lr.grad]
+
+    expected = run(False, {"strategy": "full_tape"})
+    for options in STRATEGIES[:2]:
+        for a, b in zip(run(True, options), expected, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_memory_that_is_a_view_from_before_the_window() -> None:
+    def run(in_place: bool, options: dict) -> list[Any]:
+        net, lr = network(), leaf(0.2)
+        inner = metaoptim.MetaSGD([net], lr=lr)
+        memory = torch.full((6, 2), 0.3)[1:4]
+        with metaoptim.SlidingWindow(**options):
+            for t in range(STEPS):
+                if not in_place:
+                    memory = memory.clone()
+                memory[t % 3] = net(XS[t])[0].tanh()
+                inner.step(loss_of(net, t) + (memory.sum(0) + net(XS[t]).mean(0)).square().sum())
+            loss_of(net, STEPS).backward()
+        return [lr.grad]
+
+    expected = run(False, {"strategy": "full_tape"})
+    for options in STRATEGIES[:2]:
+        for a, b in zip(run(True, options), expected, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_meta_parameter_frozen_between_two_reads() -> None:
+    results = []
+    for freeze in (True, False):
+        net, w = network(), leaf(0.7)
+        inner = metaoptim.MetaSGD([net], lr=0.1)
+        with metaoptim.SlidingWindow():
+            for t in range(STEPS):
+                first = net(XS[t]) * w
+                w.requires_grad_(not freeze)
+                second = net(XS[t]).tanh() * (w if freeze else w.detach())
+                w.requires_grad_(True)
+                inner.step(F.mse_loss(first + second, YS[t]))
+            loss_of(net, STEPS).backward()
+        results.append(w.grad)
+    torch.testing.assert_close(*results)
+    with pytest.raises(metaoptim.CaptureError, match="required grad when the loss read it"):
+        with metaoptim.SlidingWindow():
+            loss = F.mse_loss(net(XS[0]) * w, YS[0])
+            w.requires_grad_(False)
+            inner.step(loss)
+
+
+def test_memory_cloned_and_written_at_every_step() -> None:
+    """Also where the first window gave it no weight, so that its check could see nothing."""
+
+    def run(options: dict, weights: tuple[float, ...]) -> Any:
+        for weight in weights:
+            net, lr = network(), leaf(0.2)
+            inner = metaoptim.MetaSGD([net], lr=lr)
+            memory, scale = torch.full((3, 5, 2), 0.3), torch.tensor(weight)
+            with metaoptim.SlidingWindow(**options):
+                for t in range(5):
+                    memory = memory.clone()
+                    memory[t % 3] = net(XS[t % 3]).tanh()
+                    inner.step(loss_of(net, t % 3) + scale * (memory.sum(0) + net(XS[0])).square().sum())
+                loss_of(net, STEPS).backward()
+        return lr.grad
+
+    expected = run({"strategy": "full_tape"}, (1.0,))
+    for options in STRATEGIES[:2]:
+        torch.testing.assert_close(run(options, (0.0, 1.0)), expected)
+
+
+def test_carried_product_shares_its_programs() -> None:
+    net, w = network(), leaf(0.9)
+    inner = metaoptim.MetaSGD([net], lr=0.1)
+    product: Any = 1.0
+    with metaoptim.SlidingWindow() as window:
+        for t in range(12):
+            product = product * w
+            inner.step(loss_of(net, t % 3) * product)
+        loss_of(net, STEPS).backward()
+    assert len(window.program.step_graphs) <= 3 and w.grad is not None
+
+
+def test_learnt_buffer_and_learnt_optimizer_state() -> None:
+    net = network()
+    net.register_buffer("temperature", leaf(0.8))
+    inner = metaoptim.MetaSGD([net], lr=0.1, momentum=0.9)
+    with metaoptim.SlidingWindow():
+        for t in range(STEPS):
+            inner.step(F.mse_loss(net(XS[t]) * net.temperature, YS[t]))
+        loss_of(net, STEPS).backward()
+    assert net.temperature.grad is not None and net.temperature.grad.abs() > 1e-6
+    inner.state[net[0].weight]["momentum_buffer"].requires_grad_()
+    with pytest.raises(metaoptim.WindowError, match=r"'momentum_buffer' of '0\.weight' requires grad"):
+        with metaoptim.SlidingWindow():
+            inner.step(loss_of(net, 0))
+
+
+@pytest.mark.parametrize("options", STRATEGIES, ids=["all", "slots", "full_tape"])
+def test_pickup_step_takes_buffers_along_and_aliases_nothing(options: dict) -> None:
+    torch.manual_seed(1)
+    net = _Norm()
+    inner = metaoptim.MetaSGD([net], lr=0.1, momentum=0.9)
+    with metaoptim.SlidingWindow(pickup_step=1, **options):
+        inner.step(loss_of(net, 0))
+        inner.step(loss_of(net, 1))
+        mean, weight = net.norm.running_mean.clone(), net.last.weight.detach().clone()
+        with torch.no_grad():
+            net.last.weight.mul_(3)
+        inner.step(loss_of(net, 2))
+    assert torch.equal(net.norm.running_mean, mean) and torch.equal(net.last.weight, weight)
+
+
+def test_inner_optimizers_are_not_copied() -> None:
+    with pytest.raises(TypeError, match="build one for the copy"):
+        copy.deepcopy(metaoptim.MetaSGD([network()]))

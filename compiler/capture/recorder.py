@@ -25,6 +25,7 @@ from .ops import BATCH_NORM, MASKED, OpInfo, op_info, without_running_stats, wri
 
 aten = torch.ops.aten
 _DETACH = aten.detach.default
+_LIFTS = (torch.float32, torch.float64)  # elsewhere a Python number counts more digits than a tensor would
 _ITEM = aten._local_scalar_dense.default
 
 
@@ -170,13 +171,45 @@ class Recorder(TorchDispatchMode):
             if epoch is self.epoch:
                 return self._detached(t, found) if cut else found
             external = self._external(t)
-            return (
-                Carried(found, external) if epoch.superstep == self.epoch.superstep and not cut else external
-            )
+            if cut or epoch.superstep != self.epoch.superstep or not self._reads_current_theta(found):
+                return external
+            if t.untyped_storage()._cdata in epoch.writes:
+                raise CaptureError(
+                    f"a tensor of shape {tuple(t.shape)} was changed in place before another optimizer's step and is "
+                    "used again after it; clone it after the change"
+                )
+            return Carried(found, external)
         if t._is_view() and t._base is not None and not (t.requires_grad and t.is_leaf):
             if self._is_recorded(t._base) and not isinstance(self._known(t._base), Theta):
                 return self._alias_of(t, t._base)
         return self._external(t)
+
+    def root_of(self, loss: Tensor) -> Any:
+        """What stands for the loss of a step, which may have been computed before another step."""
+        found = self._known(loss)
+        mine = isinstance(found, Value) and found.entry.epoch.superstep == self.epoch.superstep
+        return found if mine else self.value_of(loss)
+
+    def _reads_current_theta(self, value: Value) -> bool:
+        """Whether an older value depends on parameters that no step has changed since (the same super-step's)."""
+        current = {c.index: c.tensor.untyped_storage()._cdata for c in self.epoch.theta.values()}
+        stack: list[Any] = [value]
+        seen: set[int] = set()
+        while stack:
+            a = stack.pop()
+            if isinstance(a, Theta):
+                if current.get(a.index) == a.tensor.untyped_storage()._cdata:
+                    return True
+            elif isinstance(a, tuple):
+                stack.extend(a)
+            elif isinstance(a, Carried):
+                stack.append(a.value)
+            elif isinstance(a, (Value, Entry)):
+                entry = a.entry if isinstance(a, Value) else a
+                if id(entry) not in seen:
+                    seen.add(id(entry))
+                    stack += [*entry.args, *entry.deps, *entry.kwargs.values()]
+        return False
 
     def _is_cut(self, t: Tensor, found: Value) -> bool:
         """Whether ``t`` requires no gradient where its operator may give one: `detach_` leaves no other trace."""
@@ -190,8 +223,14 @@ class Recorder(TorchDispatchMode):
     def _external(self, t: Tensor) -> External:
         known = self._external_of(t)
         if known is not None:
-            if known.written or (known.version == version_of(t) and known.held.is_current(t)):
+            same = known.version == version_of(t) and known.grad == t.requires_grad
+            if known.written or (same and known.held.is_current(t)):
                 return known
+        if t.requires_grad and not t.is_leaf and t.untyped_storage()._cdata in self.epoch.writes:
+            raise CaptureError(
+                f"a tensor of shape {tuple(t.shape)} is read that shares memory with one changed in place in this "
+                "step, in a way that cannot be followed; clone one of them"
+            )
         new = External(t, self.guard.hold(t))
         self.epoch.externals[id(t)] = ref = weakref.ref(new)
         if not t.is_leaf:
@@ -255,7 +294,7 @@ class Recorder(TorchDispatchMode):
         if op is aten.native_dropout.default:
             return self._record_dropout(args, out)
         tokens = tuple(self._token(a) for a in without_running_stats(op, args))
-        if info.lifts_number and type(args[1]) in (int, float) and args[0].is_floating_point():
+        if info.lifts_number and type(args[1]) in (int, float) and args[0].dtype in _LIFTS:
             tokens = (tokens[0], Number(float(args[1])), *tokens[2:])
         kw = {k: self._token(v) for k, v in kwargs.items()} if kwargs else kwargs
         entry = self._entry(op, tokens, kw, _tensors(args), True)
@@ -300,7 +339,9 @@ class Recorder(TorchDispatchMode):
                 older.append(key)
             elif not self._is_recorded(t):
                 recorded = True
-                self._alias_of(t, value.ref())
+                other: Any = value.ref()
+                if other._base is None or (t if t._base is None else t._base) is not other._base:
+                    self._alias_of(t, other)
         if not live and not recorded:
             for key in older:
                 del self.values[key]
@@ -358,17 +399,21 @@ class Recorder(TorchDispatchMode):
         """From now on what ``t`` holds is what the recording says: it is about to be written by a recorded call."""
         base = t._base if t._is_view() and t._base is not None else t
         if self._is_recorded(t):
-            external = self._external_of(base)  # of which ``t`` is a recorded view
             if self._known(t) is None and base is not t:
                 self._alias_of(t, base)
+            storage = t.untyped_storage()._cdata
+            read = [ref() for ref in self.epoch.externals.values()]  # of which ``t`` may be a recorded view
+            touched = [x for x in read if x is not None and x.source.untyped_storage()._cdata == storage]
         else:
             found = self.value_of(base)
             external = found.external if isinstance(found, Carried) else found
             if not isinstance(external, External):
                 raise CaptureError("a tensor that autograd has saved was changed in place; clone it first")
-        if external is not None and not external.written:
-            external.written = True
-            self.epoch.written.append(external)
+            touched = [external]
+        for x in touched:
+            if not x.written:
+                x.written = True
+                self.epoch.written.append(x)
 
     def _keep_histories(self, targets: list[Tensor]) -> None:
         """An in-place call gives its target a new history: what was read of it keeps the old one."""

@@ -139,6 +139,12 @@ class MetaOptimizer(Optimizer):
         if session is not None and self in live_optimizers:
             session.adopt(self)
 
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError(
+            f"{type(self).__name__} cannot be copied or pickled, since it belongs to its networks; build one for "
+            "the copy and load this one's state_dict()"
+        )
+
     def state_dict(self) -> dict[str, Any]:
         """As `torch.optim.Optimizer.state_dict`, detached; loads into the optimizer of the same name there."""
         packed = super().state_dict()
