@@ -300,8 +300,8 @@ class RecordedSession(Session):
             # autograd looks at a saved leaf again in the backward: what it makes of it is neither the one nor the other
             if not x.written and x.tensor is x.source and x.grad != x.source.requires_grad:
                 raise CaptureError(
-                    f"requires_grad of a tensor of shape {tuple(x.source.shape)} changed between its use in the loss and "
-                    "the step; change it before the loss or after the step, or use tensor.detach() in a part of it"
+                    f"requires_grad of a tensor of shape {tuple(x.source.shape)} changed between its use in the loss "
+                    "and the step; change it before the loss or after the step, or use tensor.detach() in a part of it"
                 )
         held = [x.held for x in sliced.externals]
         try:

@@ -293,6 +293,12 @@ def indexing(net: Any, t: int, metas: dict, carried: dict) -> Tensor:
     )
 
 
+@case()
+def forward_mode(net: Any, t: int, metas: dict, carried: dict) -> Tensor:
+    _, tangent = torch.func.jvp(lambda x: net(x).sum(), (XS[t],), (torch.ones(5, 3),))
+    return (tangent * metas["w"]).square() + F.mse_loss(net(XS[t]), YS[t])
+
+
 # -- tensors changed in place while they are carried from step to step ------------------------------------------------
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.overrides import enable_reentrant_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils.checkpoint import CheckpointFunction
@@ -214,6 +215,10 @@ class Recorder(TorchDispatchMode):
     def _is_cut(self, t: Tensor, found: Value) -> bool:
         """Whether ``t`` requires no gradient where its operator may give one: `detach_` leaves no other trace."""
         entry = found.entry
+        if (
+            forward_ad._current_level >= 0
+        ):  # whose formulas run before outputs are told that they require grad
+            return False
         differentiable = t.is_floating_point() or t.is_complex()
         return entry.grad and not t.requires_grad and differentiable and entry.op is not _DETACH
 
