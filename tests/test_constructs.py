@@ -408,6 +408,7 @@ def buffer_updated_after_its_use(net: Any, t: int, metas: dict, carried: dict) -
     return F.mse_loss(net(XS[t]) * metas["w"], YS[t])
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # by torch.func.jvp
 @pytest.mark.parametrize("offline", [True, False], ids=["offline", "online"])
 @pytest.mark.parametrize("name", CASES)
 def test_construct(name: str, offline: bool) -> None:
