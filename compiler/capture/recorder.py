@@ -219,7 +219,7 @@ class Recorder(TorchDispatchMode):
             forward_ad._current_level >= 0
         ):  # whose formulas run before outputs are told that they require grad
             return False
-        differentiable = t.is_floating_point() or t.is_complex()
+        differentiable = t.is_floating_point()  # conjugation makes complex values below autograd
         return entry.grad and not t.requires_grad and differentiable and entry.op is not _DETACH
 
     def _detached(self, t: Tensor, found: Value) -> Value:
