@@ -2,7 +2,8 @@
 
 A `StepGraph` is an fx graph of one inner step: from theta, optimizer state, meta-parameters and data to the loss, from
 the loss to its gradient (one `gradient` node), from the gradient to theta' and the new optimizer state. Its operators
-are ATen calls; custom autograd Functions and hooks are calls too, since they have a derivative of their own. Everything
+are ATen calls; custom autograd Functions, hooks and the optimizer's update are calls too, since they may have a
+derivative of their own. Everything
 that runs - the replay of the step and its VJP - is derived from this graph and from nothing else.
 
 A `Program` is the sequence of calls of such graphs that a window has recorded.

@@ -21,6 +21,7 @@ from metaoptim.errors import (
 
 from ..compiler.build import build_step
 from ..compiler.capture.entries import External, Number
+from ..compiler.capture.recorder import LIFTS
 from ..compiler.capture.slicing import Slice, hook_key, tensor_spec
 from ..compiler.ir import Assign, Program, StepCall
 from ..compiler.lower import StepCache, lowered
@@ -66,7 +67,7 @@ class RecordedSession(Session):
         self.engine = Engine(options.slots, options.backward_hook)
         self.view = ThetaView(options, self.engine, self.networks)
         self.recorder = self.view.recorder
-        self._lifts = True
+        self._lifts = True  # whether hyper-parameters that are numbers may become inputs
         self._opt_state: dict[tuple[int, int, str], int] = {}  # (optimizer, ordinal, name) -> state index
 
     @property
@@ -75,6 +76,7 @@ class RecordedSession(Session):
         return self.engine.program
 
     def _enter(self, ordinals: list[int], late: bool) -> None:
+        self._lifts = all(p.dtype in LIFTS for p in self.networks.originals)
         self.view.enter(ordinals, late)
 
     def _close(self) -> None:
@@ -118,8 +120,6 @@ class RecordedSession(Session):
     def _hyper(self, optimizer: Any) -> _Hyper:
         slots: list[Any] = []
         roots: list[Any] = []
-        # arithmetic with a Python number is more exact than with the half-precision tensor it would become
-        self._lifts = all(p.dtype in (torch.float32, torch.float64) for p in self.networks.originals)
         groups = tuple(
             tuple((name, self._template(group[name], slots, roots)) for name in optimizer.defaults)
             for group in optimizer.param_groups

@@ -49,7 +49,6 @@ class _Member:
             optimizer.state[p] = {
                 k: v.clone() if isinstance(v, Tensor) and not v.requires_grad else v for k, v in state.items()
             }
-        self.groups = len(optimizer.param_groups)
         self.steps = 0
         self.picked: tuple[dict[int, Tensor], dict[Any, dict], list[tuple]] | None = None
 

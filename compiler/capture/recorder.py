@@ -26,7 +26,7 @@ from .ops import BATCH_NORM, MASKED, OpInfo, op_info, without_running_stats, wri
 
 aten = torch.ops.aten
 _DETACH = aten.detach.default
-_LIFTS = (torch.float32, torch.float64)  # elsewhere a Python number counts more digits than a tensor would
+LIFTS = (torch.float32, torch.float64)  # elsewhere a Python number counts more digits than a tensor would
 _ITEM = aten._local_scalar_dense.default
 
 
@@ -214,13 +214,10 @@ class Recorder(TorchDispatchMode):
 
     def _is_cut(self, t: Tensor, found: Value) -> bool:
         """Whether ``t`` requires no gradient where its operator may give one: `detach_` leaves no other trace."""
-        entry = found.entry
-        if (
-            forward_ad._current_level >= 0
-        ):  # whose formulas run before outputs are told that they require grad
+        if t.requires_grad or not found.entry.grad or found.entry.op is _DETACH:
             return False
-        differentiable = t.is_floating_point()  # conjugation makes complex values below autograd
-        return entry.grad and not t.requires_grad and differentiable and entry.op is not _DETACH
+        # Conjugation makes complex values below autograd; formulas of forward mode run before outputs require grad.
+        return t.is_floating_point() and forward_ad._current_level < 0
 
     def _detached(self, t: Tensor, found: Value) -> Value:
         return self._bind(t, Value(self._entry(_DETACH, (found,), {}, (t,), True), None))
@@ -299,7 +296,7 @@ class Recorder(TorchDispatchMode):
         if op is aten.native_dropout.default:
             return self._record_dropout(args, out)
         tokens = tuple(self._token(a) for a in without_running_stats(op, args))
-        if info.lifts_number and type(args[1]) in (int, float) and args[0].dtype in _LIFTS:
+        if info.lifts_number and type(args[1]) in (int, float) and args[0].dtype in LIFTS:
             tokens = (tokens[0], Number(float(args[1])), *tokens[2:])
         kw = {k: self._token(v) for k, v in kwargs.items()} if kwargs else kwargs
         entry = self._entry(op, tokens, kw, _tensors(args), True)
