@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .capture.entries import Function
+from .capture.entries import Function, Value
 from .capture.ops import SUBSTITUTES, op_info
-from .capture.slicing import Slice
+from .capture.slicing import Keyed, Slice
+from .capture.tracer import Noise
 from .ir import Port, Role, StepGraph, gradient
+from .segments import Body, Segment, input_order, spec_of, thetas_of
 from .update import UpdatePlan
 
 aten = torch.ops.aten
@@ -88,10 +90,7 @@ def build_step(
         builder.input(Role.META if grad else Role.SCAN, spec, f"{'meta' if grad else 'scan'}_{i}")
         for i, (spec, grad) in enumerate(slice_.key[2])
     ]
-    numbers: dict[int, fx.Node] = {}
-    for i in lifted:
-        dtype = torch.float64 if isinstance(slice_.numbers[i], float) else torch.int64
-        numbers[i] = builder.input(Role.SCAN, ((), dtype, (), torch.device("cpu")), f"number_{i}")
+    numbers = {i: builder.number(i) for i in lifted}
     builder.body(thetas, externals, numbers)
     loss, *slots = [builder.value(root) for root in slice_.roots]
     graph = builder.graph
@@ -132,19 +131,58 @@ def build_step(
     )
 
 
+def build_segment(segment: Segment, body: Body, lifted: Sequence[int], hooked: bool) -> StepGraph:
+    """The StepGraph of a segment: what it passes on, from what it reads.
+
+    Args:
+        segment: one of the body's.
+        body: which outputs are wanted, and what of all this carries a gradient.
+        lifted: which of the segment's numbers are inputs.
+        hooked: see `StepGraph`.
+    """
+    builder = _Builder(segment, lifted)
+    order = input_order(segment)
+    nodes: dict[int, fx.Node] = {}
+    for i in order:
+        ref = segment.inputs[i]
+        active = i in body.active
+        if isinstance(ref, Value):
+            role = Role.THETA if i in thetas_of(segment) else Role.CARRY
+        else:
+            role = Role.META if active else Role.NOISE if isinstance(ref, Noise) else Role.SCAN
+        nodes[i] = builder.input(role, spec_of(ref), f"{role.value}_{i}", active)
+    numbers = {i: builder.number(i) for i in lifted}
+    builder.body([], [nodes[i] for i in range(len(nodes))], numbers)
+    results, outputs = [], []
+    for k, ((number, index), spec) in enumerate(body.outputs.items()):
+        results.append(builder.value(("v", number, index)))
+        outputs.append(Port(Role.CARRY, spec, f"out_{k}", (number, index) in body.active_outputs))
+    builder.graph.output(tuple(results))
+    builder.graph.lint()
+    return StepGraph(
+        builder.graph, tuple(builder.inputs), tuple(outputs), segment.opaque, False, False, hooked
+    )
+
+
 class _Builder:
-    def __init__(self, slice_: Slice, lifted: Sequence[int]) -> None:
-        self.slice, self.lifted = slice_, lifted
+    def __init__(self, slice_: Keyed, lifted: Sequence[int]) -> None:
+        self.slice: Any = slice_
+        self.lifted = lifted
         self.graph = fx.Graph()
         self.inputs: list[Port] = []
         self.nodes: list[fx.Node] = []
         self.hooked: dict[tuple, fx.Node] = {}
 
-    def input(self, role: Role, spec: tuple, name: str) -> fx.Node:
+    def input(self, role: Role, spec: tuple, name: str, active: bool = True) -> fx.Node:
         node = self.graph.placeholder(name)
         node.meta["spec"] = spec
-        self.inputs.append(Port(role, spec, name))
+        self.inputs.append(Port(role, spec, name, active))
         return node
+
+    def number(self, i: int) -> fx.Node:
+        """An input for one of the numbers."""
+        dtype = torch.float64 if isinstance(self.slice.numbers[i], float) else torch.int64
+        return self.input(Role.SCAN, ((), dtype, (), torch.device("cpu")), f"number_{i}")
 
     def body(self, thetas: list[fx.Node], externals: list[fx.Node], numbers: dict[int, fx.Node]) -> None:
         if any(isinstance(e.op, torch._ops.OpOverload) and op_info(e.op).writes for e in self.slice.entries):
@@ -155,9 +193,13 @@ class _Builder:
         self.thetas, self.externals, self.numbers = thetas, externals, numbers
         for k in range(len(thetas)):
             self._hook(("t", k), thetas[k])
+        for k in range(len(externals)):
+            self._hook(("x", k), externals[k])
         for i, (entry, key) in enumerate(zip(self.slice.entries, self.slice.key[0], strict=True)):
             node = self._emit(entry, key)
             node.meta["grad"] = entry.grad
+            if isinstance(entry.op, UpdatePlan):
+                node.meta["update"] = True
             self.nodes.append(node)
             for where in list(self.slice.hooks):
                 if where[:2] == ("v", i):
@@ -214,7 +256,7 @@ class _Builder:
         if not isinstance(token, tuple):
             return token
         kind = token[0] if token and isinstance(token[0], str) else None
-        if token in self.hooked if kind in ("v", "t") else False:
+        if token in self.hooked if kind in ("v", "t", "x") else False:
             return self.hooked[token]
         if kind == "v":
             node = self.nodes[token[1]]
@@ -225,6 +267,8 @@ class _Builder:
             return self.externals[token[1]]
         if kind == "n":
             return self.numbers[token[1]] if token[1] in self.lifted else self.slice.numbers[token[1]]
+        if kind == "d":
+            return {k: self.value(t) for k, t in token[1]}
         if kind == "c":
             return float.fromhex(token[1]) if len(token) == 2 else token[2]
         return tuple(self.value(t) for t in token)

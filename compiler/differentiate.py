@@ -21,14 +21,16 @@ from .ir import Role, StepGraph
 from .tracing import tracing
 
 aten = torch.ops.aten
+_DIFFERENTIATED = (Role.THETA, Role.THETA_NOW, Role.OPT_STATE, Role.CARRY, Role.META)
 
 
 def replay_graph(step: StepGraph, example: Sequence[Tensor] | None = None) -> fx.GraphModule:
-    """inputs -> (theta', opt_state', g), without autograd."""
+    """inputs -> outputs but for the loss, without autograd."""
 
     def replay(*inputs: Tensor) -> tuple:
         held = _as_leaves(step, inputs, (Role.THETA,))
-        return interpret(step, held, create_graph=False)[1:]
+        results = interpret(step, held, create_graph=False)
+        return tuple(r for r, p in zip(results, step.outputs, strict=True) if p.role is not Role.LOSS)
 
     return _trace(replay, step, (), example)
 
@@ -39,13 +41,13 @@ def vjp_graph(step: StepGraph, example: Sequence[Tensor] | None = None) -> fx.Gr
 
     def vjp(*args: Tensor) -> tuple:
         inputs, cotangents = args[: len(step.inputs)], args[len(step.inputs) :]
-        held = _as_leaves(step, inputs, (Role.THETA, Role.THETA_NOW, Role.OPT_STATE, Role.META))
+        held = _as_leaves(step, inputs, _DIFFERENTIATED)
         results = interpret(step, held, create_graph=True, cotangent_hook=hook)
         outs = [results[i] for i in cotangent_outputs(step)]
         pairs = [(o, c) for o, c in zip(outs, cotangents, strict=True) if o.requires_grad]
-        wanted = [i for i, t in enumerate(held) if t.requires_grad]
+        wanted = [i for i, p in enumerate(step.inputs) if p.differentiable and held[i].requires_grad]
         grads: list[Tensor | None] = [None] * len(held)
-        if pairs:
+        if pairs and wanted:
             found = torch.autograd.grad(
                 [o for o, _ in pairs], [held[i] for i in wanted], [c for _, c in pairs], allow_unused=True
             )
@@ -60,13 +62,15 @@ def vjp_graph(step: StepGraph, example: Sequence[Tensor] | None = None) -> fx.Gr
 def cotangent_outputs(step: StepGraph) -> list[int]:
     """Positions of the outputs that take a cotangent."""
     return [
-        i for i, p in enumerate(step.outputs) if p.role in (Role.THETA, Role.OPT_STATE) and p.differentiable
+        i
+        for i, p in enumerate(step.outputs)
+        if p.role in (Role.THETA, Role.OPT_STATE, Role.CARRY) and p.differentiable
     ]
 
 
 def _as_leaves(step: StepGraph, inputs: Sequence[Tensor], roles: tuple[Role, ...]) -> list[Tensor]:
     return [
-        t.detach().requires_grad_() if p.role in roles and p.differentiable else t
+        t.detach().requires_grad_() if p.role in roles and (p.differentiable or p.role is Role.THETA) else t
         for t, p in zip(inputs, step.inputs, strict=True)
     ]
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .ir import StepGraph, gradient
+from .ir import StepGraph, gradient, show
 
 
 class _Interpreter(fx.Interpreter):
@@ -16,6 +16,7 @@ class _Interpreter(fx.Interpreter):
         super().__init__(torch.nn.Module(), graph=step.graph)
         self.create_graph, self.cotangent_hook = create_graph, cotangent_hook
         self.first_order = step.first_order
+        self.several = sum(n.target is gradient for n in step.graph.nodes) > 1
 
     def run_node(self, n: fx.Node) -> Any:
         if n.op != "call_function":
@@ -23,6 +24,14 @@ class _Interpreter(fx.Interpreter):
         if n.target is gradient:
             args, _ = self.fetch_args_kwargs_from_env(n)
             return self.gradient(*args)
+        if n.target is show:
+            (theta,), _ = self.fetch_args_kwargs_from_env(n)
+            with torch.enable_grad():
+                return (
+                    theta.view_as(theta)
+                    if self.create_graph and theta.requires_grad
+                    else theta.detach().requires_grad_()
+                )
         # after the gradient nothing but its derivative needs a graph
         with torch.set_grad_enabled(
             n.meta.get("grad", True) and (self.create_graph or not n.meta.get("update", False))
@@ -32,7 +41,7 @@ class _Interpreter(fx.Interpreter):
     def gradient(self, loss: Tensor, thetas: Sequence[Tensor]) -> tuple[Tensor, ...]:
         create = self.create_graph and not self.first_order
         grads = torch.autograd.grad(
-            loss, list(thetas), create_graph=create, retain_graph=create or self.create_graph
+            loss, list(thetas), create_graph=create, retain_graph=create or self.create_graph or self.several
         )
         if self.cotangent_hook is not None and create:
             grads = tuple(_HookCotangent.apply(g, self.cotangent_hook) for g in grads)

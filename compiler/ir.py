@@ -12,7 +12,7 @@ A `Program` is the sequence of calls of such graphs that a window has recorded.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
@@ -26,8 +26,10 @@ class Role(str, Enum):
     THETA = "theta"  # parameters as the loss read them
     THETA_NOW = "theta_now"  # parameters as the update finds them, where another step came between
     OPT_STATE = "opt_state"
+    CARRY = "carry"  # any other value passed from one part of a compiled program to a later one
     META = "meta"  # requires grad: receives a gradient
     SCAN = "scan"  # differs per step, no gradient
+    NOISE = "noise"  # random numbers, drawn for every step
     LOSS = "loss"
     GRADIENT = "gradient"
 
@@ -39,11 +41,13 @@ class Port:
     role: Role
     spec: tuple
     name: str
+    active: bool = True  # whether it depends on anything that requires grad
 
     @property
     def differentiable(self) -> bool:
         """Whether a cotangent can exist here."""
-        return self.role is not Role.SCAN and (self.spec[1].is_floating_point or self.spec[1].is_complex)
+        number = self.spec[1].is_floating_point or self.spec[1].is_complex
+        return self.active and self.role not in (Role.SCAN, Role.NOISE) and number
 
     def empty(self) -> Tensor:
         """An uninitialised tensor of this spec."""
@@ -57,6 +61,11 @@ class Port:
 
 def gradient(loss: Tensor, thetas: Iterable[Tensor]) -> tuple[Tensor, ...]:
     """∇_thetas loss, as a node of a StepGraph."""
+    raise RuntimeError("a StepGraph is run by compiler.interpret")
+
+
+def show(theta: Tensor) -> Tensor:
+    """A version of theta: a tensor of its own, by which gradients are taken."""
     raise RuntimeError("a StepGraph is run by compiler.interpret")
 
 
@@ -126,6 +135,7 @@ class StepCall:
         inputs: what fills the META and SCAN inputs, in order.
         metas: for each META input, the number under which its gradient is collected.
         location: the user's line.
+        rng: state index of the random generator's state, if the step draws; -1 if not.
     """
 
     step: StepGraph
@@ -135,8 +145,9 @@ class StepCall:
     opt_state_out: tuple[int, ...]
     base: int
     inputs: list[Any]
-    metas: tuple[int, ...]
+    metas: tuple[Any, ...]
     location: str
+    rng: int = -1
 
 
 @dataclass
@@ -155,8 +166,28 @@ class Assign:
 
 
 @dataclass
+class Loop:
+    """Equal inner steps that only differ in the slices and numbers they are given.
+
+    Attributes:
+        call: the first of them; each later one finds its inputs where this one has left its outputs.
+        count: how many.
+        strides: by how much each input advances from one to the next (slices of a scan, lifted numbers; else 0).
+    """
+
+    call: StepCall
+    count: int
+    strides: tuple[int, ...]
+
+    def at(self, k: int) -> StepCall:
+        """The ``k``-th call."""
+        inputs = [x.advanced(k * s) if s else x for x, s in zip(self.call.inputs, self.strides, strict=True)]
+        return replace(self.call, inputs=inputs)
+
+
+@dataclass
 class Program:
-    """The recorded inner loop: tape position -> call, from `start` on."""
+    """The inner loop: tape position -> call, from `start` on."""
 
     start: int = 0
     calls: list[StepCall | Assign] = field(default_factory=list)

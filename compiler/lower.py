@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .compile_graph import compiled
 from .differentiate import replay_graph, vjp_graph
 from .ir import StepGraph
 
@@ -16,12 +17,16 @@ Lowered = Callable[..., Sequence[Any]]
 _GRAPHS = {"replay": replay_graph, "vjp": vjp_graph}
 
 
-def lowered(step: StepGraph, kind: str, inputs: Sequence[Tensor]) -> Lowered:
-    """The callable for ``kind`` ("replay" or "vjp") of a step, traced on first use."""
-    program = step.programs.get(kind)
+def lowered(step: StepGraph, kind: str, inputs: Sequence[Tensor], backend: str = "eager") -> Lowered:
+    """The callable for ``kind`` ("replay" or "vjp") of a step, traced and compiled on first use."""
+    program = step.programs.get((kind, backend))
     if program is None:
-        example = inputs if step.dynamic else None
-        program = step.programs[kind] = _GRAPHS[kind](step, example).forward
+        graph = step.programs.get(kind)
+        if graph is None:
+            example = inputs if step.dynamic else None
+            graph = step.programs[kind] = _GRAPHS[kind](step, example)
+        program = graph.forward if backend == "eager" else compiled(graph, inputs, backend)
+        step.programs[kind, backend] = program
     return program
 
 

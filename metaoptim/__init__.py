@@ -1,5 +1,6 @@
 """metaoptim: exact meta-gradients in bounded memory, from ordinary PyTorch code."""
 
+from .compile import compile
 from .errors import CaptureError, LossError, MetaOptimError, StaleInputError, UnreachableWarning, WindowError
 from .optim import MetaAdam, MetaOptimizer, MetaRMSprop, MetaSGD
 from .window import SlidingWindow, zero_nan_hook
@@ -18,5 +19,6 @@ __all__ = [
     "StaleInputError",
     "UnreachableWarning",
     "WindowError",
+    "compile",
     "zero_nan_hook",
 ]

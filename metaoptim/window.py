@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .compiler.capture.intercept import recording
 from .errors import WindowError, warn
 from .optim.optimizer import live_optimizers
+from .runtime.capturing import CapturedSession
 from .runtime.full_tape import FullTapeSession
 from .runtime.recorded import RecordedSession
 from .runtime.session import Options, Session, current_session
@@ -101,7 +103,7 @@ class SlidingWindow:
                 "a window was opened inside a window; close the first one, or use one window with several "
                 "optimizers"
             )
-        session = self._session = _STRATEGIES[self._strategy](self._options)
+        session = self._session = self._new_session()
         session.open()
         try:
             for optimizer in list(live_optimizers):
@@ -112,6 +114,71 @@ class SlidingWindow:
             raise
         self._program = getattr(session, "program", None)
         return self
+
+    def _new_session(self) -> Session:
+        recorder = recording.get()
+        if recorder is None or not recorder.symbolic:
+            return _STRATEGIES[self._strategy](self._options)
+        if self._strategy == "full_tape":
+            raise WindowError("strategy='full_tape' cannot be compiled; take the decorator off")
+        return CapturedSession(self._options, recorder)  # type: ignore[arg-type]
+
+    def scan(self, *tensors: Tensor) -> Iterator[Any]:
+        """Slices of ``tensors`` along their leading axis, one per inner step.
+
+        In an ordinary window this iterates. In a compiled function the body of the loop is captured by a few of its
+        iterations and stands for all of them, whatever the length: tensors may be carried from one iteration to the
+        next, and what the last one leaves may be used after the loop.
+
+        Args:
+            tensors: of equal leading size T.
+
+        Yields:
+            A slice of the tensor, or a tuple with one slice of each, T times.
+
+        Raises:
+            ValueError: for no tensors, or leading sizes that differ.
+            CaptureError: in a compiled function, when iterations differ or reach back more than one.
+
+        Example:
+            >>> net = torch.nn.Linear(3, 1)
+            >>> inner = metaoptim.MetaSGD([net], lr=0.1)
+            >>> with metaoptim.SlidingWindow() as window:
+            ...     for x, y in window.scan(torch.ones(4, 2, 3), torch.zeros(4, 2, 1)):
+            ...         inner.step((net(x) - y).square().mean())
+        """
+        sizes = {t.shape[0] if t.dim() else None for t in tensors}
+        if len(sizes) != 1 or None in sizes:
+            raise ValueError(
+                f"window.scan: got leading sizes {[tuple(t.shape[:1]) for t in tensors]}, expected one size"
+            )
+        (count,) = sizes
+        for _, items in self._iterations(tensors, count):
+            yield items[0] if len(items) == 1 else tuple(items)
+
+    def range(self, count: int) -> Iterator[int]:
+        """0, 1, ..., count - 1: `scan` for loops that index.
+
+        In a compiled function the number is symbolic: it may index tensors (``xs[t]``, ``xs[2 * t + 1]``), and nothing
+        else may depend on it.
+
+        Args:
+            count: how many.
+
+        Yields:
+            The number of the step.
+        """
+        for k, _ in self._iterations((), count):
+            yield k
+
+    def _iterations(self, tensors: tuple[Tensor, ...], count: int) -> Iterator[tuple[int, list[Tensor]]]:
+        if self._session is None:
+            raise WindowError("window.scan and window.range belong inside the window's block")
+        if isinstance(self._session, CapturedSession):
+            yield from self._session.scan(tensors, count)
+        else:
+            for k in range(count):
+                yield k, [t[k] for t in tensors]
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -81,7 +81,8 @@ def as_parameter(value: Tensor, own: nn.Parameter) -> InnerParameter:
     return shown
 
 
-def _refuse_third_order() -> None:
+def refuse_third_order() -> None:
+    """Raise if the backward that is running is itself to be differentiated."""
     if torch.is_grad_enabled():
         raise MetaOptimError(
             "backward through a window with create_graph=True: metaoptim gives meta-gradients, not their "
@@ -108,7 +109,7 @@ class Read(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
-        _refuse_third_order()
+        refuse_third_order()
         sweep = ctx.engine.sweep_of(torch._C._current_graph_task_id())
         for index, grad in zip(ctx.indices, grads, strict=True):
             if grad is not None:
@@ -151,7 +152,7 @@ class Link(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        _refuse_third_order()
+        refuse_third_order()
         sweep = ctx.engine.sweep_of(torch._C._current_graph_task_id())
         ctx.engine.pull_back(sweep, ctx.position)
         grads = [sweep.metas.pop(m, None) for m in ctx.metas] + [
@@ -202,7 +203,7 @@ class WindowedRead(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
-        _refuse_third_order()
+        refuse_third_order()
         sweep = Sweep()
         for index, grad in zip(ctx.indices, grads, strict=True):
             if grad is not None:

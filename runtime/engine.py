@@ -18,6 +18,7 @@ from ..compiler import cotangent_hook
 from ..compiler.differentiate import cotangent_outputs
 from ..compiler.ir import Assign, Program, Role, StepCall
 from ..compiler.lower import lowered
+from .noise import draw
 from .store import SlotStore, State
 
 
@@ -61,15 +62,25 @@ class Engine:
     Args:
         slots: how many states may be kept, counting the initial one; None keeps every one.
         backward_hook: applied to the cotangent of each inner gradient.
+        program: a complete one, to `run`; None for one that is appended to.
+        backend: what its step graphs are lowered to.
     """
 
-    def __init__(self, slots: int | None = None, backward_hook: Callable | None = None) -> None:
-        self.program = Program()
+    def __init__(
+        self,
+        slots: int | None = None,
+        backward_hook: Callable | None = None,
+        program: Any = None,
+        backend: str = "eager",
+    ) -> None:
+        self.program = Program() if program is None else program
+        self.backend = backend
         self.store = SlotStore(slots)
         self.state: State = []
         self.backward_hook = backward_hook
         self.vjps = 0
         self.replays = 0
+        self._drawn: Tensor | None = None  # the generator's state after the last call that drew
         self._sweeps: dict[int, Sweep] = {}
         self._work: dict[int, State] = {}
         self._memory: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
@@ -97,6 +108,15 @@ class Engine:
         self.state = state
         if isinstance(call, Assign) and self.program.horizon == 0:
             self.store.rebase(self.program.end, state)
+
+    def run(self, state: State) -> State:
+        """Run a complete program from its initial state; states are kept as the slots allow."""
+        self.store.rebase(0, state)
+        for position in range(self.program.end):
+            state = self._advance(self.program[position], position, state, {position: state})
+            self.store.offer(position + 1, state)
+        self.state = state
+        return state
 
     def protect(self, storage: int) -> None:
         """Someone is about to write into ``storage``: keep what the tape holds of it."""
@@ -179,12 +199,14 @@ class Engine:
         if base is None:
             base = self._lookup(call.base)
         inputs = self._inputs(call, state, base)
-        results = lowered(call.step, "replay", inputs)(*inputs)
+        results = lowered(call.step, "replay", inputs, self.backend)(*inputs)
         for index, value in zip((*call.update, *call.opt_state_out), results, strict=False):
             if index == len(new):
                 new.append(value)
-            else:
+            elif index >= 0:
                 new[index] = value
+        if call.rng >= 0:
+            new[call.rng] = self._drawn  # type: ignore[call-overload]
         return new
 
     def _lookup(self, position: int) -> State:
@@ -202,6 +224,9 @@ class Engine:
         if call.step.positions(Role.THETA_NOW):
             inputs += [state[i] for i in call.update]
         inputs += [state[i] for i in call.opt_state_in]
+        if call.rng >= 0:
+            values, self._drawn = draw(call.inputs, state[call.rng])
+            return inputs + values
         inputs += [held.get() for held in call.inputs]
         return inputs
 
@@ -247,7 +272,8 @@ class Engine:
         step = call.step
         changed = (*call.update, *call.opt_state_out)
         outputs = cotangent_outputs(step)
-        received = {i: sweep.cotangents.pop(index, None) for i, index in enumerate(changed, start=1)}
+        first = int(step.outputs[0].role is Role.LOSS)
+        received = {i: sweep.cotangents.pop(index, None) for i, index in enumerate(changed, start=first)}
         if all(c is None for c in received.values()):
             return
         self._load(sorted({call.base, position}))
@@ -259,7 +285,7 @@ class Engine:
         self.vjps += 1
         arguments = (*inputs, *cotangents)
         try:
-            vjp = lowered(step, "vjp", arguments)
+            vjp = lowered(step, "vjp", arguments, self.backend)
         except CaptureError:
             raise
         except RuntimeError as error:
@@ -272,11 +298,12 @@ class Engine:
             Role.THETA: iter(call.theta),
             Role.THETA_NOW: iter(call.update),
             Role.OPT_STATE: iter(call.opt_state_in),
+            Role.CARRY: iter(call.opt_state_in),
             Role.META: iter(call.metas),
         }
         for role, grad in zip(roles, grads, strict=True):
-            index = next(indices[role]) if role in indices else -1
-            if grad is None or index < 0:
+            index = next(indices[role]) if role in indices else None
+            if grad is None or index is None:
                 continue
             if role is Role.META:
                 known = sweep.metas.get(index)

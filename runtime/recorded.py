@@ -20,13 +20,14 @@ from metaoptim.errors import (
 )
 
 from ..compiler.build import build_step
-from ..compiler.capture.entries import External, Number
-from ..compiler.capture.recorder import LIFTS
+from ..compiler.capture.entries import External
+from ..compiler.capture.ops import LIFTS
 from ..compiler.capture.slicing import Slice, hook_key, tensor_spec
 from ..compiler.ir import Assign, Program, StepCall
 from ..compiler.lower import StepCache, lowered
-from ..compiler.update import Clip, Slot, UpdatePlan
+from ..compiler.update import UpdatePlan
 from .engine import Engine
+from .hyper import Hyper, hyper_of
 from .inputs import Held
 from .session import Options, Session
 from .theta import ThetaView
@@ -36,15 +37,6 @@ step_cache = StepCache()
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 _pure: weakref.WeakSet = weakref.WeakSet()  # updates that have been seen not to write into their arguments
 _told: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
-class _Hyper(NamedTuple):
-    """An optimizer's hyper-parameters: the plan's groups and clipping, slot values, and what was recorded of them."""
-
-    groups: tuple
-    clip: Clip | None
-    slots: list[Any]
-    roots: list[Any]
 
 
 class _Update(NamedTuple):
@@ -90,7 +82,7 @@ class RecordedSession(Session):
                 f"{type(optimizer).__name__}.step: the loss was not computed inside this window; compute it "
                 "inside the block, from the networks as they are now"
             )
-        hyper = self._hyper(optimizer)
+        hyper = hyper_of(optimizer, self.recorder.value_of, self._lifts)
         sliced, epoch = self.view.slice([root, *hyper.roots])
         update = self._plan(optimizer, loss, sliced, hyper, allow_unused)
         if sliced.spies:  # only now have the hooks run
@@ -117,35 +109,7 @@ class RecordedSession(Session):
 
     # -- the update ----------------------------------------------------------------------------------------------
 
-    def _hyper(self, optimizer: Any) -> _Hyper:
-        slots: list[Any] = []
-        roots: list[Any] = []
-        groups = tuple(
-            tuple((name, self._template(group[name], slots, roots)) for name in optimizer.defaults)
-            for group in optimizer.param_groups
-        )
-        normalizer = optimizer._normalizer
-        clip = (
-            None if normalizer is None else Clip(self._template(normalizer[0], slots, roots), normalizer[1])
-        )
-        return _Hyper(groups, clip, slots, roots)
-
-    def _template(self, value: Any, slots: list[Any], roots: list[Any]) -> Any:
-        """``value`` with what may differ from step to step moved into ``slots``."""
-        if isinstance(value, Tensor):
-            roots.append(self.recorder.value_of(value))
-        elif type(value) is float and value != 0 and self._lifts:
-            roots.append(Number(value))
-        elif isinstance(value, (tuple, list)):
-            return tuple([self._template(v, slots, roots) for v in value])
-        else:
-            return value
-        slots.append(value)
-        return Slot(len(slots) - 1)
-
-    def _plan(
-        self, optimizer: Any, loss: Tensor, sliced: Slice, hyper: _Hyper, allow_unused: bool
-    ) -> _Update:
+    def _plan(self, optimizer: Any, loss: Tensor, sliced: Slice, hyper: Hyper, allow_unused: bool) -> _Update:
         indices, shown, engine = self.view.indices, self.networks.shown, self.engine
         read = {t.index: t.tensor for t in sliced.thetas}
         members = [

@@ -42,12 +42,12 @@ class Options:
 class _Member:
     """An optimizer of the window: its state at entry, its steps so far, and what pickup_step asked to keep."""
 
-    def __init__(self, optimizer: Any) -> None:
+    def __init__(self, optimizer: Any, own: Callable[[Tensor], Tensor]) -> None:
         self.optimizer = optimizer
         self.entry = {p: dict(s) for p, s in optimizer.state.items()}
         for p, state in self.entry.items():  # what the window shows is its own: the user may write into it
             optimizer.state[p] = {
-                k: v.clone() if isinstance(v, Tensor) and not v.requires_grad else v for k, v in state.items()
+                k: own(v) if isinstance(v, Tensor) and not v.requires_grad else v for k, v in state.items()
             }
         self.steps = 0
         self.picked: tuple[dict[int, Tensor], dict[Any, dict], list[tuple]] | None = None
@@ -77,6 +77,10 @@ class Session:
         """Drop every reference to the user's graph."""
         raise NotImplementedError
 
+    def _own(self, value: Tensor) -> Tensor:
+        """An optimizer state for the window to show."""
+        return value.clone()
+
     # -- entry ---------------------------------------------------------------------------------------------------
 
     def open(self) -> None:
@@ -97,7 +101,7 @@ class Session:
             )
         with self.recorder.paused():
             if id(optimizer) not in self.members:
-                self.members[id(optimizer)] = _Member(optimizer)
+                self.members[id(optimizer)] = _Member(optimizer, self._own)
                 optimizer._session = self
             new = self.networks.adopt(optimizer.networks)
             for i in new:
@@ -135,7 +139,8 @@ class Session:
             torch.autocast("cuda", enabled=False),
         ):
             self.networks.check()
-            if torch.is_anomaly_enabled() and not bool(torch.isfinite(loss)):
+            anomaly = torch.is_anomaly_enabled() and not self.recorder.symbolic
+            if anomaly and not bool(torch.isfinite(loss)):
                 raise LossError(f"{name}.step {member.steps}: the inner loss is {float(loss.detach())}")
             before = self._record_tape(optimizer, member) if self.options.record_grad_tape else []
             self._step(optimizer, loss, allow_unused)
@@ -147,7 +152,7 @@ class Session:
                     self.networks.buffers_of(optimizer.networks),
                 )
             member.steps += 1
-            if torch.is_anomaly_enabled():
+            if anomaly:
                 self._check_finite(optimizer, member)
 
     def _unfrozen(self, optimizer: Any) -> bool:
@@ -176,9 +181,7 @@ class Session:
         their gradient are returned.
         """
         name = type(optimizer).__name__
-        grads: list[Tensor | None] = list(
-            torch.autograd.grad(loss, thetas, create_graph=create_graph, retain_graph=True, allow_unused=True)
-        )
+        grads = self._take(loss, thetas, create_graph)
         for i, g in zip(ordinals, grads, strict=True):
             if g is not None and g.layout is not torch.strided:
                 raise LossError(
@@ -212,6 +215,11 @@ class Session:
                     "set; fix the loss or clip without it"
                 )
         return grads, hooks
+
+    def _take(self, loss: Tensor, thetas: list[Tensor], create_graph: bool) -> list[Tensor | None]:
+        return list(
+            torch.autograd.grad(loss, thetas, create_graph=create_graph, retain_graph=True, allow_unused=True)
+        )
 
     def _record_tape(self, optimizer: Any, member: _Member) -> list[tuple[str, Tensor]]:
         return [

@@ -20,6 +20,8 @@ class OpInfo(NamedTuple):
 
 
 _INFO: dict[Any, OpInfo] = {}
+# Python numbers become inputs beside these; elsewhere one counts more digits than a tensor would.
+LIFTS = (torch.float32, torch.float64)
 _TWO_OPERANDS = {aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor}
 
 

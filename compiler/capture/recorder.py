@@ -9,24 +9,23 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import enable_reentrant_dispatch
-from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointFunction
 
 from metaoptim.errors import CaptureError
 
 from .entries import Carried, Entry, Epoch, External, Function, Number, Spy, Theta, Value, version_of
-from .ops import BATCH_NORM, MASKED, OpInfo, op_info, without_running_stats, written
+from .modes import leave, paused
+from .ops import BATCH_NORM, LIFTS, MASKED, OpInfo, op_info, without_running_stats, written
 
 aten = torch.ops.aten
 _DETACH = aten.detach.default
-LIFTS = (torch.float32, torch.float64)  # elsewhere a Python number counts more digits than a tensor would
 _ITEM = aten._local_scalar_dense.default
 
 
@@ -54,6 +53,8 @@ class Recorder(TorchDispatchMode):
             to be overwritten; and for ``statistics`` that batch norm may overwrite.
         record: whether to record; otherwise only the guard is served.
     """
+
+    symbolic = False  # real tensors, whose values may be looked at
 
     def __init__(self, guard: Any, record: bool = True) -> None:
         super().__init__()
@@ -99,31 +100,13 @@ class Recorder(TorchDispatchMode):
         self._record(func, info, args, kwargs, out)
         return out
 
-    @contextmanager
-    def paused(self):
-        """Run a block of our own unrecorded; off the stack where possible, which costs nothing per operator."""
-        top = torch._C._len_torch_dispatch_stack()
-        popped = top > 0 and torch._C._get_dispatch_stack_at(top - 1) is self
-        if popped:
-            torch._C._pop_torch_dispatch_stack(None)
-        self.depth += 1
-        try:
-            yield
-        finally:
-            self.depth -= 1
-            if popped:
-                torch._C._push_on_torch_dispatch_stack(self)
+    def paused(self) -> Any:
+        """Run a block of our own unrecorded."""
+        return paused(self)
 
     def leave(self) -> None:
-        """Take this mode off the stack, also when a suspended generator left others above it."""
-        above = []
-        while self in _get_current_dispatch_mode_stack():
-            top = torch._C._pop_torch_dispatch_stack(None)
-            if top is self:
-                break
-            above.append(top)
-        for mode in reversed(above):
-            torch._C._push_on_torch_dispatch_stack(mode)
+        """Take this mode off the stack."""
+        leave(self)
 
     def keep_only(self, epoch: Epoch) -> None:
         """A super-step has begun that reads ``epoch``: nothing older will be part of a step."""

@@ -19,73 +19,29 @@ def tensor_spec(t: Tensor) -> tuple:
     return (tuple(t.shape), t.dtype, t.stride(), t.device)
 
 
-class Slice:
-    """The ancestor slice of some roots, its leaves numbered in the order they are met.
+class Keyed:
+    """Calls and their structure: what equal steps share.
 
     Attributes:
         entries: calls, in the order they were made.
-        thetas: versions of theta tensors read.
-        consistent: whether no theta tensor was read in two versions.
-        externals: tensors read from outside (differentiable or not).
+        number_of: id of an entry -> its place.
         numbers: values of the numbers that may be lifted.
         hooks: for each hooked value, the hooks that changed their gradient (known once they have run).
         spies: all hooks met.
         opaque: whether custom Functions or hooks occur (the step is then checked every time).
-        key: structure of the slice: everything but `numbers`.
     """
 
-    def __init__(self, roots: list[Any], aliases: dict[int, Theta], carry: bool) -> None:
-        """Slice back from ``roots``.
-
-        Args:
-            roots: values, externals and numbers.
-            aliases: id of a tensor -> the theta it stands for (parameters of a network adopted by this very step).
-            carry: whether values carried over from before another step of the super-step are followed.
-        """
-        self.aliases, self.carry = aliases, carry
-        self.entries = _ancestors(roots, carry)
-        self.number_of = {id(e): i for i, e in enumerate(self.entries)}
-        self.thetas: list[Theta] = []
-        self.consistent = True
-        self.externals: list[External] = []
+    def __init__(self, entries: list[Entry]) -> None:
+        self.entries = entries
+        self.number_of = {id(e): i for i, e in enumerate(entries)}
         self.numbers: list[float] = []
         self.hooks: dict[tuple, list[Spy]] = {}
         self.spies: list[Spy] = []
-        self._theta_at: dict[int, int] = {}
-        self._external_at: dict[int, int] = {}
         self.opaque = False
-        self._plain = not any(e.deps for e in self.entries)
-        body = tuple(self._entry_key(e) for e in self.entries)
-        self.roots = tuple(self.token(r) for r in roots)
-        specs = tuple((tensor_spec(x.held.tensor), x.grad) for x in self.externals)
-        hooks = tuple((at, tuple(hook_key(s.hook) for s in spies)) for at, spies in self.hooks.items())
-        if hooks:
-            self.opaque = True
-        self.key = (body, self.roots, specs, hooks)
+        self._plain = not any(e.deps for e in entries)
 
     def token(self, a: Any) -> Any:
-        """A hashable stand-in for one argument: ("v", entry, output), ("t", k), ("x", k), ("n", k) or a constant."""
-        if isinstance(a, Carried):
-            a = a.value if self.carry else a.external
-        if isinstance(a, External):
-            theta = self.aliases.get(id(a.source)) if self.aliases else None
-            if theta is None:
-                at = self._external_at.get(id(a))
-                if at is None:
-                    at = self._external_at[id(a)] = len(self.externals)
-                    self.externals.append(a)
-                return ("x", at)
-            a = theta
-        if isinstance(a, Theta):
-            at = self._theta_at.get(a.index)
-            if at is None:
-                at = self._theta_at[a.index] = len(self.thetas)
-                self.thetas.append(a)
-            elif self.thetas[at] is not a:
-                self.consistent = False
-            where = ("t", at)
-            self._note_hooks(where, a.hooks)
-            return where
+        """A hashable stand-in for one argument: ("v", entry, output), ("n", k) or a constant."""
         if isinstance(a, Value):
             where = ("v", self.number_of[id(a.entry)], a.index)
             self._note_hooks(where, a.hooks)
@@ -95,11 +51,17 @@ class Slice:
             return ("n", len(self.numbers) - 1)
         if isinstance(a, tuple):
             return tuple(self.token(b) for b in a)
+        if isinstance(a, dict):
+            return ("d", tuple((k, self.token(v)) for k, v in a.items()))
         if isinstance(a, float):
             return ("c", a.hex())  # -0.0 is not 0.0, and nan is nan
         if isinstance(a, int):
             return ("c", type(a), a)
         return a
+
+    def _input_shape(self, a: Any) -> tuple | None:
+        """The shape of ``a``, if it comes from outside these calls."""
+        raise NotImplementedError
 
     def _note_hooks(self, where: tuple, hooks: Any) -> None:
         if hooks and where not in self.hooks:
@@ -131,25 +93,86 @@ class Slice:
         return token
 
     def _lift_index(self, entry: Entry) -> tuple | None:
-        # learnable data indexed by the step: the index is a number of the step, not of its program
-        if (
-            entry.op is aten.select.int
-            and isinstance(entry.args[2], int)
-            and isinstance(entry.args[0], External)
-        ):
+        # data indexed by the step: the index is a number of the step, not of its program
+        if entry.op is aten.select.int and isinstance(entry.args[2], int):
             source, dim, index = entry.args
-            size = source.held.tensor.shape[dim]
-            token = self.token(source)
-            self.numbers.append(index % size)
-            return (token, dim, ("n", len(self.numbers) - 1))
-        if entry.op is aten.slice.Tensor and len(entry.args) >= 4 and isinstance(entry.args[0], External):
+            shape = self._input_shape(source)
+            if shape is not None:
+                token = self.token(source)
+                self.numbers.append(index % shape[dim])
+                return (token, dim, ("n", len(self.numbers) - 1))
+        if entry.op is aten.slice.Tensor and len(entry.args) >= 4:
             source, dim, start, end = entry.args[:4]
-            size = source.held.tensor.shape[dim]
-            start, end, stride = slice(start, end, entry.args[4] if len(entry.args) > 4 else 1).indices(size)
-            token = self.token(source)
-            self.numbers.append(start)
-            return (token, dim, ("n", len(self.numbers) - 1), len(range(start, end, stride)), stride)
+            shape = self._input_shape(source)
+            if shape is not None:
+                step = entry.args[4] if len(entry.args) > 4 else 1
+                start, end, stride = slice(start, end, step).indices(shape[dim])
+                token = self.token(source)
+                self.numbers.append(start)
+                return (token, dim, ("n", len(self.numbers) - 1), len(range(start, end, stride)), stride)
         return None
+
+
+class Slice(Keyed):
+    """The ancestor slice of some roots, its leaves numbered in the order they are met.
+
+    Attributes:
+        thetas: versions of theta tensors read.
+        consistent: whether no theta tensor was read in two versions.
+        externals: tensors read from outside (differentiable or not).
+        key: structure of the slice: everything but `numbers`.
+    """
+
+    def __init__(self, roots: list[Any], aliases: dict[int, Theta], carry: bool) -> None:
+        """Slice back from ``roots``.
+
+        Args:
+            roots: values, externals and numbers.
+            aliases: id of a tensor -> the theta it stands for (parameters of a network adopted by this very step).
+            carry: whether values carried over from before another step of the super-step are followed.
+        """
+        super().__init__(_ancestors(roots, carry))
+        self.aliases, self.carry = aliases, carry
+        self.thetas: list[Theta] = []
+        self.consistent = True
+        self.externals: list[External] = []
+        self._theta_at: dict[int, int] = {}
+        self._external_at: dict[int, int] = {}
+        body = tuple(self._entry_key(e) for e in self.entries)
+        self.roots = tuple(self.token(r) for r in roots)
+        specs = tuple((tensor_spec(x.held.tensor), x.grad) for x in self.externals)
+        hooks = tuple((at, tuple(hook_key(s.hook) for s in spies)) for at, spies in self.hooks.items())
+        if hooks:
+            self.opaque = True
+        self.key = (body, self.roots, specs, hooks)
+
+    def token(self, a: Any) -> Any:
+        """A hashable stand-in for one argument: ("v", entry, output), ("t", k), ("x", k), ("n", k) or a constant."""
+        if isinstance(a, Carried):
+            a = a.value if self.carry else a.external
+        if isinstance(a, External):
+            theta = self.aliases.get(id(a.source)) if self.aliases else None
+            if theta is None:
+                at = self._external_at.get(id(a))
+                if at is None:
+                    at = self._external_at[id(a)] = len(self.externals)
+                    self.externals.append(a)
+                return ("x", at)
+            a = theta
+        if isinstance(a, Theta):
+            at = self._theta_at.get(a.index)
+            if at is None:
+                at = self._theta_at[a.index] = len(self.thetas)
+                self.thetas.append(a)
+            elif self.thetas[at] is not a:
+                self.consistent = False
+            where = ("t", at)
+            self._note_hooks(where, a.hooks)
+            return where
+        return super().token(a)
+
+    def _input_shape(self, a: Any) -> tuple | None:
+        return tuple(a.held.tensor.shape) if isinstance(a, External) else None
 
 
 def _ancestors(roots: list[Any], carry: bool) -> list[Entry]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .optimizer import MetaOptimizer, Number, active, check_non_negative, safe_sqrt
+from .optimizer import MetaOptimizer, Number, active, check_non_negative, is_symbolic, safe_sqrt
 
 
 class MetaAdam(MetaOptimizer):
@@ -59,6 +59,8 @@ class MetaAdam(MetaOptimizer):
     ) -> None:
         check_non_negative(lr=lr, eps=eps, weight_decay=weight_decay, eps_root=eps_root)
         for i, beta in enumerate(betas):
+            if isinstance(beta, Tensor) and is_symbolic():
+                continue
             value = float(beta.detach()) if isinstance(beta, Tensor) else beta
             if not 0.0 <= value < 1.0:
                 raise ValueError(f"betas[{i}]: got {value}, expected a number in [0, 1)")

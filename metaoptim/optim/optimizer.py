@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from metaoptim.compiler.capture.intercept import recording
 from metaoptim.errors import WindowError
 from metaoptim.runtime.session import current_session
 
@@ -248,11 +249,19 @@ def active(hyper: Any) -> bool:
     return isinstance(hyper, Tensor) or hyper != 0
 
 
+def is_symbolic() -> bool:
+    """Whether a function is being captured, so that tensors have no values to check."""
+    recorder = recording.get()
+    return recorder is not None and recorder.symbolic
+
+
 def check_non_negative(**hyper: Any) -> None:
     """Raise ValueError for a negative number, by name."""
     for name, value in hyper.items():
         if not isinstance(value, (int, float, Tensor)):
             raise TypeError(f"{name}: got {value!r}, expected a number or a tensor")
+        if isinstance(value, Tensor) and is_symbolic():
+            continue
         smallest = float(value.detach().min()) if isinstance(value, Tensor) else value
         if not smallest >= 0:
             raise ValueError(f"{name}: got {smallest}, expected a number that is not negative")

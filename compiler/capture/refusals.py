@@ -1,0 +1,89 @@
+"""What a function may not do while it is captured, and would go wrong quietly: caught where Python enters it."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from metaoptim.errors import CaptureError
+
+from .intercept import recording
+
+
+def _capturing() -> bool:
+    recorder = recording.get()
+    return recorder is not None and recorder.symbolic and not recorder.depth
+
+
+def _refused(original: Callable, message: str) -> Callable:
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        if _capturing():
+            raise CaptureError(message)
+        return original(*args, **kwargs)
+
+    return refuse
+
+
+def _symbolic(t: Tensor, **options: Any) -> str:
+    if not _capturing():
+        return _REPR(t, **options)
+    return f"<symbolic {str(t.dtype).removeprefix('torch.')}{list(t.shape)}>"
+
+
+_REPR = torch.Tensor.__repr__
+_NO_VALUES = (
+    "a tensor is turned into Python or numpy values while the function is captured, where it has none. Do it outside "
+    "the compiled function, or leave the loop in an ordinary window and compile the inner step only"
+)
+_NO_BACKWARD = (
+    "backward() inside a compiled function: return the loss, and call backward() on what the function returns (an inner "
+    "gradient: torch.autograd.grad(..., create_graph=True))"
+)
+_NO_STEP = (
+    "an outer optimizer's step() inside a compiled function, which would be taken once and never again; call it after "
+    "the function, when backward() has filled the gradients"
+)
+
+
+def _no_step(optimizer: Any, args: Any, kwargs: Any) -> None:
+    if _capturing():
+        raise CaptureError(_NO_STEP)
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """Refuse these inside the block, in the thread that captures."""
+    states = _random_states()
+    with ExitStack() as stack:
+        for owner, name, message in (
+            (torch.Tensor, "numpy", _NO_VALUES),
+            (torch.Tensor, "tolist", _NO_VALUES),
+            (torch.Tensor, "__array__", _NO_VALUES),
+            (torch.Tensor, "backward", _NO_BACKWARD),
+            (torch.autograd, "backward", _NO_BACKWARD),
+        ):
+            stack.enter_context(patch.object(owner, name, _refused(getattr(owner, name), message)))
+        stack.enter_context(patch.object(torch.Tensor, "__repr__", _symbolic))
+        handle = register_optimizer_step_pre_hook(_no_step)
+        stack.callback(handle.remove)
+        yield
+    if states != _random_states():
+        raise CaptureError(
+            "random numbers of Python, numpy or torch were drawn or seeded while the function was captured; they would "
+            "be the same in every call. Draw them outside and pass them in (torch.rand and the like inside are fine)"
+        )
+
+
+def _random_states() -> tuple:
+    numpy = sys.modules.get("numpy")
+    state = numpy.random.get_state() if numpy is not None else None
+    rest = () if state is None else (state[1].tobytes(), state[2])
+    return (random.getstate(), bytes(torch.get_rng_state().numpy()), *rest)

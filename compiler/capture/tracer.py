@@ -1,0 +1,481 @@
+"""Capture of a whole function over fake tensors: every operator it calls, in order, with its inputs.
+
+Where the recorder of a window keeps what a loss depends on and lets the rest die, a tracer keeps all of it: the trace
+is the program. Real tensors that the function reads - arguments, parameters, what it closes over - become `Input`s by
+identity; nothing is computed and nothing outside changes.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointFunction
+
+from metaoptim.errors import CaptureError, user_location
+
+from .entries import Entry, Function, Number, Spy, Value
+from .modes import leave, paused
+from .ops import BATCH_NORM, LIFTS, op_info, written
+from .slicing import tensor_spec
+
+aten = torch.ops.aten
+_DETACH = aten.detach.default
+_ITEM = (aten._local_scalar_dense.default, aten.item.default, aten.equal.default, aten.is_nonzero.default)
+# Random operators that look at nothing of their tensor arguments but shape, dtype and device.
+_SHAPES_ONLY = {
+    "rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "native_dropout", "uniform_",
+    "normal_", "random_", "exponential_", "geometric_", "cauchy_", "log_normal_",
+}  # fmt: skip
+_ALSO_SHAPES_ONLY = (aten.bernoulli_.float, aten.normal.float_float)
+
+
+class Input:
+    """A real tensor that the function reads: an argument, a parameter, a constant."""
+
+    __slots__ = ("tensor", "grad", "spec", "location")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor, self.grad = tensor, tensor.requires_grad
+        self.spec = tensor_spec(tensor)
+        self.location = user_location()
+
+
+class Noise:
+    """Random numbers, drawn by ``op`` whenever the program runs: tensors in ``args`` are specs."""
+
+    __slots__ = ("op", "args", "kwargs", "spec", "index")
+    grad = False
+
+    def __init__(self, op: Any, args: tuple, kwargs: dict, spec: tuple, index: int | None) -> None:
+        self.op, self.args, self.kwargs, self.spec, self.index = op, args, kwargs, spec, index
+
+    @property
+    def key(self) -> tuple:
+        """What must be equal for two steps to draw alike."""
+        return (self.op, self.args, tuple(sorted(self.kwargs.items(), key=lambda kv: kv[0])), self.index)
+
+
+class ScanItem:
+    """What one iteration of `window.scan` sees of a tensor: its slice at ``position`` along the leading axis."""
+
+    __slots__ = ("source", "position", "spec")
+
+    def __init__(self, source: Input, position: int, spec: tuple) -> None:
+        self.source, self.position, self.spec = source, position, spec
+
+    @property
+    def grad(self) -> bool:
+        """Whether it can carry a gradient."""
+        return self.source.grad
+
+
+class Scan:
+    """A loop captured by a few of its iterations.
+
+    Attributes:
+        count: how many iterations it stands for.
+        labels: which of them have been captured.
+        begins: index of the first entry of each captured iteration.
+        end: index after the last entry, once the loop has run out.
+    """
+
+    __slots__ = ("count", "labels", "begins", "end", "location")
+
+    def __init__(self, count: int, labels: list[int], location: str) -> None:
+        self.count, self.labels, self.location = count, labels, location
+        self.begins: list[int] = []
+        self.end: int | None = None
+
+
+@dataclass
+class WindowMark:
+    """A window of the trace.
+
+    Attributes:
+        offline, limit, slots, backward_hook: its options (``limit`` is W, or None).
+        adopted: the call that takes each parameter in.
+        last: tensors that would keep a value after an online window, with what stands for it.
+    """
+
+    offline: bool
+    limit: int | None = None
+    slots: int | None = None
+    backward_hook: Callable | None = None
+    adopted: list[Entry] = field(default_factory=list)
+    last: list[tuple[Any, Value]] = field(default_factory=list)
+
+
+@dataclass
+class Trace:
+    """What a captured function does.
+
+    Attributes:
+        entries: calls, in order.
+        inputs: real tensors read.
+        steps: index after each inner step's last entry, with the user's line.
+        scans: loops of which only the first iterations are among the entries.
+        windows: its windows.
+        outputs: what stands for each tensor the function returns.
+    """
+
+    entries: list[Entry] = field(default_factory=list)
+    inputs: list[Input] = field(default_factory=list)
+    steps: list[tuple[int, str]] = field(default_factory=list)
+    scans: list[Scan] = field(default_factory=list)
+    windows: list[WindowMark] = field(default_factory=list)
+    outputs: list[Any] = field(default_factory=list)
+
+
+class Tracer(TorchDispatchMode):
+    """The dispatch mode of a capture; `FakeTensorMode` must be active below it.
+
+    Attributes:
+        trace: what has been captured so far.
+        on_write: called with a tensor about to be changed in place, and with how; True: the write has been made.
+    """
+
+    symbolic = True
+
+    def __init__(self, fake: FakeTensorMode) -> None:
+        super().__init__()
+        self.fake = fake
+        self.depth = 0
+        self.trace = Trace()
+        self.guard: Any = None
+        self.on_write: Callable[[Tensor, Callable[[], Any]], bool] = lambda t, write: False
+        self._refs: dict[int, tuple[weakref.ref[Tensor], Any]] = {}
+        self._at: dict[int, list[weakref.ref[Tensor]]] = {}  # storage -> the tensors that lie in it
+
+    # -- the mode ------------------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if self.depth or func.namespace == "prim":
+            return func(*args, **kwargs)
+        if func in _ITEM:
+            raise CaptureError(
+                "a value is needed while the function is captured (.item(), bool(), a data-dependent `if`, tolist or "
+                "numpy), but there are only symbolic tensors. Hoist it out of the compiled function, pass it as a "
+                "Python argument, or use torch.where; to step an environment, compile the inner step and keep the "
+                "loop in an ordinary window"
+            )
+        info = op_info(func)
+        if info.random:
+            return self._random(func, args, kwargs)
+        if func in BATCH_NORM and args[BATCH_NORM[func][0]] is not None and args[BATCH_NORM[func][2]]:
+            return self._batch_norm(func, args)
+        if info.writes:
+            return self._write(func, info, args, kwargs)
+        return self._record(func, args, kwargs)
+
+    def paused(self) -> Any:
+        """Run a block of our own untraced (fake tensors stay fake)."""
+        return paused(self)
+
+    def leave(self) -> None:
+        """A window closes; the capture goes on."""
+
+    def give(self, t: Tensor) -> Any:
+        """What stands for a tensor that the function returns, as it is now."""
+        entry = self.add(aten.alias.default, (self.value_of(t),), grad=True)
+        value = Value(entry, None)
+        value.ref = tensor_spec(t)
+        return value
+
+    def close(self) -> None:
+        """Take this mode off the stack."""
+        leave(self)
+
+    def run(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        """The fake result of a call."""
+        fake_args, fake_kwargs = self.faked(args), self.faked(kwargs)
+        try:
+            return func(*fake_args, **fake_kwargs)
+        except (DynamicOutputShapeException, DataDependentOutputException) as error:
+            raise CaptureError(
+                f"{func} gives a tensor whose shape depends on values, which a compiled function cannot hold. Use a "
+                "mask and torch.where instead of selecting, or an ordinary window"
+            ) from error
+
+    def faked(self, a: Any) -> Any:
+        """``a`` with every real tensor replaced by its fake."""
+        if isinstance(a, Tensor):
+            if isinstance(a, FakeTensor):
+                return a
+            return self.fake.from_tensor(a, static_shapes=True)
+        if isinstance(a, (list, tuple)):
+            return type(a)(self.faked(b) for b in a) if not hasattr(a, "_fields") else a
+        if isinstance(a, dict):
+            return {k: self.faked(v) for k, v in a.items()}
+        return a
+
+    # -- looking up ----------------------------------------------------------------------------------------------
+
+    def value_of(self, t: Tensor) -> Any:
+        """What stands for ``t``: a `Value` of the trace, or an `Input`."""
+        ref = self._known(t)
+        if ref is None:
+            if isinstance(t, FakeTensor):
+                raise CaptureError(
+                    f"a tensor of shape {tuple(t.shape)} comes from a call that cannot be captured (another thread, a "
+                    "dispatch mode, or a C++ function); move it out of the compiled function"
+                )
+            self.trace.inputs.append(Input(t))
+            return self.bind(t, self.trace.inputs[-1])
+        while t.requires_grad and not t.is_leaf and isinstance(ref, Value) and ref.entry.op is _DETACH:
+            ref = ref.entry.args[0]  # autograd hands saved outputs back through a detach: an alias, not a cut
+        return ref
+
+    def _known(self, t: Tensor) -> Any:
+        found = self._refs.get(id(t))
+        return found[1] if found is not None and found[0]() is t else None
+
+    def knows(self, t: Tensor) -> bool:
+        """Whether ``t`` was made or read by what is traced."""
+        return self._known(t) is not None
+
+    def bind(self, t: Tensor, ref: Any) -> Any:
+        """Let ``ref`` stand for ``t``."""
+        weak = weakref.ref(t)
+        if self._known(t) is None and t.layout is torch.strided:
+            self._at.setdefault(t.untyped_storage()._cdata, []).append(weak)
+        if isinstance(ref, Value):
+            ref.ref = tensor_spec(t)
+        self._refs[id(t)] = (weak, ref)
+        return ref
+
+    def token(self, a: Any) -> Any:
+        """``a`` with tensors replaced by what stands for them."""
+        if isinstance(a, Tensor):
+            return self.value_of(a)
+        if isinstance(a, (list, tuple)):
+            return tuple(self.token(b) for b in a)
+        if isinstance(a, dict):
+            return {k: self.token(v) for k, v in a.items()}
+        return a
+
+    # -- writing down --------------------------------------------------------------------------------------------
+
+    def add(self, op: Any, args: tuple, kwargs: dict | None = None, grad: bool | None = None) -> Entry:
+        """Append a call whose arguments are tokens."""
+        grad = torch.is_grad_enabled() if grad is None else grad
+        entry = Entry(op, args, kwargs or {}, None, len(self.trace.entries), (), grad)  # type: ignore[arg-type]
+        self.trace.entries.append(entry)
+        return entry
+
+    def bind_outputs(self, entry: Entry, out: Any) -> None:
+        """Let the outputs of ``entry`` stand for the tensors in ``out``."""
+        if isinstance(out, Tensor):
+            self.bind(out, Value(entry, None))
+        elif isinstance(out, (list, tuple)):
+            for i, o in enumerate(out):
+                if isinstance(o, Tensor):
+                    self.bind(o, Value(entry, i))
+
+    def _tokens(self, op: Any, args: tuple) -> tuple:
+        tokens = self.token(args)
+        if op_info(op).lifts_number and type(args[1]) in (int, float) and args[0].dtype in LIFTS:
+            tokens = (tokens[0], Number(float(args[1])), *tokens[2:])
+        return tokens
+
+    def _record(self, op: Any, args: tuple, kwargs: dict) -> Any:
+        out = self.run(op, args, kwargs)
+        entry = self.add(op, self._tokens(op, args), self.token(kwargs))
+        self.bind_outputs(entry, out)
+        return out
+
+    # -- in-place ------------------------------------------------------------------------------------------------
+
+    def _write(self, op: Any, info: Any, args: tuple, kwargs: dict) -> Any:
+        targets = written(info, args, kwargs)
+        done: list[Any] = []
+        for t in targets:
+            if self.on_write(t, lambda: done.append(self._write_value(op, args, kwargs, targets))):
+                return t
+            if not isinstance(t, FakeTensor):
+                raise CaptureError(
+                    f"a tensor of shape {tuple(t.shape)} that the compiled function was given is changed in place by "
+                    f"{op}. Return the new value instead and copy it outside, or clone the tensor first; an outer "
+                    "optimizer's step() belongs after the call"
+                )
+        return self._write_value(op, args, kwargs, targets)
+
+    def _write_value(self, op: Any, args: tuple, kwargs: dict, targets: list[Tensor]) -> Any:
+        functional = _functional(op)
+        (target,) = targets if len(targets) == 1 else (None,)
+        if (
+            functional is not None
+            and target is not None
+            and args
+            and args[0] is target
+            and not kwargs.get("out")
+        ):
+            if not target._is_view() and len(self._sharing(target)) <= 1:
+                with self.paused():
+                    new = self.run(functional, _detach_all(args), _detach_all(kwargs))
+                if isinstance(new, Tensor) and tensor_spec(new) == tensor_spec(target):
+                    tokens = self._tokens(functional, args)
+                    out = self.run(op, args, kwargs)
+                    self.bind(target, Value(self.add(functional, tokens, self.token(kwargs)), None))
+                    return out
+        tokens, kw = self._tokens(op, args), self.token(kwargs)
+        out = self.run(op, args, kwargs)
+        entry = self.add(op, tokens, kw)
+        self.bind_outputs(entry, out)
+        for t in targets:
+            for other in self._sharing(t):
+                if all(other is not w for w in targets):  # its value is another from here on
+                    alias = self.add(aten.alias.default, (self._known(other),))
+                    alias.deps = (entry,)
+                    self.bind(other, Value(alias, None))
+        return out
+
+    def _sharing(self, t: Tensor) -> list[Tensor]:
+        """Tensors of the trace that are alive and share memory with ``t``, itself included."""
+        if t.layout is not torch.strided:
+            return [t]
+        storage = t.untyped_storage()._cdata
+        alive = [w for w in self._at.get(storage, ()) if w() is not None]
+        self._at[storage] = alive
+        return [u for w in alive if (u := w()) is not None]
+
+    def _batch_norm(self, op: Any, args: tuple) -> Any:
+        """Training-mode batch norm, with the update of its running statistics written out (a carry)."""
+        at, _, training = BATCH_NORM[op]
+        x, mean, var = args[0], args[at], args[at + 1]
+        momentum = args[training + 1]
+        with self.paused():
+            copies = [self.faked(mean).clone(), self.faked(var).clone()]
+            out = self.run(op, (*args[:at], *copies, *args[at + 2 :]), {})
+        self.bind_outputs(self.add(op, self.token((*args[:at], None, None, *args[at + 2 :]))), out)
+        dims = [d for d in range(x.dim()) if d != 1]
+        with (
+            self,
+            torch.no_grad(),
+            torch.autocast(x.device.type, enabled=False),
+        ):  # in a handler the mode is off
+            x = x.detach()
+            mean.copy_(torch.lerp(mean, x.mean(dims).to(mean.dtype), momentum))
+            var.copy_(torch.lerp(var, x.var(dims, correction=1).to(var.dtype), momentum))
+        return out
+
+    # -- randomness ----------------------------------------------------------------------------------------------
+
+    def _random(self, op: Any, args: tuple, kwargs: dict) -> Any:
+        name = op._schema.name.split("::")[1]
+        own = kwargs.get("generator") is not None
+        if own or not (name in _SHAPES_ONLY or op in _ALSO_SHAPES_ONLY):
+            why = "from a generator of its own" if own else "whose distribution depends on a tensor"
+            raise CaptureError(
+                f"{op} draws random numbers {why}, which a compiled function cannot repeat; draw them outside and pass "
+                "them in, or use an ordinary window"
+            )
+        recipe = tuple(_spec_of(a) for a in args)
+        kw = {k: v for k, v in kwargs.items() if v is not None}
+        if op is aten.native_dropout.default:
+            out = self.run(op, args, kwargs)
+            if not args[2]:
+                return self._record(op, args, kwargs)
+            drawn = Noise(op, recipe, kw, tensor_spec(out[1]), 1)
+            kept = self.add(aten.mul.Tensor, (self.value_of(args[0]), drawn))
+            p = args[1]
+            scaled = self.add(aten.mul.Tensor, (Value(kept, None), 0.0 if p == 1 else 1.0 / (1.0 - p)))
+            self.bind(out[0], Value(scaled, None))
+            self.bind(out[1], drawn)
+            return out
+        if op_info(op).writes:
+            (target,) = written(op_info(op), args, kwargs)
+            with self.paused():
+                fresh = self.faked(target).detach().clone(memory_format=torch.preserve_format)
+            self.bind(fresh, Noise(op, recipe, kw, tensor_spec(target), None))
+            with self, torch.no_grad():
+                target.copy_(fresh)
+            return target
+        out = self.run(op, args, kwargs)
+        self.bind(out, Noise(op, recipe, kw, tensor_spec(out), None))
+        return out
+
+    # -- Python-level calls --------------------------------------------------------------------------------------
+
+    def apply_function(self, cls: Any, apply: Callable, args: tuple, kwargs: dict) -> Any:
+        """Record a custom `autograd.Function` as one call: its backward is the user's."""
+        if cls is CheckpointFunction:
+            raise CaptureError(
+                "reentrant activation checkpointing cannot be differentiated twice; call checkpoint(..., "
+                "use_reentrant=False)"
+            )
+        tokens, kw = self.token(args), self.token(kwargs)
+        with self.paused():
+            out = apply(*self.faked_with_history(args), **kwargs)
+        entry = self.add(Function(cls), tokens, kw)
+        self.bind_outputs(entry, out)
+        return out
+
+    def faked_with_history(self, args: Sequence[Any]) -> tuple:
+        """Arguments of a Function: real leaves would have its forward compute on real values."""
+        return tuple(
+            self.faked(a).detach().requires_grad_(a.requires_grad)
+            if isinstance(a, Tensor) and not isinstance(a, FakeTensor)
+            else a
+            for a in args
+        )
+
+    def add_hook(self, t: Tensor, spy: Spy, handle: Any) -> None:
+        """Note that the gradient of ``t`` passes through a hook."""
+        value = self._known(t)
+        if not isinstance(value, Value):
+            raise CaptureError(
+                "a hook is registered on a tensor that the compiled function was given; register it outside, or on a "
+                "tensor made inside"
+            )
+        value.hooks = [*(value.hooks or ()), (handle, spy)]
+
+
+@contextmanager
+def capturing() -> Iterator[Tracer]:
+    """Everything the calling thread does inside the block is traced, over fake tensors."""
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    tracer = Tracer(fake)
+    with fake:
+        tracer.__enter__()
+        try:
+            yield tracer
+        finally:
+            tracer.depth += 1
+            tracer.close()
+
+
+def _detach_all(a: Any) -> Any:
+    if isinstance(a, Tensor):
+        return a.detach()
+    if isinstance(a, (list, tuple)):
+        return type(a)(map(_detach_all, a))
+    return {k: _detach_all(v) for k, v in a.items()} if isinstance(a, dict) else a
+
+
+def _spec_of(a: Any) -> Any:
+    if isinstance(a, Tensor):
+        return ("spec", *tensor_spec(a))
+    return tuple(map(_spec_of, a)) if isinstance(a, (list, tuple)) else a
+
+
+def _functional(op: Any) -> Any:
+    """The overload that returns what an in-place ``op`` writes, if there is one."""
+    name = op._schema.name.split("::")[1]
+    packet = getattr(aten, name.removesuffix("_"), None) if name.endswith("_") else None
+    if packet is None or op._overloadname not in packet.overloads():
+        return None
+    return getattr(packet, op._overloadname)

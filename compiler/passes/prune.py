@@ -1,0 +1,58 @@
+"""prune: what no gradient can reach takes part in no derivative."""
+
+from __future__ import annotations
+
+import torch
+
+from ..capture.entries import Value
+from ..segments import Draft, Unit, arguments, identity
+
+aten = torch.ops.aten
+
+
+def prune(draft: Draft) -> str:
+    """Find which inputs and outputs of each part depend on something that requires grad."""
+    rounds = True
+    while rounds:
+        rounds = False
+        for unit in draft.units:
+            body = unit.body
+            now = {at for at, ref in enumerate(unit.segment.inputs) if _active(draft, ref)}
+            if now - body.active or (not body.active_outputs and now):
+                body.active |= now
+                found = _spread(body.units[0], body.active) & set(body.outputs)
+                rounds |= bool(found - body.active_outputs)
+                body.active_outputs |= found
+    total = sum(len(b.outputs) for b in draft.bodies)
+    active = sum(len(b.active_outputs) for b in draft.bodies)
+    return f"{total - active} of {total} values passed between parts carry no gradient"
+
+
+def _active(draft: Draft, ref: object) -> bool:
+    if not isinstance(ref, Value):
+        return bool(getattr(ref, "grad", False))
+    unit = draft.units[draft.unit_of[id(ref.entry)]]
+    return (unit.segment.number_of[id(ref.entry)], ref.index) in unit.body.active_outputs
+
+
+def _spread(unit: Unit, inputs: set[int]) -> set[tuple]:
+    """Places of the calls' outputs that depend on the inputs at ``inputs``."""
+    segment = unit.segment
+    given = {identity(segment.inputs[at]) for at in inputs}
+    reached: set[int] = set()
+    for entry in segment.entries:
+        if not entry.grad or entry.op is aten.detach.default:
+            continue
+        for a in arguments(entry):
+            if (isinstance(a, Value) and id(a.entry) in reached) or identity(a) in given:
+                reached.add(id(entry))
+                break
+        else:
+            if any(id(w) in reached for w in entry.deps):
+                reached.add(id(entry))
+    found = set()
+    for number, index in unit.body.outputs:
+        entry = segment.entries[number]
+        if id(entry) in reached:
+            found.add((number, index))
+    return found

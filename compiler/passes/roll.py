@@ -1,0 +1,287 @@
+"""roll: equal parts become calls of one step graph, a scan becomes a Loop, values passed on get registers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from metaoptim.errors import CaptureError
+
+from ..build import build_segment
+from ..capture.entries import Value
+from ..capture.tracer import Input, Noise, ScanItem
+from ..ir import Loop, StepCall, StepGraph
+from ..segments import Body, Draft, Unit, identity, input_order
+
+StepOf = Callable[[tuple, Callable[[], StepGraph]], StepGraph]
+
+
+@dataclass(frozen=True)
+class Given:
+    """An input of a call that is no register.
+
+    Attributes:
+        kind: "input", "scan" (a slice of one), "noise" or "number".
+        of: the `Input`, the `Noise`, or the number.
+        at: for a slice, its position.
+    """
+
+    kind: str
+    of: Any
+    at: int = 0
+
+    def advanced(self, by: int) -> Given:
+        """The one ``by`` further on."""
+        return (
+            Given(self.kind, self.of, self.at + by) if self.kind == "scan" else Given(self.kind, self.of + by)
+        )
+
+
+@dataclass
+class Rolled:
+    """A whole function as calls on registers.
+
+    Attributes:
+        calls: in order.
+        registers: how many values are alive at most.
+        outputs, writes: where what the function returns, and what it leaves in tensors from outside, is found in the
+            end: a register, or an `Input` passed through.
+        dead: places of the outputs that carry no gradient.
+        slots, backward_hook: options of its windows.
+    """
+
+    calls: list[StepCall | Loop] = field(default_factory=list)
+    registers: int = 0
+    outputs: list[int | Input] = field(default_factory=list)
+    writes: list[tuple[Any, int | Input]] = field(default_factory=list)
+    dead: tuple[int, ...] = ()
+    slots: int | None = None
+    backward_hook: Callable | None = None
+
+
+def roll(draft: Draft, step_of: StepOf) -> tuple[Rolled, str]:
+    """Turn parts into calls.
+
+    Args:
+        draft: the parts.
+        step_of: cache of step graphs: key, how to build one -> the step graph.
+    """
+    rolled = Rolled()
+    for window in draft.trace.windows:
+        rolled.slots = window.slots if rolled.slots is None else rolled.slots
+        rolled.backward_hook = window.backward_hook or rolled.backward_hook
+    hooked = rolled.backward_hook is not None
+    scans = {u.scan: n for n, u in enumerate(draft.units) if u.scan is not None}
+    templates: set[int] = set()  # parts that stand for all further iterations of a scan
+    moved: dict[int, tuple[Any, list[Unit]]] = {}  # parts captured for a later iteration than they are run in
+    for s, scan in enumerate(draft.trace.scans):
+        places = [scans[s, k] for k in range(len(scan.labels)) if (s, k) in scans]
+        if scan.count > len(scan.labels) and places:
+            _check_scan(draft, scan, places)
+            templates.add(places[-1])
+            moved.update((n, (scan, [draft.units[m] for m in places])) for n in places[-2:])
+    lifted = {id(b): _lifted(b) for b in draft.bodies}
+    registers = _Registers(draft, templates)
+    for n, unit in enumerate(draft.units):
+        numbers = unit.segment.numbers
+        key = (
+            unit.segment.key,
+            tuple(unit.body.outputs.items()),
+            frozenset(unit.body.active),
+            frozenset(unit.body.active_outputs),
+            lifted[id(unit.body)],
+            tuple(None if i in lifted[id(unit.body)] else _exact(x) for i, x in enumerate(numbers)),
+            hooked,
+        )
+        step = step_of(key, lambda u=unit: build_segment(u.segment, u.body, lifted[id(u.body)], hooked))
+        call = _call(unit, step, lifted[id(unit.body)], *registers.assign(n))
+        if n in moved:
+            scan, units = moved[n]
+            strides = _strides(call, scan, units, lifted[id(unit.body)])
+            k = len(scan.labels) - 1 if n in templates else unit.scan[1]
+            call = _moved(call, strides, k - _shift(unit, scan))
+            rolled.calls.append(Loop(call, scan.count - k, strides) if n in templates else call)
+        else:
+            rolled.calls.append(call)
+    rolled.registers = registers.count
+    rolled.outputs = [registers.where(v) for v in draft.trace.outputs]
+    rolled.dead = tuple(
+        i
+        for i, v in enumerate(draft.trace.outputs)
+        if not isinstance(v, Value)
+        or _place(draft, v) not in draft.units[draft.unit_of[id(v.entry)]].body.active_outputs
+    )
+    rolled.writes = [(target, registers.where(v)) for target, v in draft.writes]
+    return rolled, (
+        f"{len(draft.units)} parts, {len({id(_step(c)) for c in rolled.calls})} step graphs, "
+        f"{sum(isinstance(c, Loop) for c in rolled.calls)} loops, {rolled.registers} registers"
+    )
+
+
+def _step(call: StepCall | Loop) -> StepGraph:
+    return (call.call if isinstance(call, Loop) else call).step
+
+
+def _exact(x: Any) -> Any:
+    return x.hex() if isinstance(x, float) else x
+
+
+def _lifted(body: Body) -> tuple[int, ...]:
+    """Numbers that differ between the segments of a body."""
+    columns = zip(*(map(_exact, u.segment.numbers) for u in body.units), strict=True)
+    return tuple(i for i, column in enumerate(columns) if len(set(column)) > 1)
+
+
+def _call(unit: Unit, step: StepGraph, lifted: tuple[int, ...], read: dict, written: list[int]) -> StepCall:
+    segment = unit.segment
+    state, given = [], []
+    for at in input_order(segment):
+        ref = segment.inputs[at]
+        if isinstance(ref, Value):
+            state.append(read[identity(ref)])
+        elif isinstance(ref, ScanItem):
+            given.append(Given("scan", ref.source, ref.position))
+        else:
+            given.append(Given("noise" if isinstance(ref, Noise) else "input", ref))
+    given += [Given("number", segment.numbers[i]) for i in lifted]
+    return StepCall(step, (), (), tuple(state), tuple(written), -1, given, (), unit.location)
+
+
+# -- loops -----------------------------------------------------------------------------------------------------------
+
+
+def _check_scan(draft: Draft, scan: Any, places: list[int]) -> None:
+    where = f" (the scan at {scan.location})"
+    before, last = draft.units[places[-2]], draft.units[places[-1]]
+    if before.body is not last.body:
+        raise CaptureError(
+            "the iterations of a scan differ in what they do, so that one cannot stand for all; use a plain `for` over "
+            f"the tensors, or make what differs a tensor that is scanned too{where}"
+        )
+    unit_of = draft.unit_of
+    for a, b in zip(before.segment.inputs, last.segment.inputs, strict=True):
+        if isinstance(b, Value) and unit_of[id(b.entry)] == places[-2]:
+            same = (
+                isinstance(a, Value)
+                and unit_of[id(a.entry)] == places[-3]
+                and _place(draft, a) == _place(draft, b)
+            )
+        elif isinstance(b, ScanItem):
+            same = isinstance(a, ScanItem) and a.source is b.source
+        else:
+            same = isinstance(b, Noise) or identity(a) == identity(b)
+        if not same:
+            raise CaptureError(
+                "an iteration of a scan reads values of more than one iteration back, or other tensors than the "
+                f"iteration before it; use a plain `for`, or carry what is needed in one tensor{where}"
+            )
+    middle = set(places[:-1])
+    later = [v for u in draft.units[places[-1] + 1 :] for v in u.segment.inputs] + draft.finals()
+    if any(isinstance(v, Value) and unit_of[id(v.entry)] in middle for v in later):
+        raise CaptureError(
+            "a value from the middle of a scan is used after it, such as a list of all losses: only what the last "
+            f"iteration leaves is there. Add up in a tensor, or use a plain `for`{where}"
+        )
+
+
+def _place(draft: Draft, value: Value) -> tuple:
+    segment = draft.units[draft.unit_of[id(value.entry)]].segment
+    return segment.number_of[id(value.entry)], value.index
+
+
+def _strides(call: StepCall, scan: Any, units: list[Unit], lifted: tuple[int, ...]) -> tuple[int, ...]:
+    """By how much each input advances per iteration."""
+    strides = [1 if g.kind == "scan" else 0 for g in call.inputs if g.kind != "number"]
+    alike = [u for u in units if u.body is units[-1].body]
+    for i in lifted:
+        column = [u.segment.numbers[i] for u in alike]
+        labels = [_shift(u, scan) for u in alike]
+        step, rest = divmod(column[-1] - column[-2], labels[-1] - labels[-2])
+        even = rest == 0 and all(
+            x == column[-1] + step * (t - labels[-1]) for x, t in zip(column, labels, strict=True)
+        )
+        if not even or (step and not all(isinstance(x, int) for x in column)):
+            raise CaptureError(
+                f"a Python number changes from iteration to iteration of a scan ({', '.join(map(str, column))}, ...); "
+                f"scan a tensor of its values (the scan at {scan.location})"
+            )
+        strides.append(int(step))
+    return tuple(strides)
+
+
+def _shift(unit: Unit, scan: Any) -> int:
+    """Which iteration a captured one was taken for."""
+    assert unit.scan is not None
+    return scan.labels[unit.scan[1]]
+
+
+def _moved(call: StepCall, strides: tuple[int, ...], by: int) -> StepCall:
+    inputs = [g.advanced(by * s) if s else g for g, s in zip(call.inputs, strides, strict=True)]
+    return replace(call, inputs=inputs)
+
+
+# -- registers -------------------------------------------------------------------------------------------------------
+
+
+class _Registers:
+    """Places for values that are passed on, given back after their last use."""
+
+    def __init__(self, draft: Draft, templates: set[int]) -> None:
+        self.draft, self.templates = draft, templates
+        self.count = 0
+        self._of: dict[Any, int] = {}
+        self._free: list[int] = []
+        self._last_by_body: dict[int, list[int]] = {}
+        self._use: dict[Any, int] = {}
+        for n, unit in enumerate(draft.units):
+            for ref in unit.segment.inputs:
+                if isinstance(ref, Value):
+                    self._use[identity(ref)] = n
+        for ref in draft.finals():
+            if isinstance(ref, Value):
+                self._use[identity(ref)] = len(draft.units)
+
+    def where(self, ref: Any) -> int | Input:
+        """Where a value is found in the end."""
+        return self._of[identity(ref)] if isinstance(ref, Value) else ref
+
+    def assign(self, n: int) -> tuple[dict, list[int]]:
+        """Registers that part ``n`` reads, by value, and those it writes, in the order of its outputs (-1: none)."""
+        unit = self.draft.units[n]
+        read = {identity(r): self._of[identity(r)] for r in unit.segment.inputs if isinstance(r, Value)}
+        looped = n in self.templates
+        for ref in unit.segment.inputs:
+            if isinstance(ref, Value) and self._use[identity(ref)] == n:
+                carried = self.draft.unit_of[id(ref.entry)] == n - 1
+                if not looped or carried:  # what all iterations read must outlast them
+                    self._free.append(read[identity(ref)])
+        free = self._free = list(dict.fromkeys(self._free))
+        carry = set()
+        if looped:
+            before = [
+                r
+                for r in unit.segment.inputs
+                if isinstance(r, Value) and self.draft.unit_of[id(r.entry)] == n - 1
+            ]
+            carry = {_place(self.draft, r) for r in before}
+        preferred = self._last_by_body.get(id(unit.body), [-1] * len(unit.body.outputs))
+        places = list(unit.body.outputs)
+        keys = [(id(unit.segment.entries[number]), index) for number, index in places]
+        wanted = [key in self._use or place in carry for key, place in zip(keys, places, strict=True)]
+        written = [-1] * len(places)
+        for k, register in enumerate(preferred):
+            if wanted[k] and register in free:
+                free.remove(register)
+                written[k] = register
+        for k in range(len(places)):
+            if not wanted[k]:
+                continue
+            if written[k] < 0:
+                if looped and places[k] in carry:
+                    raise AssertionError("a carried value has lost its register")
+                written[k] = free.pop() if free else self.count
+                self.count = max(self.count, written[k] + 1)
+            self._of[keys[k]] = written[k]
+        self._last_by_body[id(unit.body)] = written
+        return read, written

@@ -1,0 +1,256 @@
+"""A trace cut into segments, the parts of a compiled program: one per super-step, and what comes before and after."""
+
+from __future__ import annotations
+
+import itertools
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from metaoptim.errors import CaptureError
+
+from .capture.entries import Entry, Number, Value
+from .capture.ops import op_info
+from .capture.slicing import Keyed, hook_key
+from .capture.tracer import Input, Noise, ScanItem, Trace
+from .ir import gradient
+
+aten = torch.ops.aten
+
+
+def leaves(a: Any) -> Iterator[Any]:
+    """The values, inputs and numbers in an argument."""
+    if isinstance(a, tuple):
+        for b in a:
+            yield from leaves(b)
+    elif isinstance(a, dict):
+        for b in a.values():
+            yield from leaves(b)
+    elif isinstance(a, (Value, Input, Noise, ScanItem, Number)):
+        yield a
+
+
+def arguments(entry: Entry) -> Iterator[Any]:
+    """What a call reads."""
+    yield from leaves(entry.args)
+    if entry.kwargs:
+        yield from leaves(entry.kwargs)
+
+
+def identity(ref: Any) -> Any:
+    """Equal for what stands for the same tensor."""
+    return (id(ref.entry), ref.index) if isinstance(ref, Value) else id(ref)
+
+
+class Segment(Keyed):
+    """Consecutive calls of a trace.
+
+    Attributes:
+        inputs: what they read from outside, in the order they are met.
+        key: their structure.
+    """
+
+    def __init__(self, entries: list[Entry]) -> None:
+        super().__init__(entries)
+        self.inputs: list[Any] = []
+        self._input_at: dict[Any, int] = {}
+        body = tuple(self._entry_key(e) for e in entries)
+        hooks = tuple((at, tuple(hook_key(s.hook) for s in spies)) for at, spies in self.hooks.items())
+        self.opaque = self.opaque or bool(hooks)
+        kinds = tuple(_kind(x) for x in self.inputs)
+        self.key = (body, kinds, hooks)
+
+    def token(self, a: Any) -> Any:
+        """A hashable stand-in: ("v", entry, output), ("x", k), ("n", k) or a constant."""
+        inside = isinstance(a, Value) and id(a.entry) in self.number_of
+        if isinstance(a, (Input, Noise, ScanItem, Value)) and not inside:
+            at = self._input_at.setdefault(identity(a), len(self.inputs))
+            if at == len(self.inputs):
+                self.inputs.append(a)
+            where = ("x", at)
+            if isinstance(a, Value):
+                self._note_hooks(where, a.hooks)
+            return where
+        return super().token(a)
+
+    def place_of(self, ref: Any) -> int | None:
+        """The place of ``ref`` among the inputs."""
+        return self._input_at.get(identity(ref))
+
+    def memory_of(self, ref: Any) -> Any:
+        """The call or input that made the memory of ``ref``, as far back as these calls go."""
+        while isinstance(ref, Value) and id(ref.entry) in self.number_of:
+            op = ref.entry.op
+            same = isinstance(op, torch._ops.OpOverload) and (op.is_view or op_info(op).writes)
+            if not same and op is not aten.alias.default:
+                break
+            ref = ref.entry.args[0]
+        return identity(ref)
+
+    def _input_shape(self, a: Any) -> tuple | None:
+        if isinstance(a, Value) and id(a.entry) in self.number_of:
+            return None
+        return tuple(spec_of(a)[0]) if isinstance(a, (Value, Input)) else None
+
+
+def spec_of(ref: Any) -> tuple:
+    """Shape, dtype, strides and device of what ``ref`` stands for."""
+    return ref.ref if isinstance(ref, Value) else ref.spec
+
+
+def _kind(ref: Any) -> tuple:
+    if isinstance(ref, Value):
+        return ("value", ref.ref)
+    if isinstance(ref, Noise):
+        return ("noise", ref.spec, ref.key)
+    return ("scan" if isinstance(ref, ScanItem) else "input", ref.spec, ref.grad)
+
+
+@dataclass
+class Body:
+    """What equal segments have in common.
+
+    Attributes:
+        outputs: (entry, output) places that anything later reads, with their specs.
+        active: places of the inputs that depend on something that requires grad; of the outputs likewise.
+    """
+
+    units: list[Unit] = field(default_factory=list)
+    outputs: dict[tuple, tuple] = field(default_factory=dict)
+    active: set[int] = field(default_factory=set)
+    active_outputs: set[tuple] = field(default_factory=set)
+
+
+@dataclass
+class Unit:
+    """One segment in its place in the program.
+
+    Attributes:
+        steps: how many inner steps it holds.
+        scan: (which scan, which captured iteration) it is, or None.
+    """
+
+    segment: Segment
+    steps: int
+    location: str
+    scan: tuple[int, int] | None
+    body: Body = field(default_factory=Body)
+
+
+@dataclass
+class Draft:
+    """A program in the making: what the passes rewrite."""
+
+    trace: Trace
+    units: list[Unit] = field(default_factory=list)
+    bodies: list[Body] = field(default_factory=list)
+    unit_of: dict[int, int] = field(default_factory=dict)  # id of an entry -> its unit
+    writes: list[tuple[Any, Value]] = field(default_factory=list)  # tensors that keep a new value, and which
+    limit: int | None = None  # W, where meta-gradients are truncated
+
+    def finals(self) -> list[Any]:
+        """Values that are wanted at the end."""
+        return [*self.trace.outputs, *(v for _, v in self.writes)]
+
+
+def thetas_of(segment: Segment) -> set[int]:
+    """Places of the inputs by which inner gradients are taken."""
+    found = {segment.place_of(theta) for e in segment.entries if e.op is gradient for theta in e.args[1]}
+    return {at for at in found if at is not None}
+
+
+def input_order(segment: Segment) -> list[int]:
+    """Places of the inputs in the order of a step graph's: theta, other values passed on, the rest."""
+    thetas = thetas_of(segment)
+    return sorted(
+        range(len(segment.inputs)),
+        key=lambda at: (at not in thetas, not isinstance(segment.inputs[at], Value), at),
+    )
+
+
+def split(trace: Trace) -> Draft:
+    """Cut a trace after every super-step, and around every iteration of a scan."""
+    draft = Draft(trace)
+    cuts = _cuts(trace)
+    starts = {begin: (s, k) for s, scan in enumerate(trace.scans) for k, begin in enumerate(scan.begins)}
+    ends = [end for end, _ in trace.steps]
+    for begin, end in itertools.pairwise(cuts):
+        first, last = bisect_right(ends, begin), bisect_right(ends, end)
+        location = trace.steps[last - 1][1] if last > first else ""
+        entries = trace.entries[begin:end]
+        number = len(draft.units)
+        draft.unit_of.update((id(e), number) for e in entries)
+        draft.units.append(Unit(Segment(entries), last - first, location, starts.get(begin)))
+    _refuse_aliases_across(draft)
+    group(draft)
+    return draft
+
+
+def group(draft: Draft) -> None:
+    """Let equal segments share a body."""
+    bodies: dict[Any, Body] = {}
+    draft.bodies = []
+    for unit in draft.units:
+        key = (unit.segment.key, unit.steps > 0)
+        if key not in bodies:
+            bodies[key] = Body()
+            draft.bodies.append(bodies[key])
+        unit.body = bodies[key]
+        unit.body.units.append(unit)
+
+
+def _cuts(trace: Trace) -> list[int]:
+    inside = [(scan.begins[0], scan.end) for scan in trace.scans]
+    cuts = {0, len(trace.entries)}
+    cuts.update(end for end, _ in trace.steps if not any(a < end <= b for a, b in inside))
+    fixed = {at for scan in trace.scans for at in (*scan.begins, scan.end)}
+    joined: set[int] = set()
+    every = sorted(cuts | fixed)
+    for entry in trace.entries:
+        if entry.op is gradient:
+            first = _first_use_of_theta(entry)
+            crossed = set(every[bisect_right(every, first) : bisect_right(every, entry.seq)])
+            if crossed & fixed:
+                raise CaptureError(
+                    "the loss of an inner step inside a scan depends on the parameters through a value from outside "
+                    "the iteration; compute it inside, or use a plain `for`"
+                )
+            joined |= crossed
+    return sorted((cuts - joined) | fixed)
+
+
+def _first_use_of_theta(taken: Entry) -> int:
+    """The first call on a path from the parameters to the loss of a `gradient` entry."""
+    loss, thetas = taken.args
+    shown = {id(t.entry) for t in thetas}
+    oldest = min(t.entry.seq for t in thetas)
+    visited: dict[int, Entry] = {}
+    stack = [loss.entry] if isinstance(loss, Value) else []
+    while stack:
+        entry = stack.pop()
+        if entry.seq <= oldest or entry.seq in visited or id(entry) in shown:
+            continue
+        visited[entry.seq] = entry
+        stack += [a.entry for a in arguments(entry) if isinstance(a, Value)] + list(entry.deps)
+    reached: set[int] = set()
+    for seq in sorted(visited):
+        entry = visited[seq]
+        for a in (*arguments(entry), *(Value(d, None) for d in entry.deps)):
+            if isinstance(a, Value) and (id(a.entry) in shown or id(a.entry) in reached):
+                reached.add(id(entry))
+                break
+    return min((seq for seq, e in visited.items() if id(e) in reached), default=taken.seq)
+
+
+def _refuse_aliases_across(draft: Draft) -> None:
+    for entry in draft.trace.entries:
+        for write in entry.deps:
+            inside = draft.units[draft.unit_of[id(write)]].segment
+            if inside.memory_of(entry.args[0]) != inside.memory_of(write.args[0]):
+                raise CaptureError(
+                    "a tensor is changed in place in one inner step while another that shares its memory, made before "
+                    "that step, is read later; clone one of them"
+                )

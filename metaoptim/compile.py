@@ -1,0 +1,201 @@
+"""compile: a function that holds a window, captured whole, rewritten by passes and run by torch.compile's backends."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from .compiler.capture import intercept
+from .compiler.capture.refusals import refusing
+from .compiler.capture.tracer import Input, capturing
+from .compiler.ir import Loop, Role, StepGraph
+from .compiler.passes.pipeline import Options, Record, compile_trace
+from .compiler.passes.roll import Rolled
+from .errors import WindowError
+from .guards import Scene
+from .runtime.compiled import Call, Run
+from .runtime.distributed import average_over_ranks
+from .runtime.session import current_session
+
+_log = logging.getLogger("metaoptim.compile")
+_steps: dict[tuple, StepGraph] = {}
+
+
+class Program:
+    """A captured function, for one set of guards.
+
+    Attributes:
+        rolled: its calls.
+        records: what each pass did.
+        sources: input of the program -> its place in the scene's tensors, or the very tensor.
+    """
+
+    def __init__(
+        self, scene: Scene, rolled: Rolled, records: list[Record], spec: Any, leaves: list[Any]
+    ) -> None:
+        self.rolled, self.records = rolled, records
+        self.spec, self.leaves = spec, leaves
+        self.remembered = scene.remembered()
+        at = scene.place_of()
+        found = {g.of for c in rolled.calls for g in _call(c).inputs if isinstance(g.of, Input)}
+        found |= {where for where in rolled.outputs if isinstance(where, Input)}
+        self.sources: dict[Input, int | Tensor] = {x: at.get(id(x.tensor), x.tensor) for x in found}
+        self.writes = [at.get(id(t), t) if isinstance(t, Tensor) else t for t, _ in rolled.writes]
+        self.keys = [x for x in found if x.grad and any(_reaches(_call(c), x) for c in rolled.calls)]
+        for x in found:
+            if isinstance(self.sources[x], int):
+                del x.tensor  # another call brings another one
+
+    def tensors(self, scene: Scene) -> dict[Input, Tensor]:
+        """The inputs' tensors in this call."""
+        return {x: scene.tensors[s] if isinstance(s, int) else s for x, s in self.sources.items()}
+
+
+def _call(c: Any) -> Any:
+    return c.call if isinstance(c, Loop) else c
+
+
+def _reaches(call: Any, x: Input) -> bool:
+    ports = call.step.inputs[len(call.step.inputs) - len(call.inputs) :]
+    return any(g.of is x and p.role is Role.META for g, p in zip(call.inputs, ports, strict=True))
+
+
+class CompiledFunction:
+    """What `compile` returns: called like the function itself."""
+
+    def __init__(self, fn: Callable, options: Options) -> None:
+        functools.update_wrapper(self, fn)
+        self._fn, self._options = fn, options
+        self._programs: dict[Any, list[Program]] = {}
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        return self if instance is None else functools.partial(self, instance)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the function: capture and compile it on first use, and whenever a guard fails."""
+        recorder = intercept.recording.get()
+        if recorder is not None and recorder.symbolic:
+            return self._fn(*args, **kwargs)
+        if current_session() is not None:
+            raise WindowError("a compiled function was called inside a window")
+        scene = Scene(self._fn, args, kwargs)
+        program = self._find(scene) or self._compile(scene, args, kwargs)
+        return self._run(program, scene)
+
+    def _find(self, scene: Scene) -> Program | None:
+        for program in self._programs.get(scene.key, ()):
+            if all(ref() is o for ref, o in zip(program.remembered, scene.objects, strict=True)):
+                return program
+        return None
+
+    def _compile(self, scene: Scene, args: tuple, kwargs: dict) -> Program:
+        known = sum(map(len, self._programs.values()))
+        begun = time.perf_counter()
+        program = capture(self._fn, self._options, scene, args, kwargs)
+        self._programs.setdefault(scene.key, []).append(program)
+        what = "recompiled, since a guard failed" if known else "compiled"
+        _log.info("%s %s in %.2f s", self._fn.__qualname__, what, time.perf_counter() - begun)
+        return program
+
+    def _run(self, program: Program, scene: Scene) -> Any:
+        tensors = program.tensors(scene)
+        rolled, options = program.rolled, self._options
+        differentiable = torch.is_grad_enabled() and bool(program.keys)
+        slots = rolled.slots if rolled.slots is not None else options.slots
+        run = Run(rolled, tensors, slots if differentiable else 1, options.backend, rolled.backward_hook)
+        if differentiable:
+            found = Call.apply(run, program.keys, rolled.dead, *(tensors[x] for x in program.keys))
+        else:
+            found = run.forward()
+        self._write(program, scene, run.last)
+        outputs = iter(found)
+        return tree_unflatten(
+            [next(outputs) if leaf is _TENSOR else leaf for leaf in program.leaves], program.spec
+        )
+
+    @torch.no_grad()
+    def _write(self, program: Program, scene: Scene, last: list[tuple[Any, Tensor]]) -> None:
+        values = average_over_ranks([value for _, value in last])
+        for target, value in zip(program.writes, values, strict=True):
+            if isinstance(target, tuple):
+                optimizer, p, name = target
+                optimizer.state[p][name] = value.clone()
+            else:
+                (scene.tensors[target] if isinstance(target, int) else target).copy_(value)
+
+
+_TENSOR = object()
+
+
+def capture(fn: Callable, options: Options, scene: Scene, args: tuple, kwargs: dict) -> Program:
+    """Capture ``fn`` as it acts on these arguments, and take its trace through the passes."""
+    intercept.install()
+    try:
+        with refusing(), capturing() as tracer:
+            token = intercept.recording.set(tracer)
+            try:
+                with torch.enable_grad():
+                    result = fn(*args, **kwargs)
+                    leaves, spec = tree_flatten(result)
+                    tracer.trace.outputs = [tracer.give(t) for t in leaves if isinstance(t, Tensor)]
+            finally:
+                intercept.recording.reset(token)
+    finally:
+        intercept.uninstall()
+    rolled, records = compile_trace(tracer.trace, options, _step)
+    return Program(scene, rolled, records, spec, [_TENSOR if isinstance(x, Tensor) else x for x in leaves])
+
+
+def _step(key: tuple, build: Callable[[], StepGraph]) -> StepGraph:
+    step = _steps.get(key)
+    if step is None:
+        step = _steps[key] = build()
+    return step
+
+
+def compile(
+    fn: Callable | None = None,
+    *,
+    window: int | None = None,
+    slots: int | None = None,
+    backend: str = "inductor",
+    self_check: bool = True,
+) -> Any:
+    """Capture a function that holds a window, and run it through torch.compile.
+
+    Args:
+        fn: the function; None to use `compile` with options, as a decorator.
+        window, slots: as of `SlidingWindow`, for windows inside that leave them unsaid.
+        backend: a backend of torch.compile: ``"inductor"``, ``"aot_eager"``, or ``"eager"``.
+        self_check: compare every compiled graph with its uncompiled form on first use.
+
+    Returns:
+        A function of the same arguments and results. Its results can be differentiated once, any number of times.
+
+    Raises:
+        CaptureError: on the first call, for what cannot be captured.
+
+    Example:
+        >>> net, log_lr = torch.nn.Linear(3, 1), torch.tensor(-2.0, requires_grad=True)
+        >>> @metaoptim.compile(backend="eager")
+        ... def meta_loss(net, log_lr, xs):
+        ...     inner = metaoptim.MetaSGD([net], lr=log_lr.exp())
+        ...     with metaoptim.SlidingWindow(offline=True) as window:
+        ...         for x in window.scan(xs):
+        ...             inner.step(net(x).square().mean())
+        ...         return net(xs[0]).square().mean()
+        >>> meta_loss(net, log_lr, torch.ones(5, 2, 3)).backward()
+        >>> log_lr.grad.shape
+        torch.Size([])
+    """
+    options = Options(window=window, slots=slots, backend=backend, self_check=self_check)
+    if fn is None:
+        return lambda f: CompiledFunction(f, options)
+    return CompiledFunction(fn, options)

@@ -1,0 +1,135 @@
+"""What a compiled function depends on: its arguments and what it closes over, as a key and a list of tensors."""
+
+from __future__ import annotations
+
+import types
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .optim.optimizer import MetaOptimizer
+
+_PLAIN = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size, slice)
+
+
+class Scene:
+    """One look at everything a call depends on.
+
+    Attributes:
+        key: equal for two calls that one program serves.
+        tensors: those found, in the order they are met; the same order for equal keys.
+        objects: what the key knows by identity.
+    """
+
+    def __init__(self, fn: Callable, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.tensors: list[Tensor] = []
+        self.objects: list[Any] = []
+        self._seen: dict[int, int] = {}
+        described = [self._describe(args), self._describe(kwargs)]
+        described += [(name, self._describe(value)) for name, value in _surroundings(fn)]
+        self.key = (
+            tuple(described),
+            torch.get_default_dtype(),
+            tuple(
+                (torch.get_autocast_dtype(d) if torch.is_autocast_enabled(d) else None)
+                for d in ("cpu", "cuda")
+            ),
+        )
+
+    def place_of(self) -> dict[int, int]:
+        """Id of a tensor -> its place in `tensors`."""
+        return {id(t): i for i, t in reversed(list(enumerate(self.tensors)))}
+
+    def remembered(self) -> list[Any]:
+        """References to `objects` that do not keep them alive where that can be had."""
+        found = []
+        for o in self.objects:
+            try:
+                found.append(weakref.ref(o))
+            except TypeError:
+                found.append(lambda o=o: o)
+        return found
+
+    def _describe(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self._tensor(value)
+        if isinstance(value, float):
+            return ("float", value.hex())  # -0.0 is not 0.0, and nan is nan
+        if isinstance(value, _PLAIN):
+            return (type(value).__name__, str(value) if isinstance(value, slice) else value)
+        if isinstance(value, (list, tuple, dict)):
+            at = self._seen.get(id(value))
+            if at is not None:
+                return ("again", at)
+            self._mark(value)
+            if isinstance(value, dict):
+                return ("dict", tuple((self._describe(k), self._describe(v)) for k, v in value.items()))
+            return (type(value).__name__, tuple(self._describe(v) for v in value))
+        at = self._seen.get(id(value))
+        if at is not None:
+            return ("again", at)
+        self._mark(value)
+        self.objects.append(value)
+        if isinstance(value, nn.Module):
+            return ("module", id(value), tuple(self._module(value)))
+        if isinstance(value, MetaOptimizer):
+            return ("optimizer", id(value), tuple(self._optimizer(value)))
+        return ("object", id(value))
+
+    def _mark(self, value: Any) -> None:
+        self._seen[id(value)] = len(self._seen)
+
+    def _tensor(self, t: Tensor) -> tuple:
+        at = self._seen.get(id(t))
+        if at is not None:
+            return ("again", at)
+        self._mark(t)
+        self.tensors.append(t)
+        stride = t.stride() if t.layout is torch.strided else ()
+        return ("tensor", t.shape, t.dtype, stride, t.device, t.requires_grad, t.is_leaf or t.requires_grad)
+
+    def _module(self, module: nn.Module) -> Iterator[Any]:
+        for m in module.modules():
+            yield m.training
+            for tensors in (m._parameters, m._buffers):
+                for t in tensors.values():
+                    if t is not None:
+                        yield self._tensor(t)
+
+    def _optimizer(self, optimizer: MetaOptimizer) -> Iterator[Any]:
+        yield optimizer.first_order
+        yield self._describe(optimizer._normalizer)
+        for group in optimizer.param_groups:
+            yield tuple((k, self._describe(v)) for k, v in group.items() if k != "params")
+            for p in group["params"]:
+                yield self._tensor(p)
+                yield self._describe(dict(optimizer.state.get(p, {})))
+
+
+def _surroundings(fn: Callable) -> Iterator[tuple[str, Any]]:
+    """What a function refers to directly: its free variables, its globals and its defaults."""
+    if isinstance(fn, types.MethodType):
+        yield "self", fn.__self__
+        fn = fn.__func__
+    code = getattr(fn, "__code__", None)
+    if code is None:
+        return
+    for name, cell in zip(code.co_freevars, fn.__closure__ or (), strict=True):
+        try:
+            yield name, cell.cell_contents
+        except ValueError:  # not bound yet
+            continue
+    for name in _names(code):
+        value = fn.__globals__.get(name)
+        if value is not None and not isinstance(value, (types.ModuleType, type)):
+            yield name, value
+
+
+def _names(code: types.CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _names(constant)

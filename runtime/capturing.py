@@ -1,0 +1,311 @@
+"""A window while the function around it is captured: its steps become calls of the trace."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metaoptim.errors import CaptureError, WindowError, user_location
+
+from ..compiler.build import GradientHooks
+from ..compiler.capture import intercept
+from ..compiler.capture.entries import Value
+from ..compiler.capture.ops import LIFTS
+from ..compiler.capture.slicing import tensor_spec
+from ..compiler.capture.tracer import Input, Scan, ScanItem, Tracer, WindowMark
+from ..compiler.ir import gradient, show
+from ..compiler.update import UpdatePlan
+from .hyper import hyper_of
+from .networks import Networks
+from .session import Options, Session, _current
+
+aten = torch.ops.aten
+# Iterations of a scan that are captured: one may differ (state is created), the others show what is carried from one to
+# the next, and that nothing is carried further.
+CAPTURED_ITERATIONS = 4
+
+
+class _Networks(Networks):
+    """Networks that show fake parameters and buffers."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def _copy_buffers(self, modules: list[nn.Module]) -> None:
+        storages: dict[int, Tensor] = {}
+        for module in (m for root in modules for m in root.modules() if id(m) not in self._modules):
+            for name, b in module._buffers.items():
+                if b is None or b.requires_grad or id(b) in self._copies:
+                    continue
+                if storages.setdefault(b.untyped_storage()._cdata, b) is not b:
+                    raise CaptureError(
+                        f"buffer {name!r} shares memory with another buffer; use an ordinary window"
+                    )
+                fake = self.tracer.faked(b).detach().clone(memory_format=torch.preserve_format)
+                self.tracer.bind(fake, self.tracer.value_of(b))
+                self._copies[id(b)] = fake
+
+
+class CapturedSession(Session):
+    """A window inside a function that is captured."""
+
+    recorder: Tracer  # type: ignore[assignment]
+
+    def __init__(self, options: Options, tracer: Tracer) -> None:
+        if options.record_grad_tape or options.pickup_step >= 0:
+            raise CaptureError(
+                "record_grad_tape and pickup_step need an ordinary window; take the decorator off, or compile the "
+                "inner step only"
+            )
+        super().__init__(options)
+        self.recorder = tracer
+        self.networks = _Networks(tracer)
+        self.mark = WindowMark(options.offline, options.window, options.slots, options.backward_hook)
+        self._scan: Scan | None = None
+        self._specs: dict[tuple, tuple[list, list]] = {}  # kind of update -> specs of what it gives
+        self._lifts = True
+
+    def _own(self, value: Tensor) -> Tensor:
+        return value  # nothing is written into
+
+    # -- entry and exit ------------------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Begin: optimizers step here."""
+        _current.set(self)
+        intercept.binding.set(self.networks.bind)
+        self.recorder.on_write = self._write
+
+    def close(self, failed: bool) -> None:
+        """End: modules have their own parameters back; online, the trace knows their last values."""
+        tracer = self.recorder
+        try:
+            if not failed:
+                self.networks.check()
+                if self._scan is not None:
+                    raise CaptureError(
+                        "window.scan or window.range was left by `break`; scan a shorter tensor"
+                    )
+                self._keep()
+        finally:
+            for member in self.members.values():
+                member.optimizer._session = None
+                member.optimizer.state.clear()
+                member.optimizer.state.update(member.entry)
+            with tracer.paused():
+                self.networks.restore()
+            tracer.on_write = lambda t, write: False
+            intercept.binding.set(None)
+            _current.set(None)
+            self.members.clear()
+
+    def _keep(self) -> None:
+        """Parameters, buffers and optimizer states have a last value; from here on the trace reads that, detached."""
+        tracer, networks = self.recorder, self.networks
+        for p, shown in zip(networks.originals, networks.shown, strict=True):
+            self._last(p, p, shown)
+        for module, name, own in networks._buffers:
+            last = module._buffers.get(name)
+            if last is None or tensor_spec(last) != tensor_spec(own):
+                raise CaptureError(
+                    f"buffer {name!r} was replaced by another kind of tensor; use an ordinary window"
+                )
+            self._last(own, own, last)
+        for member in self.members.values():
+            optimizer = member.optimizer
+            for p, state in optimizer.state.items():
+                known = member.entry.get(p, {})
+                for name, value in state.items():
+                    if value is not known.get(name):
+                        self._last((optimizer, p, name), None, value)
+        tracer.trace.windows.append(self.mark)
+
+    def _last(self, target: Any, own: Tensor | None, last: Tensor) -> None:
+        tracer = self.recorder
+        value = root = tracer.value_of(last)
+        while isinstance(root, Value) and root.entry.op in (show, aten.alias.default):
+            root = root.entry.args[0]
+        if isinstance(root, Input) and root.tensor is own:
+            return
+        detached = Value(tracer.add(aten.detach.default, (value,), grad=True), None)
+        detached.ref = tensor_spec(last)
+        self.mark.last.append((target, detached))
+        if own is not None and not self.options.offline:
+            tracer.bind(own, detached)
+
+    def _enter(self, ordinals: list[int], late: bool) -> None:
+        if late:
+            raise CaptureError("build the optimizer before the loss of its first step is computed")
+        tracer = self.recorder
+        self._lifts = all(p.dtype in LIFTS for p in self.networks.originals)
+        for i in ordinals:
+            p = self.networks.originals[i]
+            taken = tracer.add(aten.alias.default, (tracer.value_of(p),), grad=True)
+            self.mark.adopted.append(taken)
+            self._show(i, tracer.faked(p), Value(taken, None))
+
+    def _show(self, i: int, like: Tensor, value: Any) -> None:
+        with torch.enable_grad():
+            shown = like.detach().requires_grad_()
+        shown._is_param = True  # type: ignore[attr-defined]
+        self.recorder.bind(shown, Value(self.recorder.add(show, (value,), grad=True), None))
+        self.networks.show(i, shown)
+
+    # -- loops ---------------------------------------------------------------------------------------------------
+
+    def scan(self, tensors: tuple[Tensor, ...], count: int) -> Iterator[tuple[int, list[Tensor]]]:
+        """The first iterations of a loop over the leading axis of ``tensors``; they stand for all."""
+        if self._scan is not None:
+            raise CaptureError(
+                "window.scan inside window.scan; flatten the loops, or use a plain `for` inside"
+            )
+        tracer = self.recorder
+        labels = list(range(min(count, CAPTURED_ITERATIONS)))
+        if count > CAPTURED_ITERATIONS:
+            labels[-2:] = [count // 2, count - 1]  # later ones, so that what depends on the index shows
+        scan = self._scan = Scan(count, labels, user_location())
+        for k in labels:
+            scan.begins.append(len(tracer.trace.entries))
+            yield k, [self._item(t, k) for t in tensors]
+        scan.end = len(tracer.trace.entries)
+        self._scan = None
+        if scan.begins:
+            tracer.trace.scans.append(scan)
+
+    def _item(self, t: Tensor, k: int) -> Tensor:
+        tracer = self.recorder
+        source = tracer.value_of(t)
+        if not isinstance(source, Input):
+            return t[k]  # computed inside: a call of the trace
+        with tracer.paused():
+            item = tracer.faked(t)[0].detach()
+            if source.grad:
+                item.requires_grad_()
+        tracer.bind(item, ScanItem(source, k, tensor_spec(item)))
+        return item
+
+    # -- steps ---------------------------------------------------------------------------------------------------
+
+    def _step(self, optimizer: Any, loss: Tensor, allow_unused: bool) -> None:
+        tracer, networks = self.recorder, self.networks
+        if optimizer._normalizer is not None and optimizer._normalizer[2]:
+            raise CaptureError(
+                "error_if_nonfinite needs a value while the function is captured; use an ordinary window"
+            )
+        root = tracer.value_of(loss)
+        members = [
+            (i, k)
+            for k, group in enumerate(optimizer.param_groups)
+            for p in group["params"]
+            if (i := networks.index_of(p)) is not None
+        ]
+        grads, hooks = self.gradients(
+            optimizer,
+            loss,
+            [i for i, _ in members],
+            [networks.shown[i] for i, _ in members],
+            False,
+            allow_unused,
+        )
+        used = [(i, k, g, h) for (i, k), g, h in zip(members, grads, hooks, strict=True) if g is not None]
+        shown = [networks.shown[i] for i, *_ in used]
+        thetas = tuple(map(tracer.value_of, shown))
+        taken = tracer.add(gradient, (root, thetas), grad=True)
+        tokens: list[Any] = [Value(taken, j) for j in range(len(used))]
+        for j, (*_, hook) in enumerate(used):
+            if hook:
+                tokens[j] = Value(tracer.add(GradientHooks(hook), (tokens[j],), grad=True), None)
+            if optimizer.first_order:
+                tokens[j] = Value(tracer.add(aten.detach.default, (tokens[j],), grad=True), None)
+        hyper = hyper_of(optimizer, tracer.value_of, self._lifts)
+        states = [dict(optimizer.state[networks.originals[i]]) for i, *_ in used]
+        plan = UpdatePlan(
+            type(optimizer).update,
+            hyper.groups,
+            tuple(k for _, k, _, _ in used),
+            tuple(map(tuple, states)),
+            hyper.clip,
+            type(optimizer).init_state if not all(states) else None,
+        )
+        with torch.no_grad():
+            new, new_states = plan(
+                [t.detach() for t in shown],
+                [g.detach() for *_, g, _ in used],
+                states,
+                tracer.faked(hyper.slots),
+            )
+        state_tokens = tuple({k: tracer.value_of(v) for k, v in s.items()} for s in states)
+        update = tracer.add(plan, (thetas, tuple(tokens), state_tokens, tuple(hyper.roots)), grad=True)
+        for j, (i, *_) in enumerate(used):
+            self._show(i, new[j], self._part(update, 0, j))
+            for name, value in new_states[j].items():
+                tracer.bind(value, self._part(update, 1, j, name))
+            optimizer.state[networks.originals[i]] = new_states[j]
+        tracer.trace.steps.append((len(tracer.trace.entries), user_location()))
+
+    def _take(self, loss: Tensor, thetas: list[Tensor], create_graph: bool) -> list[Tensor | None]:
+        """Which parameters a loss depends on: a gradient has their shapes, so that nothing need be pulled back."""
+        reached, seen, stack = set(), set(), [loss.grad_fn]
+        while stack:
+            node = stack.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            variable = getattr(node, "variable", None)
+            if variable is not None:
+                reached.add(id(variable))
+            stack += [following for following, _ in node.next_functions]
+        return [t.detach() if id(t) in reached else None for t in thetas]
+
+    def _updated(
+        self, plan: UpdatePlan, thetas: list[Tensor], grads: list[Tensor], states: list[dict], slots: list
+    ) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+        """Tensors like those the update gives; it is run once for each kind of arguments."""
+        flat = [*thetas, *grads, *(v for s in states for v in s.values()), *slots]
+        key = (plan, tuple(tensor_spec(v) if isinstance(v, Tensor) else type(v) for v in flat))
+        if key not in self._specs:
+            with torch.no_grad():
+                new, new_states = plan(
+                    [t.detach() for t in thetas], [g.detach() for g in grads], states, slots
+                )
+            self._specs[key] = (
+                [tensor_spec(t) for t in new],
+                [{k: tensor_spec(v) for k, v in s.items()} for s in new_states],
+            )
+        new, new_states = self._specs[key]
+        return [_like(s) for s in new], [{k: _like(s) for k, s in specs.items()} for specs in new_states]
+
+    def _part(self, of: Any, *path: Any) -> Value:
+        """A piece of the update's nested result."""
+        value = Value(of, None)
+        for at in path:
+            value = Value(self.recorder.add(operator.getitem, (value, at), grad=True), None)
+        return value
+
+    # -- in-place loads ------------------------------------------------------------------------------------------
+
+    def _write(self, t: Tensor, write: Callable[[], Any]) -> bool:
+        """A shown parameter is overwritten: a history cut."""
+        i = next((i for i, shown in enumerate(self.networks.shown) if shown is t), None)
+        if i is None:
+            return False
+        if torch.is_grad_enabled():
+            raise WindowError(
+                f"parameter {self.networks.names[i]!r} was changed in place with grad mode on; wrap the change in "
+                "torch.no_grad()"
+            )
+        write()
+        tracer = self.recorder
+        cut = Value(tracer.add(aten.detach.default, (tracer.value_of(t),), grad=True), None)
+        tracer.bind(t, Value(tracer.add(show, (cut,), grad=True), None))
+        return True
+
+
+def _like(spec: tuple) -> Tensor:
+    shape, dtype, stride, device = spec
+    return torch.empty_strided(shape, stride, dtype=dtype, device=device)

@@ -1,0 +1,182 @@
+"""A captured function at work: its program bound to tensors, run by the engine, joined to autograd as one node."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..compiler.capture.tracer import Input
+from ..compiler.ir import Loop, Role, StepCall
+from ..compiler.passes.roll import Given, Rolled
+from .bridge import refuse_third_order
+from .engine import Engine, Sweep
+from .inputs import Held, Inputs
+from .noise import Drawn, generator_of
+
+
+class _Ready:
+    """An input at hand."""
+
+    __slots__ = ("tensor",)
+    random = False
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def get(self) -> Tensor:
+        return self.tensor
+
+
+class BoundProgram:
+    """A rolled program with tensors for its inputs: position -> call, made when asked for.
+
+    Args:
+        rolled: the program.
+        held: its inputs, by `Input`.
+        rng: the register of the generator's state.
+    """
+
+    start = 0
+    calls: tuple = ()
+
+    def __init__(self, rolled: Rolled, held: dict[Input, Held], rng: int) -> None:
+        self.rolled, self.held, self.rng = rolled, held, rng
+        sizes = [c.count if isinstance(c, Loop) else 1 for c in rolled.calls]
+        self._ends = list(accumulate(sizes))
+        self.end = self._ends[-1] if sizes else 0
+        self._fixed: dict[int, StepCall] = {}
+
+    def __getitem__(self, position: int) -> StepCall:
+        at = bisect_right(self._ends, position)
+        item = self.rolled.calls[at]
+        if isinstance(item, Loop):
+            item = item.at(position - (self._ends[at] - item.count))
+            return self._bound(item, position)
+        found = self._fixed.get(at)
+        if found is None:
+            found = self._fixed[at] = self._bound(item, position)
+        return found
+
+    def _bound(self, call: StepCall, position: int) -> StepCall:
+        given: list[Given] = call.inputs
+        ports = call.step.inputs[len(call.step.inputs) - len(given) :]
+        metas, rng = [], -1
+        for g, port in zip(given, ports, strict=True):
+            if port.role is Role.META:
+                metas.append((g.of, g.at) if g.kind == "scan" else g.of)
+            elif g.kind == "noise":
+                rng = self.rng
+        thetas = len(call.step.positions(Role.THETA))
+        return replace(
+            call,
+            theta=call.opt_state_in[:thetas],
+            opt_state_in=call.opt_state_in[thetas:],
+            base=position,
+            inputs=[self._input(g, port) for g, port in zip(given, ports, strict=True)],
+            metas=tuple(metas),
+            rng=rng,
+        )
+
+    def _input(self, given: Given, port: Any) -> Any:
+        if given.kind == "noise":
+            return Drawn(given.of)
+        if given.kind == "number":
+            return _Ready(torch.tensor(given.of, dtype=port.spec[1]))
+        tensor = self.held[given.of].tensor.detach()
+        return _Ready(tensor[given.at] if given.kind == "scan" else tensor)
+
+
+class Run:
+    """One call of a compiled function.
+
+    Args:
+        rolled: its program.
+        tensors: the tensors behind the program's inputs.
+        slots, backend, backward_hook: see `Engine`.
+        limit: W, where gradients are truncated.
+    """
+
+    def __init__(
+        self,
+        rolled: Rolled,
+        tensors: dict[Input, Tensor],
+        slots: int | None,
+        backend: str,
+        backward_hook: Callable | None,
+    ) -> None:
+        self.rolled = rolled
+        written = {id(t) for t, _ in rolled.writes if isinstance(t, Tensor)}
+        inputs = Inputs(lambda t: id(t) in written)
+        self.held = {key: inputs.hold(t) for key, t in tensors.items()}
+        random = [d for call in rolled.calls for d in _devices(call)]
+        self.generator = generator_of(random[0]) if random else None
+        self.program = BoundProgram(rolled, self.held, rolled.registers)
+        self.engine = Engine(slots, backward_hook, self.program, backend)
+        self.end = 0
+
+    def forward(self) -> list[Tensor]:
+        """The function's outputs; what it leaves in tensors from outside is in `last`."""
+        state: list[Any] = [None] * (self.rolled.registers + 1)
+        if self.generator is not None:
+            state[-1] = self.generator.get_rng_state()
+        with torch.no_grad():
+            state = self.engine.run(state)
+            if self.generator is not None:
+                self.generator.set_rng_state(state[-1])
+            self.last = [(target, self._found(where, state)) for target, where in self.rolled.writes]
+            return [self._found(where, state).clone() for where in self.rolled.outputs]
+
+    def _found(self, where: int | Input, state: list[Tensor]) -> Tensor:
+        return state[where] if isinstance(where, int) else self.held[where].tensor.detach()
+
+    def backward(self, cotangents: Sequence[Tensor | None]) -> dict[Input, Tensor]:
+        """Gradients of the inputs, from cotangents of the outputs."""
+        for held in self.held.values():
+            held.get()  # raises for what was overwritten
+        sweep = Sweep()
+        for where, cotangent in zip(self.rolled.outputs, cotangents, strict=True):
+            if cotangent is not None and isinstance(where, int):
+                sweep.deposit(self.program.end, where, cotangent)
+        self.engine.pull_back(sweep, 0)
+        grads: dict[Input, Tensor] = {}
+        for key, grad in sweep.metas.items():
+            if not isinstance(key, tuple):
+                grads[key] = grads[key] + grad if key in grads else grad
+        for key, grad in sweep.metas.items():
+            if isinstance(key, tuple):
+                source, at = key
+                if source not in grads:
+                    grads[source] = torch.zeros_like(
+                        self.held[source].tensor, memory_format=torch.contiguous_format
+                    )
+                grads[source][at] += grad
+        return grads
+
+
+def _devices(call: StepCall | Loop) -> list[torch.device]:
+    given = (call.call if isinstance(call, Loop) else call).inputs
+    return [g.of.spec[3] for g in given if g.kind == "noise"]
+
+
+class Call(torch.autograd.Function):
+    """A compiled function as a node of the user's graph: it may be pulled back any number of times, once deep."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Run, keys: Sequence[Input], dead: Sequence[int], *tensors: Tensor) -> tuple:  # type: ignore[override]
+        ctx.set_materialize_grads(False)
+        ctx.run, ctx.keys = run, keys
+        outputs = tuple(run.forward())
+        ctx.mark_non_differentiable(*(outputs[i] for i in dead))
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple:  # type: ignore[override]
+        refuse_third_order()
+        grads = ctx.run.backward(cotangents)
+        return None, None, None, *(grads.get(key) for key in ctx.keys)
