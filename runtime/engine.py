@@ -18,6 +18,7 @@ from ..compiler import cotangent_hook
 from ..compiler.differentiate import cotangent_outputs
 from ..compiler.ir import Assign, Program, Role, StepCall
 from ..compiler.lower import lowered
+from .schedule import Marks
 from .store import SlotStore, State
 
 
@@ -84,7 +85,7 @@ class Engine:
     def append(self, call: StepCall | Assign, changes: Sequence[tuple[int, Tensor]]) -> None:
         """Extend the tape by a call that leads to the current state with ``changes``."""
         position = self.program.end
-        if isinstance(call, Assign) or call.base == position or self.store.slots is None:
+        if _may_keep(call, position) or self.store.slots is None:
             self.store.offer(position, self.state)
         state = list(self.state)
         for index, value in changes:
@@ -127,37 +128,45 @@ class Engine:
         if needed <= start or needed < self.store.base:
             return
         base = self.store.nearest(needed)
-        if base <= start and needed - start > max(16, self.program.end - needed):
+        if base == self.store.base and needed - base > max(16, self.program.end - needed):
             with _disable_current_modes(), torch.no_grad():
-                self._load([needed])
-            base, state = needed, self._work.pop(needed, None) or self.store[needed]
-            self.store.rebase(base, state)
-        if base > start:
-            self.store.rebase(base, self.store[base])
-            self.program = Program(base, self.program.calls[base - start :])
+                base, state = needed, self._walk(base, needed)
+        elif base > start:
+            state = self.store[base]
+        else:
+            return
+        self.store.rebase(base, state)
+        self.program = Program(base, self.program.calls[base - start :])
 
     # -- states --------------------------------------------------------------------------------------------------
 
     def _load(self, wanted: Sequence[int]) -> None:
-        """Have the states at ``wanted`` (ascending) at hand."""
+        """Have the states at ``wanted`` (ascending) at hand, for a sweep that has come down to the last of them."""
         self._work = {p: s for p, s in self._work.items() if p in wanted}
+        self.store.release(wanted[-1])
         for target in wanted:
             if target in self._work or target in self.store:
                 continue
             start = self.store.nearest(target)
-            state = self.store[start]
-            marks = self.store.marks(start, target)
-            passed: dict[int, State] = {}
-            for p in range(start, target):
-                call = self.program[p]
-                if p in marks and (isinstance(call, Assign) or call.base == p):
-                    self.store.put(p, state)
-                passed[p] = state
-                state = self._advance(call, p, state, passed)
-                low = min((c.base for c in (call,) if isinstance(c, StepCall)), default=p)
-                for old in [q for q in passed if q < low]:
-                    del passed[old]
-            self._work[target] = state
+            at_hand = max((p for p in self._work if p < target), default=start)
+            if at_hand > start:
+                self._work[target] = self._walk(at_hand, target)
+            else:
+                self._work[target] = self._walk(start, target, self.store.marks(start, target))
+
+    def _walk(self, start: int, target: int, marks: Marks | None = None) -> State:
+        """Replay from ``start``, which is at hand, to ``target``; states at ``marks`` are kept."""
+        state, passed = self._at(start), {}
+        for p in range(start, target):
+            call = self.program[p]
+            if marks is not None and _may_keep(call, p) and marks.due(p):
+                self.store.put(p, state)
+            passed[p] = state
+            state = self._advance(call, p, state, passed)
+            low = call.base if isinstance(call, StepCall) else p
+            for old in [q for q in passed if q < low]:
+                del passed[old]
+        return state
 
     def _at(self, position: int) -> State:
         found = self._work.get(position)
@@ -190,12 +199,7 @@ class Engine:
     def _lookup(self, position: int) -> State:
         if position in self._work or position in self.store:
             return self._at(position)
-        start = self.store.nearest(position)
-        state, passed = self.store[start], {}
-        for p in range(start, position):
-            passed[p] = state
-            state = self._advance(self.program[p], p, state, passed)
-        return state
+        return self._walk(self.store.nearest(position), position)
 
     def _inputs(self, call: StepCall, state: State, base: State) -> list[Tensor]:
         inputs = [base[i] for i in call.theta]
@@ -285,6 +289,11 @@ class Engine:
                 sweep.deposit(call.base, index, grad)
             else:
                 sweep.add(index, grad)
+
+
+def _may_keep(call: StepCall | Assign, position: int) -> bool:
+    """Whether one can go on from the state at ``position`` alone; within a super-step, an earlier one is read too."""
+    return isinstance(call, Assign) or call.base == position
 
 
 def _zeros(spec: tuple) -> Tensor:
