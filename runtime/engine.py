@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from ..compiler.differentiate import cotangent_outputs
 from ..compiler.ir import Assign, Program, Role, StepCall
 from ..compiler.lower import lowered
 from .noise import draw
+from .schedule import Marks
 from .store import SlotStore, State
 
 
@@ -75,7 +77,7 @@ class Engine:
     ) -> None:
         self.program = Program() if program is None else program
         self.backend = backend
-        self.store = SlotStore(slots)
+        self.store = SlotStore(slots, None if program is None else program.end)
         self.state: State = []
         self.backward_hook = backward_hook
         self.vjps = 0
@@ -95,7 +97,7 @@ class Engine:
     def append(self, call: StepCall | Assign, changes: Sequence[tuple[int, Tensor]]) -> None:
         """Extend the tape by a call that leads to the current state with ``changes``."""
         position = self.program.end
-        if isinstance(call, Assign) or call.base == position or self.store.slots is None:
+        if _may_keep(call, position) or self.store.slots is None:
             self.store.offer(position, self.state)
         state = list(self.state)
         for index, value in changes:
@@ -113,8 +115,9 @@ class Engine:
         """Run a complete program from its initial state; states are kept as the slots allow."""
         self.store.rebase(0, state)
         for position in range(self.program.end):
+            if position:
+                self.store.offer(position, state)
             state = self._advance(self.program[position], position, state, {position: state})
-            self.store.offer(position + 1, state)
         self.state = state
         return state
 
@@ -147,37 +150,45 @@ class Engine:
         if needed <= start or needed < self.store.base:
             return
         base = self.store.nearest(needed)
-        if base <= start and needed - start > max(16, self.program.end - needed):
+        if base == self.store.base and needed - base > max(16, self.program.end - needed):
             with _disable_current_modes(), torch.no_grad():
-                self._load([needed])
-            base, state = needed, self._work.pop(needed, None) or self.store[needed]
-            self.store.rebase(base, state)
-        if base > start:
-            self.store.rebase(base, self.store[base])
-            self.program = Program(base, self.program.calls[base - start :])
+                base, state = needed, self._walk(base, needed)
+        elif base > start:
+            state = self.store[base]
+        else:
+            return
+        self.store.rebase(base, state)
+        self.program = Program(base, self.program.calls[base - start :])
 
     # -- states --------------------------------------------------------------------------------------------------
 
     def _load(self, wanted: Sequence[int]) -> None:
-        """Have the states at ``wanted`` (ascending) at hand."""
+        """Have the states at ``wanted`` (ascending) at hand, for a sweep that has come down to the last of them."""
         self._work = {p: s for p, s in self._work.items() if p in wanted}
+        self.store.release(wanted[-1])
         for target in wanted:
             if target in self._work or target in self.store:
                 continue
             start = self.store.nearest(target)
-            state = self.store[start]
-            marks = self.store.marks(start, target)
-            passed: dict[int, State] = {}
-            for p in range(start, target):
-                call = self.program[p]
-                if p in marks and (isinstance(call, Assign) or call.base == p):
-                    self.store.put(p, state)
-                passed[p] = state
-                state = self._advance(call, p, state, passed)
-                low = min((c.base for c in (call,) if isinstance(c, StepCall)), default=p)
-                for old in [q for q in passed if q < low]:
-                    del passed[old]
-            self._work[target] = state
+            at_hand = max((p for p in self._work if p < target), default=start)
+            if at_hand > start:
+                self._work[target] = self._walk(at_hand, target)
+            else:
+                self._work[target] = self._walk(start, target, self.store.marks(start, target))
+
+    def _walk(self, start: int, target: int, marks: Marks | None = None) -> State:
+        """Replay from ``start``, which is at hand, to ``target``; states at ``marks`` are kept."""
+        state, passed = self._at(start), {}
+        for p in range(start, target):
+            call = self.program[p]
+            if marks is not None and _may_keep(call, p) and marks.due(p):
+                self.store.put(p, state)
+            passed[p] = state
+            state = self._advance(call, p, state, passed)
+            low = call.base if isinstance(call, StepCall) else p
+            for old in [q for q in passed if q < low]:
+                del passed[old]
+        return state
 
     def _at(self, position: int) -> State:
         found = self._work.get(position)
@@ -212,12 +223,7 @@ class Engine:
     def _lookup(self, position: int) -> State:
         if position in self._work or position in self.store:
             return self._at(position)
-        start = self.store.nearest(position)
-        state, passed = self.store[start], {}
-        for p in range(start, position):
-            passed[p] = state
-            state = self._advance(self.program[p], p, state, passed)
-        return state
+        return self._walk(self.store.nearest(position), position)
 
     def _inputs(self, call: StepCall, state: State, base: State) -> list[Tensor]:
         inputs = [base[i] for i in call.theta]
@@ -312,6 +318,11 @@ class Engine:
                 sweep.deposit(call.base, index, grad)
             else:
                 sweep.add(index, grad)
+
+
+def _may_keep(call: StepCall | Assign, position: int) -> bool:
+    """Whether one can go on from the state at ``position`` alone; within a super-step, an earlier one is read too."""
+    return isinstance(call, Assign) or call.base == position
 
 
 def _zeros(spec: tuple) -> Tensor:

@@ -1,29 +1,36 @@
-"""Slots: which states of the inner loop are kept."""
+"""Slots: a container for the states of the inner loop that are kept; `schedule` says which."""
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_right, insort
 
 from torch import Tensor
+
+from .schedule import Marks, crowded_out, places
 
 State = list[Tensor]
 
 
 class SlotStore:
-    """States by tape position; at most ``slots`` of them, counting the initial one.
+    """States by tape position; at most ``slots`` of them at any time, counting the initial one.
 
-    While the horizon is unknown, states are offered in order and kept at a stride that doubles whenever the slots run
-    out. During a sweep, slots above the position reached are free for states in between.
+    On the way forward states are offered in order. A sweep releases those it has passed and keeps others in their
+    place.
 
     Args:
         slots: how many states may be kept; None keeps all.
+        horizon: how many tape positions will follow the initial one, where that is known; the states kept are then the
+            best for it. Beyond it, and where it is None, the scheme for unknown ends decides.
     """
 
-    def __init__(self, slots: int | None) -> None:
+    def __init__(self, slots: int | None, horizon: int | None = None) -> None:
         self.slots = slots
+        self.horizon = horizon
         self._states: dict[int, State] = {0: []}
         self._positions = [0]
-        self._stride = 1
+        self._planned = Marks()
+        # Up to where `_planned` decides; None as long as the initial position may still move.
+        self._end: int | None = None
 
     def __contains__(self, position: int) -> bool:
         return position in self._states
@@ -53,56 +60,61 @@ class SlotStore:
             )
         return self._positions[at - 1]
 
+    # -- forward -------------------------------------------------------------------------------------------------
+
     def offer(self, position: int, state: State) -> None:
-        """A new state, in order of position; kept if its turn has come."""
+        """A new state, in order of position; kept if the schedule says so, in place of another where it must."""
         if position == self._positions[-1]:
             self._states[position] = state
-            return
-        if self.slots is None:
+        elif self._make_room(position):
             self._put(position, state)
-            return
-        if self.slots > 1 and position - self._positions[-1] >= self._stride:
-            self._put(position, state)
-            while len(self._positions) > self.slots:
-                self._stride *= 2
-                base = self._positions[0]
-                kept, last = [base], base
-                for p in self._positions[1:]:
-                    if p - last >= self._stride:
-                        kept.append(p)
-                        last = p
-                self._keep(kept)
 
-    def _put(self, position: int, state: State) -> None:
-        self._states[position] = state
-        at = bisect_right(self._positions, position)
-        if not at or self._positions[at - 1] != position:
-            self._positions.insert(at, position)
-
-    def _keep(self, positions: list[int]) -> None:
-        self._positions = positions
-        self._states = {p: self._states[p] for p in positions}
-
-    def marks(self, start: int, target: int) -> set[int]:
-        """Where to keep states on the way from ``start`` to ``target``, after freeing what lies above ``target``."""
+    def _make_room(self, position: int) -> bool:
         if self.slots is None:
-            return set(range(start + 1, target))
-        self._keep([p for p in self._positions if p <= target])
-        free, marks = self.slots - len(self._positions), set()
-        at = start
-        while free > 0:
-            at += (target - at + 1) // 2
-            if at >= target:
-                break
-            marks.add(at)
-            free -= 1
-        return marks
+            return True
+        if self._end is None:
+            self._end = self.base + (self.horizon or 0)
+            self._planned = Marks(places(self.base, self._end, self.slots))
+        if position < self._end and not self._planned.due(position):
+            return False
+        if len(self._positions) < self.slots:
+            return True
+        lost = crowded_out(self._positions, position, self.slots)
+        if lost != position:
+            self._keep([p for p in self._positions if p != lost])
+        return lost != position
+
+    # -- sweep ---------------------------------------------------------------------------------------------------
+
+    def release(self, top: int) -> None:
+        """A sweep has come down to ``top``: the slots above it are free."""
+        if self.slots is not None and self._positions[-1] > top:
+            self._keep([p for p in self._positions if p <= top])
+
+    def marks(self, start: int, target: int) -> Marks:
+        """Where to `put` states on the way from ``start``, which is held, to ``target``."""
+        if self.slots is None:
+            return Marks(range(start + 1, target))
+        return Marks(places(start, target, self.slots - len(self._positions) + 1))
 
     def put(self, position: int, state: State) -> None:
-        """Keep a state at a position that `marks` has given."""
+        """Keep a state that `marks` has asked for."""
         self._put(position, state)
 
     def rebase(self, position: int, state: State) -> None:
         """Make ``position`` the initial one and drop everything below."""
+        self._keep([p for p in self._positions if p > position])
         self._put(position, state)
-        self._keep([p for p in self._positions if p >= position])
+
+    # -- the container -------------------------------------------------------------------------------------------
+
+    def _put(self, position: int, state: State) -> None:
+        if position not in self._states:
+            if self.slots is not None and len(self._positions) >= self.slots:
+                raise AssertionError(f"no slot is free for position {position}: held are {self._positions}")
+            insort(self._positions, position)
+        self._states[position] = state
+
+    def _keep(self, positions: list[int]) -> None:
+        self._positions = positions
+        self._states = {p: self._states[p] for p in positions}
