@@ -14,7 +14,7 @@ from .capture.ops import SUBSTITUTES, op_info
 from .capture.slicing import Keyed, Slice
 from .capture.tracer import Noise
 from .ir import Port, Role, StepGraph, gradient
-from .segments import Body, Segment, input_order, spec_of, thetas_of
+from .segments import Body, Segment, input_order, is_inner_state, spec_of, thetas_of
 from .update import UpdatePlan
 
 aten = torch.ops.aten
@@ -147,7 +147,8 @@ def build_segment(segment: Segment, body: Body, lifted: Sequence[int], hooked: b
         ref = segment.inputs[i]
         active = i in body.active
         if isinstance(ref, Value):
-            role = Role.THETA if i in thetas_of(segment) else Role.CARRY
+            inner = Role.OPT_STATE if is_inner_state(ref) else Role.CARRY
+            role = Role.THETA if i in thetas_of(segment) else inner
         else:
             role = Role.META if active else Role.NOISE if isinstance(ref, Noise) else Role.SCAN
         nodes[i] = builder.input(role, spec_of(ref), f"{role.value}_{i}", active)
@@ -156,7 +157,9 @@ def build_segment(segment: Segment, body: Body, lifted: Sequence[int], hooked: b
     results, outputs = [], []
     for k, ((number, index), spec) in enumerate(body.outputs.items()):
         results.append(builder.value(("v", number, index)))
-        outputs.append(Port(Role.CARRY, spec, f"out_{k}", (number, index) in body.active_outputs))
+        inner = is_inner_state(Value(segment.entries[number], index))
+        role = Role.OPT_STATE if inner else Role.CARRY
+        outputs.append(Port(role, spec, f"out_{k}", (number, index) in body.active_outputs))
     builder.graph.output(tuple(results))
     builder.graph.lint()
     return StepGraph(

@@ -16,7 +16,7 @@ class _Interpreter(fx.Interpreter):
         super().__init__(torch.nn.Module(), graph=step.graph)
         self.create_graph, self.cotangent_hook = create_graph, cotangent_hook
         self.first_order = step.first_order
-        self.several = sum(n.target is gradient for n in step.graph.nodes) > 1
+        self.several = step.steps > 1
 
     def run_node(self, n: fx.Node) -> Any:
         if n.op != "call_function":

@@ -11,9 +11,10 @@ A `Program` is the sequence of calls of such graphs that a window has recorded.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -91,6 +92,11 @@ class StepGraph:
     hooked: bool = False
     programs: dict[str, Any] = field(default_factory=dict)
 
+    @cached_property
+    def steps(self) -> int:
+        """How many inner steps it takes."""
+        return sum(node.target is gradient for node in self.graph.nodes)
+
     def positions(self, *roles: Role) -> list[int]:
         """Positions of the inputs with these roles."""
         return [i for i, port in enumerate(self.inputs) if port.role in roles]
@@ -148,6 +154,11 @@ class StepCall:
     metas: tuple[Any, ...]
     location: str
     rng: int = -1
+
+    def changed(self) -> Iterator[tuple[int, int]]:
+        """Outputs of the step and the state indices they go to."""
+        first = int(self.step.outputs[0].role is Role.LOSS)
+        return enumerate((*self.update, *self.opt_state_out), start=first)
 
 
 @dataclass

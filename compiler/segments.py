@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,7 +17,8 @@ from .capture.entries import Entry, Number, Value
 from .capture.ops import op_info
 from .capture.slicing import Keyed, hook_key
 from .capture.tracer import Input, Noise, ScanItem, Trace
-from .ir import gradient
+from .ir import gradient, show
+from .update import UpdatePlan
 
 aten = torch.ops.aten
 
@@ -101,9 +103,19 @@ def spec_of(ref: Any) -> tuple:
     return ref.ref if isinstance(ref, Value) else ref.spec
 
 
+def is_inner_state(ref: Value) -> bool:
+    """Whether a value is theta or optimizer state, which a truncated gradient does not flow through for long."""
+    entry = ref.entry
+    if entry.op is show:
+        return True
+    while entry.op is operator.getitem:
+        entry = entry.args[0].entry
+    return isinstance(entry.op, UpdatePlan)
+
+
 def _kind(ref: Any) -> tuple:
     if isinstance(ref, Value):
-        return ("value", ref.ref)
+        return ("value", ref.ref, is_inner_state(ref))
     if isinstance(ref, Noise):
         return ("noise", ref.spec, ref.key)
     return ("scan" if isinstance(ref, ScanItem) else "input", ref.spec, ref.grad)

@@ -18,6 +18,7 @@ from .bridge import refuse_third_order
 from .engine import Engine, Sweep
 from .inputs import Held, Inputs
 from .noise import Drawn, generator_of
+from .truncated import pull_back_truncated
 
 
 class _Ready:
@@ -62,6 +63,11 @@ class BoundProgram:
         if found is None:
             found = self._fixed[at] = self._bound(item, position)
         return found
+
+    def takes_step(self, position: int) -> bool:
+        """Whether an inner step is taken there."""
+        item = self.rolled.calls[bisect_right(self._ends, position)]
+        return (item.call if isinstance(item, Loop) else item).step.steps > 0
 
     def _bound(self, call: StepCall, position: int) -> StepCall:
         given: list[Given] = call.inputs
@@ -143,7 +149,10 @@ class Run:
         for where, cotangent in zip(self.rolled.outputs, cotangents, strict=True):
             if cotangent is not None and isinstance(where, int):
                 sweep.deposit(self.program.end, where, cotangent)
-        self.engine.pull_back(sweep, 0)
+        if self.rolled.limit is None:
+            self.engine.pull_back(sweep, 0)
+        else:
+            pull_back_truncated(self.engine, sweep, self.rolled.limit, self.rolled.offline)
         grads: dict[Input, Tensor] = {}
         for key, grad in sweep.metas.items():
             if not isinstance(key, tuple):

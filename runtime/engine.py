@@ -6,7 +6,8 @@ It holds detached tensors only, so that autograd nodes may refer to it without a
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ class Sweep:
         position: they have been pulled back to here.
         cotangents: state index -> cotangent at `position`.
         deposits: tape position -> cotangents that join there.
-        metas: number of a meta-parameter -> its gradient so far.
+        metas: meta-parameter (its number, or what else stands for it) -> its gradient so far.
         adopted: state index -> cotangent that arrived at the adoption of that parameter.
     """
 
@@ -39,7 +40,7 @@ class Sweep:
         self.position = -1
         self.cotangents: dict[int, Tensor] = {}
         self.deposits: dict[int, list[tuple[int, Tensor]]] = {}
-        self.metas: dict[int, Tensor] = {}
+        self.metas: dict[Any, Tensor] = {}
         self.adopted: dict[int, Tensor] = {}
 
     def deposit(self, position: int, index: int, grad: Tensor) -> None:
@@ -50,6 +51,11 @@ class Sweep:
         """Accumulate at the current position."""
         known = self.cotangents.get(index)
         self.cotangents[index] = grad if known is None else known + grad
+
+    def meta(self, key: Any, grad: Tensor) -> None:
+        """Accumulate the gradient of a meta-parameter."""
+        known = self.metas.get(key)
+        self.metas[key] = grad if known is None else known + grad
 
     def arrive(self, position: int) -> None:
         """Move to ``position`` and merge what was deposited there."""
@@ -257,39 +263,61 @@ class Engine:
             sweep.position = max(top, bottom)
         if top > sweep.position:
             raise AssertionError(f"a cotangent came for position {top} after the sweep had passed it")
+        with self.sweeping():
+            sweep.arrive(sweep.position)
+            while sweep.position > bottom:
+                position = sweep.position - 1
+                call = self.program[position]
+                if isinstance(call, Assign):
+                    for index in call.indices:
+                        arrived = sweep.cotangents.pop(index, None)
+                        if call.adoption and arrived is not None:
+                            sweep.adopted[index] = arrived
+                else:
+                    self._pull(call, position, sweep)
+                sweep.arrive(position)
+
+    @contextmanager
+    def sweeping(self) -> Iterator[None]:
+        """Circumstances of a sweep; the states it works on are dropped in the end."""
         with _disable_current_modes(), torch.no_grad(), cotangent_hook.active(self.backward_hook):
             try:
-                sweep.arrive(sweep.position)
-                while sweep.position > bottom:
-                    position = sweep.position - 1
-                    call = self.program[position]
-                    if isinstance(call, Assign):
-                        for index in call.indices:
-                            arrived = sweep.cotangents.pop(index, None)
-                            if call.adoption and arrived is not None:
-                                sweep.adopted[index] = arrived
-                    else:
-                        self._vjp(call, position, sweep)
-                    sweep.arrive(position)
+                yield
             finally:
                 self._work = {}
 
-    def _vjp(self, call: StepCall, position: int, sweep: Sweep) -> None:
-        step = call.step
-        changed = (*call.update, *call.opt_state_out)
-        outputs = cotangent_outputs(step)
-        first = int(step.outputs[0].role is Role.LOSS)
-        received = {i: sweep.cotangents.pop(index, None) for i, index in enumerate(changed, start=first)}
+    def _pull(self, call: StepCall, position: int, sweep: Sweep) -> None:
+        received = {k: sweep.cotangents.pop(index, None) for k, index in call.changed()}
+        for role, index, grad in self.vjp(call, position, received):
+            if role is Role.META:
+                sweep.meta(index, grad)
+            elif role is Role.THETA and call.base != position:
+                sweep.deposit(call.base, index, grad)
+            else:
+                sweep.add(index, grad)
+
+    def vjp(
+        self, call: StepCall, position: int, received: dict[int, Tensor | None]
+    ) -> Iterator[tuple[Role, Any, Tensor]]:
+        """Pull cotangents of one call's outputs back through it.
+
+        Args:
+            call: the call, at ``position``.
+            position: its position.
+            received: cotangent by output.
+
+        Yields:
+            For each input that has a gradient: its role, its state index or meta-parameter, the gradient.
+        """
         if all(c is None for c in received.values()):
             return
+        step = call.step
         self._load(sorted({call.base, position}))
-        inputs = self._inputs(call, self._at(position), self._at(call.base))
-        cotangents = []
-        for i in outputs:
-            c = received[i]
-            cotangents.append(_zeros(step.outputs[i].spec) if c is None else c)
+        arguments = self._inputs(call, self._at(position), self._at(call.base))
+        for i in cotangent_outputs(step):
+            c = received.get(i)
+            arguments.append(_zeros(step.outputs[i].spec) if c is None else c)
         self.vjps += 1
-        arguments = (*inputs, *cotangents)
         try:
             vjp = lowered(step, "vjp", arguments, self.backend)
         except CaptureError:
@@ -298,26 +326,18 @@ class Engine:
             raise CaptureError(
                 f"the inner step at {call.location} cannot be differentiated a second time: {error}"
             ) from error
-        grads = vjp(*arguments)
-        roles = [p.role for p in step.inputs]
+        state = iter(call.opt_state_in)
         indices = {
             Role.THETA: iter(call.theta),
             Role.THETA_NOW: iter(call.update),
-            Role.OPT_STATE: iter(call.opt_state_in),
-            Role.CARRY: iter(call.opt_state_in),
+            Role.OPT_STATE: state,
+            Role.CARRY: state,
             Role.META: iter(call.metas),
         }
-        for role, grad in zip(roles, grads, strict=True):
-            index = next(indices[role]) if role in indices else None
-            if grad is None or index is None:
-                continue
-            if role is Role.META:
-                known = sweep.metas.get(index)
-                sweep.metas[index] = grad if known is None else known + grad
-            elif role is Role.THETA and call.base != position:
-                sweep.deposit(call.base, index, grad)
-            else:
-                sweep.add(index, grad)
+        for port, grad in zip(step.inputs, vjp(*arguments), strict=True):
+            index = next(indices[port.role]) if port.role in indices else None
+            if grad is not None and index is not None:
+                yield port.role, index, grad
 
 
 def _may_keep(call: StepCall | Assign, position: int) -> bool:

@@ -49,6 +49,8 @@ class Rolled:
             end: a register, or an `Input` passed through.
         dead: places of the outputs that carry no gradient.
         slots, backward_hook: options of its windows.
+        limit: W, where gradients are truncated.
+        offline: whether a window's own parameters receive a gradient.
     """
 
     calls: list[StepCall | Loop] = field(default_factory=list)
@@ -58,6 +60,8 @@ class Rolled:
     dead: tuple[int, ...] = ()
     slots: int | None = None
     backward_hook: Callable | None = None
+    limit: int | None = None
+    offline: bool = False
 
 
 def roll(draft: Draft, step_of: StepOf) -> tuple[Rolled, str]:
@@ -67,7 +71,7 @@ def roll(draft: Draft, step_of: StepOf) -> tuple[Rolled, str]:
         draft: the parts.
         step_of: cache of step graphs: key, how to build one -> the step graph.
     """
-    rolled = Rolled()
+    rolled = Rolled(limit=draft.limit, offline=any(w.offline for w in draft.trace.windows))
     for window in draft.trace.windows:
         rolled.slots = window.slots if rolled.slots is None else rolled.slots
         rolled.backward_hook = window.backward_hook or rolled.backward_hook
