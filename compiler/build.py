@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .capture.entries import Function, Value
+from .capture.entries import Function
 from .capture.ops import SUBSTITUTES, op_info
 from .capture.slicing import Keyed, Slice
-from .capture.tracer import Noise
 from .ir import Port, Role, StepGraph, gradient
-from .segments import Body, Segment, input_order, is_inner_state, spec_of, thetas_of
+from .segments import Body, Roles, Segment, roles_of, spec_of
 from .update import UpdatePlan
 
 aten = torch.ops.aten
@@ -131,7 +130,9 @@ def build_step(
     )
 
 
-def build_segment(segment: Segment, body: Body, lifted: Sequence[int], hooked: bool) -> StepGraph:
+def build_segment(
+    segment: Segment, body: Body, lifted: Sequence[int], hooked: bool, roles: Roles | None = None
+) -> StepGraph:
     """The StepGraph of a segment: what it passes on, from what it reads.
 
     Args:
@@ -139,27 +140,20 @@ def build_segment(segment: Segment, body: Body, lifted: Sequence[int], hooked: b
         body: which outputs are wanted, and what of all this carries a gradient.
         lifted: which of the segment's numbers are inputs.
         hooked: see `StepGraph`.
+        roles: of its inputs and outputs; None for those of a part of a compiled function.
     """
+    roles = roles or roles_of(segment, body)
     builder = _Builder(segment, lifted)
-    order = input_order(segment)
     nodes: dict[int, fx.Node] = {}
-    for i in order:
-        ref = segment.inputs[i]
-        active = i in body.active
-        if isinstance(ref, Value):
-            inner = Role.OPT_STATE if is_inner_state(ref) else Role.CARRY
-            role = Role.THETA if i in thetas_of(segment) else inner
-        else:
-            role = Role.META if active else Role.NOISE if isinstance(ref, Noise) else Role.SCAN
-        nodes[i] = builder.input(role, spec_of(ref), f"{role.value}_{i}", active)
+    for i in roles.order:
+        role = roles.inputs[i]
+        nodes[i] = builder.input(role, spec_of(segment.inputs[i]), f"{role.value}_{i}", i in body.active)
     numbers = {i: builder.number(i) for i in lifted}
     builder.body([], [nodes[i] for i in range(len(nodes))], numbers)
     results, outputs = [], []
-    for k, ((number, index), spec) in enumerate(body.outputs.items()):
-        results.append(builder.value(("v", number, index)))
-        inner = is_inner_state(Value(segment.entries[number], index))
-        role = Role.OPT_STATE if inner else Role.CARRY
-        outputs.append(Port(role, spec, f"out_{k}", (number, index) in body.active_outputs))
+    for k, (place, role) in enumerate(roles.outputs.items()):
+        results.append(builder.value(("v", *place)))
+        outputs.append(Port(role, body.outputs[place], f"{role.value}_{k}'", place in body.active_outputs))
     builder.graph.output(tuple(results))
     builder.graph.lint()
     return StepGraph(

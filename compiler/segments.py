@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from metaoptim.errors import CaptureError
+from metaoptim.errors import CaptureError, user_location
 
 from .capture.entries import Entry, Number, Value
 from .capture.ops import op_info
 from .capture.slicing import Keyed, hook_key
 from .capture.tracer import Input, Noise, ScanItem, Trace
-from .ir import gradient, show
+from .ir import Role, gradient, show
 from .update import UpdatePlan
 
 aten = torch.ops.aten
@@ -174,13 +174,55 @@ def thetas_of(segment: Segment) -> set[int]:
     return {at for at in found if at is not None}
 
 
-def input_order(segment: Segment) -> list[int]:
+@dataclass
+class Roles:
+    """What the inputs and outputs of a segment are to the inner loop.
+
+    Attributes:
+        inputs: by place.
+        order: the places in the order of a step graph's inputs.
+        outputs: by (entry, output), in order.
+    """
+
+    inputs: list[Role]
+    order: list[int]
+    outputs: dict[tuple, Role]
+
+
+_RANK = {Role.THETA: 0, Role.OPT_STATE: 1, Role.CARRY: 1}
+
+
+def ordered(inputs: list[Role]) -> list[int]:
     """Places of the inputs in the order of a step graph's: theta, other values passed on, the rest."""
+    return sorted(range(len(inputs)), key=lambda at: (_RANK.get(inputs[at], 2), at))
+
+
+def roles_of(segment: Segment, body: Body) -> Roles:
+    """Roles in a part of a compiled function."""
     thetas = thetas_of(segment)
-    return sorted(
-        range(len(segment.inputs)),
-        key=lambda at: (at not in thetas, not isinstance(segment.inputs[at], Value), at),
-    )
+    inputs = []
+    for at, ref in enumerate(segment.inputs):
+        if isinstance(ref, Value):
+            inner = Role.OPT_STATE if is_inner_state(ref) else Role.CARRY
+            inputs.append(Role.THETA if at in thetas else inner)
+        else:
+            given = Role.NOISE if isinstance(ref, Noise) else Role.SCAN
+            inputs.append(Role.META if at in body.active else given)
+    outputs = {}
+    for number, index in body.outputs:
+        inner = is_inner_state(Value(segment.entries[number], index))
+        outputs[number, index] = Role.OPT_STATE if inner else Role.CARRY
+    return Roles(inputs, ordered(inputs), outputs)
+
+
+def whole(trace: Trace) -> Draft:
+    """A trace as one part."""
+    draft = Draft(trace)
+    draft.units.append(Unit(Segment(trace.entries), len(trace.steps), user_location(), None))
+    draft.unit_of.update((id(e), 0) for e in trace.entries)
+    _refuse_aliases_across(draft)
+    group(draft)
+    return draft
 
 
 def split(trace: Trace) -> Draft:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,15 +16,16 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .compiler.capture import intercept
 from .compiler.capture.refusals import refusing
-from .compiler.capture.tracer import Input, capturing
+from .compiler.capture.tracer import Input, Tracer, capturing
 from .compiler.ir import Loop, Role, StepGraph
 from .compiler.passes.pipeline import Options, Record, compile_trace
 from .compiler.passes.roll import Rolled
-from .errors import WindowError
 from .guards import Scene
 from .runtime.compiled import Call, Run
 from .runtime.distributed import average_over_ranks
+from .runtime.recorded import RecordedSession
 from .runtime.session import current_session
+from .runtime.stepping import CapturedStep, CompiledStep, aside
 
 _log = logging.getLogger("metaoptim.compile")
 _steps: dict[tuple, StepGraph] = {}
@@ -37,11 +40,8 @@ class Program:
         sources: input of the program -> its place in the scene's tensors, or the very tensor.
     """
 
-    def __init__(
-        self, scene: Scene, rolled: Rolled, records: list[Record], spec: Any, leaves: list[Any]
-    ) -> None:
-        self.rolled, self.records = rolled, records
-        self.spec, self.leaves = spec, leaves
+    def __init__(self, scene: Scene, rolled: Rolled, records: list[Record], traced: Traced) -> None:
+        self.rolled, self.records, self.traced = rolled, records, traced
         self.remembered = scene.remembered()
         at = scene.place_of()
         found = {g.of for c in rolled.calls for g in _call(c).inputs if isinstance(g.of, Input)}
@@ -73,7 +73,7 @@ class CompiledFunction:
     def __init__(self, fn: Callable, options: Options) -> None:
         functools.update_wrapper(self, fn)
         self._fn, self._options = fn, options
-        self._programs: dict[Any, list[Program]] = {}
+        self._programs: dict[Any, list[Any]] = {}
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         return self if instance is None else functools.partial(self, instance)
@@ -83,13 +83,16 @@ class CompiledFunction:
         recorder = intercept.recording.get()
         if recorder is not None and recorder.symbolic:
             return self._fn(*args, **kwargs)
-        if current_session() is not None:
-            raise WindowError("a compiled function was called inside a window")
+        session = current_session()
+        if isinstance(session, RecordedSession):
+            return self._step(session, args, kwargs)
+        if session is not None:
+            return self._fn(*args, **kwargs)  # full_tape: the oracle is not compiled
         scene = Scene(self._fn, args, kwargs)
         program = self._find(scene) or self._compile(scene, args, kwargs)
         return self._run(program, scene)
 
-    def _find(self, scene: Scene) -> Program | None:
+    def _find(self, scene: Scene) -> Any:
         for program in self._programs.get(scene.key, ()):
             if all(ref() is o for ref, o in zip(program.remembered, scene.objects, strict=True)):
                 return program
@@ -104,6 +107,24 @@ class CompiledFunction:
         _log.info("%s %s in %.2f s", self._fn.__qualname__, what, time.perf_counter() - begun)
         return program
 
+    def _step(self, window: RecordedSession, args: tuple, kwargs: dict) -> Any:
+        """One compiled inner step of the window that is open."""
+        with window.recorder.paused():
+            scene = Scene(self._fn, args, kwargs)
+        scene.key = ("step", window.options.backward_hook is not None, scene.key)
+        program = self._find(scene)
+        if program is None:
+            with aside(window):
+                at = scene.place_of()
+                traced, _, session = trace_of(self._fn, args, kwargs, window)
+            assert session is not None
+            step = CompiledStep(session, traced.tensors, _step)
+            sources = {x: at.get(id(x.tensor), x.tensor) for x in step.given if isinstance(x, Input)}
+            program = StepProgram(step, sources, scene.remembered(), traced)
+            self._programs.setdefault(scene.key, []).append(program)
+        results = program.step.run(window, lambda x: program.tensor(x, scene), self._options.backend)
+        return program.traced.restored(results)
+
     def _run(self, program: Program, scene: Scene) -> Any:
         tensors = program.tensors(scene)
         rolled, options = program.rolled, self._options
@@ -115,10 +136,7 @@ class CompiledFunction:
         else:
             found = run.forward()
         self._write(program, scene, run.last)
-        outputs = iter(found)
-        return tree_unflatten(
-            [next(outputs) if leaf is _TENSOR else leaf for leaf in program.leaves], program.spec
-        )
+        return program.traced.restored(found)
 
     @torch.no_grad()
     def _write(self, program: Program, scene: Scene, last: list[tuple[Any, Tensor]]) -> None:
@@ -134,23 +152,62 @@ class CompiledFunction:
 _TENSOR = object()
 
 
-def capture(fn: Callable, options: Options, scene: Scene, args: tuple, kwargs: dict) -> Program:
-    """Capture ``fn`` as it acts on these arguments, and take its trace through the passes."""
+@dataclass
+class Traced:
+    """What a captured function returned: what stands for its tensors, whatever else it was, and how they nest."""
+
+    tensors: list[Any]
+    leaves: list[Any]
+    spec: Any
+
+    def restored(self, tensors: Iterable[Tensor]) -> Any:
+        """The result, with ``tensors`` in the place of its tensors."""
+        given = iter(tensors)
+        return tree_unflatten([next(given) if leaf is _TENSOR else leaf for leaf in self.leaves], self.spec)
+
+
+@dataclass
+class StepProgram:
+    """A captured step, for one set of guards."""
+
+    step: CompiledStep
+    sources: dict[Input, int | Tensor]
+    remembered: list[Any]
+    traced: Traced
+
+    def tensor(self, x: Input, scene: Scene) -> Tensor:
+        """The tensor behind an input in this call."""
+        source = self.sources[x]
+        return scene.tensors[source] if isinstance(source, int) else source
+
+
+def trace_of(
+    fn: Callable, args: tuple, kwargs: dict, window: RecordedSession | None = None
+) -> tuple[Traced, Tracer, CapturedStep | None]:
+    """Run ``fn`` on these arguments, symbolically; inside ``window``, as one of its steps."""
     intercept.install()
     try:
         with refusing(), capturing() as tracer:
             token = intercept.recording.set(tracer)
             try:
-                with torch.enable_grad():
-                    result = fn(*args, **kwargs)
-                    leaves, spec = tree_flatten(result)
-                    tracer.trace.outputs = [tracer.give(t) for t in leaves if isinstance(t, Tensor)]
+                session = None if window is None else CapturedStep(window, tracer)
+                with torch.enable_grad(), nullcontext() if session is None else session.stepping():
+                    leaves, spec = tree_flatten(fn(*args, **kwargs))
+                    given = [tracer.give(t) for t in leaves if isinstance(t, Tensor)]
             finally:
                 intercept.recording.reset(token)
     finally:
         intercept.uninstall()
+    kept = [_TENSOR if isinstance(x, Tensor) else x for x in leaves]
+    return Traced(given, kept, spec), tracer, session
+
+
+def capture(fn: Callable, options: Options, scene: Scene, args: tuple, kwargs: dict) -> Program:
+    """Capture ``fn`` as it acts on these arguments, and take its trace through the passes."""
+    traced, tracer, _ = trace_of(fn, args, kwargs)
+    tracer.trace.outputs = traced.tensors
     rolled, records = compile_trace(tracer.trace, options, _step)
-    return Program(scene, rolled, records, spec, [_TENSOR if isinstance(x, Tensor) else x for x in leaves])
+    return Program(scene, rolled, records, traced)
 
 
 def _step(key: tuple, build: Callable[[], StepGraph]) -> StepGraph:
@@ -172,7 +229,8 @@ def compile(
 
     Args:
         fn: the function; None to use `compile` with options, as a decorator.
-        window, slots: as of `SlidingWindow`, for windows inside that leave them unsaid.
+        window: as of `SlidingWindow`, for windows inside that leave it unsaid.
+        slots: likewise.
         backend: a backend of torch.compile: ``"inductor"``, ``"aot_eager"``, or ``"eager"``.
         self_check: compare every compiled graph with its uncompiled form on first use.
 

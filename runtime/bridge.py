@@ -114,7 +114,19 @@ class Read(torch.autograd.Function):
         for index, grad in zip(ctx.indices, grads, strict=True):
             if grad is not None:
                 sweep.deposit(ctx.position, index, grad)
-        return None, None, None, None, torch.empty(0)
+        return *[None] * (len(ctx.needs_input_grad) - 1), torch.empty(0)
+
+
+class Results(torch.autograd.Function):
+    """What a compiled step returned, as it left it at ``position``; entries of the state like theta itself."""
+
+    @staticmethod
+    def forward(ctx: Any, engine: Engine, position: int, indices: Sequence[int], token: Tensor) -> tuple:  # type: ignore[override]
+        ctx.set_materialize_grads(False)
+        ctx.engine, ctx.position, ctx.indices = engine, position, tuple(indices)
+        return tuple(engine.state[i].clone() for i in indices)
+
+    backward = Read.backward  # type: ignore[assignment]
 
 
 class Alias(torch.autograd.Function):

@@ -132,11 +132,14 @@ class CapturedSession(Session):
             root = root.entry.args[0]
         if isinstance(root, Input) and root.tensor is own:
             return
-        detached = Value(tracer.add(aten.detach.default, (value,), grad=True), None)
+        self._leave(target, own, last, value)
+
+    def _leave(self, target: Any, own: Tensor | None, last: Tensor, value: Any) -> None:
+        detached = Value(self.recorder.add(aten.detach.default, (value,), grad=True), None)
         detached.ref = tensor_spec(last)
         self.mark.last.append((target, detached))
         if own is not None and not self.options.offline:
-            tracer.bind(own, detached)
+            self.recorder.bind(own, detached)
 
     def _enter(self, ordinals: list[int], late: bool) -> None:
         if late:

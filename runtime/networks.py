@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -107,6 +108,25 @@ class Networks:
         for module, name in self._places[i]:
             module._parameters[name] = value  # type: ignore[assignment]
 
+    @contextmanager
+    def hidden(self) -> Iterator[None]:
+        """Inside the block the modules have their own parameters (and the window's buffers)."""
+        shown = list(self.shown)
+        self._place(self.originals)
+        try:
+            yield
+        finally:
+            self._place(shown)
+
+    def _place(self, parameters: Sequence[Tensor]) -> None:
+        for places, p in zip(self._places, parameters, strict=True):
+            for module, name in places:
+                module._parameters[name] = p  # type: ignore[assignment]
+        for module in self._modules.values():
+            refresh: Any = getattr(module, "_init_flat_weights", None)  # torch's RNNs cache their weights
+            if refresh is not None:
+                refresh()
+
     def is_buffer(self, t: Tensor) -> bool:
         """Whether ``t`` is a buffer of the networks."""
         return any(m._buffers.get(name) is t for m, name, _ in self._buffers)
@@ -153,15 +173,9 @@ class Networks:
 
     def restore(self) -> None:
         """Give every module its own parameters and buffers back."""
-        for i, p in enumerate(self.originals):
-            for module, name in self._places[i]:
-                module._parameters[name] = p
+        self._place(self.originals)
         for module, name, own in self._buffers:
             module._buffers[name] = own
-        for module in self._modules.values():
-            refresh: Any = getattr(module, "_init_flat_weights", None)  # torch's RNNs cache their weights
-            if refresh is not None:
-                refresh()
 
     def back_up(self, targets: list[Tensor]) -> None:
         """``targets`` are about to be overwritten: keep what `undo` must put back of frozen parameters."""

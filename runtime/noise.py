@@ -50,3 +50,37 @@ def _stand_in(a: Any) -> Any:
         _, shape, dtype, stride, device = a
         return torch.empty_strided(shape, stride, dtype=dtype, device=device)
     return a
+
+
+class _Draw:
+    """What a step drew, and the generator's state before."""
+
+    def __init__(self, noises: Sequence[Any]) -> None:
+        self.drawn = [Drawn(n) for n in noises]
+        self.state = generator_of(self.drawn[0].device).get_rng_state()
+        self.values: list[Tensor] | None = [d.get() for d in self.drawn]  # now, from the user's generator
+
+    def get(self, k: int) -> Tensor:
+        if self.values is None:
+            self.values, _ = draw(self.drawn, self.state)
+        value = self.values[k]
+        if k == len(self.drawn) - 1:
+            self.values = None  # all have been asked for
+        return value
+
+
+class Redrawn:
+    """One of the random inputs of a step that has been taken: kept as the generator's state, drawn again on replay."""
+
+    def __init__(self, of: _Draw, k: int) -> None:
+        self.of, self.k = of, k
+
+    def get(self) -> Tensor:
+        """The numbers that were drawn."""
+        return self.of.get(self.k)
+
+
+def redrawn(noises: Sequence[Any]) -> list[Redrawn]:
+    """Draw the random inputs of a step, in order."""
+    of = _Draw(noises) if noises else None
+    return [] if of is None else [Redrawn(of, k) for k in range(len(noises))]

@@ -60,7 +60,8 @@ class RecordedSession(Session):
         self.view = ThetaView(options, self.engine, self.networks)
         self.recorder = self.view.recorder
         self._lifts = True  # whether hyper-parameters that are numbers may become inputs
-        self._opt_state: dict[tuple[int, int, str], int] = {}  # (optimizer, ordinal, name) -> state index
+        self.opt_state: dict[tuple[int, int, str], int] = {}  # (optimizer, ordinal, name) -> state index
+        self.results: dict[tuple[int, int], int] = {}  # (compiled step, number of its result) -> state index
 
     @property
     def program(self) -> Program:
@@ -98,7 +99,7 @@ class RecordedSession(Session):
         outputs = iter(call.opt_state_out)
         for i, state in zip(update.ordinals, new_states, strict=True):
             for name in state:
-                self._opt_state[id(optimizer), i, name] = next(outputs)
+                self.opt_state[id(optimizer), i, name] = next(outputs)
             optimizer.state[self.networks.originals[i]] = state
         changes = [
             *zip(call.update, new, strict=True),
@@ -177,8 +178,6 @@ class RecordedSession(Session):
         """
         inside = False
         engine = self.engine
-        changes: list[tuple[int, Tensor]] = []
-        end = len(engine.state)
         for i in ordinals:
             p = self.networks.originals[i]
             state = optimizer.state[p]
@@ -192,23 +191,31 @@ class RecordedSession(Session):
                     inside = True
                 else:
                     state.update(initial)
-            for name, value in state.items():
-                index = self._opt_state.get((id(optimizer), i, name))
-                if index is None:
-                    index = self._opt_state[id(optimizer), i, name] = end
-                    end += 1
-                elif engine.state[index] is value:
+        self.bring(optimizer, ordinals)
+        return inside
+
+    def bring(self, optimizer: Any, ordinals: list[int]) -> None:
+        """Put optimizer state that is not on the tape onto it."""
+        engine = self.engine
+        known, new = self.opt_state, {}
+        changes: list[tuple[int, Tensor]] = []
+        for i in ordinals:
+            for name, value in optimizer.state[self.networks.originals[i]].items():
+                key = (id(optimizer), i, name)
+                if key in known and engine.state[known[key]] is value:
                     continue
                 if value.requires_grad:
                     raise WindowError(
                         f"the optimizer state {name!r} of {self.networks.names[i]!r} requires grad; detach it, or open "
                         "the window with strategy='full_tape' to differentiate by it"
                     )
-                changes.append((index, state[name]))
+                if key not in known:
+                    new[key] = len(engine.state) + len(new)
+                changes.append((known[key] if key in known else new[key], value))
         if changes:
             engine.append(Assign(tuple(i for i, _ in changes), [v for _, v in changes]), changes)
+            known.update(new)
             self.recorder.epoch.position = engine.position  # theta is the same here
-        return inside
 
     # -- the step graph ------------------------------------------------------------------------------------------
 
@@ -282,11 +289,11 @@ class RecordedSession(Session):
         end, outputs = len(engine.state), []
         for i, state in zip(update.ordinals, new_states, strict=True):
             for name in state:
-                index = self._opt_state.get((id(optimizer), i, name), end)
+                index = self.opt_state.get((id(optimizer), i, name), end)
                 end += index == end
                 outputs.append(index)
         inputs = [
-            self._opt_state[id(optimizer), i, name]
+            self.opt_state[id(optimizer), i, name]
             for i, state in zip(update.ordinals, update.states, strict=True)
             for name in state
         ]

@@ -15,7 +15,7 @@ from ..compiler.capture.entries import Epoch, Theta
 from ..compiler.capture.recorder import Recorder
 from ..compiler.capture.slicing import Slice
 from ..compiler.ir import Assign
-from .bridge import Link, Read, as_parameter, new_token
+from .bridge import Link, Read, Results, as_parameter, new_token
 from .engine import Engine
 from .inputs import Held, Inputs
 from .networks import Networks
@@ -157,6 +157,15 @@ class ThetaView:
                 self._token = Link.apply(engine, engine.position, numbers, (), self._token, *new.values())
         engine.append(call, changes)
         self._show(ordinals)
+
+    def results(self, indices: list[int]) -> tuple[Tensor, ...]:
+        """State entries that a compiled step has just left, as tensors of the user's."""
+        if self.sliding is not None:
+            raise CaptureError(
+                "a compiled step that returns what depends on the parameters, in a window with window=W; return "
+                "detached values, and compute outer losses outside the step"
+            )
+        return Results.apply(self.engine, self.engine.position, indices, self._token)
 
     # -- what is read from outside (the recorder asks) -----------------------------------------------------------
 

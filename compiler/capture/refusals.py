@@ -44,8 +44,8 @@ _NO_VALUES = (
     "the compiled function, or leave the loop in an ordinary window and compile the inner step only"
 )
 _NO_BACKWARD = (
-    "backward() inside a compiled function: return the loss, and call backward() on what the function returns (an inner "
-    "gradient: torch.autograd.grad(..., create_graph=True))"
+    "backward() inside a compiled function: return the loss, and call backward() on what the function returns (for a "
+    "gradient inside, use torch.autograd.grad(..., create_graph=True))"
 )
 _NO_STEP = (
     "an outer optimizer's step() inside a compiled function, which would be taken once and never again; call it after "

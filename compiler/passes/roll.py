@@ -12,7 +12,7 @@ from ..build import build_segment
 from ..capture.entries import Value
 from ..capture.tracer import Input, Noise, ScanItem
 from ..ir import Loop, StepCall, StepGraph
-from ..segments import Body, Draft, Unit, identity, input_order
+from ..segments import Body, Draft, Unit, identity, roles_of
 
 StepOf = Callable[[tuple, Callable[[], StepGraph]], StepGraph]
 
@@ -140,7 +140,7 @@ def _lifted(body: Body) -> tuple[int, ...]:
 def _call(unit: Unit, step: StepGraph, lifted: tuple[int, ...], read: dict, written: list[int]) -> StepCall:
     segment = unit.segment
     state, given = [], []
-    for at in input_order(segment):
+    for at in roles_of(segment, unit.body).order:
         ref = segment.inputs[at]
         if isinstance(ref, Value):
             state.append(read[identity(ref)])

@@ -1,0 +1,246 @@
+"""A compiled inner step inside an ordinary window (form B): captured once, then one call of the engine each time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from metaoptim.errors import CaptureError, WindowError, user_location
+
+from ..compiler.build import build_segment
+from ..compiler.capture import intercept
+from ..compiler.capture.entries import Value
+from ..compiler.capture.tracer import Input, Noise, Tracer
+from ..compiler.ir import Role, StepCall
+from ..compiler.lower import lowered
+from ..compiler.passes.canonicalize import canonicalize
+from ..compiler.passes.prune import prune
+from ..compiler.passes.roll import StepOf
+from ..compiler.segments import Roles, ordered, whole
+from .capturing import CapturedSession
+from .noise import redrawn
+from .recorded import RecordedSession
+from .session import Options, _current
+
+
+class CapturedStep(CapturedSession):
+    """Stands in for the window while one of its steps is captured."""
+
+    def __init__(self, window: RecordedSession, tracer: Tracer) -> None:
+        super().__init__(Options(offline=True), tracer)
+        self.window = window
+        self.left: list[tuple[Any, Value]] = []  # what has a new value after the step, and which
+
+    @contextmanager
+    def stepping(self) -> Iterator[None]:
+        """The window's optimizers step here, from the networks' own parameters."""
+        self.open()
+        members = [m.optimizer for m in self.window.members.values()]
+        failed = True
+        try:
+            for optimizer in members:
+                optimizer._session = None
+                self.adopt(optimizer)
+            yield
+            failed = False
+            self.taken = [(m.optimizer, m.steps) for m in self.members.values()]
+        finally:
+            self.close(failed)
+            for optimizer in members:
+                optimizer._session = self.window
+
+    def _leave(self, target: Any, own: Tensor | None, last: Tensor, value: Any) -> None:
+        self.left.append((target, self.recorder.give(last)))
+
+
+@contextmanager
+def aside(window: RecordedSession) -> Iterator[None]:
+    """The window steps aside: its networks have their own parameters, its modes are off."""
+    tokens = [(_current, _current.set(None))]
+    tokens += [(v, v.set(None)) for v in (intercept.recording, intercept.binding)]
+    with window.networks.hidden(), _disable_current_modes():
+        try:
+            yield
+        finally:
+            for variable, token in reversed(tokens):
+                variable.reset(token)
+
+
+class CompiledStep:
+    """A captured step function.
+
+    Args:
+        captured: the session it was captured in.
+        outputs: what stands for the tensors the function returns.
+        step_of: cache of step graphs.
+    """
+
+    def __init__(self, captured: CapturedStep, outputs: list[Value], step_of: StepOf) -> None:
+        trace, window = captured.recorder.trace, captured.window
+        own = {id(p): p for p in captured.networks.originals}
+        states = {
+            id(v): (optimizer, p, name)
+            for optimizer in (m.optimizer for m in window.members.values())
+            for p, state in optimizer.state.items()
+            for name, v in state.items()
+        }
+        for x in trace.inputs:
+            x.grad = x.grad or id(x.tensor) in states
+        kinds: dict[str, list] = {"theta": [], "state": [], "buffer": []}
+        for target, value in captured.left:
+            kind = "state" if isinstance(target, tuple) else "theta" if id(target) in own else "buffer"
+            kinds[kind].append((target, value))
+        self.thetas = [p for p, _ in kinds["theta"]]
+        self.states = [target for target, _ in kinds["state"]]
+        where = {id(own): (module, name) for module, name, own in captured.networks._buffers}
+        self.buffers = [where[id(target)] for target, _ in kinds["buffer"]]
+        trace.outputs = [v for kind in kinds.values() for _, v in kind] + outputs
+        draft = whole(trace)
+        canonicalize(draft)
+        prune(draft)
+        (unit,) = draft.units
+        segment, body = unit.segment, unit.body
+        places = [(segment.number_of[id(v.entry)], v.index) for v in trace.outputs]
+        self.results = places[len(places) - len(outputs) :]
+        roles = self._roles(segment, body, places, own, states)
+        hooked = window.options.backward_hook is not None
+        key = (
+            segment.key,
+            tuple(body.outputs.items()),
+            tuple(roles.inputs),
+            tuple(map(_exact, segment.numbers)),
+            hooked,
+        )
+        self.step = step_of((*key, "step"), lambda: build_segment(segment, body, (), hooked, roles))
+        self.live = [place in body.active_outputs for place in self.results]
+        self.steps = len(trace.steps)
+        refs = [segment.inputs[at] for at in roles.order]
+        self.reads = [own[id(x.tensor)] for x in refs if isinstance(x, Input) and id(x.tensor) in own]
+        self.reads_state = [
+            states[id(x.tensor)] for x in refs if isinstance(x, Input) and id(x.tensor) in states
+        ]
+        self.given = refs[len(self.reads) + len(self.reads_state) :]
+        self.taken = captured.taken
+
+    def _roles(self, segment: Any, body: Any, places: list, own: dict, states: dict) -> Roles:
+        def role(at: int, x: Any) -> Role:
+            if isinstance(x, Noise):
+                return Role.NOISE
+            if id(x.tensor) in own:
+                return Role.THETA
+            if id(x.tensor) in states:
+                return Role.OPT_STATE
+            return Role.META if at in body.active else Role.SCAN
+
+        inputs = [role(at, x) for at, x in enumerate(segment.inputs)]
+        last = [Role.THETA] * len(self.thetas) + [Role.OPT_STATE] * len(self.states)
+        last += [Role.CARRY] * (len(places) - len(last))
+        return Roles(inputs, ordered(inputs), dict(zip(places, last, strict=True)))
+
+    def run(
+        self, window: RecordedSession, tensor_of: Callable[[Input], Tensor], backend: str
+    ) -> list[Tensor]:
+        """Take the step.
+
+        Args:
+            window: the open window.
+            tensor_of: the tensor behind an input, in this call.
+            backend: what the step is lowered to.
+
+        Returns:
+            The function's results; those that depend on what is learnt can be differentiated.
+        """
+        if window.options.record_grad_tape or window.options.pickup_step >= 0:
+            raise CaptureError(
+                "a compiled step inside a window with record_grad_tape or pickup_step; take either off"
+            )
+        for optimizer, _ in self.taken:
+            if id(optimizer) not in window.members:
+                window.adopt(optimizer)
+        view, engine, networks = window.view, window.engine, window.networks
+        with window.recorder.paused(), torch.no_grad():
+            networks.check()
+            view.settle()
+            for optimizer, _ in self.taken:
+                window.bring(optimizer, window.ordinals(optimizer))
+            given = [None if isinstance(x, Noise) else tensor_of(x) for x in self.given]
+            noise = iter(redrawn([x for x in self.given if isinstance(x, Noise)]))
+            held: list[Any] = [next(noise) if t is None else view.hold(t) for t in given]
+            call = self._call(window, held)
+            inputs = [engine.state[i] for i in (*call.theta, *call.opt_state_in)] + [h.get() for h in held]
+            results = lowered(self.step, "replay", inputs, backend)(*inputs)
+            changes = [
+                (i, v) for i, v in zip((*call.update, *call.opt_state_out), results, strict=True) if i >= 0
+            ]
+            self._show_state(window, call, results)
+            ports = self.step.inputs[len(self.step.inputs) - len(held) :]
+            metas = [
+                t for t, port in zip(given, ports, strict=True) if port.role is Role.META and t is not None
+            ]
+            updated = [self._ordinal(window, p) for p in self.thetas]
+            view.take(call, changes, window.recorder.epoch, metas, updated)
+            for optimizer, steps in self.taken:
+                window.members[id(optimizer)].steps += steps
+        return self._results(window, call, results)
+
+    def _ordinal(self, window: RecordedSession, p: Tensor) -> int:
+        ordinal = window.networks.index_of(p)
+        if ordinal is None:
+            raise WindowError("a compiled step trains a network that is no part of this window")
+        return ordinal
+
+    def _call(self, window: RecordedSession, held: list[Any]) -> StepCall:
+        view, known = window.view, window.opt_state
+        free = len(window.engine.state)
+        out = []
+        for optimizer, p, name in self.states:
+            key = (id(optimizer), self._ordinal(window, p), name)
+            if key not in known:
+                known[key], free = free, free + 1
+            out.append(known[key])
+        out += [-1] * len(self.buffers)
+        for k, live in enumerate(self.live):
+            if live and (id(self), k) not in window.results:
+                window.results[id(self), k], free = free, free + 1
+            out.append(window.results[id(self), k] if live else -1)
+        return StepCall(
+            self.step,
+            tuple(view.indices[self._ordinal(window, p)] for p in self.reads),
+            tuple(view.indices[self._ordinal(window, p)] for p in self.thetas),
+            tuple(known[id(o), self._ordinal(window, p), name] for o, p, name in self.reads_state),
+            tuple(out),
+            window.engine.position,
+            held,
+            (),
+            user_location(),
+        )
+
+    def _show_state(self, window: RecordedSession, call: StepCall, results: Sequence[Tensor]) -> None:
+        """Let the optimizers and the networks' buffers have their new values."""
+        values = iter(results[len(self.thetas) :])
+        for optimizer, p, name in self.states:
+            optimizer.state[p] = {**optimizer.state[p], name: next(values)}
+        for module, name in self.buffers:
+            buffer: Any = module._buffers[name]
+            window.view.preserve([buffer])
+            buffer.copy_(next(values))
+
+    def _results(self, window: RecordedSession, call: StepCall, results: Sequence[Tensor]) -> list[Tensor]:
+        found = list(results[len(results) - len(self.live) :])
+        at = [k for k, live in enumerate(self.live) if live]
+        if at:
+            indices = [window.results[id(self), k] for k in at]
+            with window.recorder.paused(), torch.enable_grad():
+                reads = window.view.results(indices)
+            for k, t in zip(at, reads, strict=True):
+                found[k] = t
+        return [t if live else t.clone() for t, live in zip(found, self.live, strict=True)]
+
+
+def _exact(x: Any) -> Any:
+    return x.hex() if isinstance(x, float) else x
