@@ -84,8 +84,7 @@ def agree(got: Tensor, want: Tensor) -> bool:
 
 def _random_like(t: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(0)  # the user's stays where it is
-    found = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
-    return found.copy_(torch.randn(t.shape, generator=generator, dtype=t.dtype))
+    return torch.empty_like(t).copy_(torch.randn(t.shape, generator=generator, dtype=t.dtype))
 
 
 def _reproduction(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> str:

@@ -128,6 +128,22 @@ def _show(value: Any) -> str:
     return str(value)
 
 
+@dataclass(frozen=True)
+class Lowering:
+    """How flat graphs are run.
+
+    Attributes:
+        backend: "eager", or another backend of torch.compile.
+        check: whether a compiled graph is compared with its uncompiled form on first use.
+    """
+
+    backend: str = "eager"
+    check: bool = True
+
+
+EAGER = Lowering()
+
+
 @dataclass
 class StepCall:
     """One recorded inner step: a StepGraph and what it was called with.
@@ -142,6 +158,7 @@ class StepCall:
         metas: for each META input, the number under which its gradient is collected.
         location: the user's line.
         rng: state index of the random generator's state, if the step draws; -1 if not.
+        how: its graphs are run.
     """
 
     step: StepGraph
@@ -154,6 +171,7 @@ class StepCall:
     metas: tuple[Any, ...]
     location: str
     rng: int = -1
+    how: Lowering = EAGER
 
     def changed(self) -> Iterator[tuple[int, int]]:
         """Outputs of the step and the state indices they go to."""

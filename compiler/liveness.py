@@ -55,4 +55,3 @@ def peak_bytes(graph: fx.Graph, order: Sequence[fx.Node] | None = None) -> int:
         peak = max(peak, alive)
         alive -= ends.get(at, 0)
     return peak
-

@@ -11,22 +11,26 @@ from torch import Tensor
 
 from .compile_graph import compiled
 from .differentiate import replay_graph, vjp_graph
-from .ir import StepGraph
+from .ir import EAGER, Lowering, StepGraph
 
 Lowered = Callable[..., Sequence[Any]]
 _GRAPHS = {"replay": replay_graph, "vjp": vjp_graph}
 
 
-def lowered(step: StepGraph, kind: str, inputs: Sequence[Tensor], backend: str = "eager") -> Lowered:
+def lowered(step: StepGraph, kind: str, inputs: Sequence[Tensor], how: Lowering = EAGER) -> Lowered:
     """The callable for ``kind`` ("replay" or "vjp") of a step, traced and compiled on first use."""
-    program = step.programs.get((kind, backend))
+    program = step.programs.get((kind, how))
     if program is None:
         graph = step.programs.get(kind)
         if graph is None:
             example = inputs if step.dynamic else None
             graph = step.programs[kind] = _GRAPHS[kind](step, example)
-        program = graph.forward if backend == "eager" else compiled(graph, inputs, backend)
-        step.programs[kind, backend] = program
+        if how.backend == "eager":
+            program = graph.forward
+        else:
+            cotangents = len(inputs) - len(step.inputs)
+            program = compiled(graph, inputs, how.backend, cotangents, how.check)
+        step.programs[kind, how] = program
     return program
 
 

@@ -1,9 +1,10 @@
 """A step's VJP by mixed-mode differentiation: forward over reverse, with the layers of the step rematerialised.
 
 With θ' = Υ(g, θ, s, η) and g = ∇_θ L(θ, η), cotangents of θ' and s' are first pulled back through Υ alone, which gives
-u, the cotangent of g, and direct terms for θ, s, η. The rest of the gradient is u·∂g/∂(θ, η) = ∂_t ∇_(θ,η) L(θ + t u, η)
-at t = 0, one forward-mode derivative of a gradient (MixFlow-MG, arXiv 2505.00793): the second-order tape that reverse
-over reverse keeps is never built. What remains alive are the activations of L and their tangents, and those are made
+u, the cotangent of g, and direct terms for θ, s, η. The rest of the gradient is
+u·∂g/∂(θ, η) = ∂_t ∇_(θ,η) L(θ + t u, η) at t = 0, one forward-mode
+derivative of a gradient (MixFlow-MG, arXiv 2505.00793): the second-order tape that reverse over reverse keeps is never
+built. What remains alive are the activations of L and their tangents, and those are made
 again layer by layer (`remat`).
 """
 
@@ -206,7 +207,8 @@ def _through_update(
     """Cotangents pulled back through what follows the gradient: for the inputs at ``wanted``, and for the gradient."""
     with torch.enable_grad():
         held = [
-            v.detach().requires_grad_(p.differentiable) for v, p in zip(values, parts.step.inputs, strict=True)
+            v.detach().requires_grad_(p.differentiable)
+            for v, p in zip(values, parts.step.inputs, strict=True)
         ]
         taken = [g.detach().requires_grad_() for g in grads]
         results = parts.after(held, taken)
@@ -215,14 +217,22 @@ def _through_update(
         found: Sequence[Tensor | None] = [None] * len(sources)
         if pairs:
             found = torch.autograd.grad(
-                [r for r, _ in pairs], sources, [c for _, c in pairs], allow_unused=True, materialize_grads=False
+                [r for r, _ in pairs],
+                sources,
+                [c for _, c in pairs],
+                allow_unused=True,
+                materialize_grads=False,
             )
     u = [torch.zeros_like(g) if f is None else f for f, g in zip(found[len(wanted) :], grads, strict=True)]
     return list(found[: len(wanted)]), u
 
 
 def _forward_over_reverse(
-    parts: _Parts, values: Sequence[Tensor], taken: Sequence[Tensor], u: Sequence[Tensor], wanted: Sequence[int]
+    parts: _Parts,
+    values: Sequence[Tensor],
+    taken: Sequence[Tensor],
+    u: Sequence[Tensor],
+    wanted: Sequence[int],
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """∇_θ L, and for the inputs at ``wanted`` the derivative of ∇L by θ in direction u."""
     count = len(taken)
@@ -249,7 +259,8 @@ def _forward_over_reverse(
     found: dict[int, Tensor] = dict(zip(others, tangent[count:], strict=True))
     with torch.enable_grad():  # theta may itself be made of inputs
         held = [
-            v.detach().requires_grad_(p.differentiable) for v, p in zip(values, parts.step.inputs, strict=True)
+            v.detach().requires_grad_(p.differentiable)
+            for v, p in zip(values, parts.step.inputs, strict=True)
         ]
         pairs = [(t, h) for t, h in zip(parts.thetas_of(held), tangent, strict=False) if t.requires_grad]
         if pairs and wanted:

@@ -14,7 +14,6 @@ from torch import fx
 
 from .liveness import peak_bytes, storages
 
-
 _WIDTHS = 6  # how many widths of cuts are tried
 
 

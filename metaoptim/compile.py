@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from .compiler.capture import intercept
 from .compiler.capture.refusals import refusing
 from .compiler.capture.tracer import Input, Tracer, capturing
-from .compiler.ir import Loop, Role, StepGraph
+from .compiler.ir import Loop, Lowering, Role, StepGraph
 from .compiler.passes.pipeline import Options, Record, compile_trace
 from .compiler.passes.roll import Rolled
 from .guards import Scene
@@ -122,7 +122,7 @@ class CompiledFunction:
             sources = {x: at.get(id(x.tensor), x.tensor) for x in step.given if isinstance(x, Input)}
             program = StepProgram(step, sources, scene.remembered(), traced)
             self._programs.setdefault(scene.key, []).append(program)
-        results = program.step.run(window, lambda x: program.tensor(x, scene), self._options.backend)
+        results = program.step.run(window, lambda x: program.tensor(x, scene), self._options.lowering)
         return program.traced.restored(results)
 
     def _run(self, program: Program, scene: Scene) -> Any:
@@ -130,7 +130,7 @@ class CompiledFunction:
         rolled, options = program.rolled, self._options
         differentiable = torch.is_grad_enabled() and bool(program.keys)
         slots = rolled.slots if rolled.slots is not None else options.slots
-        run = Run(rolled, tensors, slots if differentiable else 1, options.backend, rolled.backward_hook)
+        run = Run(rolled, tensors, slots if differentiable else 1, options.lowering, rolled.backward_hook)
         if differentiable:
             found = Call.apply(run, program.keys, rolled.dead, *(tensors[x] for x in program.keys))
         else:
@@ -253,7 +253,7 @@ def compile(
         >>> log_lr.grad.shape
         torch.Size([])
     """
-    options = Options(window=window, slots=slots, backend=backend, self_check=self_check)
+    options = Options(window=window, slots=slots, lowering=Lowering(backend, self_check))
     if fn is None:
         return lambda f: CompiledFunction(f, options)
     return CompiledFunction(fn, options)

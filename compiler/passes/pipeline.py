@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..capture.tracer import Trace
-from ..ir import StepGraph
+from ..ir import Lowering, StepGraph
 from ..segments import split
 from .canonicalize import canonicalize
 from .mode import mode
@@ -22,8 +22,7 @@ class Options:
 
     window: int | None = None
     slots: int | None = None
-    backend: str = "inductor"
-    self_check: bool = True
+    lowering: Lowering = field(default_factory=lambda: Lowering("inductor"))
 
 
 @dataclass(frozen=True)
