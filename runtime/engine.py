@@ -98,6 +98,10 @@ class Engine:
         if isinstance(call, Assign) and self.program.horizon == 0:
             self.store.rebase(self.program.end, state)
 
+    def holds(self, storage: int) -> bool:
+        """Whether a tensor of the tape lies in ``storage``."""
+        return storage in self._memory
+
     def protect(self, storage: int) -> None:
         """Someone is about to write into ``storage``: keep what the tape holds of it."""
         if self._memory.pop(storage, None) is None:

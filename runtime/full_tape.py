@@ -162,5 +162,5 @@ class FullTapeSession(Session):
             for i in hit:
                 shown = self.networks.shown[i]
                 if not shown.is_leaf:
-                    shown.detach_()
+                    Tensor.detach_(shown)
                     shown.requires_grad_()

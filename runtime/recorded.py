@@ -26,6 +26,7 @@ from ..compiler.capture.slicing import Slice, hook_key, tensor_spec
 from ..compiler.ir import Assign, Program, StepCall
 from ..compiler.lower import StepCache, lowered
 from ..compiler.update import Clip, Slot, UpdatePlan
+from . import bypass
 from .engine import Engine
 from .inputs import Held
 from .session import Options, Session
@@ -65,6 +66,7 @@ class RecordedSession(Session):
     def __init__(self, options: Options) -> None:
         super().__init__(options)
         self.engine = Engine(options.slots, options.backward_hook)
+        bypass.watch_backward(self.engine)
         self.view = ThetaView(options, self.engine, self.networks)
         self.recorder = self.view.recorder
         self._lifts = True  # whether hyper-parameters that are numbers may become inputs
@@ -113,6 +115,11 @@ class RecordedSession(Session):
             *zip(call.opt_state_out, (v for s in new_states for v in s.values()), strict=True),
         ]
         metas = [x.tensor for x in sliced.externals if x.grad]
+        position = self.engine.position
+        for value in sliced.values:
+            value.steps += (position,)
+        for spy in (spy for spies in sliced.hooks.values() for spy in spies):
+            spy.taken = True
         self.view.take(call, changes, epoch, metas, update.ordinals)
 
     # -- the update ----------------------------------------------------------------------------------------------

@@ -15,7 +15,8 @@ from ..compiler.capture.entries import Epoch, Theta
 from ..compiler.capture.recorder import Recorder
 from ..compiler.capture.slicing import Slice
 from ..compiler.ir import Assign
-from .bridge import Link, Read, as_parameter, new_token
+from . import bypass
+from .bridge import InnerParameter, Link, Read, as_parameter, new_token
 from .engine import Engine
 from .inputs import Held, Inputs
 from .networks import Networks
@@ -77,6 +78,7 @@ class ThetaView:
             shown = tuple(
                 as_parameter(engine.state[self.indices[i]], own[i]).requires_grad_() for i in ordinals
             )
+            self._note_leaves(ordinals, shown)
         else:
             with torch.enable_grad():
                 shown = Read.apply(
@@ -92,6 +94,11 @@ class ThetaView:
         for index, t in zip(self.indices, self.networks.shown, strict=True):
             theta[id(t)] = old.get(id(t)) or Theta(index, t)
         self._open(theta)
+
+    def _note_leaves(self, ordinals: Sequence[int], shown: Sequence[Tensor]) -> None:
+        """Parameters shown without a Read: `bypass` must know what they are."""
+        for i, t in zip(ordinals, shown, strict=True):
+            bypass.note_theta(t, self.engine, self.engine.position, self.indices[i])
 
     def _open(self, theta: dict[int, Theta]) -> None:
         epoch = self.recorder.epoch = Epoch(self.engine.position, self._superstep, theta)
@@ -176,6 +183,21 @@ class ThetaView:
             self.inputs.preserve(fresh)
         return fresh
 
+    # -- what steps have read and autograd does not see (the recorder asks) ---------------------------------------
+
+    def outlived(self, tensor: Tensor, steps: tuple[int, ...]) -> None:
+        """The recording forgets ``tensor``, which the steps at these positions have read."""
+        bypass.note_value(tensor, self.engine, steps)
+
+    def was_read(self, tensor: Tensor) -> bool:
+        """Whether steps have read ``tensor``, of which the recording itself knows nothing any more."""
+        old = isinstance(tensor, InnerParameter) and id(tensor) not in self.recorder.epoch.theta
+        return old or bypass.is_noted(tensor)
+
+    def on_tape(self, storage: int) -> bool:
+        """Whether the tape holds what lies in ``storage``."""
+        return self.engine.holds(storage)
+
     # -- writes into theta (the recorder asks) -------------------------------------------------------------------
 
     def before_write(self, targets: list[Tensor], op: Any) -> list[int]:
@@ -207,7 +229,7 @@ class ThetaView:
             for ordinal in hit:
                 shown = self.networks.shown[ordinal]
                 if not shown.is_leaf:
-                    shown.detach_()
+                    Tensor.detach_(shown)
                     shown.requires_grad_()
         self._dirty.update(hit)
 
@@ -221,6 +243,7 @@ class ThetaView:
             indices = tuple(self.indices[i] for i in ordinals)
             values = [self.networks.shown[i].detach() for i in ordinals]
             self.engine.append(Assign(indices, values), list(zip(indices, values, strict=True)))
+        self._note_leaves(ordinals, [self.networks.shown[i] for i in ordinals])
         theta = dict(self.recorder.epoch.theta)
         for i in ordinals:
             theta[id(self.networks.shown[i])] = Theta(self.indices[i], self.networks.shown[i])
@@ -233,6 +256,7 @@ class ThetaView:
         self.epochs.clear()
         self.late = {}
         self._token = new_token()
+        self.recorder.forget(self.recorder.values.values())
         self.recorder.epoch = Epoch(0, 0, {})
         self.recorder.values.clear()
         self.recorder.tainted.clear()

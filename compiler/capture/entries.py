@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from metaoptim.errors import CaptureError
+
 
 def version_of(t: Tensor) -> int:
     return 0 if t.is_inference() else t._version
@@ -33,15 +35,17 @@ class Epoch:
         writes: storage -> in-place entries on it, oldest first.
         externals: id of a tensor read from outside -> weak reference to what stands for it.
         written: those that recorded in-place calls go into.
+        apart: storages of values that are set apart (see `Value`).
     """
 
-    __slots__ = ("position", "superstep", "theta", "writes", "externals", "written")
+    __slots__ = ("position", "superstep", "theta", "writes", "externals", "written", "apart")
 
     def __init__(self, position: int, superstep: int, theta: dict[int, Theta]) -> None:
         self.position, self.superstep, self.theta = position, superstep, theta
         self.writes: dict[int, list[Entry]] = {}
         self.externals: dict[int, weakref.ref[External]] = {}
         self.written: list[External] = []
+        self.apart: set[int] = set()
 
 
 class Entry:
@@ -58,14 +62,23 @@ class Entry:
 
 
 class Value:
-    """An output of an entry (the only one if ``index`` is None)."""
+    """An output of an entry (the only one if ``index`` is None).
 
-    __slots__ = ("entry", "index", "ref", "hooks")
+    Attributes:
+        ref: weak reference to the tensor.
+        hooks: of the tensor, with their handles.
+        apart: what steps read in its place, where autograd itself must see all of its gradient (a hook, retain_grad).
+        steps: tape positions of the steps that have read it.
+    """
+
+    __slots__ = ("entry", "index", "ref", "hooks", "apart", "steps")
 
     def __init__(self, entry: Entry, index: int | None) -> None:
         self.entry, self.index = entry, index
         self.ref: Any = None
         self.hooks: list[tuple[Any, Spy]] | None = None
+        self.apart: External | None = None
+        self.steps: tuple[int, ...] = ()
 
 
 class External:
@@ -106,14 +119,24 @@ class Number:
 
 
 class Spy:
-    """A tensor hook, with the note whether it changed its gradient when it ran."""
+    """A tensor hook, with the note whether it changed its gradient when it ran.
 
-    __slots__ = ("hook", "ran", "returned", "mutated")
+    ``taken``: a step has it in its graph, where it acts on what the step gives the tensor.
+    """
+
+    __slots__ = ("hook", "ran", "returned", "mutated", "taken")
 
     def __init__(self, hook: Callable[[Tensor], Tensor | None]) -> None:
-        self.hook, self.ran, self.returned, self.mutated = hook, False, False, False
+        self.hook, self.ran, self.returned, self.mutated, self.taken = hook, False, False, False, False
 
     def __call__(self, grad: Tensor) -> Tensor | None:
+        if self.taken:
+            raise CaptureError(
+                f"a tensor of shape {tuple(grad.shape)} has a hook that changes its gradient, and was read by an inner "
+                "step and by something else (another step or an outer loss): the hook would act on parts of the "
+                "gradient, one by one. Give each reader a copy of its own (h.clone()) with its own hook, or open the "
+                "window with strategy='full_tape'."
+            )
         version = grad._version
         result = self.hook(grad)
         self.ran, self.returned = True, result is not None

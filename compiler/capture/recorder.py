@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.overrides import enable_reentrant_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils.checkpoint import CheckpointFunction
@@ -127,8 +126,16 @@ class Recorder(TorchDispatchMode):
 
     def keep_only(self, epoch: Epoch) -> None:
         """A super-step has begun that reads ``epoch``: nothing older will be part of a step."""
+        self.forget([v for v in self.values.values() if v.entry.epoch is not epoch])
         self.values = {k: v for k, v in self.values.items() if v.entry.epoch is epoch and v.ref() is not None}
         self._histories = [ref for ref in self._histories if ref() is not None]
+
+    def forget(self, values: Iterable[Value]) -> None:
+        """``values`` leave the recording: the guard is told of tensors that live on and that steps have read."""
+        for value in values:
+            t = value.ref() if value.steps else None
+            if t is not None and t.requires_grad:
+                self.guard.outlived(t, value.steps)
 
     # -- looking up ----------------------------------------------------------------------------------------------
 
@@ -168,11 +175,14 @@ class Recorder(TorchDispatchMode):
                     return resolved
                 found = resolved
             epoch = found.entry.epoch
-            cut = self._is_cut(t, found)
-            if epoch is self.epoch:
-                return self._detached(t, found) if cut else found
+            if epoch is self.epoch and found.apart is None:
+                return found
             external = self._external(t)
-            if cut or epoch.superstep != self.epoch.superstep or not self._reads_current_theta(found):
+            if (
+                found.apart is not None
+                or epoch.superstep != self.epoch.superstep
+                or not self._reads_current_theta(found)
+            ):
                 return external
             if t.untyped_storage()._cdata in epoch.writes:
                 raise CaptureError(
@@ -207,20 +217,10 @@ class Recorder(TorchDispatchMode):
                 stack.append(a.value)
             elif isinstance(a, (Value, Entry)):
                 entry = a.entry if isinstance(a, Value) else a
-                if id(entry) not in seen:
+                if id(entry) not in seen and not (isinstance(a, Value) and a.apart is not None):
                     seen.add(id(entry))
                     stack += [*entry.args, *entry.deps, *entry.kwargs.values()]
         return False
-
-    def _is_cut(self, t: Tensor, found: Value) -> bool:
-        """Whether ``t`` requires no gradient where its operator may give one: `detach_` leaves no other trace."""
-        if t.requires_grad or not found.entry.grad or found.entry.op is _DETACH:
-            return False
-        # Conjugation makes complex values below autograd; formulas of forward mode run before outputs require grad.
-        return t.is_floating_point() and forward_ad._current_level < 0
-
-    def _detached(self, t: Tensor, found: Value) -> Value:
-        return self._bind(t, Value(self._entry(_DETACH, (found,), {}, (t,), True), None))
 
     def _external(self, t: Tensor) -> External:
         known = self._external_of(t)
@@ -323,6 +323,10 @@ class Recorder(TorchDispatchMode):
     def _write(self, op: Any, info: OpInfo, args: tuple, kwargs: dict) -> Any:
         targets = written(info, args, kwargs)
         grad, guard = torch.is_grad_enabled(), self.guard
+        if self.epoch.apart and any(t.untyped_storage()._cdata in self.epoch.apart for t in targets):
+            raise CaptureError(
+                "a tensor with a hook or retain_grad() was changed in place; clone it before the change"
+            )
         hit = guard.before_write(targets, op)
         if hit:
             guard.preserve(targets)
@@ -454,11 +458,106 @@ class Recorder(TorchDispatchMode):
             self._bind_outputs(entry, out)
         return out
 
+    def watch(self, t: Tensor, what: str) -> bool:
+        """``t`` is about to get a hook, or to retain its gradient: autograd must see all of that gradient.
+
+        Where ``t`` does not depend on theta, steps read it as a tensor from outside from now on, so that autograd
+        carries what they give it.
+
+        Returns:
+            Whether that is so; otherwise the gradient inside steps is theirs.
+        """
+        if not self.record:
+            return False
+        found = self._known(t)
+        if (isinstance(found, Value) and found.steps) or self.guard.was_read(t):
+            raise CaptureError(
+                f"{what} on a tensor of shape {tuple(t.shape)} that an inner step has already read: the gradient from "
+                f"that step would not pass through it; call {what} right after computing the tensor"
+            )
+        if not isinstance(found, Value) or not t.requires_grad or t.is_leaf or self._reaches_theta(found):
+            return False
+        if found.apart is None:
+            storage = t.untyped_storage()._cdata
+            if storage in found.entry.epoch.writes:
+                raise CaptureError(
+                    f"{what} on a tensor of shape {tuple(t.shape)} that was changed in place; call it on a clone of "
+                    "it and use that"
+                )
+            found.apart = self._external(t)
+            self.epoch.apart.add(storage)
+        return True
+
+    def _reaches_theta(self, value: Value) -> bool:
+        """Whether a gradient of ``value`` may flow into theta."""
+        stack: list[Any] = [value]
+        seen: set[int] = set()
+        while stack:
+            a = stack.pop()
+            if isinstance(a, Theta):
+                return True
+            if isinstance(a, tuple):
+                stack.extend(a)
+            elif isinstance(a, Carried):
+                stack.append(a.value)
+            elif isinstance(a, (Value, Entry)):
+                entry, t = (a.entry, a.ref and a.ref()) if isinstance(a, Value) else (a, None)
+                stops = t is not None and not t.requires_grad
+                if isinstance(a, Value) and a.apart is not None:
+                    stops = True
+                if stops or id(entry) in seen or entry.op is _DETACH or not entry.grad:
+                    continue
+                seen.add(id(entry))
+                stack += [*entry.args, *entry.deps, *entry.kwargs.values()]
+        return False
+
     def add_hook(self, t: Tensor, spy: Spy, handle: Any) -> None:
-        """Note that the gradient of ``t`` passes through a hook."""
+        """Note that the gradient of ``t`` passes through a hook, which steps must apply themselves."""
         value = self._known(t)
         if value is not None:
             value.hooks = [*(value.hooks or ()), (handle, spy)]
+
+    def detach_in_place(self, t: Tensor, detach: Callable[[Tensor], Tensor]) -> Tensor:
+        """Record ``t.detach_()``, which happens above the operators."""
+        if not self.record:
+            return detach(t)
+        self.guard.settle()
+        found = self._known(t)
+        if found is None:
+            self._keep_histories([t])
+        out = detach(t)
+        if isinstance(found, Value):
+            if found.entry.epoch is self.epoch:
+                self._bind(t, Value(self._entry(_DETACH, (found,), {}, (t,), True), None))
+            else:
+                del self.values[id(t)]  # what is read of it from now on is a constant
+        return out
+
+    def before_swap(self, t: Tensor) -> None:
+        """Refuse ``t.data = value`` where the recording says what ``t`` holds."""
+        if self.record and (isinstance(self._known(t), Value) or (t.requires_grad and not t.is_leaf)):
+            raise CaptureError(
+                f"t.data = ... on a tensor of shape {tuple(t.shape)} that was computed: got other values behind the "
+                "back of the recording, expected an operator. Write t = t + (value - t).detach() for the same values "
+                "and gradient, or t = value for a constant."
+            )
+
+    def knows_memory(self, t: Tensor) -> bool:
+        """Whether the recording or the tape relies on what the memory of ``t`` holds."""
+        if not self.record or t.layout is not torch.strided:
+            return False
+        if self._known(t) is not None:
+            return True
+        storage = t.untyped_storage()
+        if self.guard.on_tape(storage._cdata):
+            return True
+        if torch._C._storage_Use_Count(storage._cdata) <= 2:  # that of ``t`` and ours
+            return False
+        for value in self.values.values():
+            other = value.ref()
+            if other is not None and other.untyped_storage()._cdata == storage._cdata:
+                return True
+        return False
 
     # -- what no gradient reaches --------------------------------------------------------------------------------
 

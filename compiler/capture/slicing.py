@@ -30,6 +30,7 @@ class Slice:
         numbers: values of the numbers that may be lifted.
         hooks: for each hooked value, the hooks that changed their gradient (known once they have run).
         spies: all hooks met.
+        values: all values met.
         opaque: whether custom Functions or hooks occur (the step is then checked every time).
         key: structure of the slice: everything but `numbers`.
     """
@@ -51,6 +52,7 @@ class Slice:
         self.numbers: list[float] = []
         self.hooks: dict[tuple, list[Spy]] = {}
         self.spies: list[Spy] = []
+        self.values: list[Value] = []
         self._theta_at: dict[int, int] = {}
         self._external_at: dict[int, int] = {}
         self.opaque = False
@@ -67,6 +69,8 @@ class Slice:
         """A hashable stand-in for one argument: ("v", entry, output), ("t", k), ("x", k), ("n", k) or a constant."""
         if isinstance(a, Carried):
             a = a.value if self.carry else a.external
+        if isinstance(a, Value) and a.apart is not None:
+            a = a.apart
         if isinstance(a, External):
             theta = self.aliases.get(id(a.source)) if self.aliases else None
             if theta is None:
@@ -88,6 +92,7 @@ class Slice:
             return where
         if isinstance(a, Value):
             where = ("v", self.number_of[id(a.entry)], a.index)
+            self.values.append(a)
             self._note_hooks(where, a.hooks)
             return where
         if isinstance(a, Number):
@@ -163,6 +168,8 @@ def _ancestors(roots: list[Any], carry: bool) -> list[Entry]:
                 continue
             a = a.value
         if isinstance(a, Value):
+            if a.apart is not None:
+                continue
             entry = a.entry
         elif isinstance(a, Entry):
             entry = a
