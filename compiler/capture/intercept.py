@@ -97,17 +97,17 @@ def _set_data(self: Tensor, value: Tensor) -> None:
 def _as_numpy(self: Tensor, *, force: bool = False) -> Any:
     array = _original["numpy"](self, force=force)
     recorder = _recorder()
-    if recorder is not None and recorder.knows_memory(self):
+    if recorder is not None and recorder.relies_on_memory(self):
         array.flags.writeable = False  # numpy itself refuses writes that no operator would show
     return array
 
 
 def _as_dlpack(self: Tensor, **kwargs: Any) -> Any:
     recorder = _recorder()
-    if recorder is not None and not kwargs.get("copy") and recorder.knows_memory(self):
+    if recorder is not None and not kwargs.get("copy") and recorder.relies_on_memory(self):
         raise CaptureError(
             f"a tensor of shape {tuple(self.shape)} that inner steps rely on was handed out through DLPack, where "
-            "writes cannot be seen; hand out a clone of it"
+            "writes cannot be seen; hand out a clone made under torch.no_grad()"
         )
     return _original["__dlpack__"](self, **kwargs)
 

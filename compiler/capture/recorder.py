@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -421,14 +421,16 @@ class Recorder(TorchDispatchMode):
                 x.written = True
                 self.epoch.written.append(x)
 
-    def _keep_histories(self, targets: list[Tensor]) -> None:
+    def _keep_histories(self, targets: list[Tensor], dispatching: bool = True) -> None:
         """An in-place call gives its target a new history: what was read of it keeps the old one."""
         storages = {t.untyped_storage()._cdata for t in targets}
         self._histories = [ref for ref in self._histories if ref() is not None]
         for ref in self._histories:
             x = ref()
             if x is not None and x.tensor is x.source and x.source.untyped_storage()._cdata in storages:
-                with self.paused(), enable_reentrant_dispatch(), torch.enable_grad():
+                # within an operator's dispatch autograd is off until it is asked back
+                again = enable_reentrant_dispatch() if dispatching else nullcontext()
+                with self.paused(), again, torch.enable_grad():
                     x.tensor = x.source.clone()
 
     def _fresh_statistics(self, op: Any, args: tuple) -> tuple:
@@ -524,7 +526,7 @@ class Recorder(TorchDispatchMode):
         self.guard.settle()
         found = self._known(t)
         if found is None:
-            self._keep_histories([t])
+            self._keep_histories([t], dispatching=False)
         out = detach(t)
         if isinstance(found, Value):
             if found.entry.epoch is self.epoch:
@@ -542,22 +544,41 @@ class Recorder(TorchDispatchMode):
                 "and gradient, or t = value for a constant."
             )
 
-    def knows_memory(self, t: Tensor) -> bool:
-        """Whether the recording or the tape relies on what the memory of ``t`` holds."""
+    def relies_on_memory(self, t: Tensor) -> bool:
+        """Whether the recording or the tape takes for granted what the memory of ``t`` holds.
+
+        Memory from outside is not: it is copied or watched. What is known of it as a value is forgotten, so that it
+        will be read anew.
+        """
         if not self.record or t.layout is not torch.strided:
             return False
-        if self._known(t) is not None:
-            return True
         storage = t.untyped_storage()
-        if self.guard.on_tape(storage._cdata):
+        found = self._known(t)
+        if isinstance(found, Theta) or self.guard.on_tape(storage._cdata):
             return True
-        if torch._C._storage_Use_Count(storage._cdata) <= 2:  # that of ``t`` and ours
-            return False
-        for value in self.values.values():
-            other = value.ref()
-            if other is not None and other.untyped_storage()._cdata == storage._cdata:
-                return True
+        if found is None:
+            if torch._C._storage_Use_Count(storage._cdata) <= 2:  # that of ``t`` and ours
+                return False
+            found = next((v for v in self.values.values() if self._lies_in(v, storage)), None)
+        if found is None or not self._is_outside(found, storage):
+            return found is not None
+        self.values = {k: v for k, v in self.values.items() if not self._lies_in(v, storage)}
         return False
+
+    def _lies_in(self, value: Value, storage: Any) -> bool:
+        t = value.ref()
+        return t is not None and t.untyped_storage()._cdata == storage._cdata
+
+    def _is_outside(self, value: Value, storage: Any) -> bool:
+        """Whether ``value`` is a view of a tensor from outside."""
+        found: Any = value
+        while isinstance(found, (Value, Carried)):
+            found = found.value if isinstance(found, Carried) else next(iter(found.entry.args), None)
+        return (
+            isinstance(found, External)
+            and not found.written
+            and found.source.untyped_storage()._cdata == storage._cdata
+        )
 
     # -- what no gradient reaches --------------------------------------------------------------------------------
 
