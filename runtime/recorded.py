@@ -393,7 +393,7 @@ class RecordedSession(Session):
                     continue
                 _told[leaf] = True
                 name = user_name_of(leaf)
-                if name is not None:
+                if name is not None and not _leads_to(leaf, [y.tensor for y in sliced.externals if y.grad]):
                     warn(
                         f"{name!r} requires grad, but reaches the inner loss only where no gradient flows (under "
                         "torch.no_grad() or through .detach()), so it receives no meta-gradient from it. Compute what "
@@ -412,6 +412,21 @@ def _agree(got: Tensor, expected: Tensor) -> bool:
     scale = float(expected.abs().max()) if expected.numel() else 0.0
     worst = float((got - expected).abs().max()) if expected.numel() else 0.0
     return worst <= _TOLERANCE.get(expected.dtype, 1e-4) * scale + 1e-30
+
+
+def _leads_to(leaf: Tensor, tensors: list[Tensor]) -> bool:
+    """Whether autograd reaches ``leaf`` from one of ``tensors``."""
+    stack: list[Any] = [t.grad_fn for t in tensors]
+    seen: set[Any] = set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if getattr(node, "variable", None) is leaf:
+            return True
+        stack.extend(before for before, _ in node.next_functions)
+    return False
 
 
 def _uncapturable(error: Exception) -> CaptureError:
