@@ -94,6 +94,13 @@ class RecordedSession(Session):
             )
         hyper = self._hyper(optimizer)
         sliced, epoch = self.view.slice([root, *hyper.roots])
+        for theta in sliced.thetas:
+            if theta.suspect:
+                name = self.networks.names[self.view.indices.index(theta.index)]
+                raise CaptureError(
+                    f"parameter {name!r} was changed through .data between its use in the loss and the step; change it "
+                    "before the loss or after the step"
+                )
         update = self._plan(optimizer, loss, sliced, hyper, allow_unused)
         if sliced.spies:  # only now have the hooks run
             if any(spy.mutated for spy in sliced.spies):
@@ -336,12 +343,18 @@ class RecordedSession(Session):
         call = StepCall(
             step, tuple(place), update.indices, tuple(inputs), tuple(outputs), base, held, (), user_location()
         )
-        if new or step.opaque:
+        suspect = any(x.suspect for x in (*sliced.externals, *sliced.values))
+        if new or step.opaque or suspect:
             try:
                 self._check(
                     call, sliced, update, stale, [*new_theta, *(v for s in new_states for v in s.values())]
                 )
-            except CaptureError:
+            except CaptureError as error:
+                if suspect:
+                    raise CaptureError(
+                        "a tensor was changed through .data or numpy between its use in the loss and the step, so that "
+                        "autograd's gradient is that of neither value; change it before the loss or after the step"
+                    ) from error
                 step_cache.discard(key)
                 raise
         return call

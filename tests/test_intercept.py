@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import metaoptim
+from metaoptim.runtime.recorded import step_cache
 from problems import data
 
 STEPS = 3
@@ -191,6 +192,61 @@ def test_dlpack() -> None:
             torch.testing.assert_close(torch.from_dlpack(h.clone()), h)
         torch.from_dlpack(XS[0])
         inner.step(F.mse_loss(h, YS[0]))
+
+
+@pytest.mark.parametrize("seen", [False, True], ids=["new step", "known step"])
+@pytest.mark.parametrize("what", ["meta", "meta set", "meta numpy", "input", "activation", "parameter"])
+def test_what_autograd_has_saved_changed_between_loss_and_step(what: str, seen: bool) -> None:
+    """Autograd does not notice and its gradient is that of neither value: refused, also where the step is known."""
+    for options in RECORDED:
+        for interfere in (False, True) if seen else (True,):
+            step_cache.clear() if not seen else None
+            net, w, x = network(), leaf(0.8), XS[0].clone()
+            inner = metaoptim.MetaSGD([net])
+            window = metaoptim.SlidingWindow(**options)
+
+            def step(
+                net: Any = net, w: Tensor = w, x: Tensor = x, inner: Any = inner, act: bool = interfere
+            ) -> None:
+                h = net(x)
+                loss = (h * w).square().mean() + h.pow(3).mean()
+                if act and what == "meta set":
+                    w.data = w.data * 0.5
+                elif act and what == "meta numpy":
+                    w.detach().numpy()[...] *= 0.5
+                elif act:
+                    named = {"meta": w, "input": x, "activation": h, "parameter": net[2].weight}
+                    named[what].data.mul_(0.5)
+                inner.step(loss)
+
+            if interfere:
+                with (
+                    pytest.raises(metaoptim.CaptureError, match="between its use in the loss and the step"),
+                    window,
+                ):
+                    step()
+            else:
+                with window:
+                    step()
+
+
+def test_writing_through_data_where_autograd_has_saved_nothing() -> None:
+    def run(options: dict) -> list[Any]:
+        net, w = network(), leaf(0.8)
+        inner = metaoptim.MetaSGD([net], lr=0.1)
+        with metaoptim.SlidingWindow(**options):
+            for t in range(STEPS):
+                h = net(XS[t]) + w
+                h.data[1] = 0.3
+                for p in net.parameters():
+                    assert p.data.shape == p.shape
+                loss = F.mse_loss(h, YS[t])
+                w.data.mul_(0.9)
+                inner.step(loss)
+            loss_of(net, STEPS).backward()
+        return [w.grad]
+
+    against_tape(run)
 
 
 # -- detach_ ----------------------------------------------------------------------------------------------------------

@@ -16,12 +16,15 @@ def version_of(t: Tensor) -> int:
 
 
 class Theta:
-    """A version of one theta tensor: its state index, and the tensor the networks show for it."""
+    """A version of one theta tensor: its state index, and the tensor the networks show for it.
 
-    __slots__ = ("index", "tensor", "hooks")
+    ``suspect``: it was overwritten behind autograd's back, which may have saved it.
+    """
+
+    __slots__ = ("index", "tensor", "hooks", "suspect")
 
     def __init__(self, index: int, tensor: Tensor) -> None:
-        self.index, self.tensor = index, tensor
+        self.index, self.tensor, self.suspect = index, tensor, False
         self.hooks: list[tuple[Any, Spy]] | None = None
 
 
@@ -69,9 +72,10 @@ class Value:
         hooks: of the tensor, with their handles.
         apart: what steps read in its place, where autograd itself must see all of its gradient (a hook, retain_grad).
         steps: tape positions of the steps that have read it.
+        suspect: as of an `External`.
     """
 
-    __slots__ = ("entry", "index", "ref", "hooks", "apart", "steps")
+    __slots__ = ("entry", "index", "ref", "hooks", "apart", "steps", "suspect")
 
     def __init__(self, entry: Entry, index: int | None) -> None:
         self.entry, self.index = entry, index
@@ -79,6 +83,7 @@ class Value:
         self.hooks: list[tuple[Any, Spy]] | None = None
         self.apart: External | None = None
         self.steps: tuple[int, ...] = ()
+        self.suspect = False
 
 
 class External:
@@ -90,14 +95,15 @@ class External:
         grad: whether it could carry a gradient then.
         held: the guard's hold on its value.
         written: whether recorded in-place calls go into it, so that it is read anew from the recording.
+        suspect: whether its memory may have changed since behind autograd's back, which may have saved it.
     """
 
-    __slots__ = ("source", "tensor", "version", "grad", "held", "written", "__weakref__")
+    __slots__ = ("source", "tensor", "version", "grad", "held", "written", "suspect", "__weakref__")
 
     def __init__(self, tensor: Tensor, held: Any) -> None:
         self.source = self.tensor = tensor
         self.version, self.grad = version_of(tensor), tensor.requires_grad
-        self.held, self.written = held, False
+        self.held, self.written, self.suspect = held, False, False
 
 
 class Carried:

@@ -84,7 +84,11 @@ def _detach_function(input: Tensor) -> Tensor:
 
 
 def _get_data(self: Tensor) -> Tensor:
-    return _original["data"].__get__(self)
+    values = _original["data"].__get__(self)
+    recorder = _recorder()
+    if recorder is not None:
+        recorder.note_loose(values)
+    return values
 
 
 def _set_data(self: Tensor, value: Tensor) -> None:

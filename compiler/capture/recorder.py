@@ -64,6 +64,8 @@ class Recorder(TorchDispatchMode):
         self._sweep_at = 4096
         # storage -> (the storage's weak reference, leaf tensors read into it where no gradient flows)
         self.tainted: dict[int, tuple[Any, dict[int, Any]]] = {}
+        self.loose: dict[int, weakref.ref[Tensor]] = {}
+        self._prune_loose_at = 256
         self._histories: list[weakref.ref[External]] = []  # of differentiable tensors that are no leaves
 
     # -- the mode ------------------------------------------------------------------------------------------------
@@ -327,6 +329,9 @@ class Recorder(TorchDispatchMode):
             raise CaptureError(
                 "a tensor with a hook or retain_grad() was changed in place; clone it before the change"
             )
+        loose = [t for t in targets if self._is_loose(t)] if self.loose else []
+        if loose:
+            self._suspect(loose)
         hit = guard.before_write(targets, op)
         if hit:
             guard.preserve(targets)
@@ -380,6 +385,34 @@ class Recorder(TorchDispatchMode):
             self.epoch.writes.setdefault(t.untyped_storage()._cdata, []).append(entry)
         self._bind_outputs(entry, out)
         return out
+
+    def note_loose(self, t: Tensor) -> None:
+        """``t`` shares memory with another tensor, and no version counter (``.data``)."""
+        if len(self.loose) >= self._prune_loose_at:
+            self.loose = {k: ref for k, ref in self.loose.items() if ref() is not None}
+            self._prune_loose_at = max(256, 2 * len(self.loose))
+        self.loose[id(t)] = weakref.ref(t)
+
+    def _is_loose(self, t: Tensor) -> bool:
+        base = t._base if t._is_view() else None
+        return any(x is not None and (ref := self.loose.get(id(x))) and ref() is x for x in (t, base))
+
+    def _suspect(self, targets: Iterable[Tensor]) -> None:
+        """The memory of ``targets`` changes behind autograd's back: it may have saved what pending losses have read.
+
+        Steps on them are compared with what autograd makes of it.
+        """
+        storages = {t.untyped_storage()._cdata for t in targets if t.layout is torch.strided}
+        for epoch in (*self.guard.epochs, self.epoch) if self.record else ():
+            read = [(x, x.source) for ref in epoch.externals.values() if (x := ref()) is not None]
+            read += [(theta, theta.tensor) for theta in epoch.theta.values()]
+            for x, t in read:
+                if t.layout is torch.strided and t.untyped_storage()._cdata in storages:
+                    x.suspect = True
+        for value in self.values.values():
+            other = value.ref()
+            if other is not None and other.untyped_storage()._cdata in storages:
+                value.suspect = True
 
     def _is_recorded(self, t: Tensor) -> bool:
         """Whether what ``t`` holds is part of the recording of this epoch, so that a write into it must be too."""
@@ -543,6 +576,7 @@ class Recorder(TorchDispatchMode):
                 "back of the recording, expected an operator. Write t = t + (value - t).detach() for the same values "
                 "and gradient, or t = value for a constant."
             )
+        self._suspect([t])
 
     def relies_on_memory(self, t: Tensor) -> bool:
         """Whether the recording or the tape takes for granted what the memory of ``t`` holds.
@@ -563,6 +597,7 @@ class Recorder(TorchDispatchMode):
         if found is None or not self._is_outside(found, storage):
             return found is not None
         self.values = {k: v for k, v in self.values.items() if not self._lies_in(v, storage)}
+        self._suspect([t])
         return False
 
     def _lies_in(self, value: Value, storage: Any) -> bool:
