@@ -126,6 +126,7 @@ class StepCall:
         inputs: what fills the META and SCAN inputs, in order.
         metas: for each META input, the number under which its gradient is collected.
         location: the user's line.
+        spies: the tensor hooks that are part of the step.
     """
 
     step: StepGraph
@@ -137,6 +138,7 @@ class StepCall:
     inputs: list[Any]
     metas: tuple[int, ...]
     location: str
+    spies: tuple[Any, ...] = ()
 
 
 @dataclass

@@ -254,6 +254,11 @@ class Engine:
         received = {i: sweep.cotangents.pop(index, None) for i, index in enumerate(changed, start=1)}
         if all(c is None for c in received.values()):
             return
+        if any(spy.removed for spy in call.spies):
+            raise CaptureError(
+                f"the inner step at {call.location} has a tensor hook that changes a gradient, and that was removed "
+                "before the outer loss's backward, which needs it; remove it after that"
+            )
         self._load(sorted({call.base, position}))
         inputs = self._inputs(call, self._at(position), self._at(call.base))
         cotangents = []

@@ -125,7 +125,8 @@ class RecordedSession(Session):
         position = self.engine.position
         for value in sliced.values:
             value.steps += (position,)
-        for spy in (spy for spies in sliced.hooks.values() for spy in spies):
+        call.spies = tuple(spy for spies in sliced.hooks.values() for spy in spies)
+        for spy in call.spies:
             spy.taken = True
         self.view.take(call, changes, epoch, metas, update.ordinals)
 

@@ -546,3 +546,38 @@ def test_hook_that_would_act_on_parts_is_refused(reader: str) -> None:
 
 def test_hook_on_what_one_step_reads_is_exact() -> None:
     against_tape(lambda options: _hooked("nobody", torch.tanh, options))
+
+
+@pytest.mark.parametrize("returns", [True, False])
+def test_hook_removed_before_the_outer_backward(returns: bool) -> None:
+    """The full tape would not apply it to the meta-gradient; a probe does not matter."""
+
+    def run(options: dict) -> list[Any]:
+        net, w = network(), leaf(0.8)
+        inner = metaoptim.MetaSGD([net], lr=0.1)
+        with metaoptim.SlidingWindow(**options):
+            for t in range(STEPS):
+                h = net(XS[t]) * w
+                with h.register_hook(lambda g: g.tanh() if returns else None):
+                    inner.step(F.mse_loss(h, YS[t]))
+            loss_of(net, STEPS).backward()
+        return [w.grad]
+
+    refused(run, "remove it after that") if returns else against_tape(run)
+
+
+def test_hook_removed_after_the_outer_backward() -> None:
+    def run(options: dict) -> list[Any]:
+        net, w, handles = network(), leaf(0.8), []
+        inner = metaoptim.MetaSGD([net], lr=0.1)
+        with metaoptim.SlidingWindow(**options):
+            for t in range(STEPS):
+                h = net(XS[t]) * w
+                handles.append(h.register_hook(torch.tanh))
+                inner.step(F.mse_loss(h, YS[t]))
+            loss_of(net, STEPS).backward()
+            for handle in handles:
+                handle.remove()
+        return [w.grad]
+
+    against_tape(run)

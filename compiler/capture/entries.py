@@ -127,13 +127,14 @@ class Number:
 class Spy:
     """A tensor hook, with the note whether it changed its gradient when it ran.
 
-    ``taken``: a step has it in its graph, where it acts on what the step gives the tensor.
+    ``taken``: a step has it in its graph, where it acts on what the step gives the tensor. ``removed``: by the user.
     """
 
-    __slots__ = ("hook", "ran", "returned", "mutated", "taken")
+    __slots__ = ("hook", "ran", "returned", "mutated", "taken", "removed")
 
     def __init__(self, hook: Callable[[Tensor], Tensor | None]) -> None:
-        self.hook, self.ran, self.returned, self.mutated, self.taken = hook, False, False, False, False
+        self.hook = hook
+        self.ran = self.returned = self.mutated = self.taken = self.removed = False
 
     def __call__(self, grad: Tensor) -> Tensor | None:
         if self.taken:

@@ -14,6 +14,7 @@ import torch
 import torch.utils.checkpoint as checkpointing
 from torch import Tensor
 from torch.autograd.function import _SingleLevelFunction
+from torch.utils.hooks import RemovableHandle
 
 from metaoptim.errors import CaptureError
 
@@ -52,6 +53,16 @@ def _checkpoint(fn: Any, *args: Any, **kwargs: Any) -> Any:
 # -- gradients that pass through hooks --------------------------------------------------------------------------------
 
 
+class _Handle(RemovableHandle):
+    """A hook's handle that tells when the user removes it."""
+
+    spy: Spy
+
+    def remove(self) -> None:
+        super().remove()
+        self.spy.removed = True
+
+
 def _register_hook(self: Tensor, hook: Any) -> Any:
     recorder = _recorder()
     register = _original["register_hook"]
@@ -59,6 +70,7 @@ def _register_hook(self: Tensor, hook: Any) -> Any:
         return register(self, hook)
     spy = Spy(hook)
     handle = register(self, spy)
+    handle.__class__, handle.spy = _Handle, spy
     recorder.add_hook(self, spy, handle)
     return handle
 
