@@ -162,7 +162,7 @@ class RecordedSession(Session):
         self, optimizer: Any, loss: Tensor, sliced: Slice, hyper: _Hyper, allow_unused: bool
     ) -> _Update:
         indices, shown, engine = self.view.indices, self.networks.shown, self.engine
-        read = {t.index: t.tensor for t in sliced.thetas}
+        read = {t.index: [t.tensor, *sliced.twins.get(k, ())] for k, t in enumerate(sliced.thetas)}
         members = [
             (i, k)
             for k, group in enumerate(optimizer.param_groups)
@@ -170,9 +170,8 @@ class RecordedSession(Session):
             if (i := self.networks.index_of(p)) is not None
         ]
         ordinals = [i for i, _ in members]
-        grads, hooks = self.gradients(
-            optimizer, loss, ordinals, [read.get(indices[i], shown[i]) for i in ordinals], False, allow_unused
-        )
+        by = [read.get(indices[i], [shown[i]]) for i in ordinals]
+        grads, hooks = self.gradients(optimizer, ordinals, _sums_of_gradients(loss, by), False, allow_unused)
         used = [(i, k, g, h) for (i, k), g, h in zip(members, grads, hooks, strict=True) if g is not None]
         for i, *_ in used:
             if indices[i] not in read:
@@ -414,6 +413,17 @@ class RecordedSession(Session):
                         f"depends on {name!r} outside no_grad.",
                         UnreachableWarning,
                     )
+
+
+def _sums_of_gradients(loss: Tensor, by: list[list[Tensor]]) -> list[Tensor | None]:
+    """For each group of tensors, the sum of the gradients of ``loss`` by them."""
+    flat = [t for group in by for t in group]
+    found = iter(torch.autograd.grad(loss, flat, retain_graph=True, allow_unused=True))
+    sums: list[Tensor | None] = []
+    for group in by:
+        parts = [g for _, g in zip(group, found, strict=False) if g is not None]
+        sums.append(sum(parts[1:], parts[0]) if parts else None)
+    return sums
 
 
 def _agree(got: Tensor, expected: Tensor) -> bool:

@@ -39,6 +39,7 @@ class ThetaView:
         self.indices: list[int] = []
         self.epochs: list[Epoch] = []
         self.late: dict[int, Theta] = {}
+        self._versions: dict[int, object] = {}  # state index -> equal for all that is shown for one value
         self.sliding = None if options.window is None else Sliding(engine, options.window)
         self._superstep = 0
         self._dirty: set[int] = set()
@@ -67,10 +68,11 @@ class ThetaView:
             self.epochs.clear()
         self._show(ordinals)
         if late:
-            self.late = {id(p): Theta(i, p) for p, i in zip(originals, indices, strict=True)}
+            self.late = {id(p): Theta(i, p, object()) for p, i in zip(originals, indices, strict=True)}
 
     def _show(self, ordinals: Sequence[int]) -> None:
         engine, own = self.engine, self.networks.originals
+        self._versions.update((self.indices[i], object()) for i in ordinals)
         if self.sliding is not None:
             ordinals = range(len(self.indices))
             shown = self.sliding.read(self.indices, list(own), self.offline)
@@ -90,9 +92,11 @@ class ThetaView:
                 )
         for i, t in zip(ordinals, shown, strict=True):
             self.networks.show(i, t)
+            if self.sliding is not None:
+                t.version = self._versions[self.indices[i]]  # type: ignore[attr-defined]
         old, theta = self.recorder.epoch.theta, {}
         for index, t in zip(self.indices, self.networks.shown, strict=True):
-            theta[id(t)] = old.get(id(t)) or Theta(index, t)
+            theta[id(t)] = old.get(id(t)) or Theta(index, t, self._versions[index])
         self._open(theta)
 
     def _note_leaves(self, ordinals: Sequence[int], shown: Sequence[Tensor]) -> None:
@@ -123,7 +127,9 @@ class ThetaView:
         )
 
     def _is_of(self, theta: Theta, epoch: Epoch) -> bool:
-        return epoch.theta.get(id(theta.tensor)) is theta or id(theta.tensor) in self.late
+        if epoch.theta.get(id(theta.tensor)) is theta or id(theta.tensor) in self.late:
+            return True
+        return any(t.index == theta.index and t.version is theta.version for t in epoch.theta.values())
 
     def unchanged(self, theta: Theta) -> bool:
         """Whether this version is still the one shown."""
@@ -194,6 +200,14 @@ class ThetaView:
         old = isinstance(tensor, InnerParameter) and id(tensor) not in self.recorder.epoch.theta
         return old or bypass.is_noted(tensor)
 
+    def still_shown(self, tensor: Tensor) -> Theta | None:
+        """Theta, if ``tensor`` was shown before another optimizer's step for a value that has not changed since."""
+        node, version = tensor.grad_fn, getattr(tensor, "version", None)
+        if version is None or getattr(node, "engine", None) is not self.engine:
+            return None
+        index = node.indices[tensor.output_nr]  # type: ignore[union-attr]
+        return Theta(index, tensor, version) if self._versions.get(index) is version else None
+
     def on_tape(self, storage: int) -> bool:
         """Whether the tape holds what lies in ``storage``."""
         return self.engine.holds(storage)
@@ -246,7 +260,8 @@ class ThetaView:
         self._note_leaves(ordinals, [self.networks.shown[i] for i in ordinals])
         theta = dict(self.recorder.epoch.theta)
         for i in ordinals:
-            theta[id(self.networks.shown[i])] = Theta(self.indices[i], self.networks.shown[i])
+            version = self._versions[self.indices[i]] = object()
+            theta[id(self.networks.shown[i])] = Theta(self.indices[i], self.networks.shown[i], version)
         self._open(theta)
 
     def close(self) -> None:

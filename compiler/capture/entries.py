@@ -18,13 +18,17 @@ def version_of(t: Tensor) -> int:
 class Theta:
     """A version of one theta tensor: its state index, and the tensor the networks show for it.
 
-    ``suspect``: it was overwritten behind autograd's back, which may have saved it.
+    Attributes:
+        index, tensor: these.
+        version: equal for tensors that were shown for the same value.
+        hooks: of the tensor, with their handles.
+        suspect: it was overwritten behind autograd's back, which may have saved it.
     """
 
-    __slots__ = ("index", "tensor", "hooks", "suspect")
+    __slots__ = ("index", "tensor", "version", "hooks", "suspect")
 
-    def __init__(self, index: int, tensor: Tensor) -> None:
-        self.index, self.tensor, self.suspect = index, tensor, False
+    def __init__(self, index: int, tensor: Tensor, version: object) -> None:
+        self.index, self.tensor, self.version, self.suspect = index, tensor, version, False
         self.hooks: list[tuple[Any, Spy]] | None = None
 
 

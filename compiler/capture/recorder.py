@@ -195,6 +195,8 @@ class Recorder(TorchDispatchMode):
         if t._is_view() and t._base is not None and not (t.requires_grad and t.is_leaf):
             if self._is_recorded(t._base) and not isinstance(self._known(t._base), Theta):
                 return self._alias_of(t, t._base)
+        if isinstance(t, torch.nn.Parameter) and (theta := self.guard.still_shown(t)) is not None:
+            return theta
         return self._external(t)
 
     def root_of(self, loss: Tensor) -> Any:

@@ -26,6 +26,7 @@ class Slice:
         entries: calls, in the order they were made.
         thetas: versions of theta tensors read.
         consistent: whether no theta tensor was read in two versions.
+        twins: place among the thetas -> other tensors that were shown for the same version and read.
         externals: tensors read from outside (differentiable or not).
         numbers: values of the numbers that may be lifted.
         hooks: for each hooked value, the hooks that changed their gradient (known once they have run).
@@ -48,6 +49,7 @@ class Slice:
         self.number_of = {id(e): i for i, e in enumerate(self.entries)}
         self.thetas: list[Theta] = []
         self.consistent = True
+        self.twins: dict[int, list[Tensor]] = {}
         self.externals: list[External] = []
         self.numbers: list[float] = []
         self.hooks: dict[tuple, list[Spy]] = {}
@@ -85,8 +87,13 @@ class Slice:
             if at is None:
                 at = self._theta_at[a.index] = len(self.thetas)
                 self.thetas.append(a)
-            elif self.thetas[at] is not a:
-                self.consistent = False
+            elif (known := self.thetas[at]).tensor is not a.tensor:
+                if known.version is not a.version or known.hooks or a.hooks:
+                    self.consistent = False
+                else:
+                    twins = self.twins.setdefault(at, [])
+                    if not any(t is a.tensor for t in twins):
+                        twins.append(a.tensor)
             where = ("t", at)
             self._note_hooks(where, a.hooks)
             return where
