@@ -124,7 +124,8 @@ class RecordedSession(Session):
         metas = [x.tensor for x in sliced.externals if x.grad]
         position = self.engine.position
         for value in sliced.values:
-            value.steps += (position,)
+            if not value.steps or value.steps[-1] != position:
+                value.steps += (position,)
         call.spies = tuple(spy for spies in sliced.hooks.values() for spy in spies)
         for spy in call.spies:
             spy.taken = True
