@@ -6,9 +6,12 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from metaoptim.errors import CaptureError
+
+_DETACH = torch.ops.aten.detach.default
 
 
 def version_of(t: Tensor) -> int:
@@ -117,6 +120,30 @@ class Carried:
 
     def __init__(self, value: Value, external: External) -> None:
         self.value, self.external = value, external
+
+
+def reaches_theta(value: Value) -> bool:
+    """Whether a gradient of ``value`` may flow into theta."""
+    stack: list[Any] = [value]
+    seen: set[int] = set()
+    while stack:
+        a = stack.pop()
+        if isinstance(a, Theta):
+            return True
+        if isinstance(a, Carried):
+            a = a.value
+        if isinstance(a, tuple):
+            stack.extend(a)
+            continue
+        if isinstance(a, Value):
+            t = a.ref and a.ref()
+            if a.apart is not None or (t is not None and not t.requires_grad):
+                continue
+            a = a.entry
+        if isinstance(a, Entry) and id(a) not in seen and a.grad and a.op is not _DETACH:
+            seen.add(id(a))
+            stack += [*a.args, *a.deps, *a.kwargs.values()]
+    return False
 
 
 class Number:

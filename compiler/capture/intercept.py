@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from metaoptim.errors import CaptureError
 
+from . import memory
 from .entries import Spy
 from .recorder import Recorder
 
@@ -99,28 +100,28 @@ def _get_data(self: Tensor) -> Tensor:
     values = _original["data"].__get__(self)
     recorder = _recorder()
     if recorder is not None:
-        recorder.note_loose(values)
+        memory.note_loose(recorder, values)
     return values
 
 
 def _set_data(self: Tensor, value: Tensor) -> None:
     recorder = _recorder()
     if recorder is not None:
-        recorder.before_swap(self)
+        memory.before_swap(recorder, self)
     _original["data"].__set__(self, value)
 
 
 def _as_numpy(self: Tensor, *, force: bool = False) -> Any:
     array = _original["numpy"](self, force=force)
     recorder = _recorder()
-    if recorder is not None and recorder.relies_on_memory(self):
+    if recorder is not None and memory.relies_on(recorder, self):
         array.flags.writeable = False  # numpy itself refuses writes that no operator would show
     return array
 
 
 def _as_dlpack(self: Tensor, **kwargs: Any) -> Any:
     recorder = _recorder()
-    if recorder is not None and not kwargs.get("copy") and recorder.relies_on_memory(self):
+    if recorder is not None and not kwargs.get("copy") and memory.relies_on(recorder, self):
         raise CaptureError(
             f"a tensor of shape {tuple(self.shape)} that inner steps rely on was handed out through DLPack, where "
             "writes cannot be seen; hand out a clone made under torch.no_grad()"

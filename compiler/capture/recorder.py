@@ -20,7 +20,20 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from metaoptim.errors import CaptureError
 
-from .entries import Carried, Entry, Epoch, External, Function, Number, Spy, Theta, Value, version_of
+from . import memory
+from .entries import (
+    Carried,
+    Entry,
+    Epoch,
+    External,
+    Function,
+    Number,
+    Spy,
+    Theta,
+    Value,
+    reaches_theta,
+    version_of,
+)
 from .ops import BATCH_NORM, MASKED, OpInfo, op_info, without_running_stats, written
 
 aten = torch.ops.aten
@@ -64,8 +77,7 @@ class Recorder(TorchDispatchMode):
         self._sweep_at = 4096
         # storage -> (the storage's weak reference, leaf tensors read into it where no gradient flows)
         self.tainted: dict[int, tuple[Any, dict[int, Any]]] = {}
-        self.loose: dict[int, weakref.ref[Tensor]] = {}
-        self._prune_loose_at = 256
+        self.loose: dict[int, weakref.ref[Tensor]] = {}  # tensors without a version counter of their memory
         self._histories: list[weakref.ref[External]] = []  # of differentiable tensors that are no leaves
 
     # -- the mode ------------------------------------------------------------------------------------------------
@@ -141,7 +153,8 @@ class Recorder(TorchDispatchMode):
 
     # -- looking up ----------------------------------------------------------------------------------------------
 
-    def _known(self, t: Tensor) -> Theta | Value | None:
+    def known(self, t: Tensor) -> Theta | Value | None:
+        """What the recording has for the very tensor ``t``."""
         theta = self.epoch.theta.get(id(t))
         if theta is not None:
             return theta
@@ -149,7 +162,7 @@ class Recorder(TorchDispatchMode):
         return value if value is not None and value.ref() is t else None
 
     def _current(self, t: Tensor) -> Theta | Value | None:
-        found = self._known(t)
+        found = self.known(t)
         return None if isinstance(found, Value) and found.entry.epoch is not self.epoch else found
 
     def _touches(self, args: Iterable) -> bool:
@@ -162,7 +175,7 @@ class Recorder(TorchDispatchMode):
 
     def value_of(self, t: Tensor) -> Theta | Value | Carried | External:
         """What stands for ``t`` in the recording."""
-        found = self._known(t)
+        found = self.known(t)
         if isinstance(found, Theta):
             return found
         if found is not None:
@@ -193,7 +206,7 @@ class Recorder(TorchDispatchMode):
                 )
             return Carried(found, external)
         if t._is_view() and t._base is not None and not (t.requires_grad and t.is_leaf):
-            if self._is_recorded(t._base) and not isinstance(self._known(t._base), Theta):
+            if self._is_recorded(t._base) and not isinstance(self.known(t._base), Theta):
                 return self._alias_of(t, t._base)
         if isinstance(t, torch.nn.Parameter) and (theta := self.guard.still_shown(t)) is not None:
             return theta
@@ -201,7 +214,7 @@ class Recorder(TorchDispatchMode):
 
     def root_of(self, loss: Tensor) -> Any:
         """What stands for the loss of a step, which may have been computed before another step."""
-        found = self._known(loss)
+        found = self.known(loss)
         mine = isinstance(found, Value) and found.entry.epoch.superstep == self.epoch.superstep
         return found if mine else self.value_of(loss)
 
@@ -331,9 +344,7 @@ class Recorder(TorchDispatchMode):
             raise CaptureError(
                 "a tensor with a hook or retain_grad() was changed in place; clone it before the change"
             )
-        loose = [t for t in targets if self._is_loose(t)] if self.loose else []
-        if loose:
-            self._suspect(loose)
+        memory.before_write(self, targets)
         hit = guard.before_write(targets, op)
         if hit:
             guard.preserve(targets)
@@ -388,34 +399,6 @@ class Recorder(TorchDispatchMode):
         self._bind_outputs(entry, out)
         return out
 
-    def note_loose(self, t: Tensor) -> None:
-        """``t`` shares memory with another tensor, and no version counter (``.data``)."""
-        if len(self.loose) >= self._prune_loose_at:
-            self.loose = {k: ref for k, ref in self.loose.items() if ref() is not None}
-            self._prune_loose_at = max(256, 2 * len(self.loose))
-        self.loose[id(t)] = weakref.ref(t)
-
-    def _is_loose(self, t: Tensor) -> bool:
-        base = t._base if t._is_view() else None
-        return any(x is not None and (ref := self.loose.get(id(x))) and ref() is x for x in (t, base))
-
-    def _suspect(self, targets: Iterable[Tensor]) -> None:
-        """The memory of ``targets`` changes behind autograd's back: it may have saved what pending losses have read.
-
-        Steps on them are compared with what autograd makes of it.
-        """
-        storages = {t.untyped_storage()._cdata for t in targets if t.layout is torch.strided}
-        for epoch in (*self.guard.epochs, self.epoch) if self.record else ():
-            read = [(x, x.source) for ref in epoch.externals.values() if (x := ref()) is not None]
-            read += [(theta, theta.tensor) for theta in epoch.theta.values()]
-            for x, t in read:
-                if t.layout is torch.strided and t.untyped_storage()._cdata in storages:
-                    x.suspect = True
-        for value in self.values.values():
-            other = value.ref()
-            if other is not None and other.untyped_storage()._cdata in storages:
-                value.suspect = True
-
     def _is_recorded(self, t: Tensor) -> bool:
         """Whether what ``t`` holds is part of the recording of this epoch, so that a write into it must be too."""
         base = t._base if t._is_view() else None
@@ -440,7 +423,7 @@ class Recorder(TorchDispatchMode):
         """From now on what ``t`` holds is what the recording says: it is about to be written by a recorded call."""
         base = t._base if t._is_view() and t._base is not None else t
         if self._is_recorded(t):
-            if self._known(t) is None and base is not t:
+            if self.known(t) is None and base is not t:
                 self._alias_of(t, base)
             storage = t.untyped_storage()._cdata
             read = [ref() for ref in self.epoch.externals.values()]  # of which ``t`` may be a recorded view
@@ -506,13 +489,13 @@ class Recorder(TorchDispatchMode):
         """
         if not self.record:
             return False
-        found = self._known(t)
+        found = self.known(t)
         if (isinstance(found, Value) and found.steps) or self.guard.was_read(t):
             raise CaptureError(
                 f"{what} on a tensor of shape {tuple(t.shape)} that an inner step has already read: the gradient from "
                 f"that step would not pass through it; call {what} right after computing the tensor"
             )
-        if not isinstance(found, Value) or not t.requires_grad or t.is_leaf or self._reaches_theta(found):
+        if not isinstance(found, Value) or not t.requires_grad or t.is_leaf or reaches_theta(found):
             return False
         if found.apart is None:
             storage = t.untyped_storage()._cdata
@@ -525,32 +508,9 @@ class Recorder(TorchDispatchMode):
             self.epoch.apart.add(storage)
         return True
 
-    def _reaches_theta(self, value: Value) -> bool:
-        """Whether a gradient of ``value`` may flow into theta."""
-        stack: list[Any] = [value]
-        seen: set[int] = set()
-        while stack:
-            a = stack.pop()
-            if isinstance(a, Theta):
-                return True
-            if isinstance(a, tuple):
-                stack.extend(a)
-            elif isinstance(a, Carried):
-                stack.append(a.value)
-            elif isinstance(a, (Value, Entry)):
-                entry, t = (a.entry, a.ref and a.ref()) if isinstance(a, Value) else (a, None)
-                stops = t is not None and not t.requires_grad
-                if isinstance(a, Value) and a.apart is not None:
-                    stops = True
-                if stops or id(entry) in seen or entry.op is _DETACH or not entry.grad:
-                    continue
-                seen.add(id(entry))
-                stack += [*entry.args, *entry.deps, *entry.kwargs.values()]
-        return False
-
     def add_hook(self, t: Tensor, spy: Spy, handle: Any) -> None:
         """Note that the gradient of ``t`` passes through a hook, which steps must apply themselves."""
-        value = self._known(t)
+        value = self.known(t)
         if value is not None:
             value.hooks = [*(value.hooks or ()), (handle, spy)]
 
@@ -559,7 +519,7 @@ class Recorder(TorchDispatchMode):
         if not self.record:
             return detach(t)
         self.guard.settle()
-        found = self._known(t)
+        found = self.known(t)
         if found is None:
             self._keep_histories([t], dispatching=False)
         out = detach(t)
@@ -569,53 +529,6 @@ class Recorder(TorchDispatchMode):
             else:
                 del self.values[id(t)]  # what is read of it from now on is a constant
         return out
-
-    def before_swap(self, t: Tensor) -> None:
-        """Refuse ``t.data = value`` where the recording says what ``t`` holds."""
-        if self.record and (isinstance(self._known(t), Value) or (t.requires_grad and not t.is_leaf)):
-            raise CaptureError(
-                f"t.data = ... on a tensor of shape {tuple(t.shape)} that was computed: got other values behind the "
-                "back of the recording, expected an operator. Write t = t + (value - t).detach() for the same values "
-                "and gradient, or t = value for a constant."
-            )
-        self._suspect([t])
-
-    def relies_on_memory(self, t: Tensor) -> bool:
-        """Whether the recording or the tape takes for granted what the memory of ``t`` holds.
-
-        Memory from outside is not: it is copied or watched. What is known of it as a value is forgotten, so that it
-        will be read anew.
-        """
-        if not self.record or t.layout is not torch.strided:
-            return False
-        storage = t.untyped_storage()
-        found = self._known(t)
-        if isinstance(found, Theta) or self.guard.on_tape(storage._cdata):
-            return True
-        if found is None:
-            if torch._C._storage_Use_Count(storage._cdata) <= 2:  # that of ``t`` and ours
-                return False
-            found = next((v for v in self.values.values() if self._lies_in(v, storage)), None)
-        if found is None or not self._is_outside(found, storage):
-            return found is not None
-        self.values = {k: v for k, v in self.values.items() if not self._lies_in(v, storage)}
-        self._suspect([t])
-        return False
-
-    def _lies_in(self, value: Value, storage: Any) -> bool:
-        t = value.ref()
-        return t is not None and t.untyped_storage()._cdata == storage._cdata
-
-    def _is_outside(self, value: Value, storage: Any) -> bool:
-        """Whether ``value`` is a view of a tensor from outside."""
-        found: Any = value
-        while isinstance(found, (Value, Carried)):
-            found = found.value if isinstance(found, Carried) else next(iter(found.entry.args), None)
-        return (
-            isinstance(found, External)
-            and not found.written
-            and found.source.untyped_storage()._cdata == storage._cdata
-        )
 
     # -- what no gradient reaches --------------------------------------------------------------------------------
 
