@@ -159,6 +159,7 @@ class StepCall:
         location: the user's line.
         rng: state index of the random generator's state, if the step draws; -1 if not.
         how: its graphs are run.
+        spies: the tensor hooks that are part of the step.
     """
 
     step: StepGraph
@@ -172,6 +173,7 @@ class StepCall:
     location: str
     rng: int = -1
     how: Lowering = EAGER
+    spies: tuple[Any, ...] = ()
 
     def changed(self) -> Iterator[tuple[int, int]]:
         """Outputs of the step and the state indices they go to."""

@@ -124,6 +124,10 @@ class Engine:
         self.state = state
         return state
 
+    def holds(self, storage: int) -> bool:
+        """Whether a tensor of the tape lies in ``storage``."""
+        return storage in self._memory
+
     def protect(self, storage: int) -> None:
         """Someone is about to write into ``storage``: keep what the tape holds of it."""
         if self._memory.pop(storage, None) is None:
@@ -309,6 +313,11 @@ class Engine:
         if all(c is None for c in received.values()):
             return
         step = call.step
+        if any(spy.removed for spy in call.spies):
+            raise CaptureError(
+                f"the inner step at {call.location} has a tensor hook that changes a gradient, and that was removed "
+                "before the outer loss's backward, which needs it; remove it after that"
+            )
         self._load(sorted({call.base, position}))
         arguments = self._inputs(call, self._at(position), self._at(call.base))
         for i in cotangent_outputs(step):
