@@ -19,7 +19,7 @@ from .compiler.capture.refusals import refusing
 from .compiler.capture.tracer import Input, Tracer, capturing
 from .compiler.ir import Loop, Role, StepGraph
 from .compiler.passes.pipeline import Options, Record, compile_trace
-from .compiler.passes.roll import Rolled
+from .compiler.program import RolledProgram
 from .guards import Scene
 from .runtime.compiled import Call, Run
 from .runtime.distributed import average_over_ranks
@@ -40,7 +40,7 @@ class Program:
         sources: input of the program -> its place in the scene's tensors, or the very tensor.
     """
 
-    def __init__(self, scene: Scene, rolled: Rolled, records: list[Record], traced: Traced) -> None:
+    def __init__(self, scene: Scene, rolled: RolledProgram, records: list[Record], traced: Traced) -> None:
         self.rolled, self.records, self.traced = rolled, records, traced
         self.remembered = scene.remembered()
         at = scene.place_of()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..compiler.capture.tracer import Input
 from ..compiler.ir import Loop, Role, StepCall
-from ..compiler.passes.roll import Given, Rolled
+from ..compiler.program import Given, RolledProgram
 from .bridge import refuse_third_order
 from .engine import Engine, Sweep
 from .inputs import Held, Inputs
@@ -46,7 +46,7 @@ class BoundProgram:
     start = 0
     calls: tuple = ()
 
-    def __init__(self, rolled: Rolled, held: dict[Input, Held], rng: int) -> None:
+    def __init__(self, rolled: RolledProgram, held: dict[Input, Held], rng: int) -> None:
         self.rolled, self.held, self.rng = rolled, held, rng
         sizes = [c.count if isinstance(c, Loop) else 1 for c in rolled.calls]
         self._ends = list(accumulate(sizes))
@@ -110,7 +110,7 @@ class Run:
 
     def __init__(
         self,
-        rolled: Rolled,
+        rolled: RolledProgram,
         tensors: dict[Input, Tensor],
         slots: int | None,
         backend: str,

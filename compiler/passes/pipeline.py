@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..capture.tracer import Trace
-from ..ir import StepGraph
+from ..program import RolledProgram
 from ..segments import split
 from .canonicalize import canonicalize
 from .mode import mode
 from .prune import prune
-from .roll import Rolled, StepOf, roll
+from .roll import StepOf, roll
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Record:
         return f"{self.name:<14}{self.done}  ({self.milliseconds:.0f} ms)"
 
 
-def compile_trace(trace: Trace, options: Options, step_of: StepOf) -> tuple[Rolled, list[Record]]:
+def compile_trace(trace: Trace, options: Options, step_of: StepOf) -> tuple[RolledProgram, list[Record]]:
     """Take a trace through all passes."""
     records: list[Record] = []
 
@@ -55,6 +55,3 @@ def compile_trace(trace: Trace, options: Options, step_of: StepOf) -> tuple[Roll
     run("prune", lambda: (prune(draft),))
     (rolled,) = run("roll", lambda: roll(draft, step_of))
     return rolled, records
-
-
-__all__ = ["Options", "Record", "Rolled", "StepGraph", "compile_trace"]
