@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 
 from .capture.ops import op_info
+from .differentiate import true_zeros
 from .ir import StepGraph, gradient, show
 from .remat import rematerialised
 from .tracing import tracing
@@ -139,7 +140,7 @@ def _traced(step: StepGraph, cotangents: Sequence[int]) -> fx.GraphModule:
 
     with FakeTensorMode(allow_non_fake_inputs=True):
         examples = [p.empty() for p in step.inputs] + [step.outputs[i].empty() for i in cotangents]
-        module = make_fx(vjp)(*examples)
+        module = make_fx(vjp, true_zeros(step))(*examples)
     for node in module.graph.find_nodes(op="call_function", target=aten.detach.default):
         node.replace_all_uses_with(node.args[0])
         module.graph.erase_node(node)
@@ -164,7 +165,7 @@ def _is_linear(parts: _Parts, cotangents: Sequence[int]) -> bool:
     with FakeTensorMode(allow_non_fake_inputs=True):
         examples = [p.empty() for p in step.inputs]
         grads = [torch.empty_like(t) for t in parts.thetas_of(examples)]
-        module = make_fx(pull)(*examples, *grads, *(step.outputs[i].empty() for i in cotangents))
+        module = make_fx(pull, true_zeros(step))(*examples, *grads, *(step.outputs[i].empty() for i in cotangents))
     module.graph.eliminate_dead_code()
     placeholders = list(module.graph.find_nodes(op="placeholder"))
     return not any(n.users for n in placeholders[count : count + thetas])

@@ -19,7 +19,7 @@ from .compiler.capture.refusals import refusing
 from .compiler.capture.tracer import Input, Tracer, capturing
 from .compiler.ir import Loop, Lowering, Role, StepGraph
 from .compiler.passes.pipeline import Options, Record, compile_trace
-from .compiler.passes.roll import Rolled
+from .compiler.program import RolledProgram
 from .guards import Scene
 from .runtime.compiled import Call, Run
 from .runtime.distributed import average_over_ranks
@@ -40,7 +40,7 @@ class Program:
         sources: input of the program -> its place in the scene's tensors, or the very tensor.
     """
 
-    def __init__(self, scene: Scene, rolled: Rolled, records: list[Record], traced: Traced) -> None:
+    def __init__(self, scene: Scene, rolled: RolledProgram, records: list[Record], traced: Traced) -> None:
         self.rolled, self.records, self.traced = rolled, records, traced
         self.remembered = scene.remembered()
         at = scene.place_of()
@@ -223,6 +223,7 @@ def compile(
     window: int | None = None,
     slots: int | None = None,
     backend: str = "inductor",
+    hvp: str = "auto",
     self_check: bool = True,
 ) -> Any:
     """Capture a function that holds a window, and run it through torch.compile.
@@ -232,12 +233,15 @@ def compile(
         window: as of `SlidingWindow`, for windows inside that leave it unsaid.
         slots: likewise.
         backend: a backend of torch.compile: ``"inductor"``, ``"aot_eager"``, or ``"eager"``.
+        hvp: how a step's gradient is differentiated: ``"reverse"`` (over reverse), ``"mixed"`` (forward over reverse,
+            with layers made again: less memory for about a third more work), or ``"auto"``.
         self_check: compare every compiled graph with its uncompiled form on first use.
 
     Returns:
         A function of the same arguments and results. Its results can be differentiated once, any number of times.
 
     Raises:
+        ValueError: for an unknown backend or hvp.
         CaptureError: on the first call, for what cannot be captured.
 
     Example:
@@ -253,7 +257,12 @@ def compile(
         >>> log_lr.grad.shape
         torch.Size([])
     """
-    options = Options(window=window, slots=slots, lowering=Lowering(backend, self_check))
+    if hvp not in ("auto", "reverse", "mixed"):
+        raise ValueError(f"hvp: got {hvp!r}, expected 'auto', 'reverse' or 'mixed'")
+    known = torch.compiler.list_backends(exclude_tags=())
+    if backend != "eager" and backend not in known:
+        raise ValueError(f"backend: got {backend!r}, expected 'eager' or one of {', '.join(sorted(known))}")
+    options = Options(window=window, slots=slots, lowering=Lowering(backend, self_check, hvp))
     if fn is None:
         return lambda f: CompiledFunction(f, options)
     return CompiledFunction(fn, options)

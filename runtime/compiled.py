@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..compiler.capture.tracer import Input
 from ..compiler.ir import Loop, Lowering, Role, StepCall
-from ..compiler.passes.roll import Given, Rolled
+from ..compiler.program import Given, RolledProgram
 from .bridge import refuse_third_order
 from .engine import Engine, Sweep
 from .inputs import Held, Inputs
@@ -47,7 +47,7 @@ class BoundProgram:
     start = 0
     calls: tuple = ()
 
-    def __init__(self, rolled: Rolled, held: dict[Input, Held], rng: int, how: Lowering) -> None:
+    def __init__(self, rolled: RolledProgram, held: dict[Input, Held], rng: int, how: Lowering) -> None:
         self.rolled, self.held, self.rng, self.how = rolled, held, rng, how
         sizes = [c.count if isinstance(c, Loop) else 1 for c in rolled.calls]
         self._ends = list(accumulate(sizes))
@@ -112,7 +112,7 @@ class Run:
 
     def __init__(
         self,
-        rolled: Rolled,
+        rolled: RolledProgram,
         tensors: dict[Input, Tensor],
         slots: int | None,
         how: Lowering,

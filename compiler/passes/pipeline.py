@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..capture.tracer import Trace
-from ..ir import Lowering, StepGraph
+from ..ir import Lowering
+from ..program import RolledProgram
 from ..segments import split
 from .canonicalize import canonicalize
+from .differentiate import differentiate
 from .mode import mode
 from .prune import prune
-from .roll import Rolled, StepOf, roll
+from .roll import StepOf, roll
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Options:
 
     window: int | None = None
     slots: int | None = None
-    lowering: Lowering = field(default_factory=lambda: Lowering("inductor"))
+    lowering: Lowering = field(default_factory=lambda: Lowering("inductor", hvp="auto"))
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Record:
         return f"{self.name:<14}{self.done}  ({self.milliseconds:.0f} ms)"
 
 
-def compile_trace(trace: Trace, options: Options, step_of: StepOf) -> tuple[Rolled, list[Record]]:
+def compile_trace(trace: Trace, options: Options, step_of: StepOf) -> tuple[RolledProgram, list[Record]]:
     """Take a trace through all passes."""
     records: list[Record] = []
 
@@ -49,11 +51,10 @@ def compile_trace(trace: Trace, options: Options, step_of: StepOf) -> tuple[Roll
 
     writes, limit = run("mode", lambda: mode(trace))
     draft = split(trace)
-    draft.writes, draft.limit = writes, limit
+    draft.writes, draft.limit = writes, options.window if limit is None else limit
     run("canonicalize", lambda: (canonicalize(draft),))
     run("prune", lambda: (prune(draft),))
     (rolled,) = run("roll", lambda: roll(draft, step_of))
+    if any(x.grad for x in trace.inputs):
+        run("differentiate", lambda: (differentiate(rolled, options.lowering.hvp),))
     return rolled, records
-
-
-__all__ = ["Options", "Record", "Rolled", "StepGraph", "compile_trace"]

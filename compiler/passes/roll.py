@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from metaoptim.errors import CaptureError
@@ -12,66 +12,20 @@ from ..build import build_segment
 from ..capture.entries import Value
 from ..capture.tracer import Input, Noise, ScanItem
 from ..ir import Loop, StepCall, StepGraph
+from ..program import Given, RolledProgram
 from ..segments import Body, Draft, Unit, identity, roles_of
 
 StepOf = Callable[[tuple, Callable[[], StepGraph]], StepGraph]
 
 
-@dataclass(frozen=True)
-class Given:
-    """An input of a call that is no register.
-
-    Attributes:
-        kind: "input", "scan" (a slice of one), "noise" or "number".
-        of: the `Input`, the `Noise`, or the number.
-        at: for a slice, its position.
-    """
-
-    kind: str
-    of: Any
-    at: int = 0
-
-    def advanced(self, by: int) -> Given:
-        """The one ``by`` further on."""
-        return (
-            Given(self.kind, self.of, self.at + by) if self.kind == "scan" else Given(self.kind, self.of + by)
-        )
-
-
-@dataclass
-class Rolled:
-    """A whole function as calls on registers.
-
-    Attributes:
-        calls: in order.
-        registers: how many values are alive at most.
-        outputs, writes: where what the function returns, and what it leaves in tensors from outside, is found in the
-            end: a register, or an `Input` passed through.
-        dead: places of the outputs that carry no gradient.
-        slots, backward_hook: options of its windows.
-        limit: W, where gradients are truncated.
-        offline: whether a window's own parameters receive a gradient.
-    """
-
-    calls: list[StepCall | Loop] = field(default_factory=list)
-    registers: int = 0
-    outputs: list[int | Input] = field(default_factory=list)
-    writes: list[tuple[Any, int | Input]] = field(default_factory=list)
-    dead: tuple[int, ...] = ()
-    slots: int | None = None
-    backward_hook: Callable | None = None
-    limit: int | None = None
-    offline: bool = False
-
-
-def roll(draft: Draft, step_of: StepOf) -> tuple[Rolled, str]:
+def roll(draft: Draft, step_of: StepOf) -> tuple[RolledProgram, str]:
     """Turn parts into calls.
 
     Args:
         draft: the parts.
         step_of: cache of step graphs: key, how to build one -> the step graph.
     """
-    rolled = Rolled(limit=draft.limit, offline=any(w.offline for w in draft.trace.windows))
+    rolled = RolledProgram(limit=draft.limit, offline=any(w.offline for w in draft.trace.windows))
     for window in draft.trace.windows:
         rolled.slots = window.slots if rolled.slots is None else rolled.slots
         rolled.backward_hook = window.backward_hook or rolled.backward_hook
