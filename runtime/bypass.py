@@ -10,7 +10,8 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,8 @@ from .bridge import InnerParameter, Read, WindowedRead
 from .engine import Engine
 
 
-class _Mark(NamedTuple):
+@dataclass(frozen=True)
+class _Mark:
     """Where a tensor enters the tape.
 
     Attributes:
@@ -63,7 +65,7 @@ def _mark_of(t: Tensor, recorder: Any) -> _Mark | None:
         node: Any = t.grad_fn
         return _Mark(weakref.ref(node.engine), (node.position,), node.indices[t.output_nr])
     known = None if recorder is None else recorder.known(t)
-    if isinstance(known, Value) and known.steps:
+    if recorder is not None and isinstance(known, Value) and known.steps:
         return _Mark(weakref.ref(recorder.guard.engine), known.steps, None)
     return _marks.get(t) if _marks else None
 
@@ -146,6 +148,7 @@ def _passed_by(t: Tensor, mark: _Mark) -> CaptureError:
 
 _lock = threading.RLock()  # the collector may call `_release` within `watch_backward`
 _tapes: set[int] = set()
+_autograd: Any = torch.autograd
 _original: Any = None
 _installed = False
 
@@ -166,8 +169,8 @@ def watch_backward(engine: Engine) -> None:
         _tapes.add(id(engine))
         weakref.finalize(engine, _release, id(engine)).atexit = False
         if not _installed:
-            _original = torch.autograd._engine_run_backward
-            torch.autograd._engine_run_backward = _run_backward  # pyright: ignore
+            _original = _autograd._engine_run_backward
+            _autograd._engine_run_backward = _run_backward
             _installed = True
 
 
@@ -175,6 +178,6 @@ def _release(tape: int) -> None:
     global _installed
     with _lock:
         _tapes.discard(tape)
-        if not _tapes and torch.autograd._engine_run_backward is _run_backward:
-            torch.autograd._engine_run_backward = _original
+        if not _tapes and _autograd._engine_run_backward is _run_backward:
+            _autograd._engine_run_backward = _original
             _installed = False
