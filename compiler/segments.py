@@ -45,19 +45,43 @@ def identity(ref: Any) -> Any:
     return (id(ref.entry), ref.index) if isinstance(ref, Value) else id(ref)
 
 
+class Hooks:
+    """The tensor hooks of a trace.
+
+    Attributes:
+        of: id of a call -> its hooked outputs, each with its hooks.
+        thetas: ids of the calls that show parameters by which an inner gradient is taken.
+    """
+
+    def __init__(self, trace: Trace) -> None:
+        self.of = trace.hooks
+        self.thetas = {id(theta.entry) for e in trace.entries if e.op is gradient for theta in e.args[1]}
+
+
 class Segment(Keyed):
     """Consecutive calls of a trace.
+
+    A hook acts where its tensor is made, on the whole of its gradient. One on a parameter acts in the step that takes
+    the gradient by it.
 
     Attributes:
         inputs: what they read from outside, in the order they are met.
         key: their structure.
     """
 
-    def __init__(self, entries: list[Entry]) -> None:
+    def __init__(self, entries: list[Entry], hooks: Hooks) -> None:
         super().__init__(entries)
         self.inputs: list[Any] = []
         self._input_at: dict[Any, int] = {}
         body = tuple(self._entry_key(e) for e in entries)
+        inner = {id(theta.entry) for e in entries if e.op is gradient for theta in e.args[1]}
+        for number, entry in enumerate(entries):
+            if id(entry) in inner or id(entry) not in hooks.thetas:
+                for index, spies in hooks.of.get(id(entry), {}).items():
+                    self.hooks["v", number, index] = spies
+        for at in sorted(thetas_of(self)):
+            for spies in hooks.of.get(id(self.inputs[at].entry), {}).values():
+                self.hooks["x", at] = spies
         hooks = tuple((at, tuple(hook_key(s.hook) for s in spies)) for at, spies in self.hooks.items())
         self.opaque = self.opaque or bool(hooks)
         kinds = tuple(_kind(x) for x in self.inputs)
@@ -70,10 +94,7 @@ class Segment(Keyed):
             at = self._input_at.setdefault(identity(a), len(self.inputs))
             if at == len(self.inputs):
                 self.inputs.append(a)
-            where = ("x", at)
-            if isinstance(a, Value):
-                self._note_hooks(where, a.hooks)
-            return where
+            return ("x", at)
         return super().token(a)
 
     def place_of(self, ref: Any) -> int | None:
@@ -145,6 +166,7 @@ class Draft:
     """A program in the making: what the passes rewrite."""
 
     trace: Trace
+    hooks: Hooks
     units: list[Unit] = field(default_factory=list)
     bodies: list[Body] = field(default_factory=list)
     unit_of: dict[int, int] = field(default_factory=dict)  # id of an entry -> its unit
@@ -173,7 +195,7 @@ def input_order(segment: Segment) -> list[int]:
 
 def split(trace: Trace) -> Draft:
     """Cut a trace after every super-step, and around every iteration of a scan."""
-    draft = Draft(trace)
+    draft = Draft(trace, Hooks(trace))
     cuts = _cuts(trace)
     starts = {begin: (s, k) for s, scan in enumerate(trace.scans) for k, begin in enumerate(scan.begins)}
     ends = [end for end, _ in trace.steps]
@@ -183,7 +205,7 @@ def split(trace: Trace) -> Draft:
         entries = trace.entries[begin:end]
         number = len(draft.units)
         draft.unit_of.update((id(e), number) for e in entries)
-        draft.units.append(Unit(Segment(entries), last - first, location, starts.get(begin)))
+        draft.units.append(Unit(Segment(entries, draft.hooks), last - first, location, starts.get(begin)))
     _refuse_aliases_across(draft)
     group(draft)
     return draft

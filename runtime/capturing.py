@@ -197,6 +197,7 @@ class CapturedSession(Session):
             raise CaptureError(
                 "error_if_nonfinite needs a value while the function is captured; use an ordinary window"
             )
+        tracer.settle_hooks()
         root = tracer.value_of(loss)
         members = [
             (i, k)

@@ -26,10 +26,12 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from metaoptim.errors import CaptureError, user_location
 
+from ..ir import gradient
 from .entries import Entry, Function, Number, Spy, Value
+from .intercept import is_removed
 from .modes import leave, paused
 from .ops import BATCH_NORM, LIFTS, op_info, written
-from .slicing import tensor_spec
+from .slicing import closed_over, tensor_spec
 
 aten = torch.ops.aten
 _DETACH = aten.detach.default
@@ -129,6 +131,7 @@ class Trace:
         scans: loops of which only the first iterations are among the entries.
         windows: its windows.
         outputs: what stands for each tensor the function returns.
+        hooks: id of a call -> its hooked outputs, each with the hooks that were there when a gradient passed.
     """
 
     entries: list[Entry] = field(default_factory=list)
@@ -137,6 +140,7 @@ class Trace:
     scans: list[Scan] = field(default_factory=list)
     windows: list[WindowMark] = field(default_factory=list)
     outputs: list[Any] = field(default_factory=list)
+    hooks: dict[int, dict[Any, list[Spy]]] = field(default_factory=dict)
 
 
 class Tracer(TorchDispatchMode):
@@ -158,6 +162,7 @@ class Tracer(TorchDispatchMode):
         self.on_write: Callable[[Tensor, Callable[[], Any]], bool] = lambda t, write: False
         self._refs: dict[int, tuple[weakref.ref[Tensor], Any]] = {}
         self._at: dict[int, list[weakref.ref[Tensor]]] = {}  # storage -> the tensors that lie in it
+        self._hooks: list[tuple[Value, Any, Spy]] = []  # registered, not known yet to meet a gradient
 
     # -- the mode ------------------------------------------------------------------------------------------------
 
@@ -190,6 +195,7 @@ class Tracer(TorchDispatchMode):
 
     def give(self, t: Tensor) -> Any:
         """What stands for a tensor that the function returns, as it is now."""
+        self.settle_hooks()
         entry = self.add(aten.alias.default, (self.value_of(t),), grad=True)
         value = Value(entry, None)
         value.ref = tensor_spec(t)
@@ -322,6 +328,7 @@ class Tracer(TorchDispatchMode):
             and args
             and args[0] is target
             and not kwargs.get("out")
+            and (torch.is_grad_enabled() or not target.requires_grad)  # its history stays, its values change
         ):
             if not target._is_view() and len(self._sharing(target)) <= 1:
                 with self.paused():
@@ -335,10 +342,11 @@ class Tracer(TorchDispatchMode):
         out = self.run(op, args, kwargs)
         entry = self.add(op, tokens, kw)
         self.bind_outputs(entry, out)
+        given = list(out) if isinstance(out, (list, tuple)) else [out]
         for t in targets:
             for other in self._sharing(t):
-                if all(other is not w for w in targets):  # its value is another from here on
-                    alias = self.add(aten.alias.default, (self._known(other),))
+                if all(other is not w for w in given):  # its value is another from here on
+                    alias = self.add(aten.alias.default, (self._known(other),), grad=True)
                     alias.deps = (entry,)
                     self.bind(other, Value(alias, None))
         return out
@@ -386,27 +394,30 @@ class Tracer(TorchDispatchMode):
         recipe = tuple(_spec_of(a) for a in args)
         kw = {k: v for k, v in kwargs.items() if v is not None}
         if op is aten.native_dropout.default:
-            out = self.run(op, args, kwargs)
             if not args[2]:
                 return self._record(op, args, kwargs)
-            drawn = Noise(op, recipe, kw, tensor_spec(out[1]), 1)
+            out = self.run(op, args, kwargs)
+            drawn = self._drawn(out[1], Noise(op, recipe, kw, tensor_spec(out[1]), 1))
             kept = self.add(aten.mul.Tensor, (self.value_of(args[0]), drawn))
             p = args[1]
             scaled = self.add(aten.mul.Tensor, (Value(kept, None), 0.0 if p == 1 else 1.0 / (1.0 - p)))
             self.bind(out[0], Value(scaled, None))
-            self.bind(out[1], drawn)
             return out
         if op_info(op).writes:
             (target,) = written(op_info(op), args, kwargs)
             with self.paused():
                 fresh = self.faked(target).detach().clone(memory_format=torch.preserve_format)
-            self.bind(fresh, Noise(op, recipe, kw, tensor_spec(target), None))
+            self._drawn(fresh, Noise(op, recipe, kw, tensor_spec(target), None))
             with self, torch.no_grad():
                 target.copy_(fresh)
             return target
         out = self.run(op, args, kwargs)
-        self.bind(out, Noise(op, recipe, kw, tensor_spec(out), None))
+        self._drawn(out, Noise(op, recipe, kw, tensor_spec(out), None))
         return out
+
+    def _drawn(self, t: Tensor, noise: Noise) -> Any:
+        """Let ``t`` be what ``noise`` gives at this place of the program, once, whoever reads it later."""
+        return self.bind(t, Value(self.add(aten.alias.default, (noise,), grad=True), None))
 
     # -- Python-level calls --------------------------------------------------------------------------------------
 
@@ -441,7 +452,24 @@ class Tracer(TorchDispatchMode):
                 "a hook is registered on a tensor that the compiled function was given; register it outside, or on a "
                 "tensor made inside"
             )
-        value.hooks = [*(value.hooks or ()), (handle, spy)]
+        if any(isinstance(a, Tensor) for a in closed_over(spy.hook)):
+            raise CaptureError(
+                "a hook closes over a tensor, whose values it would keep from the capture on; let it depend on its "
+                "argument and on Python numbers only, or use an ordinary window"
+            )
+        if any(e.op is gradient for e in self.trace.entries[value.entry.seq + 1 :]):
+            raise CaptureError(
+                "a hook is registered on a tensor after an inner step that may have used it; register it where the "
+                "tensor is made, or on a view of it (t.view_as(t)) that is used from here on"
+            )
+        self._hooks.append((value, handle, spy))
+
+    def settle_hooks(self) -> None:
+        """A gradient is taken now: hooks that are still registered are part of the program."""
+        for value, handle, spy in self._hooks:
+            if not is_removed(handle):
+                self.trace.hooks.setdefault(id(value.entry), {}).setdefault(value.index, []).append(spy)
+        self._hooks.clear()
 
 
 @contextmanager
