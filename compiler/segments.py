@@ -16,7 +16,7 @@ from .capture.entries import Entry, Number, Value
 from .capture.ops import op_info
 from .capture.slicing import Keyed, hook_key
 from .capture.tracer import Input, Noise, ScanItem, Trace
-from .ir import gradient
+from .ir import again, gradient
 
 aten = torch.ops.aten
 
@@ -38,6 +38,14 @@ def arguments(entry: Entry) -> Iterator[Any]:
     yield from leaves(entry.args)
     if entry.kwargs:
         yield from leaves(entry.kwargs)
+
+
+def changed(entry: Entry) -> Iterator[Any]:
+    """What a call changes in place."""
+    if isinstance(entry.op, torch._ops.OpOverload):
+        for where in op_info(entry.op).writes:
+            found = entry.kwargs.get(where) if isinstance(where, str) else entry.args[where]
+            yield from leaves(found)
 
 
 def identity(ref: Any) -> Any:
@@ -104,11 +112,13 @@ class Segment(Keyed):
     def memory_of(self, ref: Any) -> Any:
         """The call or input that made the memory of ``ref``, as far back as these calls go."""
         while isinstance(ref, Value) and id(ref.entry) in self.number_of:
-            op = ref.entry.op
-            same = isinstance(op, torch._ops.OpOverload) and (op.is_view or op_info(op).writes)
-            if not same and op is not aten.alias.default:
+            entry, written = ref.entry, list(changed(ref.entry))
+            if len(written) == 1:
+                ref = written[0]
+            elif entry.op is again or getattr(entry.op, "is_view", False):
+                ref = entry.args[0]
+            else:
                 break
-            ref = ref.entry.args[0]
         return identity(ref)
 
     def _input_shape(self, a: Any) -> tuple | None:
@@ -271,7 +281,7 @@ def _refuse_aliases_across(draft: Draft) -> None:
     for entry in draft.trace.entries:
         for write in entry.deps:
             inside = draft.units[draft.unit_of[id(write)]].segment
-            if inside.memory_of(entry.args[0]) != inside.memory_of(write.args[0]):
+            if inside.memory_of(entry.args[0]) not in map(inside.memory_of, changed(write)):
                 raise CaptureError(
                     "a tensor is changed in place in one inner step while another that shares its memory, made before "
                     "that step, is read later; clone one of them"

@@ -7,6 +7,7 @@ identity; nothing is computed and nothing outside changes.
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from metaoptim.errors import CaptureError, user_location
 
-from ..ir import gradient
+from ..ir import again, gradient
 from .entries import Entry, Function, Number, Spy, Value
 from .intercept import is_removed
 from .modes import leave, paused
@@ -42,6 +43,7 @@ _SHAPES_ONLY = {
     "normal_", "random_", "exponential_", "geometric_", "cauchy_", "log_normal_",
 }  # fmt: skip
 _ALSO_SHAPES_ONLY = (aten.bernoulli_.float, aten.normal.float_float)
+_NORMAL = (aten.normal.Tensor_Tensor, aten.normal.Tensor_float, aten.normal.float_Tensor)
 
 
 class Input:
@@ -148,7 +150,8 @@ class Tracer(TorchDispatchMode):
 
     Attributes:
         trace: what has been captured so far.
-        on_write: called with a tensor about to be changed in place, and with how; True: the write has been made.
+        on_write: called with a tensor whose memory is about to be changed, and whether by its own name; what it
+            returns, if anything, is called after the change.
     """
 
     symbolic = True
@@ -159,7 +162,7 @@ class Tracer(TorchDispatchMode):
         self.depth = 0
         self.trace = Trace()
         self.guard: Any = None
-        self.on_write: Callable[[Tensor, Callable[[], Any]], bool] = lambda t, write: False
+        self.on_write: Callable[[Tensor, bool], Callable[[], None] | None] = lambda t, directly: None
         self._refs: dict[int, tuple[weakref.ref[Tensor], Any]] = {}
         self._at: dict[int, list[weakref.ref[Tensor]]] = {}  # storage -> the tensors that lie in it
         self._hooks: list[tuple[Value, Any, Spy]] = []  # registered, not known yet to meet a gradient
@@ -307,17 +310,20 @@ class Tracer(TorchDispatchMode):
 
     def _write(self, op: Any, info: Any, args: tuple, kwargs: dict) -> Any:
         targets = written(info, args, kwargs)
-        done: list[Any] = []
         for t in targets:
-            if self.on_write(t, lambda: done.append(self._write_value(op, args, kwargs, targets))):
-                return t
             if not isinstance(t, FakeTensor):
                 raise CaptureError(
                     f"a tensor of shape {tuple(t.shape)} that the compiled function was given is changed in place by "
                     f"{op}. Return the new value instead and copy it outside, or clone the tensor first; an outer "
                     "optimizer's step() belongs after the call"
                 )
-        return self._write_value(op, args, kwargs, targets)
+        touched = {id(u): (u, any(u is t for t in targets)) for t in targets for u in (t, *self._sharing(t))}
+        then = [self.on_write(*t) for t in touched.values()]
+        out = self._write_value(op, args, kwargs, targets)
+        for cut in then:
+            if cut is not None:
+                cut()
+        return out
 
     def _write_value(self, op: Any, args: tuple, kwargs: dict, targets: list[Tensor]) -> Any:
         functional = _functional(op)
@@ -328,7 +334,7 @@ class Tracer(TorchDispatchMode):
             and args
             and args[0] is target
             and not kwargs.get("out")
-            and (torch.is_grad_enabled() or not target.requires_grad)  # its history stays, its values change
+            and (torch.is_grad_enabled() or target.is_leaf)  # otherwise its history stays, its values change
         ):
             if not target._is_view() and len(self._sharing(target)) <= 1:
                 with self.paused():
@@ -338,6 +344,11 @@ class Tracer(TorchDispatchMode):
                     out = self.run(op, args, kwargs)
                     self.bind(target, Value(self.add(functional, tokens, self.token(kwargs)), None))
                     return out
+        if len(targets) > 1 and torch.is_grad_enabled() and any(t._is_view() for t in targets):
+            raise CaptureError(
+                f"{op} changes views of tensors in place, whose history torch loses while it traces; change them "
+                "one by one"
+            )
         tokens, kw = self._tokens(op, args), self.token(kwargs)
         out = self.run(op, args, kwargs)
         entry = self.add(op, tokens, kw)
@@ -346,9 +357,9 @@ class Tracer(TorchDispatchMode):
         for t in targets:
             for other in self._sharing(t):
                 if all(other is not w for w in given):  # its value is another from here on
-                    alias = self.add(aten.alias.default, (self._known(other),), grad=True)
-                    alias.deps = (entry,)
-                    self.bind(other, Value(alias, None))
+                    after = self.add(again, (self._known(other),), grad=True)
+                    after.deps = (entry,)
+                    self.bind(other, Value(after, None))
         return out
 
     def _sharing(self, t: Tensor) -> list[Tensor]:
@@ -385,6 +396,11 @@ class Tracer(TorchDispatchMode):
     def _random(self, op: Any, args: tuple, kwargs: dict) -> Any:
         name = op._schema.name.split("::")[1]
         own = kwargs.get("generator") is not None
+        if op in _NORMAL and not own:  # mean + std z, as torch computes it; no gradient passes
+            mean, std = args[:2]
+            with self, torch.no_grad():
+                like = torch.as_tensor(mean) + torch.as_tensor(std)
+                return torch.empty_like(like).normal_() * std + mean
         if own or not (name in _SHAPES_ONLY or op in _ALSO_SHAPES_ONLY):
             why = "from a generator of its own" if own else "whose distribution depends on a tensor"
             raise CaptureError(
@@ -472,18 +488,35 @@ class Tracer(TorchDispatchMode):
         self._hooks.clear()
 
 
+#: Called when a capture begins: what they return puts Python state back that the captured function may change.
+preserving: list[Callable[[], Callable[[], None]]] = []
+
+
 @contextmanager
 def capturing() -> Iterator[Tracer]:
     """Everything the calling thread does inside the block is traced, over fake tensors."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     tracer = Tracer(fake)
-    with fake:
-        tracer.__enter__()
-        try:
-            yield tracer
-        finally:
-            tracer.depth += 1
-            tracer.close()
+    restore = [keep() for keep in preserving]
+    warned = warnings.catch_warnings()
+    warned.__enter__()
+    warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # by copy.deepcopy
+    # autocast remembers the casts of leaves: fake ones would outlive the capture, real ones enter it as constants
+    cached = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        with fake:
+            tracer.__enter__()
+            try:
+                yield tracer
+            finally:
+                tracer.depth += 1
+                tracer.close()
+    finally:
+        warned.__exit__(None, None, None)
+        torch.set_autocast_cache_enabled(cached)
+        for put_back in restore:
+            put_back()
 
 
 def _detach_all(a: Any) -> Any:

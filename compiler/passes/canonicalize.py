@@ -16,9 +16,7 @@ def canonicalize(draft: Draft) -> str:
     kept = _live(draft)
     for unit in draft.units:
         live = kept[id(unit.body)]
-        unit.segment = Segment(
-            [e for i, e in enumerate(unit.segment.entries) if i in live], draft.hooks
-        )
+        unit.segment = Segment([e for i, e in enumerate(unit.segment.entries) if i in live], draft.hooks)
     draft.units = [u for u in draft.units if u.segment.entries]
     draft.unit_of = {id(e): n for n, u in enumerate(draft.units) for e in u.segment.entries}
     group(draft)

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 import torch
 
-from ..capture.entries import Entry, Value
-from ..capture.ops import op_info
-from ..segments import Draft, Unit, arguments, identity, leaves
+from ..capture.entries import Value
+from ..segments import Draft, Unit, arguments, changed, identity
 
 aten = torch.ops.aten
 
@@ -39,14 +35,6 @@ def _active(draft: Draft, ref: object) -> bool:
     return (unit.segment.number_of[id(ref.entry)], ref.index) in unit.body.active_outputs
 
 
-def _written(entry: Entry) -> Iterator[Any]:
-    """What a call changes in place."""
-    if isinstance(entry.op, torch._ops.OpOverload):
-        for where in op_info(entry.op).writes:
-            found = entry.kwargs.get(where) if isinstance(where, str) else entry.args[where : where + 1]
-            yield from leaves(found)
-
-
 def _spread(unit: Unit, inputs: set[int]) -> set[tuple]:
     """Places of the calls' outputs that depend on the inputs at ``inputs``."""
     segment = unit.segment
@@ -57,7 +45,10 @@ def _spread(unit: Unit, inputs: set[int]) -> set[tuple]:
             continue
         if not entry.grad:
             # under no_grad a tensor changes its values and keeps its history
-            if any(isinstance(a, Value) and id(a.entry) in reached or identity(a) in given for a in _written(entry)):
+            if any(
+                (isinstance(a, Value) and id(a.entry) in reached) or identity(a) in given
+                for a in changed(entry)
+            ):
                 reached.add(id(entry))
             continue
         for a in arguments(entry):
