@@ -501,6 +501,7 @@ def capturing() -> Iterator[Tracer]:
     warned = warnings.catch_warnings()
     warned.__enter__()
     warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # by copy.deepcopy
+    warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")  # by faking one
     # autocast remembers the casts of leaves: fake ones would outlive the capture, real ones enter it as constants
     cached = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
