@@ -48,6 +48,17 @@ def changed(entry: Entry) -> Iterator[Any]:
             yield from leaves(found)
 
 
+def sources(entry: Entry) -> Iterator[Any]:
+    """Where a gradient that reaches the outputs of a call goes on to."""
+    if entry.op is aten.detach.default:
+        return
+    if entry.grad:
+        yield from arguments(entry)
+        yield from (Value(write, None) for write in entry.deps)
+    else:  # under no_grad a tensor that is changed in place keeps its history
+        yield from changed(entry)
+
+
 def identity(ref: Any) -> Any:
     """Equal for what stands for the same tensor."""
     return (id(ref.entry), ref.index) if isinstance(ref, Value) else id(ref)
@@ -267,13 +278,11 @@ def _first_use_of_theta(taken: Entry) -> int:
             continue
         visited[entry.seq] = entry
         stack += [a.entry for a in arguments(entry) if isinstance(a, Value)] + list(entry.deps)
-    reached: set[int] = set()
+    reached = set(shown)
     for seq in sorted(visited):
         entry = visited[seq]
-        for a in (*arguments(entry), *(Value(d, None) for d in entry.deps)):
-            if isinstance(a, Value) and (id(a.entry) in shown or id(a.entry) in reached):
-                reached.add(id(entry))
-                break
+        if any(isinstance(a, Value) and id(a.entry) in reached for a in sources(entry)):
+            reached.add(id(entry))
     return min((seq for seq, e in visited.items() if id(e) in reached), default=taken.seq)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import types
 import weakref
 from collections.abc import Callable, Iterator
@@ -123,6 +124,9 @@ class Scene:
 
 def _surroundings(fn: Callable) -> Iterator[tuple[str, Any]]:
     """What a function refers to directly: its free variables, its globals and its defaults."""
+    while isinstance(fn, functools.partial):
+        yield "arguments", (fn.args, fn.keywords)
+        fn = fn.func
     if isinstance(fn, types.MethodType):
         yield "self", fn.__self__
         fn = fn.__func__

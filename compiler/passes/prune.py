@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import torch
-
 from ..capture.entries import Value
-from ..segments import Draft, Unit, arguments, changed, identity
-
-aten = torch.ops.aten
+from ..segments import Draft, Unit, identity, sources
 
 
 def prune(draft: Draft) -> str:
@@ -41,23 +37,10 @@ def _spread(unit: Unit, inputs: set[int]) -> set[tuple]:
     given = {identity(segment.inputs[at]) for at in inputs}
     reached: set[int] = set()
     for entry in segment.entries:
-        if entry.op is aten.detach.default:
-            continue
-        if not entry.grad:
-            # under no_grad a tensor changes its values and keeps its history
-            if any(
-                (isinstance(a, Value) and id(a.entry) in reached) or identity(a) in given
-                for a in changed(entry)
-            ):
-                reached.add(id(entry))
-            continue
-        for a in arguments(entry):
-            if (isinstance(a, Value) and id(a.entry) in reached) or identity(a) in given:
-                reached.add(id(entry))
-                break
-        else:
-            if any(id(w) in reached for w in entry.deps):
-                reached.add(id(entry))
+        if any(
+            (isinstance(a, Value) and id(a.entry) in reached) or identity(a) in given for a in sources(entry)
+        ):
+            reached.add(id(entry))
     found = set()
     for number, index in unit.body.outputs:
         entry = segment.entries[number]
