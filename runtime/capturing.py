@@ -202,7 +202,8 @@ class CapturedSession(Session):
             p = self.networks.originals[i]
             taken = tracer.add(aten.alias.default, (tracer.value_of(p),), grad=True)
             self.mark.adopted.append(taken)
-            self._show(i, tracer.faked(p), Value(taken, None))
+            like = torch.empty_strided(p.shape, p.stride(), dtype=p.dtype, device=p.device)
+            self._show(i, like, Value(taken, None))
 
     def _show(self, i: int, like: Tensor, value: Any) -> None:
         with torch.enable_grad():

@@ -37,6 +37,12 @@ from .slicing import closed_over, tensor_spec
 aten = torch.ops.aten
 _DETACH = aten.detach.default
 _ITEM = (aten._local_scalar_dense.default, aten.item.default, aten.equal.default, aten.is_nonzero.default)
+_LIFTED = (aten.lift_fresh.default, aten.lift.default)
+_NO_VALUE = (
+    "a value is needed while the function is captured (.item(), bool(), a data-dependent `if`, tolist or numpy), but "
+    "there are only symbolic tensors. Hoist it out of the compiled function, pass it as a Python argument, or use "
+    "torch.where; to step an environment, compile the inner step and keep the loop in an ordinary window"
+)
 # Random operators that look at nothing of their tensor arguments but shape, dtype and device.
 _SHAPES_ONLY = {
     "rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "native_dropout", "uniform_",
@@ -165,6 +171,7 @@ class Tracer(TorchDispatchMode):
         self.on_write: Callable[[Tensor, bool], Callable[[], None] | None] = lambda t, directly: None
         self._refs: dict[int, tuple[weakref.ref[Tensor], Any]] = {}
         self._at: dict[int, list[weakref.ref[Tensor]]] = {}  # storage -> the tensors that lie in it
+        self._given: dict[int, Tensor] = {}  # storage -> the fake of a real tensor
         self._hooks: list[tuple[Value, Any, Spy]] = []  # registered, not known yet to meet a gradient
 
     # -- the mode ------------------------------------------------------------------------------------------------
@@ -174,12 +181,11 @@ class Tracer(TorchDispatchMode):
         if self.depth or func.namespace == "prim":
             return func(*args, **kwargs)
         if func in _ITEM:
-            raise CaptureError(
-                "a value is needed while the function is captured (.item(), bool(), a data-dependent `if`, tolist or "
-                "numpy), but there are only symbolic tensors. Hoist it out of the compiled function, pass it as a "
-                "Python argument, or use torch.where; to step an environment, compile the inner step and keep the "
-                "loop in an ordinary window"
-            )
+            raise CaptureError(_NO_VALUE)
+        if func in _LIFTED:
+            return self._record(
+                aten.clone.default, args, {}
+            )  # a constant made by torch.tensor, its maker's own
         info = op_info(func)
         if info.random:
             return self._random(func, args, kwargs)
@@ -213,7 +219,9 @@ class Tracer(TorchDispatchMode):
         fake_args, fake_kwargs = self.faked(args), self.faked(kwargs)
         try:
             return func(*fake_args, **fake_kwargs)
-        except (DynamicOutputShapeException, DataDependentOutputException) as error:
+        except DataDependentOutputException as error:
+            raise CaptureError(_NO_VALUE) from error
+        except DynamicOutputShapeException as error:
             raise CaptureError(
                 f"{func} gives a tensor whose shape depends on values, which a compiled function cannot hold. Use a "
                 "mask and torch.where instead of selecting, or an ordinary window"
@@ -224,7 +232,10 @@ class Tracer(TorchDispatchMode):
         if isinstance(a, Tensor):
             if isinstance(a, FakeTensor):
                 return a
-            return self.fake.from_tensor(a, static_shapes=True)
+            fake = self.fake.from_tensor(a, static_shapes=True)
+            if fake.layout is torch.strided:
+                self._given[fake.untyped_storage()._cdata] = fake
+            return fake
         if isinstance(a, (list, tuple)):
             return type(a)(self.faked(b) for b in a) if not hasattr(a, "_fields") else a
         if isinstance(a, dict):
@@ -311,7 +322,8 @@ class Tracer(TorchDispatchMode):
     def _write(self, op: Any, info: Any, args: tuple, kwargs: dict) -> Any:
         targets = written(info, args, kwargs)
         for t in targets:
-            if not isinstance(t, FakeTensor):
+            given = t.layout is torch.strided and t.untyped_storage()._cdata in self._given
+            if given or not isinstance(t, FakeTensor):
                 raise CaptureError(
                     f"a tensor of shape {tuple(t.shape)} that the compiled function was given is changed in place by "
                     f"{op}. Return the new value instead and copy it outside, or clone the tensor first; an outer "
