@@ -167,7 +167,9 @@ def _is_linear(parts: _Parts, cotangents: Sequence[int]) -> bool:
     with FakeTensorMode(allow_non_fake_inputs=True):
         examples = [p.empty() for p in step.inputs]
         grads = [torch.empty_like(t) for t in parts.thetas_of(examples)]
-        module = make_fx(pull, true_zeros(step))(*examples, *grads, *(step.outputs[i].empty() for i in cotangents))
+        module = make_fx(pull, true_zeros(step))(
+            *examples, *grads, *(step.outputs[i].empty() for i in cotangents)
+        )
     module.graph.eliminate_dead_code()
     placeholders = list(module.graph.find_nodes(op="placeholder"))
     return not any(n.users for n in placeholders[count : count + thetas])

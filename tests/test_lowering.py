@@ -1,4 +1,4 @@
-"""Backends and derivatives: compiled graphs are checked, mixed mode agrees with the oracle, and a real miscompilation."""
+"""Backends and derivatives: compiled graphs are checked, mixed mode is exact, and what a compiler once got wrong."""
 
 from __future__ import annotations
 
@@ -84,7 +84,11 @@ def test_a_step_without_a_forward_derivative_is_refused_by_name_or_reversed_by_a
 class Residual(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.norm, self.a, self.b = nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.norm, self.a, self.b = (
+            nn.LayerNorm(width),
+            nn.Linear(width, 4 * width),
+            nn.Linear(4 * width, width),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.b(F.gelu(self.a(self.norm(x))))
