@@ -1,7 +1,15 @@
 """metaoptim: exact meta-gradients in bounded memory, from ordinary PyTorch code."""
 
 from .compile import compile
-from .errors import CaptureError, LossError, MetaOptimError, StaleInputError, UnreachableWarning, WindowError
+from .errors import (
+    CaptureError,
+    LossError,
+    MetaOptimError,
+    ProgramError,
+    StaleInputError,
+    UnreachableWarning,
+    WindowError,
+)
 from .optim import MetaAdam, MetaOptimizer, MetaRMSprop, MetaSGD
 from .window import SlidingWindow, zero_nan_hook
 
@@ -15,6 +23,7 @@ __all__ = [
     "MetaOptimizer",
     "MetaRMSprop",
     "MetaSGD",
+    "ProgramError",
     "SlidingWindow",
     "StaleInputError",
     "UnreachableWarning",

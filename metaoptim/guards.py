@@ -29,7 +29,7 @@ class Scene:
         self.objects: list[Any] = []
         self._seen: dict[int, int] = {}
         described = [self._describe(args), self._describe(kwargs)]
-        described += [(name, self._describe(value)) for name, value in _surroundings(fn)]
+        described += [(name, self._describe(value)) for name, value in surroundings(fn)]
         self.key = (
             tuple(described),
             torch.get_default_dtype(),
@@ -109,7 +109,7 @@ class Scene:
                 yield self._describe(dict(optimizer.state.get(p, {})))
 
 
-def _surroundings(fn: Callable) -> Iterator[tuple[str, Any]]:
+def surroundings(fn: Callable) -> Iterator[tuple[str, Any]]:
     """What a function refers to directly: its free variables, its globals and its defaults."""
     if isinstance(fn, types.MethodType):
         yield "self", fn.__self__

@@ -28,6 +28,14 @@ def prune(draft: Draft) -> str:
     return f"{total - active} of {total} values passed between parts carry no gradient"
 
 
+def keep_all(draft: Draft) -> str:
+    """Take everything for differentiable: what prune saves is then computed."""
+    for body in draft.bodies:
+        body.active = set(range(len(body.units[0].segment.inputs)))
+        body.active_outputs = set(body.outputs)
+    return "left out; everything is differentiated"
+
+
 def _active(draft: Draft, ref: object) -> bool:
     if not isinstance(ref, Value):
         return bool(getattr(ref, "grad", False))
