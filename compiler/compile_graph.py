@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,24 +17,32 @@ _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 5e-2, tor
 
 
 def compiled(
-    graph: fx.GraphModule, inputs: Sequence[Tensor], backend: str, check: bool = True
+    graph: fx.GraphModule, inputs: Sequence[Tensor], backend: str, cotangents: int, check: bool
 ) -> Callable[..., Any]:
-    """``graph`` compiled for ``inputs`` by ``backend``, or run as it is where the compiled one is found to be wrong.
+    """``graph`` compiled for ``inputs`` by ``backend``, or as it is where the compiled one is found to be wrong.
 
     The graph holds its derivative already, so it is compiled for inference, without guards: whoever calls it has
-    checked shapes and types. With ``check``, the first call is compared with the graph's own result, output by output.
+    checked shapes and types.
+
+    Args:
+        graph: flat, over ATen operators.
+        inputs: what it will be called with first.
+        backend: a backend of torch.compile.
+        cotangents: how many of the last inputs are cotangents; the check uses random ones.
+        check: whether to compare the compiled graph with the graph itself, output by output, on these inputs.
     """
     with _disable_current_modes(), torch.no_grad():
         program = lookup_backend(backend)(_copied(graph), [t.detach() for t in inputs])
-    if not check:
-        return program
-    with _disable_current_modes(), torch.no_grad():
-        complaint = difference(graph, program, inputs)
+        if not check:
+            return program
+        given = [*inputs[: len(inputs) - cotangents], *map(_random_like, inputs[len(inputs) - cotangents :])]
+        complaint = difference(graph, program, given)
     if complaint is None:
         return program
+    where = _reproduction(graph, given)
     warnings.warn(
-        f"the backend {backend!r} compiled a step wrongly ({complaint}); the step runs uncompiled. Please report it, "
-        "with the graph: print(graph.code)",
+        f"the backend {backend!r} compiled a part of the inner loop wrongly: {complaint}. That part runs uncompiled. "
+        f"Please report it with {where}: torch.load(...) gives its code and inputs.",
         RuntimeWarning,
         stacklevel=2,
     )
@@ -41,18 +51,15 @@ def compiled(
 
 def difference(graph: fx.GraphModule, program: Callable[..., Any], inputs: Sequence[Tensor]) -> str | None:
     """What is wrong with ``program``, a compilation of ``graph``, on ``inputs``; None if nothing is found."""
-    before = [t.clone() for t in inputs]
-    given = [t.clone() for t in inputs]
-    expected = graph(*given)
-    for attempt in (1, 2):
+    expected = graph(*[t.clone() for t in inputs])
+    for attempt in ("first", "second"):
         given = [t.clone() for t in inputs]
-        results = program(*given)
-        for i, (got, want) in enumerate(zip(results, expected, strict=True)):
+        for i, (got, want) in enumerate(zip(program(*given), expected, strict=True)):
             if (got is None) != (want is None):
                 return f"output {i} is {got!r}, expected {want!r}"
             if want is not None and not agree(got, want):
-                return f"output {i} differs in call {attempt}"
-        if not all(torch.equal(a, b) or bool(a.isnan().any()) for a, b in zip(given, before, strict=True)):
+                return f"output {i} differs in the {attempt} call"
+        if not all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(given, inputs, strict=True)):
             return "an input is overwritten"
     return None
 
@@ -68,16 +75,27 @@ def agree(got: Tensor, want: Tensor) -> bool:
     finite = want.isfinite()
     if not torch.equal(got.isfinite(), finite):
         return False
-    scale = float(want[finite].abs().max()) if bool(finite.any()) else 0.0
-    worst = float((got[finite] - want[finite]).abs().max()) if bool(finite.any()) else 0.0
+    if not bool(finite.any()):
+        return True
+    scale = float(want[finite].abs().max())
+    worst = float((got[finite] - want[finite]).abs().max())
     return worst <= _TOLERANCE.get(want.dtype, 1e-3) * scale + 1e-30
+
+
+def _random_like(t: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(0)  # the user's stays where it is
+    return torch.empty_like(t).copy_(torch.randn(t.shape, generator=generator, dtype=t.dtype))
+
+
+def _reproduction(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> str:
+    path = os.path.join(tempfile.mkdtemp(prefix="metaoptim-"), "reproduction.pt")
+    torch.save({"code": graph.code, "inputs": [t.detach().clone() for t in inputs]}, path)
+    return path
 
 
 def _copied(graph: fx.GraphModule) -> fx.GraphModule:
     """A copy for the backend to take apart."""
     copy = fx.GraphModule(graph, fx.Graph())
-    copy.graph = fx.Graph()
-    output = copy.graph.graph_copy(graph.graph, {})
-    copy.graph.output(output)
+    copy.graph.output(copy.graph.graph_copy(graph.graph, {}))
     copy.recompile()
     return copy

@@ -84,10 +84,16 @@ def _trace(
             if example is None:
                 raise ValueError("a step whose shapes depend on values is traced over real inputs")
             return _clean(make_fx(fn)(*[t.detach().clone() for t in example]))
-        table = {aten._efficientzerotensor.default: functools.partial(_zeros, step.inputs[0].spec[3])}
         with FakeTensorMode(allow_non_fake_inputs=True):
-            module = make_fx(fn, table)(*[p.empty() for p in step.inputs], *[make() for make in extra])
+            module = make_fx(fn, true_zeros(step))(
+                *[p.empty() for p in step.inputs], *[make() for make in extra]
+            )
         return _clean(module)
+
+
+def true_zeros(step: StepGraph) -> dict[Any, Callable]:
+    """A decomposition of autograd's immaterial zeros, on which some operators fail."""
+    return {aten._efficientzerotensor.default: functools.partial(_zeros, step.inputs[0].spec[3])}
 
 
 def _zeros(home: torch.device, size: Any, *, device: Any = None, **options: Any) -> Tensor:

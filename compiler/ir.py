@@ -80,7 +80,8 @@ class StepGraph:
         opaque: holds custom Functions or hooks, so every use is checked against eager.
         dynamic: holds an operator whose output shape depends on values.
         first_order: g is taken as a constant (FOMAML).
-        programs: callables lowered from this graph, by kind; filled on first use.
+        programs: graphs and callables derived from this one, by kind; filled on first use.
+        derivatives: which mode of differentiation was taken, by what was asked for.
     """
 
     graph: fx.Graph
@@ -90,7 +91,8 @@ class StepGraph:
     dynamic: bool = False
     first_order: bool = False
     hooked: bool = False
-    programs: dict[str, Any] = field(default_factory=dict)
+    programs: dict[Any, Any] = field(default_factory=dict)
+    derivatives: dict[str, str] = field(default_factory=dict)
 
     @cached_property
     def steps(self) -> int:
@@ -128,6 +130,24 @@ def _show(value: Any) -> str:
     return str(value)
 
 
+@dataclass(frozen=True)
+class Lowering:
+    """How flat graphs are run.
+
+    Attributes:
+        backend: "eager", or another backend of torch.compile.
+        check: whether a compiled graph is compared with its uncompiled form on first use.
+        hvp: how steps are differentiated: "reverse", "mixed" or "auto".
+    """
+
+    backend: str = "eager"
+    check: bool = True
+    hvp: str = "reverse"
+
+
+EAGER = Lowering()
+
+
 @dataclass
 class StepCall:
     """One recorded inner step: a StepGraph and what it was called with.
@@ -142,6 +162,8 @@ class StepCall:
         metas: for each META input, the number under which its gradient is collected.
         location: the user's line.
         rng: state index of the random generator's state, if the step draws; -1 if not.
+        how: its graphs are run.
+        spies: the tensor hooks that are part of the step.
     """
 
     step: StepGraph
@@ -154,6 +176,8 @@ class StepCall:
     metas: tuple[Any, ...]
     location: str
     rng: int = -1
+    how: Lowering = EAGER
+    spies: tuple[Any, ...] = ()
 
     def changed(self) -> Iterator[tuple[int, int]]:
         """Outputs of the step and the state indices they go to."""

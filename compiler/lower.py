@@ -7,27 +7,44 @@ from collections.abc import Callable, Sequence
 from threading import RLock
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, fx
 
 from .compile_graph import compiled
-from .differentiate import replay_graph, vjp_graph
-from .ir import StepGraph
+from .differentiate import replay_graph
+from .hvp import derivative
+from .ir import EAGER, Lowering, StepGraph
 
 Lowered = Callable[..., Sequence[Any]]
-_GRAPHS = {"replay": replay_graph, "vjp": vjp_graph}
 
 
-def lowered(step: StepGraph, kind: str, inputs: Sequence[Tensor], backend: str = "eager") -> Lowered:
+def lowered(step: StepGraph, kind: str, inputs: Sequence[Tensor], how: Lowering = EAGER) -> Lowered:
     """The callable for ``kind`` ("replay" or "vjp") of a step, traced and compiled on first use."""
-    program = step.programs.get((kind, backend))
+    program = step.programs.get((kind, how))
     if program is None:
-        graph = step.programs.get(kind)
-        if graph is None:
-            example = inputs if step.dynamic else None
-            graph = step.programs[kind] = _GRAPHS[kind](step, example)
-        program = graph.forward if backend == "eager" else compiled(graph, inputs, backend)
-        step.programs[kind, backend] = program
+        example = inputs if step.dynamic else None
+        graph = derived(step, how.hvp, example) if kind == "vjp" else replayed(step, example)
+        if how.backend == "eager":
+            program = graph.forward
+        else:
+            cotangents = len(inputs) - len(step.inputs)
+            program = compiled(graph, inputs, how.backend, cotangents, how.check)
+        step.programs[kind, how] = program
     return program
+
+
+def derived(step: StepGraph, hvp: str, example: Sequence[Tensor] | None = None) -> fx.GraphModule:
+    """The flat graph of a step's VJP."""
+    key = ("vjp graph", hvp)
+    if key not in step.programs:
+        step.programs[key] = derivative(step, hvp, example)
+    return step.programs[key]
+
+
+def replayed(step: StepGraph, example: Sequence[Tensor] | None = None) -> fx.GraphModule:
+    """The flat graph of a step's replay."""
+    if "replay graph" not in step.programs:
+        step.programs["replay graph"] = replay_graph(step, example)
+    return step.programs["replay graph"]
 
 
 class _Family:

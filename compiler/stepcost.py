@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import fx
 
-from .differentiate import cotangent_outputs, replay_graph, vjp_graph
+from .differentiate import cotangent_outputs
 from .ir import StepGraph
 from .liveness import peak_bytes, storages
+from .lower import derived, replayed
 from .program import operator_count
 
 
@@ -51,20 +52,13 @@ class StepCost:
     depends: tuple[frozenset[int], ...]
 
 
-def flat_graph(step: StepGraph, kind: str) -> fx.GraphModule:
-    """The flat graph ("replay" or "vjp") that runs, traced now if it has not been."""
-    graph = step.programs.get(kind)
-    if graph is None:
-        graph = step.programs[kind] = {"replay": replay_graph, "vjp": vjp_graph}[kind](step)
-    return graph
-
-
-def step_cost(step: StepGraph) -> StepCost:
-    """Trace ``step``, if need be, and read off what its calls cost."""
-    found = step.programs.get("cost")
+def step_cost(step: StepGraph, hvp: str) -> StepCost:
+    """Trace ``step``, if need be, and read off what its calls cost; ``hvp`` says how it is differentiated."""
+    key = ("cost", hvp)
+    found = step.programs.get(key)
     if found is None:
-        replay, vjp = flat_graph(step, "replay").graph, flat_graph(step, "vjp").graph
-        found = step.programs["cost"] = StepCost(
+        replay, vjp = replayed(step).graph, derived(step, hvp).graph
+        found = step.programs[key] = StepCost(
             peak_bytes(replay),
             peak_bytes(vjp),
             operator_count(replay),

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from .compiler.capture import intercept
 from .compiler.capture.refusals import refusing
 from .compiler.capture.tracer import Input, Tracer, capturing
-from .compiler.ir import Loop, Role, StepGraph
+from .compiler.ir import Loop, Lowering, Role, StepGraph
 from .compiler.passes.pipeline import Options, Record, compile_trace
 from .compiler.program import RolledProgram
 from .guards import Scene
@@ -122,7 +122,7 @@ class CompiledFunction:
             sources = {x: at.get(id(x.tensor), x.tensor) for x in step.given if isinstance(x, Input)}
             program = StepProgram(step, sources, scene.remembered(), traced)
             self._programs.setdefault(scene.key, []).append(program)
-        results = program.step.run(window, lambda x: program.tensor(x, scene), self._options.backend)
+        results = program.step.run(window, lambda x: program.tensor(x, scene), self._options.lowering)
         return program.traced.restored(results)
 
     def _run(self, program: Program, scene: Scene) -> Any:
@@ -130,7 +130,7 @@ class CompiledFunction:
         rolled, options = program.rolled, self._options
         differentiable = torch.is_grad_enabled() and bool(program.keys)
         slots = rolled.slots if rolled.slots is not None else options.slots
-        run = Run(rolled, tensors, slots if differentiable else 1, options.backend, rolled.backward_hook)
+        run = Run(rolled, tensors, slots if differentiable else 1, options.lowering, rolled.backward_hook)
         if differentiable:
             found = Call.apply(run, program.keys, rolled.dead, *(tensors[x] for x in program.keys))
         else:
@@ -223,6 +223,7 @@ def compile(
     window: int | None = None,
     slots: int | None = None,
     backend: str = "inductor",
+    hvp: str = "auto",
     self_check: bool = True,
 ) -> Any:
     """Capture a function that holds a window, and run it through torch.compile.
@@ -232,12 +233,15 @@ def compile(
         window: as of `SlidingWindow`, for windows inside that leave it unsaid.
         slots: likewise.
         backend: a backend of torch.compile: ``"inductor"``, ``"aot_eager"``, or ``"eager"``.
+        hvp: how a step's gradient is differentiated: ``"reverse"`` (over reverse), ``"mixed"`` (forward over reverse,
+            with layers made again: less memory for about a third more work), or ``"auto"``.
         self_check: compare every compiled graph with its uncompiled form on first use.
 
     Returns:
         A function of the same arguments and results. Its results can be differentiated once, any number of times.
 
     Raises:
+        ValueError: for an unknown backend or hvp.
         CaptureError: on the first call, for what cannot be captured.
 
     Example:
@@ -253,7 +257,12 @@ def compile(
         >>> log_lr.grad.shape
         torch.Size([])
     """
-    options = Options(window=window, slots=slots, backend=backend, self_check=self_check)
+    if hvp not in ("auto", "reverse", "mixed"):
+        raise ValueError(f"hvp: got {hvp!r}, expected 'auto', 'reverse' or 'mixed'")
+    known = torch.compiler.list_backends(exclude_tags=())
+    if backend != "eager" and backend not in known:
+        raise ValueError(f"backend: got {backend!r}, expected 'eager' or one of {', '.join(sorted(known))}")
+    options = Options(window=window, slots=slots, lowering=Lowering(backend, self_check, hvp))
     if fn is None:
         return lambda f: CompiledFunction(f, options)
     return CompiledFunction(fn, options)

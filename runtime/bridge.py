@@ -55,6 +55,12 @@ class InnerParameter(nn.Parameter):
 
     data = property(_values, _set_values)  # type: ignore[assignment]  # pyright: ignore
 
+    def detach_(self) -> Tensor:
+        """Refused: it would freeze the parameter."""
+        raise WindowError(
+            "a parameter was detached in place inside a window, which would freeze it; use p.detach() for a constant"
+        )
+
     def requires_grad_(self, requires_grad: bool = True) -> Tensor:  # type: ignore[override]
         """Refused for False: what inner steps train is fixed while they can be differentiated."""
         if not requires_grad:

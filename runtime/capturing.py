@@ -207,14 +207,9 @@ class CapturedSession(Session):
             for p in group["params"]
             if (i := networks.index_of(p)) is not None
         ]
-        grads, hooks = self.gradients(
-            optimizer,
-            loss,
-            [i for i, _ in members],
-            [networks.shown[i] for i, _ in members],
-            False,
-            allow_unused,
-        )
+        ordinals = [i for i, _ in members]
+        reached = self._reached(loss, [networks.shown[i] for i in ordinals])
+        grads, hooks = self.gradients(optimizer, ordinals, reached, False, allow_unused)
         used = [(i, k, g, h) for (i, k), g, h in zip(members, grads, hooks, strict=True) if g is not None]
         shown = [networks.shown[i] for i, *_ in used]
         thetas = tuple(map(tracer.value_of, shown))
@@ -251,7 +246,7 @@ class CapturedSession(Session):
             optimizer.state[networks.originals[i]] = new_states[j]
         tracer.trace.steps.append((len(tracer.trace.entries), user_location()))
 
-    def _take(self, loss: Tensor, thetas: list[Tensor], create_graph: bool) -> list[Tensor | None]:
+    def _reached(self, loss: Tensor, thetas: list[Tensor]) -> list[Tensor | None]:
         """Which parameters a loss depends on: a gradient has their shapes, so that nothing need be pulled back."""
         reached, seen, stack = set(), set(), [loss.grad_fn]
         while stack:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..compiler.capture.tracer import Input
-from ..compiler.ir import Loop, Role, StepCall
+from ..compiler.ir import Loop, Lowering, Role, StepCall
 from ..compiler.program import Given, RolledProgram
 from .bridge import refuse_third_order
 from .engine import Engine, Sweep
@@ -41,13 +41,14 @@ class BoundProgram:
         rolled: the program.
         held: its inputs, by `Input`.
         rng: the register of the generator's state.
+        how: its graphs are run.
     """
 
     start = 0
     calls: tuple = ()
 
-    def __init__(self, rolled: RolledProgram, held: dict[Input, Held], rng: int) -> None:
-        self.rolled, self.held, self.rng = rolled, held, rng
+    def __init__(self, rolled: RolledProgram, held: dict[Input, Held], rng: int, how: Lowering) -> None:
+        self.rolled, self.held, self.rng, self.how = rolled, held, rng, how
         sizes = [c.count if isinstance(c, Loop) else 1 for c in rolled.calls]
         self._ends = list(accumulate(sizes))
         self.end = self._ends[-1] if sizes else 0
@@ -87,6 +88,7 @@ class BoundProgram:
             inputs=[self._input(g, port) for g, port in zip(given, ports, strict=True)],
             metas=tuple(metas),
             rng=rng,
+            how=self.how,
         )
 
     def _input(self, given: Given, port: Any) -> Any:
@@ -104,7 +106,7 @@ class Run:
     Args:
         rolled: its program.
         tensors: the tensors behind the program's inputs.
-        slots, backend, backward_hook: see `Engine`.
+        slots, how, backward_hook: see `Engine`.
         limit: W, where gradients are truncated.
     """
 
@@ -113,7 +115,7 @@ class Run:
         rolled: RolledProgram,
         tensors: dict[Input, Tensor],
         slots: int | None,
-        backend: str,
+        how: Lowering,
         backward_hook: Callable | None,
     ) -> None:
         self.rolled = rolled
@@ -122,8 +124,8 @@ class Run:
         self.held = {key: inputs.hold(t) for key, t in tensors.items()}
         random = [d for call in rolled.calls for d in _devices(call)]
         self.generator = generator_of(random[0]) if random else None
-        self.program = BoundProgram(rolled, self.held, rolled.registers)
-        self.engine = Engine(slots, backward_hook, self.program, backend)
+        self.program = BoundProgram(rolled, self.held, rolled.registers, how)
+        self.engine = Engine(slots, backward_hook, self.program)
         self.end = 0
 
     def forward(self) -> list[Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..compiler.capture.tracer import Input
 from ..compiler.differentiate import cotangent_outputs
-from ..compiler.ir import Role, StepCall
+from ..compiler.ir import EAGER, Lowering, Role, StepCall
 from ..compiler.program import RolledProgram, nbytes
 from ..compiler.stepcost import Made, step_cost
 from .compiled import BoundProgram
@@ -110,7 +110,7 @@ class _DryEngine(Engine):
     def _advance(self, call: Any, position: int, state: Any, passed: Any) -> Any:
         self.replays += 1
         self.kept = max(self.kept, len(self.store))
-        cost = step_cost(call.step)
+        cost = step_cost(call.step, call.how.hvp)
         self.meter.note(cost.replay_bytes)
         made = self._blocks(cost.outputs, self._read(call, state))
         new = list(state)
@@ -142,7 +142,7 @@ class _DryEngine(Engine):
         self._load(sorted({call.base, position}))
         self.vjps += 1
         self.kept = max(self.kept, len(self.store))
-        cost, outputs = step_cost(step), cotangent_outputs(step)
+        cost, outputs = step_cost(step, call.how.hvp), cotangent_outputs(step)
         arguments: list[Any] = self._read(call, self._at(position))
         arguments += [None] * (len(step.inputs) - len(arguments))
         for i in outputs:
@@ -163,7 +163,7 @@ class _DryEngine(Engine):
                 yield port.role, index, grad
 
 
-def predict(program: RolledProgram, slots: int | None) -> Prediction:
+def predict(program: RolledProgram, slots: int | None, how: Lowering = EAGER) -> Prediction:
     """Go through a call of a program, and a backward from all its results, on sizes.
 
     Takes time proportional to the number of steps run, some microseconds each; traces step graphs that have not been.
@@ -171,11 +171,12 @@ def predict(program: RolledProgram, slots: int | None) -> Prediction:
     Args:
         program: of the compiled function.
         slots: how many states may be kept; None for all.
+        how: its graphs are run; what a backend fuses or allocates besides is not known here.
     """
     meter = _Meter()
     copied = [x for x in program.inputs if x.grad or _is_target(x, program)]
     held = [_Block(meter, nbytes(x.spec)) for x in copied]
-    engine = _DryEngine(BoundProgram(program, _AllOutside(), program.registers), slots, meter)
+    engine = _DryEngine(BoundProgram(program, _AllOutside(), program.registers, how), slots, meter)
     state: list[Any] = [None] * (program.registers + 1)
     engine.run(state)
     del state

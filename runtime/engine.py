@@ -71,7 +71,6 @@ class Engine:
         slots: how many states may be kept, counting the initial one; None keeps every one.
         backward_hook: applied to the cotangent of each inner gradient.
         program: a complete one, to `run`; None for one that is appended to.
-        backend: what its step graphs are lowered to.
     """
 
     def __init__(
@@ -79,10 +78,8 @@ class Engine:
         slots: int | None = None,
         backward_hook: Callable | None = None,
         program: Any = None,
-        backend: str = "eager",
     ) -> None:
         self.program = Program() if program is None else program
-        self.backend = backend
         self.store = SlotStore(slots, None if program is None else program.end)
         self.state: State = []
         self.backward_hook = backward_hook
@@ -126,6 +123,10 @@ class Engine:
             state = self._advance(self.program[position], position, state, {position: state})
         self.state = state
         return state
+
+    def holds(self, storage: int) -> bool:
+        """Whether a tensor of the tape lies in ``storage``."""
+        return storage in self._memory
 
     def protect(self, storage: int) -> None:
         """Someone is about to write into ``storage``: keep what the tape holds of it."""
@@ -216,7 +217,7 @@ class Engine:
         if base is None:
             base = self._lookup(call.base)
         inputs = self._inputs(call, state, base)
-        results = lowered(call.step, "replay", inputs, self.backend)(*inputs)
+        results = lowered(call.step, "replay", inputs, call.how)(*inputs)
         for index, value in zip((*call.update, *call.opt_state_out), results, strict=False):
             if index == len(new):
                 new.append(value)
@@ -312,14 +313,19 @@ class Engine:
         if all(c is None for c in received.values()):
             return
         step = call.step
+        if any(spy.removed for spy in call.spies):
+            raise CaptureError(
+                f"the inner step at {call.location} has a tensor hook that changes a gradient, and that was removed "
+                "before the outer loss's backward, which needs it; remove it after that"
+            )
         self._load(sorted({call.base, position}))
         arguments = self._inputs(call, self._at(position), self._at(call.base))
         for i in cotangent_outputs(step):
             c = received.get(i)
-            arguments.append(_zeros(step.outputs[i].spec) if c is None else c)
+            arguments.append(_like(step.outputs[i].spec, c))
         self.vjps += 1
         try:
-            vjp = lowered(step, "vjp", arguments, self.backend)
+            vjp = lowered(step, "vjp", arguments, call.how)
         except CaptureError:
             raise
         except RuntimeError as error:
@@ -345,5 +351,11 @@ def _may_keep(call: StepCall | Assign, position: int) -> bool:
     return isinstance(call, Assign) or call.base == position
 
 
-def _zeros(spec: tuple) -> Tensor:
-    return torch.zeros(spec[0], dtype=spec[1], device=spec[3])
+def _like(spec: tuple, cotangent: Tensor | None) -> Tensor:
+    """A cotangent as the step's VJP was traced for: zeros for none, with the strides of what it belongs to."""
+    shape, dtype, stride, device = spec
+    if cotangent is None:
+        return torch.empty_strided(shape, stride, dtype=dtype, device=device).zero_()
+    if cotangent.stride() == stride or cotangent.layout is not torch.strided:
+        return cotangent
+    return torch.empty_strided(shape, stride, dtype=dtype, device=device).copy_(cotangent)

@@ -42,6 +42,26 @@ def _own(hyper: Any) -> Any:
     return hyper.clone() if isinstance(hyper, Tensor) and not hyper.requires_grad else hyper
 
 
+def _key(t: Tensor) -> Any:
+    return id(t) if t.grad_fn is None else t.grad_fn
+
+
+def _shown_below(loss: Tensor) -> set[Any]:
+    """What ``loss`` has read of what was shown, itself and not by way of later steps: nodes, and ids of leaves."""
+    stack: list[Any] = [loss.grad_fn]
+    seen: set[Any] = set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            seen.add(id(node.variable))
+        if not isinstance(node, _Show._backward_cls):  # type: ignore[attr-defined]  # pyright: ignore
+            stack.extend(before for before, _ in node.next_functions)
+    return seen
+
+
 class FullTapeSession(Session):
     """A window whose inner steps stay on autograd's tape."""
 
@@ -49,6 +69,8 @@ class FullTapeSession(Session):
         super().__init__(options)
         self.recorder = Recorder(self, record=False)
         self._versions: list[list[Tensor]] = []  # what the networks have shown, oldest first
+        self._values: list[list[int]] = []  # beside it: numbers that are equal where the values are
+        self._count = 0
 
     def _enter(self, ordinals: list[int], late: bool) -> None:
         for i in ordinals:
@@ -63,13 +85,25 @@ class FullTapeSession(Session):
         shown = self.networks.shown
         if late:  # the loss at hand has read the user's own
             own = self.networks.originals
-            self._versions.append([own[i] if i in ordinals else shown[i] for i in range(len(shown))])
-        self._versions.append(list(shown))
+            self._shown_anew(ordinals)
+            self._versions[-1] = [own[i] if i in ordinals else shown[i] for i in range(len(shown))]
+        self._shown_anew(ordinals)
+
+    def _shown_anew(self, changed: Sequence[int]) -> None:
+        """Note what the networks show, where ``changed`` are new values."""
+        before = self._values[-1] if self._values else []
+        values = [*before, *[0] * (len(self.networks.shown) - len(before))]
+        for i in changed:
+            self._count += 1
+            values[i] = self._count
+        self._versions.append(list(self.networks.shown))
+        self._values.append(values)
 
     def _step(self, optimizer: Any, loss: Tensor, allow_unused: bool) -> None:
         ordinals = self.ordinals(optimizer)
-        thetas = self._read_by(loss, ordinals)
-        grads, _ = self.gradients(optimizer, loss, ordinals, thetas, not optimizer.first_order, allow_unused)
+        create_graph = not optimizer.first_order
+        found = self._inner_gradient(loss, ordinals, create_graph)
+        grads, _ = self.gradients(optimizer, ordinals, found, create_graph, allow_unused)
         used = [(i, g) for i, g in zip(ordinals, grads, strict=True) if g is not None]
         hook = self.options.backward_hook
         group_of = {id(p): k for k, group in enumerate(optimizer.param_groups) for p in group["params"]}
@@ -113,27 +147,54 @@ class FullTapeSession(Session):
                 self.networks.show(i, _show(self.networks.shown[i], self.networks.originals[i]))
         for p, state in zip(originals, new_states, strict=True):
             optimizer.state[p] = state
-        self._versions.append(list(self.networks.shown))
+        self._shown_anew([i for i, _ in used])
 
-    def _read_by(self, loss: Tensor, ordinals: list[int]) -> list[Tensor]:
-        """For each parameter the newest version that the loss depends on; the newest of all if on none."""
-        thetas = [self._versions[-1][i] for i in ordinals]
-        missing = set(range(len(ordinals)))
-        for version in reversed(self._versions[-_LOOK_BACK:]):
-            tried = [k for k in missing if ordinals[k] < len(version)]
-            if not tried:
-                break
-            found = torch.autograd.grad(
-                loss, [version[ordinals[k]] for k in tried], retain_graph=True, allow_unused=True
+    def _inner_gradient(self, loss: Tensor, ordinals: list[int], create_graph: bool) -> list[Tensor | None]:
+        """∇ loss by the parameters as the loss has read them, all that was shown besides held fixed.
+
+        A loss may have read what was shown at several times (before and after another optimizer's step). Where the
+        value was the same, both count; where an older value led to a newer one through a step, that way does not.
+        """
+        read = _shown_below(loss)
+        newer: list[tuple[Tensor, Tensor]] = []  # what the loss has read, with its gradient by that alone
+        found: dict[int, tuple[int, Tensor]] = {}  # ordinal -> the value it was read at, gradient
+        for shown, values in zip(
+            reversed(self._versions[-_LOOK_BACK:]), reversed(self._values[-_LOOK_BACK:]), strict=True
+        ):
+            members = [
+                i for i, t in enumerate(shown) if _key(t) in read and not any(t is m for m, _ in newer)
+            ]
+            tensors = [shown[i] for i in members]
+            if not members:
+                continue
+            grads = torch.autograd.grad(
+                loss, tensors, retain_graph=True, create_graph=create_graph, allow_unused=True
             )
-            for k, g in zip(tried, found, strict=True):
-                if g is not None:
-                    thetas[k] = version[ordinals[k]]
-                    missing.discard(k)
-        return thetas
+            joints = [(t, g) for t, g in newer if t.grad_fn is not None]
+            through: Sequence[Tensor | None] = [None] * len(members)
+            if joints:
+                through = torch.autograd.grad(
+                    [t for t, _ in joints],
+                    tensors,
+                    [g for _, g in joints],
+                    retain_graph=True,
+                    create_graph=create_graph,
+                    allow_unused=True,
+                )
+            for i, t, g, h in zip(members, tensors, grads, through, strict=True):
+                if g is None:
+                    continue
+                g = g if h is None else g - h
+                newer.append((t, g))
+                if i not in found:
+                    found[i] = values[i], g
+                elif found[i][0] == values[i]:
+                    found[i] = values[i], found[i][1] + g
+        return [found[i][1] if i in found else None for i in ordinals]
 
     def _close(self) -> None:
         self._versions.clear()
+        self._values.clear()
 
     # -- the recorder's guard ------------------------------------------------------------------------------------
 
@@ -160,7 +221,9 @@ class FullTapeSession(Session):
         """A history cut: the overwritten parameters are new leaves."""
         with self.recorder.paused(), enable_reentrant_dispatch():
             for i in hit:
+                self._count += 1
+                self._values[-1][i] = self._count
                 shown = self.networks.shown[i]
                 if not shown.is_leaf:
-                    shown.detach_()
+                    Tensor.detach_(shown)
                     shown.requires_grad_()

@@ -26,6 +26,7 @@ from ..compiler.capture.slicing import Slice, hook_key, tensor_spec
 from ..compiler.ir import Assign, Program, StepCall
 from ..compiler.lower import StepCache, lowered
 from ..compiler.update import UpdatePlan
+from . import bypass
 from .engine import Engine
 from .hyper import Hyper, hyper_of
 from .inputs import Held
@@ -57,6 +58,7 @@ class RecordedSession(Session):
     def __init__(self, options: Options) -> None:
         super().__init__(options)
         self.engine = Engine(options.slots, options.backward_hook)
+        bypass.watch_backward(self.engine)
         self.view = ThetaView(options, self.engine, self.networks)
         self.recorder = self.view.recorder
         self._lifts = True  # whether hyper-parameters that are numbers may become inputs
@@ -85,6 +87,13 @@ class RecordedSession(Session):
             )
         hyper = hyper_of(optimizer, self.recorder.value_of, self._lifts)
         sliced, epoch = self.view.slice([root, *hyper.roots])
+        for theta in sliced.thetas:
+            if theta.suspect:
+                name = self.networks.names[self.view.indices.index(theta.index)]
+                raise CaptureError(
+                    f"parameter {name!r} was changed through .data between its use in the loss and the step; change it "
+                    "before the loss or after the step"
+                )
         update = self._plan(optimizer, loss, sliced, hyper, allow_unused)
         if sliced.spies:  # only now have the hooks run
             if any(spy.mutated for spy in sliced.spies):
@@ -106,13 +115,20 @@ class RecordedSession(Session):
             *zip(call.opt_state_out, (v for s in new_states for v in s.values()), strict=True),
         ]
         metas = [x.tensor for x in sliced.externals if x.grad]
+        position = self.engine.position
+        for value in sliced.values:
+            if not value.steps or value.steps[-1] != position:
+                value.steps += (position,)
+        call.spies = tuple(spy for spies in sliced.hooks.values() for spy in spies)
+        for spy in call.spies:
+            spy.taken = True
         self.view.take(call, changes, epoch, metas, update.ordinals)
 
     # -- the update ----------------------------------------------------------------------------------------------
 
     def _plan(self, optimizer: Any, loss: Tensor, sliced: Slice, hyper: Hyper, allow_unused: bool) -> _Update:
         indices, shown, engine = self.view.indices, self.networks.shown, self.engine
-        read = {t.index: t.tensor for t in sliced.thetas}
+        read = {t.index: [t.tensor, *sliced.twins.get(k, ())] for k, t in enumerate(sliced.thetas)}
         members = [
             (i, k)
             for k, group in enumerate(optimizer.param_groups)
@@ -120,9 +136,8 @@ class RecordedSession(Session):
             if (i := self.networks.index_of(p)) is not None
         ]
         ordinals = [i for i, _ in members]
-        grads, hooks = self.gradients(
-            optimizer, loss, ordinals, [read.get(indices[i], shown[i]) for i in ordinals], False, allow_unused
-        )
+        by = [read.get(indices[i], [shown[i]]) for i in ordinals]
+        grads, hooks = self.gradients(optimizer, ordinals, _sums_of_gradients(loss, by), False, allow_unused)
         used = [(i, k, g, h) for (i, k), g, h in zip(members, grads, hooks, strict=True) if g is not None]
         for i, *_ in used:
             if indices[i] not in read:
@@ -300,12 +315,18 @@ class RecordedSession(Session):
         call = StepCall(
             step, tuple(place), update.indices, tuple(inputs), tuple(outputs), base, held, (), user_location()
         )
-        if new or step.opaque:
+        suspect = any(x.suspect for x in (*sliced.externals, *sliced.values))
+        if new or step.opaque or suspect:
             try:
                 self._check(
                     call, sliced, update, stale, [*new_theta, *(v for s in new_states for v in s.values())]
                 )
-            except CaptureError:
+            except CaptureError as error:
+                if suspect:
+                    raise CaptureError(
+                        "a tensor was changed through .data or numpy between its use in the loss and the step, so that "
+                        "autograd's gradient is that of neither value; change it before the loss or after the step"
+                    ) from error
                 step_cache.discard(key)
                 raise
         return call
@@ -357,13 +378,24 @@ class RecordedSession(Session):
                     continue
                 _told[leaf] = True
                 name = user_name_of(leaf)
-                if name is not None:
+                if name is not None and not _leads_to(leaf, [y.tensor for y in sliced.externals if y.grad]):
                     warn(
                         f"{name!r} requires grad, but reaches the inner loss only where no gradient flows (under "
                         "torch.no_grad() or through .detach()), so it receives no meta-gradient from it. Compute what "
                         f"depends on {name!r} outside no_grad.",
                         UnreachableWarning,
                     )
+
+
+def _sums_of_gradients(loss: Tensor, by: list[list[Tensor]]) -> list[Tensor | None]:
+    """For each group of tensors, the sum of the gradients of ``loss`` by them."""
+    flat = [t for group in by for t in group]
+    found = iter(torch.autograd.grad(loss, flat, retain_graph=True, allow_unused=True))
+    sums: list[Tensor | None] = []
+    for group in by:
+        parts = [g for _, g in zip(group, found, strict=False) if g is not None]
+        sums.append(sum(parts[1:], parts[0]) if parts else None)
+    return sums
 
 
 def _agree(got: Tensor, expected: Tensor) -> bool:
@@ -376,6 +408,21 @@ def _agree(got: Tensor, expected: Tensor) -> bool:
     scale = float(expected.abs().max()) if expected.numel() else 0.0
     worst = float((got - expected).abs().max()) if expected.numel() else 0.0
     return worst <= _TOLERANCE.get(expected.dtype, 1e-4) * scale + 1e-30
+
+
+def _leads_to(leaf: Tensor, tensors: list[Tensor]) -> bool:
+    """Whether autograd reaches ``leaf`` from one of ``tensors``."""
+    stack: list[Any] = [t.grad_fn for t in tensors]
+    seen: set[Any] = set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if getattr(node, "variable", None) is leaf:
+            return True
+        stack.extend(before for before, _ in node.next_functions)
+    return False
 
 
 def _uncapturable(error: Exception) -> CaptureError:

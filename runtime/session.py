@@ -169,19 +169,17 @@ class Session:
     def gradients(
         self,
         optimizer: Any,
-        loss: Tensor,
         ordinals: list[int],
-        thetas: list[Tensor],
+        grads: list[Tensor | None],
         create_graph: bool,
         allow_unused: bool,
     ) -> tuple[list[Tensor | None], list[tuple]]:
-        """∇ loss by ``thetas``, with the complaints a user understands.
+        """The inner gradient, with the complaints a user understands.
 
         Hooks on the user's own parameters are applied, as the backward of a training loop would; those that change
         their gradient are returned.
         """
         name = type(optimizer).__name__
-        grads = self._take(loss, thetas, create_graph)
         for i, g in zip(ordinals, grads, strict=True):
             if g is not None and g.layout is not torch.strided:
                 raise LossError(
@@ -215,11 +213,6 @@ class Session:
                     "set; fix the loss or clip without it"
                 )
         return grads, hooks
-
-    def _take(self, loss: Tensor, thetas: list[Tensor], create_graph: bool) -> list[Tensor | None]:
-        return list(
-            torch.autograd.grad(loss, thetas, create_graph=create_graph, retain_graph=True, allow_unused=True)
-        )
 
     def _record_tape(self, optimizer: Any, member: _Member) -> list[tuple[str, Tensor]]:
         return [

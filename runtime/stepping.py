@@ -16,7 +16,7 @@ from ..compiler.build import build_segment
 from ..compiler.capture import intercept
 from ..compiler.capture.entries import Value
 from ..compiler.capture.tracer import Input, Noise, Tracer
-from ..compiler.ir import Role, StepCall
+from ..compiler.ir import Lowering, Role, StepCall
 from ..compiler.lower import lowered
 from ..compiler.passes.canonicalize import canonicalize
 from ..compiler.passes.prune import prune
@@ -143,14 +143,14 @@ class CompiledStep:
         return Roles(inputs, ordered(inputs), dict(zip(places, last, strict=True)))
 
     def run(
-        self, window: RecordedSession, tensor_of: Callable[[Input], Tensor], backend: str
+        self, window: RecordedSession, tensor_of: Callable[[Input], Tensor], how: Lowering
     ) -> list[Tensor]:
         """Take the step.
 
         Args:
             window: the open window.
             tensor_of: the tensor behind an input, in this call.
-            backend: what the step is lowered to.
+            how: the step is lowered.
 
         Returns:
             The function's results; those that depend on what is learnt can be differentiated.
@@ -171,9 +171,9 @@ class CompiledStep:
             given = [None if isinstance(x, Noise) else tensor_of(x) for x in self.given]
             noise = iter(redrawn([x for x in self.given if isinstance(x, Noise)]))
             held: list[Any] = [next(noise) if t is None else view.hold(t) for t in given]
-            call = self._call(window, held)
+            call = self._call(window, held, how)
             inputs = [engine.state[i] for i in (*call.theta, *call.opt_state_in)] + [h.get() for h in held]
-            results = lowered(self.step, "replay", inputs, backend)(*inputs)
+            results = lowered(self.step, "replay", inputs, how)(*inputs)
             changes = [
                 (i, v) for i, v in zip((*call.update, *call.opt_state_out), results, strict=True) if i >= 0
             ]
@@ -194,7 +194,7 @@ class CompiledStep:
             raise WindowError("a compiled step trains a network that is no part of this window")
         return ordinal
 
-    def _call(self, window: RecordedSession, held: list[Any]) -> StepCall:
+    def _call(self, window: RecordedSession, held: list[Any], how: Lowering) -> StepCall:
         view, known = window.view, window.opt_state
         free = len(window.engine.state)
         out = []
@@ -218,6 +218,7 @@ class CompiledStep:
             held,
             (),
             user_location(),
+            how=how,
         )
 
     def _show_state(self, window: RecordedSession, call: StepCall, results: Sequence[Tensor]) -> None:

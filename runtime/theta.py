@@ -15,7 +15,8 @@ from ..compiler.capture.entries import Epoch, Theta
 from ..compiler.capture.recorder import Recorder
 from ..compiler.capture.slicing import Slice
 from ..compiler.ir import Assign
-from .bridge import Link, Read, Results, as_parameter, new_token
+from . import bypass
+from .bridge import InnerParameter, Link, Read, Results, as_parameter, new_token
 from .engine import Engine
 from .inputs import Held, Inputs
 from .networks import Networks
@@ -38,6 +39,7 @@ class ThetaView:
         self.indices: list[int] = []
         self.epochs: list[Epoch] = []
         self.late: dict[int, Theta] = {}
+        self._versions: dict[int, object] = {}  # state index -> equal for all that is shown for one value
         self.sliding = None if options.window is None else Sliding(engine, options.window)
         self._superstep = 0
         self._dirty: set[int] = set()
@@ -66,10 +68,11 @@ class ThetaView:
             self.epochs.clear()
         self._show(ordinals)
         if late:
-            self.late = {id(p): Theta(i, p) for p, i in zip(originals, indices, strict=True)}
+            self.late = {id(p): Theta(i, p, object()) for p, i in zip(originals, indices, strict=True)}
 
     def _show(self, ordinals: Sequence[int]) -> None:
         engine, own = self.engine, self.networks.originals
+        self._versions.update((self.indices[i], object()) for i in ordinals)
         if self.sliding is not None:
             ordinals = range(len(self.indices))
             shown = self.sliding.read(self.indices, list(own), self.offline)
@@ -77,6 +80,7 @@ class ThetaView:
             shown = tuple(
                 as_parameter(engine.state[self.indices[i]], own[i]).requires_grad_() for i in ordinals
             )
+            self._note_leaves(ordinals, shown)
         else:
             with torch.enable_grad():
                 shown = Read.apply(
@@ -88,10 +92,17 @@ class ThetaView:
                 )
         for i, t in zip(ordinals, shown, strict=True):
             self.networks.show(i, t)
+            if self.sliding is not None:
+                t.version = self._versions[self.indices[i]]  # type: ignore[attr-defined]
         old, theta = self.recorder.epoch.theta, {}
         for index, t in zip(self.indices, self.networks.shown, strict=True):
-            theta[id(t)] = old.get(id(t)) or Theta(index, t)
+            theta[id(t)] = old.get(id(t)) or Theta(index, t, self._versions[index])
         self._open(theta)
+
+    def _note_leaves(self, ordinals: Sequence[int], shown: Sequence[Tensor]) -> None:
+        """Parameters shown without a Read: `bypass` must know what they are."""
+        for i, t in zip(ordinals, shown, strict=True):
+            bypass.note_theta(t, self.engine, self.engine.position, self.indices[i])
 
     def _open(self, theta: dict[int, Theta]) -> None:
         epoch = self.recorder.epoch = Epoch(self.engine.position, self._superstep, theta)
@@ -116,7 +127,9 @@ class ThetaView:
         )
 
     def _is_of(self, theta: Theta, epoch: Epoch) -> bool:
-        return epoch.theta.get(id(theta.tensor)) is theta or id(theta.tensor) in self.late
+        if epoch.theta.get(id(theta.tensor)) is theta or id(theta.tensor) in self.late:
+            return True
+        return any(t.index == theta.index and t.version is theta.version for t in epoch.theta.values())
 
     def unchanged(self, theta: Theta) -> bool:
         """Whether this version is still the one shown."""
@@ -185,6 +198,29 @@ class ThetaView:
             self.inputs.preserve(fresh)
         return fresh
 
+    # -- what steps have read and autograd does not see (the recorder asks) ---------------------------------------
+
+    def outlived(self, tensor: Tensor, steps: tuple[int, ...]) -> None:
+        """The recording forgets ``tensor``, which the steps at these positions have read."""
+        bypass.note_value(tensor, self.engine, steps)
+
+    def was_read(self, tensor: Tensor) -> bool:
+        """Whether steps have read ``tensor``, of which the recording itself knows nothing any more."""
+        old = isinstance(tensor, InnerParameter) and id(tensor) not in self.recorder.epoch.theta
+        return old or bypass.is_noted(tensor)
+
+    def still_shown(self, tensor: Tensor) -> Theta | None:
+        """Theta, if ``tensor`` was shown before another optimizer's step for a value that has not changed since."""
+        node, version = tensor.grad_fn, getattr(tensor, "version", None)
+        if version is None or getattr(node, "engine", None) is not self.engine:
+            return None
+        index = node.indices[tensor.output_nr]  # type: ignore[union-attr]
+        return Theta(index, tensor, version) if self._versions.get(index) is version else None
+
+    def on_tape(self, storage: int) -> bool:
+        """Whether the tape holds what lies in ``storage``."""
+        return self.engine.holds(storage)
+
     # -- writes into theta (the recorder asks) -------------------------------------------------------------------
 
     def before_write(self, targets: list[Tensor], op: Any) -> list[int]:
@@ -216,7 +252,7 @@ class ThetaView:
             for ordinal in hit:
                 shown = self.networks.shown[ordinal]
                 if not shown.is_leaf:
-                    shown.detach_()
+                    Tensor.detach_(shown)
                     shown.requires_grad_()
         self._dirty.update(hit)
 
@@ -230,9 +266,11 @@ class ThetaView:
             indices = tuple(self.indices[i] for i in ordinals)
             values = [self.networks.shown[i].detach() for i in ordinals]
             self.engine.append(Assign(indices, values), list(zip(indices, values, strict=True)))
+        self._note_leaves(ordinals, [self.networks.shown[i] for i in ordinals])
         theta = dict(self.recorder.epoch.theta)
         for i in ordinals:
-            theta[id(self.networks.shown[i])] = Theta(self.indices[i], self.networks.shown[i])
+            version = self._versions[self.indices[i]] = object()
+            theta[id(self.networks.shown[i])] = Theta(self.indices[i], self.networks.shown[i], version)
         self._open(theta)
 
     def close(self) -> None:
@@ -242,6 +280,7 @@ class ThetaView:
         self.epochs.clear()
         self.late = {}
         self._token = new_token()
+        self.recorder.forget(self.recorder.values.values())
         self.recorder.epoch = Epoch(0, 0, {})
         self.recorder.values.clear()
         self.recorder.tainted.clear()

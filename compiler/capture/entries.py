@@ -6,7 +6,12 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from metaoptim.errors import CaptureError
+
+_DETACH = torch.ops.aten.detach.default
 
 
 def version_of(t: Tensor) -> int:
@@ -14,12 +19,19 @@ def version_of(t: Tensor) -> int:
 
 
 class Theta:
-    """A version of one theta tensor: its state index, and the tensor the networks show for it."""
+    """A version of one theta tensor: its state index, and the tensor the networks show for it.
 
-    __slots__ = ("index", "tensor", "hooks")
+    Attributes:
+        index, tensor: these.
+        version: equal for tensors that were shown for the same value.
+        hooks: of the tensor, with their handles.
+        suspect: it was overwritten behind autograd's back, which may have saved it.
+    """
 
-    def __init__(self, index: int, tensor: Tensor) -> None:
-        self.index, self.tensor = index, tensor
+    __slots__ = ("index", "tensor", "version", "hooks", "suspect")
+
+    def __init__(self, index: int, tensor: Tensor, version: object) -> None:
+        self.index, self.tensor, self.version, self.suspect = index, tensor, version, False
         self.hooks: list[tuple[Any, Spy]] | None = None
 
 
@@ -33,15 +45,17 @@ class Epoch:
         writes: storage -> in-place entries on it, oldest first.
         externals: id of a tensor read from outside -> weak reference to what stands for it.
         written: those that recorded in-place calls go into.
+        apart: storages of values that are set apart (see `Value`).
     """
 
-    __slots__ = ("position", "superstep", "theta", "writes", "externals", "written")
+    __slots__ = ("position", "superstep", "theta", "writes", "externals", "written", "apart")
 
     def __init__(self, position: int, superstep: int, theta: dict[int, Theta]) -> None:
         self.position, self.superstep, self.theta = position, superstep, theta
         self.writes: dict[int, list[Entry]] = {}
         self.externals: dict[int, weakref.ref[External]] = {}
         self.written: list[External] = []
+        self.apart: set[int] = set()
 
 
 class Entry:
@@ -58,14 +72,25 @@ class Entry:
 
 
 class Value:
-    """An output of an entry (the only one if ``index`` is None)."""
+    """An output of an entry (the only one if ``index`` is None).
 
-    __slots__ = ("entry", "index", "ref", "hooks")
+    Attributes:
+        ref: weak reference to the tensor.
+        hooks: of the tensor, with their handles.
+        apart: what steps read in its place, where autograd itself must see all of its gradient (a hook, retain_grad).
+        steps: tape positions of the steps that have read it.
+        suspect: as of an `External`.
+    """
+
+    __slots__ = ("entry", "index", "ref", "hooks", "apart", "steps", "suspect")
 
     def __init__(self, entry: Entry, index: int | None) -> None:
         self.entry, self.index = entry, index
         self.ref: Any = None
         self.hooks: list[tuple[Any, Spy]] | None = None
+        self.apart: External | None = None
+        self.steps: tuple[int, ...] = ()
+        self.suspect = False
 
 
 class External:
@@ -77,14 +102,15 @@ class External:
         grad: whether it could carry a gradient then.
         held: the guard's hold on its value.
         written: whether recorded in-place calls go into it, so that it is read anew from the recording.
+        suspect: whether its memory may have changed since behind autograd's back, which may have saved it.
     """
 
-    __slots__ = ("source", "tensor", "version", "grad", "held", "written", "__weakref__")
+    __slots__ = ("source", "tensor", "version", "grad", "held", "written", "suspect", "__weakref__")
 
     def __init__(self, tensor: Tensor, held: Any) -> None:
         self.source = self.tensor = tensor
         self.version, self.grad = version_of(tensor), tensor.requires_grad
-        self.held, self.written = held, False
+        self.held, self.written, self.suspect = held, False, False
 
 
 class Carried:
@@ -94,6 +120,30 @@ class Carried:
 
     def __init__(self, value: Value, external: External) -> None:
         self.value, self.external = value, external
+
+
+def reaches_theta(value: Value) -> bool:
+    """Whether a gradient of ``value`` may flow into theta."""
+    stack: list[Any] = [value]
+    seen: set[int] = set()
+    while stack:
+        a = stack.pop()
+        if isinstance(a, Theta):
+            return True
+        if isinstance(a, Carried):
+            a = a.value
+        if isinstance(a, tuple):
+            stack.extend(a)
+            continue
+        if isinstance(a, Value):
+            t = a.ref and a.ref()
+            if a.apart is not None or (t is not None and not t.requires_grad):
+                continue
+            a = a.entry
+        if isinstance(a, Entry) and id(a) not in seen and a.grad and a.op is not _DETACH:
+            seen.add(id(a))
+            stack += [*a.args, *a.deps, *a.kwargs.values()]
+    return False
 
 
 class Number:
@@ -106,14 +156,25 @@ class Number:
 
 
 class Spy:
-    """A tensor hook, with the note whether it changed its gradient when it ran."""
+    """A tensor hook, with the note whether it changed its gradient when it ran.
 
-    __slots__ = ("hook", "ran", "returned", "mutated")
+    ``taken``: a step has it in its graph, where it acts on what the step gives the tensor. ``removed``: by the user.
+    """
+
+    __slots__ = ("hook", "ran", "returned", "mutated", "taken", "removed")
 
     def __init__(self, hook: Callable[[Tensor], Tensor | None]) -> None:
-        self.hook, self.ran, self.returned, self.mutated = hook, False, False, False
+        self.hook = hook
+        self.ran = self.returned = self.mutated = self.taken = self.removed = False
 
     def __call__(self, grad: Tensor) -> Tensor | None:
+        if self.taken:
+            raise CaptureError(
+                f"a tensor of shape {tuple(grad.shape)} has a hook that changes its gradient, and was read by an inner "
+                "step and by something else (another step or an outer loss): the hook would act on parts of the "
+                "gradient, one by one. Give each reader a copy of its own (h.clone()) with its own hook, or open the "
+                "window with strategy='full_tape'."
+            )
         version = grad._version
         result = self.hook(grad)
         self.ran, self.returned = True, result is not None

@@ -1,7 +1,7 @@
-"""What a dispatch mode cannot see: custom autograd Functions, tensor hooks, activation checkpointing.
+"""What a dispatch mode cannot see: custom autograd Functions, tensor hooks, checkpointing, memory given away.
 
-While at least one window is open these three entry points of torch are wrapped; each wrapper first asks whether the
-calling thread has a recorder, so other threads are untouched.
+While at least one window is open these entry points of torch are wrapped; each wrapper first asks whether the calling
+thread has a recorder, so other threads are untouched.
 """
 
 from __future__ import annotations
@@ -14,7 +14,11 @@ import torch
 import torch.utils.checkpoint as checkpointing
 from torch import Tensor
 from torch.autograd.function import _SingleLevelFunction
+from torch.utils.hooks import RemovableHandle
 
+from metaoptim.errors import CaptureError
+
+from . import memory
 from .entries import Spy
 from .recorder import Recorder
 
@@ -24,32 +28,122 @@ binding: ContextVar[Any] = ContextVar("metaoptim_binding", default=None)
 
 _lock = threading.Lock()
 _open = 0
-_saved: dict[str, Any] = {}
+_original: dict[str, Any] = {}
+
+
+def _recorder() -> Recorder | None:
+    recorder = recording.get()
+    return None if recorder is None or recorder.depth else recorder
 
 
 def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
     def apply(*a: Any, **k: Any) -> Any:
         return super(_SingleLevelFunction, cls).apply(*a, **k)  # type: ignore[misc]  # pyright: ignore
 
-    recorder = recording.get()
-    if recorder is None or recorder.depth:
-        return apply(*args, **kwargs)
-    return recorder.apply_function(cls, apply, args, kwargs)
-
-
-def _register_hook(self: Tensor, hook: Any) -> Any:
-    recorder = recording.get()
-    if recorder is None or recorder.depth:
-        return _saved["hook"](self, hook)
-    spy = Spy(hook)
-    handle = _saved["hook"](self, spy)
-    recorder.add_hook(self, spy, handle)
-    return handle
+    recorder = _recorder()
+    return apply(*args, **kwargs) if recorder is None else recorder.apply_function(cls, apply, args, kwargs)
 
 
 def _checkpoint(fn: Any, *args: Any, **kwargs: Any) -> Any:
     bind = binding.get()
-    return _saved["checkpoint"](fn if bind is None else bind(fn), *args, **kwargs)
+    return _original["_checkpoint_without_reentrant_generator"](
+        fn if bind is None else bind(fn), *args, **kwargs
+    )
+
+
+# -- gradients that pass through hooks --------------------------------------------------------------------------------
+
+
+class _Handle(RemovableHandle):
+    """A hook's handle that tells when the user removes it."""
+
+    spy: Spy
+
+    def remove(self) -> None:
+        super().remove()
+        self.spy.removed = True
+
+
+def _register_hook(self: Tensor, hook: Any) -> Any:
+    recorder = _recorder()
+    register = _original["register_hook"]
+    if recorder is None or recorder.watch(self, "register_hook"):
+        return register(self, hook)
+    spy = Spy(hook)
+    handle = register(self, spy)
+    handle.__class__, handle.spy = _Handle, spy
+    recorder.add_hook(self, spy, handle)
+    return handle
+
+
+def _retain_grad(self: Tensor) -> None:
+    recorder = _recorder()
+    if recorder is not None:
+        recorder.watch(self, "retain_grad")
+    _original["retain_grad"](self)
+
+
+# -- histories and memory that change above the operators -------------------------------------------------------------
+
+
+def _detach_in_place(self: Tensor) -> Tensor:
+    recorder = _recorder()
+    detach = _original["detach_"]
+    return detach(self) if recorder is None else recorder.detach_in_place(self, detach)
+
+
+def _detach_function(input: Tensor) -> Tensor:
+    return input.detach_()
+
+
+def _get_data(self: Tensor) -> Tensor:
+    values = _original["data"].__get__(self)
+    recorder = _recorder()
+    if recorder is not None:
+        memory.note_loose(recorder, values)
+    return values
+
+
+def _set_data(self: Tensor, value: Tensor) -> None:
+    recorder = _recorder()
+    if recorder is not None:
+        memory.before_swap(recorder, self)
+    _original["data"].__set__(self, value)
+
+
+def _as_numpy(self: Tensor, *, force: bool = False) -> Any:
+    array = _original["numpy"](self, force=force)
+    recorder = _recorder()
+    if recorder is not None and memory.relies_on(recorder, self):
+        array.flags.writeable = False  # numpy itself refuses writes that no operator would show
+    return array
+
+
+def _as_dlpack(self: Tensor, **kwargs: Any) -> Any:
+    recorder = _recorder()
+    if recorder is not None and not kwargs.get("copy") and memory.relies_on(recorder, self):
+        raise CaptureError(
+            f"a tensor of shape {tuple(self.shape)} that inner steps rely on was handed out through DLPack, where "
+            "writes cannot be seen; hand out a clone made under torch.no_grad()"
+        )
+    return _original["__dlpack__"](self, **kwargs)
+
+
+# -- installing -------------------------------------------------------------------------------------------------------
+
+_WRAPPERS: tuple[tuple[Any, str, Any], ...] = (
+    (_SingleLevelFunction, "apply", classmethod(_apply)),
+    (checkpointing, "_checkpoint_without_reentrant_generator", _checkpoint),
+    (Tensor, "register_hook", _register_hook),
+    (Tensor, "retain_grad", _retain_grad),
+    (Tensor, "detach_", _detach_in_place),
+    (torch, "detach_", _detach_function),
+    (Tensor, "data", property(_get_data, _set_data)),
+    (Tensor, "numpy", _as_numpy),
+    (Tensor, "__dlpack__", _as_dlpack),
+)
+_MISSING = object()
+_saved: list[Any] = []
 
 
 def install() -> None:
@@ -58,11 +152,11 @@ def install() -> None:
     with _lock:
         _open += 1
         if _open == 1:
-            _saved["hook"] = torch.Tensor.register_hook
-            _saved["checkpoint"] = checkpointing._checkpoint_without_reentrant_generator
-            _SingleLevelFunction.apply = classmethod(_apply)  # type: ignore[attr-defined]
-            torch.Tensor.register_hook = _register_hook  # type: ignore[method-assign]
-            checkpointing._checkpoint_without_reentrant_generator = _checkpoint
+            for owner, name, wrapper in _WRAPPERS:
+                _saved.append(vars(owner).get(name, _MISSING))
+                if owner is not torch:
+                    _original[name] = getattr(owner, name)
+                setattr(owner, name, wrapper)
 
 
 def uninstall() -> None:
@@ -71,9 +165,12 @@ def uninstall() -> None:
     with _lock:
         _open -= 1
         if _open == 0:
-            del _SingleLevelFunction.apply  # type: ignore[attr-defined]
-            torch.Tensor.register_hook = _saved["hook"]  # type: ignore[method-assign]
-            checkpointing._checkpoint_without_reentrant_generator = _saved["checkpoint"]
+            for (owner, name, _), before in zip(_WRAPPERS, _saved, strict=True):
+                if before is _MISSING:  # it was inherited
+                    delattr(owner, name)
+                else:
+                    setattr(owner, name, before)
+            _saved.clear()
 
 
 def is_removed(handle: Any) -> bool:

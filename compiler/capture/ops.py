@@ -36,7 +36,7 @@ def op_info(op: Any) -> OpInfo:
         info = _INFO[op] = OpInfo(
             tuple(writes),
             torch.Tag.nondeterministic_seeded in op.tags and op not in SUBSTITUTES,
-            torch.Tag.dynamic_output_shape in op.tags,
+            torch.Tag.dynamic_output_shape in op.tags or op is aten._pack_padded_sequence.default,
             op in _TWO_OPERANDS,
         )
     return info
@@ -90,9 +90,12 @@ def attention_by_math(
         raise NotImplementedError(
             "dropout inside scaled_dot_product_attention; use SDPBackend.MATH, or dropout outside"
         )
-    return aten._scaled_dot_product_attention_math(
+    out = aten._scaled_dot_product_attention_math(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale
-    )[0], None
+    )[0]
+    # laid out in memory like the query, as the fused kernel does it: the views taken of it depend on that
+    order = sorted(range(query.dim()), key=query.stride, reverse=True)
+    return out.permute(order).contiguous().permute([order.index(d) for d in range(query.dim())]), None
 
 
 def lstm_by_parts(

@@ -9,18 +9,31 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.overrides import enable_reentrant_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointFunction
 
 from metaoptim.errors import CaptureError
 
-from .entries import Carried, Entry, Epoch, External, Function, Number, Spy, Theta, Value, version_of
+from . import memory
+from .entries import (
+    Carried,
+    Entry,
+    Epoch,
+    External,
+    Function,
+    Number,
+    Spy,
+    Theta,
+    Value,
+    reaches_theta,
+    version_of,
+)
 from .modes import leave, paused
 from .ops import BATCH_NORM, LIFTS, MASKED, OpInfo, op_info, without_running_stats, written
 
@@ -66,6 +79,7 @@ class Recorder(TorchDispatchMode):
         self._sweep_at = 4096
         # storage -> (the storage's weak reference, leaf tensors read into it where no gradient flows)
         self.tainted: dict[int, tuple[Any, dict[int, Any]]] = {}
+        self.loose: dict[int, weakref.ref[Tensor]] = {}  # tensors without a version counter of their memory
         self._histories: list[weakref.ref[External]] = []  # of differentiable tensors that are no leaves
 
     # -- the mode ------------------------------------------------------------------------------------------------
@@ -110,12 +124,21 @@ class Recorder(TorchDispatchMode):
 
     def keep_only(self, epoch: Epoch) -> None:
         """A super-step has begun that reads ``epoch``: nothing older will be part of a step."""
+        self.forget([v for v in self.values.values() if v.entry.epoch is not epoch])
         self.values = {k: v for k, v in self.values.items() if v.entry.epoch is epoch and v.ref() is not None}
         self._histories = [ref for ref in self._histories if ref() is not None]
 
+    def forget(self, values: Iterable[Value]) -> None:
+        """``values`` leave the recording: the guard is told of tensors that live on and that steps have read."""
+        for value in values:
+            t = value.ref() if value.steps else None
+            if t is not None and t.requires_grad:
+                self.guard.outlived(t, value.steps)
+
     # -- looking up ----------------------------------------------------------------------------------------------
 
-    def _known(self, t: Tensor) -> Theta | Value | None:
+    def known(self, t: Tensor) -> Theta | Value | None:
+        """What the recording has for the very tensor ``t``."""
         theta = self.epoch.theta.get(id(t))
         if theta is not None:
             return theta
@@ -123,7 +146,7 @@ class Recorder(TorchDispatchMode):
         return value if value is not None and value.ref() is t else None
 
     def _current(self, t: Tensor) -> Theta | Value | None:
-        found = self._known(t)
+        found = self.known(t)
         return None if isinstance(found, Value) and found.entry.epoch is not self.epoch else found
 
     def _touches(self, args: Iterable) -> bool:
@@ -136,7 +159,7 @@ class Recorder(TorchDispatchMode):
 
     def value_of(self, t: Tensor) -> Theta | Value | Carried | External:
         """What stands for ``t`` in the recording."""
-        found = self._known(t)
+        found = self.known(t)
         if isinstance(found, Theta):
             return found
         if found is not None:
@@ -151,11 +174,14 @@ class Recorder(TorchDispatchMode):
                     return resolved
                 found = resolved
             epoch = found.entry.epoch
-            cut = self._is_cut(t, found)
-            if epoch is self.epoch:
-                return self._detached(t, found) if cut else found
+            if epoch is self.epoch and found.apart is None:
+                return found
             external = self._external(t)
-            if cut or epoch.superstep != self.epoch.superstep or not self._reads_current_theta(found):
+            if (
+                found.apart is not None
+                or epoch.superstep != self.epoch.superstep
+                or not self._reads_current_theta(found)
+            ):
                 return external
             if t.untyped_storage()._cdata in epoch.writes:
                 raise CaptureError(
@@ -164,13 +190,15 @@ class Recorder(TorchDispatchMode):
                 )
             return Carried(found, external)
         if t._is_view() and t._base is not None and not (t.requires_grad and t.is_leaf):
-            if self._is_recorded(t._base) and not isinstance(self._known(t._base), Theta):
+            if self._is_recorded(t._base) and not isinstance(self.known(t._base), Theta):
                 return self._alias_of(t, t._base)
+        if isinstance(t, torch.nn.Parameter) and (theta := self.guard.still_shown(t)) is not None:
+            return theta
         return self._external(t)
 
     def root_of(self, loss: Tensor) -> Any:
         """What stands for the loss of a step, which may have been computed before another step."""
-        found = self._known(loss)
+        found = self.known(loss)
         mine = isinstance(found, Value) and found.entry.epoch.superstep == self.epoch.superstep
         return found if mine else self.value_of(loss)
 
@@ -190,20 +218,10 @@ class Recorder(TorchDispatchMode):
                 stack.append(a.value)
             elif isinstance(a, (Value, Entry)):
                 entry = a.entry if isinstance(a, Value) else a
-                if id(entry) not in seen:
+                if id(entry) not in seen and not (isinstance(a, Value) and a.apart is not None):
                     seen.add(id(entry))
                     stack += [*entry.args, *entry.deps, *entry.kwargs.values()]
         return False
-
-    def _is_cut(self, t: Tensor, found: Value) -> bool:
-        """Whether ``t`` requires no gradient where its operator may give one: `detach_` leaves no other trace."""
-        if t.requires_grad or not found.entry.grad or found.entry.op is _DETACH:
-            return False
-        # Conjugation makes complex values below autograd; formulas of forward mode run before outputs require grad.
-        return t.is_floating_point() and forward_ad._current_level < 0
-
-    def _detached(self, t: Tensor, found: Value) -> Value:
-        return self._bind(t, Value(self._entry(_DETACH, (found,), {}, (t,), True), None))
 
     def _external(self, t: Tensor) -> External:
         known = self._external_of(t)
@@ -306,6 +324,11 @@ class Recorder(TorchDispatchMode):
     def _write(self, op: Any, info: OpInfo, args: tuple, kwargs: dict) -> Any:
         targets = written(info, args, kwargs)
         grad, guard = torch.is_grad_enabled(), self.guard
+        if self.epoch.apart and any(t.untyped_storage()._cdata in self.epoch.apart for t in targets):
+            raise CaptureError(
+                "a tensor with a hook or retain_grad() was changed in place; clone it before the change"
+            )
+        memory.before_write(self, targets)
         hit = guard.before_write(targets, op)
         if hit:
             guard.preserve(targets)
@@ -384,7 +407,7 @@ class Recorder(TorchDispatchMode):
         """From now on what ``t`` holds is what the recording says: it is about to be written by a recorded call."""
         base = t._base if t._is_view() and t._base is not None else t
         if self._is_recorded(t):
-            if self._known(t) is None and base is not t:
+            if self.known(t) is None and base is not t:
                 self._alias_of(t, base)
             storage = t.untyped_storage()._cdata
             read = [ref() for ref in self.epoch.externals.values()]  # of which ``t`` may be a recorded view
@@ -400,14 +423,16 @@ class Recorder(TorchDispatchMode):
                 x.written = True
                 self.epoch.written.append(x)
 
-    def _keep_histories(self, targets: list[Tensor]) -> None:
+    def _keep_histories(self, targets: list[Tensor], dispatching: bool = True) -> None:
         """An in-place call gives its target a new history: what was read of it keeps the old one."""
         storages = {t.untyped_storage()._cdata for t in targets}
         self._histories = [ref for ref in self._histories if ref() is not None]
         for ref in self._histories:
             x = ref()
             if x is not None and x.tensor is x.source and x.source.untyped_storage()._cdata in storages:
-                with self.paused(), enable_reentrant_dispatch(), torch.enable_grad():
+                # within an operator's dispatch autograd is off until it is asked back
+                again = enable_reentrant_dispatch() if dispatching else nullcontext()
+                with self.paused(), again, torch.enable_grad():
                     x.tensor = x.source.clone()
 
     def _fresh_statistics(self, op: Any, args: tuple) -> tuple:
@@ -437,11 +462,57 @@ class Recorder(TorchDispatchMode):
             self._bind_outputs(entry, out)
         return out
 
+    def watch(self, t: Tensor, what: str) -> bool:
+        """``t`` is about to get a hook, or to retain its gradient: autograd must see all of that gradient.
+
+        Where ``t`` does not depend on theta, steps read it as a tensor from outside from now on, so that autograd
+        carries what they give it.
+
+        Returns:
+            Whether that is so; otherwise the gradient inside steps is theirs.
+        """
+        if not self.record:
+            return False
+        found = self.known(t)
+        if (isinstance(found, Value) and found.steps) or self.guard.was_read(t):
+            raise CaptureError(
+                f"{what} on a tensor of shape {tuple(t.shape)} that an inner step has already read: the gradient from "
+                f"that step would not pass through it; call {what} right after computing the tensor"
+            )
+        if not isinstance(found, Value) or not t.requires_grad or t.is_leaf or reaches_theta(found):
+            return False
+        if found.apart is None:
+            storage = t.untyped_storage()._cdata
+            if storage in found.entry.epoch.writes:
+                raise CaptureError(
+                    f"{what} on a tensor of shape {tuple(t.shape)} that was changed in place; call it on a clone of "
+                    "it and use that"
+                )
+            found.apart = self._external(t)
+            self.epoch.apart.add(storage)
+        return True
+
     def add_hook(self, t: Tensor, spy: Spy, handle: Any) -> None:
-        """Note that the gradient of ``t`` passes through a hook."""
-        value = self._known(t)
+        """Note that the gradient of ``t`` passes through a hook, which steps must apply themselves."""
+        value = self.known(t)
         if value is not None:
             value.hooks = [*(value.hooks or ()), (handle, spy)]
+
+    def detach_in_place(self, t: Tensor, detach: Callable[[Tensor], Tensor]) -> Tensor:
+        """Record ``t.detach_()``, which happens above the operators."""
+        if not self.record:
+            return detach(t)
+        self.guard.settle()
+        found = self.known(t)
+        if found is None:
+            self._keep_histories([t], dispatching=False)
+        out = detach(t)
+        if isinstance(found, Value):
+            if found.entry.epoch is self.epoch:
+                self._bind(t, Value(self._entry(_DETACH, (found,), {}, (t,), True), None))
+            else:
+                del self.values[id(t)]  # what is read of it from now on is a constant
+        return out
 
     # -- what no gradient reaches --------------------------------------------------------------------------------
 

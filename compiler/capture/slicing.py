@@ -28,6 +28,7 @@ class Keyed:
         numbers: values of the numbers that may be lifted.
         hooks: for each hooked value, the hooks that changed their gradient (known once they have run).
         spies: all hooks met.
+        values: all values met.
         opaque: whether custom Functions or hooks occur (the step is then checked every time).
     """
 
@@ -37,6 +38,7 @@ class Keyed:
         self.numbers: list[float] = []
         self.hooks: dict[tuple, list[Spy]] = {}
         self.spies: list[Spy] = []
+        self.values: list[Value] = []
         self.opaque = False
         self._plain = not any(e.deps for e in entries)
 
@@ -44,6 +46,7 @@ class Keyed:
         """A hashable stand-in for one argument: ("v", entry, output), ("n", k) or a constant."""
         if isinstance(a, Value):
             where = ("v", self.number_of[id(a.entry)], a.index)
+            self.values.append(a)
             self._note_hooks(where, a.hooks)
             return where
         if isinstance(a, Number):
@@ -119,6 +122,7 @@ class Slice(Keyed):
     Attributes:
         thetas: versions of theta tensors read.
         consistent: whether no theta tensor was read in two versions.
+        twins: place among the thetas -> other tensors that were shown for the same version and read.
         externals: tensors read from outside (differentiable or not).
         key: structure of the slice: everything but `numbers`.
     """
@@ -135,6 +139,7 @@ class Slice(Keyed):
         self.aliases, self.carry = aliases, carry
         self.thetas: list[Theta] = []
         self.consistent = True
+        self.twins: dict[int, list[Tensor]] = {}
         self.externals: list[External] = []
         self._theta_at: dict[int, int] = {}
         self._external_at: dict[int, int] = {}
@@ -150,6 +155,8 @@ class Slice(Keyed):
         """A hashable stand-in for one argument: ("v", entry, output), ("t", k), ("x", k), ("n", k) or a constant."""
         if isinstance(a, Carried):
             a = a.value if self.carry else a.external
+        if isinstance(a, Value) and a.apart is not None:
+            a = a.apart
         if isinstance(a, External):
             theta = self.aliases.get(id(a.source)) if self.aliases else None
             if theta is None:
@@ -164,8 +171,13 @@ class Slice(Keyed):
             if at is None:
                 at = self._theta_at[a.index] = len(self.thetas)
                 self.thetas.append(a)
-            elif self.thetas[at] is not a:
-                self.consistent = False
+            elif (known := self.thetas[at]).tensor is not a.tensor:
+                if known.version is not a.version or known.hooks or a.hooks:
+                    self.consistent = False
+                else:
+                    twins = self.twins.setdefault(at, [])
+                    if not any(t is a.tensor for t in twins):
+                        twins.append(a.tensor)
             where = ("t", at)
             self._note_hooks(where, a.hooks)
             return where
@@ -186,6 +198,8 @@ def _ancestors(roots: list[Any], carry: bool) -> list[Entry]:
                 continue
             a = a.value
         if isinstance(a, Value):
+            if a.apart is not None:
+                continue
             entry = a.entry
         elif isinstance(a, Entry):
             entry = a

@@ -9,11 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..capture.tracer import Trace
+from ..ir import Lowering
 from ..program import RolledProgram, operator_count
 from ..segments import Draft, split
 from ..text import draft_text, trace_text
 from ..verify import verify_draft, verify_program
 from .canonicalize import canonicalize, outline
+from .differentiate import differentiate
 from .mode import mode
 from .prune import keep_all, prune
 from .roll import StepOf, roll
@@ -34,8 +36,7 @@ class Options:
 
     window: int | None = None
     slots: int | None = None
-    backend: str = "inductor"
-    self_check: bool = True
+    lowering: Lowering = field(default_factory=lambda: Lowering("inductor", hvp="auto"))
     skip: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
@@ -120,13 +121,17 @@ def compile_trace(
         )
     writes, limit = recorder.run("mode", lambda: mode(trace), trace, lambda _: trace)
     draft = split(trace)
-    draft.writes, draft.limit = writes, limit
+    draft.writes, draft.limit = writes, options.window if limit is None else limit
     verify_draft(draft, outlined=False)
     shape(draft, options, recorder)
     if "roll" in options.skip:
         step_of = lambda key, build: build()
     (program,) = recorder.run("roll", lambda: roll(draft, step_of), draft, lambda made: made[0])
     verify_program(program, pruned="canonicalize" not in options.skip)
+    if any(x.grad for x in trace.inputs):
+        recorder.run(
+            "differentiate", lambda: differentiate(program, options.lowering.hvp), program, lambda _: program
+        )
     return program, recorder.records
 
 

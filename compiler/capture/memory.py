@@ -1,0 +1,108 @@
+"""Memory that changes, or may change, without an operator or a version counter telling autograd.
+
+What a loss has read may have been saved by autograd; if it changes unseen before the step, the inner gradient is that
+of neither value. Such tensors are `suspect`: the gradient of a step on them is compared with what the recording gives.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metaoptim.errors import CaptureError
+
+from .entries import Carried, External, Theta, Value
+
+
+def _storage(t: Tensor) -> int:
+    return t.untyped_storage()._cdata if t.layout is torch.strided else 0
+
+
+def note_loose(recorder: Any, t: Tensor) -> None:
+    """``t`` shares memory with another tensor, and no version counter (``.data``)."""
+    loose = recorder.loose
+    if len(loose) >= 256 and len(loose) & (len(loose) - 1) == 0:  # at powers of two
+        recorder.loose = loose = {k: ref for k, ref in loose.items() if ref() is not None}
+    loose[id(t)] = weakref.ref(t)
+
+
+def before_write(recorder: Any, targets: Iterable[Tensor]) -> None:
+    """An operator is about to write into ``targets``: does autograd know?"""
+    if recorder.loose:
+        _suspect(recorder, [t for t in targets if _is_loose(recorder, t)])
+
+
+def before_swap(recorder: Any, t: Tensor) -> None:
+    """Refuse ``t.data = value`` where the recording says what ``t`` holds."""
+    if recorder.record and (isinstance(recorder.known(t), Value) or (t.requires_grad and not t.is_leaf)):
+        raise CaptureError(
+            f"t.data = ... on a tensor of shape {tuple(t.shape)} that was computed: got other values behind the back "
+            "of the recording, expected an operator. Write t = t + (value - t).detach() for the same values and "
+            "gradient, or t = value for a constant."
+        )
+    _suspect(recorder, [t])
+
+
+def relies_on(recorder: Any, t: Tensor) -> bool:
+    """Whether the recording or the tape takes for granted what the memory of ``t`` holds.
+
+    Memory from outside is not: it is copied or watched. What is known of it as a value is forgotten, so that it will be
+    read anew.
+    """
+    if not recorder.record or t.layout is not torch.strided:
+        return False
+    storage, values = _storage(t), recorder.values
+    found = recorder.known(t)
+    if isinstance(found, Theta) or recorder.guard.on_tape(storage):
+        return True
+    if found is None:
+        handle = t.untyped_storage()
+        if torch._C._storage_Use_Count(handle._cdata) <= 2:  # that of ``t`` and ours
+            return False
+        found = next((v for v in values.values() if _lies_in(v, storage)), None)
+    if found is None or not _is_outside(found, storage):
+        return found is not None
+    recorder.values = {k: v for k, v in values.items() if not _lies_in(v, storage)}
+    _suspect(recorder, [t])
+    return False
+
+
+def _is_loose(recorder: Any, t: Tensor) -> bool:
+    for x in (t, t._base if t._is_view() else None):
+        ref = None if x is None else recorder.loose.get(id(x))
+        if ref is not None and ref() is x:
+            return True
+    return False
+
+
+def _suspect(recorder: Any, targets: list[Tensor]) -> None:
+    storages = {_storage(t) for t in targets}
+    if not storages or not recorder.record:
+        return
+    for epoch in (*recorder.guard.epochs, recorder.epoch):
+        read = [(x, x.source) for ref in epoch.externals.values() if (x := ref()) is not None]
+        read += [(theta, theta.tensor) for theta in epoch.theta.values()]
+        for x, t in read:
+            if _storage(t) in storages:
+                x.suspect = True
+    for value in recorder.values.values():
+        t = value.ref()
+        if t is not None and _storage(t) in storages:
+            value.suspect = True
+
+
+def _lies_in(value: Value, storage: int) -> bool:
+    t = value.ref()
+    return t is not None and _storage(t) == storage
+
+
+def _is_outside(value: Value, storage: int) -> bool:
+    """Whether ``value`` is a view of a tensor from outside."""
+    found: Any = value
+    while isinstance(found, (Value, Carried)):
+        found = found.value if isinstance(found, Carried) else next(iter(found.entry.args), None)
+    return isinstance(found, External) and not found.written and _storage(found.source) == storage

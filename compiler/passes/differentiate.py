@@ -1,0 +1,17 @@
+"""differentiate: every distinct part gets its derivative as a graph, in the mode that legality and cost allow."""
+
+from __future__ import annotations
+
+from ..lower import derived
+from ..program import RolledProgram
+
+
+def differentiate(rolled: RolledProgram, hvp: str) -> str:
+    """Derive the parts that a gradient can flow through, and say which mode each got."""
+    chosen: dict[str, int] = {}
+    for step in rolled.step_graphs:
+        if any(p.differentiable for p in step.inputs) and any(p.differentiable for p in step.outputs):
+            derived(step, hvp)
+            what = step.derivatives[hvp]
+            chosen[what] = chosen.get(what, 0) + 1
+    return "; ".join(f"{count} × {what}" for what, count in chosen.items()) or "no part carries a gradient"
