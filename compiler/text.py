@@ -11,7 +11,7 @@ import torch
 from .capture.entries import Value
 from .capture.tracer import Input, Noise, ScanItem, Trace
 from .ir import gradient, show
-from .program import nbytes, readable_bytes
+from .program import nbytes, plural, readable_bytes
 from .segments import Draft, Unit, identity
 from .update import UpdatePlan
 
@@ -80,12 +80,12 @@ def _unit_text(unit: Unit) -> str:
     body = unit.body
     text = f"{len(unit.segment.entries)} calls"
     if unit.steps:
-        text += f", {unit.steps} inner step{'s' if unit.steps > 1 else ''}"
+        text += f", {plural(unit.steps, 'inner step')}"
     if unit.scan is not None:
-        text += f", scan iteration {unit.scan[1]}"
+        text += ", in a scan"
     if body.outputs:
         size = readable_bytes(sum(map(nbytes, body.outputs.values())))
-        text += f"; gives {len(body.outputs)} values ({size}), {len(body.active_outputs)} with a gradient"
+        text += f"; gives {plural(len(body.outputs), 'value')} ({size}), {len(body.active_outputs)} with a gradient"
     return text
 
 

@@ -1,156 +1,23 @@
-"""The verifier: what holds of every program between passes, and of every step graph. A failure is a defect of a pass.
+"""The verifier: what holds of every program, between passes and after them. A failure is a defect of a pass.
 
 It reads and computes nothing but structure, in time linear in the program's text: a loop counts as two iterations.
 """
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterator
-from typing import Any
-
-import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from metaoptim.errors import ProgramError
 
 from .capture.entries import Value
-from .capture.ops import op_info
 from .capture.slicing import tensor_spec
 from .capture.tracer import Noise
-from .ir import Loop, Port, Role, StepCall, StepGraph, show
+from .ir import Loop, Port, Role, StepCall
 from .program import Given, RolledProgram, given_ports, registers_text, state_ports
 from .segments import Draft, arguments
+from .verify_step import op_text, role_text, spec_text, verify_step
 
-_INPUT_RANK = {Role.THETA: 0, Role.THETA_NOW: 1, Role.OPT_STATE: 2, Role.CARRY: 2}
-_INPUTS = (*_INPUT_RANK, Role.META, Role.SCAN, Role.NOISE)
-_OUTPUTS = (Role.LOSS, Role.THETA, Role.OPT_STATE, Role.CARRY, Role.GRADIENT)
 _INNER = (Role.THETA, Role.OPT_STATE)
-
-
-# -- a step graph ----------------------------------------------------------------------------------------------------
-
-
-def verify_step(step: StepGraph, name: str = "a step graph", *, pruned: bool = True) -> None:
-    """Check one step graph.
-
-    Args:
-        step: the graph.
-        name: what errors call it.
-        pruned: whether dead nodes and unused inputs are errors: canonicalize promises that there are none.
-
-    Raises:
-        ProgramError: it names the node or the port.
-    """
-    nodes = list(step.graph.nodes)
-    placeholders = [n for n in nodes if n.op == "placeholder"]
-    _verify_ports(step, name, placeholders)
-    seen: set[fx.Node] = set()
-    for node in nodes:
-        for used in node.all_input_nodes:
-            if used not in seen:
-                raise ProgramError(
-                    f"{name}: node {node.name} reads {used.name}, which is not defined before it"
-                )
-        seen.add(node)
-        if node.op not in ("placeholder", "call_function", "output"):
-            raise ProgramError(
-                f"{name}: node {node.name} is a {node.op}; a step graph consists of calls of functions"
-            )
-        _verify_operator(node, name)
-    if pruned:
-        live = _live(nodes)
-        for node in nodes:
-            if node not in live:
-                what = "input" if node.op == "placeholder" else "node"
-                raise ProgramError(f"{name}: {what} {node.name} is dead: no output depends on it")
-
-
-def _verify_ports(step: StepGraph, name: str, placeholders: list[fx.Node]) -> None:
-    if len(placeholders) != len(step.inputs):
-        raise ProgramError(f"{name}: got {len(placeholders)} placeholders for {len(step.inputs)} inputs")
-    rank = 0
-    for node, port in zip(placeholders, step.inputs, strict=True):
-        if port.role not in _INPUTS:
-            raise ProgramError(f"{name}: input {port.name} has the role of an output, {_role(port)}")
-        if _INPUT_RANK.get(port.role, 3) < rank:
-            raise ProgramError(
-                f"{name}: input {port.name} ({_role(port)}) comes after inputs it must come before; expected theta, "
-                "then state, then what is given from outside"
-            )
-        rank = _INPUT_RANK.get(port.role, 3)
-        if node.meta.get("spec", port.spec) != port.spec:
-            raise ProgramError(
-                f"{name}: input {port.name} is declared as {_spec(port.spec)}, its placeholder holds "
-                f"{_spec(node.meta['spec'])}"
-            )
-    results = step.graph.find_nodes(op="output")
-    values = results[0].args[0] if len(results) == 1 else None
-    if not isinstance(values, tuple) or len(values) != len(step.outputs):
-        got = len(values) if isinstance(values, tuple) else "none"
-        raise ProgramError(f"{name}: got {got} results for {len(step.outputs)} outputs")
-    for value, port in zip(values, step.outputs, strict=True):
-        if port.role not in _OUTPUTS:
-            raise ProgramError(f"{name}: output {port.name} has the role of an input, {_role(port)}")
-        if not isinstance(value, fx.Node):
-            raise ProgramError(f"{name}: output {port.name} is not computed: got the constant {value!r}")
-
-
-def _verify_operator(node: fx.Node, name: str) -> None:
-    target: Any = node.target
-    if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
-        return
-    off = target is torch.ops.aten.native_dropout.default and not node.args[2]
-    if op_info(target).random and not off:
-        raise ProgramError(
-            f"{name}: node {node.name} draws random numbers ({target}); a replay would draw others, so they must be "
-            "inputs of the role noise"
-        )
-    for written in _written(node):
-        root = _memory_of(written)
-        if root.op == "placeholder":
-            raise ProgramError(
-                f"{name}: node {node.name} ({target}) writes into the input {root.name}, which belongs to the caller"
-            )
-
-
-def _written(node: fx.Node) -> Iterator[fx.Node]:
-    target: Any = node.target
-    if node.op == "call_function" and isinstance(target, torch._ops.OpOverload):
-        for where in op_info(target).writes:
-            value = (
-                node.kwargs.get(where)
-                if isinstance(where, str)
-                else (node.args[where] if where < len(node.args) else None)
-            )
-            yield from (
-                v for v in (value if isinstance(value, (tuple, list)) else (value,)) if isinstance(v, fx.Node)
-            )
-
-
-def _memory_of(node: Any) -> fx.Node:
-    """The node that made the memory ``node`` lies in."""
-    while node.op == "call_function":
-        target = node.target
-        overload = isinstance(target, torch._ops.OpOverload)
-        same = overload and (
-            target.is_view or target is torch.ops.aten.type_as.default or op_info(target).writes
-        )
-        if not (same or target in (show, operator.getitem) or target.__class__.__name__ == "WithHooks"):
-            break
-        node = node.args[0]
-    return node
-
-
-def _live(nodes: list[fx.Node]) -> set[fx.Node]:
-    live: set[fx.Node] = set()
-    stack = [n for n in nodes if n.op == "output" or any(_written(n))]
-    while stack:
-        node = stack.pop()
-        if node not in live:
-            live.add(node)
-            stack += node.all_input_nodes
-    return live
 
 
 # -- a program -------------------------------------------------------------------------------------------------------
@@ -210,23 +77,23 @@ def _verify_arguments(call: StepCall, name: str, registers: int) -> None:
 def _verify_given(given: Given, port: Port, name: str) -> None:
     where = f"{name}: input {port.name}"
     if (given.kind == "noise") != (port.role is Role.NOISE):
-        raise ProgramError(f"{where} has the role {_role(port)}, but is given as {given.kind}")
+        raise ProgramError(f"{where} has the role {role_text(port)}, but is given as {given.kind}")
     if given.kind == "number":
         if port.spec[0] or not isinstance(given.of, (int, float)):
-            raise ProgramError(f"{where}: got the number {given.of!r} for {_spec(port.spec)}")
+            raise ProgramError(f"{where}: got the number {given.of!r} for {spec_text(port.spec)}")
         return
     if given.kind == "scan":
         shape, dtype, stride, device = given.of.spec
         if not shape or not 0 <= given.at < shape[0]:
-            raise ProgramError(f"{where}: slice {given.at} of {_spec(given.of.spec)} does not exist")
+            raise ProgramError(f"{where}: slice {given.at} of {spec_text(given.of.spec)} does not exist")
         spec = (tuple(shape[1:]), dtype, tuple(stride[1:]), device)
     else:
         spec = given.of.spec
     if tuple(spec) != tuple(port.spec):
-        raise ProgramError(f"{where}: got {_spec(spec)}, expected {_spec(port.spec)}")
+        raise ProgramError(f"{where}: got {spec_text(spec)}, expected {spec_text(port.spec)}")
     if not isinstance(given.of, Noise) and given.of.grad and port.role is not Role.META:
         raise ProgramError(
-            f"{where} requires grad, but has the role {_role(port)}: it would receive no gradient"
+            f"{where} requires grad, but has the role {role_text(port)}: it would receive no gradient"
         )
 
 
@@ -238,10 +105,12 @@ def _verify_reads(call: StepCall, name: str, held: dict[int, Port]) -> None:
             raise ProgramError(f"{where}, which nothing has been written to before")
         if tuple(writer.spec) != tuple(port.spec):
             raise ProgramError(
-                f"{where}, which holds {writer.name}, {_spec(writer.spec)}; expected {_spec(port.spec)}"
+                f"{where}, which holds {writer.name}, {spec_text(writer.spec)}; expected {spec_text(port.spec)}"
             )
         if (port.role in _INNER) != (writer.role in _INNER):
-            raise ProgramError(f"{where} as {_role(port)}, which holds {writer.name} as {_role(writer)}")
+            raise ProgramError(
+                f"{where} as {role_text(port)}, which holds {writer.name} as {role_text(writer)}"
+            )
         if writer.differentiable and not port.differentiable:
             raise ProgramError(
                 f"{where}, which holds {writer.name} and its gradient, but passes no gradient on"
@@ -293,7 +162,7 @@ def _verify_results(program: RolledProgram, held: dict[int, Port]) -> None:
         spec = held[where].spec if isinstance(where, int) else where.spec
         if isinstance(target, Tensor) and tuple(tensor_spec(target)[:2]) != tuple(spec[:2]):
             raise ProgramError(
-                f"value {i} left in a tensor is {_spec(spec)}, the tensor is {_spec(tensor_spec(target))}"
+                f"value {i} left in a tensor is {spec_text(spec)}, the tensor is {spec_text(tensor_spec(target))}"
             )
 
 
@@ -319,15 +188,15 @@ def verify_draft(draft: Draft, *, outlined: bool = True) -> None:
         for k, entry in enumerate(unit.segment.entries):
             if draft.unit_of.get(id(entry)) != n:
                 raise ProgramError(
-                    f"{name}: call {k} ({_op(entry.op)}) is listed in part {draft.unit_of.get(id(entry))}"
+                    f"{name}: call {k} ({op_text(entry.op)}) is listed in part {draft.unit_of.get(id(entry))}"
                 )
             for a in arguments(entry):
                 if isinstance(a, Value):
-                    _verify_value(draft, a, n, k, f"{name}: call {k} ({_op(entry.op)}) reads", outlined)
+                    _verify_value(draft, a, n, k, f"{name}: call {k} ({op_text(entry.op)}) reads", outlined)
             for write in entry.deps:
                 if unit.segment.number_of.get(id(write), k) >= k:
                     raise ProgramError(
-                        f"{name}: call {k} ({_op(entry.op)}) depends on a write that is not before it"
+                        f"{name}: call {k} ({op_text(entry.op)}) depends on a write that is not before it"
                     )
     for i, value in enumerate(draft.finals()):
         if isinstance(value, Value):
@@ -336,7 +205,7 @@ def verify_draft(draft: Draft, *, outlined: bool = True) -> None:
 
 def _verify_value(draft: Draft, value: Value, n: int, k: int, name: str, outlined: bool) -> None:
     at = draft.unit_of.get(id(value.entry))
-    what = f"an output of {_op(value.entry.op)}"
+    what = f"an output of {op_text(value.entry.op)}"
     if at is None:
         raise ProgramError(f"{name} {what}, which is part of the program no more")
     unit = draft.units[at]
@@ -349,21 +218,6 @@ def _verify_value(draft: Draft, value: Value, n: int, k: int, name: str, outline
     if spec is None:
         raise ProgramError(f"{name} {what} in part {at}, which that part does not give")
     if tuple(spec) != tuple(value.ref):
-        raise ProgramError(f"{name} {what} in part {at}: got {_spec(spec)}, expected {_spec(value.ref)}")
-
-
-# -- text ------------------------------------------------------------------------------------------------------------
-
-
-def _role(port: Port) -> str:
-    return port.role.value
-
-
-def _spec(spec: tuple) -> str:
-    shape, dtype, stride, device = spec
-    size = "×".join(map(str, shape)) or "scalar"
-    return f"{str(dtype).removeprefix('torch.')} {size} (strides {tuple(stride)}, {device})"
-
-
-def _op(op: Any) -> str:
-    return str(op) if isinstance(op, torch._ops.OpOverload) else getattr(op, "__name__", str(op))
+        raise ProgramError(
+            f"{name} {what} in part {at}: got {spec_text(spec)}, expected {spec_text(value.ref)}"
+        )

@@ -1,5 +1,6 @@
 """metaoptim: exact meta-gradients in bounded memory, from ordinary PyTorch code."""
 
+from . import logs
 from .compile import compile
 from .errors import (
     CaptureError,
@@ -10,6 +11,7 @@ from .errors import (
     UnreachableWarning,
     WindowError,
 )
+from .explain import explain
 from .optim import MetaAdam, MetaOptimizer, MetaRMSprop, MetaSGD
 from .window import SlidingWindow, zero_nan_hook
 
@@ -29,5 +31,8 @@ __all__ = [
     "UnreachableWarning",
     "WindowError",
     "compile",
+    "explain",
     "zero_nan_hook",
 ]
+
+logs.configure_from_environment()

@@ -34,6 +34,16 @@ class Change:
     def __str__(self) -> str:
         return f"{self.where}: {self.what}"
 
+    @property
+    def advice(self) -> str:
+        """What to do about it, if it happens at every call."""
+        if self.value:
+            return (
+                "Python values are part of what is compiled. Pass a number that changes as a tensor "
+                "(torch.tensor(value)), or keep it out of the compiled function"
+            )
+        return "Every kind of arguments is compiled once: pass the same objects and shapes again, or pad to few shapes"
+
 
 def first_change(fn: Callable, args: tuple, kwargs: dict[str, Any], old: Any, new: Scene) -> Change:
     """What differs between an earlier call and this one.

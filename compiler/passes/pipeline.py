@@ -143,6 +143,14 @@ def shape(draft: Draft, options: Options, recorder: Recorder) -> None:
         verify_draft(draft)
 
 
+def shaped(draft: Draft, texts: bool = False) -> list[Record]:
+    """Take a draft that is one part, a compiled step, through the passes that apply to it."""
+    recorder = Recorder(texts)
+    verify_draft(draft, outlined=False)
+    shape(draft, Options(), recorder)
+    return recorder.records
+
+
 def sizes_of(program: Trace | Draft | RolledProgram) -> dict[str, int]:
     """Sizes of a program in whatever form.
 
