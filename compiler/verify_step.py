@@ -63,7 +63,7 @@ def _verify_ports(step: StepGraph, name: str, placeholders: list[fx.Node]) -> No
             raise ProgramError(f"{name}: input {port.name} has the role of an output, {role_text(port)}")
         if _INPUT_RANK.get(port.role, 3) < rank:
             raise ProgramError(
-                f"{name}: input {port.name} ({role_text(port)}) comes after inputs it must come before; expected theta, "
+                f"{name}: input {port.name} ({role_text(port)}) comes after inputs it must precede; expected theta, "
                 "then state, then what is given from outside"
             )
         rank = _INPUT_RANK.get(port.role, 3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..capture.entries import Value
+from ..capture.tracer import Noise
 from ..segments import Draft, Unit, arguments, identity
 
 aten = torch.ops.aten
@@ -31,7 +32,8 @@ def prune(draft: Draft) -> str:
 def keep_all(draft: Draft) -> str:
     """Take everything for differentiable: what prune saves is then computed."""
     for body in draft.bodies:
-        body.active = set(range(len(body.units[0].segment.inputs)))
+        inputs = body.units[0].segment.inputs
+        body.active = {at for at, ref in enumerate(inputs) if not isinstance(ref, Noise)}
         body.active_outputs = set(body.outputs)
     return "left out; everything is differentiated"
 
