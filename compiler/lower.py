@@ -22,7 +22,7 @@ def lowered(step: StepGraph, kind: str, inputs: Sequence[Tensor], how: Lowering 
     program = step.programs.get((kind, how))
     if program is None:
         example = inputs if step.dynamic else None
-        graph = derived(step, how.hvp, example) if kind == "vjp" else _replay(step, example)
+        graph = derived(step, how.hvp, example) if kind == "vjp" else replayed(step, example)
         if how.backend == "eager":
             program = graph.forward
         else:
@@ -40,7 +40,8 @@ def derived(step: StepGraph, hvp: str, example: Sequence[Tensor] | None = None) 
     return step.programs[key]
 
 
-def _replay(step: StepGraph, example: Sequence[Tensor] | None) -> fx.GraphModule:
+def replayed(step: StepGraph, example: Sequence[Tensor] | None = None) -> fx.GraphModule:
+    """The flat graph of a step's replay."""
     if "replay graph" not in step.programs:
         step.programs["replay graph"] = replay_graph(step, example)
     return step.programs["replay graph"]

@@ -117,8 +117,9 @@ class RolledProgram:
         names = self.names()
         mode = "offline" if self.offline else "online"
         lines = [
-            f"program of {self.horizon} inner steps, {mode}: {self.positions} calls of {len(names)} step graphs, "
-            f"{self.registers} registers ({readable_bytes(self.state_bytes)})"
+            f"program of {plural(self.horizon, 'inner step')}, {mode}: {plural(self.positions, 'call')} of "
+            f"{plural(len(names), 'step graph')}, {plural(self.registers, 'register')} "
+            f"({readable_bytes(self.state_bytes)})"
             + (f", truncated to {self.limit} super-steps" if self.limit else "")
         ]
         for item in self.calls:
@@ -171,6 +172,11 @@ def nbytes(spec: tuple) -> int:
     return dtype.itemsize * (1 + sum((size - 1) * s for size, s in zip(shape, stride, strict=True)))
 
 
+def plural(count: int | None, word: str) -> str:
+    """1 call, 2 calls."""
+    return f"{count} {word}" + ("" if count == 1 else "s")
+
+
 def readable_bytes(size: float) -> str:
     """``size`` bytes, as people write it."""
     for unit in ("B", "KiB", "MiB", "GiB"):
@@ -195,7 +201,7 @@ def shapes_text(specs: Iterable[tuple]) -> str:
 def signature(step: StepGraph, name: str) -> str:
     """What a step graph takes and gives, by role, with shapes and bytes."""
     operators = operator_count(step.graph)
-    lines = [f"{name}: {step.steps} inner steps, {operators} operators"]
+    lines = [f"{name}: {plural(step.steps, 'inner step')}, {plural(operators, 'operator')}"]
     for verb, ports in (("takes", step.inputs), ("gives", step.outputs)):
         for role, group in by_role(ports).items():
             size = readable_bytes(sum(nbytes(p.spec) for p in group))

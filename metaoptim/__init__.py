@@ -1,7 +1,17 @@
 """metaoptim: exact meta-gradients in bounded memory, from ordinary PyTorch code."""
 
+from . import logs
 from .compile import compile
-from .errors import CaptureError, LossError, MetaOptimError, StaleInputError, UnreachableWarning, WindowError
+from .errors import (
+    CaptureError,
+    LossError,
+    MetaOptimError,
+    ProgramError,
+    StaleInputError,
+    UnreachableWarning,
+    WindowError,
+)
+from .explain import explain
 from .optim import MetaAdam, MetaOptimizer, MetaRMSprop, MetaSGD
 from .window import SlidingWindow, zero_nan_hook
 
@@ -15,10 +25,14 @@ __all__ = [
     "MetaOptimizer",
     "MetaRMSprop",
     "MetaSGD",
+    "ProgramError",
     "SlidingWindow",
     "StaleInputError",
     "UnreachableWarning",
     "WindowError",
     "compile",
+    "explain",
     "zero_nan_hook",
 ]
+
+logs.configure_from_environment()

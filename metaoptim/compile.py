@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from .changes import first_change
 from .compiler.capture import intercept
 from .compiler.capture.refusals import refusing
-from .compiler.capture.tracer import Input, Tracer, capturing
+from .compiler.capture.tracer import Input, Trace, Tracer, capturing
 from .compiler.ir import Loop, Lowering, Role, StepGraph
 from .compiler.passes.pipeline import Options, Record, compile_trace
-from .compiler.program import RolledProgram
+from .compiler.program import RolledProgram, operator_count
+from .errors import warn
 from .guards import Scene
 from .runtime.compiled import Call, Run
 from .runtime.distributed import average_over_ranks
@@ -27,7 +29,11 @@ from .runtime.recorded import RecordedSession
 from .runtime.session import current_session
 from .runtime.stepping import CapturedStep, CompiledStep, aside
 
-_log = logging.getLogger("metaoptim.compile")
+_recompiles = logging.getLogger("metaoptim.recompiles")
+_graphs = logging.getLogger("metaoptim.graphs")
+_cache = logging.getLogger("metaoptim.cache")
+#: After so many recompilations of one function a warning names what makes it compile anew.
+RECOMPILE_LIMIT = 8
 _steps: dict[tuple, StepGraph] = {}
 
 
@@ -74,9 +80,16 @@ class CompiledFunction:
         functools.update_wrapper(self, fn)
         self._fn, self._options = fn, options
         self._programs: dict[Any, list[Any]] = {}
+        self._last: Any = None  # the key last compiled for
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
-        return self if instance is None else functools.partial(self, instance)
+        return self if instance is None else _Bound(self, instance)
+
+    def explain(self, *args: Any, **kwargs: Any) -> Any:
+        """What a call with these arguments compiles to and costs; see `metaoptim.explain`."""
+        from .explain import report_of
+
+        return report_of(self._fn, self._options, args, kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the function: capture and compile it on first use, and whenever a guard fails."""
@@ -99,13 +112,30 @@ class CompiledFunction:
         return None
 
     def _compile(self, scene: Scene, args: tuple, kwargs: dict) -> Program:
-        known = sum(map(len, self._programs.values()))
         begun = time.perf_counter()
         program = capture(self._fn, self._options, scene, args, kwargs)
-        self._programs.setdefault(scene.key, []).append(program)
-        what = "recompiled, since a guard failed" if known else "compiled"
-        _log.info("%s %s in %.2f s", self._fn.__qualname__, what, time.perf_counter() - begun)
+        self._remember(scene, program, args, kwargs, time.perf_counter() - begun)
+        if _graphs.isEnabledFor(logging.INFO):
+            text = program.rolled.text(operators=_graphs.isEnabledFor(logging.DEBUG))
+            _graphs.info("%s: %s", self._fn.__qualname__, text)
         return program
+
+    def _remember(self, scene: Scene, program: Any, args: tuple, kwargs: dict, seconds: float) -> None:
+        """Keep a new program; say why it was needed, if another one was there."""
+        name = getattr(self._fn, "__qualname__", type(self._fn).__name__)
+        recompilations = sum(map(len, self._programs.values()))
+        if not recompilations:
+            _recompiles.info("%s compiled in %.2f s", name, seconds)
+        elif _recompiles.isEnabledFor(logging.INFO) or recompilations == RECOMPILE_LIMIT:
+            change = first_change(self._fn, args, kwargs, self._last, scene)
+            _recompiles.info("%s recompiled in %.2f s, since a guard failed: %s", name, seconds, change)
+            if recompilations == RECOMPILE_LIMIT:
+                warn(
+                    f"{name} has been recompiled {RECOMPILE_LIMIT} times, the last time since a guard failed: "
+                    f"{change}. {change.advice}"
+                )
+        self._programs.setdefault(scene.key, []).append(program)
+        self._last = scene.key
 
     def _step(self, window: RecordedSession, args: tuple, kwargs: dict) -> Any:
         """One compiled inner step of the window that is open."""
@@ -114,14 +144,13 @@ class CompiledFunction:
         scene.key = ("step", window.options.backward_hook is not None, scene.key)
         program = self._find(scene)
         if program is None:
-            with aside(window):
-                at = scene.place_of()
-                traced, _, session = trace_of(self._fn, args, kwargs, window)
-            assert session is not None
-            step = CompiledStep(session, traced.tensors, _step)
+            begun = time.perf_counter()
+            step, _, traced = captured_step(self._fn, window, args, kwargs)
+            at = scene.place_of()
             sources = {x: at.get(id(x.tensor), x.tensor) for x in step.given if isinstance(x, Input)}
             program = StepProgram(step, sources, scene.remembered(), traced)
-            self._programs.setdefault(scene.key, []).append(program)
+            self._remember(scene, program, args, kwargs, time.perf_counter() - begun)
+            _graphs.info("%s: %s", self._fn.__qualname__, step.step)
         results = program.step.run(window, lambda x: program.tensor(x, scene), self._options.lowering)
         return program.traced.restored(results)
 
@@ -147,6 +176,21 @@ class CompiledFunction:
                 optimizer.state[p][name] = value.clone()
             else:
                 (scene.tensors[target] if isinstance(target, int) else target).copy_(value)
+
+
+class _Bound:
+    """A compiled method of an object."""
+
+    def __init__(self, function: CompiledFunction, instance: Any) -> None:
+        functools.update_wrapper(self, function._fn)
+        self._function, self._instance = function, instance
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._function(self._instance, *args, **kwargs)
+
+    def explain(self, *args: Any, **kwargs: Any) -> Any:
+        """What a call with these arguments compiles to and costs; see `metaoptim.explain`."""
+        return self._function.explain(self._instance, *args, **kwargs)
 
 
 _TENSOR = object()
@@ -202,18 +246,32 @@ def trace_of(
     return Traced(given, kept, spec), tracer, session
 
 
+def captured_step(
+    fn: Callable, window: RecordedSession, args: tuple, kwargs: dict, texts: bool = False
+) -> tuple[CompiledStep, Trace, Traced]:
+    """Capture ``fn`` as a step of ``window``, which is left as it is; ``texts`` is as of `compile_trace`."""
+    with aside(window):
+        traced, tracer, session = trace_of(fn, args, kwargs, window)
+    assert session is not None
+    return CompiledStep(session, traced.tensors, step_of, texts), tracer.trace, traced
+
+
 def capture(fn: Callable, options: Options, scene: Scene, args: tuple, kwargs: dict) -> Program:
     """Capture ``fn`` as it acts on these arguments, and take its trace through the passes."""
     traced, tracer, _ = trace_of(fn, args, kwargs)
     tracer.trace.outputs = traced.tensors
-    rolled, records = compile_trace(tracer.trace, options, _step)
+    rolled, records = compile_trace(tracer.trace, options, step_of)
     return Program(scene, rolled, records, traced)
 
 
-def _step(key: tuple, build: Callable[[], StepGraph]) -> StepGraph:
+def step_of(key: tuple, build: Callable[[], StepGraph]) -> StepGraph:
+    """The step graph of this structure, built if it is new."""
     step = _steps.get(key)
     if step is None:
         step = _steps[key] = build()
+        _cache.info("built a step graph of %d operators, now %d", operator_count(step.graph), len(_steps))
+    else:
+        _cache.debug("found a step graph of %d operators", operator_count(step.graph))
     return step
 
 

@@ -41,6 +41,16 @@ class CaptureError(MetaOptimError):
     """An inner step does something that cannot be recorded exactly."""
 
 
+class ProgramError(MetaOptimError):
+    """A program that a compiled function became is not well-formed: a defect of metaoptim, found by its verifier."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(
+            f"{message}. This is a defect of metaoptim; please report it. Without @metaoptim.compile the function runs "
+            "as an ordinary window"
+        )
+
+
 class UnreachableWarning(UserWarning):
     """A tensor requires grad but no gradient can flow back to it."""
 

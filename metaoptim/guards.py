@@ -33,7 +33,7 @@ class Scene:
         self._seen: dict[int, int] = {}
         self._alive: list[Any] = []
         described = [self._describe(args), self._describe(kwargs)]
-        described += [(name, self._describe(value)) for name, value in _surroundings(fn)]
+        described += [(name, self._describe(value)) for name, value in surroundings(fn)]
         self.key = (
             tuple(described),
             torch.get_default_dtype(),
@@ -122,7 +122,7 @@ class Scene:
                     yield name, self._describe(value)
 
 
-def _surroundings(fn: Callable) -> Iterator[tuple[str, Any]]:
+def surroundings(fn: Callable) -> Iterator[tuple[str, Any]]:
     """What a function refers to directly: its free variables, its globals and its defaults."""
     while isinstance(fn, functools.partial):
         yield "arguments", (fn.args, fn.keywords)

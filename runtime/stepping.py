@@ -18,10 +18,10 @@ from ..compiler.capture.entries import Value
 from ..compiler.capture.tracer import Input, Noise, Tracer
 from ..compiler.ir import Lowering, Role, StepCall
 from ..compiler.lower import lowered
-from ..compiler.passes.canonicalize import canonicalize
-from ..compiler.passes.prune import prune
+from ..compiler.passes.pipeline import shaped
 from ..compiler.passes.roll import StepOf
 from ..compiler.segments import Roles, ordered, whole
+from ..compiler.verify_step import verify_step
 from .capturing import CapturedSession
 from .noise import redrawn
 from .recorded import RecordedSession
@@ -83,9 +83,12 @@ class CompiledStep:
         captured: the session it was captured in.
         outputs: what stands for the tensors the function returns.
         step_of: cache of step graphs.
+        texts: whether the records of the passes hold the program as text.
     """
 
-    def __init__(self, captured: CapturedStep, outputs: list[Value], step_of: StepOf) -> None:
+    def __init__(
+        self, captured: CapturedStep, outputs: list[Value], step_of: StepOf, texts: bool = False
+    ) -> None:
         trace, window = captured.recorder.trace, captured.window
         own = {id(p): p for p in captured.networks.originals}
         states = {
@@ -106,8 +109,7 @@ class CompiledStep:
         self.buffers = [where[id(target)] for target, _ in kinds["buffer"]]
         trace.outputs = [v for kind in kinds.values() for _, v in kind] + outputs
         draft = whole(trace)
-        canonicalize(draft)
-        prune(draft)
+        self.records = shaped(draft, texts)
         (unit,) = draft.units
         segment, body = unit.segment, unit.body
         places = [(segment.number_of[id(v.entry)], v.index) for v in trace.outputs]
@@ -122,6 +124,7 @@ class CompiledStep:
             hooked,
         )
         self.step = step_of((*key, "step"), lambda: build_segment(segment, body, (), hooked, roles))
+        verify_step(self.step)
         self.live = [place in body.active_outputs for place in self.results]
         self.steps = len(trace.steps)
         refs = [segment.inputs[at] for at in roles.order]

@@ -20,13 +20,19 @@ def canonicalize(draft: Draft) -> str:
     draft.units = [u for u in draft.units if u.segment.entries]
     draft.unit_of = {id(e): n for n, u in enumerate(draft.units) for e in u.segment.entries}
     group(draft)
+    outline(draft)
+    after = sum(len(u.segment.entries) for u in draft.units)
+    return f"{before - after} of {before} calls are not needed; {len(draft.bodies)} distinct parts"
+
+
+def outline(draft: Draft) -> str:
+    """Note what each part gives to later ones; no call is dropped."""
     for value in draft.finals():
         _give(draft, value)
     for unit in draft.units:
         for value in unit.segment.inputs:
             _give(draft, value)
-    after = sum(len(u.segment.entries) for u in draft.units)
-    return f"{before - after} of {before} calls are not needed; {len(draft.bodies)} distinct parts"
+    return f"left out; {len(draft.bodies)} distinct parts"
 
 
 def _give(draft: Draft, value: object) -> None:

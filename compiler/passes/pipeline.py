@@ -1,7 +1,8 @@
-"""The passes in order, each with a record of what it did."""
+"""The passes in order, the verifier between them, and a record of what each one did."""
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,52 +10,177 @@ from typing import Any
 
 from ..capture.tracer import Trace
 from ..ir import Lowering
-from ..program import RolledProgram
-from ..segments import split
-from .canonicalize import canonicalize
+from ..program import RolledProgram, operator_count
+from ..segments import Draft, split
+from ..text import draft_text, trace_text
+from ..verify import verify_draft, verify_program
+from .canonicalize import canonicalize, outline
 from .differentiate import differentiate
 from .mode import mode
-from .prune import prune
+from .prune import keep_all, prune
 from .roll import StepOf, roll
+
+OPTIONAL = ("canonicalize", "prune", "roll")
+_log = logging.getLogger("metaoptim.passes")
 
 
 @dataclass(frozen=True)
 class Options:
-    """Options of `metaoptim.compile`."""
+    """Options of `metaoptim.compile`.
+
+    Attributes:
+        skip: passes switched off, to find out what one of them does: without canonicalize, calls that nothing needs
+            are run; without prune, everything is differentiated; without roll, every part has a step graph of its own.
+            The gradients are the same. (The pass mode is what makes a window online, so it always runs.)
+    """
 
     window: int | None = None
     slots: int | None = None
     lowering: Lowering = field(default_factory=lambda: Lowering("inductor", hvp="auto"))
+    skip: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        unknown = sorted(self.skip - set(OPTIONAL))
+        if unknown:
+            raise ValueError(
+                f"skip: got {', '.join(map(repr, unknown))}, expected some of {', '.join(map(repr, OPTIONAL))}"
+            )
 
 
 @dataclass(frozen=True)
 class Record:
-    """What a pass did, and how long it took."""
+    """What a pass did, and how long it took.
+
+    Attributes:
+        before, after: sizes of the program; which ones depends on the form it has there.
+        text: the program after the pass, where asked for.
+    """
 
     name: str
     done: str
     milliseconds: float
+    before: dict[str, int] = field(default_factory=dict)
+    after: dict[str, int] = field(default_factory=dict)
+    text: str = ""
 
     def __str__(self) -> str:
         return f"{self.name:<14}{self.done}  ({self.milliseconds:.0f} ms)"
 
 
-def compile_trace(trace: Trace, options: Options, step_of: StepOf) -> tuple[RolledProgram, list[Record]]:
-    """Take a trace through all passes."""
-    records: list[Record] = []
+class Recorder:
+    """Runs passes and records them.
 
-    def run(name: str, pass_: Callable[[], Any]) -> Any:
+    Args:
+        texts: whether to keep the program as text after each pass.
+    """
+
+    def __init__(self, texts: bool = False) -> None:
+        self.records: list[Record] = []
+        self.texts = texts
+
+    def run(self, name: str, pass_: Callable[[], Any], before: Any, after: Callable[[Any], Any]) -> Any:
+        """Run one pass.
+
+        Args:
+            name: of the pass.
+            pass_: the pass; it returns what it did, last or alone.
+            before: what it works on.
+            after: its result -> what it has made.
+        """
+        sizes = sizes_of(before)
         begun = time.perf_counter()
-        *result, done = pass_()
-        records.append(Record(name, done, 1e3 * (time.perf_counter() - begun)))
-        return result
+        result = pass_()
+        milliseconds = 1e3 * (time.perf_counter() - begun)
+        *results, done = result if isinstance(result, tuple) else (result,)
+        made = after(results)
+        text = text_of(made) if self.texts else ""
+        self.records.append(Record(name, done, milliseconds, sizes, sizes_of(made), text))
+        _log.info("%s", self.records[-1])
+        return results
 
-    writes, limit = run("mode", lambda: mode(trace))
+
+def compile_trace(
+    trace: Trace, options: Options, step_of: StepOf, texts: bool = False
+) -> tuple[RolledProgram, list[Record]]:
+    """Take a trace through all passes.
+
+    Args:
+        trace: what was captured; it is rewritten.
+        options: which passes to leave out, among others.
+        step_of: cache of step graphs.
+        texts: whether the records hold the program as text.
+
+    Raises:
+        CaptureError: for what cannot be compiled.
+        ProgramError: where the verifier finds a pass to be wrong.
+    """
+    recorder = Recorder(texts)
+    if texts:
+        recorder.records.append(
+            Record("capture", f"{len(trace.entries)} calls", 0.0, {}, sizes_of(trace), text_of(trace))
+        )
+    writes, limit = recorder.run("mode", lambda: mode(trace), trace, lambda _: trace)
     draft = split(trace)
     draft.writes, draft.limit = writes, options.window if limit is None else limit
-    run("canonicalize", lambda: (canonicalize(draft),))
-    run("prune", lambda: (prune(draft),))
-    (rolled,) = run("roll", lambda: roll(draft, step_of))
+    verify_draft(draft, outlined=False)
+    shape(draft, options, recorder)
+    if "roll" in options.skip:
+        step_of = lambda key, build: build()
+    (program,) = recorder.run("roll", lambda: roll(draft, step_of), draft, lambda made: made[0])
+    verify_program(program, pruned="canonicalize" not in options.skip)
     if any(x.grad for x in trace.inputs):
-        run("differentiate", lambda: (differentiate(rolled, options.lowering.hvp),))
-    return rolled, records
+        recorder.run(
+            "differentiate", lambda: differentiate(program, options.lowering.hvp), program, lambda _: program
+        )
+    return program, recorder.records
+
+
+def shape(draft: Draft, options: Options, recorder: Recorder) -> None:
+    """The passes on a draft."""
+    for name, pass_, instead in (("canonicalize", canonicalize, outline), ("prune", prune, keep_all)):
+        pass_ = instead if name in options.skip else pass_
+        recorder.run(name, lambda p=pass_: p(draft), draft, lambda _: draft)
+        verify_draft(draft)
+
+
+def shaped(draft: Draft, texts: bool = False) -> list[Record]:
+    """Take a draft that is one part, a compiled step, through the passes that apply to it."""
+    recorder = Recorder(texts)
+    verify_draft(draft, outlined=False)
+    shape(draft, Options(), recorder)
+    return recorder.records
+
+
+def sizes_of(program: Trace | Draft | RolledProgram) -> dict[str, int]:
+    """Sizes of a program in whatever form.
+
+    Returns:
+        ``calls``; of a draft also ``parts``, ``distinct`` ones, ``values`` passed between them, and how many of these
+        are ``differentiable``; of a program ``calls`` of step graphs, ``step_graphs``, their ``operators`` in all,
+        ``registers`` and ``state_bytes``.
+    """
+    if isinstance(program, Trace):
+        return {"calls": len(program.entries)}
+    if isinstance(program, Draft):
+        return {
+            "calls": sum(len(u.segment.entries) for u in program.units),
+            "parts": len(program.units),
+            "distinct": len(program.bodies),
+            "values": sum(len(b.outputs) for b in program.bodies),
+            "differentiable": sum(len(b.active_outputs) for b in program.bodies),
+        }
+    graphs = program.step_graphs
+    return {
+        "calls": program.positions,
+        "step_graphs": len(graphs),
+        "operators": sum(operator_count(g.graph) for g in graphs),
+        "registers": program.registers,
+        "state_bytes": program.state_bytes,
+    }
+
+
+def text_of(program: Trace | Draft | RolledProgram) -> str:
+    """A program in whatever form, as text."""
+    if isinstance(program, Trace):
+        return trace_text(program)
+    return draft_text(program) if isinstance(program, Draft) else program.text()

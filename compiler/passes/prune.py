@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..capture.entries import Value
+from ..capture.tracer import Noise
 from ..segments import Draft, Unit, identity, sources
 
 
@@ -22,6 +23,15 @@ def prune(draft: Draft) -> str:
     total = sum(len(b.outputs) for b in draft.bodies)
     active = sum(len(b.active_outputs) for b in draft.bodies)
     return f"{total - active} of {total} values passed between parts carry no gradient"
+
+
+def keep_all(draft: Draft) -> str:
+    """Take everything for differentiable: what prune saves is then computed."""
+    for body in draft.bodies:
+        inputs = body.units[0].segment.inputs
+        body.active = {at for at, ref in enumerate(inputs) if not isinstance(ref, Noise)}
+        body.active_outputs = set(body.outputs)
+    return "left out; everything is differentiated"
 
 
 def _active(draft: Draft, ref: object) -> bool:

@@ -1,0 +1,243 @@
+"""explain: what a compiled function becomes, what it will cost, and where its gradients go; nothing is run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+from torch import Tensor
+
+from .compile import CompiledFunction, captured_step, step_of, trace_of
+from .compiler.capture.tracer import Input
+from .compiler.ir import Role, StepGraph
+from .compiler.passes.pipeline import Options, compile_trace
+from .compiler.program import (
+    RolledProgram,
+    by_role,
+    given_ports,
+    nbytes,
+    shapes_text,
+    signature,
+)
+from .compiler.stepcost import step_cost
+from .errors import WindowError
+from .guards import Scene
+from .naming import tensor_names
+from .report import Report
+from .runtime.dry_run import predict
+from .runtime.recorded import RecordedSession
+from .runtime.session import current_session
+
+
+def explain(fn: Callable) -> Callable[..., Report]:
+    """Explain what `metaoptim.compile` makes of a function.
+
+    ``explain(fn)(*args)`` captures ``fn`` as it would act on these arguments, takes it through the passes and goes
+    through a run of it on sizes alone. Nothing is computed: networks, optimizers, their states and every ``.grad`` stay
+    as they are, and the random generator stays where it is. Inside an ordinary window it explains a compiled step.
+
+    Args:
+        fn: a compiled function, or a plain one, which is then explained with the default options of `compile`.
+
+    Returns:
+        A function of the same arguments that returns a `Report`: text by ``str``, values by `Report.to_dict`, tables
+        in a terminal if `rich` is installed.
+
+    Raises:
+        CaptureError: for what cannot be captured.
+
+    Example:
+        >>> net, log_lr = torch.nn.Linear(3, 1), torch.tensor(-2.0, requires_grad=True)
+        >>> @metaoptim.compile(backend="eager", slots=3)
+        ... def meta_loss(net, log_lr, xs):
+        ...     inner = metaoptim.MetaSGD([net], lr=log_lr.exp())
+        ...     with metaoptim.SlidingWindow(offline=True) as window:
+        ...         for x in window.scan(xs):
+        ...             inner.step(net(x).square().mean())
+        ...         return net(xs[0]).square().mean()
+        >>> report = metaoptim.explain(meta_loss)(net, log_lr, torch.ones(20, 2, 3))
+        >>> report.horizon, report.gradient_targets
+        (20, ['net.weight', 'net.bias', 'log_lr'])
+    """
+    compiled = fn if hasattr(fn, "explain") else CompiledFunction(fn, Options())
+    return compiled.explain
+
+
+def report_of(fn: Callable, options: Options, args: tuple, kwargs: dict[str, Any]) -> Report:
+    """What `explain` returns, for a call of ``fn`` with these arguments."""
+    session = current_session()
+    if isinstance(session, RecordedSession):
+        return _step_report(fn, options, session, args, kwargs)
+    if session is not None:
+        raise WindowError("explain inside a full_tape window, where nothing is compiled; call it outside")
+    names = tensor_names(fn, args, kwargs)
+    traced, tracer, _ = trace_of(fn, args, kwargs)
+    trace = tracer.trace
+    trace.outputs = traced.tensors
+    read = {id(x.tensor) for x in trace.inputs}
+    adopted = {
+        id(x.tensor)
+        for w in trace.windows
+        if not w.offline
+        for e in w.adopted
+        for x in e.args
+        if isinstance(x, Input)
+    }
+    program, records = compile_trace(trace, options, step_of, texts=True)
+    slots = program.slots if program.slots is not None else options.slots
+    how = options.lowering
+    prediction = predict(program, slots, how)
+    if not prediction.reached:
+        prediction = predict(program, 1, how)
+    labels = {x: names.get(id(x.tensor)) or _unnamed(x) for x in {*program.inputs, *trace.inputs}}
+    reached = {x for x in trace.inputs if x in prediction.reached}
+    whole = predict(replace(program, limit=None), slots, how).reached if program.limit else prediction.reached
+    paths = {labels[x]: _path(x, program) for x in trace.inputs if x in reached}
+    for x in trace.inputs:
+        if x.grad and x not in reached:
+            paths[labels[x]] = _why_not(x, program, adopted, whole)
+    scene = _learnable(names, fn, args, kwargs)
+    paths |= {name: "not read" for name, t in scene.items() if id(t) not in read and name not in paths}
+    order = [*(n for n in scene if n in paths), *(n for n in paths if n not in scene)]
+    targets = {labels[x] for x in reached}
+    costs = {id(g): step_cost(g, how.hvp) for g in program.step_graphs}
+    forward = program.positions
+    return Report(
+        function=_title(fn),
+        form="window",
+        horizon=program.horizon,
+        calls=forward,
+        num_programs=len(program.step_graphs),
+        window=program.limit,
+        offline=program.offline,
+        slots=slots,
+        plan="forward only" if not reached else "all states" if slots is None else "scheduled",
+        kept_states=prediction.kept,
+        extra_forwards=prediction.extra_forwards,
+        recompute_factor=1 + prediction.extra_forwards / max(forward, 1),
+        state_bytes=program.state_bytes,
+        transient_bytes=max((c.vjp_bytes for c in costs.values()), default=0),
+        predicted_peak_bytes=prediction.peak_bytes,
+        predicted_forward_bytes=prediction.forward_bytes,
+        gradient_targets=[n for n in order if n in targets],
+        unreachable=[n for n in order if n not in targets],
+        paths={n: paths[n] for n in order},
+        passes=list(map(asdict, records)),
+        shapes=_shapes(program, how.hvp),
+        program=program.text(labels),
+    )
+
+
+def _step_report(
+    fn: Callable, options: Options, window: RecordedSession, args: tuple, kwargs: dict[str, Any]
+) -> Report:
+    with window.recorder.paused():
+        names = tensor_names(fn, args, kwargs)
+        step, trace, _ = captured_step(fn, window, args, kwargs, texts=True)
+    hvp = options.lowering.hvp
+    cost = step_cost(step.step, hvp)
+    given = list(zip(step.given, given_ports(step.step), cost.depends[-len(step.given) :], strict=False))
+    targets = {x: "this step" for x, p, depends in given if p.role is Role.META and depends}
+    labels = {x: names.get(id(x.tensor)) or _unnamed(x) for x in trace.inputs}
+    own = {id(p) for p in window.networks.originals}
+    missing = [x for x in trace.inputs if x.grad and x not in targets and id(x.tensor) not in own]
+    missing = [x for x in missing if x.tensor.requires_grad]
+    paths = {labels[x]: "this step" for x in targets}
+    paths |= {labels[x]: "no result of the step depends on it" for x in missing}
+    outputs = [p for p in step.step.outputs if p.role is not Role.LOSS]
+    return Report(
+        function=_title(fn),
+        form="step",
+        horizon=step.steps,
+        calls=1,
+        num_programs=1,
+        window=window.options.window,
+        offline=window.options.offline,
+        slots=window.options.slots,
+        plan="streaming",
+        kept_states=None,
+        extra_forwards=None,
+        recompute_factor=None,
+        state_bytes=sum(nbytes(p.spec) for p in outputs),
+        transient_bytes=cost.vjp_bytes,
+        predicted_peak_bytes=None,
+        predicted_forward_bytes=None,
+        gradient_targets=[labels[x] for x in targets],
+        unreachable=[labels[x] for x in missing],
+        paths=paths,
+        passes=list(map(asdict, step.records)),
+        shapes={"step": _shape(step.step, 1, hvp)},
+        program=signature(step.step, "step") + "\n" + str(step.step),
+    )
+
+
+# -- what reaches the results ----------------------------------------------------------------------------------------
+
+
+def _path(x: Input, program: RolledProgram) -> str:
+    names, counts = program.names(), dict[str, int]()
+    for call, count in program.counted():
+        if any(
+            g.of is x and p.role is Role.META
+            for g, p in zip(call.inputs, given_ports(call.step), strict=True)
+        ):
+            name = names[id(call.step)]
+            counts[name] = counts.get(name, 0) + count
+    return "through " + ", ".join(n if k == 1 else f"{n} ({k} calls)" for n, k in counts.items())
+
+
+def _why_not(x: Input, program: RolledProgram, adopted: set[int], whole: frozenset[Input]) -> str:
+    if id(x.tensor) in adopted:
+        return "the window is online: its networks' own parameters are cut off at entry"
+    if not any(x is y for y in program.inputs):
+        return "read, but no result depends on it"
+    if x in whole:
+        return f"only read more than window={program.limit} super-steps before the loss"
+    return "only read under no_grad, through detach(), or where no gradient flows"
+
+
+def _learnable(names: Mapping[int, str], fn: Callable, args: tuple, kwargs: dict) -> dict[str, Tensor]:
+    scene = Scene(fn, args, kwargs)
+    return {names[id(t)]: t for t in scene.tensors if t.requires_grad and id(t) in names}
+
+
+def _unnamed(x: Input) -> str:
+    where = f", first read at {x.location}" if x.location else ""
+    return f"a tensor of shape {tuple(x.spec[0])}{where}"
+
+
+def _title(fn: Callable) -> str:
+    return getattr(fn, "__qualname__", type(fn).__name__)
+
+
+# -- shapes -------------------------------------------------------------------------------------------------
+
+
+def _shapes(program: RolledProgram, hvp: str) -> dict[str, dict[str, Any]]:
+    calls: dict[int, int] = {}
+    for call, count in program.counted():
+        calls[id(call.step)] = calls.get(id(call.step), 0) + count
+    names = program.names()
+    return {names[id(g)]: _shape(g, calls[id(g)], hvp) for g in program.step_graphs}
+
+
+def _shape(step: StepGraph, calls: int, hvp: str) -> dict[str, Any]:
+    cost = step_cost(step, hvp)
+    described: dict[str, Any] = {
+        "calls": calls,
+        "steps": step.steps,
+        "operators": [cost.replay_operators, cost.vjp_operators],
+        "bytes": [cost.replay_bytes, cost.vjp_bytes],
+        "derivative": step.derivatives.get(hvp, ""),
+    }
+    for key, ports in (("inputs", step.inputs), ("outputs", step.outputs)):
+        described[key] = {
+            role: {
+                "count": len(group),
+                "bytes": sum(nbytes(p.spec) for p in group),
+                "shapes": shapes_text(p.spec for p in group),
+            }
+            for role, group in by_role(ports).items()
+        }
+    return described

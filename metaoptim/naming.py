@@ -1,0 +1,65 @@
+"""Names that the caller of a compiled function has for what it depends on."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from .guards import surroundings
+from .optim.optimizer import MetaOptimizer
+
+
+def argument_names(fn: Callable, args: tuple) -> list[str]:
+    """The names of positional arguments, in order."""
+    try:
+        parameters = list(inspect.signature(fn).parameters.values())
+    except (TypeError, ValueError):
+        parameters = []
+    plain = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    rest = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), "args")
+    return [plain[i] if i < len(plain) else f"{rest}[{i - len(plain)}]" for i in range(len(args))]
+
+
+def tensor_names(fn: Callable, args: tuple, kwargs: dict[str, Any]) -> dict[int, str]:
+    """Id of every tensor that the arguments and surroundings of ``fn`` hold -> its name; the first, if several."""
+    named = [*zip(argument_names(fn, args), args, strict=True), *kwargs.items(), *surroundings(fn)]
+    found: dict[int, str] = {}
+    seen: set[int] = set()
+    for name, value in named:
+        for path, tensor in _tensors(name, value, seen):
+            found.setdefault(id(tensor), path)
+    return found
+
+
+def module_parts(name: str, module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """What a scene describes of a module, in its order: training flags, parameters and buffers, with their names."""
+    for path, m in module.named_modules():
+        whole = f"{name}.{path}" if path else name
+        yield f"{whole}.training", m.training
+        for tensors in (m._parameters, m._buffers):
+            for key, t in tensors.items():
+                if t is not None:
+                    yield f"{whole}.{key}", t
+
+
+def _tensors(name: str, value: Any, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield name, value
+    if id(value) in seen or not isinstance(value, (list, tuple, dict, nn.Module, MetaOptimizer)):
+        return
+    seen.add(id(value))
+    if isinstance(value, nn.Module):
+        yield from ((path, t) for path, t in module_parts(name, value) if isinstance(t, Tensor))
+    elif isinstance(value, MetaOptimizer):
+        for i, group in enumerate(value.param_groups):
+            for key, hyper in group.items():
+                yield from _tensors(f"{name}.param_groups[{i}][{key!r}]", hyper, seen)
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _tensors(f"{name}[{key!r}]", inner, seen)
+    else:
+        for i, inner in enumerate(value):
+            yield from _tensors(f"{name}[{i}]", inner, seen)

@@ -1,0 +1,159 @@
+"""What `explain` returns: values, text, and tables in a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from .compiler.program import plural, readable_bytes
+
+_MOST_NAMES = 8
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `explain` found; see `to_dict` for the meaning of its attributes."""
+
+    function: str
+    form: str
+    horizon: int
+    calls: int
+    num_programs: int
+    window: int | None
+    offline: bool
+    slots: int | None
+    plan: str
+    kept_states: int | None
+    extra_forwards: int | None
+    recompute_factor: float | None
+    state_bytes: int
+    transient_bytes: int
+    predicted_peak_bytes: int | None
+    predicted_forward_bytes: int | None
+    gradient_targets: list[str]
+    unreachable: list[str]
+    paths: dict[str, str]
+    passes: list[dict[str, Any]]
+    shapes: dict[str, dict[str, Any]]
+    program: str = field(repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain Python values.
+
+        Returns:
+            A dict with the keys
+
+            * ``function``: its qualified name. ``form``: ``"window"`` for a function that holds its windows, ``"step"``
+              for one called inside an ordinary window.
+            * ``horizon``: T, the inner steps that a call takes. ``calls``: calls of step graphs it makes for that,
+              with those before, between and after the steps.
+            * ``num_programs``: distinct step graphs, each with its replay and its derivative. It does not depend on T.
+            * ``window``: W where gradients are truncated, or None. ``offline``: whether θ₀ may receive gradients.
+              ``slots``: c, or None.
+            * ``plan``: ``"all states"``, ``"scheduled"`` (c slots; other states are replayed), ``"forward only"``
+              (nothing receives a gradient), or ``"streaming"`` (form ``"step"``: the window decides).
+            * ``kept_states``: most states kept at a time. ``extra_forwards``: calls made again during one backward.
+              ``recompute_factor``: calls made in all, forward and backward, by those of the forward alone. None for a
+              step.
+            * ``state_bytes``: S, of one state. ``transient_bytes``: A, most that one call of a derivative allocates.
+            * ``predicted_peak_bytes``: most bytes a call and its backward hold at once beyond the caller's tensors and
+              the gradients it already has, by the live bytes of the graphs as they are run by the backend "eager";
+              ``predicted_forward_bytes``: likewise without the backward. None for a step: they depend on how many
+              there will be.
+            * ``gradient_targets``: names of the tensors that will receive a gradient: arguments, what they hold
+              (``net.0.weight``), closures and globals. ``unreachable``: names of those that require grad and will
+              not. ``paths``: name -> through which step graphs its gradient comes, or why there is none.
+            * ``passes``: for each pass ``name``, ``done`` (what it did), ``milliseconds``, ``before`` and ``after``
+              (sizes of the program), and ``text``, the program after it.
+            * ``shapes``: for each step graph ``calls``, ``steps``, ``operators`` (of its replay and of its
+              derivative), ``bytes`` (likewise, the most alive at once), ``derivative`` (the mode), ``inputs`` and
+              ``outputs``: role -> ``count``, ``bytes``, ``shapes``.
+            * ``program``: the program that runs, as text.
+        """
+        return asdict(self)
+
+    def rows(self) -> list[tuple[str, str]]:
+        """What the report says in a line each."""
+        size = readable_bytes
+        mode = "offline" if self.offline else "online"
+        steps = f"{plural(self.horizon, 'inner step')} in {plural(self.calls, 'call')} of "
+        steps += f"{plural(self.num_programs, 'step graph')}, {mode}"
+        plan = self.plan
+        if self.kept_states is not None:
+            plan += (
+                f": at most {plural(self.kept_states, 'state')} kept, {self.extra_forwards} calls made again"
+            )
+        if self.window is not None:
+            plan += f"; truncated to {self.window} super-steps"
+        parts = f"a state {size(self.state_bytes)}, one derivative {size(self.transient_bytes)}"
+        memory = parts
+        if self.predicted_peak_bytes is not None and self.predicted_forward_bytes is not None:
+            memory = f"peak {size(self.predicted_peak_bytes)}, forward {size(self.predicted_forward_bytes)}; {parts}"
+        found = [("steps", steps), ("plan", plan), ("memory", memory)]
+        for title, names in (("gradients", self.gradient_targets), ("no gradient", self.unreachable)):
+            found += [(title, line) for line in _grouped(names, self.paths)] or [(title, "none")]
+        return found
+
+    def __str__(self) -> str:
+        lines = [f"{self.function}"]
+        previous = ""
+        for title, text in self.rows():
+            lines.append(f"  {title if title != previous else '':<13}{text}")
+            previous = title
+        lines.append("passes")
+        for p in self.passes:
+            lines.append(f"  {p['name']:<14}{p['done']}  ({p['milliseconds']:.0f} ms){_sizes(p)}")
+        for p in self.passes:
+            if p["text"] and p["name"] not in ("roll", "differentiate"):
+                lines.append(f"after {p['name']}: {p['text']}")
+        lines.append(self.program)
+        return "\n".join(lines)
+
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+        """The same in a terminal, for `rich`."""
+        from rich.panel import Panel  # pyright: ignore[reportMissingImports]
+        from rich.table import Table  # pyright: ignore[reportMissingImports]
+        from rich.text import Text  # pyright: ignore[reportMissingImports]
+
+        summary = Table.grid(padding=(0, 2))
+        for title, text in self.rows():
+            summary.add_row(Text(title, style="bold"), Text(text))
+        yield Panel(summary, title=self.function, title_align="left")
+        passes = Table("pass", "what it did", "ms", "sizes", title="passes", title_justify="left")
+        for p in self.passes:
+            passes.add_row(p["name"], Text(p["done"]), f"{p['milliseconds']:.0f}", Text(_sizes(p).strip()))
+        yield passes
+        graphs = Table("step graph", "calls", "operators", "bytes alive", "derivative", title_justify="left")
+        for name, step in self.shapes.items():
+            graphs.add_row(
+                name,
+                str(step["calls"]),
+                " + ".join(map(str, step["operators"])),
+                " + ".join(map(readable_bytes, step["bytes"])),
+                step["derivative"],
+            )
+        yield graphs
+        yield Text(self.program)
+
+
+def _sizes(p: dict[str, Any]) -> str:
+    """What a pass changed of the sizes that the program has before and after it."""
+    shared = [k for k in p["after"] if k in p["before"] and p["before"][k] != p["after"][k]]
+    return "".join(f"; {k} {p['before'][k]} → {p['after'][k]}" for k in shared).replace(";", "  ", 1)
+
+
+def _grouped(names: list[str], paths: Mapping[str, str]) -> list[str]:
+    """Names with the same path, in one line each."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(paths[name], []).append(name)
+    lines = []
+    for path, group in groups.items():
+        shown = (
+            group
+            if len(group) <= _MOST_NAMES
+            else [*group[: _MOST_NAMES - 1], f"and {len(group) - _MOST_NAMES + 1} more"]
+        )
+        lines.append(f"{', '.join(shown)}: {path}")
+    return lines

@@ -1,0 +1,222 @@
+"""A run of a program without tensors: the engine itself, on sizes, so that what it will hold and replay is known."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ..compiler.capture.tracer import Input
+from ..compiler.differentiate import cotangent_outputs
+from ..compiler.ir import EAGER, Lowering, Role, StepCall
+from ..compiler.program import RolledProgram, nbytes
+from ..compiler.stepcost import Made, step_cost
+from .compiled import BoundProgram
+from .engine import Engine, Sweep
+from .truncated import pull_back_truncated
+
+_GENERATOR = 5056  # bytes of the CPU generator's state
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a call of a compiled function and its backward will take.
+
+    Attributes:
+        peak_bytes: most bytes held at once beyond the caller's own tensors.
+        forward_bytes: likewise, in the call without its backward.
+        extra_forwards: steps run a second time.
+        vjps: steps pulled back.
+        kept: most states kept at a time, counting the initial one.
+        reached: inputs that a cotangent of the results reaches.
+    """
+
+    peak_bytes: int
+    forward_bytes: int
+    extra_forwards: int
+    vjps: int
+    kept: int
+    reached: frozenset[Input]
+
+
+class _Meter:
+    """Bytes alive, and the most there have been."""
+
+    def __init__(self) -> None:
+        self.alive = self.peak = 0
+
+    def note(self, momentary: int) -> None:
+        self.peak = max(self.peak, self.alive + momentary)
+
+
+class _Block:
+    """Stands for a tensor: it counts as long as anything refers to it.
+
+    Attributes:
+        reached: of a cotangent, whether one of the results' is behind it, or only zeros are.
+        within: the block whose memory it shares.
+    """
+
+    __slots__ = ("meter", "size", "reached", "within")
+
+    def __init__(self, meter: _Meter, size: int, reached: bool = False, within: _Block | None = None) -> None:
+        self.meter, self.size, self.reached, self.within = meter, size, reached, within
+        meter.alive += size
+        meter.note(0)
+
+    def __del__(self) -> None:
+        self.meter.alive -= self.size
+
+    def __add__(self, other: _Block) -> _Block:
+        return _Block(self.meter, max(self.whole, other.whole), self.reached or other.reached)
+
+    @property
+    def whole(self) -> int:
+        """Bytes of the memory it lies in."""
+        return self.size if self.within is None else self.within.whole
+
+
+class _Outside:
+    """Stands for a tensor of the caller, or a slice of one."""
+
+    digest = None
+
+    def __getitem__(self, at: Any) -> _Outside:
+        return self
+
+    def detach(self) -> _Outside:
+        return self
+
+    @property
+    def tensor(self) -> _Outside:
+        return self
+
+
+class _AllOutside(dict):
+    def __missing__(self, key: Any) -> _Outside:
+        return _Outside()
+
+
+class _DryEngine(Engine):
+    """The engine, but that steps and their derivatives give blocks."""
+
+    def __init__(self, program: Any, slots: int | None, meter: _Meter) -> None:
+        super().__init__(slots, None, program)
+        self.meter, self.kept = meter, 0
+
+    def _advance(self, call: Any, position: int, state: Any, passed: Any) -> Any:
+        self.replays += 1
+        self.kept = max(self.kept, len(self.store))
+        cost = step_cost(call.step, call.how.hvp)
+        self.meter.note(cost.replay_bytes)
+        made = self._blocks(cost.outputs, self._read(call, state))
+        new = list(state)
+        for k, register in call.changed():
+            if register >= 0:
+                new[register] = made[k]
+        if call.rng >= 0:
+            new[call.rng] = _Block(self.meter, _GENERATOR)
+        return new
+
+    def _read(self, call: StepCall, state: Any) -> list[Any]:
+        return [state[i] for i in (*call.theta, *call.opt_state_in)]
+
+    def _blocks(self, made: tuple[Made | None, ...], arguments: list[Any]) -> list[Any]:
+        blocks: list[Any] = []
+        for m in made:
+            within = None
+            if m is not None and m.of_input >= 0:
+                within = arguments[m.of_input] if m.of_input < len(arguments) else None
+            elif m is not None and m.of_result >= 0:
+                within = blocks[m.of_result]
+            blocks.append(None if m is None else _Block(self.meter, m.size, within=within))
+        return blocks
+
+    def vjp(self, call: StepCall, position: int, received: Any) -> Iterator[tuple[Role, Any, Any]]:
+        if all(c is None for c in received.values()):
+            return
+        step = call.step
+        self._load(sorted({call.base, position}))
+        self.vjps += 1
+        self.kept = max(self.kept, len(self.store))
+        cost, outputs = step_cost(step, call.how.hvp), cotangent_outputs(step)
+        arguments: list[Any] = self._read(call, self._at(position))
+        arguments += [None] * (len(step.inputs) - len(arguments))
+        for i in outputs:
+            given = received.get(i)
+            arguments.append(_Block(self.meter, nbytes(step.outputs[i].spec)) if given is None else given)
+        self.meter.note(cost.vjp_bytes)
+        real = {i for i in outputs if received.get(i) is not None and received[i].reached}
+        grads = self._blocks(cost.gradients, arguments)
+        state, metas = iter((*call.theta, *call.opt_state_in)), iter(call.metas)
+        for port, grad, depends in zip(step.inputs, grads, cost.depends, strict=True):
+            index = None
+            if port.role in (Role.THETA, Role.OPT_STATE, Role.CARRY):
+                index = next(state)
+            elif port.role is Role.META:
+                index = next(metas)
+            if grad is not None and index is not None:
+                grad.reached = bool(depends & real)
+                yield port.role, index, grad
+
+
+def predict(program: RolledProgram, slots: int | None, how: Lowering = EAGER) -> Prediction:
+    """Go through a call of a program, and a backward from all its results, on sizes.
+
+    Takes time proportional to the number of steps run, some microseconds each; traces step graphs that have not been.
+
+    Args:
+        program: of the compiled function.
+        slots: how many states may be kept; None for all.
+        how: its graphs are run; what a backend fuses or allocates besides is not known here.
+    """
+    meter = _Meter()
+    copied = [x for x in program.inputs if x.grad or _is_target(x, program)]
+    held = [_Block(meter, nbytes(x.spec)) for x in copied]
+    engine = _DryEngine(BoundProgram(program, _AllOutside(), program.registers, how), slots, meter)
+    state: list[Any] = [None] * (program.registers + 1)
+    engine.run(state)
+    del state
+    results = [
+        _Block(meter, _size(where, engine.state, program, i)) for i, where in enumerate(program.outputs)
+    ]
+    forward, forward_steps = meter.peak, engine.replays
+    sweep = Sweep()
+    for i, where in enumerate(program.outputs):
+        if isinstance(where, int) and i not in program.dead:
+            sweep.deposit(engine.program.end, where, _Block(meter, results[i].size, reached=True))  # type: ignore[arg-type]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if program.limit is None:
+            engine.pull_back(sweep, 0)
+        else:
+            pull_back_truncated(engine, sweep, program.limit, program.offline)
+    reached = set()
+    sliced: dict[Input, _Block] = {}
+    for key, grad in sweep.metas.items():
+        source = key[0] if isinstance(key, tuple) else key
+        if isinstance(key, tuple) and source not in sliced:
+            sliced[source] = _Block(meter, nbytes(source.spec))
+        if grad.reached:
+            reached.add(source)
+    extra = engine.replays - forward_steps
+    del held
+    return Prediction(meter.peak, forward, extra, engine.vjps, engine.kept, frozenset(reached))
+
+
+def _size(where: int | Input, state: Any, program: RolledProgram, i: int) -> int:
+    if not isinstance(where, int):
+        return nbytes(where.spec)
+    for call, _ in reversed(list(program.counted())):
+        for k, register in call.changed():
+            if register == where:
+                return nbytes(call.step.outputs[k].spec)
+    raise AssertionError(f"output {i} is read from r{where}, which nothing writes to")
+
+
+def _is_target(x: Input, program: RolledProgram) -> bool:
+    tensor = getattr(x, "tensor", None)
+    return tensor is not None and any(t is tensor for t, _ in program.writes if isinstance(t, Tensor))

@@ -1,0 +1,307 @@
+"""Passes on three unrelated programs: each changes what is executed, is idempotent, and leaves the numbers alone."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import metaoptim
+from metaoptim.compile import CompiledFunction, trace_of
+from metaoptim.compiler.capture.tracer import Trace
+from metaoptim.compiler.ir import EAGER, StepGraph
+from metaoptim.compiler.passes.canonicalize import canonicalize
+from metaoptim.compiler.passes.mode import mode
+from metaoptim.compiler.passes.pipeline import Options, compile_trace, sizes_of
+from metaoptim.compiler.passes.prune import prune
+from metaoptim.compiler.passes.roll import roll
+from metaoptim.compiler.program import RolledProgram
+from metaoptim.compiler.segments import Draft, split
+from metaoptim.compiler.stepcost import step_cost
+from metaoptim.runtime.dry_run import predict
+
+T = 3
+
+
+def numbers(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@dataclass
+class Case:
+    """A function of (window options, learnt tensors) and what it is called with."""
+
+    fn: Callable[..., Any]
+    build: Callable[[], tuple[tuple, list[Tensor]]]
+
+
+# -- an MLP with SGD; its accuracy is kept count of and forgotten ------------------------------------------------------
+
+
+def _mlp(net: Any, lr: Tensor, xs: Tensor, ys: Tensor, **window: Any) -> Tensor:
+    inner = metaoptim.MetaSGD([net], lr=lr.exp(), momentum=0.5)
+    right = torch.zeros(())
+    with metaoptim.SlidingWindow(**window):
+        for t in range(T):
+            logits = net(xs[t])
+            right = right + (logits.argmax(1) == ys[t]).to(xs.dtype).mean()
+            inner.step(F.cross_entropy(logits, ys[t]))
+        return F.cross_entropy(net(xs[T]), ys[T])
+
+
+def _build_mlp() -> tuple[tuple, list[Tensor]]:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2))
+    lr = torch.tensor(-1.0, requires_grad=True)
+    ys = torch.randint(2, (T + 1, 6), generator=torch.Generator().manual_seed(2))
+    return (net, lr, numbers(T + 1, 6, 3, seed=1), ys), [lr, *net.parameters()]
+
+
+# -- convolution and batch norm with Adam; a head computed and not used ------------------------------------------------
+
+
+class _TwoHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv1d(1, 2, 2), nn.BatchNorm1d(2), nn.Tanh(), nn.Flatten())
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.body(x)
+        return self.head(h), (h @ h.T).softmax(1) @ h
+
+
+def _conv(net: Any, weight: Tensor, xs: Tensor, ys: Tensor, **window: Any) -> Tensor:
+    inner = metaoptim.MetaAdam([net], lr=0.05)
+    smooth: Any = 0.0
+    with metaoptim.SlidingWindow(**window):
+        for t in range(T):
+            out, tail = net(xs[t])
+            smooth = 0.9 * smooth + tail
+            inner.step(F.mse_loss(out, ys[t]) * weight.sigmoid())
+        return F.mse_loss(net(xs[T])[0], ys[T])
+
+
+def _build_conv() -> tuple[tuple, list[Tensor]]:
+    torch.manual_seed(1)
+    net, weight = _TwoHeads(), torch.tensor(0.4, requires_grad=True)
+    return (net, weight, numbers(T + 1, 5, 1, 4, seed=3), numbers(T + 1, 5, 2, seed=4)), [
+        weight,
+        *net.parameters(),
+    ]
+
+
+# -- actor and critic, whose losses are computed before either steps; an entropy that is only watched ------------------
+
+
+def _actor_critic(
+    actor: Any, critic: Any, gamma: Tensor, xs: Tensor, rewards: Tensor, **window: Any
+) -> Tensor:
+    critic_optim, actor_optim = metaoptim.MetaAdam([critic], lr=0.05), metaoptim.MetaSGD([actor], lr=0.1)
+    entropy: Any = 0.0
+    with metaoptim.SlidingWindow(**window):
+        for t in range(T):
+            logs = actor(xs[t]).log_softmax(1)
+            entropy = entropy - (logs.exp() * logs).sum()
+            returns = rewards[t] + gamma.sigmoid() * rewards[t + 1]
+            values = critic(xs[t]).squeeze(1)
+            critic_loss = (returns - values).square().mean()
+            actor_loss = -(logs[:, 0] * (returns - values.detach())).mean()
+            critic_optim.step(critic_loss)
+            actor_optim.step(actor_loss)
+        logs, values = actor(xs[T]).log_softmax(1), critic(xs[T]).squeeze(1)
+        return (rewards[T] - values).square().mean() - (logs[:, 0] * rewards[T]).mean()
+
+
+def _build_actor_critic() -> tuple[tuple, list[Tensor]]:
+    torch.manual_seed(2)
+    actor, critic = nn.Linear(3, 2), nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+    gamma = torch.tensor(0.8, requires_grad=True)
+    arguments = (actor, critic, gamma, numbers(T + 1, 5, 3, seed=5), numbers(T + 1, 5, seed=6))
+    return arguments, [gamma, *actor.parameters(), *critic.parameters()]
+
+
+CASES = {
+    "mlp": Case(_mlp, _build_mlp),
+    "conv": Case(_conv, _build_conv),
+    "actor_critic": Case(_actor_critic, _build_actor_critic),
+}
+every_case = pytest.mark.parametrize("name", CASES)
+
+
+def traced(name: str, offline: bool = True) -> Trace:
+    case = CASES[name]
+    arguments, _ = case.build()
+    found, tracer, _ = trace_of(case.fn, arguments, {"offline": offline})
+    tracer.trace.outputs = found.tensors
+    return tracer.trace
+
+
+def cached() -> Callable[..., StepGraph]:
+    """A cache of step graphs of one's own."""
+    steps: dict[tuple, StepGraph] = {}
+
+    def step_of(key: tuple, build: Callable[[], StepGraph]) -> StepGraph:
+        if key not in steps:
+            steps[key] = build()
+        return steps[key]
+
+    return step_of
+
+
+def executed(program: RolledProgram) -> dict[str, int]:
+    """What runs: operators of all calls and their derivatives, those of the distinct graphs, and bytes alive."""
+    costs = {id(g): step_cost(g, "reverse") for g in program.step_graphs}
+    operators = {k: c.replay_operators + c.vjp_operators for k, c in costs.items()}
+    return {
+        "run": sum(count * operators[id(call.step)] for call, count in program.counted()),
+        "compiled": sum(operators.values()),
+        "bytes": predict(program, None).peak_bytes,
+    }
+
+
+@functools.cache
+def compiled(name: str, *skip: str) -> tuple[RolledProgram, list[Any]]:
+    return compile_trace(traced(name), Options(lowering=EAGER, skip=frozenset(skip)), cached())
+
+
+# -- numbers ---------------------------------------------------------------------------------------------------------
+
+
+def gradients(name: str, run: Callable[..., Any], **window: Any) -> list[Any]:
+    arguments, learnt = CASES[name].build()
+    loss = run(*arguments, **window)
+    return [loss, *torch.autograd.grad(loss, learnt, allow_unused=True)]
+
+
+@functools.cache
+def on_the_full_tape(name: str) -> list[Any]:
+    return gradients(name, CASES[name].fn, offline=True, strategy="full_tape")
+
+
+@pytest.mark.parametrize("skip", [(), ("canonicalize",), ("prune",), ("roll",)])
+@every_case
+def test_numbers_are_those_of_the_full_tape_whichever_passes_run(name: str, skip: tuple[str, ...]) -> None:
+    fn = CASES[name].fn
+    expected = on_the_full_tape(name)
+    got = gradients(name, CompiledFunction(fn, Options(lowering=EAGER, skip=frozenset(skip))), offline=True)
+    for g, e in zip(got, expected, strict=True):
+        torch.testing.assert_close(g, e, rtol=1e-9, atol=1e-12)
+
+
+@every_case
+def test_numbers_of_an_online_window_are_those_of_the_full_tape(name: str) -> None:
+    """The mode pass cannot be left out: it is what makes the window online."""
+    fn = CASES[name].fn
+    ends = []
+    for run, options in (
+        (fn, {"strategy": "full_tape"}),
+        (CompiledFunction(fn, Options(lowering=EAGER)), {}),
+    ):
+        arguments, learnt = CASES[name].build()
+        (grad,) = torch.autograd.grad(run(*arguments, offline=False, **options), learnt[:1])
+        networks = [a for a in arguments if isinstance(a, nn.Module)]
+        ends.append([grad, *(v for net in networks for v in net.state_dict().values())])
+    for full, mine in zip(*ends, strict=True):
+        torch.testing.assert_close(mine, full, rtol=1e-9, atol=1e-12)
+
+
+# -- effect ----------------------------------------------------------------------------------------------------------
+
+
+@every_case
+def test_canonicalize_drops_what_nothing_needs(name: str) -> None:
+    with_it, records = compiled(name)
+    without, _ = compiled(name, "canonicalize")
+    record = next(r for r in records if r.name == "canonicalize")
+    assert record.after["calls"] < record.before["calls"]
+    assert executed(with_it)["run"] < executed(without)["run"]
+    assert executed(with_it)["bytes"] <= executed(without)["bytes"]
+
+
+@every_case
+def test_prune_spares_derivatives_nobody_asks_for(name: str) -> None:
+    with_it, without = executed(compiled(name)[0]), executed(compiled(name, "prune")[0])
+    assert with_it["run"] < without["run"]
+    assert with_it["bytes"] <= without["bytes"]
+
+
+@every_case
+def test_roll_shares_step_graphs(name: str) -> None:
+    with_it, records = compiled(name)
+    without, _ = compiled(name, "roll")
+    assert len(with_it.step_graphs) < len(without.step_graphs)
+    assert executed(with_it)["compiled"] < executed(without)["compiled"]
+    assert next(r for r in records if r.name == "roll").after["step_graphs"] == len(with_it.step_graphs)
+
+
+@every_case
+def test_mode_cuts_theta_off_and_writes_back(name: str) -> None:
+    trace = traced(name, offline=False)
+    draft = split(trace)  # as if the window were offline
+    canonicalize(draft)
+    prune(draft)
+    without, _ = roll(draft, cached())
+    with_it, _ = compile_trace(traced(name, offline=False), Options(lowering=EAGER), cached())
+    learnt = CASES[name].build()[1]
+    assert len(predict(without, None).reached) == len(learnt)
+    assert len(predict(with_it, None).reached) == 1
+    assert len(with_it.writes) >= len(learnt) - 1 and not without.writes
+    assert executed(with_it)["bytes"] != executed(without)["bytes"]
+
+
+# -- idempotence -----------------------------------------------------------------------------------------------------
+
+
+def state_of(draft: Draft) -> Any:
+    return (
+        sizes_of(draft),
+        [u.segment.key for u in draft.units],
+        [(sorted(b.outputs), sorted(b.active), sorted(b.active_outputs)) for b in draft.bodies],
+    )
+
+
+@every_case
+def test_passes_are_idempotent(name: str) -> None:
+    trace = traced(name, offline=False)
+    first, again = mode(trace), mode(trace)
+    assert all(a[1] is b[1] for a, b in zip(first[0], again[0], strict=True))
+    assert first[1:] == again[1:]
+    draft = split(trace)
+    draft.writes, draft.limit = first[0], first[1]
+    for pass_ in (canonicalize, prune, canonicalize, prune):
+        pass_(draft)
+    settled = state_of(draft)
+    assert canonicalize(draft).startswith("0 of ")
+    prune(draft)
+    assert state_of(draft) == settled
+    step_of = cached()
+    texts = [str(roll(draft, step_of)[0]) for _ in range(2)]
+    assert texts[0] == texts[1]
+
+
+# -- records ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_pass_leaves_a_record() -> None:
+    _, records = compile_trace(traced("mlp"), Options(lowering=EAGER), cached(), texts=True)
+    assert [r.name for r in records] == ["capture", "mode", "canonicalize", "prune", "roll", "differentiate"]
+    assert all(r.done and r.milliseconds >= 0 and r.text and r.after for r in records)
+    by_name = {r.name: r for r in records}
+    assert by_name["capture"].after == by_name["mode"].before == by_name["mode"].after
+    assert by_name["canonicalize"].after == by_name["prune"].before | {"differentiable": 0}
+    assert by_name["prune"].after["differentiable"] > 0
+    assert f"{by_name['canonicalize'].after['calls']} calls in " in by_name["canonicalize"].text
+
+
+def test_only_optional_passes_can_be_left_out() -> None:
+    with pytest.raises(
+        ValueError, match=r"skip: got 'mode', expected some of 'canonicalize', 'prune', 'roll'"
+    ):
+        Options(skip=frozenset({"mode"}))
