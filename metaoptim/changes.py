@@ -55,7 +55,8 @@ def first_change(fn: Callable, args: tuple, kwargs: dict[str, Any], old: Any, ne
         old: the key of the scene of the earlier one.
         new: the scene of this one.
     """
-    then, now = old, new.key
+    then: Any = old
+    now: Any = new.key
     while then and now and then[0] == now[0] == "step":  # a compiled step: (step, hooked, key)
         if then[1] != now[1]:
             return Change("the window", "with a backward_hook" if now[1] else "without a backward_hook", True)
