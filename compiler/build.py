@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from .capture.entries import Function
 from .capture.ops import SUBSTITUTES, op_info
-from .capture.slicing import Keyed, Slice
+from .capture.slicing import Keyed, Slice, hook_key
 from .ir import Port, Role, StepGraph, gradient
 from .segments import Body, Roles, Segment, roles_of, spec_of
 from .update import UpdatePlan
@@ -39,6 +39,15 @@ class GradientHooks:
     def __init__(self, hooks: Sequence[Any]) -> None:
         self.hooks = tuple(hooks)
         self.__name__ = "gradient_hooks"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, GradientHooks) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def _key(self) -> tuple:
+        return tuple(map(hook_key, self.hooks))
 
     def __call__(self, grad: Tensor) -> Tensor:
         for hook in self.hooks:

@@ -122,7 +122,7 @@ def _check_constants(module: fx.GraphModule) -> None:
     """What the graph has picked up besides its inputs: nothing may be drawn, tensors are frozen as they are."""
     for node in module.graph.nodes:
         target: Any = node.target
-        if _mutates(node) and _memory_of(node.args[0]).op == "placeholder":
+        if _mutates(node) and any(_memory_of(n).op == "placeholder" for n in _written(node)):
             raise CaptureError(
                 f"a hook, a custom Function or the optimizer's update changes its argument in place ({target}); clone "
                 "it there and return the clone"
@@ -150,6 +150,16 @@ def _memory_of(node: Any) -> fx.Node:
     while node.op == "call_function" and getattr(node.target, "is_view", False):
         node = node.args[0]
     return node
+
+
+def _written(node: fx.Node) -> list[fx.Node]:
+    """The nodes whose memory an in-place operator changes."""
+    target: Any = node.target
+    found: list[Any] = []
+    for where in op_info(target).writes:
+        value = node.kwargs.get(where) if isinstance(where, str) else node.args[where]
+        found += value if isinstance(value, (list, tuple)) else [value]
+    return [n for n in found if isinstance(n, fx.Node)]
 
 
 def _mutates(node: fx.Node) -> bool:

@@ -70,6 +70,11 @@ def show(theta: Tensor) -> Tensor:
     raise RuntimeError("a StepGraph is run by compiler.interpret")
 
 
+def again(value: Tensor) -> Tensor:
+    """``value``, read after a call that has changed its memory in place."""
+    return value
+
+
 @dataclass
 class StepGraph:
     """One distinct inner step.

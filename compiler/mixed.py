@@ -11,6 +11,7 @@ again layer by layer (`remat`).
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -52,7 +53,8 @@ def mixed_vjp_graph(step: StepGraph, cotangents: Sequence[int]) -> fx.GraphModul
             result.append(NotMixed(f"{type(error).__name__}: {error}"))
 
     thread = threading.Thread(target=work)
-    with tracing():
+    with tracing(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch's own forward mode uses torch.jit.script
         thread.start()
         thread.join()
     if isinstance(result[0], NotMixed):

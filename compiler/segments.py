@@ -17,7 +17,7 @@ from .capture.entries import Entry, Number, Value
 from .capture.ops import op_info
 from .capture.slicing import Keyed, hook_key
 from .capture.tracer import Input, Noise, ScanItem, Trace
-from .ir import Role, gradient, show
+from .ir import Role, again, gradient, show
 from .update import UpdatePlan
 
 aten = torch.ops.aten
@@ -42,24 +42,67 @@ def arguments(entry: Entry) -> Iterator[Any]:
         yield from leaves(entry.kwargs)
 
 
+def changed(entry: Entry) -> Iterator[Any]:
+    """What a call changes in place."""
+    if isinstance(entry.op, torch._ops.OpOverload):
+        for where in op_info(entry.op).writes:
+            found = entry.kwargs.get(where) if isinstance(where, str) else entry.args[where]
+            yield from leaves(found)
+
+
+def sources(entry: Entry) -> Iterator[Any]:
+    """Where a gradient that reaches the outputs of a call goes on to."""
+    if entry.op is aten.detach.default:
+        return
+    if entry.grad:
+        yield from arguments(entry)
+        yield from (Value(write, None) for write in entry.deps)
+    else:  # under no_grad a tensor that is changed in place keeps its history
+        yield from changed(entry)
+
+
 def identity(ref: Any) -> Any:
     """Equal for what stands for the same tensor."""
     return (id(ref.entry), ref.index) if isinstance(ref, Value) else id(ref)
 
 
+class Hooks:
+    """The tensor hooks of a trace.
+
+    Attributes:
+        of: id of a call -> its hooked outputs, each with its hooks.
+        thetas: ids of the calls that show parameters by which an inner gradient is taken.
+    """
+
+    def __init__(self, trace: Trace) -> None:
+        self.of = trace.hooks
+        self.thetas = {id(theta.entry) for e in trace.entries if e.op is gradient for theta in e.args[1]}
+
+
 class Segment(Keyed):
     """Consecutive calls of a trace.
+
+    A hook acts where its tensor is made, on the whole of its gradient. One on a parameter acts in the step that takes
+    the gradient by it.
 
     Attributes:
         inputs: what they read from outside, in the order they are met.
         key: their structure.
     """
 
-    def __init__(self, entries: list[Entry]) -> None:
+    def __init__(self, entries: list[Entry], hooks: Hooks) -> None:
         super().__init__(entries)
         self.inputs: list[Any] = []
         self._input_at: dict[Any, int] = {}
         body = tuple(self._entry_key(e) for e in entries)
+        inner = {id(theta.entry) for e in entries if e.op is gradient for theta in e.args[1]}
+        for number, entry in enumerate(entries):
+            if id(entry) in inner or id(entry) not in hooks.thetas:
+                for index, spies in hooks.of.get(id(entry), {}).items():
+                    self.hooks["v", number, index] = spies
+        for at in sorted(thetas_of(self)):
+            for spies in hooks.of.get(id(self.inputs[at].entry), {}).values():
+                self.hooks["x", at] = spies
         hooks = tuple((at, tuple(hook_key(s.hook) for s in spies)) for at, spies in self.hooks.items())
         self.opaque = self.opaque or bool(hooks)
         kinds = tuple(_kind(x) for x in self.inputs)
@@ -72,10 +115,7 @@ class Segment(Keyed):
             at = self._input_at.setdefault(identity(a), len(self.inputs))
             if at == len(self.inputs):
                 self.inputs.append(a)
-            where = ("x", at)
-            if isinstance(a, Value):
-                self._note_hooks(where, a.hooks)
-            return where
+            return ("x", at)
         return super().token(a)
 
     def place_of(self, ref: Any) -> int | None:
@@ -85,11 +125,13 @@ class Segment(Keyed):
     def memory_of(self, ref: Any) -> Any:
         """The call or input that made the memory of ``ref``, as far back as these calls go."""
         while isinstance(ref, Value) and id(ref.entry) in self.number_of:
-            op = ref.entry.op
-            same = isinstance(op, torch._ops.OpOverload) and (op.is_view or op_info(op).writes)
-            if not same and op is not aten.alias.default:
+            entry, written = ref.entry, list(changed(ref.entry))
+            if len(written) == 1:
+                ref = written[0]
+            elif entry.op is again or getattr(entry.op, "is_view", False):
+                ref = entry.args[0]
+            else:
                 break
-            ref = ref.entry.args[0]
         return identity(ref)
 
     def _input_shape(self, a: Any) -> tuple | None:
@@ -157,6 +199,7 @@ class Draft:
     """A program in the making: what the passes rewrite."""
 
     trace: Trace
+    hooks: Hooks
     units: list[Unit] = field(default_factory=list)
     bodies: list[Body] = field(default_factory=list)
     unit_of: dict[int, int] = field(default_factory=dict)  # id of an entry -> its unit
@@ -217,8 +260,8 @@ def roles_of(segment: Segment, body: Body) -> Roles:
 
 def whole(trace: Trace) -> Draft:
     """A trace as one part."""
-    draft = Draft(trace)
-    draft.units.append(Unit(Segment(trace.entries), len(trace.steps), user_location(), None))
+    draft = Draft(trace, Hooks(trace))
+    draft.units.append(Unit(Segment(trace.entries, draft.hooks), len(trace.steps), user_location(), None))
     draft.unit_of.update((id(e), 0) for e in trace.entries)
     _refuse_aliases_across(draft)
     group(draft)
@@ -227,7 +270,7 @@ def whole(trace: Trace) -> Draft:
 
 def split(trace: Trace) -> Draft:
     """Cut a trace after every super-step, and around every iteration of a scan."""
-    draft = Draft(trace)
+    draft = Draft(trace, Hooks(trace))
     cuts = _cuts(trace)
     starts = {begin: (s, k) for s, scan in enumerate(trace.scans) for k, begin in enumerate(scan.begins)}
     ends = [end for end, _ in trace.steps]
@@ -237,7 +280,7 @@ def split(trace: Trace) -> Draft:
         entries = trace.entries[begin:end]
         number = len(draft.units)
         draft.unit_of.update((id(e), number) for e in entries)
-        draft.units.append(Unit(Segment(entries), last - first, location, starts.get(begin)))
+        draft.units.append(Unit(Segment(entries, draft.hooks), last - first, location, starts.get(begin)))
     _refuse_aliases_across(draft)
     group(draft)
     return draft
@@ -289,13 +332,11 @@ def _first_use_of_theta(taken: Entry) -> int:
             continue
         visited[entry.seq] = entry
         stack += [a.entry for a in arguments(entry) if isinstance(a, Value)] + list(entry.deps)
-    reached: set[int] = set()
+    reached = set(shown)
     for seq in sorted(visited):
         entry = visited[seq]
-        for a in (*arguments(entry), *(Value(d, None) for d in entry.deps)):
-            if isinstance(a, Value) and (id(a.entry) in shown or id(a.entry) in reached):
-                reached.add(id(entry))
-                break
+        if any(isinstance(a, Value) and id(a.entry) in reached for a in sources(entry)):
+            reached.add(id(entry))
     return min((seq for seq, e in visited.items() if id(e) in reached), default=taken.seq)
 
 
@@ -303,7 +344,7 @@ def _refuse_aliases_across(draft: Draft) -> None:
     for entry in draft.trace.entries:
         for write in entry.deps:
             inside = draft.units[draft.unit_of[id(write)]].segment
-            if inside.memory_of(entry.args[0]) != inside.memory_of(write.args[0]):
+            if inside.memory_of(entry.args[0]) not in map(inside.memory_of, changed(write)):
                 raise CaptureError(
                     "a tensor is changed in place in one inner step while another that shares its memory, made before "
                     "that step, is read later; clone one of them"

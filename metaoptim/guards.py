@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import types
 import weakref
 from collections.abc import Callable, Iterator
@@ -9,7 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
+from .errors import CaptureError
 from .optim.optimizer import MetaOptimizer
 
 _PLAIN = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size, slice)
@@ -28,6 +31,7 @@ class Scene:
         self.tensors: list[Tensor] = []
         self.objects: list[Any] = []
         self._seen: dict[int, int] = {}
+        self._alive: list[Any] = []
         described = [self._describe(args), self._describe(kwargs)]
         described += [(name, self._describe(value)) for name, value in surroundings(fn)]
         self.key = (
@@ -81,15 +85,23 @@ class Scene:
 
     def _mark(self, value: Any) -> None:
         self._seen[id(value)] = len(self._seen)
+        self._alive.append(value)  # or another might get its id
 
     def _tensor(self, t: Tensor) -> tuple:
+        if isinstance(t, FakeTensor):
+            raise CaptureError(
+                f"a symbolic tensor of shape {tuple(t.shape)} is among what the compiled function depends on: an "
+                "earlier capture has stored it in a list, a dict or an attribute. Return it from the function instead"
+            )
         at = self._seen.get(id(t))
         if at is not None:
             return ("again", at)
         self._mark(t)
         self.tensors.append(t)
         stride = t.stride() if t.layout is torch.strided else ()
-        return ("tensor", t.shape, t.dtype, stride, t.device, t.requires_grad, t.is_leaf or t.requires_grad)
+        hooks = list((t._backward_hooks or {}).values()) if isinstance(t, nn.Parameter) else []
+        self.objects += hooks  # they act on inner gradients
+        return ("tensor", t.shape, t.dtype, stride, t.device, t.requires_grad, tuple(map(id, hooks)))
 
     def _module(self, module: nn.Module) -> Iterator[Any]:
         for m in module.modules():
@@ -106,17 +118,22 @@ class Scene:
             yield tuple((k, self._describe(v)) for k, v in group.items() if k != "params")
             for p in group["params"]:
                 yield self._tensor(p)
-                yield self._describe(dict(optimizer.state.get(p, {})))
+                for name, value in optimizer.state.get(p, {}).items():
+                    yield name, self._describe(value)
 
 
 def surroundings(fn: Callable) -> Iterator[tuple[str, Any]]:
     """What a function refers to directly: its free variables, its globals and its defaults."""
+    while isinstance(fn, functools.partial):
+        yield "arguments", (fn.args, fn.keywords)
+        fn = fn.func
     if isinstance(fn, types.MethodType):
         yield "self", fn.__self__
         fn = fn.__func__
     code = getattr(fn, "__code__", None)
     if code is None:
         return
+    yield "defaults", (getattr(fn, "__defaults__", None), getattr(fn, "__kwdefaults__", None))
     for name, cell in zip(code.co_freevars, fn.__closure__ or (), strict=True):
         try:
             yield name, cell.cell_contents

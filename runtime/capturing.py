@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,7 +16,7 @@ from ..compiler.build import GradientHooks
 from ..compiler.capture import intercept
 from ..compiler.capture.entries import Value
 from ..compiler.capture.ops import LIFTS
-from ..compiler.capture.slicing import tensor_spec
+from ..compiler.capture.slicing import closed_over, tensor_spec
 from ..compiler.capture.tracer import Input, Scan, ScanItem, Tracer, WindowMark
 from ..compiler.ir import gradient, show
 from ..compiler.update import UpdatePlan
@@ -27,6 +28,47 @@ aten = torch.ops.aten
 # Iterations of a scan that are captured: one may differ (state is created), the others show what is carried from one to
 # the next, and that nothing is carried further.
 CAPTURED_ITERATIONS = 4
+_REMEMBERED = 8  # versions of a parameter that a loss may have been computed from
+
+
+def _no_index(name: str) -> Callable:
+    def refuse(self: int, *others: Any) -> Any:
+        raise CaptureError(
+            f"the number of an iteration of window.range is asked for its value ({name}): it may index tensors (xs[t], "
+            "xs[2 * t + 1]), and nothing else may depend on it, since a few iterations stand for all. Scan a tensor of "
+            "what differs, or use a plain `for`"
+        )
+
+    return refuse
+
+
+class Index(int):
+    """The number of an iteration of a captured loop."""
+
+    def __add__(self, other: Any) -> Any:
+        return _index(int.__add__(self, other))
+
+    def __sub__(self, other: Any) -> Any:
+        return _index(int.__sub__(self, other))
+
+    def __mul__(self, other: Any) -> Any:
+        return _index(int.__mul__(self, other))
+
+    def __rsub__(self, other: Any) -> Any:
+        return _index(int.__rsub__(self, other))
+
+    __radd__, __rmul__ = __add__, __mul__
+
+
+for _name in (
+    "__bool__", "__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "__mod__", "__floordiv__", "__rmod__",
+    "__rfloordiv__", "__divmod__", "__and__", "__or__", "__xor__", "__rshift__", "__lshift__", "__hash__",
+):  # fmt: skip
+    setattr(Index, _name, _no_index(_name))
+
+
+def _index(value: Any) -> Any:
+    return value if value is NotImplemented else Index(value)
 
 
 class _Networks(Networks):
@@ -63,11 +105,12 @@ class CapturedSession(Session):
                 "inner step only"
             )
         super().__init__(options)
+        self.keeps_state = not options.offline  # whether optimizers go on from where the window leaves them
         self.recorder = tracer
         self.networks = _Networks(tracer)
         self.mark = WindowMark(options.offline, options.window, options.slots, options.backward_hook)
         self._scan: Scan | None = None
-        self._specs: dict[tuple, tuple[list, list]] = {}  # kind of update -> specs of what it gives
+        self._versions: dict[int, deque[Tensor]] = {}  # per parameter, what was shown, newest first
         self._lifts = True
 
     def _own(self, value: Tensor) -> Tensor:
@@ -95,11 +138,12 @@ class CapturedSession(Session):
         finally:
             for member in self.members.values():
                 member.optimizer._session = None
-                member.optimizer.state.clear()
-                member.optimizer.state.update(member.entry)
+                if failed or self.options.offline:
+                    member.optimizer.state.clear()
+                    member.optimizer.state.update(member.entry)
             with tracer.paused():
                 self.networks.restore()
-            tracer.on_write = lambda t, write: False
+            tracer.on_write = lambda t, directly: None
             intercept.binding.set(None)
             _current.set(None)
             self.members.clear()
@@ -121,9 +165,21 @@ class CapturedSession(Session):
             for p, state in optimizer.state.items():
                 known = member.entry.get(p, {})
                 for name, value in state.items():
-                    if value is not known.get(name):
-                        self._last((optimizer, p, name), None, value)
+                    if value is not known.get(name) and self.keeps_state:
+                        state[name] = self._last_state((optimizer, p, name), value)
         tracer.trace.windows.append(self.mark)
+
+    def _last_state(self, target: tuple, last: Tensor) -> Tensor:
+        """What an optimizer has in a later window of the function."""
+        tracer = self.recorder
+        detached = Value(tracer.add(aten.detach.default, (tracer.value_of(last),), grad=True), None)
+        detached.ref = tensor_spec(last)
+        if not target[0].symbolic:  # others end with the call
+            self.mark.last.append((target, detached))
+        with tracer.paused():
+            kept = tracer.faked(last).detach()
+        tracer.bind(kept, detached)
+        return kept
 
     def _last(self, target: Any, own: Tensor | None, last: Tensor) -> None:
         tracer = self.recorder
@@ -150,7 +206,8 @@ class CapturedSession(Session):
             p = self.networks.originals[i]
             taken = tracer.add(aten.alias.default, (tracer.value_of(p),), grad=True)
             self.mark.adopted.append(taken)
-            self._show(i, tracer.faked(p), Value(taken, None))
+            like = torch.empty_strided(p.shape, p.stride(), dtype=p.dtype, device=p.device)
+            self._show(i, like, Value(taken, None))
 
     def _show(self, i: int, like: Tensor, value: Any) -> None:
         with torch.enable_grad():
@@ -158,6 +215,7 @@ class CapturedSession(Session):
         shown._is_param = True  # type: ignore[attr-defined]
         self.recorder.bind(shown, Value(self.recorder.add(show, (value,), grad=True), None))
         self.networks.show(i, shown)
+        self._versions.setdefault(i, deque(maxlen=_REMEMBERED)).appendleft(shown)
 
     # -- loops ---------------------------------------------------------------------------------------------------
 
@@ -174,7 +232,7 @@ class CapturedSession(Session):
         scan = self._scan = Scan(count, labels, user_location())
         for k in labels:
             scan.begins.append(len(tracer.trace.entries))
-            yield k, [self._item(t, k) for t in tensors]
+            yield Index(k), [self._item(t, k) for t in tensors]
         scan.end = len(tracer.trace.entries)
         self._scan = None
         if scan.begins:
@@ -200,6 +258,7 @@ class CapturedSession(Session):
             raise CaptureError(
                 "error_if_nonfinite needs a value while the function is captured; use an ordinary window"
             )
+        tracer.settle_hooks()
         root = tracer.value_of(loss)
         members = [
             (i, k)
@@ -207,13 +266,23 @@ class CapturedSession(Session):
             for p in group["params"]
             if (i := networks.index_of(p)) is not None
         ]
-        ordinals = [i for i, _ in members]
-        reached = self._reached(loss, [networks.shown[i] for i in ordinals])
-        grads, hooks = self.gradients(optimizer, ordinals, reached, False, allow_unused)
-        used = [(i, k, g, h) for (i, k), g, h in zip(members, grads, hooks, strict=True) if g is not None]
+        read = self._read(loss, root, [i for i, _ in members])
+        reached = self._reached(loss, read)
+        grads, hooks = self.gradients(optimizer, [i for i, _ in members], reached, False, allow_unused)
+        used = [
+            (i, k, r, g, h)
+            for (i, k), r, g, h in zip(members, read, grads, hooks, strict=True)
+            if g is not None
+        ]
+        if any(isinstance(c, Tensor) for *_, found in used for hook in found for c in closed_over(hook)):
+            raise CaptureError(
+                "a hook on a parameter closes over a tensor, whose values it would keep from the capture on; let it "
+                "depend on its argument and on Python numbers only, or use an ordinary window"
+            )
         shown = [networks.shown[i] for i, *_ in used]
         thetas = tuple(map(tracer.value_of, shown))
-        taken = tracer.add(gradient, (root, thetas), grad=True)
+        by = tuple(tracer.value_of(r) for _, _, r, *_ in used)
+        taken = tracer.add(gradient, (root, by), grad=True)
         tokens: list[Any] = [Value(taken, j) for j in range(len(used))]
         for j, (*_, hook) in enumerate(used):
             if hook:
@@ -225,7 +294,7 @@ class CapturedSession(Session):
         plan = UpdatePlan(
             type(optimizer).update,
             hyper.groups,
-            tuple(k for _, k, _, _ in used),
+            tuple(k for _, k, *_ in used),
             tuple(map(tuple, states)),
             hyper.clip,
             type(optimizer).init_state if not all(states) else None,
@@ -246,37 +315,25 @@ class CapturedSession(Session):
             optimizer.state[networks.originals[i]] = new_states[j]
         tracer.trace.steps.append((len(tracer.trace.entries), user_location()))
 
+    def _read(self, loss: Tensor, root: Any, ordinals: list[int]) -> list[Tensor]:
+        """The parameters as the loss has read them: those of now, or of before another optimizer's step."""
+        born = root.entry.seq if isinstance(root, Value) else len(self.recorder.trace.entries)
+        reached = _leaves(loss)
+        for back in range(_REMEMBERED):
+            found = []
+            for i in ordinals:
+                versions = [
+                    t for t in self._versions[i] if self.recorder.value_of(t).entry.seq <= born
+                ] or list(self._versions[i])
+                found.append(versions[min(back, len(versions) - 1)])
+            if any(id(t) in reached for t in found):
+                return found
+        return [self.networks.shown[i] for i in ordinals]
+
     def _reached(self, loss: Tensor, thetas: list[Tensor]) -> list[Tensor | None]:
         """Which parameters a loss depends on: a gradient has their shapes, so that nothing need be pulled back."""
-        reached, seen, stack = set(), set(), [loss.grad_fn]
-        while stack:
-            node = stack.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            variable = getattr(node, "variable", None)
-            if variable is not None:
-                reached.add(id(variable))
-            stack += [following for following, _ in node.next_functions]
+        reached = _leaves(loss)
         return [t.detach() if id(t) in reached else None for t in thetas]
-
-    def _updated(
-        self, plan: UpdatePlan, thetas: list[Tensor], grads: list[Tensor], states: list[dict], slots: list
-    ) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-        """Tensors like those the update gives; it is run once for each kind of arguments."""
-        flat = [*thetas, *grads, *(v for s in states for v in s.values()), *slots]
-        key = (plan, tuple(tensor_spec(v) if isinstance(v, Tensor) else type(v) for v in flat))
-        if key not in self._specs:
-            with torch.no_grad():
-                new, new_states = plan(
-                    [t.detach() for t in thetas], [g.detach() for g in grads], states, slots
-                )
-            self._specs[key] = (
-                [tensor_spec(t) for t in new],
-                [{k: tensor_spec(v) for k, v in s.items()} for s in new_states],
-            )
-        new, new_states = self._specs[key]
-        return [_like(s) for s in new], [{k: _like(s) for k, s in specs.items()} for specs in new_states]
 
     def _part(self, of: Any, *path: Any) -> Value:
         """A piece of the update's nested result."""
@@ -287,23 +344,35 @@ class CapturedSession(Session):
 
     # -- in-place loads ------------------------------------------------------------------------------------------
 
-    def _write(self, t: Tensor, write: Callable[[], Any]) -> bool:
-        """A shown parameter is overwritten: a history cut."""
+    def _write(self, t: Tensor, directly: bool) -> Callable[[], None] | None:
+        """The memory of a shown parameter is about to be overwritten: a history cut."""
         i = next((i for i, shown in enumerate(self.networks.shown) if shown is t), None)
         if i is None:
-            return False
-        if torch.is_grad_enabled():
+            return None
+        if directly and torch.is_grad_enabled():
             raise WindowError(
                 f"parameter {self.networks.names[i]!r} was changed in place with grad mode on; wrap the change in "
                 "torch.no_grad()"
             )
-        write()
         tracer = self.recorder
-        cut = Value(tracer.add(aten.detach.default, (tracer.value_of(t),), grad=True), None)
-        tracer.bind(t, Value(tracer.add(show, (cut,), grad=True), None))
-        return True
+
+        def cut() -> None:
+            value = Value(tracer.add(aten.detach.default, (tracer.value_of(t),), grad=True), None)
+            tracer.bind(t, Value(tracer.add(show, (value,), grad=True), None))
+
+        return cut
 
 
-def _like(spec: tuple) -> Tensor:
-    shape, dtype, stride, device = spec
-    return torch.empty_strided(shape, stride, dtype=dtype, device=device)
+def _leaves(loss: Tensor) -> set[int]:
+    """Ids of the leaves that a loss depends on."""
+    reached, seen, stack = set(), set(), [loss.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            reached.add(id(variable))
+        stack += [following for following, _ in node.next_functions]
+    return reached

@@ -34,6 +34,7 @@ class CapturedStep(CapturedSession):
     def __init__(self, window: RecordedSession, tracer: Tracer) -> None:
         super().__init__(Options(offline=True), tracer)
         self.window = window
+        self.keeps_state = True
         self.left: list[tuple[Any, Value]] = []  # what has a new value after the step, and which
 
     @contextmanager
@@ -53,6 +54,10 @@ class CapturedStep(CapturedSession):
             self.close(failed)
             for optimizer in members:
                 optimizer._session = self.window
+
+    def _last_state(self, target: tuple, last: Tensor) -> Tensor:
+        self.left.append((target, self.recorder.give(last)))
+        return last
 
     def _leave(self, target: Any, own: Tensor | None, last: Tensor, value: Any) -> None:
         self.left.append((target, self.recorder.give(last)))

@@ -53,6 +53,34 @@ _NO_STEP = (
 )
 
 
+_NO_ZERO_GRAD = (
+    "zero_grad() inside a compiled function, which would act once and never again; call it outside (inner steps never "
+    "fill .grad)"
+)
+_NO_SEED = (
+    "a random generator is seeded or set inside a compiled function, which would happen once and never again; do it "
+    "before the call"
+)
+_NO_DATA = (
+    "tensor.data = ... while the function is captured cannot be followed; use tensor.copy_(...) under torch.no_grad(), "
+    "or compute a new tensor"
+)
+
+
+def _set_data(t: Tensor, value: Tensor) -> None:
+    if _capturing():
+        raise CaptureError(_NO_DATA)
+    _DATA.__set__(t, value)
+
+
+def _format(t: Tensor, spec: str) -> str:
+    return _symbolic(t) if _capturing() else _FORMAT(t, spec)
+
+
+_DATA: Any = torch.Tensor.data
+_FORMAT = torch.Tensor.__format__
+
+
 def _no_step(optimizer: Any, args: Any, kwargs: Any) -> None:
     if _capturing():
         raise CaptureError(_NO_STEP)
@@ -69,9 +97,18 @@ def refusing() -> Iterator[None]:
             (torch.Tensor, "__array__", _NO_VALUES),
             (torch.Tensor, "backward", _NO_BACKWARD),
             (torch.autograd, "backward", _NO_BACKWARD),
+            (torch.nn.Module, "zero_grad", _NO_ZERO_GRAD),
+            (torch.optim.Optimizer, "zero_grad", _NO_ZERO_GRAD),
+            (torch, "manual_seed", _NO_SEED),
+            (torch, "set_rng_state", _NO_SEED),
+            (torch.random, "set_rng_state", _NO_SEED),
         ):
             stack.enter_context(patch.object(owner, name, _refused(getattr(owner, name), message)))
         stack.enter_context(patch.object(torch.Tensor, "__repr__", _symbolic))
+        stack.enter_context(patch.object(torch.Tensor, "__format__", _format))
+        stack.enter_context(patch.object(torch.Tensor, "data", property(_DATA.__get__, _set_data)))
+        # their checks of arguments look at values
+        stack.enter_context(patch.object(torch.distributions.Distribution, "_validate_args", False))
         handle = register_optimizer_step_pre_hook(_no_step)
         stack.callback(handle.remove)
         yield

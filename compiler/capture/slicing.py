@@ -220,6 +220,17 @@ def _ancestors(roots: list[Any], carry: bool) -> list[Entry]:
     return found
 
 
+def closed_over(hook: Any) -> list[Any]:
+    """What a hook refers to besides its argument and globals."""
+    found: list[Any] = []
+    if isinstance(hook, functools.partial):
+        found += [*closed_over(hook.func), *hook.args, *hook.keywords.values()]
+    code = getattr(hook, "__func__", hook)
+    found += [c.cell_contents for c in getattr(code, "__closure__", None) or ()]
+    found += getattr(code, "__defaults__", None) or ()
+    return found
+
+
 def hook_key(hook: Any) -> Any:
     """What must be equal for two hooks to do the same: code, defaults, and what they close over."""
     if isinstance(hook, functools.partial):

@@ -7,6 +7,7 @@ identity; nothing is computed and nothing outside changes.
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,20 +27,29 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from metaoptim.errors import CaptureError, user_location
 
+from ..ir import again, gradient
 from .entries import Entry, Function, Number, Spy, Value
+from .intercept import is_removed
 from .modes import leave, paused
 from .ops import BATCH_NORM, LIFTS, op_info, written
-from .slicing import tensor_spec
+from .slicing import closed_over, tensor_spec
 
 aten = torch.ops.aten
 _DETACH = aten.detach.default
 _ITEM = (aten._local_scalar_dense.default, aten.item.default, aten.equal.default, aten.is_nonzero.default)
+_LIFTED = (aten.lift_fresh.default, aten.lift.default)
+_NO_VALUE = (
+    "a value is needed while the function is captured (.item(), bool(), a data-dependent `if`, tolist or numpy), but "
+    "there are only symbolic tensors. Hoist it out of the compiled function, pass it as a Python argument, or use "
+    "torch.where; to step an environment, compile the inner step and keep the loop in an ordinary window"
+)
 # Random operators that look at nothing of their tensor arguments but shape, dtype and device.
 _SHAPES_ONLY = {
     "rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "native_dropout", "uniform_",
     "normal_", "random_", "exponential_", "geometric_", "cauchy_", "log_normal_",
 }  # fmt: skip
 _ALSO_SHAPES_ONLY = (aten.bernoulli_.float, aten.normal.float_float)
+_NORMAL = (aten.normal.Tensor_Tensor, aten.normal.Tensor_float, aten.normal.float_Tensor)
 
 
 class Input:
@@ -129,6 +139,7 @@ class Trace:
         scans: loops of which only the first iterations are among the entries.
         windows: its windows.
         outputs: what stands for each tensor the function returns.
+        hooks: id of a call -> its hooked outputs, each with the hooks that were there when a gradient passed.
     """
 
     entries: list[Entry] = field(default_factory=list)
@@ -137,6 +148,7 @@ class Trace:
     scans: list[Scan] = field(default_factory=list)
     windows: list[WindowMark] = field(default_factory=list)
     outputs: list[Any] = field(default_factory=list)
+    hooks: dict[int, dict[Any, list[Spy]]] = field(default_factory=dict)
 
 
 class Tracer(TorchDispatchMode):
@@ -144,7 +156,8 @@ class Tracer(TorchDispatchMode):
 
     Attributes:
         trace: what has been captured so far.
-        on_write: called with a tensor about to be changed in place, and with how; True: the write has been made.
+        on_write: called with a tensor whose memory is about to be changed, and whether by its own name; what it
+            returns, if anything, is called after the change.
     """
 
     symbolic = True
@@ -155,9 +168,11 @@ class Tracer(TorchDispatchMode):
         self.depth = 0
         self.trace = Trace()
         self.guard: Any = None
-        self.on_write: Callable[[Tensor, Callable[[], Any]], bool] = lambda t, write: False
+        self.on_write: Callable[[Tensor, bool], Callable[[], None] | None] = lambda t, directly: None
         self._refs: dict[int, tuple[weakref.ref[Tensor], Any]] = {}
         self._at: dict[int, list[weakref.ref[Tensor]]] = {}  # storage -> the tensors that lie in it
+        self._given: dict[int, Tensor] = {}  # storage -> the fake of a real tensor
+        self._hooks: list[tuple[Value, Any, Spy]] = []  # registered, not known yet to meet a gradient
 
     # -- the mode ------------------------------------------------------------------------------------------------
 
@@ -166,12 +181,11 @@ class Tracer(TorchDispatchMode):
         if self.depth or func.namespace == "prim":
             return func(*args, **kwargs)
         if func in _ITEM:
-            raise CaptureError(
-                "a value is needed while the function is captured (.item(), bool(), a data-dependent `if`, tolist or "
-                "numpy), but there are only symbolic tensors. Hoist it out of the compiled function, pass it as a "
-                "Python argument, or use torch.where; to step an environment, compile the inner step and keep the "
-                "loop in an ordinary window"
-            )
+            raise CaptureError(_NO_VALUE)
+        if func in _LIFTED:
+            return self._record(
+                aten.clone.default, args, {}
+            )  # a constant made by torch.tensor, its maker's own
         info = op_info(func)
         if info.random:
             return self._random(func, args, kwargs)
@@ -190,6 +204,7 @@ class Tracer(TorchDispatchMode):
 
     def give(self, t: Tensor) -> Any:
         """What stands for a tensor that the function returns, as it is now."""
+        self.settle_hooks()
         entry = self.add(aten.alias.default, (self.value_of(t),), grad=True)
         value = Value(entry, None)
         value.ref = tensor_spec(t)
@@ -204,7 +219,9 @@ class Tracer(TorchDispatchMode):
         fake_args, fake_kwargs = self.faked(args), self.faked(kwargs)
         try:
             return func(*fake_args, **fake_kwargs)
-        except (DynamicOutputShapeException, DataDependentOutputException) as error:
+        except DataDependentOutputException as error:
+            raise CaptureError(_NO_VALUE) from error
+        except DynamicOutputShapeException as error:
             raise CaptureError(
                 f"{func} gives a tensor whose shape depends on values, which a compiled function cannot hold. Use a "
                 "mask and torch.where instead of selecting, or an ordinary window"
@@ -215,7 +232,10 @@ class Tracer(TorchDispatchMode):
         if isinstance(a, Tensor):
             if isinstance(a, FakeTensor):
                 return a
-            return self.fake.from_tensor(a, static_shapes=True)
+            fake = self.fake.from_tensor(a, static_shapes=True)
+            if fake.layout is torch.strided:
+                self._given[fake.untyped_storage()._cdata] = fake
+            return fake
         if isinstance(a, (list, tuple)):
             return type(a)(self.faked(b) for b in a) if not hasattr(a, "_fields") else a
         if isinstance(a, dict):
@@ -301,17 +321,21 @@ class Tracer(TorchDispatchMode):
 
     def _write(self, op: Any, info: Any, args: tuple, kwargs: dict) -> Any:
         targets = written(info, args, kwargs)
-        done: list[Any] = []
         for t in targets:
-            if self.on_write(t, lambda: done.append(self._write_value(op, args, kwargs, targets))):
-                return t
-            if not isinstance(t, FakeTensor):
+            given = t.layout is torch.strided and t.untyped_storage()._cdata in self._given
+            if given or not isinstance(t, FakeTensor):
                 raise CaptureError(
                     f"a tensor of shape {tuple(t.shape)} that the compiled function was given is changed in place by "
                     f"{op}. Return the new value instead and copy it outside, or clone the tensor first; an outer "
                     "optimizer's step() belongs after the call"
                 )
-        return self._write_value(op, args, kwargs, targets)
+        touched = {id(u): (u, any(u is t for t in targets)) for t in targets for u in (t, *self._sharing(t))}
+        then = [self.on_write(*t) for t in touched.values()]
+        out = self._write_value(op, args, kwargs, targets)
+        for cut in then:
+            if cut is not None:
+                cut()
+        return out
 
     def _write_value(self, op: Any, args: tuple, kwargs: dict, targets: list[Tensor]) -> Any:
         functional = _functional(op)
@@ -322,6 +346,7 @@ class Tracer(TorchDispatchMode):
             and args
             and args[0] is target
             and not kwargs.get("out")
+            and (torch.is_grad_enabled() or target.is_leaf)  # otherwise its history stays, its values change
         ):
             if not target._is_view() and len(self._sharing(target)) <= 1:
                 with self.paused():
@@ -331,16 +356,22 @@ class Tracer(TorchDispatchMode):
                     out = self.run(op, args, kwargs)
                     self.bind(target, Value(self.add(functional, tokens, self.token(kwargs)), None))
                     return out
+        if len(targets) > 1 and torch.is_grad_enabled() and any(t._is_view() for t in targets):
+            raise CaptureError(
+                f"{op} changes views of tensors in place, whose history torch loses while it traces; change them "
+                "one by one"
+            )
         tokens, kw = self._tokens(op, args), self.token(kwargs)
         out = self.run(op, args, kwargs)
         entry = self.add(op, tokens, kw)
         self.bind_outputs(entry, out)
+        given = list(out) if isinstance(out, (list, tuple)) else [out]
         for t in targets:
             for other in self._sharing(t):
-                if all(other is not w for w in targets):  # its value is another from here on
-                    alias = self.add(aten.alias.default, (self._known(other),))
-                    alias.deps = (entry,)
-                    self.bind(other, Value(alias, None))
+                if all(other is not w for w in given):  # its value is another from here on
+                    after = self.add(again, (self._known(other),), grad=True)
+                    after.deps = (entry,)
+                    self.bind(other, Value(after, None))
         return out
 
     def _sharing(self, t: Tensor) -> list[Tensor]:
@@ -377,6 +408,11 @@ class Tracer(TorchDispatchMode):
     def _random(self, op: Any, args: tuple, kwargs: dict) -> Any:
         name = op._schema.name.split("::")[1]
         own = kwargs.get("generator") is not None
+        if op in _NORMAL and not own:  # mean + std z, as torch computes it; no gradient passes
+            mean, std = args[:2]
+            with self, torch.no_grad():
+                like = torch.as_tensor(mean) + torch.as_tensor(std)
+                return torch.empty_like(like).normal_() * std + mean
         if own or not (name in _SHAPES_ONLY or op in _ALSO_SHAPES_ONLY):
             why = "from a generator of its own" if own else "whose distribution depends on a tensor"
             raise CaptureError(
@@ -386,27 +422,30 @@ class Tracer(TorchDispatchMode):
         recipe = tuple(_spec_of(a) for a in args)
         kw = {k: v for k, v in kwargs.items() if v is not None}
         if op is aten.native_dropout.default:
-            out = self.run(op, args, kwargs)
             if not args[2]:
                 return self._record(op, args, kwargs)
-            drawn = Noise(op, recipe, kw, tensor_spec(out[1]), 1)
+            out = self.run(op, args, kwargs)
+            drawn = self._drawn(out[1], Noise(op, recipe, kw, tensor_spec(out[1]), 1))
             kept = self.add(aten.mul.Tensor, (self.value_of(args[0]), drawn))
             p = args[1]
             scaled = self.add(aten.mul.Tensor, (Value(kept, None), 0.0 if p == 1 else 1.0 / (1.0 - p)))
             self.bind(out[0], Value(scaled, None))
-            self.bind(out[1], drawn)
             return out
         if op_info(op).writes:
             (target,) = written(op_info(op), args, kwargs)
             with self.paused():
                 fresh = self.faked(target).detach().clone(memory_format=torch.preserve_format)
-            self.bind(fresh, Noise(op, recipe, kw, tensor_spec(target), None))
+            self._drawn(fresh, Noise(op, recipe, kw, tensor_spec(target), None))
             with self, torch.no_grad():
                 target.copy_(fresh)
             return target
         out = self.run(op, args, kwargs)
-        self.bind(out, Noise(op, recipe, kw, tensor_spec(out), None))
+        self._drawn(out, Noise(op, recipe, kw, tensor_spec(out), None))
         return out
+
+    def _drawn(self, t: Tensor, noise: Noise) -> Any:
+        """Let ``t`` be what ``noise`` gives at this place of the program, once, whoever reads it later."""
+        return self.bind(t, Value(self.add(aten.alias.default, (noise,), grad=True), None))
 
     # -- Python-level calls --------------------------------------------------------------------------------------
 
@@ -441,7 +480,28 @@ class Tracer(TorchDispatchMode):
                 "a hook is registered on a tensor that the compiled function was given; register it outside, or on a "
                 "tensor made inside"
             )
-        value.hooks = [*(value.hooks or ()), (handle, spy)]
+        if any(isinstance(a, Tensor) for a in closed_over(spy.hook)):
+            raise CaptureError(
+                "a hook closes over a tensor, whose values it would keep from the capture on; let it depend on its "
+                "argument and on Python numbers only, or use an ordinary window"
+            )
+        if any(e.op is gradient for e in self.trace.entries[value.entry.seq + 1 :]):
+            raise CaptureError(
+                "a hook is registered on a tensor after an inner step that may have used it; register it where the "
+                "tensor is made, or on a view of it (t.view_as(t)) that is used from here on"
+            )
+        self._hooks.append((value, handle, spy))
+
+    def settle_hooks(self) -> None:
+        """A gradient is taken now: hooks that are still registered are part of the program."""
+        for value, handle, spy in self._hooks:
+            if not is_removed(handle):
+                self.trace.hooks.setdefault(id(value.entry), {}).setdefault(value.index, []).append(spy)
+        self._hooks.clear()
+
+
+#: Called when a capture begins: what they return puts Python state back that the captured function may change.
+preserving: list[Callable[[], Callable[[], None]]] = []
 
 
 @contextmanager
@@ -449,13 +509,27 @@ def capturing() -> Iterator[Tracer]:
     """Everything the calling thread does inside the block is traced, over fake tensors."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     tracer = Tracer(fake)
-    with fake:
-        tracer.__enter__()
-        try:
-            yield tracer
-        finally:
-            tracer.depth += 1
-            tracer.close()
+    restore = [keep() for keep in preserving]
+    warned = warnings.catch_warnings()
+    warned.__enter__()
+    warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # by copy.deepcopy
+    warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")  # by faking one
+    # autocast remembers the casts of leaves: fake ones would outlive the capture, real ones enter it as constants
+    cached = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        with fake:
+            tracer.__enter__()
+            try:
+                yield tracer
+            finally:
+                tracer.depth += 1
+                tracer.close()
+    finally:
+        warned.__exit__(None, None, None)
+        torch.set_autocast_cache_enabled(cached)
+        for put_back in restore:
+            put_back()
 
 
 def _detach_all(a: Any) -> Any:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from ..capture.entries import Value
+from ..capture.tracer import Noise
 from ..segments import Body, Draft, Segment, Unit, arguments, group
 
 
 def canonicalize(draft: Draft) -> str:
-    """Drop calls that no output depends on.
+    """Drop calls that no output depends on. Random numbers are drawn all the same, as eager would.
 
     Segments of equal structure keep the same calls: what one of them needs, all compute, so that they share a program.
     """
@@ -15,7 +16,7 @@ def canonicalize(draft: Draft) -> str:
     kept = _live(draft)
     for unit in draft.units:
         live = kept[id(unit.body)]
-        unit.segment = Segment([e for i, e in enumerate(unit.segment.entries) if i in live])
+        unit.segment = Segment([e for i, e in enumerate(unit.segment.entries) if i in live], draft.hooks)
     draft.units = [u for u in draft.units if u.segment.entries]
     draft.unit_of = {id(e): n for n, u in enumerate(draft.units) for e in u.segment.entries}
     group(draft)
@@ -52,6 +53,10 @@ def _live(draft: Draft) -> dict[int, set[int]]:
 
     for value in draft.finals():
         want(value)
+    for unit in draft.units:
+        for number, entry in enumerate(unit.segment.entries):
+            if any(isinstance(a, Noise) for a in entry.args):
+                wanted.append((unit.body, number))
     while wanted:
         body, number = wanted.pop()
         if number in live[id(body)]:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-
 from ..capture.entries import Value
 from ..capture.tracer import Noise
-from ..segments import Draft, Unit, arguments, identity
-
-aten = torch.ops.aten
+from ..segments import Draft, Unit, identity, sources
 
 
 def prune(draft: Draft) -> str:
@@ -51,15 +47,10 @@ def _spread(unit: Unit, inputs: set[int]) -> set[tuple]:
     given = {identity(segment.inputs[at]) for at in inputs}
     reached: set[int] = set()
     for entry in segment.entries:
-        if not entry.grad or entry.op is aten.detach.default:
-            continue
-        for a in arguments(entry):
-            if (isinstance(a, Value) and id(a.entry) in reached) or identity(a) in given:
-                reached.add(id(entry))
-                break
-        else:
-            if any(id(w) in reached for w in entry.deps):
-                reached.add(id(entry))
+        if any(
+            (isinstance(a, Value) and id(a.entry) in reached) or identity(a) in given for a in sources(entry)
+        ):
+            reached.add(id(entry))
     found = set()
     for number, index in unit.body.outputs:
         entry = segment.entries[number]

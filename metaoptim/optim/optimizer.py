@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from metaoptim.compiler.capture.intercept import recording
+from metaoptim.compiler.capture.tracer import preserving
 from metaoptim.errors import WindowError
 from metaoptim.runtime.session import current_session
 
@@ -41,6 +42,7 @@ class MetaOptimizer(Optimizer):
         self._normalizer: tuple[Any, float, bool] | None = None
         self._tape: list[tuple[str, Tensor]] = []
         self.first_order = first_order
+        self.symbolic = is_symbolic()  # made while a function is captured: it ends with the capture
         self.thread = threading.get_ident()
         given: list[Any] = [networks] if isinstance(networks, (nn.Module, dict)) else list(networks or ())
         if not given:
@@ -226,6 +228,43 @@ class MetaOptimizer(Optimizer):
         own = session.networks.original if session is not None else _same
         self._networks.append(network)
         return {"params": [own(p) for p in network.parameters()], **options}
+
+
+def _preserve() -> Callable[[], None]:
+    """What puts optimizers back as they are now, and forgets those made until then."""
+    kept = []
+    for o in list(live_optimizers):
+        if o.thread == threading.get_ident():
+            groups = [(g, {**g, "params": list(g["params"])}) for g in o.param_groups]
+            states = [(p, s, dict(s)) for p, s in o.state.items()]
+            rest = {
+                "_normalizer": o._normalizer,
+                "_networks": list(o._networks),
+                "defaults": dict(o.defaults),
+            }
+            kept.append((o, o.param_groups, groups, o.state, states, rest))
+
+    def put_back() -> None:
+        known = {id(o) for o, *_ in kept}
+        for o in [o for o in live_optimizers if o.symbolic and id(o) not in known]:
+            live_optimizers.discard(o)
+        for o, all_groups, groups, state, states, rest in kept:
+            all_groups[:] = [g for g, _ in groups]
+            for g, values in groups:
+                g.clear()
+                g.update(values)
+            state.clear()
+            for p, s, values in states:
+                s.clear()
+                s.update(values)
+                state[p] = s
+            o.param_groups, o.state = all_groups, state
+            o.__dict__.update(rest)
+
+    return put_back
+
+
+preserving.append(_preserve)
 
 
 def _same(p: Any) -> Any:

@@ -1,0 +1,246 @@
+"""Backends and derivatives: compiled graphs are checked, mixed mode is exact, and what a compiler once got wrong."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+import metaoptim
+from metaoptim.compiler import compile_graph
+from metaoptim.compiler.differentiate import cotangent_outputs
+from metaoptim.compiler.liveness import peak_bytes
+from metaoptim.compiler.lower import derived
+from metaoptim.compiler.mixed import NotMixed, mixed_vjp_graph
+from oracle import Problem, agree, leaves, run_oracle
+from problems import OPTIMIZERS, problem
+
+torch.set_num_threads(1)
+
+
+def gradients(problem: Problem, **options: Any) -> tuple[dict[str, Tensor | None], Any]:
+    """The problem in form C: its gradients, and the compiled function."""
+    torch.manual_seed(3)
+    net, metas = problem.build(), leaves(problem.metas)
+
+    @metaoptim.compile(**options)
+    def meta_loss(net: nn.Module, metas: dict[str, Tensor]) -> Tensor:
+        inner = problem.optimizer_class([net], **problem.hyper(metas), **problem.options)
+        total: Any = 0.0
+        with metaoptim.SlidingWindow(offline=problem.offline):
+            for t in range(problem.steps):
+                inner.step(problem.loss(net, t, metas, {}), allow_unused=problem.allow_unused)
+            return total + problem.outer(net, metas)
+
+    torch.manual_seed(11)
+    meta_loss(net, metas).backward()
+    grads = {**dict(net.named_parameters()), **metas}
+    return {name: t.grad for name, t in grads.items()}, meta_loss
+
+
+def steps_of(fn: Any) -> list[Any]:
+    (programs,) = fn._programs.values()
+    return [s for s in programs[0].rolled.step_graphs if s.steps]
+
+
+# -- mixed mode -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("network", ["linear", "conv_bn", "tied", "dropout"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_mixed_mode_agrees_with_the_oracle(network: str, optimizer: str) -> None:
+    for offline in (True, False):
+        case = problem(network, optimizer, 4, offline)
+        got, fn = gradients(case, backend="eager", hvp="mixed")
+        agree(got, run_oracle(case))
+        assert all(s.derivatives["mixed"].startswith("mixed") for s in steps_of(fn))
+
+
+def test_a_step_without_a_forward_derivative_is_refused_by_name_or_reversed_by_auto() -> None:
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> Tensor:
+            return 2 * g
+
+    case = problem("linear", "sgd", 3, True)
+    plain = case.loss
+    case.loss = lambda net, t, metas, carried: Twice.apply(plain(net, t, metas, carried))
+    with pytest.raises(metaoptim.CaptureError, match=r"hvp='mixed'.*Functions.*hvp='auto'"):
+        gradients(case, backend="eager", hvp="mixed")
+    got, _ = gradients(case, backend="eager", hvp="auto")
+    agree(got, run_oracle(case))
+    with pytest.raises(ValueError, match="hvp: got 'forward'"):
+        metaoptim.compile(hvp="forward")
+
+
+class Residual(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.a, self.b = (
+            nn.LayerNorm(width),
+            nn.Linear(width, 4 * width),
+            nn.Linear(4 * width, width),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.b(F.gelu(self.a(self.norm(x))))
+
+
+def test_mixed_mode_with_rematerialisation_takes_less_memory() -> None:
+    """Live bytes, and what the allocator measures: the layers of a deep step are not all alive at once."""
+    from metaoptim.runtime.meter import AllocatorMeter
+
+    torch.manual_seed(0)
+    net = nn.Sequential(*[Residual(8) for _ in range(6)], nn.Linear(8, 3))
+    log_lr, x, y = torch.tensor(-2.0, requires_grad=True), torch.randn(4, 64, 8), torch.randint(3, (256,))
+
+    @metaoptim.compile(backend="eager", hvp="reverse")
+    def meta_loss(net: nn.Module, log_lr: Tensor, xs: Tensor) -> Tensor:
+        inner = metaoptim.MetaSGD([net], lr=log_lr.exp())
+        with metaoptim.SlidingWindow(offline=True) as window:
+            for x in window.scan(xs):
+                inner.step(F.cross_entropy(net(x).flatten(0, 1), y))
+            return net(xs[0]).square().mean()
+
+    with torch.no_grad():
+        meta_loss(net, log_lr, torch.stack([x] * 5))
+    step = steps_of(meta_loss)[-1]
+    inputs = [p.empty() for p in step.inputs] + [step.outputs[i].empty() for i in cotangent_outputs(step)]
+    inputs = [t.normal_().mul_(0.3) if t.is_floating_point() else t.zero_() for t in inputs]
+    results, peaks = [], []
+    for hvp in ("reverse", "mixed"):
+        graph = derived(step, hvp)
+        with torch.no_grad(), AllocatorMeter() as meter:
+            results.append(graph(*inputs))
+        assert meter.peak == pytest.approx(peak_bytes(graph.graph), rel=0.1)
+        peaks.append(meter.peak)
+    for a, b in zip(*results):
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+    assert peaks[1] < 0.4 * peaks[0]
+
+
+def test_the_graph_of_a_mixed_derivative_is_what_runs() -> None:
+    """An operator of it replaced by another changes the result."""
+    case = problem("linear", "sgd", 3, True)
+    _, fn = gradients(case, backend="eager", hvp="mixed")
+    step = steps_of(fn)[0]
+    graph = step.programs["vjp graph", "mixed"]
+    inputs = [p.empty() for p in step.inputs] + [step.outputs[i].empty() for i in cotangent_outputs(step)]
+    inputs = [t.normal_() if t.is_floating_point() else t.zero_() for t in inputs]
+    before = graph(*inputs)
+    node = next(n for n in graph.graph.nodes if n.target is torch.ops.aten.tanh.default)
+    node.target = torch.ops.aten.sin.default
+    graph.recompile()
+    after = graph(*inputs)
+    node.target = torch.ops.aten.tanh.default
+    graph.recompile()
+    assert any(a is not None and not torch.equal(a, b) for a, b in zip(before, after))
+
+
+def test_what_is_not_mixed_says_why() -> None:
+    case = problem("linear", "sgd", 2, True)
+    _, fn = gradients(case, backend="eager", hvp="reverse")
+    step = steps_of(fn)[0]
+    step.opaque = True
+    with pytest.raises(NotMixed, match="hooks, custom Functions"):
+        mixed_vjp_graph(step, cotangent_outputs(step))
+
+
+# -- backends ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    ("network", "optimizer", "offline", "hvp"),
+    [
+        ("linear", "momentum", True, "reverse"),
+        ("linear", "adam", False, "mixed"),
+        ("conv_bn", "sgd", True, "reverse"),
+        ("dropout", "sgd", False, "reverse"),
+    ],
+)
+def test_inductor(network: str, optimizer: str, offline: bool, hvp: str) -> None:
+    case = problem(network, optimizer, 3, offline)
+    got, _ = gradients(case, backend="inductor", hvp=hvp)
+    agree(got, run_oracle(case), rtol=1e-8)
+
+
+def test_a_broken_lowering_is_caught_and_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backend that turns every tanh into a sine: a warning, a reproduction, and the right gradient."""
+
+    def broken(graph: fx.GraphModule, inputs: Any) -> Any:
+        for node in graph.graph.nodes:
+            if node.target is torch.ops.aten.tanh.default:
+                node.target = torch.ops.aten.sin.default
+        graph.recompile()
+        return graph.forward
+
+    monkeypatch.setattr(compile_graph, "lookup_backend", lambda name: broken)
+    case = problem("linear", "rmsprop", 3, True)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        got, _ = gradients(case, backend="aot_eager", hvp="reverse")
+    agree(got, run_oracle(case))
+    (first, *_) = [str(w.message) for w in told if issubclass(w.category, RuntimeWarning)]
+    assert "compiled a part of the inner loop wrongly: output" in first
+    path = first.split("Please report it with ")[1].split(":")[0]
+    saved = torch.load(path)
+    assert "tanh" in saved["code"] and all(isinstance(t, Tensor) for t in saved["inputs"])
+    wrong, _ = gradients(case, backend="aot_eager", hvp="reverse", self_check=False)
+    with pytest.raises(AssertionError, match="off by"):
+        agree(wrong, run_oracle(case))
+
+
+def test_unknown_backend() -> None:
+    with pytest.raises(ValueError, match="backend: got 'nonesuch', expected 'eager' or one of"):
+        metaoptim.compile(backend="nonesuch")
+
+
+# -- a compiler that is wrong about saved tensors that are views of each other ----------------------------------------
+
+
+def _unbound_rates(form: str) -> dict[str, Tensor]:
+    """One step of training with learning rates that are views of one tensor, and per-example weights."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    log_lr = torch.full((2,), -2.0, requires_grad=True)
+    weights = torch.linspace(-1, 1, 10).requires_grad_()
+    x, y = torch.randn(10, 6), torch.randint(3, (10,))
+    first, second = net[0], net[2]
+
+    def inner_loss(weights: Tensor) -> Tensor:
+        return (weights.sigmoid() * F.cross_entropy(net(x), y, reduction="none")).mean()
+
+    def whole(weights: Tensor, log_lr: Tensor) -> Tensor:
+        rates = log_lr.exp().unbind()
+        inner = metaoptim.MetaSGD([{"params": first, "lr": rates[0]}, {"params": second, "lr": rates[1]}])
+        step = metaoptim.compile(one_step, backend="aot_eager") if form == "B" else one_step
+        with metaoptim.SlidingWindow(offline=True, strategy="full_tape" if form == "oracle" else "auto"):
+            for _ in range(2):
+                step(inner, weights)
+            return F.cross_entropy(net(x), y)
+
+    def one_step(inner: Any, weights: Tensor) -> None:
+        inner.step(inner_loss(weights))
+
+    fn = metaoptim.compile(whole, backend="aot_eager") if form == "C" else whole
+    fn(weights, log_lr).backward()
+    grads = {"weights": weights.grad, "log_lr": log_lr.grad, "theta": first.weight.grad}
+    return {k: v for k, v in grads.items() if v is not None}
+
+
+@pytest.mark.parametrize("form", ["A", "B", "C"])
+def test_learning_rates_that_are_views_of_each_other(form: str) -> None:
+    expected = _unbound_rates("oracle")
+    agree(_unbound_rates(form), expected)  # type: ignore[arg-type]
+    assert all(float(v.abs().max()) > 1e-4 for v in expected.values()) and len(expected) == 3
