@@ -160,11 +160,13 @@ def _dict(name: Callable[[Any], str], values: dict, a: tuple, b: tuple, keys: st
 def _optimizer_parts(name: str, optimizer: MetaOptimizer) -> Iterator[tuple[str, Any]]:
     yield f"{name}'s first_order", optimizer.first_order
     yield f"{name}'s gradient normalizer", optimizer._normalizer
+    names = {id(p): n for net in optimizer.networks for n, p in net.named_parameters()}
     for i, group in enumerate(optimizer.param_groups):
         yield f"{name}.param_groups[{i}]", group
         for k, p in enumerate(group["params"]):
-            yield f"{name}.param_groups[{i}]['params'][{k}]", p
-            yield f"the state of {name}.param_groups[{i}]['params'][{k}]", dict(optimizer.state.get(p, {}))
+            label = names.get(id(p), f"param_groups[{i}]['params'][{k}]")
+            yield f"{name}'s parameter {label}", p
+            yield f"{name}'s state of {label}", dict(optimizer.state.get(p, {}))
 
 
 def _described(a: Any) -> str:

@@ -54,8 +54,12 @@ def _tensors(name: str, value: Any, seen: set[int]) -> Iterator[tuple[str, Tenso
     if isinstance(value, nn.Module):
         yield from ((path, t) for path, t in module_parts(name, value) if isinstance(t, Tensor))
     elif isinstance(value, MetaOptimizer):
+        for i, net in enumerate(value.networks):
+            yield from _tensors(f"{name}.networks[{i}]", net, seen)
         for i, group in enumerate(value.param_groups):
             for key, hyper in group.items():
+                if key == "params":
+                    continue
                 yield from _tensors(f"{name}.param_groups[{i}][{key!r}]", hyper, seen)
     elif isinstance(value, dict):
         for key, inner in value.items():

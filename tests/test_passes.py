@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import metaoptim
-from metaoptim.compile import CompiledFunction, trace_of
+from metaoptim.compile import CompiledFunction, step_of, trace_of
 from metaoptim.compiler.capture.tracer import Trace
-from metaoptim.compiler.ir import EAGER, StepGraph
+from metaoptim.compiler.ir import EAGER
 from metaoptim.compiler.passes.canonicalize import canonicalize
 from metaoptim.compiler.passes.mode import mode
 from metaoptim.compiler.passes.pipeline import Options, compile_trace, sizes_of
@@ -143,18 +143,6 @@ def traced(name: str, offline: bool = True) -> Trace:
     return tracer.trace
 
 
-def cached() -> Callable[..., StepGraph]:
-    """A cache of step graphs of one's own."""
-    steps: dict[tuple, StepGraph] = {}
-
-    def step_of(key: tuple, build: Callable[[], StepGraph]) -> StepGraph:
-        if key not in steps:
-            steps[key] = build()
-        return steps[key]
-
-    return step_of
-
-
 def executed(program: RolledProgram) -> dict[str, int]:
     """What runs: operators of all calls and their derivatives, those of the distinct graphs, and bytes alive."""
     costs = {id(g): step_cost(g, "reverse") for g in program.step_graphs}
@@ -168,7 +156,7 @@ def executed(program: RolledProgram) -> dict[str, int]:
 
 @functools.cache
 def compiled(name: str, *skip: str) -> tuple[RolledProgram, list[Any]]:
-    return compile_trace(traced(name), Options(lowering=EAGER, skip=frozenset(skip)), cached())
+    return compile_trace(traced(name), Options(lowering=EAGER, skip=frozenset(skip)), step_of)
 
 
 # -- numbers ---------------------------------------------------------------------------------------------------------
@@ -247,8 +235,8 @@ def test_mode_cuts_theta_off_and_writes_back(name: str) -> None:
     draft = split(trace)  # as if the window were offline
     canonicalize(draft)
     prune(draft)
-    without, _ = roll(draft, cached())
-    with_it, _ = compile_trace(traced(name, offline=False), Options(lowering=EAGER), cached())
+    without, _ = roll(draft, step_of)
+    with_it, _ = compile_trace(traced(name, offline=False), Options(lowering=EAGER), step_of)
     learnt = CASES[name].build()[1]
     assert len(predict(without, None).reached) == len(learnt)
     assert len(predict(with_it, None).reached) == 1
@@ -281,7 +269,6 @@ def test_passes_are_idempotent(name: str) -> None:
     assert canonicalize(draft).startswith("0 of ")
     prune(draft)
     assert state_of(draft) == settled
-    step_of = cached()
     texts = [str(roll(draft, step_of)[0]) for _ in range(2)]
     assert texts[0] == texts[1]
 
@@ -290,7 +277,7 @@ def test_passes_are_idempotent(name: str) -> None:
 
 
 def test_every_pass_leaves_a_record() -> None:
-    _, records = compile_trace(traced("mlp"), Options(lowering=EAGER), cached(), texts=True)
+    _, records = compile_trace(traced("mlp"), Options(lowering=EAGER), step_of, texts=True)
     assert [r.name for r in records] == ["capture", "mode", "canonicalize", "prune", "roll", "differentiate"]
     assert all(r.done and r.milliseconds >= 0 and r.text and r.after for r in records)
     by_name = {r.name: r for r in records}
