@@ -20,10 +20,12 @@ from ..compiler.ir import Lowering, Role, StepCall
 from ..compiler.lower import lowered
 from ..compiler.passes.pipeline import shaped
 from ..compiler.passes.roll import StepOf
-from ..compiler.segments import Roles, ordered, whole
+from ..compiler.segments import Roles, identity, ordered, whole
 from ..compiler.verify_step import verify_step
 from .capturing import CapturedSession
+from .dependence import depends_on, loss_inputs, mark, shown_in
 from .noise import redrawn
+from .premises import Premises
 from .recorded import RecordedSession
 from .session import Options, _current
 
@@ -36,6 +38,12 @@ class CapturedStep(CapturedSession):
         self.window = window
         self.keeps_state = True
         self.left: list[tuple[Any, Value]] = []  # what has a new value after the step, and which
+        self.thetas: dict[
+            int, Tensor
+        ] = {}  # id of an input that is a parameter as it is before the step -> whose
+        self.shown: dict[
+            int, Tensor
+        ] = {}  # id of a call that shows a parameter as it is after the step -> whose
 
     @contextmanager
     def stepping(self) -> Iterator[None]:
@@ -49,7 +57,9 @@ class CapturedStep(CapturedSession):
                 self.adopt(optimizer)
             yield
             failed = False
-            self.taken = [(m.optimizer, m.steps) for m in self.members.values()]
+            self.taken = [(m.optimizer, m.steps) for m in self.members.values() if m.steps]
+            for p, shown in zip(self.networks.originals, self.networks.shown, strict=True):
+                self.shown[id(self.recorder.value_of(shown).entry)] = p
         finally:
             self.close(failed)
             for optimizer in members:
@@ -58,6 +68,15 @@ class CapturedStep(CapturedSession):
     def _last_state(self, target: tuple, last: Tensor) -> Tensor:
         self.left.append((target, self.recorder.give(last)))
         return last
+
+    def _enter(self, ordinals: list[int], late: bool) -> None:
+        super()._enter(ordinals, late)
+        tracer = self.recorder
+        for p in (self.networks.originals[i] for i in ordinals):
+            self.thetas[id(tracer.value_of(p))] = p
+            # the function reads theta from the networks; where it knows the very parameter, that is a constant
+            tracer.trace.inputs.append(Input(p))
+            tracer.bind(p, tracer.trace.inputs[-1])
 
     def _leave(self, target: Any, own: Tensor | None, last: Tensor, value: Any) -> None:
         self.left.append((target, self.recorder.give(last)))
@@ -90,7 +109,7 @@ class CompiledStep:
         self, captured: CapturedStep, outputs: list[Value], step_of: StepOf, texts: bool = False
     ) -> None:
         trace, window = captured.recorder.trace, captured.window
-        own = {id(p): p for p in captured.networks.originals}
+        own, thetas = {id(p) for p in captured.networks.originals}, captured.thetas
         states = {
             id(v): (optimizer, p, name)
             for optimizer in (m.optimizer for m in window.members.values())
@@ -107,6 +126,7 @@ class CompiledStep:
         self.states = [target for target, _ in kinds["state"]]
         where = {id(own): (module, name) for module, name, own in captured.networks._buffers}
         self.buffers = [where[id(target)] for target, _ in kinds["buffer"]]
+        current = [shown_in(v, captured.shown) for v in outputs]
         trace.outputs = [v for kind in kinds.values() for _, v in kind] + outputs
         draft = whole(trace)
         self.records = shaped(draft, texts)
@@ -114,7 +134,7 @@ class CompiledStep:
         segment, body = unit.segment, unit.body
         places = [(segment.number_of[id(v.entry)], v.index) for v in trace.outputs]
         self.results = places[len(places) - len(outputs) :]
-        roles = self._roles(segment, body, places, own, states)
+        roles = self._roles(segment, body, places, thetas, states)
         hooked = window.options.backward_hook is not None
         key = (
             segment.key,
@@ -126,20 +146,27 @@ class CompiledStep:
         self.step = step_of((*key, "step"), lambda: build_segment(segment, body, (), hooked, roles))
         verify_step(self.step)
         self.live = [place in body.active_outputs for place in self.results]
+        self.current = [of for of, live in zip(current, self.live, strict=True) if live]
         self.steps = len(trace.steps)
         refs = [segment.inputs[at] for at in roles.order]
-        self.reads = [own[id(x.tensor)] for x in refs if isinstance(x, Input) and id(x.tensor) in own]
+        self.reads = [thetas[id(x)] for x in refs if id(x) in thetas]
         self.reads_state = [
             states[id(x.tensor)] for x in refs if isinstance(x, Input) and id(x.tensor) in states
         ]
         self.given = refs[len(self.reads) + len(self.reads_state) :]
+        of_losses = loss_inputs(segment.entries)
+        self._reaches_loss = [identity(x) in of_losses for x in self.given]
+        # by place: the tensor there is another one after every step, and in the next window
+        self._buffers_given = [where.get(id(x.tensor)) if isinstance(x, Input) else None for x in self.given]
         self.taken = captured.taken
+        self._premises = Premises([optimizer for optimizer, _ in self.taken], self.given)
+        self._fresh = True
 
-    def _roles(self, segment: Any, body: Any, places: list, own: dict, states: dict) -> Roles:
+    def _roles(self, segment: Any, body: Any, places: list, thetas: dict, states: dict) -> Roles:
         def role(at: int, x: Any) -> Role:
             if isinstance(x, Noise):
                 return Role.NOISE
-            if id(x.tensor) in own:
+            if id(x) in thetas:
                 return Role.THETA
             if id(x.tensor) in states:
                 return Role.OPT_STATE
@@ -173,10 +200,14 @@ class CompiledStep:
         view, engine, networks = window.view, window.engine, window.networks
         with window.recorder.paused(), torch.no_grad():
             networks.check()
+            self._premises.check(tensor_of)
             view.settle()
             for optimizer, _ in self.taken:
                 window.bring(optimizer, window.ordinals(optimizer))
-            given = [None if isinstance(x, Noise) else tensor_of(x) for x in self.given]
+            given = [self._given(x, place, tensor_of) for x, place in zip(self.given, self._buffers_given)]
+            self._check_given(window, given)
+            if self._fresh:
+                self._forget()
             noise = iter(redrawn([x for x in self.given if isinstance(x, Noise)]))
             held: list[Any] = [next(noise) if t is None else view.hold(t) for t in given]
             call = self._call(window, held, how)
@@ -195,6 +226,35 @@ class CompiledStep:
             for optimizer, steps in self.taken:
                 window.members[id(optimizer)].steps += steps
         return self._results(window, call, results)
+
+    def _given(self, x: Any, place: Any, tensor_of: Callable[[Input], Tensor]) -> Any:
+        if isinstance(x, Noise):
+            return None
+        return tensor_of(x) if place is None else place[0]._buffers[place[1]]
+
+    def _forget(self) -> None:
+        """Let go of the tensors seen at capture, with all that hangs on them: from now on each call brings its own."""
+        self._fresh = False
+        for x in self.given:
+            if isinstance(x, Input):
+                x.tensor = None  # type: ignore[assignment]
+
+    def _check_given(self, window: RecordedSession, given: list[Tensor | None]) -> None:
+        learnt = [
+            t
+            for t, reaches in zip(given, self._reaches_loss)
+            if reaches and t is not None and t.requires_grad
+        ]
+        if not learnt:
+            return
+        shown = [window.networks.shown[i] for optimizer, _ in self.taken for i in window.ordinals(optimizer)]
+        for t in learnt:
+            if depends_on(t, shown):
+                raise CaptureError(
+                    f"a compiled step was given a tensor of shape {tuple(t.shape)} that was computed from the "
+                    "parameters it trains, as they are now; its inner gradient would miss that path. Compute it inside "
+                    "the step, or pass it detached"
+                )
 
     def _ordinal(self, window: RecordedSession, p: Tensor) -> int:
         ordinal = window.networks.index_of(p)
@@ -235,9 +295,11 @@ class CompiledStep:
         for optimizer, p, name in self.states:
             optimizer.state[p] = {**optimizer.state[p], name: next(values)}
         for module, name in self.buffers:
-            buffer: Any = module._buffers[name]
-            window.view.preserve([buffer])
-            buffer.copy_(next(values))
+            # in a new tensor: an outer loss may have saved the old one for its backward
+            old, new = module._buffers[name], next(values).clone()
+            for m, n, _ in window.networks._buffers:
+                if m._buffers.get(n) is old:
+                    m._buffers[n] = new
 
     def _results(self, window: RecordedSession, call: StepCall, results: Sequence[Tensor]) -> list[Tensor]:
         found = list(results[len(results) - len(self.live) :])
@@ -246,6 +308,8 @@ class CompiledStep:
             indices = [window.results[id(self), k] for k in at]
             with window.recorder.paused(), torch.enable_grad():
                 reads = window.view.results(indices)
+            networks = window.networks
+            mark(reads, [[networks.shown[self._ordinal(window, p)] for p in of] for of in self.current])
             for k, t in zip(at, reads, strict=True):
                 found[k] = t
         return [t if live else t.clone() for t, live in zip(found, self.live, strict=True)]

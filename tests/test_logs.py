@@ -79,7 +79,10 @@ CHANGES: dict[str, tuple[Callable[[World], Any], str]] = {
         "the number of positional arguments: was 2, is 3",
     ),
     "training": (lambda w: w.net[1].eval(), "net.1.training: was True, is False"),
-    "frozen": (lambda w: w.net[2].bias.requires_grad_(False), "inner's parameter 2.bias: requires_grad was True, is False"),
+    "frozen": (
+        lambda w: w.net[2].bias.requires_grad_(False),
+        "inner's parameter 2.bias: requires_grad was True, is False",
+    ),
     "hyper-parameter": (
         lambda w: w.inner.param_groups[0].update(lr=0.3),
         "inner.param_groups[0]['lr']: was 0.1, is 0.3",
