@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import itertools
 import json
 from collections.abc import Callable
@@ -358,7 +359,7 @@ def test_text_shows_every_stage_and_the_program(report: Report) -> None:
 
 def test_a_terminal_shows_tables(report: Report) -> None:
     console = pytest.importorskip("rich.console")
-    shown = console.Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    shown = console.Console(width=160, record=True, file=io.StringIO())
     shown.print(report)
     text = shown.export_text()
     for part in ("12 inner steps in 14 calls", "canonicalize", "step_c", "loop 9 times", "xs[3 + t]"):
