@@ -259,7 +259,7 @@ def _forward_over_reverse(
         return torch.func.grad(loss, argnums=tuple(range(len(arguments))))(*arguments)
 
     done = _mark("backward")
-    primal, tangent = torch.func.jvp(gradients, tuple(taken), tuple(u))
+    primal, tangent = torch.func.jvp(gradients, tuple(taken), tuple(u))  # pyright: ignore[reportAssignmentType]
     done()
     found: dict[int, Tensor] = dict(zip(others, tangent[count:], strict=True))
     with torch.enable_grad():  # theta may itself be made of inputs

@@ -103,10 +103,10 @@ class Segment(Keyed):
         for at in sorted(thetas_of(self)):
             for spies in hooks.of.get(id(self.inputs[at].entry), {}).values():
                 self.hooks["x", at] = spies
-        hooks = tuple((at, tuple(hook_key(s.hook) for s in spies)) for at, spies in self.hooks.items())
-        self.opaque = self.opaque or bool(hooks)
+        acting = tuple((at, tuple(hook_key(s.hook) for s in spies)) for at, spies in self.hooks.items())
+        self.opaque = self.opaque or bool(acting)
         kinds = tuple(_kind(x) for x in self.inputs)
-        self.key = (body, kinds, hooks)
+        self.key = (body, kinds, acting)
 
     def token(self, a: Any) -> Any:
         """A hashable stand-in: ("v", entry, output), ("x", k), ("n", k) or a constant."""

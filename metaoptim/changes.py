@@ -50,17 +50,14 @@ def first_change(fn: Callable, args: tuple, kwargs: dict[str, Any], old: Any, ne
     """
     try:
         return _first_change(fn, args, kwargs, old, new)
-    except (
-        ValueError,
-        TypeError,
-        LookupError,
-        AttributeError,
-    ):  # a name is a courtesy, and no reason to fail
+    # a name is a courtesy, and no reason to fail
+    except (ValueError, TypeError, LookupError, AttributeError):
         return Change("something that the function depends on", "is not what it was")
 
 
 def _first_change(fn: Callable, args: tuple, kwargs: dict[str, Any], old: Any, new: Scene) -> Change:
-    then, now = old, new.key
+    then: Any = old
+    now: Any = new.key
     while then and now and then[0] == now[0] == "step":  # a compiled step: (step, hooked, key)
         if then[1] != now[1]:
             return Change("the window", "with a backward_hook" if now[1] else "without a backward_hook", True)

@@ -60,7 +60,7 @@ def explain(fn: Callable) -> Callable[..., Report]:
         >>> report.horizon, report.gradient_targets
         (20, ['net.weight', 'net.bias', 'log_lr'])
     """
-    compiled = fn if hasattr(fn, "explain") else CompiledFunction(fn, Options())
+    compiled: Any = fn if hasattr(fn, "explain") else CompiledFunction(fn, Options())
     return compiled.explain
 
 

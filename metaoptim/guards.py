@@ -34,7 +34,7 @@ class Scene:
         self._alive: list[Any] = []
         described = [self._describe(args), self._describe(kwargs)]
         described += [(name, self._describe(value)) for name, value in surroundings(fn)]
-        self.key = (
+        self.key: Any = (
             tuple(described),
             torch.get_default_dtype(),
             tuple(

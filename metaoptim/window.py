@@ -152,7 +152,7 @@ class SlidingWindow:
             raise ValueError(
                 f"window.scan: got leading sizes {[tuple(t.shape[:1]) for t in tensors]}, expected one size"
             )
-        (count,) = sizes
+        count: Any = sizes.pop()
         for _, items in self._iterations(tensors, count):
             yield items[0] if len(items) == 1 else tuple(items)
 

@@ -96,7 +96,7 @@ class _Networks(Networks):
 class CapturedSession(Session):
     """A window inside a function that is captured."""
 
-    recorder: Tracer  # type: ignore[assignment]
+    recorder: Tracer
 
     def __init__(self, options: Options, tracer: Tracer) -> None:
         if options.record_grad_tape or options.pickup_step >= 0:

@@ -200,7 +200,7 @@ def predict(program: RolledProgram, slots: int | None, how: Lowering = EAGER) ->
         source = key[0] if isinstance(key, tuple) else key
         if isinstance(key, tuple) and source not in sliced:
             sliced[source] = _Block(meter, nbytes(source.spec))
-        if grad.reached:
+        if grad.reached:  # pyright: ignore[reportAttributeAccessIssue]
             reached.add(source)
     extra = engine.replays - forward_steps
     del held

@@ -15,7 +15,6 @@ from metaoptim.errors import LossError, WindowError
 from ..compiler.build import GradientHooks
 from ..compiler.capture import intercept
 from ..compiler.capture.entries import Spy
-from ..compiler.capture.recorder import Recorder
 from .distributed import average_over_ranks
 from .networks import Networks
 
@@ -56,7 +55,7 @@ class _Member:
 class Session:
     """Base of the strategies. A strategy shows parameters (`_enter`) and takes steps (`_step`)."""
 
-    recorder: Recorder
+    recorder: Any  # a Recorder, or the Tracer of a capture
 
     def __init__(self, options: Options) -> None:
         self.options = options

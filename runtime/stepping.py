@@ -66,7 +66,7 @@ class CapturedStep(CapturedSession):
 @contextmanager
 def aside(window: RecordedSession) -> Iterator[None]:
     """The window steps aside: its networks have their own parameters, its modes are off."""
-    tokens = [(_current, _current.set(None))]
+    tokens: list[Any] = [(_current, _current.set(None))]
     tokens += [(v, v.set(None)) for v in (intercept.recording, intercept.binding)]
     with window.networks.hidden(), _disable_current_modes():
         try:

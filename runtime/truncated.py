@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from typing import Any
 
 from torch import Tensor
 
@@ -21,7 +22,7 @@ def pull_back_truncated(engine: Engine, sweep: Sweep, limit: int, offline: bool)
     autograd's tape. Where they reach theta or optimizer state - an outer loss has read it there - a sweep of its own
     goes back ``limit`` super-steps and ends: W step-VJPs for each such read.
     """
-    program = engine.program
+    program: Any = engine.program
     steps = [p for p in range(program.end) if program.takes_step(p)]
     cut = False
     with engine.sweeping():
@@ -56,7 +57,7 @@ def pull_back_truncated(engine: Engine, sweep: Sweep, limit: int, offline: bool)
 
 def _pull(engine: Engine, sweep: Sweep, position: int) -> dict[int, Tensor]:
     """Pull what the user's own code carries through one call; what reaches theta and optimizer state there."""
-    call = engine.program[position]
+    call: Any = engine.program[position]
     reads = Sweep()
     received = {k: sweep.cotangents.pop(r, None) for k, r in call.changed()}
     for role, register, grad in engine.vjp(call, position, received):

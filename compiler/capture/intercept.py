@@ -22,7 +22,7 @@ from . import memory
 from .entries import Spy
 from .recorder import Recorder
 
-recording: ContextVar[Recorder | None] = ContextVar("metaoptim_recorder", default=None)
+recording: ContextVar[Any] = ContextVar("metaoptim_recorder", default=None)
 # Called with the function handed to checkpoint; returns one that recomputes with the parameters of now.
 binding: ContextVar[Any] = ContextVar("metaoptim_binding", default=None)
 

@@ -99,7 +99,7 @@ class Scan:
         count: how many iterations it stands for.
         labels: which of them have been captured.
         begins: index of the first entry of each captured iteration.
-        end: index after the last entry, once the loop has run out.
+        end: index after the last entry, once the loop has run out; -1 before.
     """
 
     __slots__ = ("count", "labels", "begins", "end", "location")
@@ -107,7 +107,7 @@ class Scan:
     def __init__(self, count: int, labels: list[int], location: str) -> None:
         self.count, self.labels, self.location = count, labels, location
         self.begins: list[int] = []
-        self.end: int | None = None
+        self.end = -1
 
 
 @dataclass

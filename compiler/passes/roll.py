@@ -54,7 +54,7 @@ def roll(draft: Draft, step_of: StepOf) -> tuple[RolledProgram, str]:
         )
         step = step_of(key, lambda u=unit: build_segment(u.segment, u.body, lifted[id(u.body)], hooked))
         call = _call(unit, step, lifted[id(unit.body)], *registers.assign(n))
-        if n in moved:
+        if n in moved and unit.scan is not None:
             scan, units = moved[n]
             strides = _strides(call, scan, units, lifted[id(unit.body)])
             k = len(scan.labels) - 1 if n in templates else unit.scan[1]
