@@ -81,13 +81,15 @@ class RolledProgram:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of the registers, each at its largest."""
+        """Bytes in the registers, when there are most."""
         sizes: dict[int, int] = {}
+        most = 0
         for call, _ in self.counted():
             for k, register in call.changed():
                 if register >= 0:
-                    sizes[register] = max(sizes.get(register, 0), nbytes(call.step.outputs[k].spec))
-        return sum(sizes.values())
+                    sizes[register] = nbytes(call.step.outputs[k].spec)
+            most = max(most, sum(sizes.values()))
+        return most
 
     @property
     def inputs(self) -> list[Input]:

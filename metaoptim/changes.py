@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from .guards import Scene, surroundings
@@ -104,12 +104,9 @@ def _compare(name: str, value: Any, a: Any, b: Any) -> Change | None:
         if field >= len(_TENSOR_FIELDS):
             return Change(name, "has other hooks than before")
         return Change(name, f"{_TENSOR_FIELDS[field]} was {_plain(a[1 + field])}, is {_plain(b[1 + field])}")
-    if a[0] in ("list", "tuple") or (
-        isinstance(value, (list, tuple)) and len(b) == 2 and isinstance(b[1], tuple)
-    ):
-        return _children(
-            [f"{name}[{i}]" for i in range(len(b[1]))], value, a[1], b[1], f"the length of {name}"
-        )
+    if a[0] in ("list", "tuple") or _is_sequence(value, b):
+        names = [f"{name}[{i}]" for i in range(len(b[1]))]
+        return _children(names, value, a[1], b[1], f"the length of {name}")
     if a[0] == "dict":
         return _dict(lambda k: f"{name}[{k!r}]", value, a, b, f"the keys of {name}")
     if a[0] in ("module", "optimizer", "object"):
@@ -117,7 +114,7 @@ def _compare(name: str, value: Any, a: Any, b: Any) -> Change | None:
             return Change(name, f"another {'object' if a[0] == 'object' else a[0]} than before")
         if len(a[2]) != len(b[2]):
             return Change(name, "has more or fewer parameters, buffers or states than before")
-        parts = module_parts if a[0] == "module" else _optimizer_parts
+        parts: Callable[[str, Any], Iterator] = module_parts if a[0] == "module" else _optimizer_parts
         for (label, inner), x, y in zip(parts(name, value), a[2], b[2], strict=False):
             found = _compare_part(label, inner, x, y)
             if found is not None:
@@ -126,6 +123,11 @@ def _compare(name: str, value: Any, a: Any, b: Any) -> Change | None:
     if a[0] == "again":
         return Change(name, "is the same object as another argument than before")
     return Change(name, f"was {_described(a)}, is {_described(b)}", True)
+
+
+def _is_sequence(value: Any, described: Any) -> bool:
+    """Whether it is a list or tuple of a class of its own, described by its items."""
+    return isinstance(value, (list, tuple)) and len(described) == 2 and isinstance(described[1], tuple)
 
 
 def _compare_part(label: str, inner: Any, x: Any, y: Any) -> Change | None:
@@ -146,7 +148,7 @@ def _compare_part(label: str, inner: Any, x: Any, y: Any) -> Change | None:
     return _compare(label, inner, x, y)
 
 
-def _children(names: list[str], values: Any, a: tuple, b: tuple, size: str) -> Change | None:
+def _children(names: list[str], values: Any, a: Sequence, b: Sequence, size: str) -> Change | None:
     if len(a) != len(b):
         return Change(size, f"was {len(a)}, is {len(b)}", True)
     for name, value, x, y in zip(names, values, a, b, strict=True):
