@@ -6,7 +6,6 @@ import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -82,13 +81,15 @@ class RolledProgram:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of the registers, each at its largest."""
+        """Bytes in the registers, when there are most."""
         sizes: dict[int, int] = {}
+        most = 0
         for call, _ in self.counted():
             for k, register in call.changed():
                 if register >= 0:
-                    sizes[register] = max(sizes.get(register, 0), nbytes(call.step.outputs[k].spec))
-        return sum(sizes.values())
+                    sizes[register] = nbytes(call.step.outputs[k].spec)
+            most = max(most, sum(sizes.values()))
+        return most
 
     @property
     def inputs(self) -> list[Input]:
@@ -188,8 +189,12 @@ def readable_bytes(size: float) -> str:
 
 def shapes_text(specs: Iterable[tuple]) -> str:
     """Dtypes and shapes, equal ones once: ``float32 4×3, 4 (2 of them)``."""
+    groups: dict[torch.dtype, list[tuple]] = {}
+    for spec in specs:
+        if spec:
+            groups.setdefault(spec[1], []).append(spec)
     parts = []
-    for dtype, group in groupby((s for s in specs if s), key=lambda s: s[1]):
+    for dtype, group in groups.items():
         counts = Counter("×".join(map(str, s[0])) or "scalar" for s in group)
         shown = [name + (f" ({n} of them)" if n > 1 else "") for name, n in counts.items()]
         if len(shown) > _MOST_SHAPES:

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from .guards import Scene, surroundings
 from .naming import argument_names, module_parts
 from .optim.optimizer import MetaOptimizer
 
-_TENSOR_FIELDS = (
-    "shape",
-    "dtype",
-    "strides",
-    "device",
-    "requires_grad",
-    "whether it is a leaf or requires grad",
-)
+_TENSOR_FIELDS = ("shape", "dtype", "strides", "device", "requires_grad")
 
 
 class Change:
@@ -55,6 +48,14 @@ def first_change(fn: Callable, args: tuple, kwargs: dict[str, Any], old: Any, ne
         old: the key of the scene of the earlier one.
         new: the scene of this one.
     """
+    try:
+        return _first_change(fn, args, kwargs, old, new)
+    # a name is a courtesy, and no reason to fail
+    except (ValueError, TypeError, LookupError, AttributeError):
+        return Change("something that the function depends on", "is not what it was")
+
+
+def _first_change(fn: Callable, args: tuple, kwargs: dict[str, Any], old: Any, new: Scene) -> Change:
     then: Any = old
     now: Any = new.key
     while then and now and then[0] == now[0] == "step":  # a compiled step: (step, hooked, key)
@@ -100,19 +101,20 @@ def _compare(name: str, value: Any, a: Any, b: Any) -> Change | None:
         )
     if a[0] == "tensor":
         field = next(i for i, (x, y) in enumerate(zip(a[1:], b[1:], strict=True)) if x != y)
+        if field >= len(_TENSOR_FIELDS):
+            return Change(name, "has other hooks than before")
         return Change(name, f"{_TENSOR_FIELDS[field]} was {_plain(a[1 + field])}, is {_plain(b[1 + field])}")
-    if a[0] in ("list", "tuple") or (
-        isinstance(value, (list, tuple)) and len(b) == 2 and isinstance(b[1], tuple)
-    ):
-        return _children(
-            [f"{name}[{i}]" for i in range(len(b[1]))], value, a[1], b[1], f"the length of {name}"
-        )
+    if a[0] in ("list", "tuple") or _is_sequence(value, b):
+        names = [f"{name}[{i}]" for i in range(len(b[1]))]
+        return _children(names, value, a[1], b[1], f"the length of {name}")
     if a[0] == "dict":
         return _dict(lambda k: f"{name}[{k!r}]", value, a, b, f"the keys of {name}")
     if a[0] in ("module", "optimizer", "object"):
         if a[1] != b[1]:
             return Change(name, f"another {'object' if a[0] == 'object' else a[0]} than before")
-        parts = module_parts if a[0] == "module" else _optimizer_parts
+        if len(a[2]) != len(b[2]):
+            return Change(name, "has more or fewer parameters, buffers or states than before")
+        parts: Callable[[str, Any], Iterator] = module_parts if a[0] == "module" else _optimizer_parts
         for (label, inner), x, y in zip(parts(name, value), a[2], b[2], strict=False):
             found = _compare_part(label, inner, x, y)
             if found is not None:
@@ -123,23 +125,30 @@ def _compare(name: str, value: Any, a: Any, b: Any) -> Change | None:
     return Change(name, f"was {_described(a)}, is {_described(b)}", True)
 
 
+def _is_sequence(value: Any, described: Any) -> bool:
+    """Whether it is a list or tuple of a class of its own, described by its items."""
+    return isinstance(value, (list, tuple)) and len(described) == 2 and isinstance(described[1], tuple)
+
+
 def _compare_part(label: str, inner: Any, x: Any, y: Any) -> Change | None:
     if x == y:
         return None
     if isinstance(x, bool) or isinstance(y, bool):
         return Change(label, f"was {x}, is {y}", True)
-    if (
-        isinstance(inner, dict) and x and isinstance(x[0], tuple) and isinstance(x[0][0], str)
-    ):  # a parameter group
-        for (k, p), (_, q) in zip(x, y, strict=False):
-            found = _compare(f"{label}[{k!r}]", inner.get(k), p, q)
+    if isinstance(inner, tuple) and x[0] == y[0] == inner[0]:  # a state of a parameter, with its name
+        return _compare(label, inner[1], x[1], y[1])
+    if isinstance(inner, dict):  # a parameter group
+        for (key, p), (other, q) in zip(x, y, strict=False):
+            if key != other:
+                break
+            found = _compare(f"{label}[{key!r}]", inner.get(key), p, q)
             if found is not None:
                 return found
         return Change(label, "has other hyper-parameters than before")
     return _compare(label, inner, x, y)
 
 
-def _children(names: list[str], values: Any, a: tuple, b: tuple, size: str) -> Change | None:
+def _children(names: list[str], values: Any, a: Sequence, b: Sequence, size: str) -> Change | None:
     if len(a) != len(b):
         return Change(size, f"was {len(a)}, is {len(b)}", True)
     for name, value, x, y in zip(names, values, a, b, strict=True):
@@ -158,6 +167,7 @@ def _dict(name: Callable[[Any], str], values: dict, a: tuple, b: tuple, keys: st
 
 
 def _optimizer_parts(name: str, optimizer: MetaOptimizer) -> Iterator[tuple[str, Any]]:
+    """Likewise of an optimizer (`Scene._optimizer`)."""
     yield f"{name}'s first_order", optimizer.first_order
     yield f"{name}'s gradient normalizer", optimizer._normalizer
     names = {id(p): n for net in optimizer.networks for n, p in net.named_parameters()}
@@ -166,7 +176,8 @@ def _optimizer_parts(name: str, optimizer: MetaOptimizer) -> Iterator[tuple[str,
         for k, p in enumerate(group["params"]):
             label = names.get(id(p), f"param_groups[{i}]['params'][{k}]")
             yield f"{name}'s parameter {label}", p
-            yield f"{name}'s state of {label}", dict(optimizer.state.get(p, {}))
+            for key, value in optimizer.state.get(p, {}).items():
+                yield f"{name}'s {key} of {label}", (key, value)
 
 
 def _described(a: Any) -> str:

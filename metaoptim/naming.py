@@ -35,7 +35,7 @@ def tensor_names(fn: Callable, args: tuple, kwargs: dict[str, Any]) -> dict[int,
 
 
 def module_parts(name: str, module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """What a scene describes of a module, in its order: training flags, parameters and buffers, with their names."""
+    """What a scene describes of a module, in its order (`Scene._module`): training flags and tensors, with names."""
     for path, m in module.named_modules():
         whole = f"{name}.{path}" if path else name
         yield f"{whole}.training", m.training

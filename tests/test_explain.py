@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import io
 import itertools
 import json
+import re
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -358,7 +361,7 @@ def test_text_shows_every_stage_and_the_program(report: Report) -> None:
 
 def test_a_terminal_shows_tables(report: Report) -> None:
     console = pytest.importorskip("rich.console")
-    shown = console.Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    shown = console.Console(width=160, record=True, file=io.StringIO())
     shown.print(report)
     text = shown.export_text()
     for part in ("12 inner steps in 14 calls", "canonicalize", "step_c", "loop 9 times", "xs[3 + t]"):
@@ -375,3 +378,17 @@ def test_programs_print_with_operators_on_demand() -> None:
     first: Callable[..., Any] = program.rolled.text
     named = first({x: f"input_{i}" for i, x in enumerate(program.rolled.inputs)})
     assert "input_0" in named and "x0" not in named
+
+
+def test_the_examples_of_the_documentation_run() -> None:
+    """The Python blocks of docs/compile.md, one after the other, and the text that it shows."""
+    document = (Path(__file__).parent.parent / "docs" / "compile.md").read_text(encoding="utf-8")
+    scope: dict[str, Any] = {}
+    torch.set_default_dtype(torch.float32)
+    try:
+        for block in re.findall(r"```python\n(.*?)```", document, re.DOTALL):
+            exec(compile(block, "docs/compile.md", "exec"), scope)
+    finally:
+        torch.set_default_dtype(torch.float64)
+    (shown,) = re.findall(r"```\n(meta_loss\n.*?)```", document, re.DOTALL)
+    assert str(scope["report"]).startswith(shown)

@@ -34,6 +34,7 @@ class World:
         torch.manual_seed(0)
         self.net = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.0), nn.Linear(4, 2))
         self.inner = metaoptim.MetaSGD([self.net], lr=0.1)
+        self.inner.state[self.net[0].weight]["momentum_buffer"] = torch.zeros(4, 3)
         self.x = torch.ones(5, 3)
         self.weights = {"a": torch.ones(()), "b": [torch.ones(2), torch.ones(2)]}
         self.scale = 1.0
@@ -79,6 +80,18 @@ CHANGES: dict[str, tuple[Callable[[World], Any], str]] = {
         "the number of positional arguments: was 2, is 3",
     ),
     "training": (lambda w: w.net[1].eval(), "net.1.training: was True, is False"),
+    "state": (
+        lambda w: w.inner.state[w.net[2].bias].update(momentum_buffer=torch.zeros(2)),
+        "inner: has more or fewer parameters, buffers or states than before",
+    ),
+    "dtype of a state": (
+        lambda w: w.inner.state[w.net[0].weight].update(momentum_buffer=torch.zeros(4, 3).float()),
+        "inner's momentum_buffer of 0.weight: dtype was torch.float64, is torch.float32",
+    ),
+    "hook": (
+        lambda w: w.net[2].bias.register_hook(lambda g: g * 2),
+        "inner's parameter 2.bias: has other hooks than before",
+    ),
     "frozen": (
         lambda w: w.net[2].bias.requires_grad_(False),
         "inner's parameter 2.bias: requires_grad was True, is False",
