@@ -21,6 +21,13 @@ from .ir import Role, again, gradient, show
 from .update import UpdatePlan
 
 aten = torch.ops.aten
+# Views that autograd takes for tensors of their own.
+_SHARING = {
+    aten.unsafe_split.Tensor,
+    aten.unsafe_split_with_sizes.default,
+    aten.unsafe_chunk.default,
+    aten._unsafe_view.default,
+}
 
 
 def leaves(a: Any) -> Iterator[Any]:
@@ -128,7 +135,7 @@ class Segment(Keyed):
             entry, written = ref.entry, list(changed(ref.entry))
             if len(written) == 1:
                 ref = written[0]
-            elif entry.op is again or getattr(entry.op, "is_view", False):
+            elif entry.op is again or entry.op in _SHARING or getattr(entry.op, "is_view", False):
                 ref = entry.args[0]
             else:
                 break
