@@ -65,16 +65,7 @@ def run_compiled(case: Problem, backend: str = "eager", **window: Any) -> dict[s
     return {**{n: p.grad for n, p in net.named_parameters()}, **{k: v.grad for k, v in metas.items()}}
 
 
-_LSTM = pytest.param(
-    "lstm",
-    marks=pytest.mark.xfail(
-        raises=metaoptim.errors.CaptureError,
-        reason="in-place gates of an LSTM are taken for writes across steps",
-    ),
-)
-
-
-@pytest.mark.parametrize("network", [_LSTM if n == "lstm" else n for n in NETWORKS])
+@pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("optimizer", ["momentum", "adam"])
 def test_grid(network: str, optimizer: str) -> None:
     for offline, per_step in ((True, False), (False, True)):
