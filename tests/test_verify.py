@@ -23,6 +23,8 @@ from metaoptim.compiler.segments import Draft, split
 from metaoptim.compiler.verify import verify_draft, verify_program
 from metaoptim.compiler.verify_step import verify_step
 from metaoptim.errors import ProgramError
+from oracle import leaves
+from problems import NETWORKS, problem
 
 aten = torch.ops.aten
 CPU = torch.device("cpu")
@@ -455,3 +457,19 @@ def test_the_error_says_what_to_do() -> None:
         ProgramError, match=r"defect of metaoptim; please report.*Without @metaoptim\.compile"
     ):
         verify_program(broken)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_step_graphs_of_ordinary_windows_pass(network: str) -> None:
+    case = problem(network, "amsgrad", 3, offline=True, carry=network != "lstm")
+    torch.manual_seed(3)
+    net, metas = case.build(), leaves(case.metas)
+    inner = case.optimizer_class([net], **case.hyper(metas), **case.options)
+    carried: dict[str, Any] = {}
+    with metaoptim.SlidingWindow(offline=True) as window:
+        for t in range(case.steps):
+            inner.step(case.loss(net, t, metas, carried), allow_unused=case.allow_unused)
+        graphs = window.program.step_graphs
+    assert len(graphs) >= 2
+    for g in graphs:
+        verify_step(g)
