@@ -338,7 +338,7 @@ def _first_use_of_theta(taken: Entry) -> int:
         if entry.seq <= oldest or entry.seq in visited or id(entry) in shown:
             continue
         visited[entry.seq] = entry
-        stack += [a.entry for a in arguments(entry) if isinstance(a, Value)] + list(entry.deps)
+        stack += [a.entry for a in sources(entry) if isinstance(a, Value)]
     reached = set(shown)
     for seq in sorted(visited):
         entry = visited[seq]

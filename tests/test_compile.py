@@ -17,7 +17,7 @@ MODES = list(itertools.product((True, False), (0, 1, 2, 7)))  # offline, steps
 
 def cases(network: str, optimizer: str) -> list[tuple[Problem, int | None]]:
     """Problems with slots and without: every network and every optimizer meets every mode and horizon."""
-    i, j = list(NETWORKS).index(network), list(OPTIMIZERS).index(optimizer)
+    i, j = GRID.index(network), list(OPTIMIZERS).index(optimizer)
     per_step, carry = bool((i + j) % 2), bool((i // 2 + j) % 2)
     found = []
     for k in (0, 4):
