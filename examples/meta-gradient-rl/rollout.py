@@ -55,9 +55,10 @@ class CartPole:
     def play(self, actor: nn.Module, length: int) -> Trajectory:
         """``length`` steps with ``actor``, which gives the logit of pushing to the right."""
         rows: list[tuple[np.ndarray, ...]] = []
+        dtype = next(actor.parameters()).dtype
         for _ in range(length):
             seen, resets = self.observation, self._ended
-            right = torch.sigmoid(actor(torch.from_numpy(seen))).numpy()
+            right = torch.sigmoid(actor(torch.from_numpy(seen).to(dtype))).numpy()
             action = (self._rng.random(len(seen)) < right).astype(np.int64)
             self.observation, reward, fell, timeout, _ = self.env.step(action)
             self._ended = fell | timeout
@@ -66,7 +67,7 @@ class CartPole:
         observations, *rest = (np.stack(column) for column in zip(*rows))
         actions, *numbers = (torch.from_numpy(column) for column in rest)
         whole = torch.from_numpy(np.concatenate([observations, self.observation[None]]))
-        return Trajectory(whole, actions, *(number.float() for number in numbers))
+        return Trajectory(whole.to(dtype), actions, *(number.to(dtype) for number in numbers))
 
     def _count(self, resets: np.ndarray) -> None:
         self.steps += int((~resets).sum())

@@ -16,7 +16,7 @@ from training import Agent, Settings
 
 
 def measure(backend: str | None, settings: Settings, steps: int) -> dict[str, float]:
-    """Seconds for the first two steps and their backward, then milliseconds per step and per step of backward.
+    """Seconds for the first windows, all included; then milliseconds per step, and per step of the backward.
 
     Args:
         backend: None for form A.
@@ -28,12 +28,12 @@ def measure(backend: str | None, settings: Settings, steps: int) -> dict[str, fl
 
     def window() -> tuple[float, float]:
         with metaoptim.SlidingWindow(offline=False):
-            begun = time.perf_counter()
+            begun = time.process_time()
             for _ in range(steps):
                 agent.inner_step(played)
-            between = time.perf_counter()
+            between = time.process_time()
             agent.outer_loss(played).backward()
-            return between - begun, time.perf_counter() - between
+            return between - begun, time.process_time() - between
 
     begun = time.perf_counter()
     window()  # the first step of all creates the optimizers' state: another program than the later ones
