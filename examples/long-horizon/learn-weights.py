@@ -39,7 +39,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 
 PRESETS = {
     # A few minutes on one core.
-    "demo": dict(steps=2000, iterations=16, train=1000, val=300, batch=64, slots=45, repeats=3),
+    "demo": dict(steps=2000, iterations=10, train=800, val=500, batch=64, slots=45, repeats=3),
     # Seconds: to see that everything runs.
     "quick": dict(steps=40, iterations=3, train=200, val=100, batch=32, slots=6, repeats=1),
 }
@@ -49,6 +49,8 @@ OPTIMIZERS = {
 }
 # Without weights the rate is chosen among these multiples of the initial one, so that the comparison is fair.
 MULTIPLES = (0.25, 0.5, 1, 2, 4)
+# Steps over which allocations are measured: the profiler behind it keeps megabytes for each.
+PROFILED = 200
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -146,13 +148,15 @@ class Run:
             key: [] for key in ("rates", "auc", "loss", "val", "test", "seconds", "processor")
         }
 
-    def forward(self, iteration: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(
+        self, iteration: int, steps: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Trains once with what is learnt so far; every iteration has initial parameters and batches of its own."""
         args = self.args
         # All randomness follows from the seed and the iteration, so a resumed run needs no state of a generator.
         seed = 1000 * (args.seed + 1) + iteration
         reset(self.net, seed)
-        rows = batches(args.train, args.batch, args.steps, seed)
+        rows = batches(args.train, args.batch, steps or args.steps, seed)
         return self.train(
             self.net, args.optimizer, args.weight_decay, self.log_rates, self.logits, self.digits, rows,
             args.slots or None, args.gather,
@@ -243,9 +247,9 @@ class Run:
         print(f"resumed after outer step {len(self.curves['loss'])} from {path} (--fresh starts over)")
 
     def peak(self) -> int:
-        """Returns the bytes that one more meta-gradient allocates at its peak, by the allocator's own events."""
+        """Returns the bytes that a meta-gradient through `PROFILED` steps allocates at its peak."""
         with _quiet_stderr(), AllocatorMeter() as meter:
-            loss, _, _ = self.forward(0)
+            loss, _, _ = self.forward(0, min(self.args.steps, PROFILED))
             torch.autograd.grad(loss, [self.log_rates, self.logits])
         return meter.peak
 
@@ -308,10 +312,14 @@ class Run:
         peak = self.peak()  # the profiler behind it takes memory too
         form = f"compiled, {args.backend}" if args.compile else "eager window"
         kept = f"{args.slots} slots" if args.slots else "every state kept"
+        print(f"{args.steps:,} inner steps, {form}, {kept}")
         print(
-            f"{args.steps} inner steps, {form}, {kept}: {statistics.median(seconds):.1f} s per meta-gradient"
-            f" ({statistics.median(processor):.1f} s of processor time; {seconds[0]:.1f} s the first), peak"
-            f" {peak / 2**20:.1f} MiB above the start; the process took {resident:.0f} MiB in all"
+            f"  {statistics.median(seconds):.1f} s per meta-gradient, {statistics.median(processor):.1f} s of them "
+            f"processor time (the first: {seconds[0]:.1f} and {processor[0]:.1f} s)"
+        )
+        print(
+            f"  peak {peak / 2**20:.1f} MiB over {min(args.steps, PROFILED)} steps, by the allocator; "
+            f"{resident:.0f} MiB resident, the whole process over {args.steps:,}"
         )
         path = args.out / "learnt-weights.png"
         curves = {**self.curves, "rates": [*self.curves["rates"], rates], "auc": [*self.curves["auc"], auc]}
