@@ -1,6 +1,6 @@
 # Everything is installed into .venv; a stamp file per extra keeps repeated runs from installing again.
 .NOTPARALLEL:
-.PHONY: help demo demo-rl test lint format bench clean distclean
+.PHONY: help demo demo-long demo-rl test lint format bench clean distclean
 
 PYTHON ?= python3
 JOBS ?= 2
@@ -12,18 +12,22 @@ BIN := $(VENV)/bin
 THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 help:
-	@echo "make demo    train the few-shot example (minutes on two CPU cores) and draw its pictures"
-	@echo "make demo-rl  learn gamma and lambda while an agent learns CartPole (minutes), and draw pictures"
-	@echo "make test    run the whole test suite   (ARGS='-k window -x', JOBS=4)"
-	@echo "make lint    ruff and pyright           (make format: let ruff fix and format)"
-	@echo "make bench   run every benchmarks/bench_*.py"
-	@echo "make clean   remove builds and caches   (make distclean: $(VENV) too)"
+	@echo "make demo       train the few-shot example (minutes on two CPU cores) and draw its pictures"
+	@echo "make demo-long  learn example weights through 2,000 training steps (minutes), and draw what was learnt"
+	@echo "make demo-rl    learn gamma and lambda while an agent learns CartPole (minutes), and draw pictures"
+	@echo "make test       run the whole test suite   (ARGS='-k window -x', JOBS=4)"
+	@echo "make lint       ruff and pyright           (make format: let ruff fix and format)"
+	@echo "make bench      run every benchmarks/bench_*.py"
+	@echo "make clean      remove builds and caches   (make distclean: $(VENV) too)"
 
 demo: $(VENV)/.examples
 	$(BIN)/python examples/few-shot/maml-omniglot.py --preset demo $(ARGS)
 
 demo-rl: $(VENV)/.examples
 	$(THREADS) $(BIN)/python examples/meta-gradient-rl/mgrl-cartpole.py $(ARGS)
+
+demo-long: $(VENV)/.examples
+	$(BIN)/python examples/long-horizon/learn-weights.py --preset demo $(ARGS)
 
 test: $(VENV)/.test,examples
 	$(THREADS) $(BIN)/python -m pytest -n $(JOBS) $(ARGS)

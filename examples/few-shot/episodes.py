@@ -76,6 +76,7 @@ class EpisodeSampler:
             images = torch.stack([torch.rot90(image, k, (1, 2)) for image, k in zip(images, turns)])
         labels = torch.arange(self._ways, device=images.device)
         support, query = images.split([self._shots, self._queries], dim=1)
+        support, query = support.contiguous(), query.contiguous()  # one layout, whatever the draw
         return Episode(
             support.flatten(0, 1).unsqueeze(1),
             labels.repeat_interleave(self._shots),

@@ -8,6 +8,7 @@ leaves the network where it was for the next task.
 
     python maml-omniglot.py                        # a few minutes on a CPU
     python maml-omniglot.py --omniglot images_background.zip images_evaluation.zip
+    python maml-omniglot.py --compile              # each task as one compiled function
 
 The characters come from real fonts unless Omniglot is given (see glyphs.py); the
 alphabets of meta-training and meta-testing are disjoint.
@@ -20,6 +21,7 @@ import math
 import os
 import pathlib
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,6 +36,8 @@ from model import ConvNet, accuracy
 from plots import plot_accuracies, plot_episodes
 
 HERE = pathlib.Path(__file__).resolve().parent
+
+Adapt = Callable[..., tuple[torch.Tensor, torch.Tensor]]  # `adapt`, compiled or not
 
 PRESETS = {
     # A few minutes on a CPU.
@@ -74,6 +78,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--curve-episodes", type=int, help="held-out episodes of each of them")
     add("--first-order", action="store_true", help="drop second derivatives (FOMAML)")
     add("--rotate", action="store_true", help="quarter turns as more classes in meta-training")
+    add("--compile", action="store_true", help="compile the adaptation to a task as one function")
+    add(
+        "--backend",
+        default="inductor",
+        help="of torch.compile: inductor, aot_eager, eager (default: inductor)",
+    )
     add("--seed", type=int, default=0)
     add("--device", default="cpu", help="cpu or cuda (default: cpu)")
     # Two threads gain little on images this small, and cost a factor of ten when anything
@@ -103,53 +113,70 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def adapt(net: ConvNet, inner: metaoptim.MetaSGD, episode: Episode, steps: int) -> None:
-    """Takes inner steps on the support set of an episode; to be called inside a window."""
-    for _ in range(steps):
-        inner.step(F.cross_entropy(net(episode.x_spt), episode.y_spt))
+def adapt(
+    net: ConvNet,
+    x_spt: torch.Tensor,
+    y_spt: torch.Tensor,
+    x_qry: torch.Tensor,
+    y_qry: torch.Tensor,
+    steps: int,
+    lr: float,
+    first_order: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Adapts the network to the support images of a task; after the window it is as it was.
+
+    Returns:
+        Query loss of the adapted network, differentiable, and its query logits.
+    """
+    inner = metaoptim.MetaSGD([net], lr=lr, first_order=first_order)
+    with metaoptim.SlidingWindow(offline=True):
+        for _ in range(steps):
+            inner.step(F.cross_entropy(net(x_spt), y_spt))
+        logits = net(x_qry)
+        return F.cross_entropy(logits, y_qry), logits.detach()
 
 
 def meta_step(
-    net: ConvNet, outer: torch.optim.Optimizer, episodes: list[Episode], args: argparse.Namespace
+    adapt: Adapt,
+    net: ConvNet,
+    outer: torch.optim.Optimizer,
+    episodes: list[Episode],
+    args: argparse.Namespace,
 ) -> tuple[float, float]:
     """Takes one outer step over a meta batch.
 
     Returns:
         Query loss and query accuracy after adaptation, both averaged over the episodes.
     """
-    inner = metaoptim.MetaSGD([net], lr=args.inner_lr, first_order=args.first_order)
     outer.zero_grad()
     total_loss = total_accuracy = 0.0
     for episode in episodes:
-        with metaoptim.SlidingWindow(offline=True):
-            adapt(net, inner, episode, args.inner_steps)
-            logits = net(episode.x_qry)
-            loss = F.cross_entropy(logits, episode.y_qry)
-            (loss / len(episodes)).backward()
+        loss, logits = adapt(net, *episode[:4], args.inner_steps, args.inner_lr, args.first_order)
+        (loss / len(episodes)).backward()
         total_loss += loss.item()
         total_accuracy += accuracy(logits, episode.y_qry)
     outer.step()
     return total_loss / len(episodes), total_accuracy / len(episodes)
 
 
-def predict(net: ConvNet, episode: Episode, args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
+def predict(
+    adapt: Adapt, net: ConvNet, episode: Episode, args: argparse.Namespace
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the query logits of an episode before and after adaptation."""
-    inner = metaoptim.MetaSGD([net], lr=args.inner_lr)
-    with metaoptim.SlidingWindow(offline=True):
-        with torch.no_grad():
-            before = net(episode.x_qry)
-        adapt(net, inner, episode, args.test_inner_steps)
-        with torch.no_grad():
-            after = net(episode.x_qry)
+    with torch.no_grad():
+        before = net(episode.x_qry)
+    _, after = adapt(net, *episode[:4], args.test_inner_steps, args.inner_lr)
     return before, after
 
 
-def evaluate(net: ConvNet, sampler: EpisodeSampler, count: int, args: argparse.Namespace) -> dict[str, float]:
+def evaluate(
+    adapt: Adapt, net: ConvNet, sampler: EpisodeSampler, count: int, args: argparse.Namespace
+) -> dict[str, float]:
     """Measures accuracy before and after adaptation, with half widths of 95% intervals."""
     scores: dict[str, list[float]] = {"before": [], "after": []}
     for _ in tqdm(range(count), desc="held-out episodes", unit="ep", leave=False, disable=None):
         episode = sampler.draw()
-        for key, logits in zip(scores, predict(net, episode, args)):
+        for key, logits in zip(scores, predict(adapt, net, episode, args)):
             scores[key].append(accuracy(logits, episode.y_qry))
     result = {}
     for key, values in scores.items():
@@ -178,6 +205,7 @@ class Run:
         )  # fmt: skip
         self.net = ConvNet(args.ways, args.filters).to(args.device)
         self.outer = torch.optim.Adam(self.net.parameters(), lr=args.outer_lr)
+        self.adapt: Adapt = metaoptim.compile(adapt, backend=args.backend) if args.compile else adapt
         self.curves: dict[str, list[float]] = {
             key: [] for key in ("iteration", "before", "before_half", "after", "after_half")
         }
@@ -194,7 +222,7 @@ class Run:
     def settings(self) -> dict[str, Any]:
         """Returns what two runs must share for one to go on from the other's checkpoint."""
         free = {"preset", "iterations", "test_episodes", "curve_points", "device", "threads"}
-        free |= {"checkpoint", "fresh", "out"}
+        free |= {"checkpoint", "fresh", "out", "compile", "backend"}
         settings = {key: value for key, value in vars(self.args).items() if key not in free}
         settings["omniglot"] = [os.path.basename(path) for path in self.args.omniglot or ()]
         return settings
@@ -239,7 +267,9 @@ class Run:
             due = self.iteration % every == 0 or self.iteration == args.iterations
             if due and self.iteration not in self.curves["iteration"]:
                 # Always the same episodes: the curve then shows the network change, not the draw.
-                result = evaluate(self.net, self.test_sampler(args.seed + 1), args.curve_episodes, args)
+                result = evaluate(
+                    self.adapt, self.net, self.test_sampler(args.seed + 1), args.curve_episodes, args
+                )
                 for key, value in {"iteration": self.iteration, **result}.items():
                     self.curves[key].append(value)
                 shown["held-out"] = f"{result['before']:.0%}->{result['after']:.0%}"
@@ -248,7 +278,7 @@ class Run:
             if self.iteration >= args.iterations:
                 break
             loss, score = meta_step(
-                self.net, self.outer, [self.sampler.draw() for _ in range(args.tasks)], args
+                self.adapt, self.net, self.outer, [self.sampler.draw() for _ in range(args.tasks)], args
             )
             if not math.isfinite(loss):
                 raise FloatingPointError(
@@ -265,7 +295,7 @@ class Run:
     def test(self) -> dict[str, float]:
         """Runs the final test, prints it and draws the pictures."""
         args = self.args
-        result = evaluate(self.net, self.test_sampler(args.seed + 2), args.test_episodes, args)
+        result = evaluate(self.adapt, self.net, self.test_sampler(args.seed + 2), args.test_episodes, args)
         print(f"{args.test_episodes} test episodes, {args.ways}-way {args.shots}-shot, held-out alphabets")
         print(f"  before adaptation  {100 * result['before']:5.1f}% +- {100 * result['before_half']:.1f}")
         print(
@@ -280,7 +310,9 @@ class Run:
         plot_accuracies(self.curves, 1 / args.ways, title, args.out / "maml-accs-MetaOptim.png")
         sampler = self.test_sampler(args.seed + 2)
         episodes = [sampler.draw() for _ in range(6)]
-        predictions = [predict(self.net, episode, args)[1].argmax(1).tolist() for episode in episodes]
+        predictions = [
+            predict(self.adapt, self.net, episode, args)[1].argmax(1).tolist() for episode in episodes
+        ]
         plot_episodes(episodes, predictions, self.test_set, args.out / "episodes.png")
         print(f"pictures: {args.out / 'maml-accs-MetaOptim.png'}, {args.out / 'episodes.png'}")
         return result

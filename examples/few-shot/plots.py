@@ -181,7 +181,7 @@ def _image(figure, place, image, background: str):
     """Shows one image in a cell of a grid, strokes white."""
     axes = figure.add_subplot(place)
     shades = matplotlib.colors.LinearSegmentedColormap.from_list("strokes", [background, "white"])
-    axes.imshow(image, cmap=shades, vmin=0, vmax=1)
+    axes.imshow(image.numpy(), cmap=shades, vmin=0, vmax=1)
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
     return axes

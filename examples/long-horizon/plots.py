@@ -1,0 +1,104 @@
+"""The picture of the long-horizon example."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # no display needed
+
+import matplotlib.pyplot as plt
+import numpy as np
+from torch import Tensor
+
+_INK, _GREY = "#222222", "#8a8a8a"
+_WRONG, _RIGHT = "#c8553d", "#1f6f8b"
+_LAYERS = ("#1f6f8b", "#7a9e3a", "#b0722c", "#6a4c93")
+
+
+def plot_learnt(
+    curves: dict[str, list[Any]],
+    weights: Tensor,
+    wrong: Tensor,
+    compared: dict[str, float],
+    title: str,
+    path: str | os.PathLike,
+) -> None:
+    """Draws the learnt weights, the learning rates, and the accuracies on the way.
+
+    Args:
+        curves: by outer step: `rates` (of each layer) and `auc`, with one more entry for what was learnt last, and
+            `val`, `test` (accuracies between 0 and 1).
+        weights: of the training examples, between 0 and 2.
+        wrong: whether an example's label is wrong.
+        compared: test accuracy by kind of training.
+        title: what was trained.
+        path: where to write the picture.
+    """
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.9), dpi=100, layout="constrained")
+    _histogram(left, weights.numpy(), wrong.numpy(), curves["auc"][-1])
+    _rates(middle, np.array(curves["rates"]))
+    _accuracies(right, curves, compared)
+    for axes in (left, middle, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_axisbelow(True)
+    figure.suptitle(title, x=0.005, ha="left", fontsize=11, color=_INK)
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    figure.savefig(partial, format="png")
+    plt.close(figure)
+    os.replace(partial, path)  # whole or not at all
+
+
+def _histogram(axes: Any, weights: np.ndarray, wrong: np.ndarray, auc: float) -> None:
+    bins = np.linspace(0, 2, 41)
+    for rows, colour, label in ((~wrong, _RIGHT, "right label"), (wrong, _WRONG, "wrong label")):
+        axes.hist(
+            weights[rows], bins=bins, color=colour, alpha=0.75, label=f"{label} ({np.count_nonzero(rows)})"
+        )
+    axes.axvline(1, color=_GREY, linestyle="--", linewidth=1.2)
+    axes.set(xlabel="learnt weight (1 at first)", ylabel="training examples", xlim=(0, 2))
+    axes.set_title(f"Weights: AUC {auc:.3f}", loc="left", fontsize=10, color=_INK)
+    axes.legend(frameon=False)
+
+
+def _rates(axes: Any, rates: np.ndarray) -> None:
+    for k, colour in zip(range(rates.shape[1]), _LAYERS):
+        axes.plot(rates[:, k], color=colour, linewidth=2, marker="o", markersize=3, label=f"layer {k + 1}")
+    axes.set_yscale("log")
+    axes.set(xlabel="outer step", ylabel="learning rate")
+    axes.set_title("Learning rates", loc="left", fontsize=10, color=_INK)
+    axes.grid(axis="y", which="both", color="#e3e3e3", linewidth=0.8)
+    axes.legend(frameon=False)
+
+
+def _accuracies(axes: Any, curves: dict[str, list[Any]], compared: dict[str, float]) -> None:
+    steps = range(len(curves["test"]))
+    axes.plot(
+        steps, 100 * np.array(curves["val"]), color=_GREY, linewidth=1.5, label="validation (learnt from)"
+    )
+    axes.plot(
+        steps,
+        100 * np.array(curves["test"]),
+        color=_RIGHT,
+        linewidth=2,
+        marker="o",
+        markersize=3,
+        label="test",
+    )
+    lines = {
+        "no weights, best of five rates": (_WRONG, "--"),
+        "wrong labels left out, learnt rates": (_INK, ":"),
+    }
+    for kind, (colour, style) in lines.items():
+        axes.axhline(
+            100 * compared[kind], color=colour, linestyle=style, linewidth=1.4, label=f"test, {kind}"
+        )
+    axes.set(xlabel="outer step", ylabel="accuracy (%)")
+    axes.set_title("Accuracy", loc="left", fontsize=10, color=_INK)
+    axes.grid(axis="y", color="#e3e3e3", linewidth=0.8)
+    axes.legend(frameon=False, fontsize=8)
