@@ -153,7 +153,7 @@ def _verify_results(program: RolledProgram, held: dict[int, Port]) -> None:
             if isinstance(where, int) and where not in held:
                 raise ProgramError(f"{kind} {i} is read from r{where}, which nothing has been written to")
     for i, where in enumerate(program.outputs):
-        if isinstance(where, int) and held[where].differentiable and i in program.dead:
+        if i in program.dead and isinstance(where, int) and held[where].differentiable:
             raise ProgramError(
                 f"output {i} is declared to carry no gradient, but r{where} holds {held[where].name}, which does"
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from .guards import Scene, surroundings
@@ -148,7 +148,7 @@ def _compare_part(label: str, inner: Any, x: Any, y: Any) -> Change | None:
     return _compare(label, inner, x, y)
 
 
-def _children(names: list[str], values: Any, a: Sequence, b: Sequence, size: str) -> Change | None:
+def _children(names: list[str], values: Any, a: Any, b: Any, size: str) -> Change | None:
     if len(a) != len(b):
         return Change(size, f"was {len(a)}, is {len(b)}", True)
     for name, value, x, y in zip(names, values, a, b, strict=True):

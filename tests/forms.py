@@ -1,14 +1,27 @@
-"""A `Problem` in form C: the whole window inside a function under `metaoptim.compile`."""
+"""Form C in tests: problems and functions under `metaoptim.compile`, compared with the full tape call by call."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import metaoptim
-from oracle import Problem, leaves
+from oracle import Problem, agree, leaves
+
+full_tape = functools.partial(metaoptim.SlidingWindow, strategy="full_tape")
+
+
+def mlp(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+
+
+def leaf(value: float = 0.5) -> Tensor:
+    return torch.tensor(value, requires_grad=True)
 
 
 def in_form_c(problem: Problem, metas: dict[str, Tensor], **compile_options: Any) -> Any:
@@ -40,3 +53,38 @@ def run_compiled(problem: Problem, **compile_options: Any) -> dict[str, Tensor |
     if total.requires_grad:
         total.backward()
     return {**{n: p.grad for n, p in net.named_parameters()}, **{k: v.grad for k, v in metas.items()}}
+
+
+class Made:
+    """A function ``of(window)`` with one window or more, the leaves it is differentiated by, and what it changes."""
+
+    def __init__(
+        self, of: Callable, leaves: list[Tensor], changed: Callable[[], list[Tensor]] = lambda: []
+    ) -> None:
+        self.of, self.leaves, self.changed = of, leaves, changed
+
+
+def outcome(made: Made, f: Callable, window: Any, calls: int = 2) -> Iterator[tuple[str, Tensor | None]]:
+    """What calls give, one after the other: losses, gradients, what is left in tensors, and the random stream."""
+    torch.manual_seed(7)
+    for call in range(calls):
+        loss = f(window)
+        yield f"loss {call}", loss.detach()
+        for i, grad in enumerate(torch.autograd.grad(loss, made.leaves, allow_unused=True)):
+            yield f"gradient {call}.{i}", grad
+        for i, value in enumerate(made.changed()):
+            yield f"value {call}.{i}", value.detach().clone()
+    yield "random state", torch.get_rng_state().double()
+
+
+def compare(make: Callable[[], Made], oracle: Any = full_tape, **compile_options: Any) -> None:
+    """Form C equals ``oracle``, a window, in every result of several calls."""
+    made = make()
+    expected = dict(outcome(made, made.of, oracle))
+    assert any(v is not None and float(v.abs().max()) > 1e-4 for k, v in expected.items() if "grad" in k)
+    made = make()
+    compiled = metaoptim.compile(made.of, **{"backend": "eager", "slots": 2, **compile_options})
+    got = dict(outcome(made, compiled, metaoptim.SlidingWindow))
+    assert got.keys() == expected.keys()
+    for key, value in expected.items():
+        agree({key: got[key]}, {key: value}, rtol=1e-9)

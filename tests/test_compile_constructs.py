@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import metaoptim
-from forms import run_compiled
+from forms import Made, compare, full_tape, leaf, mlp, run_compiled
 from metaoptim.errors import CaptureError
 from oracle import agree
 from problems import data
@@ -22,7 +22,6 @@ from test_constructs import CASES, construct
 
 XS, YS = data(8)
 REFUSED = {"item_as_number": "a value is needed", "boolean_mask": "shape depends on values"}
-full_tape = functools.partial(metaoptim.SlidingWindow, strategy="full_tape")
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # by torch.func.jvp
@@ -41,30 +40,12 @@ def test_construct(name: str) -> None:
 # -- whole functions -------------------------------------------------------------------------------------------------
 
 
-class Made:
-    """A function ``of(window)`` with one window or more, the leaves it is differentiated by, and what it changes."""
-
-    def __init__(
-        self, of: Callable, leaves: list[Tensor], changed: Callable[[], list[Tensor]] = lambda: []
-    ) -> None:
-        self.of, self.leaves, self.changed = of, leaves, changed
-
-
 FUNCTIONS: dict[str, Callable[[], Made]] = {}
 
 
 def function(make: Callable[[], Made]) -> Callable[[], Made]:
     FUNCTIONS[make.__name__] = make
     return make
-
-
-def mlp(seed: int = 0) -> nn.Module:
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
-
-
-def leaf(value: float = 0.5) -> Tensor:
-    return torch.tensor(value, requires_grad=True)
 
 
 def query(net: Any) -> Tensor:
@@ -565,36 +546,13 @@ def distributions() -> Made:
     return Made(of, [beta, *policy.parameters()])
 
 
-def outcome(make: Callable[[], Made], compiled: bool, calls: int = 2) -> Iterator[tuple[str, Tensor | None]]:
-    """What calls give, one after the other: losses, gradients, what is left in tensors, and the random stream."""
-    made = make()
-    f = metaoptim.compile(made.of, backend="eager", slots=2) if compiled else made.of
-    window = metaoptim.SlidingWindow if compiled else _oracle_of(make)
-    torch.manual_seed(7)
-    for call in range(calls):
-        loss = f(window)
-        yield f"loss {call}", loss.detach()
-        for i, grad in enumerate(torch.autograd.grad(loss, made.leaves, allow_unused=True)):
-            yield f"gradient {call}.{i}", grad
-        for i, value in enumerate(made.changed()):
-            yield f"value {call}.{i}", value.detach().clone()
-    yield "random state", torch.get_rng_state().double()
-
-
-def _oracle_of(make: Callable) -> Any:
-    # in-place loads are a matter of recorded windows; those have tests of their own against the tape
-    recorded = {network_loaded_inside, optimizer_loaded_inside, weights_clipped}
-    return metaoptim.SlidingWindow if make in recorded else full_tape
+# in-place loads are a matter of recorded windows; those have tests of their own against the tape
+RECORDED = ("network_loaded_inside", "optimizer_loaded_inside", "weights_clipped")
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_function(name: str) -> None:
-    expected = dict(outcome(FUNCTIONS[name], compiled=False))
-    assert any(v is not None and float(v.abs().max()) > 1e-4 for k, v in expected.items() if "grad" in k)
-    got = dict(outcome(FUNCTIONS[name], compiled=True))
-    for key in expected:
-        agree({key: got.get(key)}, {key: expected[key]}, rtol=1e-9)
-    assert got.keys() == expected.keys()
+    compare(FUNCTIONS[name], metaoptim.SlidingWindow if name in RECORDED else full_tape)
 
 
 # -- what is done with the results -----------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import gc
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -342,13 +341,3 @@ def test_optimizers_made_inside_end_with_the_call() -> None:
         outside.step(F.mse_loss(other(X), net(X)))
         F.mse_loss(other(X), Y).backward()
     assert net[0].weight.grad is not None and float(net[0].weight.grad.abs().max()) > 1e-6
-
-
-def test_it_says_so(caplog: pytest.LogCaptureFixture) -> None:
-    world = World()
-    with caplog.at_level(logging.INFO, "metaoptim.compile"):
-        world.check(recompiles=True)
-        world.scale = 3.0
-        world.check(recompiles=True)
-    said = [r.getMessage() for r in caplog.records]
-    assert len(said) == 2 and "compiled in" in said[0] and "recompiled, since a guard failed" in said[1]

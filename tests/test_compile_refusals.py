@@ -393,9 +393,15 @@ def test_tensors_that_escape() -> None:
         f()
 
 
-def test_a_compiled_function_inside_a_window() -> None:
+def test_a_compiled_window_inside_a_window() -> None:
     world = World()
-    f = metaoptim.compile(lambda: world.loss(), backend="eager")
+
+    def whole() -> Tensor:
+        with metaoptim.SlidingWindow(offline=True):
+            world.inner.step(world.loss())
+            return world.loss()
+
+    f = metaoptim.compile(whole, backend="eager")
     with metaoptim.SlidingWindow(offline=True):
         with pytest.raises(WindowError, match="inside a window"):
             f()

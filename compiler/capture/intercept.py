@@ -20,7 +20,6 @@ from metaoptim.errors import CaptureError
 
 from . import memory
 from .entries import Spy
-from .recorder import Recorder
 
 recording: ContextVar[Any] = ContextVar("metaoptim_recorder", default=None)
 # Called with the function handed to checkpoint; returns one that recomputes with the parameters of now.
@@ -31,7 +30,7 @@ _open = 0
 _original: dict[str, Any] = {}
 
 
-def _recorder() -> Recorder | None:
+def _recorder() -> Any:
     recorder = recording.get()
     return None if recorder is None or recorder.depth else recorder
 
@@ -99,14 +98,14 @@ def _detach_function(input: Tensor) -> Tensor:
 def _get_data(self: Tensor) -> Tensor:
     values = _original["data"].__get__(self)
     recorder = _recorder()
-    if recorder is not None:
+    if recorder is not None and not recorder.symbolic:
         memory.note_loose(recorder, values)
     return values
 
 
 def _set_data(self: Tensor, value: Tensor) -> None:
     recorder = _recorder()
-    if recorder is not None:
+    if recorder is not None and not recorder.symbolic:
         memory.before_swap(recorder, self)
     _original["data"].__set__(self, value)
 
@@ -114,14 +113,18 @@ def _set_data(self: Tensor, value: Tensor) -> None:
 def _as_numpy(self: Tensor, *, force: bool = False) -> Any:
     array = _original["numpy"](self, force=force)
     recorder = _recorder()
-    if recorder is not None and memory.relies_on(recorder, self):
+    if recorder is not None and not recorder.symbolic and memory.relies_on(recorder, self):
         array.flags.writeable = False  # numpy itself refuses writes that no operator would show
     return array
 
 
 def _as_dlpack(self: Tensor, **kwargs: Any) -> Any:
     recorder = _recorder()
-    if recorder is not None and not kwargs.get("copy") and memory.relies_on(recorder, self):
+    if (
+        recorder is not None
+        and not (recorder.symbolic or kwargs.get("copy"))
+        and memory.relies_on(recorder, self)
+    ):
         raise CaptureError(
             f"a tensor of shape {tuple(self.shape)} that inner steps rely on was handed out through DLPack, where "
             "writes cannot be seen; hand out a clone made under torch.no_grad()"

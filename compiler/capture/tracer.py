@@ -472,6 +472,24 @@ class Tracer(TorchDispatchMode):
             for a in args
         )
 
+    def watch(self, t: Tensor, what: str) -> bool:
+        """``t`` is about to get a hook, which acts inside the program, or to retain a gradient, which none is given."""
+        if what == "retain_grad":
+            raise CaptureError(
+                "retain_grad() inside a compiled function, whose tensors are symbolic; return what you want the "
+                "gradient of, or compute it before the call"
+            )
+        return False
+
+    def detach_in_place(self, t: Tensor, detach: Callable[[Tensor], Tensor]) -> Tensor:
+        """Record ``t.detach_()``, which happens above the operators."""
+        found = self._known(t)
+        if found is None:
+            raise CaptureError("detach_() on a tensor that the compiled function was given; use t.detach()")
+        out = detach(t)
+        self.bind(t, Value(self.add(_DETACH, (found,), grad=True), None))
+        return out
+
     def add_hook(self, t: Tensor, spy: Spy, handle: Any) -> None:
         """Note that the gradient of ``t`` passes through a hook."""
         value = self._known(t)

@@ -25,7 +25,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 
@@ -259,19 +258,19 @@ class Run:
         Returns:
             Test accuracy by kind of training, the mean over new networks.
         """
-        digits, ones = self.digits, torch.ones(self.args.train)
+        digits = self.digits
         rates, weights = self.log_rates.detach().exp(), weights_of(self.logits.detach())
         initial = torch.full_like(rates, self.args.rate)
-        clean = digits.x_val, digits.y_val
-        plain = [(multiple * initial, ones, digits.x, digits.y) for multiple in MULTIPLES]
+        noisy, clean = (digits.x, digits.y), (digits.x_val, digits.y_val)
+        both = torch.cat([digits.x, digits.x_val]), torch.cat([digits.y, digits.y_val])
+        ones, more = torch.ones_like(weights), torch.ones(len(digits.x_val))
         kinds = {
-            "no weights, initial rate": [(initial, ones, digits.x, digits.y)],
-            "no weights, best of five rates": plain,
-            "learnt weights and rates": [(rates, weights, digits.x, digits.y)],
-            "wrong labels left out, learnt rates": [(rates, (~self.wrong).float(), digits.x, digits.y)],
-            "the validation images alone": [
-                (multiple * initial, torch.ones(len(clean[0])), *clean) for multiple in MULTIPLES
-            ],
+            "no weights, initial rate": [(initial, ones, *noisy)],
+            "no weights, best of five rates": [(multiple * initial, ones, *noisy) for multiple in MULTIPLES],
+            "learnt weights and rates": [(rates, weights, *noisy)],
+            "wrong labels left out, learnt rates": [(rates, (~self.wrong).float(), *noisy)],
+            "validation images alone, learnt rates": [(rates, more, *clean)],
+            "these added, learnt weights and rates": [(rates, torch.cat([weights, more]), *both)],
         }
         with tqdm(
             total=sum(map(len, kinds.values())) * self.args.repeats,
@@ -292,11 +291,11 @@ class Run:
                 rows = batches(len(x), args.batch, args.steps, seed)
                 net = retrain(args.optimizer, args.weight_decay, rates, weights, x, y, rows, seed)
                 with torch.no_grad():
-                    val.append(-F.cross_entropy(net(digits.x_val), digits.y_val).item())
+                    val.append(accuracy(net(digits.x_val), digits.y_val))
                     test.append(accuracy(net(digits.x_test), digits.y_test))
                 bar.update()
             results.append((statistics.fmean(val), statistics.fmean(test)))
-        return max(results)[1]
+        return max(results, key=lambda result: result[0])[1]
 
     def report(self) -> dict[str, Any]:
         """Prints what was learnt and what it cost, and draws it."""
@@ -307,7 +306,7 @@ class Run:
         print("learning rates: " + ", ".join(f"{args.rate:g} -> {rate:.2g}" for rate in rates))
         print(f"test accuracy of networks trained anew ({args.repeats} each)")
         for kind, score in compared.items():
-            print(f"  {kind:<36} {score:6.1%}")
+            print(f"  {kind:<38} {score:6.1%}")
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
         peak = self.peak()  # the profiler behind it takes memory too
         form = f"compiled, {args.backend}" if args.compile else "eager window"
