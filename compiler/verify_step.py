@@ -47,7 +47,9 @@ def verify_step(step: StepGraph, name: str = "a step graph", *, pruned: bool = T
             )
         _verify_operator(node, name)
     if pruned:
-        live = _live(nodes)
+        live = _live(
+            nodes, [n for n, p in zip(placeholders, step.inputs, strict=True) if p.role is Role.NOISE]
+        )
         for node in nodes:
             if node not in live:
                 what = "input" if node.op == "placeholder" else "node"
@@ -130,8 +132,10 @@ def _memory_of(node: Any) -> fx.Node:
     return node
 
 
-def _live(nodes: list[fx.Node]) -> set[fx.Node]:
-    live: set[fx.Node] = set()
+def _live(nodes: list[fx.Node], noise: list[fx.Node]) -> set[fx.Node]:
+    """Nodes that something depends on. Numbers that nothing reads are drawn too, or later ones would be others."""
+    live = set(noise)
+    live.update(n for n in nodes if n.target is torch.ops.aten.alias.default and n.args[0] in live)
     stack = [n for n in nodes if n.op == "output" or any(_written(n))]
     while stack:
         node = stack.pop()

@@ -362,6 +362,21 @@ def test_sound_step_graphs_pass() -> None:
     verify_step(_single(_with_a_dead_node), pruned=False)
 
 
+def test_numbers_drawn_and_not_read_are_inputs_all_the_same() -> None:
+    """They advance the generator; what is computed from them and not read is dead."""
+
+    def drawing(op: Any) -> StepGraph:
+        def body(g: fx.Graph, n: list[fx.Node]) -> list[Any]:
+            g.call_function(op, (n[1],))
+            return [g.call_function(aten.neg.default, (n[0],))]
+
+        return graph([port(Role.META, "x"), port(Role.NOISE, "r")], [port(Role.CARRY, "y")], body)
+
+    verify_step(drawing(aten.alias.default))
+    with pytest.raises(ProgramError, match=r"node exp_default is dead"):
+        verify_step(drawing(aten.exp.default))
+
+
 # -- drafts ----------------------------------------------------------------------------------------------------------
 
 
