@@ -14,6 +14,7 @@ from metaoptim.errors import ProgramError
 from .capture.ops import op_info
 from .ir import Port, Role, StepGraph, show
 
+aten = torch.ops.aten
 _INPUT_RANK = {Role.THETA: 0, Role.THETA_NOW: 1, Role.OPT_STATE: 2, Role.CARRY: 2}
 _INPUTS = (*_INPUT_RANK, Role.META, Role.SCAN, Role.NOISE)
 _OUTPUTS = (Role.LOSS, Role.THETA, Role.OPT_STATE, Role.CARRY, Role.GRADIENT)
@@ -48,6 +49,14 @@ def verify_step(step: StepGraph, name: str = "a step graph", *, pruned: bool = T
         _verify_operator(node, name)
     if pruned:
         live = _live(nodes)
+        # what is drawn is drawn as eager draws it, read or not: the random stream must not depend on who reads
+        drawn = {n for n, p in zip(placeholders, step.inputs, strict=True) if p.role is Role.NOISE}
+        for node in nodes:
+            if node.target in (aten.alias.default, aten.clone.default) and drawn.issuperset(
+                node.all_input_nodes
+            ):
+                drawn.add(node)
+        live |= drawn
         for node in nodes:
             if node not in live:
                 what = "input" if node.op == "placeholder" else "node"
