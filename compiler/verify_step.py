@@ -14,6 +14,7 @@ from metaoptim.errors import ProgramError
 from .capture.ops import op_info
 from .ir import Port, Role, StepGraph, show
 
+aten = torch.ops.aten
 _INPUT_RANK = {Role.THETA: 0, Role.THETA_NOW: 1, Role.OPT_STATE: 2, Role.CARRY: 2}
 _INPUTS = (*_INPUT_RANK, Role.META, Role.SCAN, Role.NOISE)
 _OUTPUTS = (Role.LOSS, Role.THETA, Role.OPT_STATE, Role.CARRY, Role.GRADIENT)
@@ -47,9 +48,15 @@ def verify_step(step: StepGraph, name: str = "a step graph", *, pruned: bool = T
             )
         _verify_operator(node, name)
     if pruned:
-        live = _live(
-            nodes, [n for n, p in zip(placeholders, step.inputs, strict=True) if p.role is Role.NOISE]
-        )
+        live = _live(nodes)
+        # what is drawn is drawn as eager draws it, read or not: the random stream must not depend on who reads
+        drawn = {n for n, p in zip(placeholders, step.inputs, strict=True) if p.role is Role.NOISE}
+        for node in nodes:
+            if node.target in (aten.alias.default, aten.clone.default) and drawn.issuperset(
+                node.all_input_nodes
+            ):
+                drawn.add(node)
+        live |= drawn
         for node in nodes:
             if node not in live:
                 what = "input" if node.op == "placeholder" else "node"
@@ -132,10 +139,8 @@ def _memory_of(node: Any) -> fx.Node:
     return node
 
 
-def _live(nodes: list[fx.Node], noise: list[fx.Node]) -> set[fx.Node]:
-    """Nodes that something depends on. Numbers that nothing reads are drawn too, or later ones would be others."""
-    live = set(noise)
-    live.update(n for n in nodes if n.target is torch.ops.aten.alias.default and n.args[0] in live)
+def _live(nodes: list[fx.Node]) -> set[fx.Node]:
+    live: set[fx.Node] = set()
     stack = [n for n in nodes if n.op == "output" or any(_written(n))]
     while stack:
         node = stack.pop()

@@ -64,6 +64,10 @@ class Program:
         return {x: scene.tensors[s] if isinstance(s, int) else s for x, s in self.sources.items()}
 
 
+def _name(fn: Callable) -> str:
+    return getattr(fn, "__qualname__", type(fn).__name__)
+
+
 def _call(c: Any) -> Any:
     return c.call if isinstance(c, Loop) else c
 
@@ -117,12 +121,12 @@ class CompiledFunction:
         self._remember(scene, program, args, kwargs, time.perf_counter() - begun)
         if _graphs.isEnabledFor(logging.INFO):
             text = program.rolled.text(operators=_graphs.isEnabledFor(logging.DEBUG))
-            _graphs.info("%s: %s", self._fn.__qualname__, text)
+            _graphs.info("%s: %s", _name(self._fn), text)
         return program
 
     def _remember(self, scene: Scene, program: Any, args: tuple, kwargs: dict, seconds: float) -> None:
         """Keep a new program; say why it was needed, if another one was there."""
-        name = getattr(self._fn, "__qualname__", type(self._fn).__name__)
+        name = _name(self._fn)
         recompilations = sum(map(len, self._programs.values()))
         if not recompilations:
             _recompiles.info("%s compiled in %.2f s", name, seconds)
@@ -150,7 +154,7 @@ class CompiledFunction:
             sources = {x: at.get(id(x.tensor), x.tensor) for x in step.given if isinstance(x, Input)}
             program = StepProgram(step, sources, scene.remembered(), traced)
             self._remember(scene, program, args, kwargs, time.perf_counter() - begun)
-            _graphs.info("%s: %s", self._fn.__qualname__, step.step)
+            _graphs.info("%s: %s", _name(self._fn), step.step)
         results = program.step.run(window, lambda x: program.tensor(x, scene), self._options.lowering)
         return program.traced.restored(results)
 
@@ -159,7 +163,12 @@ class CompiledFunction:
         rolled, options = program.rolled, self._options
         differentiable = torch.is_grad_enabled() and bool(program.keys)
         slots = rolled.slots if rolled.slots is not None else options.slots
-        run = Run(rolled, tensors, slots if differentiable else 1, options.lowering, rolled.backward_hook)
+        written = [
+            scene.tensors[t] if isinstance(t, int) else t for t in program.writes if not isinstance(t, tuple)
+        ]
+        run = Run(
+            rolled, tensors, slots if differentiable else 1, options.lowering, rolled.backward_hook, written
+        )
         if differentiable:
             found = Call.apply(run, program.keys, rolled.dead, *(tensors[x] for x in program.keys))
         else:

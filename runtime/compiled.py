@@ -107,7 +107,7 @@ class Run:
         rolled: its program.
         tensors: the tensors behind the program's inputs.
         slots, how, backward_hook: see `Engine`.
-        limit: W, where gradients are truncated.
+        written: tensors that this call will overwrite when it has run; what is read of them is copied.
     """
 
     def __init__(
@@ -117,10 +117,11 @@ class Run:
         slots: int | None,
         how: Lowering,
         backward_hook: Callable | None,
+        written: Sequence[Tensor] = (),
     ) -> None:
         self.rolled = rolled
-        written = {id(t) for t, _ in rolled.writes if isinstance(t, Tensor)}
-        inputs = Inputs(lambda t: id(t) in written)
+        overwritten = {id(t) for t in written}
+        inputs = Inputs(lambda t: id(t) in overwritten)
         self.held = {key: inputs.hold(t) for key, t in tensors.items()}
         random = [d for call in rolled.calls for d in _devices(call)]
         self.generator = generator_of(random[0]) if random else None

@@ -170,7 +170,7 @@ def test_quick_preset_in_both_forms(example: Any, tmp_path: Path, capsys: pytest
     ordinary = main([*common, "--no-compile"])
     assert len(compiled) == 3 and len(json.loads(results.read_text())) == 6
     for name, runs in compiled.items():
-        assert len(runs) == 1 and len(runs[0]["steps"]) == 4
+        assert len(runs) == 1 and len(runs[0]["steps"]) == 2
         for key, values in runs[0].items():
             np.testing.assert_allclose(values, ordinary[name][0][key], rtol=1e-4)
     learned, *fixed = (runs[0]["gamma"] for runs in compiled.values())

@@ -35,7 +35,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # To see that everything runs; nothing is learnt in it.
     "quick": dict(
         env_steps=400, envs=4, length=16, inner_steps=2, hidden=8, actor_lr=3e-3, critic_lr=1e-2,
-        meta_lr=0.1, entropy=0.01, judge_gamma=0.99, judge_lam=1.0, points=4,
+        meta_lr=0.1, entropy=0.01, judge_gamma=0.99, judge_lam=1.0, points=2,
     ),
 }  # fmt: skip
 SEEDS = {"demo": 5, "quick": 2}

@@ -52,7 +52,7 @@ def plot_paths(runs: dict[str, list[dict[str, Any]]], title: str, path: str | os
             axes.plot(steps, values.mean(0), color=colour, linewidth=2, label=name)
         _finish(axes, f"{symbol}, {title}", symbol)
         axes.set_ylim(top=1.0)
-        axes.legend(frameon=False, loc="lower right", fontsize=9)
+    both[0].legend(frameon=False, loc="center right", fontsize=9)
     _save(figure, path)
 
 
