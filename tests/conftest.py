@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 torch.set_num_threads(1)
 torch.set_default_dtype(torch.float64)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--whole-grid",
+        action="store_true",
+        help="forms B and C over the whole grid of networks, optimizers, modes, horizons and windows (most of an hour)",
+    )
