@@ -76,16 +76,16 @@ def _in_window(
     return _ended(total, net, metas)
 
 
-def run_step(problem: Problem, backend: str = "eager", **window: Any) -> dict[str, Tensor | None]:
+def run_step(problem: Problem, *, backend: str = "eager", **window: Any) -> dict[str, Tensor | None]:
     """Form B: the gradients of a problem of `problems.problem`, its inner step compiled once for all t.
 
     The learnt weight is found in the closure, the row of learnt targets is an argument, the learning rate sits in the
     optimizer's groups.
     """
-    xs, ys = data(problem.steps)
     torch.manual_seed(3)
     net, metas = problem.build(), leaves(problem.metas)
     weight = metas["weight"]
+    xs, ys = (t.to(weight.dtype) for t in data(problem.steps))
     inner = problem.optimizer_class([net], **problem.hyper(metas), **problem.options)
 
     @metaoptim.compile(backend=backend)
@@ -94,7 +94,7 @@ def run_step(problem: Problem, backend: str = "eager", **window: Any) -> dict[st
         inner.step(loss, allow_unused=problem.allow_unused)
 
     def at(t: int) -> None:
-        step(xs[t], ys[t], metas["shift"][t % 3], torch.tensor(1 + 0.1 * t))
+        step(xs[t], ys[t], metas["shift"][t % 3], torch.tensor(1 + 0.1 * t, dtype=weight.dtype))
 
     return _in_window(problem, net, metas, at, **window)
 

@@ -80,9 +80,10 @@ def problem(
     *,
     per_step: bool = False,
     carry: bool = False,
+    dtype: torch.dtype = torch.float64,
 ) -> Problem:
     """A regression inner loop with a learnt learning rate, a learnt loss weight and learnt, step-indexed targets."""
-    xs, ys = data(steps)
+    xs, ys = (t.to(dtype) for t in data(steps))
     name, options = OPTIMIZERS[optimizer]
 
     def loss(net: Any, t: int, metas: dict[str, Tensor], carried: dict) -> Tensor:
@@ -102,7 +103,7 @@ def problem(
         return (0.3 + 0.1 * t) * F.mse_loss(net(xs[steps]), ys[t])
 
     return Problem(
-        build=NETWORKS[network],
+        build=lambda: NETWORKS[network]().to(dtype),
         optimizer=name,
         steps=steps,
         offline=offline,
@@ -111,9 +112,9 @@ def problem(
         per_step=term if per_step else None,
         hyper=lambda metas: {"lr": metas["log_lr"].exp()},
         metas={
-            "log_lr": torch.tensor(-2.6),
-            "weight": torch.tensor(0.3),
-            "shift": torch.tensor([[0.2, -0.1], [0.05, 0.3], [-0.2, 0.1]]),
+            "log_lr": torch.tensor(-2.6, dtype=dtype),
+            "weight": torch.tensor(0.3, dtype=dtype),
+            "shift": torch.tensor([[0.2, -0.1], [0.05, 0.3], [-0.2, 0.1]], dtype=dtype),
         },
         window=window,
         allow_unused=network == "unused",
