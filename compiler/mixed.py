@@ -137,7 +137,9 @@ def _traced(step: StepGraph, cotangents: Sequence[int]) -> fx.GraphModule:
             direct, _ = _through_update(parts, values, primal, cotangents, given, wanted)
         found: list[Tensor | None] = [None] * len(values)
         for i, a, b in zip(wanted, direct, tangent, strict=True):
-            found[i] = a if b is None else b if a is None else a + b
+            total = a if b is None else b if a is None else a + b
+            # tangents of Python numbers are of the default dtype, and may widen those of scalars
+            found[i] = None if total is None else total.to(values[i].dtype)
         return tuple(found)
 
     with FakeTensorMode(allow_non_fake_inputs=True):
