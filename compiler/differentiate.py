@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, fx
 from torch._functorch.compile_utils import fx_graph_cse
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from metaoptim.errors import CaptureError
 
 from .capture.ops import op_info
 from .cotangent_hook import call_cotangent_hook
+from .flat import flat_graph
 from .interpret import interpret
 from .ir import Role, StepGraph
 from .tracing import tracing
@@ -83,11 +83,10 @@ def _trace(
         if step.dynamic:
             if example is None:
                 raise ValueError("a step whose shapes depend on values is traced over real inputs")
-            return _clean(make_fx(fn)(*[t.detach().clone() for t in example]))
+            return _clean(flat_graph(fn, [t.detach().clone() for t in example]))
         with FakeTensorMode(allow_non_fake_inputs=True):
-            module = make_fx(fn, true_zeros(step))(
-                *[p.empty() for p in step.inputs], *[make() for make in extra]
-            )
+            given = [*(p.empty() for p in step.inputs), *(make() for make in extra)]
+            module = flat_graph(fn, given, true_zeros(step))
         return _clean(module)
 
 

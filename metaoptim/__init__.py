@@ -3,6 +3,7 @@
 from . import logs
 from .compile import compile
 from .errors import (
+    BudgetError,
     CaptureError,
     LossError,
     MetaOptimError,
@@ -18,6 +19,7 @@ from .window import SlidingWindow, zero_nan_hook
 __version__ = "0.1.0"
 
 __all__ = [
+    "BudgetError",
     "CaptureError",
     "LossError",
     "MetaAdam",

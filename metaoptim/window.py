@@ -13,6 +13,7 @@ from torch import Tensor
 from .compiler.capture.intercept import recording
 from .errors import WindowError, warn
 from .optim.optimizer import live_optimizers
+from .runtime.budget import check_budget
 from .runtime.capturing import CapturedSession
 from .runtime.full_tape import FullTapeSession
 from .runtime.recorded import RecordedSession
@@ -67,12 +68,18 @@ class SlidingWindow:
         pickup_step: int = -1,
         *,
         window: int | None = None,
+        memory_budget: int | float | str | None = None,
         slots: int | None = None,
         strategy: str = "auto",
     ) -> None:
         if strategy not in _STRATEGIES:
             raise ValueError(
                 f"strategy: got {strategy!r}, expected one of {', '.join(map(repr, _STRATEGIES))}"
+            )
+        check_budget(memory_budget, slots)
+        if memory_budget is not None and strategy == "full_tape":
+            raise ValueError(
+                f"memory_budget={memory_budget!r}: a full_tape window keeps everything; use strategy='auto'"
             )
         for name, value in (("window", window), ("slots", slots)):
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
@@ -92,7 +99,9 @@ class SlidingWindow:
             raise TypeError(
                 f"backward_hook: got {type(backward_hook).__name__}, expected a function of one tensor"
             )
-        self._options = Options(offline, backward_hook, record_grad_tape, pickup_step, window, slots)
+        self._options = Options(
+            offline, backward_hook, record_grad_tape, pickup_step, window, slots, memory_budget
+        )
         self._strategy = strategy
         self._session: Session | None = None
         self._program: Any = None

@@ -14,8 +14,8 @@ from ..compiler.differentiate import cotangent_outputs
 from ..compiler.ir import EAGER, Lowering, Role, StepCall
 from ..compiler.program import RolledProgram, nbytes
 from ..compiler.stepcost import Made, step_cost
-from .compiled import BoundProgram
-from .engine import Engine, Sweep
+from .compiled import BoundProgram, GradientSweep
+from .engine import Engine
 from .truncated import pull_back_truncated
 
 _GENERATOR = 5056  # bytes of the CPU generator's state
@@ -70,6 +70,13 @@ class _Block:
     def __del__(self) -> None:
         self.meter.alive -= self.size
 
+    def __getitem__(self, at: Any) -> _Block:
+        return self
+
+    def add_(self, other: _Block) -> None:
+        """As a slice of it would."""
+        self.reached |= other.reached
+
     def __add__(self, other: _Block) -> _Block:
         return _Block(self.meter, max(self.whole, other.whole), self.reached or other.reached)
 
@@ -110,8 +117,8 @@ class _DryEngine(Engine):
     def _advance(self, call: Any, position: int, state: Any, passed: Any) -> Any:
         self.replays += 1
         self.kept = max(self.kept, len(self.store))
-        cost = step_cost(call.step, call.how.hvp)
-        self.meter.note(cost.replay_bytes)
+        cost = step_cost(call.step, call.how)
+        self.meter.note(cost.replay_bytes + _drawn(call))
         made = self._blocks(cost.outputs, self._read(call, state))
         new = list(state)
         for k, register in call.changed():
@@ -142,13 +149,13 @@ class _DryEngine(Engine):
         self._load(sorted({call.base, position}))
         self.vjps += 1
         self.kept = max(self.kept, len(self.store))
-        cost, outputs = step_cost(step, call.how.hvp), cotangent_outputs(step)
+        cost, outputs = step_cost(step, call.how), cotangent_outputs(step)
         arguments: list[Any] = self._read(call, self._at(position))
         arguments += [None] * (len(step.inputs) - len(arguments))
         for i in outputs:
             given = received.get(i)
             arguments.append(_Block(self.meter, nbytes(step.outputs[i].spec)) if given is None else given)
-        self.meter.note(cost.vjp_bytes)
+        self.meter.note(cost.vjp_bytes + _drawn(call))
         real = {i for i in outputs if received.get(i) is not None and received[i].reached}
         grads = self._blocks(cost.gradients, arguments)
         state, metas = iter((*call.theta, *call.opt_state_in)), iter(call.metas)
@@ -163,6 +170,11 @@ class _DryEngine(Engine):
                 yield port.role, index, grad
 
 
+def _drawn(call: StepCall) -> int:
+    """Bytes of the random numbers that a call is given."""
+    return sum(nbytes(given.noise.spec) for given in call.inputs if given.random)
+
+
 def predict(program: RolledProgram, slots: int | None, how: Lowering = EAGER) -> Prediction:
     """Go through a call of a program, and a backward from all its results, on sizes.
 
@@ -171,7 +183,7 @@ def predict(program: RolledProgram, slots: int | None, how: Lowering = EAGER) ->
     Args:
         program: of the compiled function.
         slots: how many states may be kept; None for all.
-        how: its graphs are run; what a backend fuses or allocates besides is not known here.
+        how: its graphs are run; what a backend fuses or allocates besides is known once it has been measured.
     """
     meter = _Meter()
     copied = [x for x in program.inputs if x.grad or _is_target(x, program)]
@@ -184,27 +196,21 @@ def predict(program: RolledProgram, slots: int | None, how: Lowering = EAGER) ->
         _Block(meter, _size(where, engine.state, program, i)) for i, where in enumerate(program.outputs)
     ]
     forward, forward_steps = meter.peak, engine.replays
-    sweep = Sweep()
+    cotangents = [_Block(meter, block.size) for block in results]  # that autograd makes of ones
+    sweep: Any = GradientSweep(lambda source: _Block(meter, nbytes(source.spec)))  # type: ignore[arg-type,return-value]
     for i, where in enumerate(program.outputs):
         if isinstance(where, int) and i not in program.dead:
-            sweep.deposit(engine.program.end, where, _Block(meter, results[i].size, reached=True))  # type: ignore[arg-type]
+            sweep.deposit(engine.program.end, where, _Block(meter, results[i].size, reached=True))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if program.limit is None:
             engine.pull_back(sweep, 0)
         else:
             pull_back_truncated(engine, sweep, program.limit, program.offline)
-    reached = set()
-    sliced: dict[Input, _Block] = {}
-    for key, grad in sweep.metas.items():
-        source = key[0] if isinstance(key, tuple) else key
-        if isinstance(key, tuple) and source not in sliced:
-            sliced[source] = _Block(meter, nbytes(source.spec))
-        if grad.reached:  # pyright: ignore[reportAttributeAccessIssue]
-            reached.add(source)
+    reached = frozenset(source for source, grad in sweep.gradients().items() if grad.reached)
     extra = engine.replays - forward_steps
-    del held
-    return Prediction(meter.peak, forward, extra, engine.vjps, engine.kept, frozenset(reached))
+    del held, cotangents
+    return Prediction(meter.peak, forward, extra, engine.vjps, engine.kept, reached)
 
 
 def _size(where: int | Input, state: Any, program: RolledProgram, i: int) -> int:

@@ -19,7 +19,7 @@ from metaoptim.errors import CaptureError
 from ..compiler import cotangent_hook
 from ..compiler.differentiate import cotangent_outputs
 from ..compiler.ir import Assign, Program, Role, StepCall
-from ..compiler.lower import lowered
+from ..compiler.lower import Lowered, lowered
 from .noise import draw
 from .schedule import Marks
 from .store import SlotStore, State
@@ -217,7 +217,7 @@ class Engine:
         if base is None:
             base = self._lookup(call.base)
         inputs = self._inputs(call, state, base)
-        results = lowered(call.step, "replay", inputs, call.how)(*inputs)
+        results = self._lowered(call, "replay", inputs)(*inputs)
         for index, value in zip((*call.update, *call.opt_state_out), results, strict=False):
             if index == len(new):
                 new.append(value)
@@ -226,6 +226,9 @@ class Engine:
         if call.rng >= 0:
             new[call.rng] = self._drawn  # type: ignore[call-overload]
         return new
+
+    def _lowered(self, call: StepCall, kind: str, inputs: Sequence[Tensor]) -> Lowered:
+        return lowered(call.step, kind, inputs, call.how)
 
     def _lookup(self, position: int) -> State:
         if position in self._work or position in self.store:
@@ -305,7 +308,7 @@ class Engine:
         Args:
             call: the call, at ``position``.
             position: its position.
-            received: cotangent by output.
+            received: cotangent by output; those it takes are taken out.
 
         Yields:
             For each input that has a gradient: its role, its state index or meta-parameter, the gradient.
@@ -321,11 +324,10 @@ class Engine:
         self._load(sorted({call.base, position}))
         arguments = self._inputs(call, self._at(position), self._at(call.base))
         for i in cotangent_outputs(step):
-            c = received.get(i)
-            arguments.append(_like(step.outputs[i].spec, c))
+            arguments.append(_like(step.outputs[i].spec, received.pop(i, None)))
         self.vjps += 1
         try:
-            vjp = lowered(step, "vjp", arguments, call.how)
+            vjp = self._lowered(call, "vjp", arguments)
         except CaptureError:
             raise
         except RuntimeError as error:

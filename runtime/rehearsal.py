@@ -1,0 +1,79 @@
+"""A short run of a program on its real inputs, in which what its lowered graphs allocate is measured."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metaoptim.errors import UnreachableWarning
+
+from ..compiler.capture.tracer import Input
+from ..compiler.ir import Loop, Lowering, StepCall
+from ..compiler.program import RolledProgram
+from ..compiler.stepcost import Measured, made_of, measured
+from .compiled import Run
+from .engine import Engine
+from .meter import AllocatorMeter
+
+_ITERATIONS = 3  # of each loop: a first one, one as all, a last one
+
+
+def shortened(program: RolledProgram, most: int, long: Loop | None = None, longest: int = 0) -> RolledProgram:
+    """``program`` with at most ``most`` iterations of each loop, and ``longest`` of the loop ``long``."""
+    calls = [
+        replace(c, count=min(c.count, longest if c is long else most)) if isinstance(c, Loop) else c
+        for c in program.calls
+    ]
+    return replace(program, calls=calls)
+
+
+def rehearse(program: RolledProgram, tensors: dict[Input, Tensor], how: Lowering) -> None:
+    """Run a few steps of ``program`` and their derivatives, so that `measured` knows all its step graphs.
+
+    Nothing outside changes: what the program would write is dropped, and the random generator stays where it is. Graphs
+    are compiled on the way, and checked where ``how`` says so.
+    """
+    graphs = program.step_graphs
+    if all(measured(g, kind, how) for g in graphs for kind in ("replay", "vjp")):
+        return
+    run = Run(shortened(program, _ITERATIONS), tensors, 1, how, None, engine=_MeteredEngine)
+    before = None if run.generator is None else run.generator.get_rng_state()
+    try:
+        results = run.forward()
+        live = [isinstance(w, int) and i not in program.dead for i, w in enumerate(program.outputs)]
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UnreachableWarning)
+            run.backward([torch.ones_like(t) if ok else None for t, ok in zip(results, live, strict=True)])
+    finally:
+        if run.generator is not None:
+            run.generator.set_rng_state(before)
+
+
+class _MeteredEngine(Engine):
+    """An engine whose every call is measured."""
+
+    def _lowered(self, call: StepCall, kind: str, inputs: Sequence[Tensor]) -> Callable[..., Sequence[Any]]:
+        with AllocatorMeter() as first:
+            program = super()._lowered(call, kind, inputs)
+
+        def metered(*inputs: Tensor) -> Sequence[Any]:
+            with AllocatorMeter() as meter:
+                results = program(*inputs)
+            given = {t.untyped_storage()._cdata: i for i, t in enumerate(inputs)}
+            made = made_of([_memory(t) for t in results], given)
+            known = measured(call.step, kind, call.how) or Measured(0, 0, ())
+            call.step.programs["measured", kind, call.how] = Measured(
+                max(known.peak_bytes, meter.peak), max(known.first_bytes, first.peak), tuple(made)
+            )
+            return results
+
+        return metered
+
+
+def _memory(t: Tensor | None) -> tuple:
+    return () if t is None else (t.untyped_storage()._cdata, t.untyped_storage().nbytes())
