@@ -18,6 +18,7 @@ from .cotangent_hook import call_cotangent_hook
 from .flat import flat_graph
 from .interpret import interpret
 from .ir import Role, StepGraph
+from .liveness import storages
 from .tracing import tracing
 
 aten = torch.ops.aten
@@ -32,7 +33,27 @@ def replay_graph(step: StepGraph, example: Sequence[Tensor] | None = None) -> fx
         results = interpret(step, held, create_graph=False)
         return tuple(r for r, p in zip(results, step.outputs, strict=True) if p.role is not Role.LOSS)
 
-    return _trace(replay, step, (), example)
+    return _distinct(_trace(replay, step, (), example))
+
+
+def _distinct(module: fx.GraphModule) -> fx.GraphModule:
+    """With a tensor of its own for every result: equal ones have become one, and the user will see two states."""
+    (output,) = module.graph.find_nodes(op="output")
+    seen: set[fx.Node] = set()
+    results = []
+    with module.graph.inserting_before(output):
+        for node in output.args[0]:  # type: ignore[union-attr]
+            if node in seen:
+                original, node = node, module.graph.call_function(aten.clone.default, (node,))
+                node.meta = {
+                    **original.meta,
+                    "memory": tuple((("again", id(node)), n) for _, n in storages(original)),
+                }
+            seen.add(node)
+            results.append(node)
+    output.args = (tuple(results),)
+    module.recompile()
+    return module
 
 
 def vjp_graph(step: StepGraph, example: Sequence[Tensor] | None = None) -> fx.GraphModule:

@@ -1,4 +1,4 @@
-"""What one call of a step graph costs and depends on, read off its flat graphs, or measured: bytes, shared memory, derivatives."""
+"""What one call of a step graph costs and depends on: bytes, shared memory, derivatives; by its graphs, or measured."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .compile import CompiledFunction, captured_step, step_of, trace_of
+from .compile import CompiledFunction, captured_step, device_of, slots_of, step_of, trace_of
 from .compiler.capture.tracer import Input
 from .compiler.ir import Lowering, Role, StepGraph
 from .compiler.passes.pipeline import Options, compile_trace
@@ -25,7 +25,9 @@ from .errors import WindowError
 from .guards import Scene
 from .naming import tensor_names
 from .report import Report
+from .runtime.budget import budget_bytes
 from .runtime.dry_run import predict
+from .runtime.planner import plan_for
 from .runtime.recorded import RecordedSession
 from .runtime.session import current_session
 
@@ -85,8 +87,12 @@ def report_of(fn: Callable, options: Options, args: tuple, kwargs: dict[str, Any
         if isinstance(x, Input)
     }
     program, records = compile_trace(trace, options, step_of, texts=True)
-    slots = program.slots if program.slots is not None else options.slots
+    slots, budget = slots_of(program, options)
     how = options.lowering
+    plan = None
+    if budget is not None:
+        plan = plan_for(program, how, budget_bytes(budget, device_of(program)), _title(fn))
+        slots = plan.slots
     prediction = predict(program, slots, how)
     if not prediction.reached:
         prediction = predict(program, 1, how)
@@ -112,6 +118,8 @@ def report_of(fn: Callable, options: Options, args: tuple, kwargs: dict[str, Any
         window=program.limit,
         offline=program.offline,
         slots=slots,
+        memory_budget=None if plan is None else plan.budget,
+        minimum_budget=None if plan is None else plan.minimum,
         plan="forward only" if not reached else "all states" if slots is None else "scheduled",
         kept_states=prediction.kept,
         extra_forwards=prediction.extra_forwards,
@@ -154,6 +162,8 @@ def _step_report(
         window=window.options.window,
         offline=window.options.offline,
         slots=window.options.slots,
+        memory_budget=None,
+        minimum_budget=None,
         plan="streaming",
         kept_states=None,
         extra_forwards=None,

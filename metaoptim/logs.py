@@ -23,8 +23,8 @@ def configure(spec: str) -> None:
     `logging` as it does its own, and leave this alone.
 
     Args:
-        spec: names separated by commas: ``recompiles``, ``passes``, ``graphs``, ``plans``, ``cache`` or ``all``; ``+`` before a
-            name for more of it. Empty for none.
+        spec: names separated by commas: ``recompiles``, ``passes``, ``graphs``, ``plans``, ``cache`` or ``all``; ``+``
+            before a name for more of it. Empty for none.
 
     Raises:
         ValueError: for an unknown name.

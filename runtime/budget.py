@@ -71,7 +71,7 @@ def free_bytes(device: torch.device) -> int:
     available = Path("/proc/meminfo")
     if device.type != "cpu" or not available.exists():
         raise ValueError(
-            f"memory_budget: a fraction of the free memory is not supported for {device.type} on this system; give bytes"
+            f"memory_budget: a fraction of the free memory is not known for {device.type} on this system; give bytes"
         )
     (kibibytes,) = re.findall(r"MemAvailable:\s+(\d+) kB", available.read_text())
     return 1024 * int(kibibytes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -15,8 +16,8 @@ from .rehearsal import shortened
 from .schedule import extra_forwards
 
 _FEW = 4  # iterations of a loop in which all that happens in it has happened
-_SLOTS = 5  # the most for which a program is gone through
-_MANY = 6 * _SLOTS  # iterations of a loop in which so many slots are as full as they will ever be
+FEW_SLOTS = 5  # the most for which a program is gone through
+MANY = 6 * FEW_SLOTS  # iterations of a loop in which so many slots are as full as they will ever be
 
 
 @dataclass(frozen=True)
@@ -37,37 +38,51 @@ class Plan:
 
 
 class Peaks:
-    """Predicted peak of a program by the number of slots.
+    """Predicted peak by the number of slots: gone through for a few, from where on each costs the same.
 
-    A peak does not depend on how often a loop runs once it runs several times per slot, so it is found for a few slots
-    on a program cut short, and every further slot costs the same. Where states of several loops differ in size, the
-    largest may be the ones that are kept.
+    Args:
+        exact: the peak, for so few slots.
     """
 
-    def __init__(self, program: RolledProgram, how: Lowering) -> None:
-        self.program, self.how = program, how
-        self.exact = lru_cache(maxsize=None)(self._exact)
-
-    def _exact(self, slots: int) -> int:
-        few, many = (n + (self.program.limit or 0) for n in (_FEW, _MANY))
-        loops = [c for c in self.program.calls if isinstance(c, Loop)] or [None]
-        cut = (shortened(self.program, few, loop, many) for loop in loops)
-        return max(predict(p, slots, self.how).peak_bytes for p in cut)
+    def __init__(self, exact: Callable[[int], int]) -> None:
+        self.exact = lru_cache(maxsize=None)(exact)
 
     def __call__(self, slots: int) -> int:
         """The peak with so many slots."""
-        if slots <= _SLOTS:
-            return self.exact(slots)
-        per_slot = max(self.exact(k + 1) - self.exact(k) for k in range(2, _SLOTS))
-        return self.exact(_SLOTS) + (slots - _SLOTS) * per_slot
+        return (
+            self.exact(slots)
+            if slots <= FEW_SLOTS
+            else self.exact(FEW_SLOTS) + (slots - FEW_SLOTS) * self.per_slot
+        )
+
+    @property
+    def per_slot(self) -> int:
+        """Bytes that a further slot costs."""
+        return max(self.exact(k + 1) - self.exact(k) for k in range(2, FEW_SLOTS))
 
     def fitting(self, budget: int, most: int) -> int:
         """The most slots, up to ``most``, with which the peak is at most ``budget``; 0 if there is none."""
-        low, high = 0, most
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if self(middle) <= budget else (low, middle - 1)
-        return low
+        if self(1) > budget:
+            return 0
+        more = budget - self(FEW_SLOTS)
+        if more >= 0:
+            return min(most, FEW_SLOTS + more // self.per_slot if self.per_slot else most)
+        return min(most, max(k for k in range(1, FEW_SLOTS) if self(k) <= budget))
+
+
+def peaks_of(program: RolledProgram, how: Lowering) -> Peaks:
+    """Peaks of a compiled function's program.
+
+    A peak does not depend on how often a loop runs once it runs several times per slot, so it is found on a program cut
+    short. Where states of several loops differ in size, the largest may be the ones that are kept.
+    """
+
+    def exact(slots: int) -> int:
+        few, many = (n + (program.limit or 0) for n in (_FEW, MANY))
+        loops = [c for c in program.calls if isinstance(c, Loop)] or [None]
+        return max(predict(shortened(program, few, x, many), slots, how).peak_bytes for x in loops)
+
+    return Peaks(exact)
 
 
 def plan_for(program: RolledProgram, how: Lowering, budget: int, name: str) -> Plan:
@@ -82,7 +97,7 @@ def plan_for(program: RolledProgram, how: Lowering, budget: int, name: str) -> P
     Raises:
         BudgetError: if not even a single state can be kept.
     """
-    peaks, states = Peaks(program, how), program.positions
+    peaks, states = peaks_of(program, how), program.positions
     least = peaks(1)
     minimum = least + _first_use(program, how)
     if budget < minimum:

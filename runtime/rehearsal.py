@@ -58,22 +58,36 @@ class _MeteredEngine(Engine):
     """An engine whose every call is measured."""
 
     def _lowered(self, call: StepCall, kind: str, inputs: Sequence[Tensor]) -> Callable[..., Sequence[Any]]:
+        if torch.autograd._profiler_enabled():
+            return super()._lowered(call, kind, inputs)
         with AllocatorMeter() as first:
             program = super()._lowered(call, kind, inputs)
-
-        def metered(*inputs: Tensor) -> Sequence[Any]:
-            with AllocatorMeter() as meter:
-                results = program(*inputs)
-            given = {t.untyped_storage()._cdata: i for i, t in enumerate(inputs)}
-            made = made_of([_memory(t) for t in results], given)
-            known = measured(call.step, kind, call.how) or Measured(0, 0, ())
-            call.step.programs["measured", kind, call.how] = Measured(
-                max(known.peak_bytes, meter.peak), max(known.first_bytes, first.peak), tuple(made)
-            )
-            return results
-
-        return metered
+        return lambda *inputs: metered(program, call, kind, inputs, first.peak)
 
 
-def _memory(t: Tensor | None) -> tuple:
-    return () if t is None else (t.untyped_storage()._cdata, t.untyped_storage().nbytes())
+def metered(
+    program: Callable[..., Sequence[Any]], call: StepCall, kind: str, inputs: Sequence[Tensor], first: int = 0
+) -> Sequence[Any]:
+    """What ``program``, the lowered graph of a call, returns; what it takes is noted for `measured`.
+
+    Args:
+        program, call, kind, inputs: as of `lowered`.
+        first: bytes that compiling and checking it took.
+    """
+    if torch.autograd._profiler_enabled():  # another one: the graphs' own sizes have to do
+        return program(*inputs)
+    with AllocatorMeter() as meter:
+        results = program(*inputs)
+    given = {t.untyped_storage()._cdata: i for i, t in enumerate(inputs) if t.layout is torch.strided}
+    made = made_of([_memory(t) for t in results], given)
+    known = measured(call.step, kind, call.how) or Measured(0, 0, ())
+    call.step.programs["measured", kind, call.how] = Measured(
+        max(known.peak_bytes, meter.peak), max(known.first_bytes, first), tuple(made)
+    )
+    return results
+
+
+def _memory(t: Tensor | None) -> tuple | None:
+    if t is None:
+        return ()
+    return (t.untyped_storage()._cdata, t.untyped_storage().nbytes()) if t.layout is torch.strided else None

@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 torch.set_num_threads(1)
 torch.set_default_dtype(torch.float64)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """How many random inner loops are run under memory budgets."""
+    parser.addoption("--budget-cases", type=int, default=4, help="random inner loops under memory budgets")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """``budget_case``: the seed of one."""
+    if "budget_case" in metafunc.fixturenames:
+        metafunc.parametrize("budget_case", range(metafunc.config.getoption("--budget-cases")))
