@@ -167,7 +167,7 @@ def test_the_check_fails_when_a_state_is_leaked(monkeypatch: pytest.MonkeyPatch)
     def offer(self: SlotStore, position: int, state: Any) -> None:
         real(self, position, state)
         if position == 2:  # which is not kept
-            leaked.append(list(state))
+            leaked.append([t for t in state if isinstance(t, Tensor)])  # not in the plan, which runs on sizes
         assert position != 2 or position not in self
 
     monkeypatch.setattr(SlotStore, "offer", offer)
