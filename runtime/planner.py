@@ -16,6 +16,7 @@ from .rehearsal import shortened
 from .schedule import extra_forwards
 
 _FEW = 4  # iterations of a loop in which all that happens in it has happened
+SCALARS = 1024  # bytes of losses, rates and the like that come and go
 FEW_SLOTS = 5  # the most for which a program is gone through
 MANY = 6 * FEW_SLOTS  # iterations of a loop in which so many slots are as full as they will ever be
 
@@ -49,11 +50,9 @@ class Peaks:
 
     def __call__(self, slots: int) -> int:
         """The peak with so many slots."""
-        return (
-            self.exact(slots)
-            if slots <= FEW_SLOTS
-            else self.exact(FEW_SLOTS) + (slots - FEW_SLOTS) * self.per_slot
-        )
+        if slots <= FEW_SLOTS:
+            return SCALARS + self.exact(slots)
+        return self(FEW_SLOTS) + (slots - FEW_SLOTS) * self.per_slot
 
     @property
     def per_slot(self) -> int:

@@ -26,7 +26,6 @@ from .inputs import Held
 from .planner import MANY, Peaks
 from .rehearsal import metered
 
-_SCALARS = 1024  # losses, rates and the like
 _DRAWN = 5056  # bytes of the generator's state, from which random inputs are drawn again
 _REPEATS = 2  # of each step, before the last one repeats
 
@@ -66,7 +65,7 @@ class Streaming:
             former = self._peaks
             self._peaks = found if former is None else Peaks(lambda k: max(found.exact(k), former.exact(k)))
         self.retained.take(call.inputs)
-        besides = self.retained.bytes + self._shown + _SCALARS
+        besides = self.retained.bytes + self._shown
         room = self.budget - besides
         self._slots = self._peaks.fitting(room, self._slots)
         if self._slots < 1:
