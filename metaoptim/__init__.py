@@ -14,6 +14,7 @@ from .errors import (
 )
 from .explain import explain
 from .optim import MetaAdam, MetaOptimizer, MetaRMSprop, MetaSGD
+from .plan import plan
 from .window import SlidingWindow, zero_nan_hook
 
 __version__ = "0.1.0"
@@ -34,6 +35,7 @@ __all__ = [
     "WindowError",
     "compile",
     "explain",
+    "plan",
     "zero_nan_hook",
 ]
 

@@ -210,8 +210,8 @@ def sweep_peak(program: Any, slots: int) -> int:
     meter = _Meter()
     calls = [_measured_out(c, meter) if isinstance(c, Assign) else c for c in program.calls]
     engine = _DryEngine(Program(0, calls), slots, meter)
-    state = engine.run([])
-    sweep = Sweep()
+    state: Any = engine.run([])
+    sweep: Any = Sweep()
     for index, value in enumerate(state):
         sweep.deposit(engine.program.end, index, _Block(meter, value.whole))
     del state

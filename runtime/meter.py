@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.autograd as autograd
+from torch._C import _autograd as autograd
 from torch._C._profiler import _ExperimentalConfig
+
+
+def profiling() -> bool:
+    """Whether a profiler is active, beside which nothing can be measured."""
+    return autograd._profiler_enabled()
 
 
 class AllocatorMeter:
     """Bytes that PyTorch's CPU allocator gives out inside a `with` block, from the profiler's allocation events.
 
-    No other profiler may be active.
+    No other profiler may be active; see `profiling`.
 
     Attributes:
         peak: most bytes alive at once, of those allocated inside the block.

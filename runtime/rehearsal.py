@@ -18,7 +18,7 @@ from ..compiler.program import RolledProgram
 from ..compiler.stepcost import Measured, made_of, measured
 from .compiled import Run
 from .engine import Engine
-from .meter import AllocatorMeter
+from .meter import AllocatorMeter, profiling
 
 _ITERATIONS = 3  # of each loop: a first one, one as all, a last one
 
@@ -58,7 +58,7 @@ class _MeteredEngine(Engine):
     """An engine whose every call is measured."""
 
     def _lowered(self, call: StepCall, kind: str, inputs: Sequence[Tensor]) -> Callable[..., Sequence[Any]]:
-        if torch.autograd._profiler_enabled():
+        if profiling():
             return super()._lowered(call, kind, inputs)
         with AllocatorMeter() as first:
             program = super()._lowered(call, kind, inputs)
@@ -74,7 +74,7 @@ def metered(
         program, call, kind, inputs: as of `lowered`.
         first: bytes that compiling and checking it took.
     """
-    if torch.autograd._profiler_enabled():  # another one: the graphs' own sizes have to do
+    if profiling():  # another one: the graphs' own sizes have to do
         return program(*inputs)
     with AllocatorMeter() as meter:
         results = program(*inputs)

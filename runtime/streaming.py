@@ -23,6 +23,7 @@ from .budget import budget_bytes
 from .dry_run import sweep_peak
 from .engine import Engine
 from .inputs import Held
+from .meter import profiling
 from .planner import MANY, Peaks
 from .rehearsal import metered
 
@@ -83,7 +84,7 @@ class Streaming:
 
 def _measure(engine: Engine, call: StepCall) -> None:
     """Run the derivative of a step that was not met before, once, to see what it takes."""
-    if measured(call.step, "vjp", call.how) is not None or torch.autograd._profiler_enabled():
+    if measured(call.step, "vjp", call.how) is not None or profiling():
         return
     with _disable_current_modes(), torch.no_grad():
         base = engine.state if call.base == engine.position else engine.state_at(call.base)

@@ -285,3 +285,39 @@ def test_a_store_that_shrinks_gives_up_what_is_cheapest_to_lose() -> None:
         for i, (a, b) in enumerate(zip(kept._positions, [*kept._positions[1:], 12], strict=True))
     )
     assert cost <= 1.25 * (schedule.advances(13, 4) - 12) + 12
+
+
+# -- what it would cost ----------------------------------------------------------------------------------------------
+
+
+def test_the_cost_model_is_revolves_and_that_of_a_run() -> None:
+    case = Case(5, steps=30, dominant="state")
+    arguments = case.make()
+    fn = case.compiled()
+    model = metaoptim.plan(fn)(*arguments).model
+    for slots in (1, 2, 6, 20):
+        assert model.at(30, slots)["extra_forwards"] == schedule.extra_forwards(30, slots)
+        report = case.compiled(slots=slots).explain(*arguments)
+        predicted = model.at(report.calls, slots)["peak_bytes"]
+        assert 0 <= predicted - report.predicted_peak_bytes <= 1024 + 3 * case_state(case)
+    assert str(model.extra_forwards) == "-T + r*(T + 1) - binomial(c + r, c + 1)"
+
+
+def test_what_another_horizon_would_cost() -> None:
+    case = Case(5, steps=10, dominant="state")
+    arguments, fn = case.make(), case.compiled()
+    least = metaoptim.plan(fn)(*arguments).minimum_budget
+    budgets = (int(1.5 * least), 5 * least, "20GiB")
+    costs = [metaoptim.plan(fn, horizon=20_000, memory_budget=b)(*arguments) for b in budgets]
+    assert [c.horizon for c in costs] == [20_000] * 3
+    assert all(c.peak_bytes <= c.memory_budget for c in costs)
+    factors = [c.time_factor for c in costs]
+    assert factors == sorted(factors, reverse=True) and factors[0] > 1.5 and factors[-1] == 1.0
+    assert costs[-1].slots == 20_002  # with what comes before and after
+    assert "runs 0 steps a second time" in str(costs[-1])
+    with pytest.raises(metaoptim.BudgetError, match="smallest feasible") as refused:
+        metaoptim.plan(fn, horizon=20_000, memory_budget=1000)(*arguments)
+    cost = metaoptim.plan(fn, horizon=20_000, memory_budget=refused.value.minimum)(*arguments)
+    assert cost.slots == 1
+    curve, work = zip(*costs[0].curve(), strict=True)
+    assert list(curve) == sorted(curve) and list(work) == sorted(work, reverse=True)
