@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch._C import _autograd as autograd
-from torch._C._profiler import _ExperimentalConfig
+from torch._C._profiler import ProfilerConfig, ProfilerState, _ExperimentalConfig
 
 
 def profiling() -> bool:
@@ -35,9 +35,7 @@ class AllocatorMeter:
     def __enter__(self) -> AllocatorMeter:
         # The profiler before kineto: it starts in no time, says nothing on stderr, and keeps events in order.
         autograd._enable_profiler_legacy(
-            autograd.ProfilerConfig(
-                autograd.ProfilerState.CPU, False, True, False, False, False, _ExperimentalConfig()
-            )
+            ProfilerConfig(ProfilerState.CPU, False, True, False, False, False, _ExperimentalConfig())
         )
         return self
 
