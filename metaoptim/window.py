@@ -37,13 +37,16 @@ class SlidingWindow:
         record_grad_tape: keep each step's parameters; `MetaOptimizer.named_parameters` then yields ``step_k:name``.
         pickup_step: online only: leave networks and optimizers as they were after step k (from 0) instead of the last.
         window: truncate: every outer loss sees only the last ``window`` super-steps before it. None sees all.
+        memory_budget: keep as many states as fit: most bytes that the window may hold at its peak beyond the caller's
+            own tensors, as a number, as text (``"512MiB"``), or as a fraction (a float) of the free memory.
         slots: keep at most this many states of the inner loop, counting the initial one, and replay the rest. None
             keeps the state of every step (no activations).
         strategy: ``"auto"`` records; ``"full_tape"`` keeps autograd's own tape (the oracle; memory grows with T).
 
     Raises:
         WindowError: for windows inside windows, or pickup_step offline.
-        ValueError: for an unknown strategy, or window or slots below 1.
+        ValueError: for an unknown strategy, window or slots below 1, or both slots and a budget.
+        BudgetError: from a step, for a budget in which not even one state can be kept.
 
     Example:
         >>> net = torch.nn.Linear(1, 1)
