@@ -99,6 +99,7 @@ class Segment(Keyed):
 
     def __init__(self, entries: list[Entry], hooks: Hooks) -> None:
         super().__init__(entries)
+        self._written = {self.memory_of(ref) for e in entries for ref in changed(e)}
         self.inputs: list[Any] = []
         self._input_at: dict[Any, int] = {}
         body = tuple(self._entry_key(e) for e in entries)
@@ -140,6 +141,9 @@ class Segment(Keyed):
             else:
                 break
         return identity(ref)
+
+    def _unchanged(self, a: Any) -> bool:
+        return self.memory_of(a) not in self._written
 
     def _input_shape(self, a: Any) -> tuple | None:
         if isinstance(a, Value) and id(a.entry) in self.number_of:

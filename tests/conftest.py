@@ -10,8 +10,13 @@ torch.set_default_dtype(torch.float64)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """How many random inner loops are run under memory budgets."""
+    """What takes long, on request."""
     parser.addoption("--budget-cases", type=int, default=4, help="random inner loops under memory budgets")
+    parser.addoption(
+        "--whole-grid",
+        action="store_true",
+        help="forms B and C over the whole grid of networks, optimizers, modes, horizons and windows (most of an hour)",
+    )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -230,6 +230,11 @@ def hook_on_an_argument(w: World, loss: Tensor, h: Tensor) -> Any:
     w.log_lr.register_hook(lambda g: g * 2)
 
 
+@refused("a hook on an autograd node")
+def hook_on_a_node(w: World, loss: Tensor, h: Tensor) -> Any:
+    h.grad_fn.register_hook(lambda into, out: tuple(None if g is None else 2 * g for g in into))
+
+
 @refused("after an inner step")
 def hook_after_the_step(w: World, loss: Tensor, h: Tensor) -> Any:
     w.inner.step(loss)

@@ -1,4 +1,4 @@
-"""Ordinary constructs inside an inner loss: each as eager would differentiate it, twice."""
+"""More constructs inside an inner loss than docs/constructs.md lists: each as eager would differentiate it, twice."""
 
 from __future__ import annotations
 
@@ -23,23 +23,6 @@ STEPS = 4
 XS, YS = data(STEPS)
 
 
-class Straight(torch.autograd.Function):
-    """A straight-through estimator with the new-style setup_context."""
-
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return (x * 2).round() / 2
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return grad * (1 - x.tanh() ** 2)
-
-
 class OldCube(torch.autograd.Function):
     """Old style (ctx in forward), two inputs and a constant, a backward that is not the true one."""
 
@@ -56,42 +39,8 @@ class OldCube(torch.autograd.Function):
         return grad * w * ctx.power * x.sin(), grad * y.cos(), None
 
 
-straight = Straight.apply  # captured before any window
-
-
 def _mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
-
-
-def _inplace_mlp() -> nn.Module:
-    return nn.Sequential(
-        nn.Linear(3, 6),
-        nn.LeakyReLU(0.1, inplace=True),
-        nn.Linear(6, 4),
-        nn.ELU(inplace=True),
-        nn.Linear(4, 2),
-    )
-
-
-class _Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv, self.head = nn.Linear(3, 12), nn.Linear(4, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).view(1, 1, 5, 12).chunk(3, -1)
-        return self.head(F.scaled_dot_product_attention(q, k, v).reshape(5, 4))
-
-
-class _Spectral(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Sequential(
-            nn.utils.parametrizations.spectral_norm(nn.Linear(3, 4)), nn.Tanh(), nn.Linear(4, 2)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
 
 
 Loss = Callable[[Any, int, dict, dict], Tensor]
@@ -106,13 +55,6 @@ def case(build: Callable[[], nn.Module] = _mlp, out_of_place: Loss | None = None
         return loss
 
     return add
-
-
-@case()
-def tensor_hook(net: Any, t: int, metas: dict, carried: dict) -> Tensor:
-    h = net(XS[t])
-    h.register_hook(lambda g: g * 1.7 + g.square())
-    return F.mse_loss(h, YS[t]) * metas["w"].sigmoid()
 
 
 @case()
@@ -139,23 +81,10 @@ def hook_on_parameter(net: Any, t: int, metas: dict, carried: dict) -> Tensor:
 
 
 @case()
-def gradient_penalty(net: Any, t: int, metas: dict, carried: dict) -> Tensor:
-    x = XS[t].clone().requires_grad_()
-    out = net(x).exp().sum()
-    (g,) = torch.autograd.grad(out, x, create_graph=True)
-    return F.mse_loss(net(XS[t]), YS[t]) + metas["w"].sigmoid() * (g.norm(dim=1) - 1).square().mean()
-
-
-@case()
 def penalty_on_parameters(net: Any, t: int, metas: dict, carried: dict) -> Tensor:
     loss = F.mse_loss(net(XS[t]).sigmoid(), YS[t])
     grads = torch.autograd.grad(loss, list(net.parameters()), create_graph=True)
     return loss + metas["w"] * sum(g.square().sum() for g in grads)
-
-
-@case(_inplace_mlp)
-def inplace_activations(net: Any, t: int, metas: dict, carried: dict) -> Tensor:
-    return F.mse_loss(net(XS[t]), YS[t]) * metas["w"].exp()
 
 
 @case()
@@ -177,11 +106,6 @@ def inplace_under_no_grad(net: Any, t: int, metas: dict, carried: dict) -> Tenso
         h[0].mul_(0.5)
         h.clamp_(-1, 1)
     return (h * YS[t]).sum() + 0.1 * sum(p.square().sum() for p in net.parameters())
-
-
-@case()
-def straight_through(net: Any, t: int, metas: dict, carried: dict) -> Tensor:
-    return F.mse_loss(straight(net(XS[t]) * metas["w"]), YS[t])
 
 
 @case()
@@ -210,46 +134,11 @@ def requires_grad_inside(net: Any, t: int, metas: dict, carried: dict) -> Tensor
 
 
 @case()
-def learnable_data_by_index(net: Any, t: int, metas: dict, carried: dict) -> Tensor:
-    return (net(XS[t]) - metas["y"][t % 3] - metas["y"][t % 2 : t % 2 + 2].prod(0)).square().mean() * metas[
-        "s"
-    ][t % 2]
-
-
-@case()
-def python_schedule(net: Any, t: int, metas: dict, carried: dict) -> Tensor:
-    return F.mse_loss(net(XS[t]), YS[t]) * (1 + 0.1 * t) / (2 + t) + metas["w"] * net(XS[t]).mean() ** (
-        2 + t % 2
-    )
-
-
-@case()
-def item_as_number(net: Any, t: int, metas: dict, carried: dict) -> Tensor:
-    h = net(XS[t])
-    return (h * metas["w"]).square().mean() / (1.0 + h.abs().mean().item())
-
-
-@case()
 def carried_hidden_state(net: Any, t: int, metas: dict, carried: dict) -> Tensor:
     h = carried.get("h")
     out = net(XS[t] if h is None else XS[t] + 0.3 * h @ torch.ones(2, 3))
     carried["h"] = out.tanh() * metas["w"]
     return F.mse_loss(out, YS[t])
-
-
-@case()
-def boolean_mask(net: Any, t: int, metas: dict, carried: dict) -> Tensor:
-    h = net(XS[t])
-    return (
-        (h[h > 0] * metas["w"]).square().sum()
-        + h[YS[t] > 0.2].mean()
-        + torch.where(h > 0, h, 0.1 * h).sum() * 0.1
-    )
-
-
-@case(_Attention)
-def attention(net: Any, t: int, metas: dict, carried: dict) -> Tensor:
-    return F.mse_loss(net(XS[t]), YS[t]) * metas["w"].exp()
 
 
 @case(

@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import metaoptim
-from oracle import Problem, agree, leaves, run_oracle
-from problems import NETWORKS, data, problem
+from problems import NETWORKS, data
 
 Wrap = Callable[[Callable], Callable]
 MODES = pytest.mark.parametrize("offline", [True, False], ids=["offline", "online"])
@@ -30,66 +29,6 @@ def compiled(fn: Callable) -> Callable:
 
 def plain(fn: Callable) -> Callable:
     return fn
-
-
-# -- the grid ----------------------------------------------------------------------------------------------------------
-
-
-def run_compiled(case: Problem, backend: str = "eager", **window: Any) -> dict[str, Tensor | None]:
-    """The gradients of a problem of `problems.problem`, its inner step compiled.
-
-    The learnt weight is found in the closure, the row of learnt targets is an argument, the learning rate sits in the
-    optimizer's groups.
-    """
-    xs, ys = data(case.steps)
-    torch.manual_seed(3)
-    net = case.build()
-    metas = leaves(case.metas)
-    weight = metas["weight"]
-    inner = case.optimizer_class([net], **case.hyper(metas), **case.options)
-
-    @metaoptim.compile(backend=backend)
-    def step(x: Tensor, y: Tensor, shift: Tensor, scale: Tensor) -> None:
-        loss = F.mse_loss(net(x), y + shift) * scale * weight.sigmoid()
-        inner.step(loss, allow_unused=case.allow_unused)
-
-    total: Any = 0.0
-    torch.manual_seed(11)
-    with metaoptim.SlidingWindow(offline=case.offline, window=case.window, **window):
-        for t in range(case.steps):
-            if case.per_step is not None:
-                total = total + case.per_step(net, t, metas)
-            step(xs[t], ys[t], metas["shift"][t % 3], torch.tensor(1 + 0.1 * t))
-        total = total + case.outer(net, metas)
-    total.backward()
-    return {**{n: p.grad for n, p in net.named_parameters()}, **{k: v.grad for k, v in metas.items()}}
-
-
-@pytest.mark.parametrize("network", NETWORKS)
-@pytest.mark.parametrize("optimizer", ["momentum", "adam"])
-def test_grid(network: str, optimizer: str) -> None:
-    for offline, per_step in ((True, False), (False, True)):
-        case = problem(network, optimizer, 5, offline, per_step=per_step)
-        expected = run_oracle(case)
-        assert any(v is not None and v.abs().max() > 1e-6 for v in expected.values())
-        for slots in (None, 2):
-            agree(run_compiled(case, slots=slots), expected)
-
-
-@MODES
-@pytest.mark.filterwarnings("ignore::metaoptim.UnreachableWarning")
-def test_truncated(offline: bool) -> None:
-    for limit in (1, 3):
-        case = problem("linear", "adam", 5, offline, limit, per_step=True)
-        expected = run_oracle(case)
-        assert expected["weight"].abs() > 1e-6
-        for slots in (None, 2):
-            agree(run_compiled(case, slots=slots), expected)
-
-
-def test_aot_eager() -> None:
-    case = problem("linear", "adam", 5, True)
-    agree(run_compiled(case, "aot_eager", slots=2), run_oracle(case))
 
 
 # -- against forms A and full tape, by everything that is left ---------------------------------------------------------

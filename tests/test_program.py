@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import metaoptim
 from metaoptim.compiler.ir import StepCall, gradient
@@ -24,12 +25,22 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
 
 
-def loss_of(net: Any, t: int) -> Tensor:
+def layer() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 2), nn.Tanh()).double()
+
+
+def batch(t: int) -> tuple[Tensor, Tensor]:
     g = torch.Generator().manual_seed(t)
-    return F.mse_loss(
-        net(torch.randn(5, 3, generator=g, dtype=torch.float64)),
+    return (
+        torch.randn(5, 3, generator=g, dtype=torch.float64),
         torch.randn(5, 2, generator=g, dtype=torch.float64),
     )
+
+
+def loss_of(net: Any, t: int) -> Tensor:
+    x, y = batch(t)
+    return F.mse_loss(net(x), y)
 
 
 def loop(steps: int, every: bool = False, **options: Any) -> tuple[Any, Tensor, list[Tensor]]:
@@ -114,35 +125,106 @@ def nodes_of(step: Any) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize("slots", [None, 2])
-def test_corrupting_a_node_changes_the_gradient(slots: int | None) -> None:
-    """Every arithmetic node of the step graph: replaced by twice itself, it must show in the meta-gradient."""
+def looped_in_b(slots: int | None) -> tuple[Any, Tensor, list[Tensor]]:
+    """The step graph of a compiled step in an ordinary window, the outer loss, and what to differentiate by."""
+    net, lr = layer(), torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    inner = metaoptim.MetaSGD([net], lr=lr, momentum=0.5)
+
+    @metaoptim.compile(backend="eager")
+    def step(x: Tensor, y: Tensor) -> None:
+        inner.step(F.mse_loss(net(x), y))
+
+    with metaoptim.SlidingWindow(offline=True, slots=slots) as window:
+        for t in range(4):
+            step(*batch(t))
+        total = loss_of(net, 99)
+        return window.program.calls[-1].step, total, [*net.parameters(), lr]
+
+
+def looped_in_c(slots: int | None) -> tuple[Any, Tensor, list[Tensor]]:
+    """Likewise of a whole function."""
+    net, lr = layer(), torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    xs, ys = map(torch.stack, zip(*map(batch, range(4))))
+
+    @metaoptim.compile(backend="eager", slots=slots)
+    def meta_loss(net: nn.Module, lr: Tensor) -> Tensor:
+        inner = metaoptim.MetaSGD([net], lr=lr, momentum=0.5)
+        with metaoptim.SlidingWindow(offline=True) as window:
+            for x, y in window.scan(xs, ys):
+                inner.step(F.mse_loss(net(x), y))
+            return F.mse_loss(net(xs[0]), ys[1])
+
+    total = meta_loss(net, lr)
+    ((program,),) = meta_loss._programs.values()
+    return program.rolled.calls[1].step, total, [*net.parameters(), lr]
+
+
+def looped_in_a(slots: int | None) -> tuple[Any, Tensor, list[Tensor]]:
+    """Likewise of an ordinary window."""
     step_cache.clear()
     engine, total, own = loop(4, slots=slots)
-    honest = torch.autograd.grad(total, own, retain_graph=True)
-    step = next(c.step for c in reversed(engine.program.calls) if isinstance(c, StepCall))
-    tried = 0
-    for node in nodes_of(step):
-        if node.target in (aten.t.default, aten.view.default, aten.detach.default, aten.expand.default):
-            continue
-        step.programs.clear()
-        with step.graph.inserting_after(node):
-            twice = step.graph.call_function(aten.mul.Tensor, (node, 2.0))
+    return next(c.step for c in reversed(engine.program.calls) if isinstance(c, StepCall)), total, own
+
+
+FORMS = {"A": looped_in_a, "B": looped_in_b, "C": looped_in_c}
+_MOVES = (aten.t.default, aten.view.default, aten.detach.default, aten.expand.default)
+
+
+def corruptions(graph: fx.Graph, nodes: list[Any]) -> Iterator[Any]:
+    """Each node in turn, while what reads it is given twice its value."""
+    for node in nodes:
+        with graph.inserting_after(node):
+            twice = graph.call_function(aten.mul.Tensor, (node, 2.0))
         users = [u for u in node.users if u is not twice]
         for user in users:
             user.replace_input_with(node, twice)
-        corrupted = torch.autograd.grad(total, own, retain_graph=True)
-        assert any(
-            not torch.allclose(a, b, rtol=1e-6, atol=1e-12) for a, b in zip(honest, corrupted, strict=True)
-        ), node
+        yield node
         for user in users:
             user.replace_input_with(twice, node)
-        step.graph.erase_node(twice)
-        tried += 1
-    assert tried >= 8
+        graph.erase_node(twice)
+
+
+def differ(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
+    return any(not torch.allclose(x, y, rtol=1e-6, atol=1e-12) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("form, slots", [("A", 2), ("B", None), ("C", 2)])
+def test_corrupting_a_node_changes_the_gradient(form: str, slots: int | None) -> None:
+    """Every arithmetic node of the step graph: replaced by twice itself, it must show in the meta-gradient."""
+    step, total, own = FORMS[form](slots)
+    honest = torch.autograd.grad(total, own, retain_graph=True)
+    nodes = [n for n in nodes_of(step) if n.target not in _MOVES and n.users]
+    assert len(nodes) >= 8
+    for node in corruptions(step.graph, nodes):
+        step.programs.clear()
+        assert differ(honest, torch.autograd.grad(total, own, retain_graph=True)), node
     step.programs.clear()
     again = torch.autograd.grad(total, own)
-    assert all(torch.equal(a, b) for a, b in zip(honest, again, strict=True))
+    assert all(map(torch.equal, honest, again))
+    step_cache.clear()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_corrupting_a_derivative_changes_the_gradient(form: str) -> None:
+    """Every arithmetic node of the flat graph of a step's derivative."""
+    step, total, own = FORMS[form](None)
+    honest = torch.autograd.grad(total, own, retain_graph=True)
+    (graph,) = (g for key, g in step.programs.items() if key[0] == "vjp graph")
+    nodes = [
+        n
+        for n in graph.graph.nodes
+        if n.op == "call_function"
+        and n.target not in _MOVES
+        and any(u.target is not aten.ones_like.default for u in n.users)  # which reads the shape only
+    ]
+    assert len(nodes) >= 20
+    lowered = [key for key in step.programs if key[0] == "vjp"]
+    for node in corruptions(graph.graph, nodes):
+        graph.recompile()
+        for key in lowered:
+            step.programs.pop(key, None)
+        assert differ(honest, torch.autograd.grad(total, own, retain_graph=True)), node
+    step.programs.clear()
     step_cache.clear()
 
 

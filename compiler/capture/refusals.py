@@ -65,6 +65,11 @@ _NO_DATA = (
     "tensor.data = ... while the function is captured cannot be followed; use tensor.copy_(...) under torch.no_grad(), "
     "or compute a new tensor"
 )
+_NO_NODE_HOOK = (
+    "a hook on an autograd node (a module's register_full_backward_hook, or grad_fn.register_hook) while the function "
+    "is captured, which its program cannot follow; put the hook on a tensor (h.register_hook, in a module's forward "
+    "hook for instance), or use a window with strategy='full_tape'"
+)
 
 
 def _set_data(t: Tensor, value: Tensor) -> None:
@@ -102,6 +107,7 @@ def refusing() -> Iterator[None]:
             (torch, "manual_seed", _NO_SEED),
             (torch, "set_rng_state", _NO_SEED),
             (torch.random, "set_rng_state", _NO_SEED),
+            (torch.autograd.Function, "_register_hook", _NO_NODE_HOOK),  # torch's nodes register theirs by it
         ):
             stack.enter_context(patch.object(owner, name, _refused(getattr(owner, name), message)))
         stack.enter_context(patch.object(torch.Tensor, "__repr__", _symbolic))

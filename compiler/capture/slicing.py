@@ -81,7 +81,7 @@ class Keyed:
             self.opaque = True
             args = tuple(self._function_arg(a) for a in entry.args)
             return (op.cls, args, tuple((k, self._function_arg(v)) for k, v in entry.kwargs.items()))
-        args = self._lift_index(entry) if self._plain else None
+        args = self._lift_index(entry)
         if args is None:
             args = tuple(self.token(a) for a in entry.args)
         kwargs = tuple((k, self.token(v)) for k, v in entry.kwargs.items()) if entry.kwargs else ()
@@ -95,8 +95,14 @@ class Keyed:
             return ("o", id(a))
         return token
 
+    def _unchanged(self, a: Any) -> bool:
+        """Whether nothing writes into the memory of ``a``: a copy of a part of it will do for a view."""
+        return self._plain
+
     def _lift_index(self, entry: Entry) -> tuple | None:
         # data indexed by the step: the index is a number of the step, not of its program
+        if entry.op not in (aten.select.int, aten.slice.Tensor) or not self._unchanged(entry.args[0]):
+            return None
         if entry.op is aten.select.int and isinstance(entry.args[2], int):
             source, dim, index = entry.args
             shape = self._input_shape(source)
