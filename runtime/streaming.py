@@ -43,6 +43,7 @@ class Streaming:
         self.budget = -1  # bytes, when the device is known
         self.retained = Retained()
         self._shown = 0  # bytes of the theta before the current one, which a loss may still read
+        self._growth = 0  # most bytes of inputs that a step adds
         self._peaks: Peaks | None = None
         self._known: set[Any] = set()
         self._slots = sys.maxsize
@@ -65,10 +66,13 @@ class Streaming:
             found = Peaks(lambda slots: sweep_peak(program, slots))
             former = self._peaks
             self._peaks = found if former is None else Peaks(lambda k: max(found.exact(k), former.exact(k)))
+        before = self.retained.bytes
         self.retained.take(call.inputs)
+        self._growth = max(self._growth, self.retained.bytes - before)
         besides = self.retained.bytes + self._shown
         room = self.budget - besides
-        self._slots = self._peaks.fitting(room, self._slots)
+        # when states are next given up, the inputs of one more step are there
+        self._slots = self._peaks.fitting(room - self._growth, self._slots) or self._peaks.fitting(room, 1)
         if self._slots < 1:
             minimum = self._peaks(1) + besides
             raise BudgetError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from typing import Any
 
@@ -50,8 +51,15 @@ def steps_of(fn: Any) -> list[Any]:
 # -- mixed mode -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("network", ["linear", "conv_bn", "tied", "dropout"])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "network, optimizer",
+    [
+        *itertools.product(["linear"], OPTIMIZERS),
+        ("conv_bn", "adam"),
+        ("tied", "momentum"),
+        ("dropout", "rmsprop"),
+    ],
+)
 def test_mixed_mode_agrees_with_the_oracle(network: str, optimizer: str) -> None:
     for offline in (True, False):
         case = problem(network, optimizer, 4, offline)
