@@ -78,7 +78,7 @@ def _user_frames() -> Iterator[FrameType]:
 def user_location() -> str:
     """File and line of the innermost frame that belongs to neither metaoptim nor torch."""
     for frame in _user_frames():
-        return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+        return sys.intern(f"{frame.f_code.co_filename}:{frame.f_lineno}")
     return ""
 
 

@@ -125,6 +125,31 @@ def _repeated(calls: Sequence[StepCall | Assign], start: int) -> Program:
     )
 
 
+class _Memory:
+    """What is held of one piece of memory: the tensors that lie in it, and how often some are held more than once."""
+
+    __slots__ = ("again", "last", "tensors")
+
+    def __init__(self) -> None:
+        self.tensors: set[int] = set()
+        self.again: Counter = Counter()
+        self.last: Any = None
+
+    def add(self, held: Held) -> None:
+        key = id(held.tensor)
+        if key in self.tensors:
+            self.again[key] += 1
+        self.tensors.add(key)
+        self.last = held
+
+    def others(self) -> tuple[bool, bool]:
+        """Whether somebody else refers to the memory by a tensor of theirs, and to the tensor held last."""
+        tensor = self.last.tensor
+        uses = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) - 1
+        named = sys.getrefcount(tensor) - 3 - self.again[id(tensor)]  # by `Held`, `tensor` and the call
+        return uses > len(self.tensors), named > 0
+
+
 class Retained:
     """Bytes of step inputs that only the window holds.
 
@@ -135,10 +160,10 @@ class Retained:
     def __init__(self) -> None:
         self._sure = self._recent = 0
         self._step = 0
-        self._due: dict[int, list[tuple[Held, int]]] = {}
-        self._charged: set[int] = set()  # memory
-        self._holds: Counter = Counter()  # by tensor
-        self._views: dict[int, set[int]] = {}  # by memory, the tensors held of it
+        self._memories: dict[int, _Memory | None] = {}  # None: it is counted
+        self._due: dict[
+            int, list[tuple[int, int]]
+        ] = {}  # step -> (memory, steps since it was last looked at)
 
     @property
     def bytes(self) -> int:
@@ -149,30 +174,33 @@ class Retained:
         """A step reads ``inputs``."""
         self._step += 1
         self._recent = 0
-        for held, age in self._due.pop(self._step, ()):
-            self._look(held, age)
+        for key, age in self._due.pop(self._step, ()):
+            self._look(key, age)
         for held in inputs:
             tensor = getattr(held, "tensor", None)
             if not isinstance(tensor, Tensor):
                 self._sure += _DRAWN
-                continue
-            if tensor.layout is not torch.strided:
+            elif tensor.layout is not torch.strided:
                 self._sure += tensor.nbytes
-                continue
-            self._holds[id(tensor)] += 1
-            self._views.setdefault(tensor.untyped_storage()._cdata, set()).add(id(tensor))
-            del tensor
-            self._look(held, 1)
+            else:
+                key = tensor.untyped_storage()._cdata
+                known = key in self._memories
+                memory = self._memories.setdefault(key, _Memory()) if not known else self._memories[key]
+                del tensor
+                if memory is not None:
+                    memory.add(held)
+                    if not known:
+                        self._look(key, 1)
 
-    def _look(self, held: Held, age: int) -> None:
-        storage = held.tensor.untyped_storage()
-        if storage._cdata in self._charged:
+    def _look(self, key: int, age: int) -> None:
+        memory = self._memories[key]
+        if memory is None:
             return
-        others = sys.getrefcount(held.tensor) - 1 - self._holds[id(held.tensor)]
-        views = torch._C._storage_Use_Count(storage._cdata) - 1 - len(self._views[storage._cdata])
-        if others <= 0 and views <= 0:
-            self._charged.add(storage._cdata)
-            self._sure += storage.nbytes()
+        size = memory.last.tensor.untyped_storage().nbytes()
+        shared, named = memory.others()
+        if not shared and not named:
+            self._memories[key] = None
+            self._sure += size
         else:
-            self._recent += storage.nbytes() if age == 1 and views <= 0 else 0
-            self._due.setdefault(self._step + age, []).append((held, 2 * age))
+            self._recent += size if age == 1 and not shared else 0
+            self._due.setdefault(self._step + age, []).append((key, 2 * age))
