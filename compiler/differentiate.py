@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, fx
 from torch._functorch.compile_utils import fx_graph_cse
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from metaoptim.errors import CaptureError
 
 from .capture.ops import op_info
 from .cotangent_hook import call_cotangent_hook
+from .flat import flat_graph
 from .interpret import interpret
 from .ir import Role, StepGraph
+from .liveness import storages
 from .tracing import tracing
 
 aten = torch.ops.aten
@@ -32,7 +33,27 @@ def replay_graph(step: StepGraph, example: Sequence[Tensor] | None = None) -> fx
         results = interpret(step, held, create_graph=False)
         return tuple(r for r, p in zip(results, step.outputs, strict=True) if p.role is not Role.LOSS)
 
-    return _trace(replay, step, (), example)
+    return _distinct(_trace(replay, step, (), example))
+
+
+def _distinct(module: fx.GraphModule) -> fx.GraphModule:
+    """With a tensor of its own for every result: equal ones have become one, and the user will see two states."""
+    (output,) = module.graph.find_nodes(op="output")
+    seen: set[fx.Node] = set()
+    results = []
+    with module.graph.inserting_before(output):
+        for node in output.args[0]:  # type: ignore[union-attr]
+            if node in seen:
+                original, node = node, module.graph.call_function(aten.clone.default, (node,))
+                node.meta = {
+                    **original.meta,
+                    "memory": tuple((("again", id(node)), n) for _, n in storages(original)),
+                }
+            seen.add(node)
+            results.append(node)
+    output.args = (tuple(results),)
+    module.recompile()
+    return module
 
 
 def vjp_graph(step: StepGraph, example: Sequence[Tensor] | None = None) -> fx.GraphModule:
@@ -83,11 +104,10 @@ def _trace(
         if step.dynamic:
             if example is None:
                 raise ValueError("a step whose shapes depend on values is traced over real inputs")
-            return _clean(make_fx(fn)(*[t.detach().clone() for t in example]))
+            return _clean(flat_graph(fn, [t.detach().clone() for t in example]))
         with FakeTensorMode(allow_non_fake_inputs=True):
-            module = make_fx(fn, true_zeros(step))(
-                *[p.empty() for p in step.inputs], *[make() for make in extra]
-            )
+            given = [*(p.empty() for p in step.inputs), *(make() for make in extra)]
+            module = flat_graph(fn, given, true_zeros(step))
         return _clean(module)
 
 

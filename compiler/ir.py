@@ -153,7 +153,7 @@ class Lowering:
 EAGER = Lowering()
 
 
-@dataclass
+@dataclass(slots=True)
 class StepCall:
     """One recorded inner step: a StepGraph and what it was called with.
 
@@ -190,7 +190,7 @@ class StepCall:
         return enumerate((*self.update, *self.opt_state_out), start=first)
 
 
-@dataclass
+@dataclass(slots=True)
 class Assign:
     """State entries set to values from outside.
 

@@ -14,6 +14,10 @@ def storages(node: fx.Node) -> Iterator[tuple[Any, int]]:
 
     ``node.meta["copies"]`` maps the memory that a node's original wrote to the memory that this copy of it writes.
     """
+    memory = node.meta.get("memory")
+    if memory is not None:
+        yield from memory
+        return
     value = node.meta.get("val")
     copies = node.meta.get("copies", {})
     for t in value if isinstance(value, (tuple, list)) else (value,):

@@ -49,7 +49,7 @@ class RolledProgram:
         outputs, writes: where what the function returns, and what it leaves in tensors from outside, is found in the
             end: a register, or an `Input` passed through.
         dead: places of the outputs that carry no gradient.
-        slots, backward_hook: options of its windows.
+        slots, memory_budget, backward_hook: options of its windows.
         limit: W, where gradients are truncated.
         offline: whether a window's own parameters receive a gradient.
     """
@@ -60,6 +60,7 @@ class RolledProgram:
     writes: list[tuple[Any, int | Input]] = field(default_factory=list)
     dead: tuple[int, ...] = ()
     slots: int | None = None
+    memory_budget: int | float | str | None = None
     backward_hook: Callable | None = None
     limit: int | None = None
     offline: bool = False

@@ -1,15 +1,15 @@
-"""What one call of a step graph costs and depends on, read off its flat graphs: bytes, shared memory, derivatives."""
+"""What one call of a step graph costs and depends on: bytes, shared memory, derivatives; by its graphs, or measured."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx
 
 from .differentiate import cotangent_outputs
-from .ir import StepGraph
+from .ir import Lowering, StepGraph
 from .liveness import peak_bytes, storages
 from .lower import derived, replayed
 from .program import operator_count
@@ -52,8 +52,37 @@ class StepCost:
     depends: tuple[frozenset[int], ...]
 
 
-def step_cost(step: StepGraph, hvp: str) -> StepCost:
-    """Trace ``step``, if need be, and read off what its calls cost; ``hvp`` says how it is differentiated."""
+@dataclass(frozen=True)
+class Measured:
+    """What the lowered program of a step graph was seen to take.
+
+    Attributes:
+        peak_bytes: most that a call allocates, its results included.
+        first_bytes: likewise of its compilation and first-use check.
+        made: memory of its results.
+    """
+
+    peak_bytes: int
+    first_bytes: int
+    made: tuple[Made | None, ...]
+
+
+def measured(step: StepGraph, kind: str, how: Lowering) -> Measured | None:
+    """What was measured of a step graph's program, if anything."""
+    return step.programs.get(("measured", kind, how))
+
+
+def step_cost(step: StepGraph, how: Lowering) -> StepCost:
+    """What calls of ``step`` cost: as measured where its programs were, else as its graphs say, traced if need be."""
+    found = _static_cost(step, how.hvp)
+    replay, vjp = measured(step, "replay", how), measured(step, "vjp", how)
+    if replay is not None:
+        made = tuple(m for m in replay.made if m is not None)
+        found = replace(found, replay_bytes=replay.peak_bytes, outputs=made)
+    return found if vjp is None else replace(found, vjp_bytes=vjp.peak_bytes, gradients=vjp.made)
+
+
+def _static_cost(step: StepGraph, hvp: str) -> StepCost:
     key = ("cost", hvp)
     found = step.programs.get(key)
     if found is None:
@@ -78,20 +107,30 @@ def results_of(graph: fx.Graph) -> Sequence[Any]:
 
 
 def _made(graph: fx.Graph) -> list[Made | None]:
-    given: dict[int, int] = {}
-    for i, node in enumerate(graph.find_nodes(op="placeholder")):
-        for storage, _ in storages(node):
-            given[storage] = i
+    given = {s: i for i, n in enumerate(graph.find_nodes(op="placeholder")) for s, _ in storages(n)}
     constant = {s for node in graph.find_nodes(op="get_attr") for s, _ in storages(node)}
-    first: dict[int, int] = {}
+
+    def memory(node: fx.Node) -> tuple[Any, int] | None:
+        found = next(iter(storages(node)), None)
+        return None if found is None or found[0] in constant else found
+
+    return made_of([memory(n) if isinstance(n, fx.Node) else () for n in results_of(graph)], given)
+
+
+def made_of(results: Sequence[Any], given: dict[Any, int]) -> list[Made | None]:
+    """Whose memory results lie in.
+
+    Args:
+        results: for each the identity and the bytes of its memory, None if it has none of its own, () for no result.
+        given: identity of an argument's memory -> which argument.
+    """
+    first: dict[Any, int] = {}
     found: list[Made | None] = []
-    for k, node in enumerate(results_of(graph)):
-        if not isinstance(node, fx.Node):
-            found.append(None)
-            continue
-        memory = next(iter(storages(node)), None)
-        if memory is None or memory[0] in constant:
+    for k, memory in enumerate(results):
+        if memory is None:
             found.append(Made(0))
+        elif not memory:
+            found.append(None)
         elif memory[0] in given:
             found.append(Made(0, of_input=given[memory[0]]))
         elif memory[0] in first:

@@ -3,6 +3,7 @@
 from . import logs
 from .compile import compile
 from .errors import (
+    BudgetError,
     CaptureError,
     LossError,
     MetaOptimError,
@@ -13,11 +14,13 @@ from .errors import (
 )
 from .explain import explain
 from .optim import MetaAdam, MetaOptimizer, MetaRMSprop, MetaSGD
+from .plan import plan
 from .window import SlidingWindow, zero_nan_hook
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BudgetError",
     "CaptureError",
     "LossError",
     "MetaAdam",
@@ -32,6 +35,7 @@ __all__ = [
     "WindowError",
     "compile",
     "explain",
+    "plan",
     "zero_nan_hook",
 ]
 

@@ -23,15 +23,19 @@ from .compiler.passes.pipeline import Options, Record, compile_trace
 from .compiler.program import RolledProgram, operator_count
 from .errors import warn
 from .guards import Scene
+from .runtime.budget import budget_bytes, check_budget
 from .runtime.compiled import Call, Run
 from .runtime.distributed import average_over_ranks
+from .runtime.planner import Plan, plan_for
 from .runtime.recorded import RecordedSession
+from .runtime.rehearsal import rehearse
 from .runtime.session import current_session
 from .runtime.stepping import CapturedStep, CompiledStep, aside
 
 _recompiles = logging.getLogger("metaoptim.recompiles")
 _graphs = logging.getLogger("metaoptim.graphs")
 _cache = logging.getLogger("metaoptim.cache")
+_plans = logging.getLogger("metaoptim.plans")
 #: After so many recompilations of one function a warning names what makes it compile anew.
 RECOMPILE_LIMIT = 8
 _steps: dict[tuple, StepGraph] = {}
@@ -43,12 +47,14 @@ class Program:
     Attributes:
         rolled: its calls.
         records: what each pass did.
+        plan: how it keeps to its memory budget, once it has run under one.
         sources: input of the program -> its place in the scene's tensors, or the very tensor.
     """
 
     def __init__(self, scene: Scene, rolled: RolledProgram, records: list[Record], traced: Traced) -> None:
         self.rolled, self.records, self.traced = rolled, records, traced
         self.remembered = scene.remembered()
+        self.plan: Plan | None = None
         at = scene.place_of()
         found = {g.of for c in rolled.calls for g in _call(c).inputs if isinstance(g.of, Input)}
         found |= {where for where in rolled.outputs if isinstance(where, Input)}
@@ -162,19 +168,30 @@ class CompiledFunction:
         tensors = program.tensors(scene)
         rolled, options = program.rolled, self._options
         differentiable = torch.is_grad_enabled() and bool(program.keys)
-        slots = rolled.slots if rolled.slots is not None else options.slots
+        slots = self._slots(program, tensors) if differentiable else 1
         written = [
             scene.tensors[t] if isinstance(t, int) else t for t in program.writes if not isinstance(t, tuple)
         ]
-        run = Run(
-            rolled, tensors, slots if differentiable else 1, options.lowering, rolled.backward_hook, written
-        )
+        run = Run(rolled, tensors, slots, options.lowering, rolled.backward_hook, written)
         if differentiable:
             found = Call.apply(run, program.keys, rolled.dead, *(tensors[x] for x in program.keys))
         else:
             found = run.forward()
         self._write(program, scene, run.last)
         return program.traced.restored(found)
+
+    def _slots(self, program: Program, tensors: dict[Input, Tensor]) -> int | None:
+        """How many states to keep: what the windows inside say, else what the decorator does."""
+        rolled, how = program.rolled, self._options.lowering
+        slots, budget = slots_of(rolled, self._options)
+        if budget is None:
+            return slots
+        if program.plan is None:
+            rehearse(rolled, tensors, how)
+            amount = budget_bytes(budget, device_of(rolled))
+            program.plan = plan_for(rolled, how, amount, _name(self._fn))
+            _plans.info("%s: %s", _name(self._fn), program.plan)
+        return program.plan.slots
 
     @torch.no_grad()
     def _write(self, program: Program, scene: Scene, last: list[tuple[Any, Tensor]]) -> None:
@@ -273,6 +290,17 @@ def capture(fn: Callable, options: Options, scene: Scene, args: tuple, kwargs: d
     return Program(scene, rolled, records, traced)
 
 
+def slots_of(rolled: RolledProgram, options: Options) -> tuple[int | None, Any]:
+    """Slots and memory budget: of the program's windows if they state either, else of the decorator."""
+    said = rolled if rolled.slots is not None or rolled.memory_budget is not None else options
+    return said.slots, said.memory_budget
+
+
+def device_of(rolled: RolledProgram) -> torch.device:
+    """Where the inner state lives."""
+    return next((x.spec[3] for x in rolled.inputs if x.spec[3].type != "cpu"), torch.device("cpu"))
+
+
 def step_of(key: tuple, build: Callable[[], StepGraph]) -> StepGraph:
     """The step graph of this structure, built if it is new."""
     step = _steps.get(key)
@@ -288,6 +316,7 @@ def compile(
     fn: Callable | None = None,
     *,
     window: int | None = None,
+    memory_budget: int | float | str | None = None,
     slots: int | None = None,
     backend: str = "inductor",
     hvp: str = "auto",
@@ -298,7 +327,8 @@ def compile(
     Args:
         fn: the function; None to use `compile` with options, as a decorator.
         window: as of `SlidingWindow`, for windows inside that leave it unsaid.
-        slots: likewise.
+        memory_budget: likewise: most that a call and its backward may hold at a time, beyond the caller's own tensors.
+        slots: likewise; give one of the two.
         backend: a backend of torch.compile: ``"inductor"``, ``"aot_eager"``, or ``"eager"``.
         hvp: how a step's gradient is differentiated: ``"reverse"`` (over reverse), ``"mixed"`` (forward over reverse,
             with layers made again: less memory for about a third more work), or ``"auto"``.
@@ -308,7 +338,8 @@ def compile(
         A function of the same arguments and results. Its results can be differentiated once, any number of times.
 
     Raises:
-        ValueError: for an unknown backend or hvp.
+        ValueError: for an unknown backend, hvp or budget, or both slots and a budget.
+        BudgetError: on the first call, for a budget in which not even one state can be kept.
         CaptureError: on the first call, for what cannot be captured.
 
     Example:
@@ -329,7 +360,8 @@ def compile(
     known = torch.compiler.list_backends(exclude_tags=())
     if backend != "eager" and backend not in known:
         raise ValueError(f"backend: got {backend!r}, expected 'eager' or one of {', '.join(sorted(known))}")
-    options = Options(window=window, slots=slots, lowering=Lowering(backend, self_check, hvp))
+    check_budget(memory_budget, slots)
+    options = Options(window, slots, memory_budget, Lowering(backend, self_check, hvp))
     if fn is None:
         return lambda f: CompiledFunction(f, options)
     return CompiledFunction(fn, options)

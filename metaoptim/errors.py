@@ -41,6 +41,18 @@ class CaptureError(MetaOptimError):
     """An inner step does something that cannot be recorded exactly."""
 
 
+class BudgetError(MetaOptimError):
+    """A memory budget is too small for any plan.
+
+    Attributes:
+        minimum: the smallest budget, in bytes, that there is a plan for.
+    """
+
+    def __init__(self, message: str, minimum: int) -> None:
+        super().__init__(message)
+        self.minimum = minimum
+
+
 class ProgramError(MetaOptimError):
     """A program that a compiled function became is not well-formed: a defect of metaoptim, found by its verifier."""
 
@@ -66,7 +78,7 @@ def _user_frames() -> Iterator[FrameType]:
 def user_location() -> str:
     """File and line of the innermost frame that belongs to neither metaoptim nor torch."""
     for frame in _user_frames():
-        return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+        return sys.intern(f"{frame.f_code.co_filename}:{frame.f_lineno}")
     return ""
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from .compile import CompiledFunction, captured_step, step_of, trace_of
+from .compile import CompiledFunction, captured_step, device_of, slots_of, step_of, trace_of
 from .compiler.capture.tracer import Input
-from .compiler.ir import Role, StepGraph
+from .compiler.ir import Lowering, Role, StepGraph
 from .compiler.passes.pipeline import Options, compile_trace
 from .compiler.program import (
     RolledProgram,
@@ -25,7 +25,9 @@ from .errors import WindowError
 from .guards import Scene
 from .naming import tensor_names
 from .report import Report
+from .runtime.budget import budget_bytes
 from .runtime.dry_run import predict
+from .runtime.planner import plan_for
 from .runtime.recorded import RecordedSession
 from .runtime.session import current_session
 
@@ -85,8 +87,12 @@ def report_of(fn: Callable, options: Options, args: tuple, kwargs: dict[str, Any
         if isinstance(x, Input)
     }
     program, records = compile_trace(trace, options, step_of, texts=True)
-    slots = program.slots if program.slots is not None else options.slots
+    slots, budget = slots_of(program, options)
     how = options.lowering
+    plan = None
+    if budget is not None:
+        plan = plan_for(program, how, budget_bytes(budget, device_of(program)), _title(fn))
+        slots = plan.slots
     prediction = predict(program, slots, how)
     if not prediction.reached:
         prediction = predict(program, 1, how)
@@ -101,7 +107,7 @@ def report_of(fn: Callable, options: Options, args: tuple, kwargs: dict[str, Any
     paths |= {name: "not read" for name, t in scene.items() if id(t) not in read and name not in paths}
     order = [*(n for n in scene if n in paths), *(n for n in paths if n not in scene)]
     targets = {labels[x] for x in reached}
-    costs = {id(g): step_cost(g, how.hvp) for g in program.step_graphs}
+    costs = {id(g): step_cost(g, how) for g in program.step_graphs}
     forward = program.positions
     return Report(
         function=_title(fn),
@@ -112,6 +118,8 @@ def report_of(fn: Callable, options: Options, args: tuple, kwargs: dict[str, Any
         window=program.limit,
         offline=program.offline,
         slots=slots,
+        memory_budget=None if plan is None else plan.budget,
+        minimum_budget=None if plan is None else plan.minimum,
         plan="forward only" if not reached else "all states" if slots is None else "scheduled",
         kept_states=prediction.kept,
         extra_forwards=prediction.extra_forwards,
@@ -124,7 +132,7 @@ def report_of(fn: Callable, options: Options, args: tuple, kwargs: dict[str, Any
         unreachable=[n for n in order if n not in targets],
         paths={n: paths[n] for n in order},
         passes=list(map(asdict, records)),
-        shapes=_shapes(program, how.hvp),
+        shapes=_shapes(program, how),
         program=program.text(labels),
     )
 
@@ -135,8 +143,7 @@ def _step_report(
     with window.recorder.paused():
         names = tensor_names(fn, args, kwargs)
         step, trace, _ = captured_step(fn, window, args, kwargs, texts=True)
-    hvp = options.lowering.hvp
-    cost = step_cost(step.step, hvp)
+    cost = step_cost(step.step, options.lowering)
     given = list(zip(step.given, given_ports(step.step), cost.depends[-len(step.given) :], strict=False))
     targets = {x: "this step" for x, p, depends in given if p.role is Role.META and depends}
     labels = {x: names.get(id(x.tensor)) or _unnamed(x) for x in trace.inputs}
@@ -155,6 +162,8 @@ def _step_report(
         window=window.options.window,
         offline=window.options.offline,
         slots=window.options.slots,
+        memory_budget=None,
+        minimum_budget=None,
         plan="streaming",
         kept_states=None,
         extra_forwards=None,
@@ -167,7 +176,7 @@ def _step_report(
         unreachable=[labels[x] for x in missing],
         paths=paths,
         passes=list(map(asdict, step.records)),
-        shapes={"step": _shape(step.step, 1, hvp)},
+        shapes={"step": _shape(step.step, 1, options.lowering)},
         program=signature(step.step, "step") + "\n" + str(step.step),
     )
 
@@ -214,22 +223,22 @@ def _title(fn: Callable) -> str:
 # -- shapes -------------------------------------------------------------------------------------------------
 
 
-def _shapes(program: RolledProgram, hvp: str) -> dict[str, dict[str, Any]]:
+def _shapes(program: RolledProgram, how: Lowering) -> dict[str, dict[str, Any]]:
     calls: dict[int, int] = {}
     for call, count in program.counted():
         calls[id(call.step)] = calls.get(id(call.step), 0) + count
     names = program.names()
-    return {names[id(g)]: _shape(g, calls[id(g)], hvp) for g in program.step_graphs}
+    return {names[id(g)]: _shape(g, calls[id(g)], how) for g in program.step_graphs}
 
 
-def _shape(step: StepGraph, calls: int, hvp: str) -> dict[str, Any]:
-    cost = step_cost(step, hvp)
+def _shape(step: StepGraph, calls: int, how: Lowering) -> dict[str, Any]:
+    cost = step_cost(step, how)
     described: dict[str, Any] = {
         "calls": calls,
         "steps": step.steps,
         "operators": [cost.replay_operators, cost.vjp_operators],
         "bytes": [cost.replay_bytes, cost.vjp_bytes],
-        "derivative": step.derivatives.get(hvp, ""),
+        "derivative": step.derivatives.get(how.hvp, ""),
     }
     for key, ports in (("inputs", step.inputs), ("outputs", step.outputs)):
         described[key] = {

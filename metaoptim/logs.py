@@ -10,6 +10,7 @@ ARTIFACTS = {
     "recompiles": "why a compiled function was compiled anew: which guard failed",
     "passes": "what each pass did to the program, and how long it took",
     "graphs": "the program that came out; with +, the operators of its step graphs",
+    "plans": "how a memory budget is kept",
     "cache": "step graphs that were built; with +, also those found again",
 }
 _ROOT = "metaoptim"
@@ -22,8 +23,8 @@ def configure(spec: str) -> None:
     `logging` as it does its own, and leave this alone.
 
     Args:
-        spec: names separated by commas: ``recompiles``, ``passes``, ``graphs``, ``cache`` or ``all``; ``+`` before a
-            name for more of it. Empty for none.
+        spec: names separated by commas: ``recompiles``, ``passes``, ``graphs``, ``plans``, ``cache`` or ``all``; ``+``
+            before a name for more of it. Empty for none.
 
     Raises:
         ValueError: for an unknown name.

@@ -23,6 +23,8 @@ class Report:
     window: int | None
     offline: bool
     slots: int | None
+    memory_budget: int | None
+    minimum_budget: int | None
     plan: str
     kept_states: int | None
     extra_forwards: int | None
@@ -50,7 +52,8 @@ class Report:
               with those before, between and after the steps.
             * ``num_programs``: distinct step graphs, each with its replay and its derivative. It does not depend on T.
             * ``window``: W where gradients are truncated, or None. ``offline``: whether θ₀ may receive gradients.
-              ``slots``: c, or None.
+              ``slots``: c, or None. ``memory_budget``: bytes, where one decides on the slots, and ``minimum_budget``,
+              the smallest there is a plan for; or None.
             * ``plan``: ``"all states"``, ``"scheduled"`` (c slots; other states are replayed), ``"forward only"``
               (nothing receives a gradient), or ``"streaming"`` (form ``"step"``: the window decides).
             * ``kept_states``: most states kept at a time. ``extra_forwards``: calls made again during one backward.

@@ -13,6 +13,7 @@ from torch import Tensor
 from .compiler.capture.intercept import recording
 from .errors import WindowError, warn
 from .optim.optimizer import live_optimizers
+from .runtime.budget import check_budget
 from .runtime.capturing import CapturedSession
 from .runtime.full_tape import FullTapeSession
 from .runtime.recorded import RecordedSession
@@ -36,13 +37,16 @@ class SlidingWindow:
         record_grad_tape: keep each step's parameters; `MetaOptimizer.named_parameters` then yields ``step_k:name``.
         pickup_step: online only: leave networks and optimizers as they were after step k (from 0) instead of the last.
         window: truncate: every outer loss sees only the last ``window`` super-steps before it. None sees all.
+        memory_budget: keep as many states as fit: most bytes that the window may hold at its peak beyond the caller's
+            own tensors, as a number, as text (``"512MiB"``), or as a fraction (a float) of the free memory.
         slots: keep at most this many states of the inner loop, counting the initial one, and replay the rest. None
             keeps the state of every step (no activations).
         strategy: ``"auto"`` records; ``"full_tape"`` keeps autograd's own tape (the oracle; memory grows with T).
 
     Raises:
         WindowError: for windows inside windows, or pickup_step offline.
-        ValueError: for an unknown strategy, or window or slots below 1.
+        ValueError: for an unknown strategy, window or slots below 1, or both slots and a budget.
+        BudgetError: from a step, for a budget in which not even one state can be kept.
 
     Example:
         >>> net = torch.nn.Linear(1, 1)
@@ -67,12 +71,18 @@ class SlidingWindow:
         pickup_step: int = -1,
         *,
         window: int | None = None,
+        memory_budget: int | float | str | None = None,
         slots: int | None = None,
         strategy: str = "auto",
     ) -> None:
         if strategy not in _STRATEGIES:
             raise ValueError(
                 f"strategy: got {strategy!r}, expected one of {', '.join(map(repr, _STRATEGIES))}"
+            )
+        check_budget(memory_budget, slots)
+        if memory_budget is not None and strategy == "full_tape":
+            raise ValueError(
+                f"memory_budget={memory_budget!r}: a full_tape window keeps everything; use strategy='auto'"
             )
         for name, value in (("window", window), ("slots", slots)):
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
@@ -92,7 +102,9 @@ class SlidingWindow:
             raise TypeError(
                 f"backward_hook: got {type(backward_hook).__name__}, expected a function of one tensor"
             )
-        self._options = Options(offline, backward_hook, record_grad_tape, pickup_step, window, slots)
+        self._options = Options(
+            offline, backward_hook, record_grad_tape, pickup_step, window, slots, memory_budget
+        )
         self._strategy = strategy
         self._session: Session | None = None
         self._program: Any = None

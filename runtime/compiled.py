@@ -100,6 +100,34 @@ class BoundProgram:
         return _Ready(tensor[given.at] if given.kind == "scan" else tensor)
 
 
+class GradientSweep(Sweep):
+    """A sweep over a whole program, in which the gradients of a scanned tensor's slices gather in one tensor.
+
+    Args:
+        zeros: for an input, zeros like it.
+    """
+
+    def __init__(self, zeros: Callable[[Input], Tensor]) -> None:
+        super().__init__()
+        self._zeros = zeros
+        self._scans: dict[Input, Tensor] = {}
+
+    def meta(self, key: Any, grad: Tensor) -> None:
+        """Accumulate the gradient of an input, or of a slice of one."""
+        if not isinstance(key, tuple):
+            return super().meta(key, grad)
+        source, at = key
+        if source not in self._scans:
+            self._scans[source] = self._zeros(source)
+        self._scans[source][at].add_(grad)
+
+    def gradients(self) -> dict[Input, Tensor]:
+        """Of all inputs, when it has come down."""
+        for source in list(self._scans):
+            super().meta(source, self._scans.pop(source))
+        return self.metas
+
+
 class Run:
     """One call of a compiled function.
 
@@ -108,6 +136,7 @@ class Run:
         tensors: the tensors behind the program's inputs.
         slots, how, backward_hook: see `Engine`.
         written: tensors that this call will overwrite when it has run; what is read of them is copied.
+        engine: what runs it.
     """
 
     def __init__(
@@ -118,6 +147,7 @@ class Run:
         how: Lowering,
         backward_hook: Callable | None,
         written: Sequence[Tensor] = (),
+        engine: type[Engine] | None = None,
     ) -> None:
         self.rolled = rolled
         overwritten = {id(t) for t in written}
@@ -126,7 +156,7 @@ class Run:
         random = [d for call in rolled.calls for d in _devices(call)]
         self.generator = generator_of(random[0]) if random else None
         self.program = BoundProgram(rolled, self.held, rolled.registers, how)
-        self.engine = Engine(slots, backward_hook, self.program)
+        self.engine = (engine or Engine)(slots, backward_hook, self.program)
         self.end = 0
 
     def forward(self) -> list[Tensor]:
@@ -148,7 +178,7 @@ class Run:
         """Gradients of the inputs, from cotangents of the outputs."""
         for held in self.held.values():
             held.get()  # raises for what was overwritten
-        sweep = Sweep()
+        sweep = GradientSweep(self._zeros)
         for where, cotangent in zip(self.rolled.outputs, cotangents, strict=True):
             if cotangent is not None and isinstance(where, int):
                 sweep.deposit(self.program.end, where, cotangent)
@@ -156,19 +186,10 @@ class Run:
             self.engine.pull_back(sweep, 0)
         else:
             pull_back_truncated(self.engine, sweep, self.rolled.limit, self.rolled.offline)
-        grads: dict[Input, Tensor] = {}
-        for key, grad in sweep.metas.items():
-            if not isinstance(key, tuple):
-                grads[key] = grads[key] + grad if key in grads else grad
-        for key, grad in sweep.metas.items():
-            if isinstance(key, tuple):
-                source, at = key
-                if source not in grads:
-                    grads[source] = torch.zeros_like(
-                        self.held[source].tensor, memory_format=torch.contiguous_format
-                    )
-                grads[source][at] += grad
-        return grads
+        return sweep.gradients()
+
+    def _zeros(self, source: Input) -> Tensor:
+        return torch.zeros_like(self.held[source].tensor, memory_format=torch.contiguous_format)
 
 
 def _devices(call: StepCall | Loop) -> list[torch.device]:

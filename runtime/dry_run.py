@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..compiler.capture.tracer import Input
 from ..compiler.differentiate import cotangent_outputs
-from ..compiler.ir import EAGER, Lowering, Role, StepCall
+from ..compiler.ir import EAGER, Assign, Lowering, Program, Role, StepCall
 from ..compiler.program import RolledProgram, nbytes
 from ..compiler.stepcost import Made, step_cost
-from .compiled import BoundProgram
+from .compiled import BoundProgram, GradientSweep
 from .engine import Engine, Sweep
 from .truncated import pull_back_truncated
 
@@ -70,6 +71,13 @@ class _Block:
     def __del__(self) -> None:
         self.meter.alive -= self.size
 
+    def __getitem__(self, at: Any) -> _Block:
+        return self
+
+    def add_(self, other: _Block) -> None:
+        """As a slice of it would."""
+        self.reached |= other.reached
+
     def __add__(self, other: _Block) -> _Block:
         return _Block(self.meter, max(self.whole, other.whole), self.reached or other.reached)
 
@@ -107,60 +115,51 @@ class _DryEngine(Engine):
         super().__init__(slots, None, program)
         self.meter, self.kept = meter, 0
 
-    def _advance(self, call: Any, position: int, state: Any, passed: Any) -> Any:
-        self.replays += 1
-        self.kept = max(self.kept, len(self.store))
-        cost = step_cost(call.step, call.how.hvp)
-        self.meter.note(cost.replay_bytes)
-        made = self._blocks(cost.outputs, self._read(call, state))
-        new = list(state)
-        for k, register in call.changed():
-            if register >= 0:
-                new[register] = made[k]
+    def inputs_of(self, call: StepCall, state: Any, base: Any) -> list[Any]:
+        inputs: list[Any] = [base[i] for i in call.theta]
+        if call.step.positions(Role.THETA_NOW):
+            inputs += [state[i] for i in call.update]
+        inputs += [state[i] for i in call.opt_state_in]
         if call.rng >= 0:
-            new[call.rng] = _Block(self.meter, _GENERATOR)
-        return new
+            self._drawn = _Block(self.meter, _GENERATOR)  # type: ignore[assignment]
+        return inputs + [self._given(x) for x in call.inputs]
 
-    def _read(self, call: StepCall, state: Any) -> list[Any]:
-        return [state[i] for i in (*call.theta, *call.opt_state_in)]
+    def _given(self, x: Any) -> Any:
+        return _Block(self.meter, nbytes(x.noise.spec)) if getattr(x, "random", False) else None
 
-    def _blocks(self, made: tuple[Made | None, ...], arguments: list[Any]) -> list[Any]:
+    def _cotangent(self, spec: tuple, cotangent: Any) -> Any:
+        return _Block(self.meter, nbytes(spec)) if cotangent is None else cotangent
+
+    def _lowered(self, call: StepCall, kind: str, inputs: Any) -> Any:
+        step, cost = call.step, step_cost(call.step, call.how)
+        self.kept = max(self.kept, len(self.store))
+
+        def replay(*arguments: Any) -> list[Any]:
+            self.meter.note(cost.replay_bytes)
+            return self._blocks(cost.outputs, arguments)
+
+        def vjp(*arguments: Any) -> list[Any]:
+            self.meter.note(cost.vjp_bytes)
+            given = zip(cotangent_outputs(step), arguments[len(step.inputs) :], strict=True)
+            real = {i for i, c in given if c.reached}
+            grads = self._blocks(cost.gradients, arguments)
+            for grad, depends in zip(grads, cost.depends, strict=True):
+                if grad is not None:
+                    grad.reached = bool(depends & real)
+            return grads
+
+        return replay if kind == "replay" else vjp
+
+    def _blocks(self, made: tuple[Made | None, ...], arguments: Sequence[Any]) -> list[Any]:
         blocks: list[Any] = []
         for m in made:
             within = None
             if m is not None and m.of_input >= 0:
-                within = arguments[m.of_input] if m.of_input < len(arguments) else None
+                within = arguments[m.of_input]
             elif m is not None and m.of_result >= 0:
                 within = blocks[m.of_result]
             blocks.append(None if m is None else _Block(self.meter, m.size, within=within))
         return blocks
-
-    def vjp(self, call: StepCall, position: int, received: Any) -> Iterator[tuple[Role, Any, Any]]:
-        if all(c is None for c in received.values()):
-            return
-        step = call.step
-        self._load(sorted({call.base, position}))
-        self.vjps += 1
-        self.kept = max(self.kept, len(self.store))
-        cost, outputs = step_cost(step, call.how.hvp), cotangent_outputs(step)
-        arguments: list[Any] = self._read(call, self._at(position))
-        arguments += [None] * (len(step.inputs) - len(arguments))
-        for i in outputs:
-            given = received.get(i)
-            arguments.append(_Block(self.meter, nbytes(step.outputs[i].spec)) if given is None else given)
-        self.meter.note(cost.vjp_bytes)
-        real = {i for i in outputs if received.get(i) is not None and received[i].reached}
-        grads = self._blocks(cost.gradients, arguments)
-        state, metas = iter((*call.theta, *call.opt_state_in)), iter(call.metas)
-        for port, grad, depends in zip(step.inputs, grads, cost.depends, strict=True):
-            index = None
-            if port.role in (Role.THETA, Role.OPT_STATE, Role.CARRY):
-                index = next(state)
-            elif port.role is Role.META:
-                index = next(metas)
-            if grad is not None and index is not None:
-                grad.reached = bool(depends & real)
-                yield port.role, index, grad
 
 
 def predict(program: RolledProgram, slots: int | None, how: Lowering = EAGER) -> Prediction:
@@ -171,7 +170,7 @@ def predict(program: RolledProgram, slots: int | None, how: Lowering = EAGER) ->
     Args:
         program: of the compiled function.
         slots: how many states may be kept; None for all.
-        how: its graphs are run; what a backend fuses or allocates besides is not known here.
+        how: its graphs are run; what a backend fuses or allocates besides is known once it has been measured.
     """
     meter = _Meter()
     copied = [x for x in program.inputs if x.grad or _is_target(x, program)]
@@ -184,27 +183,45 @@ def predict(program: RolledProgram, slots: int | None, how: Lowering = EAGER) ->
         _Block(meter, _size(where, engine.state, program, i)) for i, where in enumerate(program.outputs)
     ]
     forward, forward_steps = meter.peak, engine.replays
-    sweep = Sweep()
+    cotangents = [_Block(meter, block.size) for block in results]  # that autograd makes of ones
+    sweep: Any = GradientSweep(lambda source: _Block(meter, nbytes(source.spec)))  # type: ignore[arg-type,return-value]
     for i, where in enumerate(program.outputs):
         if isinstance(where, int) and i not in program.dead:
-            sweep.deposit(engine.program.end, where, _Block(meter, results[i].size, reached=True))  # type: ignore[arg-type]
+            sweep.deposit(engine.program.end, where, _Block(meter, results[i].size, reached=True))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if program.limit is None:
             engine.pull_back(sweep, 0)
         else:
             pull_back_truncated(engine, sweep, program.limit, program.offline)
-    reached = set()
-    sliced: dict[Input, _Block] = {}
-    for key, grad in sweep.metas.items():
-        source = key[0] if isinstance(key, tuple) else key
-        if isinstance(key, tuple) and source not in sliced:
-            sliced[source] = _Block(meter, nbytes(source.spec))
-        if grad.reached:  # pyright: ignore[reportAttributeAccessIssue]
-            reached.add(source)
+    reached = frozenset(source for source, grad in sweep.gradients().items() if grad.reached)
     extra = engine.replays - forward_steps
-    del held
-    return Prediction(meter.peak, forward, extra, engine.vjps, engine.kept, frozenset(reached))
+    del held, cotangents
+    return Prediction(meter.peak, forward, extra, engine.vjps, engine.kept, reached)
+
+
+def sweep_peak(program: Any, slots: int) -> int:
+    """Most bytes held when a window's program runs and cotangents of its last state are swept back.
+
+    Args:
+        program: of a window: its calls, with `blocks` for values that are assigned.
+        slots: how many states may be kept.
+    """
+    meter = _Meter()
+    calls = [_measured_out(c, meter) if isinstance(c, Assign) else c for c in program.calls]
+    engine = _DryEngine(Program(0, calls), slots, meter)
+    state: Any = engine.run([])
+    sweep: Any = Sweep()
+    for index, value in enumerate(state):
+        sweep.deposit(engine.program.end, index, _Block(meter, value.whole))
+    del state
+    engine.pull_back(sweep, 0)
+    return meter.peak
+
+
+def _measured_out(call: Assign, meter: _Meter) -> Assign:
+    sizes = [v.untyped_storage().nbytes() if v.layout is torch.strided else v.nbytes for v in call.values]
+    return replace(call, values=[_Block(meter, size) for size in sizes])  # type: ignore[misc]
 
 
 def _size(where: int | Input, state: Any, program: RolledProgram, i: int) -> int:

@@ -19,7 +19,7 @@ from metaoptim.errors import CaptureError
 from ..compiler import cotangent_hook
 from ..compiler.differentiate import cotangent_outputs
 from ..compiler.ir import Assign, Program, Role, StepCall
-from ..compiler.lower import lowered
+from ..compiler.lower import Lowered, lowered
 from .noise import draw
 from .schedule import Marks
 from .store import SlotStore, State
@@ -83,6 +83,7 @@ class Engine:
         self.store = SlotStore(slots, None if program is None else program.end)
         self.state: State = []
         self.backward_hook = backward_hook
+        self.streaming: Any = None  # what keeps a window to a memory budget
         self.vjps = 0
         self.replays = 0
         self._drawn: Tensor | None = None  # the generator's state after the last call that drew
@@ -100,6 +101,8 @@ class Engine:
     def append(self, call: StepCall | Assign, changes: Sequence[tuple[int, Tensor]]) -> None:
         """Extend the tape by a call that leads to the current state with ``changes``."""
         position = self.program.end
+        if self.streaming is not None and isinstance(call, StepCall):
+            self.store.limit(self.streaming.slots(self, call))
         if _may_keep(call, position) or self.store.slots is None:
             self.store.offer(position, self.state)
         state = list(self.state)
@@ -118,9 +121,10 @@ class Engine:
         """Run a complete program from its initial state; states are kept as the slots allow."""
         self.store.rebase(0, state)
         for position in range(self.program.end):
-            if position:
+            call = self.program[position]
+            if position and _may_keep(call, position):
                 self.store.offer(position, state)
-            state = self._advance(self.program[position], position, state, {position: state})
+            state = self._advance(call, position, state, {position: state})
         self.state = state
         return state
 
@@ -215,9 +219,9 @@ class Engine:
         self.replays += 1
         base = passed.get(call.base)
         if base is None:
-            base = self._lookup(call.base)
-        inputs = self._inputs(call, state, base)
-        results = lowered(call.step, "replay", inputs, call.how)(*inputs)
+            base = self.state_at(call.base)
+        inputs = self.inputs_of(call, state, base)
+        results = self._lowered(call, "replay", inputs)(*inputs)
         for index, value in zip((*call.update, *call.opt_state_out), results, strict=False):
             if index == len(new):
                 new.append(value)
@@ -227,12 +231,26 @@ class Engine:
             new[call.rng] = self._drawn  # type: ignore[call-overload]
         return new
 
-    def _lookup(self, position: int) -> State:
+    def _cotangent(self, spec: tuple, cotangent: Tensor | None) -> Tensor:
+        """A cotangent as the step's VJP was traced for: zeros for none, with the strides of what it belongs to."""
+        shape, dtype, stride, device = spec
+        if cotangent is None:
+            return torch.empty_strided(shape, stride, dtype=dtype, device=device).zero_()
+        if cotangent.stride() == stride or cotangent.layout is not torch.strided:
+            return cotangent
+        return torch.empty_strided(shape, stride, dtype=dtype, device=device).copy_(cotangent)
+
+    def _lowered(self, call: StepCall, kind: str, inputs: Sequence[Tensor]) -> Lowered:
+        return lowered(call.step, kind, inputs, call.how)
+
+    def state_at(self, position: int) -> State:
+        """The state at a position, replayed if it was not kept."""
         if position in self._work or position in self.store:
             return self._at(position)
         return self._walk(self.store.nearest(position), position)
 
-    def _inputs(self, call: StepCall, state: State, base: State) -> list[Tensor]:
+    def inputs_of(self, call: StepCall, state: State, base: State) -> list[Tensor]:
+        """What a call's graphs are given, from the state at its position and the one its loss has read."""
         inputs = [base[i] for i in call.theta]
         if call.step.positions(Role.THETA_NOW):
             inputs += [state[i] for i in call.update]
@@ -305,7 +323,7 @@ class Engine:
         Args:
             call: the call, at ``position``.
             position: its position.
-            received: cotangent by output.
+            received: cotangent by output; those it takes are taken out.
 
         Yields:
             For each input that has a gradient: its role, its state index or meta-parameter, the gradient.
@@ -319,13 +337,12 @@ class Engine:
                 "before the outer loss's backward, which needs it; remove it after that"
             )
         self._load(sorted({call.base, position}))
-        arguments = self._inputs(call, self._at(position), self._at(call.base))
+        arguments = self.inputs_of(call, self._at(position), self._at(call.base))
         for i in cotangent_outputs(step):
-            c = received.get(i)
-            arguments.append(_like(step.outputs[i].spec, c))
+            arguments.append(self._cotangent(step.outputs[i].spec, received.pop(i, None)))
         self.vjps += 1
         try:
-            vjp = lowered(step, "vjp", arguments, call.how)
+            vjp = self._lowered(call, "vjp", arguments)
         except CaptureError:
             raise
         except RuntimeError as error:
@@ -349,13 +366,3 @@ class Engine:
 def _may_keep(call: StepCall | Assign, position: int) -> bool:
     """Whether one can go on from the state at ``position`` alone; within a super-step, an earlier one is read too."""
     return isinstance(call, Assign) or call.base == position
-
-
-def _like(spec: tuple, cotangent: Tensor | None) -> Tensor:
-    """A cotangent as the step's VJP was traced for: zeros for none, with the strides of what it belongs to."""
-    shape, dtype, stride, device = spec
-    if cotangent is None:
-        return torch.empty_strided(shape, stride, dtype=dtype, device=device).zero_()
-    if cotangent.stride() == stride or cotangent.layout is not torch.strided:
-        return cotangent
-    return torch.empty_strided(shape, stride, dtype=dtype, device=device).copy_(cotangent)

@@ -31,6 +31,7 @@ from .engine import Engine
 from .hyper import Hyper, hyper_of
 from .inputs import Held
 from .session import Options, Session
+from .streaming import Streaming
 from .theta import ThetaView
 
 step_cache = StepCache()
@@ -58,6 +59,8 @@ class RecordedSession(Session):
     def __init__(self, options: Options) -> None:
         super().__init__(options)
         self.engine = Engine(options.slots, options.backward_hook)
+        if options.memory_budget is not None:
+            self.engine.streaming = Streaming(options.memory_budget)
         bypass.watch_backward(self.engine)
         self.view = ThetaView(options, self.engine, self.networks)
         self.recorder = self.view.recorder

@@ -36,6 +36,7 @@ class Options:
     pickup_step: int = -1
     window: int | None = None
     slots: int | None = None
+    memory_budget: int | float | str | None = None
 
 
 class _Member:

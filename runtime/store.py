@@ -84,6 +84,14 @@ class SlotStore:
             self._keep([p for p in self._positions if p != lost])
         return lost != position
 
+    def limit(self, slots: int) -> None:
+        """Allow no more than ``slots`` states from here on."""
+        while len(self._positions) > slots:
+            *kept, last = self._positions
+            lost = crowded_out(kept, last, len(kept))
+            self._keep([p for p in self._positions if p != lost])
+        self.slots = slots
+
     # -- sweep ---------------------------------------------------------------------------------------------------
 
     def release(self, top: int) -> None:

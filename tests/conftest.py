@@ -10,8 +10,16 @@ torch.set_default_dtype(torch.float64)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    """What takes long, on request."""
+    parser.addoption("--budget-cases", type=int, default=4, help="random inner loops under memory budgets")
     parser.addoption(
         "--whole-grid",
         action="store_true",
         help="forms B and C over the whole grid of networks, optimizers, modes, horizons and windows (most of an hour)",
     )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """``budget_case``: the seed of one."""
+    if "budget_case" in metafunc.fixturenames:
+        metafunc.parametrize("budget_case", range(metafunc.config.getoption("--budget-cases")))

@@ -24,7 +24,8 @@ from metaoptim.runtime.meter import AllocatorMeter
 from metaoptim.runtime.schedule import extra_forwards
 
 KEYS = {
-    "function", "form", "horizon", "calls", "num_programs", "window", "offline", "slots", "plan", "kept_states",
+    "function", "form", "horizon", "calls", "num_programs", "window", "offline", "slots",
+    "memory_budget", "minimum_budget", "plan", "kept_states",
     "extra_forwards", "recompute_factor", "state_bytes", "transient_bytes", "predicted_peak_bytes",
     "predicted_forward_bytes", "gradient_targets", "unreachable", "paths", "passes", "shapes", "program",
 }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -53,8 +54,15 @@ def steps_of(fn: Any) -> list[Any]:
 # -- mixed mode -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("network", ["linear", "conv_bn", "tied", "dropout"])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "network, optimizer",
+    [
+        *itertools.product(["linear"], OPTIMIZERS),
+        ("conv_bn", "adam"),
+        ("tied", "momentum"),
+        ("dropout", "rmsprop"),
+    ],
+)
 def test_mixed_mode_agrees_with_the_oracle(network: str, optimizer: str) -> None:
     for offline in (True, False):
         case = problem(network, optimizer, 4, offline)
@@ -288,3 +296,18 @@ def test_learning_rates_that_are_views_of_each_other(form: str) -> None:
     expected = _unbound_rates("oracle")
     agree(_unbound_rates(form), expected)  # type: ignore[arg-type]
     assert all(float(v.abs().max()) > 1e-4 for v in expected.values()) and len(expected) == 3
+
+
+def test_an_ill_conditioned_derivative_is_not_taken_for_a_wrong_one() -> None:
+    """Where rounding errors of the inputs do as much, a difference says nothing; elsewhere it does."""
+    x = torch.tensor([1.0, 1.0 + 1e-12, 2.0])
+
+    class Cancels(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return (1e12 * (x[:1] - x[1:2]), x[2:] * 3)
+
+    graph = fx.symbolic_trace(Cancels())
+    moved = x * torch.tensor([1.0 + 1e-15, 1.0, 1.0])
+    assert compile_graph.difference(graph, lambda x: graph(moved), [x]) is None
+    wrong = lambda x: (graph(x)[0], graph(x)[1] * 1.06)
+    assert compile_graph.difference(graph, wrong, [x]) == "output 1 differs in the first call"

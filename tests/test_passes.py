@@ -145,7 +145,7 @@ def traced(name: str, offline: bool = True) -> Trace:
 
 def executed(program: RolledProgram) -> dict[str, int]:
     """What runs: operators of all calls and their derivatives, those of the distinct graphs, and bytes alive."""
-    costs = {id(g): step_cost(g, "reverse") for g in program.step_graphs}
+    costs = {id(g): step_cost(g, EAGER) for g in program.step_graphs}
     operators = {k: c.replay_operators + c.vjp_operators for k, c in costs.items()}
     return {
         "run": sum(count * operators[id(call.step)] for call, count in program.counted()),

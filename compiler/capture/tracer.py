@@ -115,7 +115,7 @@ class WindowMark:
     """A window of the trace.
 
     Attributes:
-        offline, limit, slots, backward_hook: its options (``limit`` is W, or None).
+        offline, limit, slots, memory_budget, backward_hook: its options (``limit`` is W, or None).
         adopted: the call that takes each parameter in.
         last: tensors that would keep a value after an online window, with what stands for it.
     """
@@ -123,6 +123,7 @@ class WindowMark:
     offline: bool
     limit: int | None = None
     slots: int | None = None
+    memory_budget: int | float | str | None = None
     backward_hook: Callable | None = None
     adopted: list[Entry] = field(default_factory=list)
     last: list[tuple[Any, Value]] = field(default_factory=list)

@@ -36,6 +36,7 @@ class Options:
 
     window: int | None = None
     slots: int | None = None
+    memory_budget: int | float | str | None = None
     lowering: Lowering = field(default_factory=lambda: Lowering("inductor", hvp="auto"))
     skip: frozenset[str] = frozenset()
 

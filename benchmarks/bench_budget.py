@@ -1,0 +1,172 @@
+"""Long horizons in little memory: time per step and measured peak as T grows, and as the budget does.
+
+A small network, MLP 8-16-1 with Adam. Form C: `metaoptim.compile` with 64 slots. Form A: an ordinary window under a
+memory budget; its batches are slices of one tensor.
+
+    python benchmarks/bench_budget.py                  # all three tables, several minutes
+    python benchmarks/bench_budget.py --what horizon   # form C, T = 1,000, 10,000, 100,000
+    python benchmarks/bench_budget.py --what window    # form A, T = 2,000 and 20,000
+    python benchmarks/bench_budget.py --what budget    # form C, T = 2,000, budgets from the smallest up
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import subprocess
+import sys
+import time
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import metaoptim
+from metaoptim.runtime.meter import AllocatorMeter
+from metaoptim.runtime.schedule import extra_forwards
+
+SLOTS = 64
+
+
+def problem(horizon: int) -> tuple[nn.Module, Tensor, Tensor, Tensor]:
+    """A network, a learning rate to be learnt, and batches."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1))
+    xs = torch.randn(512, 16, 8)[torch.arange(horizon) % 512]
+    return net, torch.tensor(-6.0, requires_grad=True), xs, xs.sum(-1, keepdim=True).sin()
+
+
+def loop(net: nn.Module, log_lr: Tensor, xs: Tensor, ys: Tensor) -> Tensor:
+    """The inner loop, as a compiled function."""
+    inner = metaoptim.MetaAdam([net], lr=log_lr.exp())
+    with metaoptim.SlidingWindow(offline=True) as window:
+        for x, y in window.scan(xs, ys):
+            inner.step(F.mse_loss(net(x), y))
+        return F.mse_loss(net(xs[0]), ys[0])
+
+
+def seconds(fn: Any, arguments: Any, backward: bool, repeats: int) -> float:
+    """The least time of some calls."""
+    found = []
+    for _ in range(repeats):
+        begun = time.perf_counter()
+        if backward:
+            fn(*arguments).backward()
+        else:
+            with torch.no_grad():
+                fn(*arguments)
+        found.append(time.perf_counter() - begun)
+    return min(found)
+
+
+def horizon_table(backend: str) -> None:
+    """Time per step in T, against that of the calls it consists of."""
+    everything = metaoptim.compile(loop, backend=backend)
+    few = metaoptim.compile(loop, backend=backend, slots=SLOTS)
+    arguments = problem(1000)
+    seconds(everything, arguments, True, 1)  # compiles
+    forward = seconds(everything, arguments, False, 3) / 1000
+    pull = seconds(everything, arguments, True, 3) / 1000 - forward
+    print(
+        f"one step {1e6 * forward:.0f} us, its derivative {1e6 * pull:.0f} us (T = 1,000, every state kept)\n"
+    )
+    print("| T | extra forwards per step | seconds | us per step | against its calls | peak MiB (resident) |")
+    print("|---|---|---|---|---|---|")
+    for horizon in tqdm((1_000, 10_000, 100_000), disable=None, leave=False):
+        arguments = problem(horizon)
+        if horizon == 1_000:
+            seconds(few, arguments, True, 1)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        took = seconds(few, arguments, True, 3 if horizon == 1_000 else 1)
+        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+        extra = extra_forwards(horizon, SLOTS)
+        calls = (horizon + extra) * forward + horizon * pull
+        print(
+            f"| {horizon:,} | {extra / horizon:.2f} | {took:.2f} | {1e6 * took / horizon:.0f} | {took / calls:.2f} | "
+            f"+{grown:.1f} |",
+            flush=True,
+        )
+
+
+def window_table(budget: str) -> None:
+    """Peak of an ordinary window in T, each in a process of its own."""
+    print(f"\nForm A under memory_budget={budget!r}\n")
+    print("| T | seconds | peak MiB (resident, above the start of the loop) | states kept at the end |")
+    print("|---|---|---|---|")
+    for horizon in (2_000, 20_000):
+        command = [sys.executable, __file__, "--what", "one", "--horizon", str(horizon), "--budget", budget]
+        print(subprocess.run(command, check=True, capture_output=True, text=True).stdout, end="", flush=True)
+
+
+def one_window(horizon: int, budget: str) -> None:
+    """A row of `window_table`."""
+    net, log_lr, xs, ys = problem(horizon)
+    inner = metaoptim.MetaAdam([net], lr=log_lr.exp())
+    with metaoptim.SlidingWindow(offline=True, slots=1):  # traces the step
+        for t in range(3):
+            inner.step(F.mse_loss(net(xs[t]), ys[t]))
+        F.mse_loss(net(xs[0]), ys[0]).backward()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    begun = time.perf_counter()
+    inner = metaoptim.MetaAdam([net], lr=log_lr.exp())
+    with metaoptim.SlidingWindow(offline=True, memory_budget=budget) as window:
+        for t in range(horizon):
+            inner.step(F.mse_loss(net(xs[t]), ys[t]))
+        F.mse_loss(net(xs[0]), ys[0]).backward()
+        kept = window._session.engine.store.slots  # type: ignore[union-attr]
+    took = time.perf_counter() - begun
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    print(f"| {horizon:,} | {took:.1f} | {grown:.1f} | {kept} |")
+
+
+def budget_table() -> None:
+    """Measured peak and time, from the smallest budget up."""
+    arguments = problem(2_000)
+    least = metaoptim.plan(metaoptim.compile(loop, backend="eager"))(*arguments).minimum_budget
+    print("\nForm C, backend eager, T = 2,000\n")
+    print(
+        "| budget KiB | states kept | extra forwards per step | predicted peak KiB | measured KiB | seconds |"
+    )
+    print("|---|---|---|---|---|---|")
+    for times in (1.3, 2, 4, 16, 64, 512):
+        budget = int(times * least)
+        fn = metaoptim.compile(loop, backend="eager", memory_budget=budget)
+        took = min(seconds(fn, arguments, True, 1) for _ in range(2))
+        with AllocatorMeter() as meter:
+            fn(*arguments).backward()
+        ((program,),) = fn._programs.values()
+        slots = program.plan.slots
+        extra = 0.0 if slots is None else extra_forwards(2_002, slots) / 2_000
+        kept = "all" if slots is None else slots
+        predicted, measured = program.plan.peak_bytes / 1024, meter.peak / 1024
+        print(
+            f"| {budget / 1024:.0f} | {kept} | {extra:.2f} | {predicted:.1f} | {measured:.1f} | {took:.2f} |",
+            flush=True,
+        )
+
+
+def main() -> None:
+    """Print the tables."""
+    torch.set_num_threads(1)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--what", choices=["all", "horizon", "window", "budget", "one"], default="all")
+    parser.add_argument("--backend", default="inductor", help="of the first table")
+    parser.add_argument("--budget", default="512KiB", help="of the second table")
+    parser.add_argument("--horizon", type=int, default=2_000, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.what == "one":
+        one_window(options.horizon, options.budget)
+    if options.what in ("all", "horizon"):
+        horizon_table(options.backend)
+    if options.what in ("all", "window"):
+        window_table(options.budget)
+    if options.what in ("all", "budget"):
+        budget_table()
+
+
+if __name__ == "__main__":
+    main()

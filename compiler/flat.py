@@ -1,0 +1,109 @@
+"""A function of tensors, written down as a flat fx graph of the operators it calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from operator import getitem
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from .capture.ops import op_info
+
+aten = torch.ops.aten
+_LIFTED = (aten.lift_fresh.default, aten.lift.default)
+
+
+def flat_graph(
+    fn: Callable[..., tuple], inputs: Sequence[Tensor], instead: Mapping[Any, Callable] | None = None
+) -> fx.GraphModule:
+    """The operators that ``fn(*inputs)`` calls below autograd, those of its backward passes included.
+
+    What torch's own make_fx gives for static shapes, in less time: no proxies, no functorch, no symbolic numbers; and
+    without detaches, which mean nothing there.
+
+    Args:
+        fn: returns a tuple of tensors and None.
+        inputs: distinct tensors, fake ones under the caller's `FakeTensorMode` or real ones. Every other tensor that
+            ``fn`` uses becomes a constant of the graph.
+        instead: operator -> what to call in its place.
+    """
+    graph = fx.Graph()
+    writer = _Writer(graph, instead or {})
+    for i, t in enumerate(inputs):
+        writer.bind(t, graph.placeholder(f"input_{i}"))
+    with writer:
+        results = fn(*inputs)
+    graph.output(tuple(writer.token(r) for r in results))
+    return fx.GraphModule(writer.constants, graph)
+
+
+class _Writer(TorchDispatchMode):
+    """Writes down every operator that reaches it."""
+
+    def __init__(self, graph: fx.Graph, instead: Mapping[Any, Callable]) -> None:
+        super().__init__()
+        self.graph, self.instead = graph, instead
+        self.constants: dict[str, Tensor] = {}
+        self._nodes: dict[int, tuple[Tensor, fx.Node]] = {}  # the tensor is held: its id stays its own
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func in self.instead:
+            with self:
+                return self.instead[func](*args, **kwargs)
+        if func.namespace != "prim" and self._is_constant(func, args, kwargs):
+            with unset_fake_temporarily():
+                return func(*args, **kwargs)
+        out = func(*args, **kwargs)
+        if func.namespace == "prim":
+            return out
+        if func is aten.detach.default:
+            self._nodes[id(out)] = out, self.token(args[0])
+            return out
+        target = aten.lift_fresh_copy.default if func in _LIFTED else func
+        node = self.graph.call_function(target, self.token(args), self.token(kwargs))
+        if isinstance(out, Tensor):
+            self.bind(out, node)
+        elif isinstance(out, (list, tuple)):
+            for i, o in enumerate(out):
+                if isinstance(o, Tensor):
+                    self.bind(o, self.graph.call_function(getitem, (node, i)))
+        return out
+
+    def _is_constant(self, func: Any, args: tuple, kwargs: dict) -> bool:
+        """Whether a call has tensors for arguments, and all of them are constants, whose values are known."""
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        if not given or any(isinstance(t, FakeTensor) or id(t) in self._nodes for t in given):
+            return False
+        return not (op_info(func).writes or op_info(func).random or func in _LIFTED)
+
+    def bind(self, t: Tensor, node: fx.Node) -> None:
+        """Let ``node`` stand for ``t``."""
+        self._nodes[id(t)] = t, node
+        if t.layout is torch.strided:
+            storage = t.untyped_storage()
+            node.meta["memory"] = ((storage._cdata, storage.nbytes()),)
+
+    def token(self, a: Any) -> Any:
+        """``a`` with nodes in the place of tensors."""
+        if isinstance(a, Tensor):
+            found = self._nodes.get(id(a))
+            return self._constant(a) if found is None else found[1]
+        if isinstance(a, (list, tuple)):
+            return type(a)(self.token(b) for b in a)
+        return {k: self.token(v) for k, v in a.items()} if isinstance(a, dict) else a
+
+    def _constant(self, t: Tensor) -> fx.Node:
+        if isinstance(t, FakeTensor):
+            raise AssertionError(f"a tensor of shape {tuple(t.shape)} was made by no operator that was seen")
+        name = f"_tensor_constant{len(self.constants)}"
+        self.constants[name] = t
+        with self.graph.inserting_before(next(iter(self.graph.nodes))):
+            node = self.graph.get_attr(name)
+        self.bind(t, node)
+        return node

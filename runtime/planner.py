@@ -1,0 +1,123 @@
+"""Which states a compiled function keeps under a memory budget: as many as fit, since each saves recomputation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+from metaoptim.errors import BudgetError
+
+from ..compiler.ir import Loop, Lowering
+from ..compiler.program import RolledProgram, readable_bytes
+from ..compiler.stepcost import measured
+from .dry_run import predict
+from .rehearsal import shortened
+from .schedule import extra_forwards
+
+_FEW = 4  # iterations of a loop in which all that happens in it has happened
+SCALARS = 1024  # bytes of losses, rates and the like that come and go
+FEW_SLOTS = 5  # the most for which a program is gone through
+MANY = 6 * FEW_SLOTS  # iterations of a loop in which so many slots are as full as they will ever be
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a compiled function keeps to its budget.
+
+    Attributes:
+        budget: bytes.
+        slots: how many states are kept; None for all.
+        peak_bytes: predicted, beyond the caller's own tensors.
+        minimum: the smallest budget that there is a plan for.
+    """
+
+    budget: int
+    slots: int | None
+    peak_bytes: int
+    minimum: int
+
+
+class Peaks:
+    """Predicted peak by the number of slots: gone through for a few, from where on each costs the same.
+
+    Args:
+        exact: the peak, for so few slots.
+    """
+
+    def __init__(self, exact: Callable[[int], int]) -> None:
+        self.exact = lru_cache(maxsize=None)(exact)
+
+    def __call__(self, slots: int) -> int:
+        """The peak with so many slots."""
+        if slots <= FEW_SLOTS:
+            return SCALARS + self.exact(slots)
+        return self(FEW_SLOTS) + (slots - FEW_SLOTS) * self.per_slot
+
+    @property
+    def per_slot(self) -> int:
+        """Bytes that a further slot costs."""
+        return max(self.exact(k + 1) - self.exact(k) for k in range(2, FEW_SLOTS))
+
+    def fitting(self, budget: int, most: int) -> int:
+        """The most slots, up to ``most``, with which the peak is at most ``budget``; 0 if there is none."""
+        if self(1) > budget:
+            return 0
+        more = budget - self(FEW_SLOTS)
+        if more >= 0:
+            return min(most, FEW_SLOTS + more // self.per_slot if self.per_slot else most)
+        return min(most, max(k for k in range(1, FEW_SLOTS) if self(k) <= budget))
+
+
+def peaks_of(program: RolledProgram, how: Lowering) -> Peaks:
+    """Peaks of a compiled function's program.
+
+    A peak does not depend on how often a loop runs once it runs several times per slot, so it is found on a program cut
+    short. Where states of several loops differ in size, the largest may be the ones that are kept.
+    """
+
+    def exact(slots: int) -> int:
+        few, many = (n + (program.limit or 0) for n in (_FEW, MANY))
+        loops = [c for c in program.calls if isinstance(c, Loop)] or [None]
+        return max(predict(shortened(program, few, x, many), slots, how).peak_bytes for x in loops)
+
+    return Peaks(exact)
+
+
+def plan_for(program: RolledProgram, how: Lowering, budget: int, name: str) -> Plan:
+    """The plan with the least recomputation within a budget.
+
+    Args:
+        program: of the compiled function.
+        how: its graphs are run.
+        budget: bytes that a call and its backward may hold at a time, beyond the caller's own tensors.
+        name: of the function, for the error.
+
+    Raises:
+        BudgetError: if not even a single state can be kept.
+    """
+    peaks, states = peaks_of(program, how), program.positions
+    least = peaks(1)
+    minimum = least + _first_use(program, how)
+    if budget < minimum:
+        checked = minimum > least
+        raise BudgetError(
+            f"memory_budget: {readable_bytes(budget)} ({budget} bytes) is too small for {name}: the smallest feasible "
+            f"budget is {minimum} bytes ({readable_bytes(minimum)}), with one state of "
+            f"{readable_bytes(program.state_bytes)} kept"
+            + (f"; without the first-use check (self_check=False) it is {least} bytes" if checked else ""),
+            minimum,
+        )
+    slots = peaks.fitting(budget, max(states, 1))
+    return Plan(budget, None if slots >= states else slots, peaks(slots), minimum)
+
+
+def _first_use(program: RolledProgram, how: Lowering) -> int:
+    """Bytes that compiling and checking a graph takes beyond what running it does."""
+    found = [measured(g, kind, how) for g in program.step_graphs for kind in ("replay", "vjp")]
+    return max([0, *(m.first_bytes - m.peak_bytes for m in found if m is not None)])
+
+
+def recomputed(program: RolledProgram, slots: int | None) -> int:
+    """Calls made a second time in one backward, with so many slots."""
+    return 0 if slots is None or slots >= program.positions else extra_forwards(program.positions, slots)

@@ -1,0 +1,93 @@
+"""A short run of a program on its real inputs, in which what its lowered graphs allocate is measured."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metaoptim.errors import UnreachableWarning
+
+from ..compiler.capture.tracer import Input
+from ..compiler.ir import Loop, Lowering, StepCall
+from ..compiler.program import RolledProgram
+from ..compiler.stepcost import Measured, made_of, measured
+from .compiled import Run
+from .engine import Engine
+from .meter import AllocatorMeter, profiling
+
+_ITERATIONS = 3  # of each loop: a first one, one as all, a last one
+
+
+def shortened(program: RolledProgram, most: int, long: Loop | None = None, longest: int = 0) -> RolledProgram:
+    """``program`` with at most ``most`` iterations of each loop, and ``longest`` of the loop ``long``."""
+    calls = [
+        replace(c, count=min(c.count, longest if c is long else most)) if isinstance(c, Loop) else c
+        for c in program.calls
+    ]
+    return replace(program, calls=calls)
+
+
+def rehearse(program: RolledProgram, tensors: dict[Input, Tensor], how: Lowering) -> None:
+    """Run a few steps of ``program`` and their derivatives, so that `measured` knows all its step graphs.
+
+    Nothing outside changes: what the program would write is dropped, and the random generator stays where it is. Graphs
+    are compiled on the way, and checked where ``how`` says so.
+    """
+    graphs = program.step_graphs
+    if all(measured(g, kind, how) for g in graphs for kind in ("replay", "vjp")):
+        return
+    run = Run(shortened(program, _ITERATIONS), tensors, 1, how, None, engine=_MeteredEngine)
+    before = None if run.generator is None else run.generator.get_rng_state()
+    try:
+        results = run.forward()
+        live = [isinstance(w, int) and i not in program.dead for i, w in enumerate(program.outputs)]
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UnreachableWarning)
+            run.backward([torch.ones_like(t) if ok else None for t, ok in zip(results, live, strict=True)])
+    finally:
+        if run.generator is not None:
+            run.generator.set_rng_state(before)
+
+
+class _MeteredEngine(Engine):
+    """An engine whose every call is measured."""
+
+    def _lowered(self, call: StepCall, kind: str, inputs: Sequence[Tensor]) -> Callable[..., Sequence[Any]]:
+        if profiling():
+            return super()._lowered(call, kind, inputs)
+        with AllocatorMeter() as first:
+            program = super()._lowered(call, kind, inputs)
+        return lambda *inputs: metered(program, call, kind, inputs, first.peak)
+
+
+def metered(
+    program: Callable[..., Sequence[Any]], call: StepCall, kind: str, inputs: Sequence[Tensor], first: int = 0
+) -> Sequence[Any]:
+    """What ``program``, the lowered graph of a call, returns; what it takes is noted for `measured`.
+
+    Args:
+        program, call, kind, inputs: as of `lowered`.
+        first: bytes that compiling and checking it took.
+    """
+    if profiling():  # another one: the graphs' own sizes have to do
+        return program(*inputs)
+    with AllocatorMeter() as meter:
+        results = program(*inputs)
+    given = {t.untyped_storage()._cdata: i for i, t in enumerate(inputs) if t.layout is torch.strided}
+    made = made_of([_memory(t) for t in results], given)
+    known = measured(call.step, kind, call.how) or Measured(0, 0, ())
+    call.step.programs["measured", kind, call.how] = Measured(
+        max(known.peak_bytes, meter.peak), max(known.first_bytes, first), tuple(made)
+    )
+    return results
+
+
+def _memory(t: Tensor | None) -> tuple | None:
+    if t is None:
+        return ()
+    return (t.untyped_storage()._cdata, t.untyped_storage().nbytes()) if t.layout is torch.strided else None

@@ -1,0 +1,206 @@
+"""A window under a memory budget: how many states it may keep, decided as it goes, since nobody knows its length."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from metaoptim.errors import BudgetError
+
+from ..compiler.differentiate import cotangent_outputs
+from ..compiler.ir import Assign, Program, Role, StepCall
+from ..compiler.lower import lowered
+from ..compiler.program import nbytes, readable_bytes
+from ..compiler.stepcost import measured
+from .budget import budget_bytes
+from .dry_run import sweep_peak
+from .engine import Engine
+from .inputs import Held
+from .meter import profiling
+from .planner import MANY, Peaks
+from .rehearsal import metered
+
+_DRAWN = 5056  # bytes of the generator's state, from which random inputs are drawn again
+_REPEATS = 2  # of each step, before the last one repeats
+
+
+class Streaming:
+    """Keeps a window to its budget: states are given up when inputs that only the window holds take their room.
+
+    Args:
+        budget: bytes, text or a fraction; see `budget_bytes`.
+    """
+
+    def __init__(self, budget: int | float | str) -> None:
+        self._budget = budget
+        self.budget = -1  # bytes, when the device is known
+        self.retained = Retained()
+        self._shown = 0  # bytes of the theta before the current one, which a loss may still read
+        self._growth = 0  # most bytes of inputs that a step adds
+        self._peaks: Peaks | None = None
+        self._known: set[Any] = set()
+        self._slots = sys.maxsize
+
+    def slots(self, engine: Engine, call: StepCall) -> int:
+        """How many states may be kept when ``call`` is appended.
+
+        Raises:
+            BudgetError: if not even one may.
+        """
+        if self.budget < 0:
+            self.budget = budget_bytes(self._budget, engine.state[0].device)
+        key = id(call.step), call.how
+        if key not in self._known or self._peaks is None:
+            self._known.add(key)
+            _measure(engine, call)
+            theta = (p.spec for p in call.step.inputs if p.role is Role.THETA)
+            self._shown = max(self._shown, sum(map(nbytes, theta)))
+            program = _repeated([*engine.program.calls, call], engine.program.start)
+            found = Peaks(lambda slots: sweep_peak(program, slots))
+            former = self._peaks
+            self._peaks = found if former is None else Peaks(lambda k: max(found.exact(k), former.exact(k)))
+        before = self.retained.bytes
+        self.retained.take(call.inputs)
+        self._growth = max(self._growth, self.retained.bytes - before)
+        besides = self.retained.bytes + self._shown
+        room = self.budget - besides
+        # when states are next given up, the inputs of one more step are there
+        self._slots = self._peaks.fitting(room - self._growth, self._slots) or self._peaks.fitting(room, 1)
+        if self._slots < 1:
+            minimum = self._peaks(1) + besides
+            raise BudgetError(
+                f"memory_budget: {readable_bytes(self.budget)} ({self.budget} bytes) is too small at inner step "
+                f"{engine.program.horizon + 1}: up to here the smallest feasible budget is {minimum} bytes "
+                f"({readable_bytes(minimum)}), of which {readable_bytes(self.retained.bytes)} are inputs of inner "
+                "steps that only the window holds; keep the batches in one tensor of yours and pass slices of it, or "
+                "raise the budget",
+                minimum,
+            )
+        return self._slots
+
+
+def _measure(engine: Engine, call: StepCall) -> None:
+    """Run the derivative of a step that was not met before, once, to see what it takes."""
+    if measured(call.step, "vjp", call.how) is not None or profiling():
+        return
+    with _disable_current_modes(), torch.no_grad():
+        base = engine.state if call.base == engine.position else engine.state_at(call.base)
+        inputs = engine.inputs_of(call, engine.state, base)
+        inputs += [call.step.outputs[i].empty().zero_() for i in cotangent_outputs(call.step)]
+        metered(lowered(call.step, "vjp", inputs, call.how), call, "vjp", inputs)
+
+
+def _repeated(calls: Sequence[StepCall | Assign], start: int) -> Program:
+    """A program as long as `Peaks` needs, of which ``calls`` (from position ``start`` on) are the beginning.
+
+    A few calls of every kind are left, and the last super-step repeats.
+    """
+    seen: Counter = Counter()
+    chosen: list[tuple[StepCall | Assign, int]] = []  # with how far back its base lies
+    for position, call in enumerate(calls, start):
+        kind = tuple(call.indices) if isinstance(call, Assign) else id(call.step)
+        seen[kind] += 1
+        if seen[kind] <= _REPEATS:
+            chosen.append((call, 0 if isinstance(call, Assign) else position - call.base))
+    last = [
+        (c, len(calls) + start - 1 - i - c.base)
+        for i, c in enumerate(reversed(calls))
+        if isinstance(c, StepCall)
+    ]
+    end = next((i for i, (_, back) in enumerate(last) if not back), len(last) - 1)
+    chosen += last[end::-1] * MANY
+    return Program(
+        0,
+        [
+            replace(c, base=max(i - back, 0)) if isinstance(c, StepCall) else c
+            for i, (c, back) in enumerate(chosen)
+        ],
+    )
+
+
+class _Memory:
+    """What is held of one piece of memory: the tensors that lie in it, and how often some are held more than once."""
+
+    __slots__ = ("again", "last", "tensors")
+
+    def __init__(self) -> None:
+        self.tensors: set[int] = set()
+        self.again: Counter = Counter()
+        self.last: Any = None
+
+    def add(self, held: Held) -> None:
+        key = id(held.tensor)
+        if key in self.tensors:
+            self.again[key] += 1
+        self.tensors.add(key)
+        self.last = held
+
+    def others(self) -> tuple[bool, bool]:
+        """Whether somebody else refers to the memory by a tensor of theirs, and to the tensor held last."""
+        tensor = self.last.tensor
+        uses = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) - 1
+        named = sys.getrefcount(tensor) - 3 - self.again[id(tensor)]  # by `Held`, `tensor` and the call
+        return uses > len(self.tensors), named > 0
+
+
+class Retained:
+    """Bytes of step inputs that only the window holds.
+
+    What somebody else refers to when a step is taken may be dropped later (the variable of a loop), so it is looked at
+    again, less and less often. What this step was given counts until it is.
+    """
+
+    def __init__(self) -> None:
+        self._sure = self._recent = 0
+        self._step = 0
+        self._memories: dict[int, _Memory | None] = {}  # None: it is counted
+        self._due: dict[
+            int, list[tuple[int, int]]
+        ] = {}  # step -> (memory, steps since it was last looked at)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes in all."""
+        return self._sure + self._recent
+
+    def take(self, inputs: Sequence[Any]) -> None:
+        """A step reads ``inputs``."""
+        self._step += 1
+        self._recent = 0
+        for key, age in self._due.pop(self._step, ()):
+            self._look(key, age)
+        for held in inputs:
+            tensor = getattr(held, "tensor", None)
+            if not isinstance(tensor, Tensor):
+                self._sure += _DRAWN
+            elif tensor.layout is not torch.strided:
+                self._sure += tensor.nbytes
+            else:
+                key = tensor.untyped_storage()._cdata
+                known = key in self._memories
+                memory = self._memories.setdefault(key, _Memory()) if not known else self._memories[key]
+                del tensor
+                if memory is not None:
+                    memory.add(held)
+                    if not known:
+                        self._look(key, 1)
+
+    def _look(self, key: int, age: int) -> None:
+        memory = self._memories[key]
+        if memory is None:
+            return
+        size = memory.last.tensor.untyped_storage().nbytes()
+        shared, named = memory.others()
+        if not shared and not named:
+            self._memories[key] = None
+            self._sure += size
+        else:
+            self._recent += size if age == 1 and not shared else 0
+            self._due.setdefault(self._step + age, []).append((key, 2 * age))

@@ -1,0 +1,330 @@
+"""Memory budgets: what the allocator hands out stays within them, and the gradient is that of the full tape."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import metaoptim
+from metaoptim.runtime import schedule
+from metaoptim.runtime.meter import AllocatorMeter
+from metaoptim.runtime.store import SlotStore
+
+OPTIMIZERS: dict[str, Callable[..., Any]] = {
+    "sgd": lambda net, lr: metaoptim.MetaSGD([net], lr=lr),
+    "momentum": lambda net, lr: metaoptim.MetaSGD([net], lr=lr, momentum=0.8),
+    "adam": lambda net, lr: metaoptim.MetaAdam([net], lr=lr),
+}
+
+
+class Case:
+    """An inner loop at random: state, activations or inputs take most of its memory, as it comes."""
+
+    def __init__(self, seed: int, steps: int | None = None, dominant: str | None = None) -> None:
+        draw = random.Random(seed)
+        self.dominant = dominant or draw.choice(["state", "activations", "inputs"])
+        self.optimizer = draw.choice(list(OPTIMIZERS))
+        self.offline = draw.random() < 0.5
+        self.steps = steps or draw.choice([2, 5, 12, 30])
+        self.width = 48 if self.dominant == "state" else 12
+        self.batch = 64 if self.dominant != "state" else 4
+        self.features = 64 if self.dominant == "inputs" else 5
+        self.depth = draw.randint(1, 3)
+        self.seed, self.share = seed, draw.random() ** 3
+
+    def __repr__(self) -> str:
+        return f"{self.dominant} {self.optimizer} T={self.steps} offline={self.offline} seed={self.seed}"
+
+    def make(self) -> tuple[nn.Module, Tensor, Tensor, Tensor]:
+        """The network, the log learning rate, and the batches."""
+        torch.manual_seed(self.seed)
+        sizes = [self.features, *[self.width] * self.depth]
+        layers = [m for a, b in itertools.pairwise(sizes) for m in (nn.Linear(a, b), nn.Tanh())]
+        net = nn.Sequential(*layers, nn.Linear(sizes[-1], 3))
+        xs, ys = torch.randn(self.steps, self.batch, self.features), torch.randn(self.steps, self.batch, 3)
+        return net, torch.tensor(-4.0, requires_grad=True), xs, ys
+
+    def loop(self, fresh: bool, **options: Any) -> tuple[dict[str, Tensor | None], int]:
+        """Gradients in an ordinary window, and the bytes it took; ``fresh``: every batch is the window's own."""
+        for meter in (
+            nullcontext(),
+            AllocatorMeter(),
+        ):  # it measures its steps once, where nobody else measures
+            net, log_lr, xs, ys = self.make()
+            inner = OPTIMIZERS[self.optimizer](net, log_lr.exp())
+            with meter, metaoptim.SlidingWindow(offline=self.offline, **options):
+                for x, y in zip(xs, ys, strict=True):
+                    inner.step(F.mse_loss(net(x.clone() if fresh else x), y))
+                F.mse_loss(net(xs[0, :2]), ys[0, :2]).backward()
+        assert isinstance(meter, AllocatorMeter)
+        return gradients(net, log_lr), meter.peak
+
+    def outer(self) -> int:
+        """Bytes of the outer loss's own graph, which no budget counts."""
+        net, _, xs, ys = self.make()
+        with AllocatorMeter() as meter:
+            F.mse_loss(net(xs[0, :2]), ys[0, :2]).backward()
+        return meter.peak - sum(p.nbytes for p in net.parameters())
+
+    def compiled(self, **options: Any) -> Any:
+        """The loop as a compiled function of what `make` makes."""
+
+        @metaoptim.compile(**{"backend": "eager", **options})
+        def meta_loss(net: nn.Module, log_lr: Tensor, xs: Tensor, ys: Tensor) -> Tensor:
+            inner = OPTIMIZERS[self.optimizer](net, log_lr.exp())
+            with metaoptim.SlidingWindow(offline=self.offline) as window:
+                for x, y in window.scan(xs, ys):
+                    inner.step(F.mse_loss(net(x), y))
+                return F.mse_loss(net(xs[0, :2]), ys[0, :2])
+
+        return meta_loss
+
+    def run(self, **options: Any) -> tuple[dict[str, Tensor | None], int, Any]:
+        """Gradients of the compiled function, the bytes its second call took, and its plan."""
+        net, log_lr, xs, ys = self.make()
+        meta_loss = self.compiled(**options)
+        before = {k: v.clone() for k, v in net.state_dict().items()}
+        meta_loss(net, log_lr, xs, ys).backward()
+        net.load_state_dict(before)
+        net.zero_grad()
+        log_lr.grad = None
+        with AllocatorMeter() as meter:
+            meta_loss(net, log_lr, xs, ys).backward()
+        ((program,),) = meta_loss._programs.values()
+        return gradients(net, log_lr), meter.peak, program.plan
+
+
+def gradients(net: nn.Module, log_lr: Tensor) -> dict[str, Tensor | None]:
+    return {**{n: p.grad for n, p in net.named_parameters()}, "log_lr": log_lr.grad}
+
+
+def same(got: dict[str, Tensor | None], expected: dict[str, Tensor | None]) -> None:
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        assert (got[name] is None) == (value is None), name
+        if value is not None:
+            torch.testing.assert_close(got[name], value, rtol=1e-9, atol=1e-12)
+
+
+def between(minimum: int, maximum: int, share: float) -> int:
+    """A budget between the smallest that works and one that holds every state."""
+    return minimum + int(share * max(maximum - minimum, 0))
+
+
+# -- it is kept ------------------------------------------------------------------------------------------------------
+
+
+def test_a_compiled_function_keeps_its_budget(budget_case: int) -> None:
+    case = Case(budget_case)
+    expected, _ = case.loop(False, strategy="full_tape")
+    with pytest.raises(metaoptim.BudgetError, match="smallest feasible budget") as refused:
+        case.run(memory_budget=100)
+    minimum = refused.value.minimum
+    budget = between(minimum, case.run(memory_budget="10GiB")[2].peak_bytes, case.share)
+    for bytes_ in (minimum, budget):
+        got, peak, plan = case.run(memory_budget=bytes_)
+        assert peak <= bytes_, (case, plan)
+        assert peak >= plan.peak_bytes - 3 * case_state(case)
+        same(got, expected)
+
+
+def case_state(case: Case) -> int:
+    """At least the bytes of a state."""
+    net, *_ = case.make()
+    return 3 * sum(p.nbytes for p in net.parameters())
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_window_keeps_its_budget(budget_case: int, fresh: bool) -> None:
+    case = Case(budget_case + 1000)
+    expected, _ = case.loop(fresh, strategy="full_tape")
+    with pytest.raises(metaoptim.BudgetError, match="smallest feasible budget"):
+        case.loop(fresh, memory_budget=100)
+    got, most = case.loop(fresh)
+    same(got, expected)
+    budget, tries = int(between(most // 4, most, case.share)), 0
+    while True:  # the smallest feasible budget grows with the inputs that the window holds
+        try:
+            got, peak = case.loop(fresh, memory_budget=budget)
+            break
+        except metaoptim.BudgetError as error:
+            assert error.minimum > budget
+            budget, tries = error.minimum, tries + 1
+            assert tries <= case.steps
+    assert peak <= budget + case.outer(), case
+    same(got, expected)
+
+
+def test_the_check_fails_when_a_state_is_leaked(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(3, steps=30, dominant="state")
+    minimum = case.run(memory_budget="10GiB")[2].minimum
+    budget = case.run(memory_budget=int(1.3 * minimum))[2].peak_bytes
+    _, peak, plan = case.run(memory_budget=budget)
+    assert peak <= budget and plan.slots is not None
+    real, leaked = SlotStore.offer, []
+
+    def offer(self: SlotStore, position: int, state: Any) -> None:
+        real(self, position, state)
+        if position == 2:  # which is not kept
+            leaked.append([t for t in state if isinstance(t, Tensor)])  # not in the plan, which runs on sizes
+        assert position != 2 or position not in self
+
+    monkeypatch.setattr(SlotStore, "offer", offer)
+    _, peak, _ = case.run(memory_budget=budget)
+    assert peak > budget
+
+
+# -- the plan --------------------------------------------------------------------------------------------------------
+
+
+def test_recomputation_never_rises_with_the_budget() -> None:
+    case = Case(5, steps=30, dominant="state")
+    arguments, least = case.make(), 0
+    with pytest.raises(metaoptim.BudgetError) as refused:
+        case.compiled(memory_budget=100).explain(*arguments)
+    least = refused.value.minimum
+    reports = [case.compiled(memory_budget=int(least * k)).explain(*arguments) for k in (1, 1.3, 2, 3, 6, 30)]
+    extra = [r.extra_forwards for r in reports]
+    assert extra == sorted(extra, reverse=True) and extra[0] > extra[2] > extra[-1] == 0
+    assert all(r.predicted_peak_bytes <= r.memory_budget for r in reports)
+    assert reports[0].slots == 1 and reports[-1].slots is None
+    assert reports[0].minimum_budget == least
+
+
+def test_the_window_inside_says_what_the_decorator_does_not() -> None:
+    net, log_lr, xs, ys = Case(5, steps=8).make()
+
+    @metaoptim.compile(backend="eager", slots=3)
+    def meta_loss(net: nn.Module, log_lr: Tensor, xs: Tensor, ys: Tensor) -> Tensor:
+        inner = metaoptim.MetaSGD([net], lr=log_lr.exp())
+        with metaoptim.SlidingWindow(offline=True, memory_budget="1GiB") as window:
+            for x, y in window.scan(xs, ys):
+                inner.step(F.mse_loss(net(x), y))
+            return F.mse_loss(net(xs[0]), ys[0])
+
+    report = meta_loss.explain(net, log_lr, xs, ys)
+    assert (report.slots, report.memory_budget) == (None, 2**30)
+
+
+def test_slots_shrink_as_the_window_fills_with_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    real = SlotStore.limit
+
+    def limit(self: SlotStore, slots: int) -> None:
+        real(self, slots)
+        seen.append(slots)
+        assert len(self) <= slots
+
+    monkeypatch.setattr(SlotStore, "limit", limit)
+    case = Case(9, steps=40, dominant="inputs")
+    _, most = case.loop(True)
+    _, peak = case.loop(True, memory_budget=most)
+    assert peak <= most
+    window = seen[len(seen) // 2 :]
+    assert window == sorted(window, reverse=True) and window[-1] < window[0]
+
+
+@pytest.mark.parametrize(
+    ("budget", "error", "message"),
+    [
+        (0, ValueError, "positive number of bytes"),
+        (-5, ValueError, "positive number of bytes"),
+        (1.5, ValueError, "fraction of the free memory between 0 and 1"),
+        ("12 parsecs", ValueError, "'512MiB'"),
+        ("0MiB", ValueError, "'512MiB'"),
+        (True, TypeError, "memory_budget: got bool"),
+        ([1], TypeError, "memory_budget: got list"),
+    ],
+)
+def test_what_is_no_budget(budget: Any, error: type[Exception], message: str) -> None:
+    for make in (metaoptim.SlidingWindow, metaoptim.compile):
+        with pytest.raises(error, match=message):
+            make(memory_budget=budget)
+
+
+def test_a_budget_and_slots_exclude_each_other() -> None:
+    for make in (metaoptim.SlidingWindow, metaoptim.compile):
+        with pytest.raises(ValueError, match="give one of the two"):
+            make(memory_budget="1GiB", slots=3)
+    with pytest.raises(ValueError, match="full_tape"):
+        metaoptim.SlidingWindow(memory_budget="1GiB", strategy="full_tape")
+
+
+def test_amounts() -> None:
+    from metaoptim.runtime.budget import budget_bytes, free_bytes
+
+    cpu = torch.device("cpu")
+    assert budget_bytes("512MiB", cpu) == 512 * 2**20
+    assert budget_bytes("1.5 GB", cpu) == 1_500_000_000
+    assert budget_bytes("2000", cpu) == budget_bytes(2000, cpu) == 2000
+    assert 0.4 < budget_bytes(0.5, cpu) / free_bytes(cpu) < 0.6
+
+
+def test_a_refused_window_leaves_everything_as_it_was() -> None:
+    net, log_lr, xs, ys = Case(1, steps=3).make()
+    inner = metaoptim.MetaAdam([net], lr=log_lr.exp())
+    before = [p.clone() for p in net.parameters()]
+    with (
+        pytest.raises(metaoptim.BudgetError, match="at inner step 1"),
+        metaoptim.SlidingWindow(memory_budget=64),
+    ):
+        inner.step(F.mse_loss(net(xs[0]), ys[0]))
+    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True))
+    assert not inner.state and all(p.grad is None for p in net.parameters())
+
+
+def test_a_store_that_shrinks_gives_up_what_is_cheapest_to_lose() -> None:
+    kept = SlotStore(None)
+    for position in range(12):
+        kept.offer(position, [])
+    kept.limit(4)
+    assert len(kept) == 4 and kept.base == 0
+    cost = sum(
+        schedule.advances(b - a, 4 - i)
+        for i, (a, b) in enumerate(zip(kept._positions, [*kept._positions[1:], 12], strict=True))
+    )
+    assert cost <= 1.25 * (schedule.advances(13, 4) - 12) + 12
+
+
+# -- what it would cost ----------------------------------------------------------------------------------------------
+
+
+def test_the_cost_model_is_revolves_and_that_of_a_run() -> None:
+    case = Case(5, steps=30, dominant="state")
+    arguments = case.make()
+    fn = case.compiled()
+    model = metaoptim.plan(fn)(*arguments).model
+    for slots in (1, 2, 6, 20):
+        assert model.at(30, slots)["extra_forwards"] == schedule.extra_forwards(30, slots)
+        report = case.compiled(slots=slots).explain(*arguments)
+        predicted = model.at(report.calls, slots)["peak_bytes"]
+        assert 0 <= predicted - report.predicted_peak_bytes <= 1024 + 3 * case_state(case)
+    assert str(model.extra_forwards) == "-T + r*(T + 1) - binomial(c + r, c + 1)"
+
+
+def test_what_another_horizon_would_cost() -> None:
+    case = Case(5, steps=10, dominant="state")
+    arguments, fn = case.make(), case.compiled()
+    least = metaoptim.plan(fn)(*arguments).minimum_budget
+    budgets = (int(1.5 * least), 5 * least, "20GiB")
+    costs = [metaoptim.plan(fn, horizon=20_000, memory_budget=b)(*arguments) for b in budgets]
+    assert [c.horizon for c in costs] == [20_000] * 3
+    assert all(c.peak_bytes <= c.memory_budget for c in costs)
+    factors = [c.time_factor for c in costs]
+    assert factors == sorted(factors, reverse=True) and factors[0] > 1.5 and factors[-1] == 1.0
+    assert costs[-1].slots == 20_002  # with what comes before and after
+    assert "runs 0 steps a second time" in str(costs[-1])
+    with pytest.raises(metaoptim.BudgetError, match="smallest feasible") as refused:
+        metaoptim.plan(fn, horizon=20_000, memory_budget=1000)(*arguments)
+    cost = metaoptim.plan(fn, horizon=20_000, memory_budget=refused.value.minimum)(*arguments)
+    assert cost.slots == 1
+    curve, work = zip(*costs[0].curve(), strict=True)
+    assert list(curve) == sorted(curve) and list(work) == sorted(work, reverse=True)
