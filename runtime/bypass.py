@@ -64,8 +64,9 @@ def _mark_of(t: Tensor, recorder: Any) -> _Mark | None:
     if isinstance(t, InnerParameter) and isinstance(t.grad_fn, _READS):
         node: Any = t.grad_fn
         return _Mark(weakref.ref(node.engine), (node.position,), node.indices[t.output_nr])
-    known = None if recorder is None or recorder.symbolic else recorder.known(t)
-    if isinstance(known, Value) and known.steps:
+    recorder = None if recorder is None or recorder.symbolic else recorder
+    known = None if recorder is None else recorder.known(t)
+    if recorder is not None and isinstance(known, Value) and known.steps:
         return _Mark(weakref.ref(recorder.guard.engine), known.steps, None)
     return _marks.get(t) if _marks else None
 
