@@ -11,7 +11,11 @@ loop with `functional_call` and `create_graph=True`; both run alternately in one
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -114,22 +118,48 @@ def speed(horizon: int, backend: str, repeats: int, slots: int | None) -> None:
         )
 
 
-def horizon(backend: str, slots: int | None, scan: bool, horizons: list[int]) -> None:
-    """First call and programs, by T."""
-    print("| T | capture and passes, s | first call, s | ms per step after | step graphs |")
-    print("|---|---|---|---|---|")
+def compiling(horizon: int, backend: str, slots: int | None, scan: bool) -> tuple[float, float, float, int]:
+    """Seconds to capture, beyond a usual call in the first one, and of a usual one; step graphs."""
+    problem = Problem(horizon, "SGD momentum", scan)
+    compiled = metaoptim.compile(problem.window, backend=backend, slots=slots)
+    begun = time.perf_counter()
+    compiled.explain(problem.net, problem.log_lr, *problem.data)
+    captured = time.perf_counter() - begun
+    first, _ = problem.gradient(compiled)
+    after = statistics.median(problem.gradient(compiled)[0] for _ in range(3 if horizon <= 1000 else 1))
+    (programs,) = compiled._programs.values()
+    return captured, captured + first - after, after, len(programs[0].rolled.step_graphs)
+
+
+def by_horizon(backend: str, slots: int, scan: bool, horizons: list[int]) -> None:
+    """Compile time and programs by T, each in fresh processes: with an empty disk cache, and with a filled one."""
+    print(
+        "| T | capture, s | all of compiling, s: cold | with a disk cache | ms per step after | step graphs |"
+    )
+    print("|---|---|---|---|---|---|")
     for t in horizons:
-        problem = Problem(t, "SGD momentum", scan)
-        compiled = metaoptim.compile(problem.window, backend=backend, slots=slots)
-        begun = time.perf_counter()
-        with torch.no_grad():
-            compiled.explain(problem.net, problem.log_lr, *problem.data)
-        captured = time.perf_counter() - begun
-        first, _ = problem.gradient(compiled)
-        after = statistics.median(problem.gradient(compiled)[0] for _ in range(3))
-        (programs,) = compiled._programs.values()
-        graphs = len(programs[0].rolled.step_graphs)
-        print(f"| {t} | {captured:.2f} | {first:.1f} | {1e3 * after / t:.2f} | {graphs} |", flush=True)
+        with tempfile.TemporaryDirectory() as cache:
+            rows = []
+            for _ in range(2):
+                command = [
+                    sys.executable,
+                    __file__,
+                    "--what",
+                    "one",
+                    "--horizon",
+                    str(t),
+                    "--backend",
+                    backend,
+                ]
+                command += ["--slots", str(slots), *([] if scan else ["--plain"])]
+                environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
+                done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+                rows.append([float(x) for x in done.stdout.split()])
+        (captured, cold, after, graphs), (_, warm, _, _) = rows
+        print(
+            f"| {t:,} | {captured:.2f} | {cold:.1f} | {warm:.1f} | {1e3 * after / t:.2f} | {graphs:.0f} |",
+            flush=True,
+        )
 
 
 def main() -> None:
@@ -137,18 +167,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--what", choices=("speed", "horizon", "plain"), default="speed")
+    parser.add_argument("--what", choices=("speed", "horizon", "plain", "one"), default="speed")
     parser.add_argument("--horizon", type=int, default=1000)
     parser.add_argument("--backend", default="inductor")
     parser.add_argument("--slots", type=int, default=None)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--plain", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.what == "speed":
         speed(args.horizon, args.backend, args.repeats, args.slots)
+    elif args.what == "one":
+        print(*compiling(args.horizon, args.backend, args.slots, not args.plain))
     else:
         scan = args.what == "horizon"
-        horizon(args.backend, args.slots or 20, scan, [10, 100, 1000, 10000] if scan else [10, 100, 1000])
+        horizons = [10, 100, 1000, 10000] if scan else [10, 100, 1000]
+        by_horizon(args.backend, args.slots or 20, scan, horizons)
 
 
 if __name__ == "__main__":

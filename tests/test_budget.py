@@ -328,3 +328,46 @@ def test_what_another_horizon_would_cost() -> None:
     assert cost.slots == 1
     curve, work = zip(*costs[0].curve(), strict=True)
     assert list(curve) == sorted(curve) and list(work) == sorted(work, reverse=True)
+
+
+# -- together with what else windows do ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["hook", "sliding", "two optimizers", "compiled step"])
+def test_the_gradient_does_not_depend_on_the_budget(kind: str) -> None:
+    def run(**options: Any) -> Tensor | None:
+        torch.manual_seed(0)
+        actor = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Dropout(0.3), nn.Linear(5, 2))
+        critic, log_lr, xs = nn.Linear(4, 1), torch.tensor(-3.0, requires_grad=True), torch.randn(8, 6, 4)
+        of_actor = metaoptim.MetaAdam([actor], lr=log_lr.exp())
+        of_critic = metaoptim.MetaSGD([critic], lr=log_lr.exp(), momentum=0.9)
+
+        def step(x: Tensor) -> None:
+            of_actor.step(actor(x).square().mean() * (1 + critic(x).mean()))
+
+        if kind == "compiled step":
+            step = metaoptim.compile(step, backend="eager")
+        options |= {"hook": {"backward_hook": lambda g: 0.5 * g}, "sliding": {"window": 3}}.get(kind, {})
+        total: Any = 0.0
+        with metaoptim.SlidingWindow(**options):
+            for x in xs:
+                if kind == "two optimizers":
+                    value = critic(x)
+                    losses = (
+                        (actor(x) * value.detach()).square().mean(),
+                        (value - actor(x).sum(-1)).square().mean(),
+                    )
+                    of_actor.step(losses[0])
+                    of_critic.step(losses[1])
+                else:
+                    step(x)
+                total = total + actor(xs[0]).square().mean() if kind == "sliding" else total
+            (total + actor(xs[0]).sum() + critic(xs[0]).sum()).backward()
+        return log_lr.grad
+
+    expected = run()
+    assert expected is not None and float(expected.abs()) > 1e-4
+    with pytest.raises(metaoptim.BudgetError) as refused:
+        run(memory_budget=100)
+    torch.testing.assert_close(run(memory_budget=2 * refused.value.minimum), expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(run(memory_budget="1GiB"), expected, rtol=1e-12, atol=0)
