@@ -52,44 +52,68 @@ class BoundProgram:
         sizes = [c.count if isinstance(c, Loop) else 1 for c in rolled.calls]
         self._ends = list(accumulate(sizes))
         self.end = self._ends[-1] if sizes else 0
-        self._fixed: dict[int, StepCall] = {}
+        self._first: dict[int, tuple[StepCall, list[tuple[int, Given, int, int]]]] = {}
 
     def __getitem__(self, position: int) -> StepCall:
         at = bisect_right(self._ends, position)
-        item = self.rolled.calls[at]
-        if isinstance(item, Loop):
-            item = item.at(position - (self._ends[at] - item.count))
-            return self._bound(item, position)
-        found = self._fixed.get(at)
-        if found is None:
-            found = self._fixed[at] = self._bound(item, position)
-        return found
+        first, moving = self._first.get(at) or self._bind(at)
+        if position == first.base:
+            return first
+        iteration = position - first.base
+        inputs, metas = list(first.inputs), first.metas
+        for i, given, stride, meta in moving:
+            given = given.advanced(iteration * stride)
+            inputs[i] = self._input(given, first.step.inputs[i - len(inputs)])
+            if meta >= 0:
+                metas = (*metas[:meta], (given.of, given.at), *metas[meta + 1 :])
+        return StepCall(
+            first.step,
+            first.theta,
+            first.update,
+            first.opt_state_in,
+            first.opt_state_out,
+            position,
+            inputs,
+            metas,
+            first.location,
+            first.rng,
+            first.how,
+        )
 
     def takes_step(self, position: int) -> bool:
         """Whether an inner step is taken there."""
         item = self.rolled.calls[bisect_right(self._ends, position)]
         return (item.call if isinstance(item, Loop) else item).step.steps > 0
 
-    def _bound(self, call: StepCall, position: int) -> StepCall:
+    def _bind(self, at: int) -> tuple[StepCall, list[tuple[int, Given, int, int]]]:
+        """The first call of an item, and which of its inputs move: place, the first, by how much, place in metas."""
+        item = self.rolled.calls[at]
+        call, strides = (item.call, item.strides) if isinstance(item, Loop) else (item, ())
         given: list[Given] = call.inputs
         ports = call.step.inputs[len(call.step.inputs) - len(given) :]
-        metas, rng = [], -1
-        for g, port in zip(given, ports, strict=True):
+        metas, moving, rng = [], [], -1
+        for i, (g, port) in enumerate(zip(given, ports, strict=True)):
+            meta = -1
             if port.role is Role.META:
+                meta = len(metas)
                 metas.append((g.of, g.at) if g.kind == "scan" else g.of)
             elif g.kind == "noise":
                 rng = self.rng
+            if strides and strides[i]:
+                moving.append((i, g, strides[i], meta if g.kind == "scan" else -1))
         thetas = len(call.step.positions(Role.THETA))
-        return replace(
+        first = replace(
             call,
             theta=call.opt_state_in[:thetas],
             opt_state_in=call.opt_state_in[thetas:],
-            base=position,
+            base=self._ends[at] - (item.count if isinstance(item, Loop) else 1),
             inputs=[self._input(g, port) for g, port in zip(given, ports, strict=True)],
             metas=tuple(metas),
             rng=rng,
             how=self.how,
         )
+        self._first[at] = first, moving
+        return first, moving
 
     def _input(self, given: Given, port: Any) -> Any:
         if given.kind == "noise":

@@ -370,5 +370,7 @@ def test_the_gradient_does_not_depend_on_the_budget(kind: str) -> None:
     with pytest.raises(metaoptim.BudgetError) as refused:
         run(memory_budget=100)
     drawn = 8 * 5056 if kind == "compiled step" else 0  # states of the generator, one for every step
-    torch.testing.assert_close(run(memory_budget=2 * refused.value.minimum + drawn), expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        run(memory_budget=2 * refused.value.minimum + drawn), expected, rtol=1e-12, atol=0
+    )
     torch.testing.assert_close(run(memory_budget="1GiB"), expected, rtol=1e-12, atol=0)
