@@ -100,8 +100,10 @@ def report_of(fn: Callable, options: Options, args: tuple, kwargs: dict[str, Any
     reached = {x for x in trace.inputs if x in prediction.reached}
     whole = predict(replace(program, limit=None), slots, how).reached if program.limit else prediction.reached
     paths = {labels[x]: _path(x, program) for x in trace.inputs if x in reached}
+    told = {id(x) for x in program.inputs}
     for x in trace.inputs:
-        if x.grad and x not in reached:
+        # networks of other optimizers that are still alive are taken in too: nothing to tell
+        if x.grad and x not in reached and (id(x) in told or id(x.tensor) in names):
             paths[labels[x]] = _why_not(x, program, adopted, whole)
     scene = _learnable(names, fn, args, kwargs)
     paths |= {name: "not read" for name, t in scene.items() if id(t) not in read and name not in paths}

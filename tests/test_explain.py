@@ -161,6 +161,8 @@ weight_of_the_module = torch.tensor(0.2, requires_grad=True)
 
 
 def test_gradient_targets_and_unreachable_have_the_callers_names() -> None:
+    another = metaoptim.MetaSGD([nn.Linear(2, 2)])  # alive, and none of this function's
+    assert another.param_groups
     net, head = network(3, 4, 2), nn.Linear(2, 2)
     closed = torch.tensor(0.5, requires_grad=True)
     idle = torch.ones((), requires_grad=True)
