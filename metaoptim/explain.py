@@ -48,6 +48,7 @@ def explain(fn: Callable) -> Callable[..., Report]:
 
     Raises:
         CaptureError: for what cannot be captured.
+        BudgetError: for a memory budget in which not even one state can be kept.
 
     Example:
         >>> net, log_lr = torch.nn.Linear(3, 1), torch.tensor(-2.0, requires_grad=True)

@@ -14,7 +14,6 @@ from .compiler.program import RolledProgram, nbytes, plural, readable_bytes
 from .errors import BudgetError, WindowError
 from .runtime.budget import budget_bytes, check_budget
 from .runtime.planner import FEW_SLOTS, peaks_of
-from .runtime.schedule import extra_forwards
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,8 @@ class Cost:
         """(bytes, time factor) for budgets from the smallest to that which keeps every state."""
         slots = {max(1, round(self.horizon ** (k / (points - 1)))) for k in range(points)}
         for kept in sorted(slots):
-            yield self.model.at(self.horizon, kept)["peak_bytes"], _factor(self.model, self.horizon, kept)
+            values = self.model.at(self.horizon, kept)
+            yield values["peak_bytes"], _factor(self.model, self.horizon, values)
 
     def plot(self, axes: Any = None) -> Any:
         """Draw time against budget, with matplotlib.
@@ -155,15 +155,16 @@ def _cost(
             f"is {minimum} bytes ({readable_bytes(minimum)})",
             minimum,
         )
-    extra = extra_forwards(positions, kept)
-    steps = program.horizon if horizon is None else horizon
-    peak = model.at(positions, kept)["peak_bytes"]
-    return Cost(name, steps, bytes_, kept, peak, minimum, extra, _factor(model, positions, kept), model)
+    steps, values = program.horizon if horizon is None else horizon, model.at(positions, kept)
+    factor = _factor(model, positions, values)
+    return Cost(
+        name, steps, bytes_, kept, values["peak_bytes"], minimum, values["extra_forwards"], factor, model
+    )
 
 
-def _factor(model: CostModel, horizon: int, slots: int) -> float:
+def _factor(model: CostModel, horizon: int, values: dict[str, int]) -> float:
     once = horizon * (model.forward_flops + model.vjp_flops)
-    return 1 + extra_forwards(horizon, slots) * model.forward_flops / once if once else 1.0
+    return values["flops"] / once if once else 1.0
 
 
 def _model(fn: CompiledFunction, program: RolledProgram, longest: Loop) -> CostModel:

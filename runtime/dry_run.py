@@ -12,14 +12,13 @@ from torch import Tensor
 
 from ..compiler.capture.tracer import Input
 from ..compiler.differentiate import cotangent_outputs
-from ..compiler.ir import EAGER, Assign, Lowering, Program, Role, StepCall
+from ..compiler.ir import EAGER, Assign, Lowering, Program, StepCall
 from ..compiler.program import RolledProgram, nbytes
 from ..compiler.stepcost import Made, step_cost
 from .compiled import BoundProgram, GradientSweep
 from .engine import Engine, Sweep
+from .noise import GENERATOR_BYTES
 from .truncated import pull_back_truncated
-
-_GENERATOR = 5056  # bytes of the CPU generator's state
 
 
 @dataclass(frozen=True)
@@ -115,17 +114,14 @@ class _DryEngine(Engine):
         super().__init__(slots, None, program)
         self.meter, self.kept = meter, 0
 
-    def inputs_of(self, call: StepCall, state: Any, base: Any) -> list[Any]:
-        inputs: list[Any] = [base[i] for i in call.theta]
-        if call.step.positions(Role.THETA_NOW):
-            inputs += [state[i] for i in call.update]
-        inputs += [state[i] for i in call.opt_state_in]
+    def _values(self, call: StepCall, state: Any) -> list[Any]:
         if call.rng >= 0:
-            self._drawn = _Block(self.meter, _GENERATOR)  # type: ignore[assignment]
-        return inputs + [self._given(x) for x in call.inputs]
-
-    def _given(self, x: Any) -> Any:
-        return _Block(self.meter, nbytes(x.noise.spec)) if getattr(x, "random", False) else None
+            self._drawn = _Block(self.meter, GENERATOR_BYTES)  # type: ignore[assignment]
+        drawn = (getattr(x, "random", False) for x in call.inputs)
+        return [
+            _Block(self.meter, nbytes(x.noise.spec)) if random else None
+            for x, random in zip(call.inputs, drawn, strict=True)
+        ]
 
     def _cotangent(self, spec: tuple, cotangent: Any) -> Any:
         return _Block(self.meter, nbytes(spec)) if cotangent is None else cotangent
@@ -204,7 +200,7 @@ def sweep_peak(program: Any, slots: int) -> int:
     """Most bytes held when a window's program runs and cotangents of its last state are swept back.
 
     Args:
-        program: of a window: its calls, with `blocks` for values that are assigned.
+        program: of a window.
         slots: how many states may be kept.
     """
     meter = _Meter()

@@ -255,11 +255,14 @@ class Engine:
         if call.step.positions(Role.THETA_NOW):
             inputs += [state[i] for i in call.update]
         inputs += [state[i] for i in call.opt_state_in]
-        if call.rng >= 0:
-            values, self._drawn = draw(call.inputs, state[call.rng])
-            return inputs + values
-        inputs += [held.get() for held in call.inputs]
-        return inputs
+        return inputs + self._values(call, state)
+
+    def _values(self, call: StepCall, state: State) -> list[Tensor]:
+        """What it is given besides the state."""
+        if call.rng < 0:
+            return [held.get() for held in call.inputs]
+        values, self._drawn = draw(call.inputs, state[call.rng])
+        return values
 
     # -- backward ------------------------------------------------------------------------------------------------
 

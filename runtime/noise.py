@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+GENERATOR_BYTES = 5056  # of the CPU generator's state
+
 
 def generator_of(device: torch.device) -> Any:
     """The module that holds a device's generator state."""

@@ -13,7 +13,6 @@ from ..compiler.program import RolledProgram, readable_bytes
 from ..compiler.stepcost import measured
 from .dry_run import predict
 from .rehearsal import shortened
-from .schedule import extra_forwards
 
 _FEW = 4  # iterations of a loop in which all that happens in it has happened
 SCALARS = 1024  # bytes of losses, rates and the like that come and go
@@ -116,8 +115,3 @@ def _first_use(program: RolledProgram, how: Lowering) -> int:
     """Bytes that compiling and checking a graph takes beyond what running it does."""
     found = [measured(g, kind, how) for g in program.step_graphs for kind in ("replay", "vjp")]
     return max([0, *(m.first_bytes - m.peak_bytes for m in found if m is not None)])
-
-
-def recomputed(program: RolledProgram, slots: int | None) -> int:
-    """Calls made a second time in one backward, with so many slots."""
-    return 0 if slots is None or slots >= program.positions else extra_forwards(program.positions, slots)

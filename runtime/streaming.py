@@ -24,10 +24,10 @@ from .dry_run import sweep_peak
 from .engine import Engine
 from .inputs import Held
 from .meter import profiling
+from .noise import GENERATOR_BYTES
 from .planner import MANY, Peaks
 from .rehearsal import metered
 
-_DRAWN = 5056  # bytes of the generator's state, from which random inputs are drawn again
 _REPEATS = 2  # of each step, before the last one repeats
 
 
@@ -179,7 +179,7 @@ class Retained:
         for held in inputs:
             tensor = getattr(held, "tensor", None)
             if not isinstance(tensor, Tensor):
-                self._sure += _DRAWN
+                self._sure += GENERATOR_BYTES  # from which it is drawn again
             elif tensor.layout is not torch.strided:
                 self._sure += tensor.nbytes
             else:

@@ -187,7 +187,7 @@ def test_the_check_fails_when_a_state_is_leaked(monkeypatch: pytest.MonkeyPatch)
 
 def test_recomputation_never_rises_with_the_budget() -> None:
     case = Case(5, steps=30, dominant="state")
-    arguments, least = case.make(), 0
+    arguments = case.make()
     with pytest.raises(metaoptim.BudgetError) as refused:
         case.compiled(memory_budget=100).explain(*arguments)
     least = refused.value.minimum
