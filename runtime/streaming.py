@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -45,7 +46,8 @@ class Streaming:
         self._shown = 0  # bytes of the theta before the current one, which a loss may still read
         self._growth = 0  # most bytes of inputs that a step adds
         self._peaks: Peaks | None = None
-        self._known: set[Any] = set()
+        self._known: dict[Any, Any] = {}  # the step is held: its id stays its own
+        self._start = 0  # of the program, when its inputs were last counted
         self._slots = sys.maxsize
 
     def slots(self, engine: Engine, call: StepCall) -> int:
@@ -58,7 +60,7 @@ class Streaming:
             self.budget = budget_bytes(self._budget, engine.state[0].device)
         key = id(call.step), call.how
         if key not in self._known or self._peaks is None:
-            self._known.add(key)
+            self._known[key] = call.step
             _measure(engine, call)
             theta = (p.spec for p in call.step.inputs if p.role is Role.THETA)
             self._shown = max(self._shown, sum(map(nbytes, theta)))
@@ -69,12 +71,17 @@ class Streaming:
         before = self.retained.bytes
         self.retained.take(call.inputs)
         self._growth = max(self._growth, self.retained.bytes - before)
-        besides = self.retained.bytes + self._shown
-        room = self.budget - besides
-        # when states are next given up, the inputs of one more step are there
-        self._slots = self._peaks.fitting(room - self._growth, self._slots) or self._peaks.fitting(room, 1)
-        if self._slots < 1:
-            minimum = self._peaks(1) + besides
+        slots = self._fitting()
+        if slots < self._slots and engine.program.start > self._start:  # a sliding window has forgotten some
+            self._start = engine.program.start
+            self.retained = Retained()
+            for past in (*engine.program.calls, call):
+                if isinstance(past, StepCall):
+                    self.retained.take(past.inputs)
+            slots = self._fitting()
+        self._slots = slots
+        if slots < 1:
+            minimum = self._peaks(1) + self.retained.bytes + self._shown
             raise BudgetError(
                 f"memory_budget: {readable_bytes(self.budget)} ({self.budget} bytes) is too small at inner step "
                 f"{engine.program.horizon + 1}: up to here the smallest feasible budget is {minimum} bytes "
@@ -83,7 +90,13 @@ class Streaming:
                 "raise the budget",
                 minimum,
             )
-        return self._slots
+        return slots
+
+    def _fitting(self) -> int:
+        assert self._peaks is not None
+        room = self.budget - self.retained.bytes - self._shown
+        # when states are next given up, the inputs of one more step are there
+        return self._peaks.fitting(room - self._growth, self._slots) or self._peaks.fitting(room, 1)
 
 
 def _measure(engine: Engine, call: StepCall) -> None:
@@ -140,13 +153,12 @@ class _Memory:
         if key in self.tensors:
             self.again[key] += 1
         self.tensors.add(key)
-        self.last = held
+        self.last = weakref.ref(held)
 
-    def others(self) -> tuple[bool, bool]:
-        """Whether somebody else refers to the memory by a tensor of theirs, and to the tensor held last."""
-        tensor = self.last.tensor
+    def others(self, tensor: Tensor) -> tuple[bool, bool]:
+        """Whether somebody else refers to the memory by a tensor of theirs, and to ``tensor``, held last."""
         uses = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) - 1
-        named = sys.getrefcount(tensor) - 3 - self.again[id(tensor)]  # by `Held`, `tensor` and the call
+        named = sys.getrefcount(tensor) - 4 - self.again[id(tensor)]  # by `Held`, two variables and the call
         return uses > len(self.tensors), named > 0
 
 
@@ -160,7 +172,7 @@ class Retained:
     def __init__(self) -> None:
         self._sure = self._recent = 0
         self._step = 0
-        self._memories: dict[int, _Memory | None] = {}  # None: it is counted
+        self._memories: dict[int, _Memory | int] = {}  # bytes: they are counted
         self._due: dict[
             int, list[tuple[int, int]]
         ] = {}  # step -> (memory, steps since it was last looked at)
@@ -183,23 +195,33 @@ class Retained:
             elif tensor.layout is not torch.strided:
                 self._sure += tensor.nbytes
             else:
-                key = tensor.untyped_storage()._cdata
-                known = key in self._memories
-                memory = self._memories.setdefault(key, _Memory()) if not known else self._memories[key]
+                key, size = tensor.untyped_storage()._cdata, tensor.untyped_storage().nbytes()
                 del tensor
-                if memory is not None:
+                memory = self._memories.get(key)
+                if isinstance(memory, int):  # in a sliding window, it may be other memory in the same place
+                    self._sure += size - memory
+                    self._memories[key] = size
+                    continue
+                if memory is None:
+                    self._memories[key] = memory = _Memory()
                     memory.add(held)
-                    if not known:
-                        self._look(key, 1)
+                    self._look(key, 1)
+                else:
+                    memory.add(held)
 
     def _look(self, key: int, age: int) -> None:
-        memory = self._memories[key]
-        if memory is None:
+        memory = self._memories.get(key)
+        if not isinstance(memory, _Memory):
             return
-        size = memory.last.tensor.untyped_storage().nbytes()
-        shared, named = memory.others()
+        held = memory.last()
+        if held is None:  # forgotten
+            del self._memories[key]
+            return
+        tensor = held.tensor
+        size = tensor.untyped_storage().nbytes()
+        shared, named = memory.others(tensor)
         if not shared and not named:
-            self._memories[key] = None
+            self._memories[key] = size
             self._sure += size
         else:
             self._recent += size if age == 1 and not shared else 0

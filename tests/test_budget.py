@@ -232,6 +232,25 @@ def test_slots_shrink_as_the_window_fills_with_inputs(monkeypatch: pytest.Monkey
     assert window == sorted(window, reverse=True) and window[-1] < window[0]
 
 
+def test_a_sliding_window_counts_the_inputs_it_still_holds() -> None:
+    """However many batches have come and gone."""
+
+    def peak(steps: int) -> int:
+        for meter in (nullcontext(), AllocatorMeter()):
+            torch.manual_seed(0)
+            net, log_lr = nn.Linear(64, 2), torch.tensor(-4.0, requires_grad=True)
+            inner = metaoptim.MetaSGD([net], lr=log_lr.exp())
+            with meter, metaoptim.SlidingWindow(window=3, memory_budget=1_000_000):
+                for _ in range(steps):
+                    inner.step(net(torch.randn(64, 64)).square().mean())  # 32 KiB, the window's own
+                net(torch.ones(1, 64)).square().mean().backward()
+            assert log_lr.grad is not None and float(log_lr.grad.abs()) > 0
+        assert isinstance(meter, AllocatorMeter)
+        return meter.peak
+
+    assert peak(20) <= 1_000_000 and peak(150) <= 1_000_000  # 150 batches are 4.7 MiB
+
+
 @pytest.mark.parametrize(
     ("budget", "error", "message"),
     [
