@@ -21,7 +21,7 @@ from .compiler.capture.tracer import Input, Trace, Tracer, capturing
 from .compiler.ir import Loop, Lowering, Role, StepGraph
 from .compiler.passes.pipeline import Options, Record, compile_trace
 from .compiler.program import RolledProgram, operator_count
-from .errors import warn
+from .errors import WindowError, warn
 from .guards import Scene
 from .runtime.budget import budget_bytes, check_budget
 from .runtime.compiled import Call, Run
@@ -93,7 +93,7 @@ class CompiledFunction:
         self._last: Any = None  # the key last compiled for
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
-        return self if instance is None else _Bound(self, instance)
+        return self if instance is None else BoundFunction(self, instance)
 
     def explain(self, *args: Any, **kwargs: Any) -> Any:
         """What a call with these arguments compiles to and costs; see `metaoptim.explain`."""
@@ -154,6 +154,11 @@ class CompiledFunction:
         scene.key = ("step", window.options.backward_hook is not None, scene.key)
         program = self._find(scene)
         if program is None:
+            if self._options.memory_budget is not None:
+                raise WindowError(
+                    f"memory_budget={self._options.memory_budget!r} of {_name(self._fn)}, a compiled step: the window "
+                    "it is called in decides what is kept; give the budget to SlidingWindow"
+                )
             begun = time.perf_counter()
             step, _, traced = captured_step(self._fn, window, args, kwargs)
             at = scene.place_of()
@@ -204,19 +209,20 @@ class CompiledFunction:
                 (scene.tensors[target] if isinstance(target, int) else target).copy_(value)
 
 
-class _Bound:
+class BoundFunction:
     """A compiled method of an object."""
 
     def __init__(self, function: CompiledFunction, instance: Any) -> None:
         functools.update_wrapper(self, function._fn)
-        self._function, self._instance = function, instance
+        self.function, self.instance = function, instance
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._function(self._instance, *args, **kwargs)
+        """Run the method."""
+        return self.function(self.instance, *args, **kwargs)
 
     def explain(self, *args: Any, **kwargs: Any) -> Any:
         """What a call with these arguments compiles to and costs; see `metaoptim.explain`."""
-        return self._function.explain(self._instance, *args, **kwargs)
+        return self.function.explain(self.instance, *args, **kwargs)
 
 
 _TENSOR = object()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from .compile import CompiledFunction, device_of, slots_of, step_of, trace_of
+from .compile import BoundFunction, CompiledFunction, device_of, slots_of, step_of, trace_of
 from .compiler.cost import CostModel, step_flops
 from .compiler.ir import Loop
 from .compiler.passes.pipeline import Options, compile_trace
@@ -116,6 +117,8 @@ def plan(
         Griewank & Walther 2000, "Algorithm 799: Revolve", ACM TOMS 26.
     """
     check_budget(memory_budget, None)
+    if isinstance(fn, BoundFunction):
+        return partial(plan(fn.function, horizon=horizon, memory_budget=memory_budget), fn.instance)
     compiled: Any = fn if isinstance(fn, CompiledFunction) else CompiledFunction(fn, Options())
 
     def cost(*args: Any, **kwargs: Any) -> Cost:

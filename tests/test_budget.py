@@ -277,6 +277,35 @@ def test_a_budget_and_slots_exclude_each_other() -> None:
         metaoptim.SlidingWindow(memory_budget="1GiB", strategy="full_tape")
 
 
+def test_a_compiled_step_has_no_budget_of_its_own() -> None:
+    net, xs = nn.Linear(3, 1), torch.randn(2, 4, 3)
+    inner = metaoptim.MetaSGD([net])
+    step = metaoptim.compile(
+        lambda x: inner.step(net(x).square().mean()), backend="eager", memory_budget="1GiB"
+    )
+    with (
+        pytest.raises(metaoptim.WindowError, match="give the budget to SlidingWindow"),
+        metaoptim.SlidingWindow(),
+    ):
+        step(xs[0])
+
+
+def test_plan_of_a_compiled_method() -> None:
+    class Learner:
+        def __init__(self) -> None:
+            self.net = nn.Linear(3, 1)
+
+        @metaoptim.compile(backend="eager", slots=2)
+        def meta_loss(self, xs: Tensor) -> Tensor:
+            inner = metaoptim.MetaSGD([self.net])
+            with metaoptim.SlidingWindow(offline=True) as window:
+                for x in window.scan(xs):
+                    inner.step(self.net(x).square().mean())
+                return self.net(xs[0]).square().mean()
+
+    assert metaoptim.plan(Learner().meta_loss, horizon=500)(torch.randn(6, 4, 3)).slots == 2
+
+
 def test_amounts() -> None:
     from metaoptim.runtime.budget import budget_bytes, free_bytes
 
