@@ -33,18 +33,20 @@ def replay_graph(step: StepGraph, example: Sequence[Tensor] | None = None) -> fx
         results = interpret(step, held, create_graph=False)
         return tuple(r for r, p in zip(results, step.outputs, strict=True) if p.role is not Role.LOSS)
 
-    return _distinct(_trace(replay, step, (), example))
+    graph, constants = _trace(replay, step, (), example)
+    _distinct(graph)
+    return fx.GraphModule(constants, graph)
 
 
-def _distinct(module: fx.GraphModule) -> fx.GraphModule:
-    """With a tensor of its own for every result: equal ones have become one, and the user will see two states."""
-    (output,) = module.graph.find_nodes(op="output")
+def _distinct(graph: fx.Graph) -> None:
+    """A tensor of its own for every result: equal ones have become one, and the user will see two states."""
+    (output,) = graph.find_nodes(op="output")
     seen: set[fx.Node] = set()
     results = []
-    with module.graph.inserting_before(output):
+    with graph.inserting_before(output):
         for node in output.args[0]:  # type: ignore[union-attr]
             if node in seen:
-                original, node = node, module.graph.call_function(aten.clone.default, (node,))
+                original, node = node, graph.call_function(aten.clone.default, (node,))
                 node.meta = {
                     **original.meta,
                     "memory": tuple((("again", id(node)), n) for _, n in storages(original)),
@@ -52,8 +54,6 @@ def _distinct(module: fx.GraphModule) -> fx.GraphModule:
             seen.add(node)
             results.append(node)
     output.args = (tuple(results),)
-    module.recompile()
-    return module
 
 
 def vjp_graph(step: StepGraph, example: Sequence[Tensor] | None = None) -> fx.GraphModule:
@@ -77,7 +77,8 @@ def vjp_graph(step: StepGraph, example: Sequence[Tensor] | None = None) -> fx.Gr
         return tuple(grads)
 
     extra = [step.outputs[i].empty for i in cotangent_outputs(step)]
-    return _trace(vjp, step, extra, example)
+    graph, constants = _trace(vjp, step, extra, example)
+    return fx.GraphModule(constants, graph)
 
 
 def cotangent_outputs(step: StepGraph) -> list[int]:
@@ -98,17 +99,17 @@ def _as_leaves(step: StepGraph, inputs: Sequence[Tensor], roles: tuple[Role, ...
 
 def _trace(
     fn: Callable, step: StepGraph, extra: Sequence[Callable[[], Tensor]], example: Sequence[Tensor] | None
-) -> fx.GraphModule:
-    """Trace over fake tensors; over ``example`` where shapes depend on values."""
+) -> tuple[fx.Graph, dict[str, Tensor]]:
+    """The graph of ``fn``, and its constants; over fake tensors, or ``example`` where shapes depend on values."""
     with tracing():
         if step.dynamic:
             if example is None:
                 raise ValueError("a step whose shapes depend on values is traced over real inputs")
-            return _clean(flat_graph(fn, [t.detach().clone() for t in example]))
+            return _clean(*flat_graph(fn, [t.detach().clone() for t in example]))
         with FakeTensorMode(allow_non_fake_inputs=True):
             given = [*(p.empty() for p in step.inputs), *(make() for make in extra)]
-            module = flat_graph(fn, given, true_zeros(step))
-        return _clean(module)
+            found = flat_graph(fn, given, true_zeros(step))
+        return _clean(*found)
 
 
 def true_zeros(step: StepGraph) -> dict[Any, Callable]:
@@ -122,25 +123,22 @@ def _zeros(home: torch.device, size: Any, *, device: Any = None, **options: Any)
     return torch.zeros(size, device=home if device.type == "meta" else device, dtype=options.get("dtype"))
 
 
-def _clean(module: fx.GraphModule) -> fx.GraphModule:
-    """Without detaches (no autograd runs inside), dead nodes and duplicates.
+def _clean(graph: fx.Graph, constants: dict[str, Tensor]) -> tuple[fx.Graph, dict[str, Tensor]]:
+    """Without dead nodes and duplicates.
 
     In-place operators may remain: they write into what the graph itself made, never into its inputs.
     """
-    for node in module.graph.find_nodes(op="call_function", target=aten.detach.default):
-        node.replace_all_uses_with(node.args[0])
-        module.graph.erase_node(node)
-    module.graph.eliminate_dead_code()
-    _check_constants(module)
-    if not any(_mutates(n) for n in module.graph.nodes):
-        module = fx.GraphModule(module, fx_graph_cse(module.graph))
-    module.recompile()
-    return module
+    graph.eliminate_dead_code()
+    _check(graph, constants)
+    if not any(_mutates(n) for n in graph.nodes):
+        graph = fx_graph_cse(graph)
+    used = {str(n.target) for n in graph.find_nodes(op="get_attr")}
+    return graph, {name: constants[name].clone() for name in used}
 
 
-def _check_constants(module: fx.GraphModule) -> None:
+def _check(graph: fx.Graph, constants: dict[str, Tensor]) -> None:
     """What the graph has picked up besides its inputs: nothing may be drawn, tensors are frozen as they are."""
-    for node in module.graph.nodes:
+    for node in graph.nodes:
         target: Any = node.target
         if _mutates(node) and any(_memory_of(n).op == "placeholder" for n in _written(node)):
             raise CaptureError(
@@ -152,17 +150,12 @@ def _check_constants(module: fx.GraphModule) -> None:
                 f"a hook, a custom Function or the optimizer's update draws random numbers ({target}), which a replay "
                 "would draw anew; draw them in the loss, or pass them as a hyper-parameter of the step"
             )
-    for name in {str(n.target) for n in module.graph.find_nodes(op="get_attr")}:
-        constant = getattr(module, name)
-        if not isinstance(constant, Tensor):
-            continue
-        if constant.requires_grad:
+        if node.op == "get_attr" and constants[target].requires_grad:
             raise CaptureError(
-                f"a hook, a custom Function or the optimizer's update uses a tensor of shape {tuple(constant.shape)} "
-                "that requires grad but is none of its arguments, so it would receive no gradient; pass it as an "
-                "argument, or detach it"
+                "a hook, a custom Function or the optimizer's update uses a tensor of shape "
+                f"{tuple(constants[target].shape)} that requires grad but is none of its arguments, so it would receive "
+                "no gradient; pass it as an argument, or detach it"
             )
-        setattr(module, name, constant.clone())
 
 
 def _memory_of(node: Any) -> fx.Node:

@@ -20,7 +20,7 @@ _LIFTED = (aten.lift_fresh.default, aten.lift.default)
 
 def flat_graph(
     fn: Callable[..., tuple], inputs: Sequence[Tensor], instead: Mapping[Any, Callable] | None = None
-) -> fx.GraphModule:
+) -> tuple[fx.Graph, dict[str, Tensor]]:
     """The operators that ``fn(*inputs)`` calls below autograd, those of its backward passes included.
 
     What torch's own make_fx gives for static shapes, in less time: no proxies, no functorch, no symbolic numbers; and
@@ -31,6 +31,10 @@ def flat_graph(
         inputs: distinct tensors, fake ones under the caller's `FakeTensorMode` or real ones. Every other tensor that
             ``fn`` uses becomes a constant of the graph.
         instead: operator -> what to call in its place.
+
+    Returns:
+        The graph, and its constants: a root for a `GraphModule`, which is not made before the graph is as it shall be,
+        for it compiles its code every time.
     """
     graph = fx.Graph()
     writer = _Writer(graph, instead or {})
@@ -39,7 +43,7 @@ def flat_graph(
     with writer:
         results = fn(*inputs)
     graph.output(tuple(writer.token(r) for r in results))
-    return fx.GraphModule(writer.constants, graph)
+    return graph, writer.constants
 
 
 class _Writer(TorchDispatchMode):

@@ -11,7 +11,7 @@ torch.set_default_dtype(torch.float64)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """What takes long, on request."""
-    parser.addoption("--budget-cases", type=int, default=4, help="random inner loops under memory budgets")
+    parser.addoption("--budget-cases", type=int, default=3, help="random inner loops under memory budgets")
     parser.addoption(
         "--whole-grid",
         action="store_true",

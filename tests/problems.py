@@ -17,7 +17,10 @@ class _Lstm(nn.Module):
         self.lstm, self.head = nn.LSTM(3, 4), nn.Linear(4, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        states, _ = self.lstm(x[:4].view(2, 2, 3))
+        # one time step from a hidden state that is not zero: the grids run it tens of thousands of times
+        x, h = x.flatten().split((6, 9))
+        state = h[:8].view(1, 2, 4)
+        states, _ = self.lstm(x.view(1, 2, 3), (state.tanh(), 0.5 * state))
         return self.head(states[-1]).mean(0).expand(5, 2)
 
 
