@@ -150,10 +150,10 @@ def _check(graph: fx.Graph, constants: dict[str, Tensor]) -> None:
                 f"a hook, a custom Function or the optimizer's update draws random numbers ({target}), which a replay "
                 "would draw anew; draw them in the loss, or pass them as a hyper-parameter of the step"
             )
-        if node.op == "get_attr" and constants[target].requires_grad:
+        if node.op == "get_attr" and constants[str(target)].requires_grad:
             raise CaptureError(
                 "a hook, a custom Function or the optimizer's update uses a tensor of shape "
-                f"{tuple(constants[target].shape)} that requires grad but is none of its arguments, so it would receive "
+                f"{tuple(constants[str(target)].shape)} that requires grad but is none of its arguments, so it would receive "
                 "no gradient; pass it as an argument, or detach it"
             )
 

@@ -23,8 +23,8 @@ class Given:
     """An input of a call that is no register.
 
     Attributes:
-        kind: "input", "scan" (a slice of one), "noise" or "number".
-        of: the `Input`, the `Noise`, or the number.
+        kind: "input", "scan" (a slice of one), "noise", "number", or "each" (of several, the one at ``at``).
+        of: the `Input`, the `Noise`, the number, or what there is to choose from.
         at: for a slice, its position.
     """
 
@@ -34,9 +34,19 @@ class Given:
 
     def advanced(self, by: int) -> Given:
         """The one ``by`` further on."""
-        return (
-            Given(self.kind, self.of, self.at + by) if self.kind == "scan" else Given(self.kind, self.of + by)
-        )
+        if self.kind in ("scan", "each"):
+            return Given(self.kind, self.of, self.at + by)
+        return Given(self.kind, self.of + by)
+
+    @property
+    def chosen(self) -> Given:
+        """Itself, or the one of several that it stands for now."""
+        return self.of[self.at] if self.kind == "each" else self
+
+    @property
+    def sources(self) -> list[Any]:
+        """What it may read: an `Input`, a `Noise` or a number, or several."""
+        return [g.of for g in self.of] if self.kind == "each" else [self.of]
 
 
 @dataclass
@@ -95,7 +105,7 @@ class RolledProgram:
     @property
     def inputs(self) -> list[Input]:
         """What it reads of tensors from outside, in the order they are met."""
-        given = [g.of for call, _ in self.counted() for g in call.inputs]
+        given = [x for call, _ in self.counted() for g in call.inputs for x in g.sources]
         found = [*given, *self.outputs, *(where for _, where in self.writes)]
         return list({id(x): x for x in found if isinstance(x, Input)}.values())
 
@@ -248,6 +258,9 @@ def registers_text(registers: Sequence[int]) -> str:
 
 
 def _given_text(given: Given, stride: int, named: Mapping[Input, str]) -> str:
+    if given.kind == "each":
+        first, *_, last = (_given_text(g, 0, named) for g in given.of)
+        return f"({first}, ..., {last})[{_moving(given.at, stride)}]"
     if given.kind == "noise":
         return given.of.op._schema.name.removeprefix("aten::") + "()"
     if given.kind == "number":

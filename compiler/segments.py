@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import operator
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,6 +73,19 @@ def identity(ref: Any) -> Any:
     return (id(ref.entry), ref.index) if isinstance(ref, Value) else id(ref)
 
 
+def owner(ref: Any, inside: Callable[[Entry], bool] = lambda entry: True) -> Any:
+    """What made the memory that ``ref`` lies in, as far back as calls are ``inside``."""
+    while isinstance(ref, Value) and inside(ref.entry):
+        entry, written = ref.entry, list(changed(ref.entry))
+        if len(written) == 1:
+            ref = written[0]
+        elif entry.op is again or entry.op in _SHARING or getattr(entry.op, "is_view", False):
+            ref = entry.args[0]
+        else:
+            break
+    return ref
+
+
 class Hooks:
     """The tensor hooks of a trace.
 
@@ -132,15 +145,7 @@ class Segment(Keyed):
 
     def memory_of(self, ref: Any) -> Any:
         """The call or input that made the memory of ``ref``, as far back as these calls go."""
-        while isinstance(ref, Value) and id(ref.entry) in self.number_of:
-            entry, written = ref.entry, list(changed(ref.entry))
-            if len(written) == 1:
-                ref = written[0]
-            elif entry.op is again or entry.op in _SHARING or getattr(entry.op, "is_view", False):
-                ref = entry.args[0]
-            else:
-                break
-        return identity(ref)
+        return identity(owner(ref, lambda entry: id(entry) in self.number_of))
 
     def _unchanged(self, a: Any) -> bool:
         return self.memory_of(a) not in self._written
@@ -148,7 +153,7 @@ class Segment(Keyed):
     def _input_shape(self, a: Any) -> tuple | None:
         if isinstance(a, Value) and id(a.entry) in self.number_of:
             return None
-        return tuple(spec_of(a)[0]) if isinstance(a, (Value, Input)) else None
+        return tuple(spec_of(a)[0]) if isinstance(a, (Value, Input, ScanItem)) else None
 
 
 def spec_of(ref: Any) -> tuple:

@@ -76,6 +76,10 @@ def _verify_arguments(call: StepCall, name: str, registers: int) -> None:
 
 def _verify_given(given: Given, port: Port, name: str) -> None:
     where = f"{name}: input {port.name}"
+    if given.kind == "each":
+        for one in given.of:
+            _verify_given(one, port, name)
+        return
     if (given.kind == "noise") != (port.role is Role.NOISE):
         raise ProgramError(f"{where} has the role {role_text(port)}, but is given as {given.kind}")
     if given.kind == "number":
@@ -127,10 +131,12 @@ def _verify_loop(loop: Loop, name: str, before: StepCall | None) -> None:
         )
     ports = given_ports(call.step)
     for given, stride, port in zip(call.inputs, loop.strides, ports, strict=True):
-        if stride and given.kind not in ("scan", "number"):
+        if stride and given.kind not in ("scan", "number", "each"):
             raise ProgramError(
                 f"{name}: input {port.name} is the same for every iteration, but has stride {stride}"
             )
+        if given.kind == "each" and not 0 <= given.at + stride * (loop.count - 1) < len(given.of):
+            raise ProgramError(f"{name}: input {port.name}: {len(given.of)} are listed for {loop.count} iterations")
         if stride and given.kind == "scan":
             _verify_given(given.advanced(stride * (loop.count - 1)), port, f"{name} in its last iteration")
     if before is None or before.step is not call.step:

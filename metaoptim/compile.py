@@ -18,11 +18,12 @@ from .changes import first_change
 from .compiler.capture import intercept
 from .compiler.capture.refusals import refusing
 from .compiler.capture.tracer import Input, Trace, Tracer, capturing
-from .compiler.ir import Loop, Lowering, Role, StepGraph
+from .compiler.ir import Loop, Lowering, Role, StepCall, StepGraph
 from .compiler.passes.pipeline import Options, Record, compile_trace
-from .compiler.program import RolledProgram, operator_count
+from .compiler.program import Given, RolledProgram, operator_count
 from .errors import WindowError, warn
 from .guards import Scene
+from .recapture import compare
 from .runtime.budget import budget_bytes, check_budget
 from .runtime.compiled import Call, Run
 from .runtime.distributed import average_over_ranks
@@ -56,7 +57,7 @@ class Program:
         self.remembered = scene.remembered()
         self.plan: Plan | None = None
         at = scene.place_of()
-        found = {g.of for c in rolled.calls for g in _call(c).inputs if isinstance(g.of, Input)}
+        found = {x for c in rolled.calls for g in _call(c).inputs for x in g.sources if isinstance(x, Input)}
         found |= {where for where in rolled.outputs if isinstance(where, Input)}
         self.sources: dict[Input, int | Tensor] = {x: at.get(id(x.tensor), x.tensor) for x in found}
         self.writes = [at.get(id(t), t) if isinstance(t, Tensor) else t for t, _ in rolled.writes]
@@ -64,6 +65,11 @@ class Program:
         for x in found:
             if isinstance(self.sources[x], int):
                 del x.tensor  # another call brings another one
+
+    @property
+    def calls(self) -> list[StepCall | Loop]:
+        """What it does, in order."""
+        return self.rolled.calls
 
     def tensors(self, scene: Scene) -> dict[Input, Tensor]:
         """The inputs' tensors in this call."""
@@ -80,7 +86,10 @@ def _call(c: Any) -> Any:
 
 def _reaches(call: Any, x: Input) -> bool:
     ports = call.step.inputs[len(call.step.inputs) - len(call.inputs) :]
-    return any(g.of is x and p.role is Role.META for g, p in zip(call.inputs, ports, strict=True))
+    return any(
+        p.role is Role.META and any(s is x for s in g.sources)
+        for g, p in zip(call.inputs, ports, strict=True)
+    )
 
 
 class CompiledFunction:
@@ -112,7 +121,11 @@ class CompiledFunction:
         if session is not None:
             return self._fn(*args, **kwargs)  # full_tape: the oracle is not compiled
         scene = Scene(self._fn, args, kwargs)
-        program = self._find(scene) or self._compile(scene, args, kwargs)
+        program = self._find(scene)
+        if program is None:
+            program = self._compile(scene, args, kwargs)
+        elif self._options.recapture:
+            compare(_name(self._fn), program, capture(self._fn, self._options, scene, args, kwargs))
         return self._run(program, scene)
 
     def _find(self, scene: Scene) -> Any:
@@ -160,14 +173,19 @@ class CompiledFunction:
                     "it is called in decides what is kept; give the budget to SlidingWindow"
                 )
             begun = time.perf_counter()
-            step, _, traced = captured_step(self._fn, window, args, kwargs)
-            at = scene.place_of()
-            sources = {x: at.get(id(x.tensor), x.tensor) for x in step.given if isinstance(x, Input)}
-            program = StepProgram(step, sources, scene.remembered(), traced)
+            program = self._captured_step(window, scene, args, kwargs)
             self._remember(scene, program, args, kwargs, time.perf_counter() - begun)
-            _graphs.info("%s: %s", _name(self._fn), step.step)
+            _graphs.info("%s: %s", _name(self._fn), program.step.step)
+        elif self._options.recapture:
+            compare(_name(self._fn), program, self._captured_step(window, scene, args, kwargs))
         results = program.step.run(window, lambda x: program.tensor(x, scene), self._options.lowering)
         return program.traced.restored(results)
+
+    def _captured_step(self, window: RecordedSession, scene: Scene, args: tuple, kwargs: dict) -> StepProgram:
+        step, _, traced = captured_step(self._fn, window, args, kwargs)
+        at = scene.place_of()
+        sources = {x: at.get(id(x.tensor), x.tensor) for x in step.given if isinstance(x, Input)}
+        return StepProgram(step, sources, scene.remembered(), traced)
 
     def _run(self, program: Program, scene: Scene) -> Any:
         tensors = program.tensors(scene)
@@ -251,6 +269,12 @@ class StepProgram:
     remembered: list[Any]
     traced: Traced
 
+    @property
+    def calls(self) -> list[StepCall | Loop]:
+        """What it does: one call."""
+        given = [Given("input", x) for x in self.step.given]
+        return [StepCall(self.step.step, (), (), (), (), 0, given, (), "")]
+
     def tensor(self, x: Input, scene: Scene) -> Tensor:
         """The tensor behind an input in this call."""
         source = self.sources[x]
@@ -327,6 +351,7 @@ def compile(
     backend: str = "inductor",
     hvp: str = "auto",
     self_check: bool = True,
+    recapture: bool = False,
 ) -> Any:
     """Capture a function that holds a window, and run it through torch.compile.
 
@@ -339,6 +364,7 @@ def compile(
         hvp: how a step's gradient is differentiated: ``"reverse"`` (over reverse), ``"mixed"`` (forward over reverse,
             with layers made again: less memory for about a third more work), or ``"auto"``.
         self_check: compare every compiled graph with its uncompiled form on first use.
+        recapture: for debugging: capture again in every call, and compare. What is frozen at capture must not change.
 
     Returns:
         A function of the same arguments and results. Its results can be differentiated once, any number of times.
@@ -346,7 +372,8 @@ def compile(
     Raises:
         ValueError: for an unknown backend, hvp or budget, or both slots and a budget.
         BudgetError: on the first call, for a budget in which not even one state can be kept.
-        CaptureError: on the first call, for what cannot be captured.
+        CaptureError: on the first call, for what cannot be captured; with ``recapture``, on a later call of a function
+            that has changed behind its guards.
 
     Example:
         >>> net, log_lr = torch.nn.Linear(3, 1), torch.tensor(-2.0, requires_grad=True)
@@ -367,7 +394,7 @@ def compile(
     if backend != "eager" and backend not in known:
         raise ValueError(f"backend: got {backend!r}, expected 'eager' or one of {', '.join(sorted(known))}")
     check_budget(memory_budget, slots)
-    options = Options(window, slots, memory_budget, Lowering(backend, self_check, hvp))
+    options = Options(window, slots, memory_budget, Lowering(backend, self_check, hvp), recapture)
     if fn is None:
         return lambda f: CompiledFunction(f, options)
     return CompiledFunction(fn, options)

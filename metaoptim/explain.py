@@ -191,7 +191,7 @@ def _path(x: Input, program: RolledProgram) -> str:
     names, counts = program.names(), dict[str, int]()
     for call, count in program.counted():
         if any(
-            g.of is x and p.role is Role.META
+            p.role is Role.META and any(s is x for s in g.sources)
             for g, p in zip(call.inputs, given_ports(call.step), strict=True)
         ):
             name = names[id(call.step)]

@@ -173,9 +173,8 @@ def _factor(model: CostModel, horizon: int, values: dict[str, int]) -> float:
 def _model(fn: CompiledFunction, program: RolledProgram, longest: Loop) -> CostModel:
     how = fn._options.lowering
     peaks = peaks_of(program, how)
-    scanned = {
-        g.of for g, s in zip(longest.call.inputs, longest.strides, strict=True) if g.kind == "scan" and s
-    }
+    moving = [g for g, stride in zip(longest.call.inputs, longest.strides, strict=True) if stride]
+    scanned = {r.of for g in moving for r in (g.of if g.kind == "each" else [g]) if r.kind == "scan"}
     step_bytes = sum(nbytes(x.spec) // x.spec[0][0] for x in scanned if x.grad)
     per_slot = peaks.per_slot
     fixed = peaks(FEW_SLOTS) - FEW_SLOTS * per_slot - step_bytes * program.positions

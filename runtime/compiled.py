@@ -65,7 +65,7 @@ class BoundProgram:
             given = given.advanced(iteration * stride)
             inputs[i] = self._input(given, first.step.inputs[i - len(inputs)])
             if meta >= 0:
-                metas = (*metas[:meta], (given.of, given.at), *metas[meta + 1 :])
+                metas = (*metas[:meta], _target(given), *metas[meta + 1 :])
         return StepCall(
             first.step,
             first.theta,
@@ -96,11 +96,11 @@ class BoundProgram:
             meta = -1
             if port.role is Role.META:
                 meta = len(metas)
-                metas.append((g.of, g.at) if g.kind == "scan" else g.of)
+                metas.append(_target(g))
             elif g.kind == "noise":
                 rng = self.rng
             if strides and strides[i]:
-                moving.append((i, g, strides[i], meta if g.kind == "scan" else -1))
+                moving.append((i, g, strides[i], meta))
         thetas = len(call.step.positions(Role.THETA))
         first = replace(
             call,
@@ -116,12 +116,19 @@ class BoundProgram:
         return first, moving
 
     def _input(self, given: Given, port: Any) -> Any:
+        given = given.chosen
         if given.kind == "noise":
             return Drawn(given.of)
         if given.kind == "number":
             return _Ready(torch.tensor(given.of, dtype=port.spec[1]))
         tensor = self.held[given.of].tensor.detach()
         return _Ready(tensor[given.at] if given.kind == "scan" else tensor)
+
+
+def _target(given: Given) -> Any:
+    """Where the gradient of what a call is given goes: an input, or a slice of one."""
+    given = given.chosen
+    return (given.of, given.at) if given.kind == "scan" else given.of
 
 
 class GradientSweep(Sweep):

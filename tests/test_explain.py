@@ -355,9 +355,11 @@ def test_text_shows_every_stage_and_the_program(report: Report) -> None:
     assert [p["name"] for p in report.passes] == [
         "capture",
         "mode",
+        "rows",
         "canonicalize",
         "prune",
         "roll",
+        "loop",
         "differentiate",
     ]
 

@@ -190,7 +190,15 @@ def test_artifacts_and_levels(capsys: pytest.CaptureFixture[str]) -> None:
     assert lines("") == []
     assert len(lines("recompiles")) == 1
     passes = lines("passes")
-    assert [line.split()[1] for line in passes] == ["mode", "canonicalize", "prune", "roll", "differentiate"]
+    assert [line.split()[1] for line in passes] == [
+        "mode",
+        "rows",
+        "canonicalize",
+        "prune",
+        "roll",
+        "loop",
+        "differentiate",
+    ]
     graphs, operators = lines("graphs"), lines("+graphs")
     assert all(line.startswith("[graphs] ") for line in graphs + operators)
     assert "program of 1 inner step" in graphs[0] and len(operators) > len(graphs)

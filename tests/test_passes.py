@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -17,10 +17,12 @@ from metaoptim.compile import CompiledFunction, step_of, trace_of
 from metaoptim.compiler.capture.tracer import Trace
 from metaoptim.compiler.ir import EAGER
 from metaoptim.compiler.passes.canonicalize import canonicalize
+from metaoptim.compiler.passes.loop import loop
 from metaoptim.compiler.passes.mode import mode
 from metaoptim.compiler.passes.pipeline import Options, compile_trace, sizes_of
 from metaoptim.compiler.passes.prune import prune
 from metaoptim.compiler.passes.roll import roll
+from metaoptim.compiler.passes.rows import rows
 from metaoptim.compiler.program import RolledProgram
 from metaoptim.compiler.segments import Draft, split
 from metaoptim.compiler.stepcost import step_cost
@@ -38,7 +40,7 @@ class Case:
     """A function of (window options, learnt tensors) and what it is called with."""
 
     fn: Callable[..., Any]
-    build: Callable[[], tuple[tuple, list[Tensor]]]
+    build: Callable[[int], tuple[tuple, list[Tensor]]]  # of the number of steps
 
 
 # -- an MLP with SGD; its accuracy is kept count of and forgotten ------------------------------------------------------
@@ -48,19 +50,19 @@ def _mlp(net: Any, lr: Tensor, xs: Tensor, ys: Tensor, **window: Any) -> Tensor:
     inner = metaoptim.MetaSGD([net], lr=lr.exp(), momentum=0.5)
     right = torch.zeros(())
     with metaoptim.SlidingWindow(**window):
-        for t in range(T):
+        for t in range(len(xs) - 1):
             logits = net(xs[t])
             right = right + (logits.argmax(1) == ys[t]).to(xs.dtype).mean()
             inner.step(F.cross_entropy(logits, ys[t]))
-        return F.cross_entropy(net(xs[T]), ys[T])
+        return F.cross_entropy(net(xs[-1]), ys[-1])
 
 
-def _build_mlp() -> tuple[tuple, list[Tensor]]:
+def _build_mlp(steps: int) -> tuple[tuple, list[Tensor]]:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2))
     lr = torch.tensor(-1.0, requires_grad=True)
-    ys = torch.randint(2, (T + 1, 6), generator=torch.Generator().manual_seed(2))
-    return (net, lr, numbers(T + 1, 6, 3, seed=1), ys), [lr, *net.parameters()]
+    ys = torch.randint(2, (steps + 1, 6), generator=torch.Generator().manual_seed(2))
+    return (net, lr, numbers(steps + 1, 6, 3, seed=1), ys), [lr, *net.parameters()]
 
 
 # -- convolution and batch norm with Adam; a head computed and not used ------------------------------------------------
@@ -81,17 +83,17 @@ def _conv(net: Any, weight: Tensor, xs: Tensor, ys: Tensor, **window: Any) -> Te
     inner = metaoptim.MetaAdam([net], lr=0.05)
     smooth: Any = 0.0
     with metaoptim.SlidingWindow(**window):
-        for t in range(T):
+        for t in range(len(xs) - 1):
             out, tail = net(xs[t])
             smooth = 0.9 * smooth + tail
             inner.step(F.mse_loss(out, ys[t]) * weight.sigmoid())
-        return F.mse_loss(net(xs[T])[0], ys[T])
+        return F.mse_loss(net(xs[-1])[0], ys[-1])
 
 
-def _build_conv() -> tuple[tuple, list[Tensor]]:
+def _build_conv(steps: int) -> tuple[tuple, list[Tensor]]:
     torch.manual_seed(1)
     net, weight = _TwoHeads(), torch.tensor(0.4, requires_grad=True)
-    return (net, weight, numbers(T + 1, 5, 1, 4, seed=3), numbers(T + 1, 5, 2, seed=4)), [
+    return (net, weight, numbers(steps + 1, 5, 1, 4, seed=3), numbers(steps + 1, 5, 2, seed=4)), [
         weight,
         *net.parameters(),
     ]
@@ -106,7 +108,7 @@ def _actor_critic(
     critic_optim, actor_optim = metaoptim.MetaAdam([critic], lr=0.05), metaoptim.MetaSGD([actor], lr=0.1)
     entropy: Any = 0.0
     with metaoptim.SlidingWindow(**window):
-        for t in range(T):
+        for t in range(len(xs) - 1):
             logs = actor(xs[t]).log_softmax(1)
             entropy = entropy - (logs.exp() * logs).sum()
             returns = rewards[t] + gamma.sigmoid() * rewards[t + 1]
@@ -115,15 +117,15 @@ def _actor_critic(
             actor_loss = -(logs[:, 0] * (returns - values.detach())).mean()
             critic_optim.step(critic_loss)
             actor_optim.step(actor_loss)
-        logs, values = actor(xs[T]).log_softmax(1), critic(xs[T]).squeeze(1)
-        return (rewards[T] - values).square().mean() - (logs[:, 0] * rewards[T]).mean()
+        logs, values = actor(xs[-1]).log_softmax(1), critic(xs[-1]).squeeze(1)
+        return (rewards[-1] - values).square().mean() - (logs[:, 0] * rewards[-1]).mean()
 
 
-def _build_actor_critic() -> tuple[tuple, list[Tensor]]:
+def _build_actor_critic(steps: int) -> tuple[tuple, list[Tensor]]:
     torch.manual_seed(2)
     actor, critic = nn.Linear(3, 2), nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
     gamma = torch.tensor(0.8, requires_grad=True)
-    arguments = (actor, critic, gamma, numbers(T + 1, 5, 3, seed=5), numbers(T + 1, 5, seed=6))
+    arguments = (actor, critic, gamma, numbers(steps + 1, 5, 3, seed=5), numbers(steps + 1, 5, seed=6))
     return arguments, [gamma, *actor.parameters(), *critic.parameters()]
 
 
@@ -135,9 +137,9 @@ CASES = {
 every_case = pytest.mark.parametrize("name", CASES)
 
 
-def traced(name: str, offline: bool = True) -> Trace:
+def traced(name: str, offline: bool = True, steps: int = T) -> Trace:
     case = CASES[name]
-    arguments, _ = case.build()
+    arguments, _ = case.build(steps)
     found, tracer, _ = trace_of(case.fn, arguments, {"offline": offline})
     tracer.trace.outputs = found.tensors
     return tracer.trace
@@ -155,15 +157,15 @@ def executed(program: RolledProgram) -> dict[str, int]:
 
 
 @functools.cache
-def compiled(name: str, *skip: str) -> tuple[RolledProgram, list[Any]]:
-    return compile_trace(traced(name), Options(lowering=EAGER, skip=frozenset(skip)), step_of)
+def compiled(name: str, *skip: str, steps: int = T) -> tuple[RolledProgram, list[Any]]:
+    return compile_trace(traced(name, steps=steps), Options(lowering=EAGER, skip=frozenset(skip)), step_of)
 
 
 # -- numbers ---------------------------------------------------------------------------------------------------------
 
 
 def gradients(name: str, run: Callable[..., Any], **window: Any) -> list[Any]:
-    arguments, learnt = CASES[name].build()
+    arguments, learnt = CASES[name].build(T)
     loss = run(*arguments, **window)
     return [loss, *torch.autograd.grad(loss, learnt, allow_unused=True)]
 
@@ -173,7 +175,9 @@ def on_the_full_tape(name: str) -> list[Any]:
     return gradients(name, CASES[name].fn, offline=True, strategy="full_tape")
 
 
-@pytest.mark.parametrize("skip", [(), ("canonicalize",), ("prune",), ("roll",)])
+@pytest.mark.parametrize(
+    "skip", [(), ("rows",), ("canonicalize",), ("prune",), ("roll",), ("loop",), ("rows", "loop")]
+)
 @every_case
 def test_numbers_are_those_of_the_full_tape_whichever_passes_run(name: str, skip: tuple[str, ...]) -> None:
     fn = CASES[name].fn
@@ -192,7 +196,7 @@ def test_numbers_of_an_online_window_are_those_of_the_full_tape(name: str) -> No
         (fn, {"strategy": "full_tape"}),
         (CompiledFunction(fn, Options(lowering=EAGER)), {}),
     ):
-        arguments, learnt = CASES[name].build()
+        arguments, learnt = CASES[name].build(T)
         (grad,) = torch.autograd.grad(run(*arguments, offline=False, **options), learnt[:1])
         networks = [a for a in arguments if isinstance(a, nn.Module)]
         ends.append([grad, *(v for net in networks for v in net.state_dict().values())])
@@ -230,6 +234,22 @@ def test_roll_shares_step_graphs(name: str) -> None:
 
 
 @every_case
+def test_rows_spares_taking_tensors_apart(name: str) -> None:
+    with_it, without = executed(compiled(name)[0]), executed(compiled(name, "rows")[0])
+    assert with_it["run"] < without["run"]
+    assert with_it["bytes"] <= without["bytes"]
+
+
+@every_case
+def test_loop_makes_the_program_as_long_for_any_number_of_steps(name: str) -> None:
+    lengths = [len(compiled(name, steps=steps)[0].calls) for steps in (8, 16)]
+    lists = [len(compiled(name, "loop", steps=steps)[0].calls) for steps in (8, 16)]
+    assert lengths[0] == lengths[1] < lists[0] == lists[1] - 8
+    looped, listed = (predict(compiled(name, *skip, steps=8)[0], None) for skip in ((), ("loop",)))
+    assert replace(looped, reached=listed.reached) == listed  # what is run and held is the same
+
+
+@every_case
 def test_mode_cuts_theta_off_and_writes_back(name: str) -> None:
     trace = traced(name, offline=False)
     draft = split(trace)  # as if the window were offline
@@ -237,7 +257,7 @@ def test_mode_cuts_theta_off_and_writes_back(name: str) -> None:
     prune(draft)
     without, _ = roll(draft, step_of)
     with_it, _ = compile_trace(traced(name, offline=False), Options(lowering=EAGER), step_of)
-    learnt = CASES[name].build()[1]
+    learnt = CASES[name].build(T)[1]
     assert len(predict(without, None).reached) == len(learnt)
     assert len(predict(with_it, None).reached) == 1
     assert len(with_it.writes) >= len(learnt) - 1 and not without.writes
@@ -261,6 +281,7 @@ def test_passes_are_idempotent(name: str) -> None:
     first, again = mode(trace), mode(trace)
     assert all(a[1] is b[1] for a, b in zip(first[0], again[0], strict=True))
     assert first[1:] == again[1:]
+    assert rows(trace) != "0 reads of 0 rows of inputs" == rows(trace)
     draft = split(trace)
     draft.writes, draft.limit = first[0], first[1]
     for pass_ in (canonicalize, prune, canonicalize, prune):
@@ -269,8 +290,12 @@ def test_passes_are_idempotent(name: str) -> None:
     assert canonicalize(draft).startswith("0 of ")
     prune(draft)
     assert state_of(draft) == settled
-    texts = [str(roll(draft, step_of)[0]) for _ in range(2)]
-    assert texts[0] == texts[1]
+    rolled, again = (roll(draft, step_of)[0] for _ in range(2))
+    assert str(rolled) == str(again)
+    loop(rolled)
+    looped = str(rolled)
+    loop(rolled)
+    assert str(rolled) == looped
 
 
 # -- records ---------------------------------------------------------------------------------------------------------
@@ -278,10 +303,12 @@ def test_passes_are_idempotent(name: str) -> None:
 
 def test_every_pass_leaves_a_record() -> None:
     _, records = compile_trace(traced("mlp"), Options(lowering=EAGER), step_of, texts=True)
-    assert [r.name for r in records] == ["capture", "mode", "canonicalize", "prune", "roll", "differentiate"]
+    names = ["capture", "mode", "rows", "canonicalize", "prune", "roll", "loop", "differentiate"]
+    assert [r.name for r in records] == names
     assert all(r.done and r.milliseconds >= 0 and r.text and r.after for r in records)
     by_name = {r.name: r for r in records}
     assert by_name["capture"].after == by_name["mode"].before == by_name["mode"].after
+    assert by_name["mode"].after == by_name["rows"].before == by_name["rows"].after
     assert by_name["canonicalize"].after == by_name["prune"].before | {"differentiable": 0}
     assert by_name["prune"].after["differentiable"] > 0
     assert f"{by_name['canonicalize'].after['calls']} calls in " in by_name["canonicalize"].text
@@ -289,6 +316,7 @@ def test_every_pass_leaves_a_record() -> None:
 
 def test_only_optional_passes_can_be_left_out() -> None:
     with pytest.raises(
-        ValueError, match=r"skip: got 'mode', expected some of 'canonicalize', 'prune', 'roll'"
+        ValueError,
+        match=r"skip: got 'mode', expected some of 'rows', 'canonicalize', 'prune', 'roll', 'loop'",
     ):
         Options(skip=frozenset({"mode"}))

@@ -413,7 +413,8 @@ def test_a_real_function_passes_at_every_stage() -> None:
     verify_draft(draft)
     rolled, records = compile_trace(traced(), Options(lowering=EAGER), step_of)
     verify_program(rolled)
-    assert [r.name for r in records] == ["mode", "canonicalize", "prune", "roll", "differentiate"]
+    names = ["mode", "rows", "canonicalize", "prune", "roll", "loop", "differentiate"]
+    assert [r.name for r in records] == names
 
 
 def _swap_parts(draft: Draft) -> None:

@@ -16,11 +16,13 @@ from ..text import draft_text, trace_text
 from ..verify import verify_draft, verify_program
 from .canonicalize import canonicalize, outline
 from .differentiate import differentiate
+from .loop import loop
 from .mode import mode
 from .prune import keep_all, prune
 from .roll import StepOf, roll
+from .rows import rows
 
-OPTIONAL = ("canonicalize", "prune", "roll")
+OPTIONAL = ("rows", "canonicalize", "prune", "roll", "loop")
 _log = logging.getLogger("metaoptim.passes")
 
 
@@ -30,14 +32,15 @@ class Options:
 
     Attributes:
         skip: passes switched off, to find out what one of them does: without canonicalize, calls that nothing needs
-            are run; without prune, everything is differentiated; without roll, every part has a step graph of its own.
-            The gradients are the same. (The pass mode is what makes a window online, so it always runs.)
+            are run; without prune, everything is differentiated; without roll, every part has a step graph of its own;
+            without rows and loop, a plain `for` stays a list of calls. The gradients are the same. (The pass mode is what makes a window online, so it always runs.)
     """
 
     window: int | None = None
     slots: int | None = None
     memory_budget: int | float | str | None = None
     lowering: Lowering = field(default_factory=lambda: Lowering("inductor", hvp="auto"))
+    recapture: bool = False
     skip: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
@@ -121,6 +124,8 @@ def compile_trace(
             Record("capture", f"{len(trace.entries)} calls", 0.0, {}, sizes_of(trace), text_of(trace))
         )
     writes, limit = recorder.run("mode", lambda: mode(trace), trace, lambda _: trace)
+    if "rows" not in options.skip:
+        recorder.run("rows", lambda: rows(trace), trace, lambda _: trace)
     draft = split(trace)
     draft.writes, draft.limit = writes, options.window if limit is None else limit
     verify_draft(draft, outlined=False)
@@ -128,7 +133,11 @@ def compile_trace(
     if "roll" in options.skip:
         step_of = lambda key, build: build()
     (program,) = recorder.run("roll", lambda: roll(draft, step_of), draft, lambda made: made[0])
-    verify_program(program, pruned="canonicalize" not in options.skip)
+    pruned = "canonicalize" not in options.skip
+    verify_program(program, pruned=pruned)
+    if "loop" not in options.skip:
+        recorder.run("loop", lambda: loop(program), program, lambda _: program)
+        verify_program(program, pruned=pruned)
     if any(x.grad for x in trace.inputs):
         recorder.run(
             "differentiate", lambda: differentiate(program, options.lowering.hvp), program, lambda _: program

@@ -1,0 +1,72 @@
+"""rows: whoever reads a row of an input, x[t], is given that row, as in a scan."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..capture.entries import Entry, Value
+from ..capture.tracer import Input, ScanItem, Trace
+from ..ir import gradient
+from ..segments import changed, owner
+
+aten = torch.ops.aten
+
+
+def rows(trace: Trace) -> str:
+    """Replace slices of inputs along the leading axis, taken one by one or all at once, by the slices themselves.
+
+    Steps over ``xs[t]``, over ``for x in xs`` and over ``zip(xs, ys)`` become alike but for t, nothing is passed on from
+    where a tensor was taken apart, and the gradients of its rows gather in one tensor. Iterations of a scan are left
+    alone: there, what is a row of a scanned tensor moves.
+    """
+    reader = _Rows(trace)
+    scanned = {n for scan in trace.scans for n in range(scan.begins[0], scan.end)}
+    for n, entry in enumerate(trace.entries):
+        if n not in scanned:
+            entry.args = reader.replaced(entry.args)
+            entry.kwargs = {k: reader.replaced(v) for k, v in entry.kwargs.items()}
+    return f"{reader.reads} reads of {len(reader.items)} rows of inputs"
+
+
+class _Rows:
+    """The rows met so far.
+
+    Attributes:
+        items: (id of the input, place) -> what stands for the row.
+        reads: how many have been replaced.
+    """
+
+    def __init__(self, trace: Trace) -> None:
+        self.items: dict[tuple[int, int], ScanItem] = {}
+        self.reads = 0
+        taken = (t.entry for e in trace.entries if e.op is gradient for t in e.args[1])
+        self._apart = {id(entry) for entry in taken} | set(trace.hooks)
+        self._written = {id(owner(ref)) for e in trace.entries for ref in changed(e)}
+
+    def replaced(self, a: Any) -> Any:
+        """``a`` with rows in the place of values that are some."""
+        if isinstance(a, tuple):
+            return tuple(self.replaced(b) for b in a)
+        item = self._item(a.entry, a.index) if isinstance(a, Value) else None
+        self.reads += item is not None
+        return a if item is None else item
+
+    def _item(self, entry: Entry, index: int | None) -> ScanItem | None:
+        if entry.op not in (aten.select.int, aten.unbind.int) or id(entry) in self._apart:
+            return None
+        source, *where = entry.args
+        if not isinstance(source, Input) or id(source) in self._written or (where and where[0] != 0):
+            return None
+        if source.grad and not entry.grad:  # taken under no_grad
+            return None
+        shape, dtype, stride, device = source.spec
+        if len(stride) != len(shape):
+            return None
+        at = index if entry.op is aten.unbind.int else where[1] % shape[0]
+        if not isinstance(at, int):
+            return None
+        if (id(source), at) not in self.items:
+            self.items[id(source), at] = ScanItem(source, at, (shape[1:], dtype, stride[1:], device))
+        return self.items[id(source), at]
