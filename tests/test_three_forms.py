@@ -273,6 +273,25 @@ def _schedule(net: nn.Module, x: Tensor, y: Tensor, t: int, w: Tensor) -> Tensor
     return F.mse_loss(net(x), y) * (1 + 0.1 * t) / (2 + t) + w * net(x).mean() ** (2 + t % 2)
 
 
+class _Compiled(nn.Module):
+    """Its body runs compiled where no window is open, and has done so before one is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = mlp()
+        self.compiled = [torch.compile(self.body, backend="aot_eager")]
+        self.compiled[0](XS[0]).sum().backward()
+        self.zero_grad()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.compiled[0](x)
+
+
+@construct("module under torch.compile", _Compiled)
+def _compiled(net: nn.Module, x: Tensor, y: Tensor, t: int, w: Tensor) -> Tensor:
+    return F.mse_loss(net(x), y) * w.exp()
+
+
 @construct("a value as a number", refused=dict.fromkeys("BC", r"Hoist it out.*argument"))
 def _value_as_number(net: nn.Module, x: Tensor, y: Tensor, t: int, w: Tensor) -> Tensor:
     h = net(x)
