@@ -34,11 +34,11 @@ def replay_graph(step: StepGraph, example: Sequence[Tensor] | None = None) -> fx
         return tuple(r for r, p in zip(results, step.outputs, strict=True) if p.role is not Role.LOSS)
 
     graph, constants = _trace(replay, step, (), example)
-    _distinct(graph)
+    distinct(graph)
     return fx.GraphModule(constants, graph)
 
 
-def _distinct(graph: fx.Graph) -> None:
+def distinct(graph: fx.Graph) -> None:
     """A tensor of its own for every result: equal ones have become one, and the user will see two states."""
     (output,) = graph.find_nodes(op="output")
     seen: set[fx.Node] = set()
@@ -130,7 +130,7 @@ def _clean(graph: fx.Graph, constants: dict[str, Tensor]) -> tuple[fx.Graph, dic
     """
     graph.eliminate_dead_code()
     _check(graph, constants)
-    if not any(_mutates(n) for n in graph.nodes):
+    if not any(mutates(n) for n in graph.nodes):
         graph = fx_graph_cse(graph)
     used = {str(n.target) for n in graph.find_nodes(op="get_attr")}
     return graph, {name: constants[name].clone() for name in used}
@@ -140,7 +140,7 @@ def _check(graph: fx.Graph, constants: dict[str, Tensor]) -> None:
     """What the graph has picked up besides its inputs: nothing may be drawn, tensors are frozen as they are."""
     for node in graph.nodes:
         target: Any = node.target
-        if _mutates(node) and any(_memory_of(n).op == "placeholder" for n in _written(node)):
+        if mutates(node) and any(_memory_of(n).op == "placeholder" for n in _written(node)):
             raise CaptureError(
                 f"a hook, a custom Function or the optimizer's update changes its argument in place ({target}); clone "
                 "it there and return the clone"
@@ -153,8 +153,8 @@ def _check(graph: fx.Graph, constants: dict[str, Tensor]) -> None:
         if node.op == "get_attr" and constants[str(target)].requires_grad:
             raise CaptureError(
                 "a hook, a custom Function or the optimizer's update uses a tensor of shape "
-                f"{tuple(constants[str(target)].shape)} that requires grad but is none of its arguments, so it would receive "
-                "no gradient; pass it as an argument, or detach it"
+                f"{tuple(constants[str(target)].shape)} that requires grad but is none of its arguments, so it would "
+                "receive no gradient; pass it as an argument, or detach it"
             )
 
 
@@ -175,6 +175,7 @@ def _written(node: fx.Node) -> list[fx.Node]:
     return [n for n in found if isinstance(n, fx.Node)]
 
 
-def _mutates(node: fx.Node) -> bool:
+def mutates(node: fx.Node) -> bool:
+    """Whether it is an operator that changes an argument in place."""
     target: Any = node.target
     return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable

@@ -12,7 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .capture.ops import op_info
+from .capture.ops import functional, op_info
+from .capture.slicing import tensor_spec
 
 aten = torch.ops.aten
 _LIFTED = (aten.lift_fresh.default, aten.lift.default)
@@ -24,7 +25,7 @@ def flat_graph(
     """The operators that ``fn(*inputs)`` calls below autograd, those of its backward passes included.
 
     What torch's own make_fx gives for static shapes, in less time: no proxies, no functorch, no symbolic numbers; and
-    without detaches, which mean nothing there.
+    without detaches, which mean nothing there, and in-place operators whose memory nobody shares.
 
     Args:
         fn: returns a tuple of tensors and None.
@@ -54,6 +55,7 @@ class _Writer(TorchDispatchMode):
         self.graph, self.instead = graph, instead
         self.constants: dict[str, Tensor] = {}
         self._nodes: dict[int, tuple[Tensor, fx.Node]] = {}  # the tensor is held: its id stays its own
+        self._memory: dict[int, Any] = {}  # storage -> what is in its place since it was to be written into
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -63,6 +65,8 @@ class _Writer(TorchDispatchMode):
         if func.namespace != "prim" and self._is_constant(func, args, kwargs):
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
+        if func.namespace != "prim" and self._instead_of_writing(func, args, kwargs):
+            return args[0]
         out = func(*args, **kwargs)
         if func.namespace == "prim":
             return out
@@ -86,12 +90,40 @@ class _Writer(TorchDispatchMode):
             return False
         return not (op_info(func).writes or op_info(func).random or func in _LIFTED)
 
+    def _instead_of_writing(self, func: Any, args: tuple, kwargs: dict) -> bool:
+        """Make a new tensor where an operator would change one that nobody else sees; whether it was so."""
+        pure = functional(func) if op_info(func).writes == (0,) else None
+        written, node = self._nodes.get(id(args[0]), (None, None)) if pure is not None else (None, None)
+        if (
+            written is None
+            or node is None
+            or node.op != "call_function"
+            or written.layout is not torch.strided
+        ):
+            return False
+        storage = written.untyped_storage()._cdata
+        sharing = [
+            (t, n)
+            for t, n in self._nodes.values()
+            if t.layout is torch.strided and t.untyped_storage()._cdata == storage
+        ]
+        if any(n is not node for _, n in sharing) or tensor_spec(pure(*args, **kwargs)) != tensor_spec(
+            written
+        ):
+            return False
+        node = self.graph.call_function(pure, self.token(args), self.token(kwargs))
+        func(*args, **kwargs)
+        self._memory[storage] = ("instead", node)
+        for t, _ in sharing:
+            self.bind(t, node)
+        return True
+
     def bind(self, t: Tensor, node: fx.Node) -> None:
         """Let ``node`` stand for ``t``."""
         self._nodes[id(t)] = t, node
         if t.layout is torch.strided:
             storage = t.untyped_storage()
-            node.meta["memory"] = ((storage._cdata, storage.nbytes()),)
+            node.meta["memory"] = ((self._memory.get(storage._cdata, storage._cdata), storage.nbytes()),)
 
     def token(self, a: Any) -> Any:
         """``a`` with nodes in the place of tensors."""

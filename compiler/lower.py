@@ -10,26 +10,41 @@ from typing import Any
 from torch import Tensor, fx
 
 from .compile_graph import compiled
-from .differentiate import replay_graph
+from .differentiate import cotangent_outputs, replay_graph
 from .hvp import derivative
 from .ir import EAGER, Lowering, StepGraph
+from .residuals import Split, split
 
 Lowered = Callable[..., Sequence[Any]]
 
 
 def lowered(step: StepGraph, kind: str, inputs: Sequence[Tensor], how: Lowering = EAGER) -> Lowered:
-    """The callable for ``kind`` ("replay" or "vjp") of a step, traced and compiled on first use."""
+    """The callable for one of a step's graphs, traced and compiled on first use.
+
+    Args:
+        step: the step.
+        kind: "replay" or "vjp"; or, where `residuals` has a split, its "forward" or "backward".
+        inputs: what it will be called with first.
+        how: it is lowered.
+    """
     program = step.programs.get((kind, how))
     if program is None:
-        example = inputs if step.dynamic else None
-        graph = derived(step, how.hvp, example) if kind == "vjp" else replayed(step, example)
+        graph = _graph(step, kind, how.hvp, inputs if step.dynamic else None)
         if how.backend == "eager":
             program = graph.forward
         else:
-            cotangents = len(inputs) - len(step.inputs)
+            cotangents = len(cotangent_outputs(step)) if kind in ("vjp", "backward") else 0
             program = compiled(graph, inputs, how.backend, cotangents, how.check)
         step.programs[kind, how] = program
     return program
+
+
+def _graph(step: StepGraph, kind: str, hvp: str, example: Sequence[Tensor] | None) -> fx.GraphModule:
+    if kind in ("forward", "backward"):
+        divided = residuals(step, hvp)
+        assert divided is not None
+        return divided.forward if kind == "forward" else divided.backward
+    return derived(step, hvp, example) if kind == "vjp" else replayed(step, example)
 
 
 def derived(step: StepGraph, hvp: str, example: Sequence[Tensor] | None = None) -> fx.GraphModule:
@@ -45,6 +60,16 @@ def replayed(step: StepGraph, example: Sequence[Tensor] | None = None) -> fx.Gra
     if "replay graph" not in step.programs:
         step.programs["replay graph"] = replay_graph(step, example)
     return step.programs["replay graph"]
+
+
+def residuals(step: StepGraph, hvp: str) -> Split | None:
+    """How a step and its derivative can share work; None if they cannot."""
+    key = ("residuals", hvp)
+    if key not in step.programs:
+        learnt = any(p.differentiable for p in step.inputs) and bool(cotangent_outputs(step))
+        shared = learnt and not step.dynamic
+        step.programs[key] = split(step, replayed(step), derived(step, hvp)) if shared else None
+    return step.programs[key]
 
 
 class _Family:

@@ -11,7 +11,7 @@ from torch import fx
 from .differentiate import cotangent_outputs
 from .ir import Lowering, StepGraph
 from .liveness import peak_bytes, storages
-from .lower import derived, replayed
+from .lower import derived, replayed, residuals
 from .program import operator_count
 
 
@@ -80,6 +80,25 @@ def step_cost(step: StepGraph, how: Lowering) -> StepCost:
         made = tuple(m for m in replay.made if m is not None)
         found = replace(found, replay_bytes=replay.peak_bytes, outputs=made)
     return found if vjp is None else replace(found, vjp_bytes=vjp.peak_bytes, gradients=vjp.made)
+
+
+def residual_cost(step: StepGraph, how: Lowering) -> tuple[int, int]:
+    """Bytes that saving a call's residuals takes until its derivative, and how much more either takes while it runs.
+
+    As measured, else as the graphs say; (0, 0) where there are none.
+    """
+    divided = residuals(step, how.hvp)
+    if divided is None:
+        return 0, 0
+    forward, backward = measured(step, "forward", how), measured(step, "backward", how)
+    made = _made(divided.forward.graph) if forward is None else forward.made
+    kept = sum(m.size for m in made[len(made) - divided.residuals :] if m is not None)
+    peaks = [
+        peak_bytes(graph.graph) if seen is None else seen.peak_bytes
+        for graph, seen in ((divided.forward, forward), (divided.backward, backward))
+    ]
+    cost = step_cost(step, how)
+    return kept, max(0, peaks[0] - kept - cost.replay_bytes, peaks[1] - cost.vjp_bytes)
 
 
 def _static_cost(step: StepGraph, hvp: str) -> StepCost:

@@ -136,7 +136,9 @@ def _verify_loop(loop: Loop, name: str, before: StepCall | None) -> None:
                 f"{name}: input {port.name} is the same for every iteration, but has stride {stride}"
             )
         if given.kind == "each" and not 0 <= given.at + stride * (loop.count - 1) < len(given.of):
-            raise ProgramError(f"{name}: input {port.name}: {len(given.of)} are listed for {loop.count} iterations")
+            raise ProgramError(
+                f"{name}: input {port.name}: {len(given.of)} are listed for {loop.count} iterations"
+            )
         if stride and given.kind == "scan":
             _verify_given(given.advanced(stride * (loop.count - 1)), port, f"{name} in its last iteration")
     if before is None or before.step is not call.step:

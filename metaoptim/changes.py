@@ -135,6 +135,8 @@ def _compare_part(label: str, inner: Any, x: Any, y: Any) -> Change | None:
         return None
     if isinstance(x, bool) or isinstance(y, bool):
         return Change(label, f"was {x}, is {y}", True)
+    if x[0] == y[0] == "kind":
+        return Change(label, "its class, options or hooks are others than before")
     if isinstance(inner, tuple) and x[0] == y[0] == inner[0]:  # a state of a parameter, with its name
         return _compare(label, inner[1], x[1], y[1])
     if isinstance(inner, dict):  # a parameter group

@@ -18,16 +18,19 @@ from .changes import first_change
 from .compiler.capture import intercept
 from .compiler.capture.refusals import refusing
 from .compiler.capture.tracer import Input, Trace, Tracer, capturing
+from .compiler.differentiate import cotangent_outputs
 from .compiler.ir import Loop, Lowering, Role, StepCall, StepGraph
+from .compiler.lower import derived
 from .compiler.passes.pipeline import Options, Record, compile_trace
 from .compiler.program import Given, RolledProgram, operator_count
+from .compiler.stepcost import results_of
 from .errors import WindowError, warn
 from .guards import Scene
 from .recapture import compare
 from .runtime.budget import budget_bytes, check_budget
 from .runtime.compiled import Call, Run
 from .runtime.distributed import average_over_ranks
-from .runtime.planner import Plan, plan_for
+from .runtime.planner import Plan, plan_for, with_residuals
 from .runtime.recorded import RecordedSession
 from .runtime.rehearsal import rehearse
 from .runtime.session import current_session
@@ -52,7 +55,9 @@ class Program:
         sources: input of the program -> its place in the scene's tensors, or the very tensor.
     """
 
-    def __init__(self, scene: Scene, rolled: RolledProgram, records: list[Record], traced: Traced) -> None:
+    def __init__(
+        self, scene: Scene, rolled: RolledProgram, records: list[Record], traced: Traced, hvp: str
+    ) -> None:
         self.rolled, self.records, self.traced = rolled, records, traced
         self.remembered = scene.remembered()
         self.plan: Plan | None = None
@@ -61,7 +66,7 @@ class Program:
         found |= {where for where in rolled.outputs if isinstance(where, Input)}
         self.sources: dict[Input, int | Tensor] = {x: at.get(id(x.tensor), x.tensor) for x in found}
         self.writes = [at.get(id(t), t) if isinstance(t, Tensor) else t for t, _ in rolled.writes]
-        self.keys = [x for x in found if x.grad and any(_reaches(_call(c), x) for c in rolled.calls)]
+        self.keys = [x for x in found if x.grad and any(_reaches(_call(c), x, hvp) for c in rolled.calls)]
         for x in found:
             if isinstance(self.sources[x], int):
                 del x.tensor  # another call brings another one
@@ -84,12 +89,14 @@ def _call(c: Any) -> Any:
     return c.call if isinstance(c, Loop) else c
 
 
-def _reaches(call: Any, x: Input) -> bool:
-    ports = call.step.inputs[len(call.step.inputs) - len(call.inputs) :]
-    return any(
-        p.role is Role.META and any(s is x for s in g.sources)
-        for g, p in zip(call.inputs, ports, strict=True)
-    )
+def _reaches(call: Any, x: Input, hvp: str) -> bool:
+    """Whether a gradient of a call reaches ``x``."""
+    step, first = call.step, len(call.step.inputs) - len(call.inputs)
+    at = [i for i, g in enumerate(call.inputs, start=first) if any(s is x for s in g.sources)]
+    if not cotangent_outputs(step) or not any(step.inputs[i].role is Role.META for i in at):
+        return False
+    grads = results_of(derived(step, hvp).graph)
+    return any(grads[i] is not None for i in at)
 
 
 class CompiledFunction:
@@ -191,11 +198,11 @@ class CompiledFunction:
         tensors = program.tensors(scene)
         rolled, options = program.rolled, self._options
         differentiable = torch.is_grad_enabled() and bool(program.keys)
-        slots = self._slots(program, tensors) if differentiable else 1
+        slots, saved = self._kept(program, tensors) if differentiable else (1, 0)
         written = [
             scene.tensors[t] if isinstance(t, int) else t for t in program.writes if not isinstance(t, tuple)
         ]
-        run = Run(rolled, tensors, slots, options.lowering, rolled.backward_hook, written)
+        run = Run(rolled, tensors, slots, options.lowering, rolled.backward_hook, written, saved=saved)
         if differentiable:
             found = Call.apply(run, program.keys, rolled.dead, *(tensors[x] for x in program.keys))
         else:
@@ -203,18 +210,21 @@ class CompiledFunction:
         self._write(program, scene, run.last)
         return program.traced.restored(found)
 
-    def _slots(self, program: Program, tensors: dict[Input, Tensor]) -> int | None:
-        """How many states to keep: what the windows inside say, else what the decorator does."""
+    def _kept(self, program: Program, tensors: dict[Input, Tensor]) -> tuple[int | None, int]:
+        """How many states to keep, and over how many calls residuals, as the windows inside say, else the decorator."""
         rolled, how = program.rolled, self._options.lowering
         slots, budget = slots_of(rolled, self._options)
         if budget is None:
-            return slots
+            return slots, 0
         if program.plan is None:
             rehearse(rolled, tensors, how)
             amount = budget_bytes(budget, device_of(rolled))
-            program.plan = plan_for(rolled, how, amount, _name(self._fn))
+            plan = plan_for(rolled, how, amount, _name(self._fn))
+            program.plan = with_residuals(
+                plan, rolled, how, lambda: rehearse(rolled, tensors, how, saving=True)
+            )
             _plans.info("%s: %s", _name(self._fn), program.plan)
-        return program.plan.slots
+        return program.plan.slots, program.plan.saved
 
     @torch.no_grad()
     def _write(self, program: Program, scene: Scene, last: list[tuple[Any, Tensor]]) -> None:
@@ -317,7 +327,7 @@ def capture(fn: Callable, options: Options, scene: Scene, args: tuple, kwargs: d
     traced, tracer, _ = trace_of(fn, args, kwargs)
     tracer.trace.outputs = traced.tensors
     rolled, records = compile_trace(tracer.trace, options, step_of)
-    return Program(scene, rolled, records, traced)
+    return Program(scene, rolled, records, traced, options.lowering.hvp)
 
 
 def slots_of(rolled: RolledProgram, options: Options) -> tuple[int | None, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from typing import Any
@@ -11,12 +12,13 @@ from torch import Tensor
 from .compile import CompiledFunction, captured_step, device_of, slots_of, step_of, trace_of
 from .compiler.capture.tracer import Input
 from .compiler.ir import Lowering, Role, StepGraph
-from .compiler.passes.pipeline import Options, compile_trace
+from .compiler.passes.pipeline import Options, Record, compile_trace
 from .compiler.program import (
     RolledProgram,
     by_role,
     given_ports,
     nbytes,
+    plural,
     shapes_text,
     signature,
 )
@@ -26,8 +28,8 @@ from .guards import Scene
 from .naming import tensor_names
 from .report import Report
 from .runtime.budget import budget_bytes
-from .runtime.dry_run import predict
-from .runtime.planner import plan_for
+from .runtime.dry_run import Prediction, predict
+from .runtime.planner import plan_for, with_residuals
 from .runtime.recorded import RecordedSession
 from .runtime.session import current_session
 
@@ -90,13 +92,19 @@ def report_of(fn: Callable, options: Options, args: tuple, kwargs: dict[str, Any
     program, records = compile_trace(trace, options, step_of, texts=True)
     slots, budget = slots_of(program, options)
     how = options.lowering
-    plan = None
+    plan, begun = None, time.perf_counter()
     if budget is not None:
         plan = plan_for(program, how, budget_bytes(budget, device_of(program)), _title(fn))
+        plan = with_residuals(plan, program, how)
         slots = plan.slots
     prediction = predict(program, slots, how)
     if not prediction.reached:
         prediction = predict(program, 1, how)
+    saved = 0 if plan is None or not prediction.reached else plan.saved
+    peak = plan.peak_bytes if plan is not None and saved else prediction.peak_bytes
+    kind = "forward only" if not prediction.reached else "scheduled" if slots is not None else "all states"
+    kind = "unrolled" if saved == program.positions else kind
+    records.append(_checkpointed(prediction, saved, 1e3 * (time.perf_counter() - begun)))
     labels = {x: names.get(id(x.tensor)) or _unnamed(x) for x in {*program.inputs, *trace.inputs}}
     reached = {x for x in trace.inputs if x in prediction.reached}
     whole = predict(replace(program, limit=None), slots, how).reached if program.limit else prediction.reached
@@ -123,13 +131,14 @@ def report_of(fn: Callable, options: Options, args: tuple, kwargs: dict[str, Any
         slots=slots,
         memory_budget=None if plan is None else plan.budget,
         minimum_budget=None if plan is None else plan.minimum,
-        plan="forward only" if not reached else "all states" if slots is None else "scheduled",
+        plan=kind,
         kept_states=prediction.kept,
+        saved_calls=saved,
         extra_forwards=prediction.extra_forwards,
         recompute_factor=1 + prediction.extra_forwards / max(forward, 1),
         state_bytes=program.state_bytes,
         transient_bytes=max((c.vjp_bytes for c in costs.values()), default=0),
-        predicted_peak_bytes=prediction.peak_bytes,
+        predicted_peak_bytes=peak,
         predicted_forward_bytes=prediction.forward_bytes,
         gradient_targets=[n for n in order if n in targets],
         unreachable=[n for n in order if n not in targets],
@@ -169,6 +178,7 @@ def _step_report(
         minimum_budget=None,
         plan="streaming",
         kept_states=None,
+        saved_calls=None,
         extra_forwards=None,
         recompute_factor=None,
         state_bytes=sum(nbytes(p.spec) for p in outputs),
@@ -182,6 +192,12 @@ def _step_report(
         shapes={"step": _shape(step.step, 1, options.lowering)},
         program=signature(step.step, "step") + "\n" + str(step.step),
     )
+
+
+def _checkpointed(prediction: Prediction, saved: int, milliseconds: float) -> Record:
+    done = f"at most {plural(prediction.kept, 'state')} kept, {plural(prediction.extra_forwards, 'call')} made again"
+    done += f", residuals saved over {plural(saved, 'call')}" if saved else ""
+    return Record("checkpoint", done, milliseconds)
 
 
 # -- what reaches the results ----------------------------------------------------------------------------------------

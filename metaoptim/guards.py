@@ -16,6 +16,7 @@ from .errors import CaptureError
 from .optim.optimizer import MetaOptimizer
 
 _PLAIN = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size, slice)
+_OPTIONS = (int, float, str, tuple, torch.dtype)
 
 
 class Scene:
@@ -106,10 +107,24 @@ class Scene:
     def _module(self, module: nn.Module) -> Iterator[Any]:
         for m in module.modules():
             yield m.training
+            yield self._kind(m)
             for tensors in (m._parameters, m._buffers):
                 for t in tensors.values():
                     if t is not None:
                         yield self._tensor(t)
+
+    def _kind(self, m: nn.Module) -> tuple:
+        """What a module runs: its class and hooks, and the options of torch's own ones (other attributes may count)."""
+        own = vars(m)
+        acting = [*m._forward_pre_hooks.values(), *m._forward_hooks.values(), *m._backward_hooks.values()]
+        acting += [own["forward"]] if "forward" in own else []
+        self.objects += [type(m), *acting]
+        options = (
+            tuple((k, str(v)) for k, v in own.items() if k[0] != "_" and isinstance(v, _OPTIONS))
+            if type(m).__module__.startswith("torch.nn.")
+            else ()
+        )
+        return ("kind", id(type(m)), tuple(map(id, acting)), options)
 
     def _optimizer(self, optimizer: MetaOptimizer) -> Iterator[Any]:
         yield optimizer.first_order

@@ -39,6 +39,7 @@ def module_parts(name: str, module: nn.Module) -> Iterator[tuple[str, Any]]:
     for path, m in module.named_modules():
         whole = f"{name}.{path}" if path else name
         yield f"{whole}.training", m.training
+        yield whole, None
         for tensors in (m._parameters, m._buffers):
             for key, t in tensors.items():
                 if t is not None:

@@ -27,6 +27,7 @@ class Report:
     minimum_budget: int | None
     plan: str
     kept_states: int | None
+    saved_calls: int | None
     extra_forwards: int | None
     recompute_factor: float | None
     state_bytes: int
@@ -54,9 +55,12 @@ class Report:
             * ``window``: W where gradients are truncated, or None. ``offline``: whether θ₀ may receive gradients.
               ``slots``: c, or None. ``memory_budget``: bytes, where one decides on the slots, and ``minimum_budget``,
               the smallest there is a plan for; or None.
-            * ``plan``: ``"all states"``, ``"scheduled"`` (c slots; other states are replayed), ``"forward only"``
-              (nothing receives a gradient), or ``"streaming"`` (form ``"step"``: the window decides).
-            * ``kept_states``: most states kept at a time. ``extra_forwards``: calls made again during one backward.
+            * ``plan``: ``"unrolled"`` (every state is kept, and residuals over every call), ``"all states"``,
+              ``"scheduled"`` (c slots; other states are replayed), ``"forward only"`` (nothing receives a gradient), or
+              ``"streaming"`` (form ``"step"``: the window decides).
+            * ``kept_states``: most states kept at a time. ``saved_calls``: over how many of the last calls residuals
+              are saved, so that their derivatives do not run their forward again. ``extra_forwards``: calls made again
+              during one backward.
               ``recompute_factor``: calls made in all, forward and backward, by those of the forward alone. None for a
               step.
             * ``state_bytes``: S, of one state. ``transient_bytes``: A, most that one call of a derivative allocates.
@@ -87,6 +91,7 @@ class Report:
             plan += (
                 f": at most {plural(self.kept_states, 'state')} kept, {self.extra_forwards} calls made again"
             )
+            plan += f", residuals saved over {plural(self.saved_calls, 'call')}" if self.saved_calls else ""
         if self.window is not None:
             plan += f"; truncated to {self.window} super-steps"
         parts = f"a state {size(self.state_bytes)}, one derivative {size(self.transient_bytes)}"

@@ -165,7 +165,7 @@ class Link(torch.autograd.Function):
         *tensors: Tensor,
     ) -> Tensor:
         ctx.engine, ctx.position, ctx.metas, ctx.thetas = engine, position, tuple(metas), tuple(thetas)
-        ctx.hooked = _hooked(tensors)
+        ctx.hooked = hooked(tensors)
         return torch.empty(0)
 
     @staticmethod
@@ -176,10 +176,10 @@ class Link(torch.autograd.Function):
         grads = [sweep.metas.pop(m, None) for m in ctx.metas] + [
             sweep.adopted.pop(i, None) for i in ctx.thetas
         ]
-        return None, None, None, None, torch.empty(0), *_defined(grads, ctx.hooked)
+        return None, None, None, None, torch.empty(0), *defined(grads, ctx.hooked)
 
 
-def _hooked(tensors: Sequence[Tensor]) -> dict[int, Tensor]:
+def hooked(tensors: Sequence[Tensor]) -> dict[int, Tensor]:
     """Zeros for those that have hooks: torch would call these with None where no gradient arrives."""
     return {
         k: torch.zeros((), dtype=t.dtype, device=t.device).expand(t.shape)
@@ -188,7 +188,8 @@ def _hooked(tensors: Sequence[Tensor]) -> dict[int, Tensor]:
     }
 
 
-def _defined(grads: list[Tensor | None], zeros: dict[int, Tensor]) -> list[Tensor | None]:
+def defined(grads: list[Tensor | None], zeros: dict[int, Tensor]) -> list[Tensor | None]:
+    """Gradients, with ``zeros`` where there are none."""
     return [zeros[k].clone() if g is None and k in zeros else g for k, g in enumerate(grads)]
 
 
@@ -216,7 +217,7 @@ class WindowedRead(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.engine, ctx.position, ctx.indices, ctx.bottom = engine, position, tuple(indices), bottom
         ctx.metas, ctx.thetas, ctx.life, ctx.on_cut = tuple(metas), tuple(thetas), life, on_cut
-        ctx.hooked = _hooked(tensors)
+        ctx.hooked = hooked(tensors)
         return tuple(as_parameter(engine.state[i], p) for i, p in zip(indices, own, strict=True))
 
     @staticmethod
@@ -230,4 +231,4 @@ class WindowedRead(torch.autograd.Function):
         if ctx.on_cut is not None:
             ctx.on_cut()
         found = [sweep.metas.get(m) for m in ctx.metas] + [sweep.adopted.get(i) for i in ctx.thetas]
-        return *[None] * 9, torch.empty(0), *_defined(found, ctx.hooked)
+        return *[None] * 9, torch.empty(0), *defined(found, ctx.hooked)

@@ -19,10 +19,11 @@ from ..compiler.capture.ops import LIFTS
 from ..compiler.capture.slicing import closed_over, tensor_spec
 from ..compiler.capture.tracer import Input, Scan, ScanItem, Tracer, WindowMark
 from ..compiler.ir import gradient, show
+from ..compiler.segments import sources
 from ..compiler.update import UpdatePlan
 from .hyper import hyper_of
 from .networks import Networks
-from .session import Options, Session, _current
+from .session import Options, Session, _current, refuse_overwritten
 
 aten = torch.ops.aten
 # Iterations of a scan that are captured: one may differ (state is created), the others show what is carried from one to
@@ -114,6 +115,7 @@ class CapturedSession(Session):
         self._scan: Scan | None = None
         self._versions: dict[int, deque[Tensor]] = {}  # per parameter, what was shown, newest first
         self._lifts = True
+        self._cut: list[tuple[int, Any]] = []  # overwritten parameters, and what had shown them
 
     def _own(self, value: Tensor) -> Tensor:
         return value  # nothing is written into
@@ -268,9 +270,11 @@ class CapturedSession(Session):
             for p in group["params"]
             if (i := networks.index_of(p)) is not None
         ]
-        read = self._read(loss, root, [i for i, _ in members])
+        ordinals = [i for i, _ in members]
+        self._refuse_overwritten(root, ordinals)
+        read = self._read(loss, root, ordinals)
         reached = self._reached(loss, read)
-        grads, hooks = self.gradients(optimizer, [i for i, _ in members], reached, False, allow_unused)
+        grads, hooks = self.gradients(optimizer, ordinals, reached, False, allow_unused)
         used = [
             (i, k, r, g, h)
             for (i, k), r, g, h in zip(members, read, grads, hooks, strict=True)
@@ -317,6 +321,20 @@ class CapturedSession(Session):
             optimizer.state[networks.originals[i]] = new_states[j]
         tracer.trace.steps.append((len(tracer.trace.entries), user_location()))
 
+    def _refuse_overwritten(self, root: Any, ordinals: list[int]) -> None:
+        cut = {entry: i for i, entry in self._cut if i in ordinals}
+        stack, seen = [root] if cut else [], set()
+        while stack:
+            a = stack.pop()
+            if not isinstance(a, Value) or a.entry in seen:
+                continue
+            seen.add(a.entry)
+            if a.entry in cut:
+                refuse_overwritten(self.networks.names[cut[a.entry]])
+            if a.entry.op is not show:
+                stack += sources(a.entry)
+        self._cut = [(i, entry) for i, entry in self._cut if i not in ordinals]
+
     def _read(self, loss: Tensor, root: Any, ordinals: list[int]) -> list[Tensor]:
         """The parameters as the loss has read them: those of now, or of before another optimizer's step."""
         born = root.entry.seq if isinstance(root, Value) else len(self.recorder.trace.entries)
@@ -358,7 +376,10 @@ class CapturedSession(Session):
             )
         tracer = self.recorder
 
+        before = tracer.value_of(t).entry
+
         def cut() -> None:
+            self._cut.append((i, before))
             value = Value(tracer.add(aten.detach.default, (tracer.value_of(t),), grad=True), None)
             tracer.bind(t, Value(tracer.add(show, (value,), grad=True), None))
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..compiler.capture.tracer import Input
 from ..compiler.ir import Loop, Lowering, Role, StepCall
 from ..compiler.program import Given, RolledProgram
-from .bridge import refuse_third_order
+from .bridge import defined, hooked, refuse_third_order
 from .engine import Engine, Sweep
 from .inputs import Held, Inputs
 from .noise import Drawn, generator_of
@@ -168,6 +168,7 @@ class Run:
         slots, how, backward_hook: see `Engine`.
         written: tensors that this call will overwrite when it has run; what is read of them is copied.
         engine: what runs it.
+        saved: over how many of its last calls residuals are saved.
     """
 
     def __init__(
@@ -179,6 +180,7 @@ class Run:
         backward_hook: Callable | None,
         written: Sequence[Tensor] = (),
         engine: type[Engine] | None = None,
+        saved: int = 0,
     ) -> None:
         self.rolled = rolled
         overwritten = {id(t) for t in written}
@@ -188,6 +190,7 @@ class Run:
         self.generator = generator_of(random[0]) if random else None
         self.program = BoundProgram(rolled, self.held, rolled.registers, how)
         self.engine = (engine or Engine)(slots, backward_hook, self.program)
+        self.engine.saving = self.program.end - saved
         self.end = 0
 
     def forward(self) -> list[Tensor]:
@@ -243,4 +246,5 @@ class Call(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple:  # type: ignore[override]
         refuse_third_order()
         grads = ctx.run.backward(cotangents)
-        return None, None, None, *(grads.get(key) for key in ctx.keys)
+        tensors = [ctx.run.held[key].tensor for key in ctx.keys]
+        return None, None, None, *defined([grads.get(key) for key in ctx.keys], hooked(tensors))

@@ -5,6 +5,7 @@ It holds detached tensors only, so that autograd nodes may refer to it without a
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from metaoptim.errors import CaptureError
 from ..compiler import cotangent_hook
 from ..compiler.differentiate import cotangent_outputs
 from ..compiler.ir import Assign, Program, Role, StepCall
-from ..compiler.lower import Lowered, lowered
+from ..compiler.lower import Lowered, lowered, residuals
 from .noise import draw
 from .schedule import Marks
 from .store import SlotStore, State
@@ -83,12 +84,14 @@ class Engine:
         self.store = SlotStore(slots, None if program is None else program.end)
         self.state: State = []
         self.backward_hook = backward_hook
+        self.saving = sys.maxsize  # position from which on `run` saves residuals
         self.streaming: Any = None  # what keeps a window to a memory budget
         self.vjps = 0
         self.replays = 0
         self._drawn: Tensor | None = None  # the generator's state after the last call that drew
         self._sweeps: dict[int, Sweep] = {}
         self._work: dict[int, State] = {}
+        self._residuals: dict[int, list[Tensor]] = {}
         self._memory: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
 
     @property
@@ -98,8 +101,16 @@ class Engine:
 
     # -- forward -------------------------------------------------------------------------------------------------
 
-    def append(self, call: StepCall | Assign, changes: Sequence[tuple[int, Tensor]]) -> None:
-        """Extend the tape by a call that leads to the current state with ``changes``."""
+    def append(
+        self, call: StepCall | Assign, changes: Sequence[tuple[int, Tensor]], *, read: bool = False
+    ) -> None:
+        """Extend the tape by a call that leads to the current state with ``changes``.
+
+        Args:
+            call: the call.
+            changes: state index, new value.
+            read: whether a loss may have read theta since the last step, which the tape must then go back to.
+        """
         position = self.program.end
         if self.streaming is not None and isinstance(call, StepCall):
             self.store.limit(self.streaming.slots(self, call))
@@ -114,7 +125,7 @@ class Engine:
                 state[index] = value
         self.program.calls.append(call)
         self.state = state
-        if isinstance(call, Assign) and self.program.horizon == 0:
+        if isinstance(call, Assign) and self.program.horizon == 0 and not read:
             self.store.rebase(self.program.end, state)
 
     def run(self, state: State) -> State:
@@ -124,7 +135,7 @@ class Engine:
             call = self.program[position]
             if position and _may_keep(call, position):
                 self.store.offer(position, state)
-            state = self._advance(call, position, state, {position: state})
+            state = self._advance(call, position, state, {position: state}, saving=position >= self.saving)
         self.state = state
         return state
 
@@ -206,7 +217,12 @@ class Engine:
         return self.store[position] if found is None else found
 
     def _advance(
-        self, call: StepCall | Assign, position: int, state: State, passed: dict[int, State]
+        self,
+        call: StepCall | Assign,
+        position: int,
+        state: State,
+        passed: dict[int, State],
+        saving: bool = False,
     ) -> State:
         new = list(state)
         if isinstance(call, Assign):
@@ -221,7 +237,10 @@ class Engine:
         if base is None:
             base = self.state_at(call.base)
         inputs = self.inputs_of(call, state, base)
-        results = self._lowered(call, "replay", inputs)(*inputs)
+        saving = saving and residuals(call.step, call.how.hvp) is not None
+        results = self._lowered(call, "forward" if saving else "replay", inputs)(*inputs)
+        if saving:
+            self._residuals[position] = list(results[len(call.update) + len(call.opt_state_out) :])
         for index, value in zip((*call.update, *call.opt_state_out), results, strict=False):
             if index == len(new):
                 new.append(value)
@@ -341,11 +360,13 @@ class Engine:
             )
         self._load(sorted({call.base, position}))
         arguments = self.inputs_of(call, self._at(position), self._at(call.base))
+        saved = self._residuals.pop(position, None)
+        arguments += saved or ()
         for i in cotangent_outputs(step):
             arguments.append(self._cotangent(step.outputs[i].spec, received.pop(i, None)))
         self.vjps += 1
         try:
-            vjp = self._lowered(call, "vjp", arguments)
+            vjp = self._lowered(call, "vjp" if saved is None else "backward", arguments)
         except CaptureError:
             raise
         except RuntimeError as error:

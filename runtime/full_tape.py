@@ -14,7 +14,7 @@ from metaoptim.errors import WindowError
 from ..compiler.capture.recorder import Recorder
 from ..compiler.update import UpdatePlan, clip_gradients
 from .bridge import as_parameter
-from .session import Options, Session
+from .session import Options, Session, refuse_overwritten
 
 # How many versions back a loss may have read: steps that other optimizers took since it was computed.
 _LOOK_BACK = 8
@@ -71,6 +71,7 @@ class FullTapeSession(Session):
         self._versions: list[list[Tensor]] = []  # what the networks have shown, oldest first
         self._values: list[list[int]] = []  # beside it: numbers that are equal where the values are
         self._count = 0
+        self._cut: list[tuple[int, Any]] = []  # overwritten parameters, and what had shown them
 
     def _enter(self, ordinals: list[int], late: bool) -> None:
         for i in ordinals:
@@ -156,6 +157,10 @@ class FullTapeSession(Session):
         value was the same, both count; where an older value led to a newer one through a step, that way does not.
         """
         read = _shown_below(loss)
+        for i, node in self._cut:
+            if i in ordinals and node in read:
+                refuse_overwritten(self.networks.names[i])
+        self._cut = [(i, node) for i, node in self._cut if i not in ordinals]
         newer: list[tuple[Tensor, Tensor]] = []  # what the loss has read, with its gradient by that alone
         found: dict[int, tuple[int, Tensor]] = {}  # ordinal -> the value it was read at, gradient
         for shown, values in zip(
@@ -195,6 +200,7 @@ class FullTapeSession(Session):
     def _close(self) -> None:
         self._versions.clear()
         self._values.clear()
+        self._cut.clear()
 
     # -- the recorder's guard ------------------------------------------------------------------------------------
 
@@ -225,5 +231,6 @@ class FullTapeSession(Session):
                 self._values[-1][i] = self._count
                 shown = self.networks.shown[i]
                 if not shown.is_leaf:
+                    self._cut.append((i, shown.grad_fn))
                     Tensor.detach_(shown)
                     shown.requires_grad_()

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from metaoptim.errors import BudgetError
 
 from ..compiler.ir import Loop, Lowering
 from ..compiler.program import RolledProgram, readable_bytes
-from ..compiler.stepcost import measured
+from ..compiler.stepcost import measured, residual_cost, step_cost
 from .dry_run import predict
 from .rehearsal import shortened
 
@@ -29,12 +29,14 @@ class Plan:
         slots: how many states are kept; None for all.
         peak_bytes: predicted, beyond the caller's own tensors.
         minimum: the smallest budget that there is a plan for.
+        saved: over how many of the last calls residuals are saved, of which their derivatives make use.
     """
 
     budget: int
     slots: int | None
     peak_bytes: int
     minimum: int
+    saved: int = 0
 
 
 class Peaks:
@@ -109,6 +111,40 @@ def plan_for(program: RolledProgram, how: Lowering, budget: int, name: str) -> P
         )
     slots = peaks.fitting(budget, max(states, 1))
     return Plan(budget, None if slots >= states else slots, peaks(slots), minimum)
+
+
+def with_residuals(
+    plan: Plan, program: RolledProgram, how: Lowering, rehearsal: Callable[[], None] | None = None
+) -> Plan:
+    """A plan that keeps every state, with residuals saved over as many of the last calls as the rest allows.
+
+    Args:
+        plan: as of `plan_for`.
+        program: of the compiled function.
+        how: its graphs are run.
+        rehearsal: runs a few calls with residuals, so that `measured` knows what they take; None to believe the graphs.
+    """
+    if plan.slots is not None:
+        return plan
+    room = plan.budget - plan.peak_bytes
+    bytes_, more = _most(program, how)
+    if rehearsal is not None:
+        few = shortened(program, _FEW).positions
+        checking = 4 * max(
+            c.replay_bytes + c.vjp_bytes for c in (step_cost(g, how) for g in program.step_graphs)
+        )
+        if not bytes_ or room < few * bytes_ + more + checking:
+            return plan
+        rehearsal()
+        bytes_, more = _most(program, how)
+    saved = min(program.positions, max(0, room - more) // bytes_) if bytes_ else 0
+    return replace(plan, saved=saved, peak_bytes=plan.peak_bytes + (saved * bytes_ + more if saved else 0))
+
+
+def _most(program: RolledProgram, how: Lowering) -> tuple[int, int]:
+    """`residual_cost` of the step graph for which it is highest."""
+    costs = [residual_cost(g, how) for g in program.step_graphs]
+    return max((kept for kept, _ in costs), default=0), max((more for _, more in costs), default=0)
 
 
 def _first_use(program: RolledProgram, how: Lowering) -> int:

@@ -30,7 +30,7 @@ from . import bypass
 from .engine import Engine
 from .hyper import Hyper, hyper_of
 from .inputs import Held
-from .session import Options, Session
+from .session import Options, Session, refuse_overwritten
 from .streaming import Streaming
 from .theta import ThetaView
 
@@ -97,6 +97,10 @@ class RecordedSession(Session):
                     f"parameter {name!r} was changed through .data between its use in the loss and the step; change it "
                     "before the loss or after the step"
                 )
+            ordinal = self.view.indices.index(theta.index)
+            written = theta.tensor is self.networks.shown[ordinal] and not self.view.unchanged(theta)
+            if written and ordinal in self.ordinals(optimizer):
+                refuse_overwritten(self.networks.names[ordinal])
         update = self._plan(optimizer, loss, sliced, hyper, allow_unused)
         if sliced.spies:  # only now have the hooks run
             if any(spy.mutated for spy in sliced.spies):
@@ -231,7 +235,8 @@ class RecordedSession(Session):
                     new[key] = len(engine.state) + len(new)
                 changes.append((known[key] if key in known else new[key], value))
         if changes:
-            engine.append(Assign(tuple(i for i, _ in changes), [v for _, v in changes]), changes)
+            call = Assign(tuple(i for i, _ in changes), [v for _, v in changes])
+            engine.append(call, changes, read=self.view.read)
             known.update(new)
             self.recorder.epoch.position = engine.position  # theta is the same here
 
@@ -338,7 +343,9 @@ class RecordedSession(Session):
         self, call: StepCall, sliced: Slice, update: _Update, stale: bool, expected_state: list[Tensor]
     ) -> None:
         """The gradient of the captured step against the eager one, and what the update makes of it."""
-        inputs = [t.tensor.detach() for t in sliced.thetas] + (update.old if stale else [])
+        engine = self.engine  # it has theta as the loss has read it, which may have been overwritten since
+        base = engine.state if call.base == engine.position else engine.state_at(call.base)
+        inputs = [base[t.index] for t in sliced.thetas] + (update.old if stale else [])
         inputs += [v for s in update.states for v in s.values()] + [h.tensor for h in call.inputs]
         try:
             with torch.no_grad():

@@ -14,6 +14,7 @@ from metaoptim.errors import UnreachableWarning
 
 from ..compiler.capture.tracer import Input
 from ..compiler.ir import Loop, Lowering, StepCall
+from ..compiler.lower import residuals
 from ..compiler.program import RolledProgram
 from ..compiler.stepcost import Measured, made_of, measured
 from .compiled import Run
@@ -32,16 +33,27 @@ def shortened(program: RolledProgram, most: int, long: Loop | None = None, longe
     return replace(program, calls=calls)
 
 
-def rehearse(program: RolledProgram, tensors: dict[Input, Tensor], how: Lowering) -> None:
+def rehearse(
+    program: RolledProgram, tensors: dict[Input, Tensor], how: Lowering, saving: bool = False
+) -> None:
     """Run a few steps of ``program`` and their derivatives, so that `measured` knows all its step graphs.
 
     Nothing outside changes: what the program would write is dropped, and the random generator stays where it is. Graphs
     are compiled on the way, and checked where ``how`` says so.
+
+    Args:
+        program: of the compiled function.
+        tensors: behind its inputs.
+        how: its graphs are run.
+        saving: whether with residuals.
     """
-    graphs = program.step_graphs
-    if all(measured(g, kind, how) for g in graphs for kind in ("replay", "vjp")):
+    kinds = ("forward", "backward") if saving else ("replay", "vjp")
+    graphs = [g for g in program.step_graphs if not saving or residuals(g, how.hvp) is not None]
+    if all(measured(g, kind, how) for g in graphs for kind in kinds):
         return
-    run = Run(shortened(program, _ITERATIONS), tensors, 1, how, None, engine=_MeteredEngine)
+    short = shortened(program, _ITERATIONS)
+    saved = short.positions if saving else 0
+    run = Run(short, tensors, None if saving else 1, how, None, engine=_MeteredEngine, saved=saved)
     before = None if run.generator is None else run.generator.get_rng_state()
     try:
         results = run.forward()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaoptim.errors import LossError, WindowError
+from metaoptim.errors import CaptureError, LossError, WindowError
 
 from ..compiler.build import GradientHooks
 from ..compiler.capture import intercept
@@ -51,6 +51,14 @@ class _Member:
             }
         self.steps = 0
         self.picked: tuple[dict[int, Tensor], dict[Any, dict], list[tuple]] | None = None
+
+
+def refuse_overwritten(name: str) -> None:
+    """Raise for a parameter that was changed in place between its use in a loss and the step by that loss."""
+    raise CaptureError(
+        f"parameter {name!r} was overwritten between its use in the loss and the step; change it before the loss or "
+        "after the step"
+    )
 
 
 class Session:

@@ -58,9 +58,16 @@ class Sliding:
         return number in self._metas
 
     def read(
-        self, indices: Sequence[int], originals: Sequence[nn.Parameter], offline: bool
+        self, indices: Sequence[int], originals: Sequence[nn.Parameter], offline: bool, oldest: int
     ) -> tuple[Tensor, ...]:
-        """Theta now; ``originals``, the parameters behind ``indices``, receive a gradient offline."""
+        """Theta now.
+
+        Args:
+            indices: its state indices.
+            originals: the parameters behind them, which receive a gradient offline.
+            offline: whether they do.
+            oldest: position whose theta a pending loss may have read.
+        """
         engine = self.engine
         self._metas = {n: (t, last) for n, (t, last) in self._metas.items() if last > self.count - self.limit}
         whole = self.count <= self.limit
@@ -83,7 +90,7 @@ class Sliding:
                 *reached,
             )
         self._lives.add(life)
-        engine.trim(min(life.bottom for life in self._lives))
+        engine.trim(min(oldest, *(life.bottom for life in self._lives)))
         return shown
 
     def _cut(self) -> None:

@@ -60,7 +60,8 @@ class ThetaView:
         indices = tuple(range(first, first + len(values)))
         self.indices += indices
         position = engine.position
-        engine.append(Assign(indices, values, adoption=True), list(zip(indices, values, strict=True)))
+        changes = list(zip(indices, values, strict=True))
+        engine.append(Assign(indices, values, adoption=True), changes, read=self.read)
         if self.offline and self.sliding is None:
             with torch.enable_grad():
                 self._token = Link.apply(engine, position, (), indices, self._token, *originals)
@@ -75,7 +76,8 @@ class ThetaView:
         self._versions.update((self.indices[i], object()) for i in ordinals)
         if self.sliding is not None:
             ordinals = range(len(self.indices))
-            shown = self.sliding.read(self.indices, list(own), self.offline)
+            oldest = min((e.position for e in self.epochs if e.read), default=engine.position)
+            shown = self.sliding.read(self.indices, list(own), self.offline, oldest)
         elif not self.offline and engine.program.horizon == 0:
             shown = tuple(
                 as_parameter(engine.state[self.indices[i]], own[i]).requires_grad_() for i in ordinals
@@ -111,6 +113,11 @@ class ThetaView:
         self._storages = None
 
     # -- what a loss has read ------------------------------------------------------------------------------------
+
+    @property
+    def read(self) -> bool:
+        """Whether a loss of the super-step at hand may have read theta."""
+        return any(epoch.read for epoch in self.epochs)
 
     def slice(self, roots: list[Any]) -> tuple[Slice, Epoch]:
         """The ancestor slice of a loss (first root) and hyper-parameters, and the epoch whose theta it read."""
@@ -265,7 +272,8 @@ class ThetaView:
         with self.recorder.paused(), torch.no_grad():
             indices = tuple(self.indices[i] for i in ordinals)
             values = [self.networks.shown[i].detach() for i in ordinals]
-            self.engine.append(Assign(indices, values), list(zip(indices, values, strict=True)))
+            changes = list(zip(indices, values, strict=True))
+            self.engine.append(Assign(indices, values), changes, read=self.read)
         self._note_leaves(ordinals, [self.networks.shown[i] for i in ordinals])
         theta = dict(self.recorder.epoch.theta)
         for i in ordinals:

@@ -213,6 +213,26 @@ def _hook(w: World) -> None:
     w.net[0].weight.register_hook(lambda g: g * 0.5)
 
 
+def _another_activation(w: World) -> None:
+    w.net[1] = nn.Sigmoid()
+
+
+def _option_of_a_module(w: World) -> None:
+    w.net[2] = nn.Dropout(0.3)  # eval
+
+
+def _module_hook(w: World) -> None:
+    w.net[0].register_forward_hook(lambda module, args, out: 2 * out)
+
+
+def _module_pre_hook(w: World) -> None:
+    w.net[3].register_forward_pre_hook(lambda module, args: (0.5 * args[0],))
+
+
+def _forward_replaced(w: World) -> None:
+    w.net[1].forward = torch.sin
+
+
 def _same_tensor_twice(w: World) -> None:
     w.rebind(w.w)
 
@@ -239,6 +259,11 @@ DIFFERENT = [
     _another_optimizer,
     _frozen,
     _hook,
+    _another_activation,
+    _option_of_a_module,
+    _module_hook,
+    _module_pre_hook,
+    _forward_replaced,
     _same_tensor_twice,
     _parameter_replaced,
 ]

@@ -25,7 +25,7 @@ from metaoptim.runtime.schedule import extra_forwards
 
 KEYS = {
     "function", "form", "horizon", "calls", "num_programs", "window", "offline", "slots",
-    "memory_budget", "minimum_budget", "plan", "kept_states",
+    "memory_budget", "minimum_budget", "plan", "kept_states", "saved_calls",
     "extra_forwards", "recompute_factor", "state_bytes", "transient_bytes", "predicted_peak_bytes",
     "predicted_forward_bytes", "gradient_targets", "unreachable", "paths", "passes", "shapes", "program",
 }  # fmt: skip
@@ -361,6 +361,7 @@ def test_text_shows_every_stage_and_the_program(report: Report) -> None:
         "roll",
         "loop",
         "differentiate",
+        "checkpoint",
     ]
 
 

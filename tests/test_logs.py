@@ -79,6 +79,10 @@ CHANGES: dict[str, tuple[Callable[[World], Any], str]] = {
         lambda w: setattr(w, "positional", (1,)),
         "the number of positional arguments: was 2, is 3",
     ),
+    "activation": (
+        lambda w: w.net.__setitem__(1, nn.Sigmoid()),
+        "net.1: its class, options or hooks are others than before",
+    ),
     "training": (lambda w: w.net[1].eval(), "net.1.training: was True, is False"),
     "state": (
         lambda w: w.inner.state[w.net[2].bias].update(momentum_buffer=torch.zeros(2)),

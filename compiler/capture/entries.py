@@ -46,9 +46,10 @@ class Epoch:
         externals: id of a tensor read from outside -> weak reference to what stands for it.
         written: those that recorded in-place calls go into.
         apart: storages of values that are set apart (see `Value`).
+        read: whether any theta has been read in it.
     """
 
-    __slots__ = ("position", "superstep", "theta", "writes", "externals", "written", "apart")
+    __slots__ = ("position", "superstep", "theta", "writes", "externals", "written", "apart", "read")
 
     def __init__(self, position: int, superstep: int, theta: dict[int, Theta]) -> None:
         self.position, self.superstep, self.theta = position, superstep, theta
@@ -56,6 +57,7 @@ class Epoch:
         self.externals: dict[int, weakref.ref[External]] = {}
         self.written: list[External] = []
         self.apart: set[int] = set()
+        self.read = False
 
 
 class Entry:

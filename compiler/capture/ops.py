@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -40,6 +41,22 @@ def op_info(op: Any) -> OpInfo:
             op in _TWO_OPERANDS,
         )
     return info
+
+
+@functools.cache
+def functional(op: Any) -> Any:
+    """The overload that returns what an in-place ``op`` writes, if there is one."""
+    name = op._schema.name.split("::")[1]
+    packet = getattr(aten, name.removesuffix("_"), None) if name.endswith("_") else None
+    for overload in packet.overloads() if packet is not None else ():
+        found = getattr(packet, overload)
+        if not found._schema.is_mutable and _types(found) == _types(op):  # pow_.Scalar is pow.Tensor_Scalar
+            return found
+    return None
+
+
+def _types(op: Any) -> list[str]:
+    return [str(a.type) for a in op._schema.arguments]
 
 
 def written(info: OpInfo, args: tuple, kwargs: dict) -> list[Tensor]:

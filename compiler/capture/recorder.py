@@ -161,14 +161,17 @@ class Recorder(TorchDispatchMode):
         """What stands for ``t`` in the recording."""
         found = self.known(t)
         if isinstance(found, Theta):
+            self.epoch.read = True
             return found
         if found is not None:
             if t.requires_grad:
                 if t.is_leaf and found.entry.grad:
                     return self._external(t)  # `requires_grad_()` made it the user's own leaf
-                # autograd hands saved outputs back through a detach: an alias, not a cut
+                # autograd hands saved outputs back through a detach: an alias, not a cut; unlike one that requires grad
+                # since a view of it was written into
                 resolved: Any = found
-                while isinstance(resolved, Value) and resolved.entry.op is _DETACH:
+                written = t.grad_fn is not None and t.grad_fn.name().endswith("CopySlices")
+                while isinstance(resolved, Value) and resolved.entry.op is _DETACH and not written:
                     resolved = resolved.entry.args[0]
                 if not isinstance(resolved, Value):
                     return resolved

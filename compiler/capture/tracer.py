@@ -31,7 +31,7 @@ from ..ir import again, gradient
 from .entries import Entry, Function, Number, Spy, Value
 from .intercept import is_removed
 from .modes import leave, paused
-from .ops import BATCH_NORM, LIFTS, op_info, written
+from .ops import BATCH_NORM, LIFTS, functional, op_info, written
 from .slicing import closed_over, tensor_spec
 
 aten = torch.ops.aten
@@ -339,10 +339,10 @@ class Tracer(TorchDispatchMode):
         return out
 
     def _write_value(self, op: Any, args: tuple, kwargs: dict, targets: list[Tensor]) -> Any:
-        functional = _functional(op)
+        pure = functional(op)
         (target,) = targets if len(targets) == 1 else (None,)
         if (
-            functional is not None
+            pure is not None
             and target is not None
             and args
             and args[0] is target
@@ -351,11 +351,11 @@ class Tracer(TorchDispatchMode):
         ):
             if not target._is_view() and len(self._sharing(target)) <= 1:
                 with self.paused():
-                    new = self.run(functional, _detach_all(args), _detach_all(kwargs))
+                    new = self.run(pure, _detach_all(args), _detach_all(kwargs))
                 if isinstance(new, Tensor) and tensor_spec(new) == tensor_spec(target):
-                    tokens = self._tokens(functional, args)
+                    tokens = self._tokens(pure, args)
                     out = self.run(op, args, kwargs)
-                    self.bind(target, Value(self.add(functional, tokens, self.token(kwargs)), None))
+                    self.bind(target, Value(self.add(pure, tokens, self.token(kwargs)), None))
                     return out
         if len(targets) > 1 and torch.is_grad_enabled() and any(t._is_view() for t in targets):
             raise CaptureError(
@@ -563,12 +563,3 @@ def _spec_of(a: Any) -> Any:
     if isinstance(a, Tensor):
         return ("spec", *tensor_spec(a))
     return tuple(map(_spec_of, a)) if isinstance(a, (list, tuple)) else a
-
-
-def _functional(op: Any) -> Any:
-    """The overload that returns what an in-place ``op`` writes, if there is one."""
-    name = op._schema.name.split("::")[1]
-    packet = getattr(aten, name.removesuffix("_"), None) if name.endswith("_") else None
-    if packet is None or op._overloadname not in packet.overloads():
-        return None
-    return getattr(packet, op._overloadname)

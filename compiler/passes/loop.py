@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 from ..capture.tracer import Input
@@ -44,15 +44,17 @@ def _folded(run: list[Any]) -> list[Any]:
 def _column(given: Sequence[Given]) -> tuple[Given, int] | None:
     """What stands for one input of all calls of a run, and its stride."""
     first, second, *_ = given
-    if first.kind == "noise" or all(g.kind == first.kind and g.at == first.at and _same(g.of, first.of) for g in given):
+    if first.kind == "noise" or all(
+        g.kind == first.kind and g.at == first.at and _same(g.of, first.of) for g in given
+    ):
         return first, 0
     if first.kind == "scan" and all(g.kind == "scan" and g.of is first.of for g in given):
         stride = second.at - first.at
-        if all(b.at - a.at == stride for a, b in zip(given, given[1:])):
+        if all(b.at - a.at == stride for a, b in pairwise(given)):
             return first, stride
     if all(g.kind == "number" and type(g.of) is int for g in given):
         stride = second.of - first.of
-        if all(b.of - a.of == stride for a, b in zip(given, given[1:])):
+        if all(b.of - a.of == stride for a, b in pairwise(given)):
             return first, stride
     if any(isinstance(g.of, Input) and g.of.grad and g.kind == "input" for g in given):
         return None  # each gets a gradient of its own, and what a loop takes shall not depend on its length

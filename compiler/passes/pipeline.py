@@ -31,9 +31,11 @@ class Options:
     """Options of `metaoptim.compile`.
 
     Attributes:
+        recapture: see `metaoptim.compile`.
         skip: passes switched off, to find out what one of them does: without canonicalize, calls that nothing needs
             are run; without prune, everything is differentiated; without roll, every part has a step graph of its own;
-            without rows and loop, a plain `for` stays a list of calls. The gradients are the same. (The pass mode is what makes a window online, so it always runs.)
+            without rows and loop, a plain `for` stays a list of calls. The gradients are the same. (The pass mode is
+            what makes a window online, so it always runs.)
     """
 
     window: int | None = None

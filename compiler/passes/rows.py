@@ -17,9 +17,9 @@ aten = torch.ops.aten
 def rows(trace: Trace) -> str:
     """Replace slices of inputs along the leading axis, taken one by one or all at once, by the slices themselves.
 
-    Steps over ``xs[t]``, over ``for x in xs`` and over ``zip(xs, ys)`` become alike but for t, nothing is passed on from
-    where a tensor was taken apart, and the gradients of its rows gather in one tensor. Iterations of a scan are left
-    alone: there, what is a row of a scanned tensor moves.
+    Steps over ``xs[t]``, ``for x in xs`` and ``zip(xs, ys)`` become alike but for t, nothing is passed on from where a
+    tensor was taken apart, and the gradients of its rows gather in one tensor. Iterations of a scan are left alone:
+    there, what is a row of a scanned tensor moves.
     """
     reader = _Rows(trace)
     scanned = {n for scan in trace.scans for n in range(scan.begins[0], scan.end)}

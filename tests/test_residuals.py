@@ -1,0 +1,187 @@
+"""Residuals: a step's derivative goes on from what its forward has saved, and gives the same, in less work."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+import metaoptim
+from forms import in_form_c, mlp
+from metaoptim.compiler import lower
+from metaoptim.compiler.differentiate import cotangent_outputs
+from metaoptim.compiler.ir import StepGraph
+from metaoptim.compiler.lower import derived, replayed, residuals
+from metaoptim.runtime.meter import AllocatorMeter
+from oracle import Problem, agree, leaves, run_oracle
+from problems import problem
+
+MUCH = "1GiB"
+
+
+def run(case: Problem, **options: Any) -> tuple[dict[str, Tensor | None], Any]:
+    """The gradients of a problem in form C, and its program."""
+    torch.manual_seed(3)
+    net, metas = case.build(), leaves(case.metas)
+    meta_loss = in_form_c(case, **options)
+    torch.manual_seed(11)
+    meta_loss(net, metas).backward()
+    ((program,),) = meta_loss._programs.values()
+    return {n: p.grad for n, p in (*net.named_parameters(), *metas.items())}, program
+
+
+def arguments(step: StepGraph, seed: int = 0) -> tuple[list[Tensor], list[Tensor]]:
+    """Positive inputs of a step graph, and cotangents."""
+    g = torch.Generator().manual_seed(seed)
+
+    def like(t: Tensor) -> Tensor:
+        return t.copy_(torch.rand(t.shape, generator=g) + 0.2) if t.is_floating_point() else t.zero_()
+
+    return [like(p.empty()) for p in step.inputs], [
+        like(step.outputs[i].empty()) for i in cotangent_outputs(step)
+    ]
+
+
+def operators(module: fx.GraphModule) -> int:
+    return sum(n.op == "call_function" for n in module.graph.nodes)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam", "amsgrad", "rmsprop"])
+@pytest.mark.parametrize("network", ["linear", "conv_bn", "dropout", "tied"])
+def test_both_graphs_together_are_replay_and_derivative(network: str, optimizer: str) -> None:
+    _, program = run(problem(network, optimizer, 3, True), slots=None)
+    checked = 0
+    for step in program.rolled.step_graphs:
+        split = residuals(step, "auto")
+        if split is None:
+            continue
+        inputs, cotangents = arguments(step)
+        with torch.no_grad():
+            expected, outputs = derived(step, "auto")(*inputs, *cotangents), replayed(step)(*inputs)
+            made = split.forward(*inputs)
+            saved = made[len(outputs) :]
+            got = split.backward(*inputs, *saved, *cotangents)
+        assert len(saved) == split.residuals > 0
+        torch.testing.assert_close(made[: len(outputs)], outputs, rtol=0, atol=0, equal_nan=True)
+        for g, e in zip(got, expected, strict=True):
+            torch.testing.assert_close(g, e, rtol=0, atol=0, equal_nan=True)
+        assert split.saves > 0
+        assert operators(split.backward) <= operators(derived(step, "auto")) - split.saves
+        checked += step.steps > 0
+    assert checked >= 2  # the first step and the others
+
+
+def test_what_writes_in_place_keeps_its_derivative() -> None:
+    """The cells of an LSTM: nothing is saved, and the gradient is the same."""
+    case = problem("lstm", "momentum", 3, True)
+    got, program = run(case, memory_budget=MUCH)
+    agree(got, run_oracle(case))
+    assert program.plan.slots is None and program.plan.saved == 0
+    assert all(residuals(s, "auto") is None for s in program.rolled.step_graphs if s.steps)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize(
+    ("network", "optimizer", "offline", "window"),
+    [
+        ("linear", "momentum", True, None),
+        ("dropout", "adam", False, None),
+        ("conv_bn", "rmsprop", True, None),
+        ("tied", "sgd", False, 2),
+        ("unused", "amsgrad", True, None),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::metaoptim.UnreachableWarning")
+def test_equals_the_tape(
+    network: str, optimizer: str, offline: bool, window: int | None, backend: str
+) -> None:
+    case = problem(network, optimizer, 6, offline, window, per_step=True)
+    got, program = run(case, memory_budget=MUCH, backend=backend)
+    agree(got, run_oracle(case))
+    assert program.plan.slots is None and program.plan.saved == program.rolled.positions
+
+
+def test_mixed_mode() -> None:
+    case = problem("linear", "adam", 5, True)
+    got, program = run(case, memory_budget=MUCH, hvp="mixed")
+    agree(got, run_oracle(case))
+    assert program.plan.saved
+
+
+def compiled(**options: Any) -> Any:
+    @metaoptim.compile(**{"backend": "eager", **options})
+    def meta_loss(net: nn.Module, log_lr: Tensor, xs: Tensor) -> Tensor:
+        inner = metaoptim.MetaSGD([net], lr=log_lr.exp(), momentum=0.9)
+        with metaoptim.SlidingWindow(offline=True) as window:
+            for x in window.scan(xs):
+                inner.step(F.mse_loss(net(x), x[:, :2]))
+            return net(xs[0]).square().mean()
+
+    return meta_loss
+
+
+def setting(steps: int = 40) -> tuple[nn.Module, Tensor, Tensor]:
+    xs = torch.randn(steps, 50, 3, generator=torch.Generator().manual_seed(2))
+    return mlp(), torch.tensor(-2.0, requires_grad=True), xs
+
+
+def test_the_budget_says_how_many_and_is_kept() -> None:
+    """From every state on, each further budget saves over more calls; the gradient is the same."""
+    net, log_lr, xs = setting()
+    expected = torch.autograd.grad(compiled()(net, log_lr, xs), [log_lr, *net.parameters()])
+    all_states = compiled(memory_budget=MUCH).explain(net, log_lr, xs)
+    assert all_states.plan == "unrolled" and all_states.saved_calls == all_states.calls
+    least = compiled().explain(net, log_lr, xs).predicted_peak_bytes
+    found = []
+    for share in (0.0, 0.3, 0.7, 1.0):
+        budget = int(least + 60_000 + share * (all_states.predicted_peak_bytes - least - 60_000))
+        meta_loss = compiled(memory_budget=budget)
+        meta_loss(net, log_lr, xs).backward()
+        with AllocatorMeter() as meter:
+            got = torch.autograd.grad(meta_loss(net, log_lr, xs), [log_lr, *net.parameters()])
+        assert meter.peak <= budget
+        assert all(map(torch.equal, got, expected))
+        ((program,),) = meta_loss._programs.values()
+        assert program.plan.peak_bytes <= budget
+        found.append(program.plan.saved)
+    assert found == sorted(found) and len(set(found)) >= 3 and found[-1] > 30
+
+
+def test_a_second_backward_runs_the_forwards_again() -> None:
+    net, log_lr, xs = setting(8)
+    loss = compiled(memory_budget=MUCH)(net, log_lr, xs)
+    (first,) = torch.autograd.grad(loss, log_lr, retain_graph=True)
+    (second,) = torch.autograd.grad(loss, log_lr)
+    assert torch.equal(first, second)
+
+
+def test_residuals_are_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one operator of a backward changed, the gradient is another."""
+    net, log_lr, xs = setting(8)
+    (expected,) = torch.autograd.grad(compiled(memory_budget=MUCH)(net, log_lr, xs), log_lr)
+    real = lower.split
+
+    def corrupted(*given: Any) -> Any:
+        found = real(*given)
+        if found is not None:
+            node = next(n for n in found.backward.graph.nodes if n.target is torch.ops.aten.mul.Tensor)
+            node.target = torch.ops.aten.add.Tensor
+            found.backward.recompile()
+        return found
+
+    monkeypatch.setattr(lower, "split", corrupted)
+    meta_loss = compiled(memory_budget=MUCH)
+    with torch.no_grad():
+        meta_loss(net, log_lr, xs)
+    ((program,),) = meta_loss._programs.values()
+    for step in program.rolled.step_graphs:
+        for key in [k for k in step.programs if k[0] in ("residuals", "backward", "measured")]:
+            del step.programs[key]
+    (got,) = torch.autograd.grad(meta_loss(net, log_lr, xs), log_lr)
+    for step in program.rolled.step_graphs:  # shared with other tests
+        for key in [k for k in step.programs if k[0] in ("residuals", "backward", "measured")]:
+            del step.programs[key]
+    assert abs(float(got - expected)) > 1e-3 * abs(float(expected))
