@@ -92,24 +92,19 @@ class _Writer(TorchDispatchMode):
 
     def _instead_of_writing(self, func: Any, args: tuple, kwargs: dict) -> bool:
         """Make a new tensor where an operator would change one that nobody else sees; whether it was so."""
-        pure = functional(func) if op_info(func).writes == (0,) else None
-        written, node = self._nodes.get(id(args[0]), (None, None)) if pure is not None else (None, None)
-        if (
-            written is None
-            or node is None
-            or node.op != "call_function"
-            or written.layout is not torch.strided
-        ):
+        pure: Any = functional(func) if op_info(func).writes == (0,) else None
+        known = self._nodes.get(id(args[0])) if pure is not None else None
+        if known is None or known[1].op != "call_function" or args[0].layout is not torch.strided:
             return False
+        written, node = known
         storage = written.untyped_storage()._cdata
         sharing = [
             (t, n)
             for t, n in self._nodes.values()
             if t.layout is torch.strided and t.untyped_storage()._cdata == storage
         ]
-        if any(n is not node for _, n in sharing) or tensor_spec(pure(*args, **kwargs)) != tensor_spec(
-            written
-        ):
+        new = pure(*args, **kwargs)
+        if any(n is not node for _, n in sharing) or tensor_spec(new) != tensor_spec(written):
             return False
         node = self.graph.call_function(pure, self.token(args), self.token(kwargs))
         func(*args, **kwargs)
