@@ -92,9 +92,15 @@ class _Writer(TorchDispatchMode):
 
     def _instead_of_writing(self, func: Any, args: tuple, kwargs: dict) -> bool:
         """Make a new tensor where an operator would change one that nobody else sees; whether it was so."""
-        pure: Any = functional(func) if op_info(func).writes == (0,) else None
-        known = self._nodes.get(id(args[0])) if pure is not None else None
-        if known is None or known[1].op != "call_function" or args[0].layout is not torch.strided:
+        if op_info(func).writes != (0,):
+            return False
+        pure, known = functional(func), self._nodes.get(id(args[0]))
+        if (
+            pure is None
+            or known is None
+            or known[1].op != "call_function"
+            or args[0].layout is not torch.strided
+        ):
             return False
         written, node = known
         storage = written.untyped_storage()._cdata
