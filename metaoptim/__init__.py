@@ -15,6 +15,7 @@ from .errors import (
 from .explain import explain
 from .optim import MetaAdam, MetaOptimizer, MetaRMSprop, MetaSGD
 from .plan import plan
+from .runtime.progress import progress
 from .window import SlidingWindow, zero_nan_hook
 
 __version__ = "0.1.0"
@@ -36,6 +37,7 @@ __all__ = [
     "compile",
     "explain",
     "plan",
+    "progress",
     "zero_nan_hook",
 ]
 

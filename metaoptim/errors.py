@@ -46,6 +46,21 @@ class BudgetError(MetaOptimError):
 
     Attributes:
         minimum: the smallest budget, in bytes, that there is a plan for.
+
+    Example:
+        >>> net = torch.nn.Linear(3, 1)
+        >>> @metaoptim.compile(backend="eager", memory_budget=64)
+        ... def meta_loss(net, xs):
+        ...     inner = metaoptim.MetaSGD([net])
+        ...     with metaoptim.SlidingWindow(offline=True) as window:
+        ...         for x in window.scan(xs):
+        ...             inner.step(net(x).square().mean())
+        ...         return net(xs[0]).square().mean()
+        >>> try:
+        ...     meta_loss(net, torch.ones(5, 2, 3))
+        ... except metaoptim.BudgetError as error:
+        ...     print(error.minimum > 64)
+        True
     """
 
     def __init__(self, message: str, minimum: int) -> None:

@@ -22,6 +22,7 @@ from ..compiler.differentiate import cotangent_outputs
 from ..compiler.ir import Assign, Program, Role, StepCall
 from ..compiler.lower import Lowered, lowered, residuals
 from .noise import draw
+from .progress import watching
 from .schedule import Marks
 from .store import SlotStore, State
 
@@ -31,6 +32,7 @@ class Sweep:
 
     Attributes:
         position: they have been pulled back to here.
+        top: they came from there.
         cotangents: state index -> cotangent at `position`.
         deposits: tape position -> cotangents that join there.
         metas: meta-parameter (its number, or what else stands for it) -> its gradient so far.
@@ -38,7 +40,7 @@ class Sweep:
     """
 
     def __init__(self) -> None:
-        self.position = -1
+        self.position = self.top = -1
         self.cotangents: dict[int, Tensor] = {}
         self.deposits: dict[int, list[tuple[int, Tensor]]] = {}
         self.metas: dict[Any, Tensor] = {}
@@ -86,6 +88,8 @@ class Engine:
         self.backward_hook = backward_hook
         self.saving = sys.maxsize  # position from which on `run` saves residuals
         self.streaming: Any = None  # what keeps a window to a memory budget
+        self._watch = watching() if type(self) is Engine else None  # not while it is run to plan
+        self._ran = 0  # calls that `run` has run
         self.vjps = 0
         self.replays = 0
         self._drawn: Tensor | None = None  # the generator's state after the last call that drew
@@ -136,6 +140,9 @@ class Engine:
             if position and _may_keep(call, position):
                 self.store.offer(position, state)
             state = self._advance(call, position, state, {position: state}, saving=position >= self.saving)
+            self._ran = position + 1
+            if self._watch is not None:
+                self._watch(self._ran, 2 * self.program.end)
         self.state = state
         return state
 
@@ -305,6 +312,7 @@ class Engine:
         if top > sweep.position:
             raise AssertionError(f"a cotangent came for position {top} after the sweep had passed it")
         with self.sweeping():
+            sweep.top = max(sweep.top, sweep.position)
             sweep.arrive(sweep.position)
             while sweep.position > bottom:
                 position = sweep.position - 1
@@ -317,6 +325,12 @@ class Engine:
                 else:
                     self._pull(call, position, sweep)
                 sweep.arrive(position)
+                self.tell(sweep, position)
+
+    def tell(self, sweep: Sweep, position: int) -> None:
+        """A sweep has come down to ``position``: show progress, if anyone watches."""
+        if self._watch is not None:
+            self._watch(self._ran + sweep.top - position, self._ran + sweep.top - self.program.start)
 
     @contextmanager
     def sweeping(self) -> Iterator[None]:

@@ -26,10 +26,12 @@ def pull_back_truncated(engine: Engine, sweep: Sweep, limit: int, offline: bool)
     steps = [p for p in range(program.end) if program.takes_step(p)]
     cut = False
     with engine.sweeping():
+        sweep.top = program.end
         sweep.arrive(program.end)
         for position in range(program.end - 1, -1, -1):
             reads = _pull(engine, sweep, position)
             sweep.arrive(position)
+            engine.tell(sweep, position)
             if not reads:
                 continue
             done = bisect_left(steps, position)

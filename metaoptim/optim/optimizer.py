@@ -29,6 +29,24 @@ class MetaOptimizer(Optimizer):
         networks: list of `nn.Module`, one parameter group each, or of dicts ``{"params": module, **options}``.
         defaults: options of groups that do not set them.
         first_order: take the inner gradient as a constant in the meta-backward.
+
+    Example:
+        >>> class SignSGD(metaoptim.MetaOptimizer):  # θ' = θ - lr tanh(s g)
+        ...     def __init__(self, networks, lr=1e-3, sharpness=10.0):
+        ...         super().__init__(networks, dict(lr=lr, sharpness=sharpness))
+        ...     @staticmethod
+        ...     def init_state(param, hyper):
+        ...         return {}
+        ...     @staticmethod
+        ...     def update(param, grad, state, hyper):
+        ...         return param - hyper["lr"] * torch.tanh(hyper["sharpness"] * grad), state
+        >>> net, sharpness = torch.nn.Linear(2, 1), torch.tensor(3.0, requires_grad=True)
+        >>> inner = SignSGD([net], lr=0.1, sharpness=sharpness)
+        >>> with metaoptim.SlidingWindow(offline=True):
+        ...     inner.step(net(torch.ones(1, 2)).square().sum())
+        ...     net(torch.ones(1, 2)).square().sum().backward()
+        >>> sharpness.grad.shape
+        torch.Size([])
     """
 
     def __init__(
