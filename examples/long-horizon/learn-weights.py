@@ -6,6 +6,7 @@ validation set. Its gradient goes through all the steps of the training, in the 
 
     python learn-weights.py                  # a few minutes on a CPU
     python learn-weights.py --compile        # the same with the training captured whole and compiled
+    python learn-weights.py --preset long --compile    # through 20,000 steps in 16 MiB
 
 What was learnt is then used to train new networks, by torch.optim.
 """
@@ -39,6 +40,8 @@ HERE = pathlib.Path(__file__).resolve().parent
 PRESETS = {
     # A few minutes on one core.
     "demo": dict(steps=2000, iterations=10, train=800, val=500, batch=64, slots=45, repeats=3),
+    # Ten times as many steps, in a budget of memory.
+    "long": dict(steps=20_000, iterations=3, train=800, val=500, batch=64, memory_budget="16MiB", repeats=1),
     # Seconds: to see that everything runs.
     "quick": dict(steps=40, iterations=3, train=200, val=100, batch=32, slots=6, repeats=1),
 }
@@ -79,6 +82,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="outer Adam's rate on the weights' logits (default: 0.3)",
     )
     add("--slots", type=int, help="states of the inner loop kept; 0 keeps all")
+    add("--memory-budget", help="memory for a meta-gradient, such as 16MiB, instead of slots")
     add(
         "--gather",
         choices=("step", "before"),
@@ -98,13 +102,17 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--fresh", action="store_true", help="ignore an existing checkpoint")
     add("--out", type=pathlib.Path, default=HERE, metavar="DIR", help="folder for the picture")
     args = parser.parse_args(argv)
+    kept = {"slots", "memory_budget"}
+    said = any(getattr(args, name) is not None for name in kept)
     for name, value in {**PRESETS[args.preset], **OPTIMIZERS[args.optimizer]}.items():
-        if getattr(args, name) is None:
+        if getattr(args, name) is None and not (said and name in kept):
             setattr(args, name, value)
     for name in ("steps", "iterations", "batch", "repeats"):
         if getattr(args, name) < 1:
             parser.error(f"--{name}: got {getattr(args, name)}, expected at least 1")
-    if args.slots < 0:
+    if args.slots is not None and args.memory_budget is not None:
+        parser.error("--slots and --memory-budget: give one of the two")
+    if (args.slots or 0) < 0:
         parser.error(f"--slots: got {args.slots}, expected a count, or 0 to keep every state")
     if not 0 < args.corrupt < 1:
         parser.error(f"--corrupt: got {args.corrupt}, expected a share between 0 and 1")
@@ -158,7 +166,7 @@ class Run:
         rows = batches(args.train, args.batch, steps or args.steps, seed)
         return self.train(
             self.net, args.optimizer, args.weight_decay, self.log_rates, self.logits, self.digits, rows,
-            args.slots or None, args.gather,
+            args.gather, slots=args.slots or None, memory_budget=args.memory_budget,
         )  # fmt: skip
 
     def learn(self) -> None:
@@ -179,9 +187,10 @@ class Run:
     def outer_step(self, iteration: int) -> None:
         """Trains, differentiates through the training, and moves rates and weights."""
         begun = time.perf_counter(), time.process_time()
-        loss, val, test = self.forward(iteration)
-        self.outer.zero_grad()
-        loss.backward()
+        with metaoptim.progress() if self.args.steps > 5000 else contextlib.nullcontext():
+            loss, val, test = self.forward(iteration)
+            self.outer.zero_grad()
+            loss.backward()
         seconds, processor = time.perf_counter() - begun[0], time.process_time() - begun[1]
         gradients = [self.log_rates.grad, self.logits.grad]
         if not all(g is not None and g.isfinite().all() for g in gradients):
@@ -208,7 +217,17 @@ class Run:
 
     def settings(self) -> dict[str, Any]:
         """Returns what two runs must share for one to go on from the other's checkpoint."""
-        free = {"preset", "iterations", "repeats", "slots", "gather", "compile", "backend", "threads"}
+        free = {
+            "preset",
+            "iterations",
+            "repeats",
+            "slots",
+            "memory_budget",
+            "gather",
+            "compile",
+            "backend",
+            "threads",
+        }
         free |= {"checkpoint", "fresh", "out"}
         return {key: value for key, value in vars(self.args).items() if key not in free}
 
@@ -310,7 +329,7 @@ class Run:
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
         peak = self.peak()  # the profiler behind it takes memory too
         form = f"compiled, {args.backend}" if args.compile else "eager window"
-        kept = f"{args.slots} slots" if args.slots else "every state kept"
+        kept = f"{args.slots} slots" if args.slots else args.memory_budget or "every state kept"
         print(f"{args.steps:,} inner steps, {form}, {kept}")
         print(
             f"  {statistics.median(seconds):.1f} s per meta-gradient, {statistics.median(processor):.1f} s of them "

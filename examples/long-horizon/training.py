@@ -7,6 +7,8 @@ used there as anybody would use it.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -63,8 +65,8 @@ def train(
     logits: Tensor,
     digits: Digits,
     rows: Tensor,
-    slots: int | None = None,
     gather: str = "step",
+    **window: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Trains a network inside a window; after the window it is as it was before.
 
@@ -76,8 +78,8 @@ def train(
         logits: of the weights of the training examples, (examples,).
         digits: the data.
         rows: training examples of every batch, (steps, batch).
-        slots: states of the inner loop to keep; None keeps all.
         gather: "step" collects a batch when its step takes place, "before" all of them beforehand.
+        window: what is kept of the inner loop, ``slots`` or ``memory_budget``; as of `metaoptim.SlidingWindow`.
 
     Returns:
         The validation loss of the trained network, and its logits of the validation and test images.
@@ -89,13 +91,13 @@ def train(
     else:
         inner = metaoptim.MetaAdam(groups, weight_decay=weight_decay)
     weights = weights_of(logits)
-    with metaoptim.SlidingWindow(offline=True, slots=slots) as window:
+    with metaoptim.SlidingWindow(offline=True, **window) as opened:
         if gather == "step":
-            for i in window.scan(rows):
+            for i in opened.scan(rows):
                 losses = F.cross_entropy(net(digits.x[i]), digits.y[i], reduction="none")
                 inner.step((weights[i] * losses).mean())
         else:
-            for x, y, weight in window.scan(digits.x[rows], digits.y[rows], weights[rows]):
+            for x, y, weight in opened.scan(digits.x[rows], digits.y[rows], weights[rows]):
                 inner.step((weight * F.cross_entropy(net(x), y, reduction="none")).mean())
         val = net(digits.x_val)
         with torch.no_grad():
