@@ -1,15 +1,16 @@
-"""explain: what a compiled function becomes, what it will cost, and where its gradients go; nothing is run."""
+"""explain: what a compiled function becomes, what it will cost, and where its gradients go."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
-from .compile import CompiledFunction, captured_step, device_of, slots_of, step_of, trace_of
+from .compile import BoundFunction, CompiledFunction, captured_step, device_of, slots_of, step_of, trace_of
 from .compiler.capture.tracer import Input
 from .compiler.ir import Lowering, Role, StepGraph
 from .compiler.passes.pipeline import Options, Record, compile_trace
@@ -29,12 +30,14 @@ from .naming import tensor_names
 from .report import Report
 from .runtime.budget import budget_bytes
 from .runtime.dry_run import Prediction, predict
+from .runtime.meter import profiling
 from .runtime.planner import plan_for, with_residuals
 from .runtime.recorded import RecordedSession
+from .runtime.rehearsal import measured_peak, rehearse
 from .runtime.session import current_session
 
 
-def explain(fn: Callable) -> Callable[..., Report]:
+def explain(fn: Callable, *, measure: bool = False) -> Callable[..., Report]:
     """Explain what `metaoptim.compile` makes of a function.
 
     ``explain(fn)(*args)`` captures ``fn`` as it would act on these arguments, takes it through the passes and goes
@@ -43,6 +46,8 @@ def explain(fn: Callable) -> Callable[..., Report]:
 
     Args:
         fn: a compiled function, or a plain one, which is then explained with the default options of `compile`.
+        measure: run it too, forward and backward, and measure its peak beside the predicted one. Everything stays as it
+            is all the same; a profiler makes the run slow.
 
     Returns:
         A function of the same arguments that returns a `Report`: text by ``str``, values by `Report.to_dict`, tables
@@ -66,12 +71,20 @@ def explain(fn: Callable) -> Callable[..., Report]:
         (20, ['net.weight', 'net.bias', 'log_lr'])
     """
     compiled: Any = fn if hasattr(fn, "explain") else CompiledFunction(fn, Options())
-    return compiled.explain
+    if not measure:
+        return compiled.explain
+    if isinstance(compiled, BoundFunction):
+        return partial(explain(compiled.function, measure=True), compiled.instance)
+    return lambda *args, **kwargs: report_of(compiled._fn, compiled._options, args, kwargs, measure=True)
 
 
-def report_of(fn: Callable, options: Options, args: tuple, kwargs: dict[str, Any]) -> Report:
+def report_of(
+    fn: Callable, options: Options, args: tuple, kwargs: dict[str, Any], measure: bool = False
+) -> Report:
     """What `explain` returns, for a call of ``fn`` with these arguments."""
     session = current_session()
+    if measure and (session is not None or profiling()):
+        raise WindowError("explain(measure=True): call it outside windows, and while no profiler is active")
     if isinstance(session, RecordedSession):
         return _step_report(fn, options, session, args, kwargs)
     if session is not None:
@@ -93,9 +106,13 @@ def report_of(fn: Callable, options: Options, args: tuple, kwargs: dict[str, Any
     slots, budget = slots_of(program, options)
     how = options.lowering
     plan, begun = None, time.perf_counter()
+    tensors = {x: x.tensor for x in program.inputs}
+    if measure:
+        rehearse(program, tensors, how)
     if budget is not None:
         plan = plan_for(program, how, budget_bytes(budget, device_of(program)), _title(fn))
-        plan = with_residuals(plan, program, how)
+        rehearsal = partial(rehearse, program, tensors, how, saving=True) if measure else None
+        plan = with_residuals(plan, program, how, rehearsal)
         slots = plan.slots
     prediction = predict(program, slots, how)
     if not prediction.reached:
@@ -140,6 +157,7 @@ def report_of(fn: Callable, options: Options, args: tuple, kwargs: dict[str, Any
         transient_bytes=max((c.vjp_bytes for c in costs.values()), default=0),
         predicted_peak_bytes=peak,
         predicted_forward_bytes=prediction.forward_bytes,
+        measured_peak_bytes=measured_peak(program, tensors, how, slots, saved) if measure else None,
         gradient_targets=[n for n in order if n in targets],
         unreachable=[n for n in order if n not in targets],
         paths={n: paths[n] for n in order},
@@ -185,6 +203,7 @@ def _step_report(
         transient_bytes=cost.vjp_bytes,
         predicted_peak_bytes=None,
         predicted_forward_bytes=None,
+        measured_peak_bytes=None,
         gradient_targets=[labels[x] for x in targets],
         unreachable=[labels[x] for x in missing],
         paths=paths,

@@ -34,6 +34,7 @@ class Report:
     transient_bytes: int
     predicted_peak_bytes: int | None
     predicted_forward_bytes: int | None
+    measured_peak_bytes: int | None
     gradient_targets: list[str]
     unreachable: list[str]
     paths: dict[str, str]
@@ -68,6 +69,7 @@ class Report:
               the gradients it already has, by the live bytes of the graphs as they are run by the backend "eager";
               ``predicted_forward_bytes``: likewise without the backward. None for a step: they depend on how many
               there will be.
+            * ``measured_peak_bytes``: the same by the allocator's events, where ``explain`` was told to measure.
             * ``gradient_targets``: names of the tensors that will receive a gradient: arguments, what they hold
               (``net.0.weight``), closures and globals. ``unreachable``: names of those that require grad and will
               not. ``paths``: name -> through which step graphs its gradient comes, or why there is none.
@@ -98,6 +100,8 @@ class Report:
         memory = parts
         if self.predicted_peak_bytes is not None and self.predicted_forward_bytes is not None:
             memory = f"peak {size(self.predicted_peak_bytes)}, forward {size(self.predicted_forward_bytes)}; {parts}"
+        if self.measured_peak_bytes is not None:
+            memory = f"measured peak {size(self.measured_peak_bytes)}, predicted {memory}"
         found = [("steps", steps), ("plan", plan), ("memory", memory)]
         for title, names in (("gradients", self.gradient_targets), ("no gradient", self.unreachable)):
             found += [(title, line) for line in _grouped(names, self.paths)] or [(title, "none")]

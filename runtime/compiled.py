@@ -186,8 +186,7 @@ class Run:
         overwritten = {id(t) for t in written}
         inputs = Inputs(lambda t: id(t) in overwritten)
         self.held = {key: inputs.hold(t) for key, t in tensors.items()}
-        random = [d for call in rolled.calls for d in _devices(call)]
-        self.generator = generator_of(random[0]) if random else None
+        self.generator = generator_for(rolled)
         self.program = BoundProgram(rolled, self.held, rolled.registers, how)
         self.engine = (engine or Engine)(slots, backward_hook, self.program)
         self.engine.saving = self.program.end - saved
@@ -226,9 +225,10 @@ class Run:
         return torch.zeros_like(self.held[source].tensor, memory_format=torch.contiguous_format)
 
 
-def _devices(call: StepCall | Loop) -> list[torch.device]:
-    given = (call.call if isinstance(call, Loop) else call).inputs
-    return [g.of.spec[3] for g in given if g.kind == "noise"]
+def generator_for(rolled: RolledProgram) -> Any:
+    """The generator that a program draws from, or None."""
+    devices = [g.of.spec[3] for call, _ in rolled.counted() for g in call.inputs if g.kind == "noise"]
+    return generator_of(devices[0]) if devices else None
 
 
 class Call(torch.autograd.Function):

@@ -15,7 +15,7 @@ from ..compiler.differentiate import cotangent_outputs
 from ..compiler.ir import EAGER, Assign, Lowering, Program, StepCall
 from ..compiler.program import RolledProgram, nbytes
 from ..compiler.stepcost import Made, step_cost
-from .compiled import BoundProgram, GradientSweep
+from .compiled import BoundProgram, GradientSweep, generator_for
 from .engine import Engine, Sweep
 from .noise import GENERATOR_BYTES
 from .truncated import pull_back_truncated
@@ -173,6 +173,8 @@ def predict(program: RolledProgram, slots: int | None, how: Lowering = EAGER) ->
     held = [_Block(meter, nbytes(x.spec)) for x in copied]
     engine = _DryEngine(BoundProgram(program, _AllOutside(), program.registers, how), slots, meter)
     state: list[Any] = [None] * (program.registers + 1)
+    if generator_for(program) is not None:
+        state[-1] = _Block(meter, GENERATOR_BYTES)
     engine.run(state)
     del state
     results = [

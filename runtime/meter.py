@@ -33,14 +33,26 @@ class AllocatorMeter:
     held: int
 
     def __enter__(self) -> AllocatorMeter:
+        self.peak = self.held = 0
+        self._begin()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._end()
+
+    def note(self) -> None:
+        """Forget the events so far but for what they come to: they take some memory themselves."""
+        self._end()
+        self._begin()
+
+    def _begin(self) -> None:
         # The profiler before kineto: it starts in no time, says nothing on stderr, and keeps events in order.
         autograd._enable_profiler_legacy(
             ProfilerConfig(ProfilerState.CPU, False, True, False, False, False, _ExperimentalConfig())
         )
-        return self
 
-    def __exit__(self, *error: Any) -> None:
-        self.peak = self.held = 0
+    def _end(self) -> None:
+        most = self.held
         for thread in autograd._disable_profiler_legacy():
             held = peak = 0
             for event in thread:
@@ -48,4 +60,5 @@ class AllocatorMeter:
                     held += event.cpu_memory_usage() + event.cuda_memory_usage()
                     peak = max(peak, held)
             self.held += held
-            self.peak += peak
+            most += peak
+        self.peak = max(self.peak, most)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -17,11 +18,13 @@ from ..compiler.ir import Loop, Lowering, StepCall
 from ..compiler.lower import residuals
 from ..compiler.program import RolledProgram
 from ..compiler.stepcost import Measured, made_of, measured
-from .compiled import Run
+from .compiled import Run, generator_for
 from .engine import Engine
 from .meter import AllocatorMeter, profiling
+from .progress import progress
 
 _ITERATIONS = 3  # of each loop: a first one, one as all, a last one
+_NOTED = 50  # calls after which a meter forgets its events
 
 
 def shortened(program: RolledProgram, most: int, long: Loop | None = None, longest: int = 0) -> RolledProgram:
@@ -53,17 +56,49 @@ def rehearse(
         return
     short = shortened(program, _ITERATIONS)
     saved = short.positions if saving else 0
-    run = Run(short, tensors, None if saving else 1, how, None, engine=_MeteredEngine, saved=saved)
-    before = None if run.generator is None else run.generator.get_rng_state()
+    with _generator_unmoved(program):
+        slots = None if saving else 1
+        _run_and_pull(Run(short, tensors, slots, how, None, engine=_MeteredEngine, saved=saved), program)
+
+
+def measured_peak(
+    program: RolledProgram, tensors: dict[Input, Tensor], how: Lowering, slots: int | None, saved: int
+) -> int:
+    """Most bytes that a call and its backward hold, in a run of all its steps. Nothing outside changes.
+
+    Args:
+        program, tensors, how: as of `rehearse`, which has been run.
+        slots, saved: of its plan.
+    """
+    with _generator_unmoved(program), AllocatorMeter() as meter:
+
+        def note(done: int, total: int) -> None:
+            if done % _NOTED == 0:
+                meter.note()
+
+        with progress(note):
+            _run_and_pull(Run(program, tensors, slots, how, None, saved=saved), program)
+    return meter.peak
+
+
+def _run_and_pull(run: Run, program: RolledProgram) -> None:
+    """A call and its backward, with ones for cotangents."""
+    results = run.forward()
+    live = [isinstance(w, int) and i not in program.dead for i, w in enumerate(program.outputs)]
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnreachableWarning)
+        run.backward([torch.ones_like(t) if ok else None for t, ok in zip(results, live, strict=True)])
+
+
+@contextmanager
+def _generator_unmoved(program: RolledProgram) -> Iterator[None]:
+    generator = generator_for(program)
+    before = None if generator is None else generator.get_rng_state()
     try:
-        results = run.forward()
-        live = [isinstance(w, int) and i not in program.dead for i, w in enumerate(program.outputs)]
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", UnreachableWarning)
-            run.backward([torch.ones_like(t) if ok else None for t, ok in zip(results, live, strict=True)])
+        yield
     finally:
-        if run.generator is not None:
-            run.generator.set_rng_state(before)
+        if generator is not None:
+            generator.set_rng_state(before)
 
 
 class _MeteredEngine(Engine):

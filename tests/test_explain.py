@@ -27,7 +27,8 @@ KEYS = {
     "function", "form", "horizon", "calls", "num_programs", "window", "offline", "slots",
     "memory_budget", "minimum_budget", "plan", "kept_states", "saved_calls",
     "extra_forwards", "recompute_factor", "state_bytes", "transient_bytes", "predicted_peak_bytes",
-    "predicted_forward_bytes", "gradient_targets", "unreachable", "paths", "passes", "shapes", "program",
+    "predicted_forward_bytes", "measured_peak_bytes", "gradient_targets", "unreachable", "paths",
+    "passes", "shapes", "program",
 }  # fmt: skip
 
 
@@ -398,3 +399,31 @@ def test_the_examples_of_the_documentation_run() -> None:
         torch.set_default_dtype(torch.float64)
     (shown,) = re.findall(r"```\n(meta_loss\n.*?)```", document, re.DOTALL)
     assert str(scope["report"]).startswith(shown)
+
+
+@pytest.mark.parametrize("options", [{}, {"slots": 3}, {"memory_budget": "128KiB"}, {"memory_budget": "1MiB"}])
+def test_the_measured_peak_stands_beside_the_predicted_one(options: dict[str, Any]) -> None:
+    net, log_lr = nn.Sequential(nn.Linear(8, 32), nn.Dropout(0.1), nn.Linear(32, 2)), torch.tensor(-2.0)
+    log_lr.requires_grad_()
+    xs = numbers(30, 20, 8)
+
+    @metaoptim.compile(backend="eager", **options)
+    def meta_loss(net: nn.Module, log_lr: Tensor, xs: Tensor) -> Tensor:
+        inner = metaoptim.MetaAdam([net], lr=log_lr.exp())
+        with metaoptim.SlidingWindow() as window:
+            for x in window.scan(xs):
+                inner.step(net(x).square().mean())
+            return net(xs[0]).square().mean()
+
+    before = [t.clone() for t in (*net.parameters(), torch.get_rng_state())]
+    report = metaoptim.explain(meta_loss, measure=True)(net, log_lr, xs)
+    assert all(map(torch.equal, before, (*net.parameters(), torch.get_rng_state())))
+    assert log_lr.grad is None
+    assert report.measured_peak_bytes is not None and report.predicted_peak_bytes is not None
+    assert report.measured_peak_bytes <= report.predicted_peak_bytes + 1024  # scalars
+    assert report.measured_peak_bytes >= 0.8 * report.predicted_peak_bytes
+    assert "measured peak" in str(report)
+    if report.memory_budget is not None:
+        assert report.measured_peak_bytes <= report.memory_budget
+    with pytest.raises(metaoptim.WindowError, match="outside windows"), metaoptim.SlidingWindow():
+        metaoptim.explain(meta_loss, measure=True)(net, log_lr, xs)

@@ -63,8 +63,8 @@ def test_memory_in_T() -> None:
 def test_the_check_fails_when_a_state_per_step_is_leaked(monkeypatch: pytest.MonkeyPatch) -> None:
     real, leaked = Engine.append, []
 
-    def append(self: Engine, call: Any, changes: Any) -> None:
-        real(self, call, changes)
+    def append(self: Engine, call: Any, changes: Any, **read: Any) -> None:
+        real(self, call, changes, **read)
         leaked.append(list(self.state))
 
     monkeypatch.setattr(Engine, "append", append)
