@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,6 +16,7 @@ from torch import Tensor, fx
 from torch._dynamo.backends.registry import lookup_backend
 from torch.utils._python_dispatch import _disable_current_modes
 
+_log = logging.getLogger("metaoptim.recompiles")
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 
 
@@ -32,8 +35,12 @@ def compiled(
         cotangents: how many of the last inputs are cotangents; the check uses random ones.
         check: whether to compare the compiled graph with the graph itself, output by output, on these inputs.
     """
+    begun = time.perf_counter()
     with _disable_current_modes(), torch.no_grad(), _unasserted():
         program = lookup_backend(backend)(_copied(graph), [t.detach() for t in inputs])
+        _log.info(
+            "%s compiled %d operators in %.1f s", backend, len(graph.graph.nodes), time.perf_counter() - begun
+        )
         if not check:
             return program
         given = [*inputs[: len(inputs) - cotangents], *map(_random_like, inputs[len(inputs) - cotangents :])]

@@ -107,6 +107,7 @@ class CompiledFunction:
         self._fn, self._options = fn, options
         self._programs: dict[Any, list[Any]] = {}
         self._last: Any = None  # the key last compiled for
+        self._own: set[tuple[int, str]] = set()  # attributes of modules that the function itself writes
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         return self if instance is None else BoundFunction(self, instance)
@@ -127,7 +128,7 @@ class CompiledFunction:
             return self._step(session, args, kwargs)
         if session is not None:
             return self._fn(*args, **kwargs)  # full_tape: the oracle is not compiled
-        scene = Scene(self._fn, args, kwargs)
+        scene = Scene(self._fn, args, kwargs, self._own)
         program = self._find(scene)
         if program is None:
             program = self._compile(scene, args, kwargs)
@@ -152,6 +153,11 @@ class CompiledFunction:
 
     def _remember(self, scene: Scene, program: Any, args: tuple, kwargs: dict, seconds: float) -> None:
         """Keep a new program; say why it was needed, if another one was there."""
+        written = scene.written() - self._own
+        if written:
+            self._own |= written
+            key = Scene(self._fn, args, kwargs, self._own).key
+            scene.key = (*scene.key[:2], key) if scene.key[:1] == ("step",) else key
         name = _name(self._fn)
         recompilations = sum(map(len, self._programs.values()))
         if not recompilations:
@@ -170,7 +176,7 @@ class CompiledFunction:
     def _step(self, window: RecordedSession, args: tuple, kwargs: dict) -> Any:
         """One compiled inner step of the window that is open."""
         with window.recorder.paused():
-            scene = Scene(self._fn, args, kwargs)
+            scene = Scene(self._fn, args, kwargs, self._own)
         scene.key = ("step", window.options.backward_hook is not None, scene.key)
         program = self._find(scene)
         if program is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -26,9 +26,20 @@ class Scene:
         key: equal for two calls that one program serves.
         tensors: those found, in the order they are met; the same order for equal keys.
         objects: what the key knows by identity.
+        attributes: (module, name) -> a plain value that a module of the user's holds.
+
+    Args:
+        fn: the function.
+        args: of the call.
+        kwargs: of the call.
+        own: (id of a module, name) of attributes that the function itself writes, such as a counter: they count not.
     """
 
-    def __init__(self, fn: Callable, args: tuple, kwargs: dict[str, Any]) -> None:
+    def __init__(
+        self, fn: Callable, args: tuple, kwargs: dict[str, Any], own: Collection[tuple[int, str]] = ()
+    ) -> None:
+        self.own = own
+        self.attributes: list[tuple[nn.Module, str, Any]] = []
         self.tensors: list[Tensor] = []
         self.objects: list[Any] = []
         self._seen: dict[int, int] = {}
@@ -114,17 +125,19 @@ class Scene:
                         yield self._tensor(t)
 
     def _kind(self, m: nn.Module) -> tuple:
-        """What a module runs: its class and hooks, and the options of torch's own ones (other attributes may count)."""
+        """What a module runs: its class, its hooks, and its attributes that are plain values."""
         own = vars(m)
         acting = [*m._forward_pre_hooks.values(), *m._forward_hooks.values(), *m._backward_hooks.values()]
         acting += [own["forward"]] if "forward" in own else []
         self.objects += [type(m), *acting]
-        options = (
-            tuple((k, str(v)) for k, v in own.items() if k[0] != "_" and isinstance(v, _OPTIONS))
-            if type(m).__module__.startswith("torch.nn.")
-            else ()
-        )
-        return ("kind", id(type(m)), tuple(map(id, acting)), options)
+        plain = [(k, v) for k, v in own.items() if k[0] != "_" and isinstance(v, _OPTIONS)]
+        self.attributes += ((m, k, v) for k, v in plain)
+        described = tuple((k, str(v)) for k, v in plain if (id(m), k) not in self.own)
+        return ("kind", id(type(m)), tuple(map(id, acting)), described)
+
+    def written(self) -> set[tuple[int, str]]:
+        """Attributes of modules that have changed since: `own` ones of the function, if it has just run."""
+        return {(id(m), k) for m, k, v in self.attributes if vars(m).get(k) != v}
 
     def _optimizer(self, optimizer: MetaOptimizer) -> Iterator[Any]:
         yield optimizer.first_order

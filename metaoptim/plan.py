@@ -15,6 +15,7 @@ from .compiler.program import RolledProgram, nbytes, plural, readable_bytes
 from .errors import BudgetError, WindowError
 from .runtime.budget import budget_bytes, check_budget
 from .runtime.planner import FEW_SLOTS, peaks_of
+from .runtime.session import current_session
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,11 @@ def plan(
         Griewank & Walther 2000, "Algorithm 799: Revolve", ACM TOMS 26.
     """
     check_budget(memory_budget, None)
+    if current_session() is not None:
+        raise WindowError(
+            "plan was called inside a window: it takes a function that holds its window itself. For a compiled step "
+            "use explain(step); to plan, put the loop into a function"
+        )
     if isinstance(fn, BoundFunction):
         return partial(plan(fn.function, horizon=horizon, memory_budget=memory_budget), fn.instance)
     compiled: Any = fn if isinstance(fn, CompiledFunction) else CompiledFunction(fn, Options())

@@ -48,7 +48,7 @@ def _difference(known: Any, again: Any) -> str | None:
         if was.step is not now.step:
             for a, b in zip(str(was.step).splitlines(), str(now.step).splitlines(), strict=False):
                 if a != b:
-                    return f"what it does {place} was\n    {a.strip()}\nand is\n    {b.strip()}\n"
+                    return f"what it does {place} was\n    {a.strip()}\nand is\n    {b.strip()}\nSo it has changed"
             return f"it does something else {place}"
         if _registers(was) != _registers(now):
             return f"what it does {place} reads or leaves other values"

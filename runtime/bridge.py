@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metaoptim.errors import MetaOptimError, WindowError
+from metaoptim.errors import MetaOptimError, UnreachableWarning, WindowError, warn
 
 from .engine import Engine, Sweep
 
@@ -116,6 +116,7 @@ class Read(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
         refuse_third_order()
+        _tell_if_nothing_is_reached(ctx.engine)
         sweep = ctx.engine.sweep_of(torch._C._current_graph_task_id())
         for index, grad in zip(ctx.indices, grads, strict=True):
             if grad is not None:
@@ -133,6 +134,17 @@ class Results(torch.autograd.Function):
         return tuple(engine.state[i].clone() for i in indices)
 
     backward = Read.backward  # type: ignore[assignment]
+
+
+def _tell_if_nothing_is_reached(engine: Engine) -> None:
+    if engine.program.horizon and not engine.reaches:
+        engine.reaches = True  # once
+        warn(
+            "the backward goes through inner steps of an online window, none of which has read a tensor that requires "
+            "grad: nothing receives a gradient from them. For a gradient of the initial parameters (MAML) open the "
+            "window with offline=True",
+            UnreachableWarning,
+        )
 
 
 class Alias(torch.autograd.Function):
@@ -223,6 +235,7 @@ class WindowedRead(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
         refuse_third_order()
+        _tell_if_nothing_is_reached(ctx.engine)
         sweep = Sweep()
         for index, grad in zip(ctx.indices, grads, strict=True):
             if grad is not None:

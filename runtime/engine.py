@@ -88,6 +88,7 @@ class Engine:
         self.backward_hook = backward_hook
         self.saving = sys.maxsize  # position from which on `run` saves residuals
         self.streaming: Any = None  # what keeps a window to a memory budget
+        self.reaches = False  # whether anything can receive a gradient through its steps
         self._watch = watching() if type(self) is Engine else None  # not while it is run to plan
         self._ran = 0  # calls that `run` has run
         self.vjps = 0

@@ -177,6 +177,11 @@ class Networks:
         for module, name, own in self._buffers:
             module._buffers[name] = own
 
+    @property
+    def copies(self) -> list[Tensor]:
+        """The buffers that modules show in the place of the user's."""
+        return list(self._copies.values())
+
     def back_up(self, targets: list[Tensor]) -> None:
         """``targets`` are about to be overwritten: keep what `undo` must put back of frozen parameters."""
         for t in targets if self._frozen else ():

@@ -75,6 +75,9 @@ class RecordedSession(Session):
 
     def _enter(self, ordinals: list[int], late: bool) -> None:
         self._lifts = all(p.dtype in LIFTS for p in self.networks.originals)
+        if self.engine.streaming is not None:
+            kept = [g for g in self._grads if g is not None] + self.networks.copies
+            self.engine.streaming.aside = sum(t.nbytes for t in kept)
         self.view.enter(ordinals, late)
 
     def _close(self) -> None:
@@ -389,6 +392,7 @@ class RecordedSession(Session):
                 _told[leaf] = True
                 name = user_name_of(leaf)
                 if name is not None and not _leads_to(leaf, [y.tensor for y in sliced.externals if y.grad]):
+                    self.engine.reaches = True  # there is a better explanation
                     warn(
                         f"{name!r} requires grad, but reaches the inner loss only where no gradient flows (under "
                         "torch.no_grad() or through .detach()), so it receives no meta-gradient from it. Compute what "

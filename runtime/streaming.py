@@ -43,6 +43,7 @@ class Streaming:
         self._budget = budget
         self.budget = -1  # bytes, when the device is known
         self.retained = Retained()
+        self.aside = 0  # bytes kept beside the tape: gradients to put back, buffers that modules show
         self._shown = 0  # bytes of the theta before the current one, which a loss may still read
         self._growth = 0  # most bytes of inputs that a step adds
         self._peaks: Peaks | None = None
@@ -81,20 +82,20 @@ class Streaming:
             slots = self._fitting()
         self._slots = slots
         if slots < 1:
-            minimum = self._peaks(1) + self.retained.bytes + self._shown
+            minimum = self._peaks(1) + self.retained.bytes + self._shown + self.aside
             raise BudgetError(
                 f"memory_budget: {readable_bytes(self.budget)} ({self.budget} bytes) is too small at inner step "
                 f"{engine.program.horizon + 1}: up to here the smallest feasible budget is {minimum} bytes "
                 f"({readable_bytes(minimum)}), of which {readable_bytes(self.retained.bytes)} are inputs of inner "
-                "steps that only the window holds; keep the batches in one tensor of yours and pass slices of it, or "
-                "raise the budget",
+                "steps that only the window holds, or may hold once you let go of them; keep the batches in one tensor "
+                "of yours and pass slices of it, or raise the budget",
                 minimum,
             )
         return slots
 
     def _fitting(self) -> int:
         assert self._peaks is not None
-        room = self.budget - self.retained.bytes - self._shown
+        room = self.budget - self.retained.bytes - self._shown - self.aside
         # when states are next given up, the inputs of one more step are there
         return self._peaks.fitting(room - self._growth, self._slots) or self._peaks.fitting(room, 1)
 

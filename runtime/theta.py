@@ -62,6 +62,7 @@ class ThetaView:
         position = engine.position
         changes = list(zip(indices, values, strict=True))
         engine.append(Assign(indices, values, adoption=True), changes, read=self.read)
+        engine.reaches |= self.offline
         if self.offline and self.sliding is None:
             with torch.enable_grad():
                 self._token = Link.apply(engine, position, (), indices, self._token, *originals)
@@ -168,6 +169,7 @@ class ThetaView:
             self._metas[key] = (self._numbered, t)
             self._numbered += 1
         call.metas = tuple(self._metas[key][0] for key in keys)
+        engine.reaches |= bool(keys)
         if self.sliding is not None:
             self.sliding.step(engine.position, fresh, dict(zip(call.metas, metas, strict=True)))
             self._metas = {k: (n, t) for k, (n, t) in self._metas.items() if self.sliding.reads(n)}

@@ -292,6 +292,14 @@ def test_a_compiled_step_has_no_budget_of_its_own() -> None:
         step(xs[0])
 
 
+def test_plan_is_for_functions_that_hold_their_window() -> None:
+    net, xs = nn.Linear(3, 1), torch.randn(2, 4, 3)
+    inner = metaoptim.MetaSGD([net])
+    step = metaoptim.compile(lambda x: inner.step(net(x).square().mean()), backend="eager")
+    with metaoptim.SlidingWindow(), pytest.raises(metaoptim.WindowError, match=r"explain\(step\)"):
+        metaoptim.plan(step, horizon=10)(xs[0])
+
+
 def test_plan_of_a_compiled_method() -> None:
     class Learner:
         def __init__(self) -> None:
@@ -424,3 +432,35 @@ def test_the_gradient_does_not_depend_on_the_budget(kind: str) -> None:
         run(memory_budget=2 * refused.value.minimum + drawn), expected, rtol=1e-12, atol=0
     )
     torch.testing.assert_close(run(memory_budget="1GiB"), expected, rtol=1e-12, atol=0)
+
+
+def test_gradients_that_are_there_already_count() -> None:
+    """A window keeps copies of them, to put back if it fails; also of another optimizer's network."""
+
+    def peak(grads: bool, budget: int | None = None) -> int:
+        meter = AllocatorMeter()
+        for within in (nullcontext(), meter):
+            net, log_lr, xs, ys = Case(1002, steps=6).make()
+            other = nn.Linear(200, 40)
+            if grads:
+                other(torch.ones(1, 200)).sum().backward()
+            inner, foreign = metaoptim.MetaSGD([net], lr=log_lr.exp()), metaoptim.MetaSGD([other])
+            with within, metaoptim.SlidingWindow(offline=True, memory_budget=budget or "1GiB"):
+                for x, y in zip(xs, ys, strict=True):
+                    inner.step(F.mse_loss(net(x), y))
+                F.mse_loss(net(xs[0]), ys[0]).backward()
+            assert foreign.param_groups
+        return meter.peak
+
+    outer = Case(1002).outer()
+    assert peak(True) >= peak(False) + 8 * 200 * 40
+    with pytest.raises(metaoptim.BudgetError) as refused:
+        peak(True, 1000)
+    minimum = refused.value.minimum
+    for _ in range(8):
+        try:
+            assert peak(True, minimum) <= minimum + outer
+            return
+        except metaoptim.BudgetError as error:
+            minimum = error.minimum
+    raise AssertionError("no budget works")

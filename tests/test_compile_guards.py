@@ -366,3 +366,42 @@ def test_optimizers_made_inside_end_with_the_call() -> None:
         outside.step(F.mse_loss(other(X), net(X)))
         F.mse_loss(other(X), Y).backward()
     assert net[0].weight.grad is not None and float(net[0].weight.grad.abs().max()) > 1e-6
+
+
+class _Annealed(nn.Module):
+    """Has a temperature, and counts how often it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.temperature, self.runs, self._cache = nn.Linear(3, 2), 1.5, 0, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.runs += 1
+        return self.linear(x) / self.temperature
+
+
+@pytest.mark.parametrize("form", ["B", "C"])
+def test_plain_attributes_of_modules(form: str) -> None:
+    """Those that the function reads are guarded; those it writes itself make nothing compile anew."""
+    torch.manual_seed(0)
+    net, w = _Annealed(), leaf()
+    inner = metaoptim.MetaSGD([net], lr=0.1)
+
+    def step() -> None:
+        inner.step(F.mse_loss(net(X), Y) * w)
+
+    def of(take: Callable, window: Any) -> Tensor:
+        with window(offline=True):
+            for _ in range(3):
+                take()
+            return F.mse_loss(net(X), Y)
+
+    taken = metaoptim.compile(step, backend="eager")
+    whole = metaoptim.compile(of, backend="eager")
+    compiled = taken if form == "B" else whole
+    for temperature, programs in ((1.5, 1), (1.5, 1), (0.7, 2), (0.7, 2), (1.5, 2)):
+        net.temperature = temperature
+        (expected,) = torch.autograd.grad(of(step, full_tape), w)
+        loss = of(taken, metaoptim.SlidingWindow) if form == "B" else whole(step, metaoptim.SlidingWindow)
+        torch.testing.assert_close(torch.autograd.grad(loss, w)[0], expected, rtol=1e-9, atol=1e-12)
+        assert sum(map(len, compiled._programs.values())) == programs

@@ -401,7 +401,9 @@ def test_the_examples_of_the_documentation_run() -> None:
     assert str(scope["report"]).startswith(shown)
 
 
-@pytest.mark.parametrize("options", [{}, {"slots": 3}, {"memory_budget": "128KiB"}, {"memory_budget": "1MiB"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"slots": 3}, {"memory_budget": "128KiB"}, {"memory_budget": "1MiB"}]
+)
 def test_the_measured_peak_stands_beside_the_predicted_one(options: dict[str, Any]) -> None:
     net, log_lr = nn.Sequential(nn.Linear(8, 32), nn.Dropout(0.1), nn.Linear(32, 2)), torch.tensor(-2.0)
     log_lr.requires_grad_()

@@ -556,3 +556,27 @@ def test_nothing_leaks(window: int | None) -> None:
             assert not w._session.members  # a dropped optimizer is gone at once, too
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 2}, {"slots": 1}])
+def test_an_online_window_that_gives_nothing_a_gradient_says_so(options: dict[str, Any]) -> None:
+    """Whoever forgets offline=True in MAML: every .grad stays None."""
+    net = torch.nn.Linear(3, 1)
+    inner = metaoptim.MetaSGD([net], lr=0.1)
+    x = torch.linspace(-1, 1, 6).view(2, 3)
+
+    def backward(lr: Any, **window: Any) -> None:
+        inner.param_groups[0]["lr"] = lr
+        with metaoptim.SlidingWindow(**window):
+            for _ in range(3):
+                inner.step(net(x).square().mean())
+            net(x).square().mean().backward()
+
+    with pytest.warns(metaoptim.UnreachableWarning, match="offline=True") as caught:
+        backward(0.1, **options)
+    assert len(caught) == 1 and caught[0].filename == __file__
+    assert all(p.grad is None for p in net.parameters())
+    backward(torch.tensor(0.1, requires_grad=True), **options)  # something is learnt: nothing to say
+    if "window" not in options:
+        backward(0.1, offline=True, **options)
+        assert all(p.grad is not None for p in net.parameters())
