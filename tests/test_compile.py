@@ -80,7 +80,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::metaoptim.UnreachableWarning")
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_grid(form: str, backend: str, network: str, optimizer: str, request: pytest.FixtureRequest) -> None:
     if request.config.getoption("whole_grid"):
         check(form, backend, whole(network, optimizer))

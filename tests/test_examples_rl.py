@@ -21,7 +21,6 @@ EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "meta-gradient-rl"
 MODULES = ("mgrl-cartpole", "agent", "rollout", "training", "results", "plots", "timing")
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of the environment's own dependencies
 ]
 

@@ -20,7 +20,6 @@ MODES = pytest.mark.parametrize("offline", [True, False], ids=["offline", "onlin
 XS, YS = data(6)
 
 # Faking a tensor that is no leaf reads its .grad.
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 
 
 def compiled(fn: Callable) -> Callable:

@@ -211,7 +211,6 @@ def scanned(case: Problem, wrap: Callable[[Callable], Callable], kind: Any) -> d
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @inductor_config.patch({"cpp.simdlen": 1, "compile_threads": 1})  # plain loops compile faster
 @pytest.mark.parametrize("form, network, optimizer, offline, options", DOZEN)
 def test_inductor(form: str, network: str, optimizer: str, offline: bool, options: dict[str, Any]) -> None:

@@ -23,8 +23,6 @@ from forms import full_tape, leaf, mlp
 from oracle import agree
 from problems import NETWORKS, data
 
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-
 STEPS = 3
 XS, YS = data(STEPS)
 MODES = pytest.mark.parametrize("offline", [True, False], ids=["offline", "online"])
