@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 import metaoptim
@@ -120,6 +122,55 @@ def test_memory_that_was_given_back_and_taken_again_is_not_taken_for_what_it_was
     for position in reversed(range(50)):
         assert float(tier.load(position)[0][0]) == position
     tier.close()
+
+
+class Shelf(dict):
+    """A tier that keeps what it is given."""
+
+    save = dict.__setitem__
+    load = dict.__getitem__
+
+    def prefetch(self, position: int) -> None:
+        assert position in self
+
+    def forget(self, positions: list[int]) -> None:
+        for position in positions:
+            del self[position]
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(data=st.data(), slots=st.integers(1, 5))
+def test_sweeps_from_anywhere_to_anywhere(data: st.DataObject, slots: int) -> None:
+    """Every state asked for is right, in the slots there are; a sweep of all there is replays no step twice."""
+    store, end = TieredStore(slots, Shelf()), 0  # type: ignore[arg-type]
+    store.offer(0, [0])
+    for _ in range(data.draw(st.integers(1, 6))):
+        for _ in range(data.draw(st.integers(1, 25))):
+            store.offer(end, [end])
+            assert len(store) <= slots
+            end += 1
+        top = data.draw(st.integers(store.base, end) | st.just(end))
+        bottom = data.draw(st.integers(store.base, top) | st.just(store.base))
+        steps = 0
+        for target in range(top - 1, bottom - 1, -1):
+            store.release(target)
+            start = store.nearest(target)
+            marks = store.marks(start, target)
+            state = store[start]
+            for p in range(start, target):
+                if marks.due(p):
+                    store.put(p, state)
+                state = [state[0] + 1]
+                steps += 1
+            assert state == [target] and len(store) <= slots
+        assert steps <= top - store.base
+        needed = data.draw(st.integers(store.base, end - 1))
+        if data.draw(st.booleans()):  # as `Engine.trim` does
+            held = data.draw(st.booleans())
+            base = store.nearest(needed) if held else needed
+            store.rebase(base, None if held else [needed])
+            assert store.base == base and store[base] == [base] and min(store.tier, default=base) >= base
+    assert all(store[p] == [p] for p in list(store._far))
 
 
 def test_a_shrinking_number_of_slots(tmp_path: Path) -> None:
