@@ -46,7 +46,9 @@ class DiskTier(Tier):
         return self._submit(_write, list(parts), copied)
 
     def _get(self, piece: Piece) -> tuple[Tensor, Future[Any]]:
-        memory = torch.empty(piece.nbytes, dtype=torch.uint8, pin_memory=piece.device.type == "cuda")
+        memory = torch.empty(
+            piece.nbytes, dtype=torch.uint8, device="cpu", pin_memory=piece.device.type == "cuda"
+        )
         return memory, self._submit(_read, piece.source, piece.number, [memory])
 
     def _remove(self, piece: Piece) -> None:

@@ -345,6 +345,8 @@ class Engine:
     @contextmanager
     def sweeping(self) -> Iterator[None]:
         """Circumstances of a sweep; the states it works on are dropped in the end."""
+        if self.tier is not None:
+            self.tier.settle()  # what waits to be written takes memory
         with _disable_current_modes(), torch.no_grad(), cotangent_hook.active(self.backward_hook):
             try:
                 yield

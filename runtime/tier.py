@@ -231,7 +231,8 @@ class Tier:
             return part
         if part.device.type != "cuda":
             return part.cpu()
-        return torch.empty(part.shape, dtype=torch.uint8, pin_memory=True).copy_(part, non_blocking=True)
+        host = torch.empty(part.shape, dtype=torch.uint8, device="cpu", pin_memory=True)
+        return host.copy_(part, non_blocking=True)
 
 
 class _Reading:
