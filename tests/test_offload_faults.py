@@ -153,6 +153,7 @@ def test_an_exception_in_the_block_removes_the_files(tmp_path: Path, error: type
         scene.steps(offload=tmp_path)
     assert seen and not list(tmp_path.iterdir())  # although the traceback has the block's variables still
     assert caught.traceback
+    del caught
     scene.check()
 
 
