@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -59,7 +60,7 @@ class RolledProgram:
         outputs, writes: where what the function returns, and what it leaves in tensors from outside, is found in the
             end: a register, or an `Input` passed through.
         dead: places of the outputs that carry no gradient.
-        slots, memory_budget, backward_hook: options of its windows.
+        slots, memory_budget, offload, backward_hook: options of its windows.
         limit: W, where gradients are truncated.
         offline: whether a window's own parameters receive a gradient.
     """
@@ -71,6 +72,7 @@ class RolledProgram:
     dead: tuple[int, ...] = ()
     slots: int | None = None
     memory_budget: int | float | str | None = None
+    offload: str | os.PathLike[str] | None = None
     backward_hook: Callable | None = None
     limit: int | None = None
     offline: bool = False

@@ -9,6 +9,7 @@ from .errors import (
     MetaOptimError,
     ProgramError,
     StaleInputError,
+    StoreError,
     UnreachableWarning,
     WindowError,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "ProgramError",
     "SlidingWindow",
     "StaleInputError",
+    "StoreError",
     "UnreachableWarning",
     "WindowError",
     "compile",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -30,6 +31,7 @@ from .recapture import compare
 from .runtime.budget import budget_bytes, check_budget
 from .runtime.compiled import Call, Run
 from .runtime.distributed import average_over_ranks
+from .runtime.offload import check_offload
 from .runtime.planner import Plan, plan_for, with_residuals
 from .runtime.recorded import RecordedSession
 from .runtime.rehearsal import rehearse
@@ -185,6 +187,11 @@ class CompiledFunction:
                     f"memory_budget={self._options.memory_budget!r} of {_name(self._fn)}, a compiled step: the window "
                     "it is called in decides what is kept; give the budget to SlidingWindow"
                 )
+            if self._options.offload is not None:
+                raise WindowError(
+                    f"offload={os.fspath(self._options.offload)!r} of {_name(self._fn)}, a compiled step: the window "
+                    "it is called in decides what is kept; give offload to SlidingWindow"
+                )
             begun = time.perf_counter()
             program = self._captured_step(window, scene, args, kwargs)
             self._remember(scene, program, args, kwargs, time.perf_counter() - begun)
@@ -208,7 +215,17 @@ class CompiledFunction:
         written = [
             scene.tensors[t] if isinstance(t, int) else t for t in program.writes if not isinstance(t, tuple)
         ]
-        run = Run(rolled, tensors, slots, options.lowering, rolled.backward_hook, written, saved=saved)
+        offload = offload_of(rolled, options) if differentiable else None
+        run = Run(
+            rolled,
+            tensors,
+            slots,
+            options.lowering,
+            rolled.backward_hook,
+            written,
+            saved=saved,
+            offload=offload,
+        )
         if differentiable:
             found = Call.apply(run, program.keys, rolled.dead, *(tensors[x] for x in program.keys))
         else:
@@ -225,7 +242,8 @@ class CompiledFunction:
         if program.plan is None:
             rehearse(rolled, tensors, how)
             amount = budget_bytes(budget, device_of(rolled))
-            plan = plan_for(rolled, how, amount, _name(self._fn))
+            offload = offload_of(rolled, self._options) is not None
+            plan = plan_for(rolled, how, amount, _name(self._fn), offload)
             program.plan = with_residuals(
                 plan, rolled, how, lambda: rehearse(rolled, tensors, how, saving=True)
             )
@@ -342,6 +360,12 @@ def slots_of(rolled: RolledProgram, options: Options) -> tuple[int | None, Any]:
     return said.slots, said.memory_budget
 
 
+def offload_of(rolled: RolledProgram, options: Options) -> str | os.PathLike[str] | None:
+    """Where states go that have no slot, as whoever states the slots says."""
+    said = rolled if rolled.slots is not None or rolled.memory_budget is not None else options
+    return said.offload
+
+
 def device_of(rolled: RolledProgram) -> torch.device:
     """Where the inner state lives."""
     return next((x.spec[3] for x in rolled.inputs if x.spec[3].type != "cpu"), torch.device("cpu"))
@@ -364,6 +388,7 @@ def compile(
     window: int | None = None,
     memory_budget: int | float | str | None = None,
     slots: int | None = None,
+    offload: str | os.PathLike[str] | None = None,
     backend: str = "inductor",
     hvp: str = "auto",
     self_check: bool = True,
@@ -376,6 +401,7 @@ def compile(
         window: as of `SlidingWindow`, for windows inside that leave it unsaid.
         memory_budget: likewise: most that a call and its backward may hold at a time, beyond the caller's own tensors.
         slots: likewise; give one of the two.
+        offload: likewise, with either: where states go for which there is no room on the device.
         backend: a backend of torch.compile: ``"inductor"``, ``"aot_eager"``, or ``"eager"``.
         hvp: how a step's gradient is differentiated: ``"reverse"`` (over reverse), ``"mixed"`` (forward over reverse,
             with layers made again: less memory for about a third more work), or ``"auto"``.
@@ -386,8 +412,10 @@ def compile(
         A function of the same arguments and results. Its results can be differentiated once, any number of times.
 
     Raises:
-        ValueError: for an unknown backend, hvp or budget, or both slots and a budget.
+        ValueError: for an unknown backend, hvp or budget, both slots and a budget, or an ``offload`` that is no
+            directory or has nothing to do.
         BudgetError: on the first call, for a budget in which not even one state can be kept.
+        StoreError: from a call or its backward, where an offloaded state cannot be written, or is damaged.
         CaptureError: on the first call, for what cannot be captured; with ``recapture``, on a later call of a function
             that has changed behind its guards.
 
@@ -410,7 +438,8 @@ def compile(
     if backend != "eager" and backend not in known:
         raise ValueError(f"backend: got {backend!r}, expected 'eager' or one of {', '.join(sorted(known))}")
     check_budget(memory_budget, slots)
-    options = Options(window, slots, memory_budget, Lowering(backend, self_check, hvp), recapture)
+    check_offload(offload, slots, memory_budget)
+    options = Options(window, slots, memory_budget, Lowering(backend, self_check, hvp), recapture, offload)
     if fn is None:
         return lambda f: CompiledFunction(f, options)
     return CompiledFunction(fn, options)

@@ -68,6 +68,10 @@ class BudgetError(MetaOptimError):
         self.minimum = minimum
 
 
+class StoreError(MetaOptimError):
+    """A state that was offloaded cannot be kept, or is not what it was; it is never used then."""
+
+
 class ProgramError(MetaOptimError):
     """A program that a compiled function became is not well-formed: a defect of metaoptim, found by its verifier."""
 

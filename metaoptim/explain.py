@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
@@ -10,7 +11,16 @@ from typing import Any
 
 from torch import Tensor
 
-from .compile import BoundFunction, CompiledFunction, captured_step, device_of, slots_of, step_of, trace_of
+from .compile import (
+    BoundFunction,
+    CompiledFunction,
+    captured_step,
+    device_of,
+    offload_of,
+    slots_of,
+    step_of,
+    trace_of,
+)
 from .compiler.capture.tracer import Input
 from .compiler.ir import Lowering, Role, StepGraph
 from .compiler.passes.pipeline import Options, Record, compile_trace
@@ -104,22 +114,24 @@ def report_of(
     }
     program, records = compile_trace(trace, options, step_of, texts=True)
     slots, budget = slots_of(program, options)
+    offload = offload_of(program, options)
     how = options.lowering
     plan, begun = None, time.perf_counter()
     tensors = {x: x.tensor for x in program.inputs}
     if measure:
         rehearse(program, tensors, how)
     if budget is not None:
-        plan = plan_for(program, how, budget_bytes(budget, device_of(program)), _title(fn))
+        offloads = offload is not None
+        plan = plan_for(program, how, budget_bytes(budget, device_of(program)), _title(fn), offloads)
         rehearsal = partial(rehearse, program, tensors, how, saving=True) if measure else None
         plan = with_residuals(plan, program, how, rehearsal)
         slots = plan.slots
-    prediction = predict(program, slots, how)
+    prediction = predict(program, slots, how, offload is not None)
     if not prediction.reached:
         prediction = predict(program, 1, how)
     saved = 0 if plan is None or not prediction.reached else plan.saved
     peak = plan.peak_bytes if plan is not None and saved else prediction.peak_bytes
-    kind = "forward only" if not prediction.reached else "scheduled" if slots is not None else "all states"
+    kind = "forward only" if not prediction.reached else _plan(slots, offload is not None)
     kind = "unrolled" if saved == program.positions else kind
     records.append(_checkpointed(prediction, saved, 1e3 * (time.perf_counter() - begun)))
     labels = {x: names.get(id(x.tensor)) or _unnamed(x) for x in {*program.inputs, *trace.inputs}}
@@ -148,6 +160,7 @@ def report_of(
         slots=slots,
         memory_budget=None if plan is None else plan.budget,
         minimum_budget=None if plan is None else plan.minimum,
+        offload=None if offload is None else os.fspath(offload),
         plan=kind,
         kept_states=prediction.kept,
         saved_calls=saved,
@@ -157,7 +170,7 @@ def report_of(
         transient_bytes=max((c.vjp_bytes for c in costs.values()), default=0),
         predicted_peak_bytes=peak,
         predicted_forward_bytes=prediction.forward_bytes,
-        measured_peak_bytes=measured_peak(program, tensors, how, slots, saved) if measure else None,
+        measured_peak_bytes=measured_peak(program, tensors, how, slots, saved, offload) if measure else None,
         gradient_targets=[n for n in order if n in targets],
         unreachable=[n for n in order if n not in targets],
         paths={n: paths[n] for n in order},
@@ -194,6 +207,7 @@ def _step_report(
         slots=window.options.slots,
         memory_budget=None,
         minimum_budget=None,
+        offload=None if window.options.offload is None else os.fspath(window.options.offload),
         plan="streaming",
         kept_states=None,
         saved_calls=None,
@@ -252,6 +266,10 @@ def _learnable(names: Mapping[int, str], fn: Callable, args: tuple, kwargs: dict
 def _unnamed(x: Input) -> str:
     where = f", first read at {x.location}" if x.location else ""
     return f"a tensor of shape {tuple(x.spec[0])}{where}"
+
+
+def _plan(slots: int | None, offload: bool) -> str:
+    return "all states" if slots is None else "tiered" if offload else "scheduled"
 
 
 def _title(fn: Callable) -> str:

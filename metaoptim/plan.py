@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from .compile import BoundFunction, CompiledFunction, device_of, slots_of, step_of, trace_of
+from .compile import BoundFunction, CompiledFunction, device_of, offload_of, slots_of, step_of, trace_of
 from .compiler.cost import CostModel, step_flops
 from .compiler.ir import Loop
 from .compiler.passes.pipeline import Options, compile_trace
@@ -100,6 +100,7 @@ def plan(
     Raises:
         BudgetError: from that function, for a budget too small for the horizon.
         CaptureError: likewise, for what cannot be captured.
+        WindowError: likewise, for a function without a loop, or with ``offload``.
 
     Example:
         >>> net = torch.nn.Linear(3, 1)
@@ -131,6 +132,11 @@ def plan(
         traced, tracer, _ = trace_of(compiled._fn, args, kwargs)
         tracer.trace.outputs = traced.tensors
         program, _ = compile_trace(tracer.trace, compiled._options, step_of)
+        if offload_of(program, compiled._options) is not None:
+            raise WindowError(
+                "plan: the function offloads states (offload=), and the formulas are those of recomputing them "
+                "instead; fn.explain(...) goes through a run with offload, or leave it out to see what it saves"
+            )
         slots, budget = slots_of(program, compiled._options)
         if memory_budget is not None:
             slots, budget = None, memory_budget

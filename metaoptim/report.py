@@ -25,6 +25,7 @@ class Report:
     slots: int | None
     memory_budget: int | None
     minimum_budget: int | None
+    offload: str | None
     plan: str
     kept_states: int | None
     saved_calls: int | None
@@ -56,8 +57,10 @@ class Report:
             * ``window``: W where gradients are truncated, or None. ``offline``: whether θ₀ may receive gradients.
               ``slots``: c, or None. ``memory_budget``: bytes, where one decides on the slots, and ``minimum_budget``,
               the smallest there is a plan for; or None.
+            * ``offload``: where states go that have no slot, or None.
             * ``plan``: ``"unrolled"`` (every state is kept, and residuals over every call), ``"all states"``,
-              ``"scheduled"`` (c slots; other states are replayed), ``"forward only"`` (nothing receives a gradient), or
+              ``"scheduled"`` (c slots; other states are replayed), ``"tiered"`` (c slots; every c + 1 calls a state is
+              offloaded, others are replayed once), ``"forward only"`` (nothing receives a gradient), or
               ``"streaming"`` (form ``"step"``: the window decides).
             * ``kept_states``: most states kept at a time. ``saved_calls``: over how many of the last calls residuals
               are saved, so that their derivatives do not run their forward again. ``extra_forwards``: calls made again
@@ -94,6 +97,8 @@ class Report:
                 f": at most {plural(self.kept_states, 'state')} kept, {self.extra_forwards} calls made again"
             )
             plan += f", residuals saved over {plural(self.saved_calls, 'call')}" if self.saved_calls else ""
+        if self.plan == "tiered":
+            plan += f"; others go to {self.offload}"
         if self.window is not None:
             plan += f"; truncated to {self.window} super-steps"
         parts = f"a state {size(self.state_bytes)}, one derivative {size(self.transient_bytes)}"

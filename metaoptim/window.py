@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from types import TracebackType
@@ -16,6 +17,7 @@ from .optim.optimizer import live_optimizers
 from .runtime.budget import check_budget
 from .runtime.capturing import CapturedSession
 from .runtime.full_tape import FullTapeSession
+from .runtime.offload import check_offload
 from .runtime.recorded import RecordedSession
 from .runtime.session import Options, Session, current_session
 
@@ -41,12 +43,17 @@ class SlidingWindow:
             own tensors, as a number, as text (``"512MiB"``), or as a fraction (a float) of the free memory.
         slots: keep at most this many states of the inner loop, counting the initial one, and replay the rest. None
             keeps the state of every step (no activations).
+        offload: where states go for which there is no room on the device, instead of being given up: ``"host"`` (memory
+            of the host, for networks on another device), ``"disk"`` (files in the temporary directory), or the path of
+            a directory. With ``slots`` or ``memory_budget``. A step is then replayed once at most.
         strategy: ``"auto"`` records; ``"full_tape"`` keeps autograd's own tape (the oracle; memory grows with T).
 
     Raises:
         WindowError: for windows inside windows, or pickup_step offline.
-        ValueError: for an unknown strategy, window or slots below 1, or both slots and a budget.
+        ValueError: for an unknown strategy, window or slots below 1, both slots and a budget, or an ``offload`` that is
+            no directory or has nothing to do.
         BudgetError: from a step, for a budget in which not even one state can be kept.
+        StoreError: from a step or a backward, where an offloaded state cannot be written, or is damaged.
 
     Example:
         >>> net = torch.nn.Linear(1, 1)
@@ -57,6 +64,13 @@ class SlidingWindow:
         ...     net(torch.ones(1, 1)).square().sum().backward()
         >>> net.weight.grad is not None
         True
+
+        The same with states that have no slot on disk instead of computed again:
+
+        >>> with metaoptim.SlidingWindow(offline=True, slots=4, offload="disk"):
+        ...     for t in range(20):
+        ...         inner.step((net(torch.ones(1, 1)) - 1).square().sum())
+        ...     net(torch.ones(1, 1)).square().sum().backward()
 
     References:
         MAML: Finn, Abbeel & Levine 2017, arXiv 1703.03400, eq. 1. Meta-gradient RL: Xu, van Hasselt & Silver 2018,
@@ -73,6 +87,7 @@ class SlidingWindow:
         window: int | None = None,
         memory_budget: int | float | str | None = None,
         slots: int | None = None,
+        offload: str | os.PathLike[str] | None = None,
         strategy: str = "auto",
     ) -> None:
         if strategy not in _STRATEGIES:
@@ -80,6 +95,11 @@ class SlidingWindow:
                 f"strategy: got {strategy!r}, expected one of {', '.join(map(repr, _STRATEGIES))}"
             )
         check_budget(memory_budget, slots)
+        check_offload(offload, slots, memory_budget)
+        if offload is not None and strategy == "full_tape":
+            raise ValueError(
+                f"offload={os.fspath(offload)!r}: a full_tape window keeps everything; use strategy='auto'"
+            )
         if memory_budget is not None and strategy == "full_tape":
             raise ValueError(
                 f"memory_budget={memory_budget!r}: a full_tape window keeps everything; use strategy='auto'"
@@ -103,7 +123,7 @@ class SlidingWindow:
                 f"backward_hook: got {type(backward_hook).__name__}, expected a function of one tensor"
             )
         self._options = Options(
-            offline, backward_hook, record_grad_tape, pickup_step, window, slots, memory_budget
+            offline, backward_hook, record_grad_tape, pickup_step, window, slots, memory_budget, offload
         )
         self._strategy = strategy
         self._session: Session | None = None

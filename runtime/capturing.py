@@ -110,7 +110,12 @@ class CapturedSession(Session):
         self.recorder = tracer
         self.networks = _Networks(tracer)
         self.mark = WindowMark(
-            options.offline, options.window, options.slots, options.memory_budget, options.backward_hook
+            options.offline,
+            options.window,
+            options.slots,
+            options.memory_budget,
+            options.backward_hook,
+            options.offload,
         )
         self._scan: Scan | None = None
         self._versions: dict[int, deque[Tensor]] = {}  # per parameter, what was shown, newest first

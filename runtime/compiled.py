@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -18,6 +19,7 @@ from .bridge import defined, hooked, refuse_third_order
 from .engine import Engine, Sweep
 from .inputs import Held, Inputs
 from .noise import Drawn, generator_of
+from .offload import check_device, tier_for
 from .truncated import pull_back_truncated
 
 
@@ -169,6 +171,7 @@ class Run:
         written: tensors that this call will overwrite when it has run; what is read of them is copied.
         engine: what runs it.
         saved: over how many of its last calls residuals are saved.
+        offload: where states go that have no slot; see `metaoptim.compile`.
     """
 
     def __init__(
@@ -181,6 +184,7 @@ class Run:
         written: Sequence[Tensor] = (),
         engine: type[Engine] | None = None,
         saved: int = 0,
+        offload: str | os.PathLike[str] | None = None,
     ) -> None:
         self.rolled = rolled
         overwritten = {id(t) for t in written}
@@ -188,7 +192,9 @@ class Run:
         self.held = {key: inputs.hold(t) for key, t in tensors.items()}
         self.generator = generator_for(rolled)
         self.program = BoundProgram(rolled, self.held, rolled.registers, how)
-        self.engine = (engine or Engine)(slots, backward_hook, self.program)
+        check_device(offload, [x.spec[3] for x in rolled.inputs])
+        tier = None if slots is None else tier_for(offload)
+        self.engine = (engine or Engine)(slots, backward_hook, self.program, tier)
         self.engine.saving = self.program.end - saved
         self.end = 0
 
@@ -198,7 +204,12 @@ class Run:
         if self.generator is not None:
             state[-1] = self.generator.get_rng_state()
         with torch.no_grad():
-            state = self.engine.run(state)
+            try:
+                state = self.engine.run(state)
+            except BaseException:
+                if self.engine.tier is not None:
+                    self.engine.tier.close("the call has ended with an exception")
+                raise
             if self.generator is not None:
                 self.generator.set_rng_state(state[-1])
             self.last = [(target, self._found(where, state)) for target, where in self.rolled.writes]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +19,8 @@ from ..compiler.stepcost import Made, step_cost
 from .compiled import BoundProgram, GradientSweep, generator_for
 from .engine import Engine, Sweep
 from .noise import GENERATOR_BYTES
+from .offload import TieredStore
+from .tier import WRITING
 from .truncated import pull_back_truncated
 
 
@@ -81,9 +84,14 @@ class _Block:
         return _Block(self.meter, max(self.whole, other.whole), self.reached or other.reached)
 
     @property
+    def root(self) -> _Block:
+        """The block that has the memory it lies in."""
+        return self if self.within is None else self.within.root
+
+    @property
     def whole(self) -> int:
         """Bytes of the memory it lies in."""
-        return self.size if self.within is None else self.within.whole
+        return self.root.size
 
 
 class _Outside:
@@ -107,12 +115,72 @@ class _AllOutside(dict):
         return _Outside()
 
 
+class _DryTier:
+    """Stands for a lower tier: a state counts while it may be on its way down, and when it is on its way up.
+
+    That states share tensors is left out of account: then it is less.
+    """
+
+    def __init__(self, meter: _Meter) -> None:
+        self.meter = meter
+        self._kept: dict[int, list[Any]] = {}  # position -> for each entry, the number of its memory
+        self._sizes: dict[int, list[int]] = {}
+        self._writing: deque[list[Any]] = deque(maxlen=WRITING)
+        self._ahead: tuple[int, list[Any]] | None = None
+
+    def __contains__(self, position: int) -> bool:
+        return position in self._kept
+
+    def save(self, position: int, state: list[Any]) -> None:
+        """As of `Tier`."""
+        self._writing.append(list(state))
+        memories: dict[int, int] = {}
+        self._sizes[position] = []
+        self._kept[position] = []
+        for entry in state:
+            if isinstance(entry, _Block) and id(entry.root) not in memories:
+                memories[id(entry.root)] = len(memories)
+                self._sizes[position].append(entry.whole)
+            self._kept[position].append(memories[id(entry.root)] if isinstance(entry, _Block) else None)
+
+    def prefetch(self, position: int) -> None:
+        """As of `Tier`."""
+        if self._ahead is None or self._ahead[0] != position:
+            self._ahead = None
+            blocks = [_Block(self.meter, size) for size in self._sizes[position]]
+            self._ahead = position, [None if k is None else blocks[k] for k in self._kept[position]]
+
+    def load(self, position: int) -> list[Any]:
+        """As of `Tier`."""
+        self.prefetch(position)
+        assert self._ahead is not None
+        _, state = self._ahead
+        self._ahead = None
+        return state
+
+    def rest(self) -> None:
+        """As of `Tier`."""
+        self._ahead = None
+
+    def forget(self, positions: Iterable[int]) -> None:
+        """As of `Tier`."""
+        for position in positions:
+            del self._kept[position], self._sizes[position]
+
+    def settle(self) -> None:
+        """As of `Tier`."""
+        self._writing.clear()
+
+
 class _DryEngine(Engine):
     """The engine, but that steps and their derivatives give blocks."""
 
-    def __init__(self, program: Any, slots: int | None, meter: _Meter) -> None:
+    def __init__(self, program: Any, slots: int | None, meter: _Meter, offload: bool) -> None:
         super().__init__(slots, None, program)
         self.meter, self.kept = meter, 0
+        if offload and slots is not None:
+            self.tier: Any = _DryTier(meter)
+            self.store = TieredStore(slots, self.tier)
 
     def _values(self, call: StepCall, state: Any) -> list[Any]:
         if call.rng >= 0:
@@ -158,7 +226,9 @@ class _DryEngine(Engine):
         return blocks
 
 
-def predict(program: RolledProgram, slots: int | None, how: Lowering = EAGER) -> Prediction:
+def predict(
+    program: RolledProgram, slots: int | None, how: Lowering = EAGER, offload: bool = False
+) -> Prediction:
     """Go through a call of a program, and a backward from all its results, on sizes.
 
     Takes time proportional to the number of steps run, some microseconds each; traces step graphs that have not been.
@@ -167,11 +237,12 @@ def predict(program: RolledProgram, slots: int | None, how: Lowering = EAGER) ->
         program: of the compiled function.
         slots: how many states may be kept; None for all.
         how: its graphs are run; what a backend fuses or allocates besides is known once it has been measured.
+        offload: whether states without a slot go to a lower tier.
     """
     meter = _Meter()
     copied = [x for x in program.inputs if x.grad or _is_target(x, program)]
     held = [_Block(meter, nbytes(x.spec)) for x in copied]
-    engine = _DryEngine(BoundProgram(program, _AllOutside(), program.registers, how), slots, meter)
+    engine = _DryEngine(BoundProgram(program, _AllOutside(), program.registers, how), slots, meter, offload)
     state: list[Any] = [None] * (program.registers + 1)
     if generator_for(program) is not None:
         state[-1] = _Block(meter, GENERATOR_BYTES)
@@ -198,16 +269,17 @@ def predict(program: RolledProgram, slots: int | None, how: Lowering = EAGER) ->
     return Prediction(meter.peak, forward, extra, engine.vjps, engine.kept, reached)
 
 
-def sweep_peak(program: Any, slots: int) -> int:
+def sweep_peak(program: Any, slots: int, offload: bool = False) -> int:
     """Most bytes held when a window's program runs and cotangents of its last state are swept back.
 
     Args:
         program: of a window.
         slots: how many states may be kept.
+        offload: whether those without a slot go to a lower tier.
     """
     meter = _Meter()
     calls = [_measured_out(c, meter) if isinstance(c, Assign) else c for c in program.calls]
-    engine = _DryEngine(Program(0, calls), slots, meter)
+    engine = _DryEngine(Program(0, calls), slots, meter, offload)
     state: Any = engine.run([])
     sweep: Any = Sweep()
     for index, value in enumerate(state):

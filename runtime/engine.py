@@ -22,9 +22,11 @@ from ..compiler.differentiate import cotangent_outputs
 from ..compiler.ir import Assign, Program, Role, StepCall
 from ..compiler.lower import Lowered, lowered, residuals
 from .noise import draw
+from .offload import TieredStore
 from .progress import watching
 from .schedule import Marks
 from .store import SlotStore, State
+from .tier import Tier
 
 
 class Sweep:
@@ -74,6 +76,7 @@ class Engine:
         slots: how many states may be kept, counting the initial one; None keeps every one.
         backward_hook: applied to the cotangent of each inner gradient.
         program: a complete one, to `run`; None for one that is appended to.
+        tier: where states go that have no slot, closed when the engine dies; None gives them up.
     """
 
     def __init__(
@@ -81,9 +84,14 @@ class Engine:
         slots: int | None = None,
         backward_hook: Callable | None = None,
         program: Any = None,
+        tier: Tier | None = None,
     ) -> None:
         self.program = Program() if program is None else program
-        self.store = SlotStore(slots, None if program is None else program.end)
+        horizon = None if program is None else program.end
+        self.store = SlotStore(slots, horizon) if tier is None else TieredStore(slots, tier)
+        self.tier = tier
+        if tier is not None:
+            weakref.finalize(self, tier.close)
         self.state: State = []
         self.backward_hook = backward_hook
         self.saving = sys.maxsize  # position from which on `run` saves residuals
@@ -144,16 +152,19 @@ class Engine:
             self._ran = position + 1
             if self._watch is not None:
                 self._watch(self._ran, 2 * self.program.end)
+        if self.tier is not None:
+            self.tier.settle()
         self.state = state
         return state
 
     def holds(self, storage: int) -> bool:
         """Whether a tensor of the tape lies in ``storage``."""
-        return storage in self._memory
+        return storage in self._memory or (self.tier is not None and self.tier.holds(storage))
 
     def protect(self, storage: int) -> None:
         """Someone is about to write into ``storage``: keep what the tape holds of it."""
-        if self._memory.pop(storage, None) is None:
+        offloaded = self.tier is not None and self.tier.overwritten(storage)
+        if self._memory.pop(storage, None) is None and not offloaded:
             return
         copies: dict[int, Tensor] = {}
 
@@ -179,13 +190,11 @@ class Engine:
         start = self.program.start
         if needed <= start or needed < self.store.base:
             return
-        base = self.store.nearest(needed)
+        base, state = self.store.nearest(needed), None
         if base == self.store.base and needed - base > max(16, self.program.end - needed):
             with _disable_current_modes(), torch.no_grad():
                 base, state = needed, self._walk(base, needed)
-        elif base > start:
-            state = self.store[base]
-        else:
+        elif base <= start:
             return
         self.store.rebase(base, state)
         self.program = Program(base, self.program.calls[base - start :])
@@ -336,11 +345,15 @@ class Engine:
     @contextmanager
     def sweeping(self) -> Iterator[None]:
         """Circumstances of a sweep; the states it works on are dropped in the end."""
+        if self.tier is not None:
+            self.tier.settle()  # what waits to be written takes memory
         with _disable_current_modes(), torch.no_grad(), cotangent_hook.active(self.backward_hook):
             try:
                 yield
             finally:
                 self._work = {}
+                if self.tier is not None:
+                    self.tier.rest()
 
     def _pull(self, call: StepCall, position: int, sweep: Sweep) -> None:
         received = {k: sweep.cotangents.pop(index, None) for k, index in call.changed()}

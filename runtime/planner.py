@@ -70,8 +70,8 @@ class Peaks:
         return min(most, max(k for k in range(1, FEW_SLOTS) if self(k) <= budget))
 
 
-def peaks_of(program: RolledProgram, how: Lowering) -> Peaks:
-    """Peaks of a compiled function's program.
+def peaks_of(program: RolledProgram, how: Lowering, offload: bool = False) -> Peaks:
+    """Peaks of a compiled function's program; ``offload``: states without a slot go to a lower tier.
 
     A peak does not depend on how often a loop runs once it runs several times per slot, so it is found on a program cut
     short. Where states of several loops differ in size, the largest may be the ones that are kept.
@@ -80,12 +80,12 @@ def peaks_of(program: RolledProgram, how: Lowering) -> Peaks:
     def exact(slots: int) -> int:
         few, many = (n + (program.limit or 0) for n in (_FEW, MANY))
         loops = [c for c in program.calls if isinstance(c, Loop)] or [None]
-        return max(predict(shortened(program, few, x, many), slots, how).peak_bytes for x in loops)
+        return max(predict(shortened(program, few, x, many), slots, how, offload).peak_bytes for x in loops)
 
     return Peaks(exact)
 
 
-def plan_for(program: RolledProgram, how: Lowering, budget: int, name: str) -> Plan:
+def plan_for(program: RolledProgram, how: Lowering, budget: int, name: str, offload: bool = False) -> Plan:
     """The plan with the least recomputation within a budget.
 
     Args:
@@ -93,11 +93,12 @@ def plan_for(program: RolledProgram, how: Lowering, budget: int, name: str) -> P
         how: its graphs are run.
         budget: bytes that a call and its backward may hold at a time, beyond the caller's own tensors.
         name: of the function, for the error.
+        offload: whether states without a slot go to a lower tier.
 
     Raises:
         BudgetError: if not even a single state can be kept.
     """
-    peaks, states = peaks_of(program, how), program.positions
+    peaks, states = peaks_of(program, how, offload), program.positions
     least = peaks(1)
     minimum = least + _first_use(program, how)
     if budget < minimum:
@@ -109,6 +110,9 @@ def plan_for(program: RolledProgram, how: Lowering, budget: int, name: str) -> P
             + (f"; without the first-use check (self_check=False) it is {least} bytes" if checked else ""),
             minimum,
         )
+    if offload:  # as long as every state fits, none is on its way down or up
+        alone = peaks_of(program, how)
+        peaks = alone if alone.fitting(budget, max(states, 1)) >= states else peaks
     slots = peaks.fitting(budget, max(states, 1))
     return Plan(budget, None if slots >= states else slots, peaks(slots), minimum)
 

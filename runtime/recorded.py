@@ -30,6 +30,7 @@ from . import bypass
 from .engine import Engine
 from .hyper import Hyper, hyper_of
 from .inputs import Held
+from .offload import check_device, tier_for
 from .session import Options, Session, refuse_overwritten
 from .streaming import Streaming
 from .theta import ThetaView
@@ -58,9 +59,9 @@ class RecordedSession(Session):
 
     def __init__(self, options: Options) -> None:
         super().__init__(options)
-        self.engine = Engine(options.slots, options.backward_hook)
+        self.engine = Engine(options.slots, options.backward_hook, tier=tier_for(options.offload))
         if options.memory_budget is not None:
-            self.engine.streaming = Streaming(options.memory_budget)
+            self.engine.streaming = Streaming(options.memory_budget, options.offload is not None)
         bypass.watch_backward(self.engine)
         self.view = ThetaView(options, self.engine, self.networks)
         self.recorder = self.view.recorder
@@ -74,6 +75,7 @@ class RecordedSession(Session):
         return self.engine.program
 
     def _enter(self, ordinals: list[int], late: bool) -> None:
+        check_device(self.options.offload, [p.device for p in self.networks.originals])
         self._lifts = all(p.dtype in LIFTS for p in self.networks.originals)
         if self.engine.streaming is not None:
             kept = [g for g in self._grads if g is not None] + self.networks.copies
@@ -82,6 +84,24 @@ class RecordedSession(Session):
 
     def _close(self) -> None:
         self.view.close()
+
+    def _unsettled(self) -> BaseException | None:
+        try:
+            if self.engine.tier is not None:
+                self.engine.tier.settle()
+        except BaseException as error:  # waiting can be interrupted
+            return error
+        return None
+
+    def close(self, failed: bool) -> None:
+        """End; what was offloaded is removed if the block failed, else when nothing can ask for it any more."""
+        ended = False
+        try:
+            super().close(failed)
+            ended = not failed
+        finally:
+            if not ended and self.engine.tier is not None:
+                self.engine.tier.close("the window has ended with an exception")
 
     def _step(self, optimizer: Any, loss: Tensor, allow_unused: bool) -> None:
         self.view.settle()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -62,13 +63,19 @@ def rehearse(
 
 
 def measured_peak(
-    program: RolledProgram, tensors: dict[Input, Tensor], how: Lowering, slots: int | None, saved: int
+    program: RolledProgram,
+    tensors: dict[Input, Tensor],
+    how: Lowering,
+    slots: int | None,
+    saved: int,
+    offload: str | os.PathLike[str] | None,
 ) -> int:
     """Most bytes that a call and its backward hold, in a run of all its steps. Nothing outside changes.
 
     Args:
         program, tensors, how: as of `rehearse`, which has been run.
         slots, saved: of its plan.
+        offload: where states go that have no slot.
     """
     with _generator_unmoved(program), AllocatorMeter() as meter:
 
@@ -77,7 +84,7 @@ def measured_peak(
                 meter.note()
 
         with progress(note):
-            _run_and_pull(Run(program, tensors, slots, how, None, saved=saved), program)
+            _run_and_pull(Run(program, tensors, slots, how, None, saved=saved, offload=offload), program)
     return meter.peak
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ class Options:
     window: int | None = None
     slots: int | None = None
     memory_budget: int | float | str | None = None
+    offload: str | os.PathLike[str] | None = None
 
 
 class _Member:
@@ -242,7 +244,7 @@ class Session:
         """End: networks, buffers and optimizers as the mode says, or as at entry if the block failed."""
         self.recorder.depth += 1  # from here on nothing is the window's any more
         try:
-            error = self._rebinding() if not failed else None
+            error = (self._rebinding() or self._unsettled()) if not failed else None
             late = self._missing_pickup() if not failed and error is None else None
             if failed or error or late or self.options.offline:
                 self.networks.restore()
@@ -276,6 +278,10 @@ class Session:
             self.networks.check()
         except WindowError as error:
             return error
+        return None
+
+    def _unsettled(self) -> BaseException | None:
+        """What keeps the window from ending, of what goes on in the background."""
         return None
 
     def _missing_pickup(self) -> WindowError | None:

@@ -109,8 +109,9 @@ class SlotStore:
         """Keep a state that `marks` has asked for."""
         self._put(position, state)
 
-    def rebase(self, position: int, state: State) -> None:
-        """Make ``position`` the initial one and drop everything below."""
+    def rebase(self, position: int, state: State | None = None) -> None:
+        """Make ``position`` the initial one and drop everything below; its state is given if it is not held."""
+        state = self._states[position] if state is None else state
         self._keep([p for p in self._positions if p > position])
         self._put(position, state)
 

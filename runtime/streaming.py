@@ -37,10 +37,11 @@ class Streaming:
 
     Args:
         budget: bytes, text or a fraction; see `budget_bytes`.
+        offload: whether states without a slot go to a lower tier.
     """
 
-    def __init__(self, budget: int | float | str) -> None:
-        self._budget = budget
+    def __init__(self, budget: int | float | str, offload: bool = False) -> None:
+        self._budget, self.offload = budget, offload
         self.budget = -1  # bytes, when the device is known
         self.retained = Retained()
         self.aside = 0  # bytes kept beside the tape: gradients to put back, buffers that modules show
@@ -66,7 +67,7 @@ class Streaming:
             theta = (p.spec for p in call.step.inputs if p.role is Role.THETA)
             self._shown = max(self._shown, sum(map(nbytes, theta)))
             program = _repeated([*engine.program.calls, call], engine.program.start)
-            found = Peaks(lambda slots: sweep_peak(program, slots))
+            found = Peaks(lambda slots: sweep_peak(program, slots, self.offload))
             former = self._peaks
             self._peaks = found if former is None else Peaks(lambda k: max(found.exact(k), former.exact(k)))
         before = self.retained.bytes

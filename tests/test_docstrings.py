@@ -19,6 +19,7 @@ SPOKEN = {
     "MetaOptimError",
     "ProgramError",
     "StaleInputError",
+    "StoreError",
     "UnreachableWarning",
     "WindowError",
 }

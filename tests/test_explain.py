@@ -25,7 +25,7 @@ from metaoptim.runtime.schedule import extra_forwards
 
 KEYS = {
     "function", "form", "horizon", "calls", "num_programs", "window", "offline", "slots",
-    "memory_budget", "minimum_budget", "plan", "kept_states", "saved_calls",
+    "memory_budget", "minimum_budget", "offload", "plan", "kept_states", "saved_calls",
     "extra_forwards", "recompute_factor", "state_bytes", "transient_bytes", "predicted_peak_bytes",
     "predicted_forward_bytes", "measured_peak_bytes", "gradient_targets", "unreachable", "paths",
     "passes", "shapes", "program",

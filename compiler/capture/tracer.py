@@ -7,6 +7,7 @@ identity; nothing is computed and nothing outside changes.
 
 from __future__ import annotations
 
+import os
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -115,7 +116,7 @@ class WindowMark:
     """A window of the trace.
 
     Attributes:
-        offline, limit, slots, memory_budget, backward_hook: its options (``limit`` is W, or None).
+        offline, limit, slots, memory_budget, backward_hook, offload: its options (``limit`` is W, or None).
         adopted: the call that takes each parameter in.
         last: tensors that would keep a value after an online window, with what stands for it.
     """
@@ -125,6 +126,7 @@ class WindowMark:
     slots: int | None = None
     memory_budget: int | float | str | None = None
     backward_hook: Callable | None = None
+    offload: str | os.PathLike[str] | None = None
     adopted: list[Entry] = field(default_factory=list)
     last: list[tuple[Any, Value]] = field(default_factory=list)
 

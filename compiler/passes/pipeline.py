@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -43,6 +44,7 @@ class Options:
     memory_budget: int | float | str | None = None
     lowering: Lowering = field(default_factory=lambda: Lowering("inductor", hvp="auto"))
     recapture: bool = False
+    offload: str | os.PathLike[str] | None = None
     skip: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:

@@ -28,7 +28,11 @@ def roll(draft: Draft, step_of: StepOf) -> tuple[RolledProgram, str]:
     rolled = RolledProgram(limit=draft.limit, offline=any(w.offline for w in draft.trace.windows))
     for window in draft.trace.windows:
         if rolled.slots is None and rolled.memory_budget is None:
-            rolled.slots, rolled.memory_budget = window.slots, window.memory_budget
+            rolled.slots, rolled.memory_budget, rolled.offload = (
+                window.slots,
+                window.memory_budget,
+                window.offload,
+            )
         rolled.backward_hook = window.backward_hook or rolled.backward_hook
     hooked = rolled.backward_hook is not None
     scans = {u.scan: n for n, u in enumerate(draft.units) if u.scan is not None}
