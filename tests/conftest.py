@@ -15,7 +15,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--whole-grid",
         action="store_true",
-        help="forms B and C over the whole grid of networks, optimizers, modes, horizons and windows (most of an hour)",
+        help="all forms over the whole grid of networks, optimizers, modes, horizons and windows (about an hour)",
     )
 
 

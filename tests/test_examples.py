@@ -6,7 +6,8 @@ import importlib
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -82,7 +83,7 @@ def test_the_gradient_through_the_training_is_that_of_the_full_tape(
     train = training.train
     if form == "compiled":
         train = metaoptim.compile(train, backend="eager")
-    loss, _, test = train(net, optimizer, 0.0, log_rates, logits, digits, rows, 3, gather)
+    loss, _, test = train(net, optimizer, 0.0, log_rates, logits, digits, rows, gather, slots=3)
     expected = written_out(training, optimizer, log_rates, logits, digits, rows)
     torch.testing.assert_close(loss, expected)
     assert test.shape == (len(digits.x_test), 10) and not test.requires_grad
@@ -90,6 +91,32 @@ def test_the_gradient_through_the_training_is_that_of_the_full_tape(
     for got, want in zip(torch.autograd.grad(loss, [log_rates, logits]), wanted, strict=True):
         assert want.abs().max() > 0
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-13)
+
+
+def test_memory_curves(
+    example: Callable[[str, str], ModuleType],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    curves = example("long-horizon", "memory-curves")
+    seen = []
+
+    def measured(command: list[str], **options: Any) -> Any:
+        """As a process of its own would."""
+        kind, steps = command[command.index("--measure") + 1 :][:2]
+        seen.append((kind, int(steps)))
+        monkeypatch.setattr("sys.argv", ["memory-curves.py", *command[2:]])
+        curves.main()
+        return SimpleNamespace(stdout=capsys.readouterr().out)
+
+    monkeypatch.setattr(curves, "HORIZONS", (4, 8))
+    monkeypatch.setattr(curves.subprocess, "run", measured)
+    monkeypatch.setattr("sys.argv", ["memory-curves.py", "--out", str(tmp_path)])
+    curves.main()
+    assert seen == [(kind, steps) for steps in (4, 8) for kind in curves.KINDS]
+    assert (tmp_path / "memory-curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "| 8 | " in capsys.readouterr().out
 
 
 QUICK = ["--preset", "quick", "--steps", "24", "--iterations", "2"]

@@ -62,7 +62,7 @@ def test_a_function(change: str) -> None:
     assert log_lr.grad is None
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("change", ["a number", "a tensor", "what it returns"])
 def test_a_step(change: str) -> None:
     settings = Settings()
     net, log_lr, x = mlp(), leaf(-1.0), torch.randn(2, 5, 3)
