@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import heapq
+import itertools
+import random
+from collections import Counter
 from collections.abc import Iterator
 from functools import cache
+from math import comb
 from typing import Any
 
 import pytest
@@ -89,6 +93,7 @@ class Loop:
         self.store: Any = SlotStore(slots, horizon)
         self.store.offer(0, [0])
         self.end = self.steps = self.most = 0
+        self.again: Counter[int] = Counter()  # step -> how often it was run again
 
     def forward(self, steps: int) -> None:
         for _ in range(steps):
@@ -109,6 +114,7 @@ class Loop:
                     self.most = max(self.most, len(self.store.states))
                 state = [state[0] + 1]
                 self.steps += 1
+                self.again[p] += 1
             assert state == [target]
         return self.steps - before
 
@@ -137,6 +143,19 @@ def test_the_places_of_long_loops() -> None:
         loop = Loop(slots)
         assert loop.sweep(steps) == advances(steps, slots)
         assert loop.most <= slots
+
+
+@settings(max_examples=60, deadline=None)
+@given(slots=st.integers(1, 9), horizon=st.integers(1, 120), seed=st.integers(0, 99))
+def test_unequal_steps_take_at_most_r_times_their_forward_pass(slots: int, horizon: int, seed: int) -> None:
+    """No step is run again more than r times, the least r with T + 1 ≤ C(c + r, c), whatever each of them costs."""
+    loop = Loop(slots, horizon)
+    loop.forward(horizon)
+    loop.sweep(horizon)
+    repeats = next(r for r in itertools.count() if horizon + 1 <= comb(slots + r, slots))
+    assert max(loop.again.values(), default=0) <= repeats
+    costs = [random.Random(seed + p).random() ** 3 for p in range(horizon)]
+    assert sum(n * costs[p] for p, n in loop.again.items()) <= repeats * sum(costs)
 
 
 def test_integers_are_exact_however_large() -> None:
