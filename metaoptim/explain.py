@@ -11,16 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .compile import (
-    BoundFunction,
-    CompiledFunction,
-    captured_step,
-    device_of,
-    offload_of,
-    slots_of,
-    step_of,
-    trace_of,
-)
+from .captured import captured_step, device_of, offload_of, slots_of, step_of, trace_of
+from .compile import BoundFunction, CompiledFunction
 from .compiler.capture.tracer import Input
 from .compiler.ir import Lowering, Role, StepGraph
 from .compiler.passes.pipeline import Options, Record, compile_trace

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from .compile import BoundFunction, CompiledFunction, device_of, offload_of, slots_of, step_of, trace_of
+from .captured import device_of, offload_of, slots_of, step_of, trace_of
+from .compile import BoundFunction, CompiledFunction
 from .compiler.cost import CostModel, step_flops
 from .compiler.ir import Loop
 from .compiler.passes.pipeline import Options, compile_trace

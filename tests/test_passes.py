@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import metaoptim
-from metaoptim.compile import CompiledFunction, step_of, trace_of
+from metaoptim.captured import step_of, trace_of
+from metaoptim.compile import CompiledFunction
 from metaoptim.compiler.capture.tracer import Trace
 from metaoptim.compiler.ir import EAGER
 from metaoptim.compiler.passes.canonicalize import canonicalize

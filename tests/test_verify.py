@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import metaoptim
-from metaoptim.compile import step_of, trace_of
+from metaoptim.captured import step_of, trace_of
 from metaoptim.compiler.capture.tracer import Input, Noise
 from metaoptim.compiler.ir import EAGER, Loop, Port, Role, StepCall, StepGraph
 from metaoptim.compiler.passes.canonicalize import canonicalize

@@ -1,0 +1,186 @@
+"""A function, captured: its trace, its program for one set of guards, and what the program needs of a call."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from .compiler.capture import intercept
+from .compiler.capture.refusals import refusing
+from .compiler.capture.tracer import Input, Trace, Tracer, capturing
+from .compiler.differentiate import cotangent_outputs
+from .compiler.ir import Loop, Role, StepCall, StepGraph
+from .compiler.lower import derived
+from .compiler.passes.pipeline import Options, Record, compile_trace
+from .compiler.program import Given, RolledProgram, operator_count
+from .compiler.stepcost import results_of
+from .guards import Scene
+from .runtime.planner import Plan
+from .runtime.recorded import RecordedSession
+from .runtime.stepping import CapturedStep, CompiledStep, aside
+
+_cache = logging.getLogger("metaoptim.cache")
+_steps: dict[tuple, StepGraph] = {}
+
+
+class Program:
+    """A captured function, for one set of guards.
+
+    Attributes:
+        rolled: its calls.
+        records: what each pass did.
+        plan: how it keeps to its memory budget, once it has run under one.
+        sources: input of the program -> its place in the scene's tensors, or the very tensor.
+    """
+
+    def __init__(
+        self, scene: Scene, rolled: RolledProgram, records: list[Record], traced: Traced, hvp: str
+    ) -> None:
+        self.rolled, self.records, self.traced = rolled, records, traced
+        self.remembered = scene.remembered()
+        self.plan: Plan | None = None
+        at = scene.place_of()
+        found = {x for c in rolled.calls for g in _call(c).inputs for x in g.sources if isinstance(x, Input)}
+        found |= {where for where in rolled.outputs if isinstance(where, Input)}
+        self.sources: dict[Input, int | Tensor] = {x: at.get(id(x.tensor), x.tensor) for x in found}
+        self.writes = [at.get(id(t), t) if isinstance(t, Tensor) else t for t, _ in rolled.writes]
+        self.keys = [x for x in found if x.grad and any(_reaches(_call(c), x, hvp) for c in rolled.calls)]
+        for x in found:
+            if isinstance(self.sources[x], int):
+                del x.tensor  # another call brings another one
+
+    @property
+    def calls(self) -> list[StepCall | Loop]:
+        """What it does, in order."""
+        return self.rolled.calls
+
+    def tensors(self, scene: Scene) -> dict[Input, Tensor]:
+        """The inputs' tensors in this call."""
+        return {x: scene.tensors[s] if isinstance(s, int) else s for x, s in self.sources.items()}
+
+
+def _call(c: Any) -> Any:
+    return c.call if isinstance(c, Loop) else c
+
+
+def _reaches(call: Any, x: Input, hvp: str) -> bool:
+    """Whether a gradient of a call reaches ``x``."""
+    step, first = call.step, len(call.step.inputs) - len(call.inputs)
+    at = [i for i, g in enumerate(call.inputs, start=first) if any(s is x for s in g.sources)]
+    if not cotangent_outputs(step) or not any(step.inputs[i].role is Role.META for i in at):
+        return False
+    grads = results_of(derived(step, hvp).graph)
+    return any(grads[i] is not None for i in at)
+
+
+_TENSOR = object()
+
+
+@dataclass
+class Traced:
+    """What a captured function returned: what stands for its tensors, whatever else it was, and how they nest."""
+
+    tensors: list[Any]
+    leaves: list[Any]
+    spec: Any
+
+    def restored(self, tensors: Iterable[Tensor]) -> Any:
+        """The result, with ``tensors`` in the place of its tensors."""
+        given = iter(tensors)
+        return tree_unflatten([next(given) if leaf is _TENSOR else leaf for leaf in self.leaves], self.spec)
+
+
+@dataclass
+class StepProgram:
+    """A captured step, for one set of guards."""
+
+    step: CompiledStep
+    sources: dict[Input, int | Tensor]
+    remembered: list[Any]
+    traced: Traced
+
+    @property
+    def calls(self) -> list[StepCall | Loop]:
+        """What it does: one call."""
+        given = [Given("input", x) for x in self.step.given]
+        return [StepCall(self.step.step, (), (), (), (), 0, given, (), "")]
+
+    def tensor(self, x: Input, scene: Scene) -> Tensor:
+        """The tensor behind an input in this call."""
+        source = self.sources[x]
+        return scene.tensors[source] if isinstance(source, int) else source
+
+
+def trace_of(
+    fn: Callable, args: tuple, kwargs: dict, window: RecordedSession | None = None
+) -> tuple[Traced, Tracer, CapturedStep | None]:
+    """Run ``fn`` on these arguments, symbolically; inside ``window``, as one of its steps."""
+    intercept.install()
+    try:
+        with refusing(), capturing() as tracer:
+            token = intercept.recording.set(tracer)
+            try:
+                session = None if window is None else CapturedStep(window, tracer)
+                with torch.enable_grad(), nullcontext() if session is None else session.stepping():
+                    leaves, spec = tree_flatten(fn(*args, **kwargs))
+                    given = [tracer.give(t) for t in leaves if isinstance(t, Tensor)]
+            finally:
+                intercept.recording.reset(token)
+    finally:
+        intercept.uninstall()
+    kept = [_TENSOR if isinstance(x, Tensor) else x for x in leaves]
+    return Traced(given, kept, spec), tracer, session
+
+
+def captured_step(
+    fn: Callable, window: RecordedSession, args: tuple, kwargs: dict, texts: bool = False
+) -> tuple[CompiledStep, Trace, Traced]:
+    """Capture ``fn`` as a step of ``window``, which is left as it is; ``texts`` is as of `compile_trace`."""
+    with aside(window):
+        traced, tracer, session = trace_of(fn, args, kwargs, window)
+    assert session is not None
+    return CompiledStep(session, traced.tensors, step_of, texts), tracer.trace, traced
+
+
+def capture(fn: Callable, options: Options, scene: Scene, args: tuple, kwargs: dict) -> Program:
+    """Capture ``fn`` as it acts on these arguments, and take its trace through the passes."""
+    traced, tracer, _ = trace_of(fn, args, kwargs)
+    tracer.trace.outputs = traced.tensors
+    rolled, records = compile_trace(tracer.trace, options, step_of)
+    return Program(scene, rolled, records, traced, options.lowering.hvp)
+
+
+def slots_of(rolled: RolledProgram, options: Options) -> tuple[int | None, Any]:
+    """Slots and memory budget: of the program's windows if they state either, else of the decorator."""
+    said = rolled if rolled.slots is not None or rolled.memory_budget is not None else options
+    return said.slots, said.memory_budget
+
+
+def offload_of(rolled: RolledProgram, options: Options) -> str | os.PathLike[str] | None:
+    """Where states go that have no slot, as whoever states the slots says."""
+    said = rolled if rolled.slots is not None or rolled.memory_budget is not None else options
+    return said.offload
+
+
+def device_of(rolled: RolledProgram) -> torch.device:
+    """Where the inner state lives."""
+    return next((x.spec[3] for x in rolled.inputs if x.spec[3].type != "cpu"), torch.device("cpu"))
+
+
+def step_of(key: tuple, build: Callable[[], StepGraph]) -> StepGraph:
+    """The step graph of this structure, built if it is new."""
+    step = _steps.get(key)
+    if step is None:
+        step = _steps[key] = build()
+        _cache.info("built a step graph of %d operators, now %d", operator_count(step.graph), len(_steps))
+    else:
+        _cache.debug("found a step graph of %d operators", operator_count(step.graph))
+    return step
