@@ -112,7 +112,7 @@ def test_memory_curves(
 
     monkeypatch.setattr(curves, "HORIZONS", (4, 8))
     monkeypatch.setattr(curves.subprocess, "run", measured)
-    monkeypatch.setattr("sys.argv", ["memory-curves.py", "--out", str(tmp_path)])
+    monkeypatch.setattr("sys.argv", ["memory-curves.py", "--out", str(tmp_path), "--jobs", "1"])
     curves.main()
     assert seen == [(kind, steps) for steps in (4, 8) for kind in curves.KINDS]
     assert (tmp_path / "memory-curves.png").read_bytes().startswith(b"\x89PNG")

@@ -104,36 +104,24 @@ def _accuracies(axes: Any, curves: dict[str, list[Any]], compared: dict[str, flo
     axes.legend(frameon=False, fontsize=8)
 
 
-def plot_memory(found: dict[str, dict[int, dict[str, float]]], budget: str, path: str | os.PathLike) -> None:
-    """Draws memory and time of one meta-gradient against T.
+def plot_memory(found: dict[str, dict[int, int]], budget: str, path: str | os.PathLike) -> None:
+    """Draws the memory of one meta-gradient against T.
 
     Args:
-        found: kind of run -> T -> `bytes` and `seconds`.
+        found: kind of run -> T -> bytes.
         budget: of the run under one, as text.
         path: where to write the picture.
     """
-    figure, (memory, pace) = plt.subplots(1, 2, figsize=(9.5, 3.6), layout="constrained")
+    figure, axes = plt.subplots(figsize=(5.5, 3.6), layout="constrained")
     names = {"budget": f"budget of {budget}"}
     for kind, color in zip(found, (_WRONG, _LAYERS[2], _RIGHT), strict=True):
         horizons = sorted(found[kind])
-        values = [found[kind][t] for t in horizons]
-        label = names.get(kind, kind)
-        memory.plot(horizons, [v["bytes"] / 2**20 for v in values], "o-", ms=4, color=color, label=label)
-        pace.plot(
-            horizons,
-            [1e3 * v["seconds"] / t for t, v in zip(horizons, values, strict=True)],
-            "o-",
-            ms=4,
-            color=color,
-            label=label,
-        )
-    memory.set(xscale="log", yscale="log", xlabel="T, inner steps", ylabel="MiB above the start")
-    memory.set_title("memory of one meta-gradient", fontsize=10)
-    pace.set(xscale="log", ylim=(0, None), xlabel="T, inner steps", ylabel="ms per inner step")
-    pace.set_title("time", fontsize=10)
-    memory.legend(frameon=False, fontsize=8)
-    for axes in (memory, pace):
-        axes.grid(alpha=0.25, which="both", linewidth=0.5)
-        axes.spines[["top", "right"]].set_visible(False)
+        sizes = [found[kind][t] / 2**20 for t in horizons]
+        axes.plot(horizons, sizes, "o-", ms=4, color=color, label=names.get(kind, kind))
+    axes.set(xscale="log", yscale="log", xlabel="T, inner steps", ylabel="MiB, resident, above the start")
+    axes.set_title("memory of one meta-gradient", fontsize=10)
+    axes.legend(frameon=False, fontsize=8)
+    axes.grid(alpha=0.25, which="both", linewidth=0.5)
+    axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
