@@ -39,7 +39,10 @@ def compiled(
     with _disable_current_modes(), torch.no_grad(), _unasserted():
         program = lookup_backend(backend)(_copied(graph), [t.detach() for t in inputs])
         _log.info(
-            "%s compiled %d operators in %.1f s", backend, len(graph.graph.nodes), time.perf_counter() - begun
+            "%s compiled a graph of %d nodes in %.1f s",
+            backend,
+            len(graph.graph.nodes),
+            time.perf_counter() - begun,
         )
         if not check:
             return program

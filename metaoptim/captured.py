@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -158,16 +157,9 @@ def capture(fn: Callable, options: Options, scene: Scene, args: tuple, kwargs: d
     return Program(scene, rolled, records, traced, options.lowering.hvp)
 
 
-def slots_of(rolled: RolledProgram, options: Options) -> tuple[int | None, Any]:
-    """Slots and memory budget: of the program's windows if they state either, else of the decorator."""
-    said = rolled if rolled.slots is not None or rolled.memory_budget is not None else options
-    return said.slots, said.memory_budget
-
-
-def offload_of(rolled: RolledProgram, options: Options) -> str | os.PathLike[str] | None:
-    """Where states go that have no slot, as whoever states the slots says."""
-    said = rolled if rolled.slots is not None or rolled.memory_budget is not None else options
-    return said.offload
+def stated(rolled: RolledProgram, options: Options) -> RolledProgram | Options:
+    """Who says what is kept (``slots``, ``memory_budget``, ``offload``): the program's windows, or the decorator."""
+    return rolled if rolled.slots is not None or rolled.memory_budget is not None else options
 
 
 def device_of(rolled: RolledProgram) -> torch.device:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .captured import Program, StepProgram, capture, captured_step, device_of, offload_of, slots_of
+from .captured import Program, StepProgram, capture, captured_step, device_of, stated
 from .changes import first_change
 from .compiler.capture import intercept
 from .compiler.capture.tracer import Input
@@ -155,7 +155,7 @@ class CompiledFunction:
         written = [
             scene.tensors[t] if isinstance(t, int) else t for t in program.writes if not isinstance(t, tuple)
         ]
-        offload = offload_of(rolled, options) if differentiable else None
+        offload = stated(rolled, options).offload if differentiable else None
         run = Run(
             rolled,
             tensors,
@@ -176,13 +176,14 @@ class CompiledFunction:
     def _kept(self, program: Program, tensors: dict[Input, Tensor]) -> tuple[int | None, int]:
         """How many states to keep, and over how many calls residuals, as the windows inside say, else the decorator."""
         rolled, how = program.rolled, self._options.lowering
-        slots, budget = slots_of(rolled, self._options)
+        said = stated(rolled, self._options)
+        slots, budget = said.slots, said.memory_budget
         if budget is None:
             return slots, 0
         if program.plan is None:
             rehearse(rolled, tensors, how)
             amount = budget_bytes(budget, device_of(rolled))
-            offload = offload_of(rolled, self._options) is not None
+            offload = said.offload is not None
             plan = plan_for(rolled, how, amount, _name(self._fn), offload)
             program.plan = with_residuals(
                 plan, rolled, how, lambda: rehearse(rolled, tensors, how, saving=True)

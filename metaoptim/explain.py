@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .captured import captured_step, device_of, offload_of, slots_of, step_of, trace_of
+from .captured import captured_step, device_of, stated, step_of, trace_of
 from .compile import BoundFunction, CompiledFunction
 from .compiler.capture.tracer import Input
 from .compiler.ir import Lowering, Role, StepGraph
@@ -105,8 +105,8 @@ def report_of(
         if isinstance(x, Input)
     }
     program, records = compile_trace(trace, options, step_of, texts=True)
-    slots, budget = slots_of(program, options)
-    offload = offload_of(program, options)
+    said = stated(program, options)
+    slots, budget, offload = said.slots, said.memory_budget, said.offload
     how = options.lowering
     plan, begun = None, time.perf_counter()
     tensors = {x: x.tensor for x in program.inputs}

@@ -16,7 +16,12 @@ from .errors import CaptureError
 from .optim.optimizer import MetaOptimizer
 
 _PLAIN = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size, slice)
-_OPTIONS = (int, float, str, tuple, torch.dtype)
+_OPTIONS = {int, float, bool, str, tuple, torch.dtype}
+
+
+def _exact(value: Any) -> tuple:
+    """Equal for plain values alike to the last bit: 1 is not True, -0.0 is not 0.0."""
+    return type(value), repr(value) if isinstance(value, (float, tuple)) else value
 
 
 class Scene:
@@ -26,7 +31,6 @@ class Scene:
         key: equal for two calls that one program serves.
         tensors: those found, in the order they are met; the same order for equal keys.
         objects: what the key knows by identity.
-        attributes: (module, name) -> a plain value that a module of the user's holds.
 
     Args:
         fn: the function.
@@ -38,8 +42,8 @@ class Scene:
     def __init__(
         self, fn: Callable, args: tuple, kwargs: dict[str, Any], own: Collection[tuple[int, str]] = ()
     ) -> None:
-        self.own = own
-        self.attributes: list[tuple[nn.Module, str, Any]] = []
+        self._own = own
+        self._attributes: list[tuple[nn.Module, tuple]] = []  # plain values that modules hold
         self.tensors: list[Tensor] = []
         self.objects: list[Any] = []
         self._seen: dict[int, int] = {}
@@ -127,17 +131,24 @@ class Scene:
     def _kind(self, m: nn.Module) -> tuple:
         """What a module runs: its class, its hooks, and its attributes that are plain values."""
         own = vars(m)
-        acting = [*m._forward_pre_hooks.values(), *m._forward_hooks.values(), *m._backward_hooks.values()]
-        acting += [own["forward"]] if "forward" in own else []
-        self.objects += [type(m), *acting]
-        plain = [(k, v) for k, v in own.items() if k[0] != "_" and isinstance(v, _OPTIONS)]
-        self.attributes += ((m, k, v) for k, v in plain)
-        described = tuple((k, str(v)) for k, v in plain if (id(m), k) not in self.own)
-        return ("kind", id(type(m)), tuple(map(id, acting)), described)
+        acting: list[Any] = []
+        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or "forward" in own:
+            acting += [
+                *m._forward_pre_hooks.values(),
+                *m._forward_hooks.values(),
+                *m._backward_hooks.values(),
+            ]
+            acting.append(own.get("forward"))
+            self.objects += acting
+        plain = tuple([(k, _exact(v)) for k, v in own.items() if type(v) in _OPTIONS and k[0] != "_"])
+        self._attributes.append((m, plain))
+        if self._own:
+            plain = tuple([p for p in plain if (id(m), p[0]) not in self._own])
+        return ("kind", type(m), tuple(map(id, acting)), plain)
 
     def written(self) -> set[tuple[int, str]]:
         """Attributes of modules that have changed since: `own` ones of the function, if it has just run."""
-        return {(id(m), k) for m, k, v in self.attributes if vars(m).get(k) != v}
+        return {(id(m), k) for m, plain in self._attributes for k, v in plain if _exact(vars(m).get(k)) != v}
 
     def _optimizer(self, optimizer: MetaOptimizer) -> Iterator[Any]:
         yield optimizer.first_order

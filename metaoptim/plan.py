@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from .captured import device_of, offload_of, slots_of, step_of, trace_of
+from .captured import device_of, stated, step_of, trace_of
 from .compile import BoundFunction, CompiledFunction
 from .compiler.cost import CostModel, step_flops
 from .compiler.ir import Loop
@@ -133,12 +133,13 @@ def plan(
         traced, tracer, _ = trace_of(compiled._fn, args, kwargs)
         tracer.trace.outputs = traced.tensors
         program, _ = compile_trace(tracer.trace, compiled._options, step_of)
-        if offload_of(program, compiled._options) is not None:
+        said = stated(program, compiled._options)
+        if said.offload is not None:
             raise WindowError(
                 "plan: the function offloads states (offload=), and the formulas are those of recomputing them "
                 "instead; fn.explain(...) goes through a run with offload, or leave it out to see what it saves"
             )
-        slots, budget = slots_of(program, compiled._options)
+        slots, budget = said.slots, said.memory_budget
         if memory_budget is not None:
             slots, budget = None, memory_budget
         return _cost(compiled, program, horizon, slots, budget)

@@ -120,10 +120,10 @@ class RecordedSession(Session):
                     f"parameter {name!r} was changed through .data between its use in the loss and the step; change it "
                     "before the loss or after the step"
                 )
-            ordinal = self.view.indices.index(theta.index)
-            written = theta.tensor is self.networks.shown[ordinal] and not self.view.unchanged(theta)
-            if written and ordinal in self.ordinals(optimizer):
-                refuse_overwritten(self.networks.names[ordinal])
+            if not self.view.unchanged(theta):
+                ordinal = self.view.indices.index(theta.index)
+                if theta.tensor is self.networks.shown[ordinal] and ordinal in self.ordinals(optimizer):
+                    refuse_overwritten(self.networks.names[ordinal])
         update = self._plan(optimizer, loss, sliced, hyper, allow_unused)
         if sliced.spies:  # only now have the hooks run
             if any(spy.mutated for spy in sliced.spies):

@@ -42,6 +42,10 @@ _DETACH = aten.detach.default
 _ITEM = aten._local_scalar_dense.default
 
 
+def _written_by_view(t: Tensor) -> bool:
+    return t.grad_fn is not None and t.grad_fn.name().endswith("CopySlices")
+
+
 def _tensors(args: Iterable) -> Iterable[Tensor]:
     for a in args:
         if isinstance(a, Tensor):
@@ -170,8 +174,9 @@ class Recorder(TorchDispatchMode):
                 # autograd hands saved outputs back through a detach: an alias, not a cut; unlike one that requires grad
                 # since a view of it was written into
                 resolved: Any = found
-                written = t.grad_fn is not None and t.grad_fn.name().endswith("CopySlices")
-                while isinstance(resolved, Value) and resolved.entry.op is _DETACH and not written:
+                while (
+                    isinstance(resolved, Value) and resolved.entry.op is _DETACH and not _written_by_view(t)
+                ):
                     resolved = resolved.entry.args[0]
                 if not isinstance(resolved, Value):
                     return resolved

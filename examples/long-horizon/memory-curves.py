@@ -3,7 +3,7 @@
 Each point is measured in a process of its own: how far its resident memory rises above where it was before the call.
 
     python memory-curves.py                      # T up to 20,000, some eight minutes on two cores
-    python memory-curves.py --longest 2000       # a minute
+    python memory-curves.py --longest 2000       # minutes
 
 The full tape takes 4 GiB for 5,000 steps, and is left out beyond.
 """
