@@ -87,6 +87,7 @@ class StepGraph:
         first_order: g is taken as a constant (FOMAML).
         programs: graphs and callables derived from this one, by kind; filled on first use.
         derivatives: which mode of differentiation was taken, by what was asked for.
+        records: what the passes did that made it.
     """
 
     graph: fx.Graph
@@ -98,6 +99,7 @@ class StepGraph:
     hooked: bool = False
     programs: dict[Any, Any] = field(default_factory=dict)
     derivatives: dict[str, str] = field(default_factory=dict)
+    records: list[Any] = field(default_factory=list)
 
     @cached_property
     def steps(self) -> int:

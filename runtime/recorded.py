@@ -19,12 +19,12 @@ from metaoptim.errors import (
     warn,
 )
 
-from ..compiler.build import build_step
 from ..compiler.capture.entries import External
 from ..compiler.capture.ops import LIFTS
 from ..compiler.capture.slicing import Slice, hook_key, tensor_spec
-from ..compiler.ir import Assign, Program, StepCall
+from ..compiler.ir import Assign, Program, StepCall, StepGraph
 from ..compiler.lower import StepCache, lowered
+from ..compiler.recorded_step import StepSpec, build_step
 from ..compiler.update import UpdatePlan
 from . import bypass
 from .engine import Engine
@@ -278,40 +278,22 @@ class RecordedSession(Session):
         place = {t.index: k for k, t in enumerate(sliced.thetas)}
         changed = {t.index for t in sliced.thetas if not view.unchanged(t)}
         base = epoch.position if changed else engine.position
-        stale = not changed.isdisjoint(update.indices)
-        params = tuple(place[x] for x in update.indices)
-        theta_specs = tuple(tensor_spec(t.tensor) for t in sliced.thetas)
-        param_specs = tuple(map(tensor_spec, update.old))
-        state_specs = tuple(tuple((k, tensor_spec(v)) for k, v in s.items()) for s in update.states)
-        hooked, first_order = self.options.backward_hook is not None, optimizer.first_order
-        key = (
-            sliced.key,
+        spec = StepSpec(
             update.plan,
-            params,
-            stale,
-            theta_specs,
-            param_specs,
-            state_specs,
-            tuple(tuple(map(hook_key, h)) for h in update.grad_hooks),
-            first_order,
-            hooked,
+            params=tuple(place[x] for x in update.indices),
+            stale=not changed.isdisjoint(update.indices),
+            thetas=tuple(tensor_spec(t.tensor) for t in sliced.thetas),
+            now=tuple(map(tensor_spec, update.old)),
+            states=tuple(tuple((k, tensor_spec(v)) for k, v in s.items()) for s in update.states),
+            grad_hooks=tuple(tuple(map(hook_key, h)) for h in update.grad_hooks),
+            first_order=optimizer.first_order,
+            hooked=self.options.backward_hook is not None,
         )
+        key = (sliced.key, spec)
 
-        def build(lifted: tuple[int, ...]) -> Any:
-            return build_step(
-                sliced,
-                update.plan,
-                params,
-                stale,
-                theta_specs,
-                param_specs,
-                list(map(dict, state_specs)),
-                [{k: tensor_spec(v) for k, v in s.items()} for s in new_states],
-                lifted,
-                update.grad_hooks,
-                first_order,
-                hooked,
-            )
+        def build(lifted: tuple[int, ...]) -> StepGraph:
+            after = [{k: tensor_spec(v) for k, v in s.items()} for s in new_states]
+            return build_step(sliced, spec, after, lifted, update.grad_hooks)
 
         for x in sliced.externals:
             # autograd looks at a saved leaf again in the backward: what it makes of it is neither the one nor the other
@@ -350,7 +332,11 @@ class RecordedSession(Session):
         if new or step.opaque or suspect:
             try:
                 self._check(
-                    call, sliced, update, stale, [*new_theta, *(v for s in new_states for v in s.values())]
+                    call,
+                    sliced,
+                    update,
+                    spec.stale,
+                    [*new_theta, *(v for s in new_states for v in s.values())],
                 )
             except CaptureError as error:
                 if suspect:

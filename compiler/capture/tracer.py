@@ -63,6 +63,13 @@ class Input:
         self.spec = tensor_spec(tensor)
         self.location = user_location()
 
+    @classmethod
+    def of(cls, spec: tuple, grad: bool) -> Input:
+        """One of which no more is known than this: a recorded step serves many tensors."""
+        made = cls.__new__(cls)
+        made.grad, made.spec, made.location = grad, spec, ""
+        return made
+
 
 class Noise:
     """Random numbers, drawn by ``op`` whenever the program runs: tensors in ``args`` are specs."""
@@ -143,6 +150,7 @@ class Trace:
         windows: its windows.
         outputs: what stands for each tensor the function returns.
         hooks: id of a call -> its hooked outputs, each with the hooks that were there when a gradient passed.
+        indexed: whether indices that may differ from step to step are `Number`s already.
     """
 
     entries: list[Entry] = field(default_factory=list)
@@ -152,6 +160,7 @@ class Trace:
     windows: list[WindowMark] = field(default_factory=list)
     outputs: list[Any] = field(default_factory=list)
     hooks: dict[int, dict[Any, list[Spy]]] = field(default_factory=dict)
+    indexed: bool = False
 
 
 class Tracer(TorchDispatchMode):
