@@ -67,7 +67,7 @@ class ThetaView:
             with torch.enable_grad():
                 self._token = Link.apply(engine, position, (), indices, self._token, *originals)
         if len(self.epochs) == 1:
-            self.epochs.clear()
+            self._keep_epochs([])
         self._show(ordinals)
         if late:
             self.late = {id(p): Theta(i, p, object()) for p, i in zip(originals, indices, strict=True)}
@@ -112,6 +112,13 @@ class ThetaView:
         self.epochs.append(epoch)
         self.late = {}
         self._storages = None
+
+    def _keep_epochs(self, kept: list[Epoch]) -> None:
+        """Drop the others, with the circle of calls that write and the epoch they were made in."""
+        for epoch in self.epochs:
+            if epoch not in kept:
+                epoch.writes.clear()
+        self.epochs = kept
 
     # -- what a loss has read ------------------------------------------------------------------------------------
 
@@ -159,7 +166,7 @@ class ThetaView:
         if fresh:
             self._superstep += 1
             epoch.superstep = self._superstep
-            self.epochs = [epoch]
+            self._keep_epochs([epoch])
             self.recorder.keep_only(epoch)
         keys = [
             (id(t), None if t.is_leaf else t._version) for t in metas
@@ -287,7 +294,7 @@ class ThetaView:
         """Drop every reference to the user's graph."""
         self._metas.clear()
         self.inputs.clear()
-        self.epochs.clear()
+        self._keep_epochs([])
         self.late = {}
         self._token = new_token()
         self.recorder.forget(self.recorder.values.values())
