@@ -22,6 +22,7 @@ class MetaOptimError(RuntimeError):
 
     def __init__(self, message: str) -> None:
         where = user_location()
+        self.reason = message
         super().__init__(f"{message}\n  at {where}" if where else message)
 
 

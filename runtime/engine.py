@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from metaoptim.errors import CaptureError
+from metaoptim.errors import CaptureError, StaleInputError
 
 from ..compiler import cotangent_hook
 from ..compiler.differentiate import cotangent_outputs
@@ -296,7 +296,10 @@ class Engine:
     def _values(self, call: StepCall, state: State) -> list[Tensor]:
         """What it is given besides the state."""
         if call.rng < 0:
-            return [held.get() for held in call.inputs]
+            try:
+                return [held.get() for held in call.inputs]
+            except StaleInputError as error:
+                raise StaleInputError(f"the inner step at {call.location}: {error.reason}") from None
         values, self._drawn = draw(call.inputs, state[call.rng])
         return values
 
