@@ -1,4 +1,4 @@
-"""StepGraph and Program: what an inner loop is, as data.
+"""StepGraphs and their calls: what an inner loop is, as data.
 
 A `StepGraph` is an fx graph of one inner step: from theta, optimizer state, meta-parameters and data to the loss, from
 the loss to its gradient (one `gradient` node), from the gradient to theta' and the new optimizer state. Its operators
@@ -6,13 +6,14 @@ are ATen calls; custom autograd Functions, hooks and the optimizer's update are 
 derivative of their own. Everything
 that runs - the replay of the step and its VJP - is derived from this graph and from nothing else.
 
-A `Program` is the sequence of calls of such graphs that a window has recorded.
+An inner loop is a sequence of calls of such graphs: `program.RolledProgram` for a whole function,
+`recorded_program.Program` for what a window records.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
 from typing import Any
@@ -220,55 +221,3 @@ class Loop:
     call: StepCall
     count: int
     strides: tuple[int, ...]
-
-    def at(self, k: int) -> StepCall:
-        """The ``k``-th call."""
-        inputs = [x.advanced(k * s) if s else x for x, s in zip(self.call.inputs, self.strides, strict=True)]
-        return replace(self.call, inputs=inputs)
-
-
-@dataclass
-class Program:
-    """The inner loop: tape position -> call, from `start` on."""
-
-    start: int = 0
-    calls: list[StepCall | Assign] = field(default_factory=list)
-
-    @property
-    def end(self) -> int:
-        """The position after the last call."""
-        return self.start + len(self.calls)
-
-    def __getitem__(self, position: int) -> StepCall | Assign:
-        return self.calls[position - self.start]
-
-    @property
-    def horizon(self) -> int:
-        """Number of inner steps held."""
-        return sum(isinstance(c, StepCall) for c in self.calls)
-
-    @property
-    def step_graphs(self) -> list[StepGraph]:
-        """The distinct steps, in order of appearance."""
-        found: dict[int, StepGraph] = {}
-        for call in self.calls:
-            if isinstance(call, StepCall):
-                found.setdefault(id(call.step), call.step)
-        return list(found.values())
-
-    def __str__(self) -> str:
-        graphs = self.step_graphs
-        names = {id(g): f"step_{chr(97 + i)}" if i < 26 else f"step_{i}" for i, g in enumerate(graphs)}
-        lines = [f"program of {self.horizon} inner steps, {len(graphs)} distinct"]
-        if self.start:
-            lines[0] += f" (what lies before position {self.start} is forgotten)"
-        run: list[Any] = []
-        for call in [*self.calls, None]:
-            label = None if call is None else names[id(call.step)] if isinstance(call, StepCall) else "assign"
-            if run and run[0] != label:
-                lines.append(f"  {run[0]} × {run[1]}")
-                run = []
-            run = [label, run[1] + 1 if run else 1]
-        for g in graphs:
-            lines.append(str(g).replace("step(", f"{names[id(g)]}(", 1))
-        return "\n".join(lines)

@@ -21,7 +21,8 @@ from metaoptim.errors import CaptureError
 
 from ..compiler.capture.entries import Value
 from ..compiler.capture.intercept import recording
-from ..compiler.ir import Assign, Program
+from ..compiler.ir import Assign
+from ..compiler.recorded_program import Program
 from .bridge import InnerParameter, Read, WindowedRead
 from .engine import Engine
 

@@ -47,7 +47,7 @@ class BoundProgram:
     """
 
     start = 0
-    calls: tuple = ()
+    items: tuple = ()
 
     def __init__(self, rolled: RolledProgram, held: dict[Input, Held], rng: int, how: Lowering) -> None:
         self.rolled, self.held, self.rng, self.how = rolled, held, rng, how

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ..compiler.capture.tracer import Input
 from ..compiler.differentiate import cotangent_outputs
-from ..compiler.ir import EAGER, Assign, Lowering, Program, StepCall
+from ..compiler.ir import EAGER, Assign, Lowering, StepCall
 from ..compiler.program import RolledProgram, nbytes
+from ..compiler.recorded_program import Program
 from ..compiler.stepcost import Made, step_cost
 from .compiled import BoundProgram, GradientSweep, generator_for
 from .engine import Engine, Sweep
@@ -278,7 +279,7 @@ def sweep_peak(program: Any, slots: int, offload: bool = False) -> int:
         offload: whether those without a slot go to a lower tier.
     """
     meter = _Meter()
-    calls = [_measured_out(c, meter) if isinstance(c, Assign) else c for c in program.calls]
+    calls = [_measured_out(c, meter) if isinstance(c, Assign) else c for c in program]
     engine = _DryEngine(Program(0, calls), slots, meter, offload)
     state: Any = engine.run([])
     sweep: Any = Sweep()

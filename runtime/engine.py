@@ -19,8 +19,9 @@ from metaoptim.errors import CaptureError, StaleInputError
 
 from ..compiler import cotangent_hook
 from ..compiler.differentiate import cotangent_outputs
-from ..compiler.ir import Assign, Program, Role, StepCall
+from ..compiler.ir import Assign, Role, StepCall
 from ..compiler.lower import Lowered, lowered, residuals
+from ..compiler.recorded_program import Program
 from .noise import draw
 from .offload import TieredStore
 from .progress import watching
@@ -136,7 +137,7 @@ class Engine:
                 state.append(value)
             else:
                 state[index] = value
-        self.program.calls.append(call)
+        self.program.append(call)
         self.state = state
         if isinstance(call, Assign) and self.program.horizon == 0 and not read:
             self.store.rebase(self.program.end, state)
@@ -181,7 +182,7 @@ class Engine:
                 self.state,
                 *self.store.states,
                 *self._work.values(),
-                *(c.values for c in self.program.calls if isinstance(c, Assign)),
+                *(c.values for c in self.program.items if isinstance(c, Assign)),
             ]:
                 values[:] = [kept(t) for t in values]
 
@@ -197,7 +198,7 @@ class Engine:
         elif base <= start:
             return
         self.store.rebase(base, state)
-        self.program = Program(base, self.program.calls[base - start :])
+        self.program.forget(base)
 
     # -- states --------------------------------------------------------------------------------------------------
 

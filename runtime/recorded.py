@@ -22,8 +22,9 @@ from metaoptim.errors import (
 from ..compiler.capture.entries import External
 from ..compiler.capture.ops import LIFTS
 from ..compiler.capture.slicing import Slice, hook_key, tensor_spec
-from ..compiler.ir import Assign, Program, StepCall, StepGraph
+from ..compiler.ir import Assign, StepCall, StepGraph
 from ..compiler.lower import StepCache, lowered
+from ..compiler.recorded_program import Program
 from ..compiler.recorded_step import StepSpec, build_step
 from ..compiler.update import UpdatePlan
 from . import bypass

@@ -16,9 +16,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 from metaoptim.errors import BudgetError
 
 from ..compiler.differentiate import cotangent_outputs
-from ..compiler.ir import Assign, Program, Role, StepCall
+from ..compiler.ir import Assign, Role, StepCall
 from ..compiler.lower import lowered
 from ..compiler.program import nbytes, readable_bytes
+from ..compiler.recorded_program import Program
 from ..compiler.stepcost import measured
 from .budget import budget_bytes
 from .dry_run import sweep_peak
@@ -66,7 +67,7 @@ class Streaming:
             _measure(engine, call)
             theta = (p.spec for p in call.step.inputs if p.role is Role.THETA)
             self._shown = max(self._shown, sum(map(nbytes, theta)))
-            program = _repeated([*engine.program.calls, call], engine.program.start)
+            program = _repeated([*engine.program, call], engine.program.start)
             found = Peaks(lambda slots: sweep_peak(program, slots, self.offload))
             former = self._peaks
             self._peaks = found if former is None else Peaks(lambda k: max(found.exact(k), former.exact(k)))
@@ -77,7 +78,7 @@ class Streaming:
         if slots < self._slots and engine.program.start > self._start:  # a sliding window has forgotten some
             self._start = engine.program.start
             self.retained = Retained()
-            for past in (*engine.program.calls, call):
+            for past in (*engine.program, call):
                 if isinstance(past, StepCall):
                     self.retained.take(past.inputs)
             slots = self._fitting()
