@@ -30,6 +30,7 @@ from metaoptim.errors import CaptureError, user_location
 
 from ..ir import again, gradient
 from .entries import Entry, Function, Number, Spy, Value
+from .fakes import FakeCalls
 from .intercept import is_removed
 from .modes import leave, paused
 from .ops import BATCH_NORM, LIFTS, functional, op_info, written
@@ -167,7 +168,7 @@ class Tracer(TorchDispatchMode):
 
     def __init__(self, fake: FakeTensorMode) -> None:
         super().__init__()
-        self.fake = fake
+        self.fake, self.fakes = fake, FakeCalls(fake)
         self.depth = 0
         self.trace = Trace()
         self.guard: Any = None
@@ -221,7 +222,7 @@ class Tracer(TorchDispatchMode):
         """The fake result of a call."""
         fake_args, fake_kwargs = self.faked(args), self.faked(kwargs)
         try:
-            return func(*fake_args, **fake_kwargs)
+            return self.fakes(func, fake_args, fake_kwargs)
         except DataDependentOutputException as error:
             raise CaptureError(_NO_VALUE) from error
         except DynamicOutputShapeException as error:
