@@ -198,33 +198,35 @@ def verify_draft(draft: Draft, *, outlined: bool = True) -> None:
                     f"{name}: call {k} ({op_text(entry.op)}) is listed in part {draft.unit_of.get(id(entry))}"
                 )
             for a in arguments(entry):
-                if isinstance(a, Value):
-                    _verify_value(draft, a, n, k, f"{name}: call {k} ({op_text(entry.op)}) reads", outlined)
+                wrong = _wrong(draft, a, n, k, outlined) if isinstance(a, Value) else ""
+                if wrong:
+                    raise ProgramError(f"{name}: call {k} ({op_text(entry.op)}) reads {wrong}")
             for write in entry.deps:
                 if unit.segment.number_of.get(id(write), k) >= k:
                     raise ProgramError(
                         f"{name}: call {k} ({op_text(entry.op)}) depends on a write that is not before it"
                     )
     for i, value in enumerate(draft.finals()):
-        if isinstance(value, Value):
-            _verify_value(draft, value, len(draft.units), 0, f"result {i} is", outlined)
+        wrong = _wrong(draft, value, len(draft.units), 0, outlined) if isinstance(value, Value) else ""
+        if wrong:
+            raise ProgramError(f"result {i} is {wrong}")
 
 
-def _verify_value(draft: Draft, value: Value, n: int, k: int, name: str, outlined: bool) -> None:
+def _wrong(draft: Draft, value: Value, n: int, k: int, outlined: bool) -> str:
+    """What is wrong with reading ``value`` in call ``k`` of part ``n``; nothing is the rule, and costs no text."""
     at = draft.unit_of.get(id(value.entry))
-    what = f"an output of {op_text(value.entry.op)}"
     if at is None:
-        raise ProgramError(f"{name} {what}, which is part of the program no more")
+        return f"an output of {op_text(value.entry.op)}, which is part of the program no more"
     unit = draft.units[at]
     number = unit.segment.number_of[id(value.entry)]
     if (at, number) >= (n, k):
-        raise ProgramError(f"{name} {what} in part {at}, which comes later")
+        return f"an output of {op_text(value.entry.op)} in part {at}, which comes later"
     if not outlined or at == n:
-        return
+        return ""
     spec = unit.body.outputs.get((number, value.index))
+    if spec is not None and tuple(spec) == tuple(value.ref):
+        return ""
+    what = f"an output of {op_text(value.entry.op)} in part {at}"
     if spec is None:
-        raise ProgramError(f"{name} {what} in part {at}, which that part does not give")
-    if tuple(spec) != tuple(value.ref):
-        raise ProgramError(
-            f"{name} {what} in part {at}: got {spec_text(spec)}, expected {spec_text(value.ref)}"
-        )
+        return f"{what}, which that part does not give"
+    return f"{what}: got {spec_text(spec)}, expected {spec_text(value.ref)}"
