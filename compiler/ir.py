@@ -12,7 +12,7 @@ A `Program` is the sequence of calls of such graphs that a window has recorded.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
 from typing import Any
@@ -207,22 +207,23 @@ class Assign:
 
 @dataclass
 class Loop:
-    """Equal inner steps that only differ in the slices and numbers they are given.
+    """Iterations that only differ in the slices and numbers their calls are given.
 
     Attributes:
-        call: the first of them; each later one finds its inputs where this one has left its outputs.
-        count: how many.
-        strides: by how much each input advances from one to the next (slices of a scan, lifted numbers; else 0).
+        calls: those of the first iteration; in each later one they find their inputs where these have left them.
+        count: how many iterations.
+        strides: for each call, by how much each of its inputs advances from one iteration to the next (slices of a
+            scan, lifted numbers; else 0).
     """
 
-    call: StepCall
+    calls: tuple[StepCall, ...]
     count: int
-    strides: tuple[int, ...]
+    strides: tuple[tuple[int, ...], ...]
 
-    def at(self, k: int) -> StepCall:
-        """The ``k``-th call."""
-        inputs = [x.advanced(k * s) if s else x for x, s in zip(self.call.inputs, self.strides, strict=True)]
-        return replace(self.call, inputs=inputs)
+
+def calls_of(item: StepCall | Loop) -> tuple[StepCall, ...]:
+    """A call, or those of one iteration of a loop."""
+    return item.calls if isinstance(item, Loop) else (item,)
 
 
 @dataclass

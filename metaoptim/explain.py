@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
@@ -129,7 +130,8 @@ def report_of(
     labels = {x: names.get(id(x.tensor)) or _unnamed(x) for x in {*program.inputs, *trace.inputs}}
     reached = {x for x in trace.inputs if x in prediction.reached}
     whole = predict(replace(program, limit=None), slots, how).reached if program.limit else prediction.reached
-    paths = {labels[x]: _path(x, program) for x in trace.inputs if x in reached}
+    through = _paths(program)
+    paths = {labels[x]: through[x] for x in trace.inputs if x in reached}
     told = {id(x) for x in program.inputs}
     for x in trace.inputs:
         # networks of other optimizers that are still alive are taken in too: nothing to tell
@@ -228,16 +230,25 @@ def _checkpointed(prediction: Prediction, saved: int, milliseconds: float) -> Re
 # -- what reaches the results ----------------------------------------------------------------------------------------
 
 
-def _path(x: Input, program: RolledProgram) -> str:
-    names, counts = program.names(), dict[str, int]()
+def _paths(program: RolledProgram) -> dict[Input, str]:
+    """Through which step graphs the gradient of each input comes."""
+    names, counts = program.names(), dict[Input, dict[str, int]]()
     for call, count in program.counted():
-        if any(
-            p.role is Role.META and any(s is x for s in g.sources)
-            for g, p in zip(call.inputs, given_ports(call.step), strict=True)
-        ):
+        times: dict[Input, int] = {}
+        for g, p in zip(call.inputs, given_ports(call.step), strict=True):
+            if p.role is Role.META:
+                inputs = [x for x in g.sources if isinstance(x, Input)]
+                listed = Counter(inputs)  # of a list, each call takes one
+                for x in inputs:
+                    times[x] = max(times.get(x, 0), listed[x] if g.kind == "each" else count)
+        for x, k in times.items():
+            of = counts.setdefault(x, {})
             name = names[id(call.step)]
-            counts[name] = counts.get(name, 0) + count
-    return "through " + ", ".join(n if k == 1 else f"{n} ({k} calls)" for n, k in counts.items())
+            of[name] = of.get(name, 0) + k
+    return {
+        x: "through " + ", ".join(n if k == 1 else f"{n} ({k} calls)" for n, k in of.items())
+        for x, of in counts.items()
+    }
 
 
 def _why_not(x: Input, program: RolledProgram, adopted: set[int], whole: frozenset[Input]) -> str:

@@ -141,7 +141,7 @@ def compile_trace(
     verify_program(program, pruned=pruned)
     if "loop" not in options.skip:
         recorder.run("loop", lambda: loop(program), program, lambda _: program)
-        verify_program(program, pruned=pruned)
+        verify_program(program, pruned=pruned, folded=True)
     if any(x.grad for x in trace.inputs):
         recorder.run(
             "differentiate", lambda: differentiate(program, options.lowering.hvp), program, lambda _: program
