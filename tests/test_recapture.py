@@ -100,3 +100,23 @@ def test_what_is_made_anew_in_every_call_is_no_change() -> None:
         torch.manual_seed(seed)
         meta_loss(net, log_lr, torch.randn(4, 5, 3)).backward()
     assert len(meta_loss._programs) == 1
+
+
+def test_other_rows_of_a_loop() -> None:
+    """The first steps read the same rows as before; those that a loop moves on to are others."""
+    settings = Settings()
+    settings.steps = 1
+    net, log_lr, xs = mlp(), leaf(-1.0), torch.randn(12, 5, 3)
+
+    @metaoptim.compile(backend="eager", recapture=True)
+    def meta_loss(net: nn.Module, log_lr: Tensor, xs: Tensor) -> Tensor:
+        inner = metaoptim.MetaSGD([net], lr=log_lr.exp())
+        with metaoptim.SlidingWindow(offline=True):
+            for t in range(6):
+                inner.step(net(xs[t * settings.steps]).square().mean())
+            return net(xs[0]).square().mean()
+
+    meta_loss(net, log_lr, xs)
+    settings.steps = 2
+    with pytest.raises(metaoptim.CaptureError, match="another row or number"):
+        meta_loss(net, log_lr, xs)
