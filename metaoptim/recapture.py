@@ -54,10 +54,11 @@ def _difference(known: Any, again: Any) -> str | None:
         if _registers(was) != _registers(now):
             return f"what it does {place} reads or leaves other values"
         for a, b in zip(was.inputs, now.inputs, strict=True):
-            if a.kind != b.kind or a.at != b.at or len(a.sources) != len(b.sources):
+            listed, listed_now = ((g.of if g.kind == "each" else (g,)) for g in (a, b))
+            if [(g.kind, g.at) for g in (a, *listed)] != [(g.kind, g.at) for g in (b, *listed_now)]:
                 return f"what it reads {place} is another row or number"
-            for x, y in zip(a.sources, b.sources, strict=True):
-                change = _change(x, y, known.sources, again.sources)
+            for x, y in zip(listed, listed_now, strict=True):
+                change = _change(x.of, y.of, known.sources, again.sources)
                 if change:
                     return f"{change} {place}"
         if moved != moves:
