@@ -39,9 +39,11 @@ def verify_program(program: RolledProgram, *, pruned: bool = True, folded: bool 
     for step in program.step_graphs:
         verify_step(step, names[id(step)], pruned=pruned)
     held: dict[int, Port] = {}
-    before: StepCall | None = None
+    done: list[StepCall] = []
     for n, item in enumerate(program.calls):
-        calls, looped = calls_of(item), isinstance(item, Loop)
+        calls = calls_of(item)
+        if not calls:
+            raise ProgramError(f"call {n}: a loop of no calls")
         places = [f"{n}.{k}" if len(calls) > 1 else f"{n}" for k in range(len(calls))]
         named = [
             f"call {place} ({names[id(c.step)]}{f', {c.location}' if c.location else ''})"
@@ -49,18 +51,18 @@ def verify_program(program: RolledProgram, *, pruned: bool = True, folded: bool 
         ]
         for call, name in zip(calls, named, strict=True):
             _verify_arguments(call, name, program.registers)
-        if looped:
+        if isinstance(item, Loop):
             _verify_loop(item, named)
-            if not folded and before is not None:
-                _verify_closed(item, named[0], before)
+            if done and not folded:
+                _verify_closed(item, named[0], done[-1])
         # in a second iteration of a loop what the first has left must do as well
-        for again in (False, True) if looped else (False,):
+        for again in (False, True) if isinstance(item, Loop) else (False,):
             for call, name in zip(calls, named, strict=True):
                 _verify_reads(call, name + (" in its second iteration" if again else ""), held)
                 for k, register in call.changed():
                     if register >= 0:
                         held[register] = call.step.outputs[k]
-        before = calls[-1]
+        done += calls
     _verify_results(program, held)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -115,6 +116,7 @@ def trace_of(
     fn: Callable, args: tuple, kwargs: dict, window: RecordedSession | None = None
 ) -> tuple[Traced, Tracer, CapturedStep | None]:
     """Run ``fn`` on these arguments, symbolically; inside ``window``, as one of its steps."""
+    begun = time.perf_counter()
     intercept.install()
     try:
         with refusing(), capturing() as tracer:
@@ -128,12 +130,17 @@ def trace_of(
                 intercept.recording.reset(token)
     finally:
         intercept.uninstall()
+    tracer.trace.milliseconds = 1e3 * (time.perf_counter() - begun)
     kept = [_TENSOR if isinstance(x, Tensor) else x for x in leaves]
     return Traced(given, kept, spec), tracer, session
 
 
 def captured_step(
-    fn: Callable, window: RecordedSession, args: tuple, kwargs: dict, texts: bool = False
+    fn: Callable,
+    window: RecordedSession,
+    args: tuple,
+    kwargs: dict,
+    texts: Mapping[Input, str] | None = None,
 ) -> tuple[CompiledStep, Trace, Traced]:
     """Capture ``fn`` as a step of ``window``, which is left as it is; ``texts`` is as of `compile_trace`."""
     with aside(window):

@@ -40,7 +40,7 @@ from .runtime.rehearsal import measured_peak, rehearse
 from .runtime.session import current_session
 
 
-def explain(fn: Callable, *, measure: bool = False) -> Callable[..., Report]:
+def explain(fn: Callable, *, measure: bool = False, verbose: bool = False) -> Callable[..., Report]:
     """Explain what `metaoptim.compile` makes of a function.
 
     ``explain(fn)(*args)`` captures ``fn`` as it would act on these arguments, takes it through the passes and goes
@@ -51,6 +51,7 @@ def explain(fn: Callable, *, measure: bool = False) -> Callable[..., Report]:
         fn: a compiled function, or a plain one, which is then explained with the default options of `compile`.
         measure: run it too, forward and backward, and measure its peak beside the predicted one. Everything stays as it
             is all the same; a profiler makes the run slow.
+        verbose: let the report's text show the program before and after each pass, too; `Report.programs` is that text.
 
     Returns:
         A function of the same arguments that returns a `Report`: text by ``str``, values by `Report.to_dict`, tables
@@ -74,11 +75,14 @@ def explain(fn: Callable, *, measure: bool = False) -> Callable[..., Report]:
         (20, ['net.weight', 'net.bias', 'log_lr'])
     """
     compiled: Any = fn if hasattr(fn, "explain") else CompiledFunction(fn, Options())
-    if not measure:
-        return compiled.explain
     if isinstance(compiled, BoundFunction):
-        return partial(explain(compiled.function, measure=True), compiled.instance)
-    return lambda *args, **kwargs: report_of(compiled._fn, compiled._options, args, kwargs, measure=True)
+        return partial(explain(compiled.function, measure=measure, verbose=verbose), compiled.instance)
+
+    def explained(*args: Any, **kwargs: Any) -> Report:
+        found = report_of(compiled._fn, compiled._options, args, kwargs, measure)
+        return replace(found, verbose=verbose)
+
+    return explained
 
 
 def report_of(
@@ -105,7 +109,8 @@ def report_of(
         for x in e.args
         if isinstance(x, Input)
     }
-    program, records = compile_trace(trace, options, step_of, texts=True)
+    labels = {x: names.get(id(x.tensor)) or _unnamed(x) for x in trace.inputs}
+    program, records = compile_trace(trace, options, step_of, labels)
     said = stated(program, options)
     slots, budget, offload = said.slots, said.memory_budget, said.offload
     how = options.lowering
@@ -127,7 +132,6 @@ def report_of(
     kind = "forward only" if not prediction.reached else _plan(slots, offload is not None)
     kind = "unrolled" if saved == program.positions else kind
     records.append(_checkpointed(prediction, saved, 1e3 * (time.perf_counter() - begun)))
-    labels = {x: names.get(id(x.tensor)) or _unnamed(x) for x in {*program.inputs, *trace.inputs}}
     reached = {x for x in trace.inputs if x in prediction.reached}
     whole = predict(replace(program, limit=None), slots, how).reached if program.limit else prediction.reached
     through = _paths(program)
@@ -179,7 +183,7 @@ def _step_report(
 ) -> Report:
     with window.recorder.paused():
         names = tensor_names(fn, args, kwargs)
-        step, trace, _ = captured_step(fn, window, args, kwargs, texts=True)
+        step, trace, _ = captured_step(fn, window, args, kwargs, texts={})
     cost = step_cost(step.step, options.lowering)
     given = list(zip(step.given, given_ports(step.step), cost.depends[-len(step.given) :], strict=False))
     targets = {x: "this step" for x, p, depends in given if p.role is Role.META and depends}

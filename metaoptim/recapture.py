@@ -62,7 +62,9 @@ def _difference(known: Any, again: Any) -> str | None:
                 if change:
                     return f"{change} {place}"
         if moved != moves:
-            return f"what it reads {place} is another row or number in other iterations, or so are their numbers"
+            return (
+                f"what it reads {place} is another row or number in other iterations, or so are their numbers"
+            )
     if len(calls) != len(calls_now):
         return f"it consisted of {len(calls)} parts, and consists of {len(calls_now)}"
     return None

@@ -315,14 +315,17 @@ class CapturedSession(Session):
         state_tokens = tuple({k: tracer.value_of(v) for k, v in s.items()} for s in states)
         update = tracer.add(plan, (thetas, tuple(tokens), state_tokens, tuple(hyper.roots)), grad=True)
         new_thetas = self._part(Value(update, None), 0)
-        all_states = self._part(Value(update, None), 1) if any(new_states) else None
         for j, (i, *_) in enumerate(used):
             self._show(i, new[j], self._part(new_thetas, j))
-            of = self._part(all_states, j) if all_states is not None and new_states[j] else None
-            made = {name: tracer.fakes.empty(spec) for name, spec in new_states[j].items()}
-            for name, value in made.items():
-                tracer.bind(value, self._part(of, name))
-            optimizer.state[networks.originals[i]] = made
+            optimizer.state[networks.originals[i]] = {
+                name: tracer.fakes.empty(spec) for name, spec in new_states[j].items()
+            }
+        if any(new_states):
+            all_states = self._part(Value(update, None), 1)
+            for j, (i, *_) in enumerate(used):
+                of = self._part(all_states, j)
+                for name, value in optimizer.state[networks.originals[i]].items():
+                    tracer.bind(value, self._part(of, name))
         tracer.trace.steps.append((len(tracer.trace.entries), user_location()))
 
     def _refuse_overwritten(self, root: Any, ordinals: list[int]) -> None:

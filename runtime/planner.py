@@ -100,8 +100,8 @@ def _left_out(program: RolledProgram, short: RolledProgram) -> int:
     if not listed:
         return 0
     read = {x for call, _ in short.counted() for g in call.inputs if g.kind != "each" for x in g.sources}
-    for item in short.calls:
-        for call, strides in zip(item.calls, item.strides, strict=True) if isinstance(item, Loop) else ():
+    for item in (c for c in short.calls if isinstance(c, Loop)):
+        for call, strides in zip(item.calls, item.strides, strict=True):
             for g, stride in zip(call.inputs, strides, strict=True):
                 if g.kind == "each":
                     read |= {g.advanced(k * stride).chosen.of for k in range(item.count)}

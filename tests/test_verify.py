@@ -201,6 +201,14 @@ REJECTED: dict[str, tuple[Callable[[RolledProgram], Any], str]] = {
         lambda p: p.calls.__setitem__(3, dataclasses.replace(p.calls[3], count=0)),
         r"a loop of 0",
     ),
+    "a loop of no calls": (
+        lambda p: p.calls.__setitem__(3, dataclasses.replace(p.calls[3], calls=())),
+        r"call 3: a loop of no calls",
+    ),
+    "the strides of too few calls": (
+        lambda p: p.calls.__setitem__(3, dataclasses.replace(p.calls[3], strides=())),
+        r"call 3.*got the strides of 0 calls for 1 of them",
+    ),
     "a loop without strides": (
         lambda p: p.calls.__setitem__(3, dataclasses.replace(p.calls[3], strides=((),))),
         r"0 strides for 1",
@@ -413,8 +421,8 @@ def test_a_real_function_passes_at_every_stage() -> None:
     verify_draft(draft)
     rolled, records = compile_trace(traced(), Options(lowering=EAGER), step_of)
     verify_program(rolled)
-    names = ["mode", "rows", "canonicalize", "prune", "roll", "loop", "differentiate"]
-    assert [r.name for r in records] == names
+    names = ["mode", "rows", "split", "canonicalize", "prune", "roll", "loop", "differentiate"]
+    assert [r.name for r in records] == ["capture", *names, "verify"]
 
 
 def _swap_parts(draft: Draft) -> None:

@@ -89,10 +89,14 @@ class FakeCalls:
             within = memory.get(storage._cdata, -1)
             if within >= 0:
                 offset -= operands[within].storage_offset()
-            elif offset or storage.nbytes() != self.empty(spec).untyped_storage().nbytes() or storage._cdata in own:
+            elif (
+                offset
+                or storage.nbytes() != self.empty(spec).untyped_storage().nbytes()
+                or storage._cdata in own
+            ):
                 return None
             own.add(storage._cdata)
-            made.append(_Made(spec, within, offset))
+            made.append(_Made(spec, within, int(offset)))
         return kind, made
 
 
@@ -133,9 +137,9 @@ def _describe(a: Any, parts: list[Any], operands: list[Tensor]) -> bool:
         return True
     if isinstance(a, (list, tuple)):
         parts.append(len(a))
-        return all([_describe(b, parts, operands) for b in a])
+        return all(_describe(b, parts, operands) for b in a)
     if isinstance(a, dict):
         parts.append(tuple(a))
-        return all([_describe(b, parts, operands) for b in a.values()])
+        return all(_describe(b, parts, operands) for b in a.values())
     parts.append(a)
     return isinstance(a, _PLAIN)

@@ -144,6 +144,7 @@ class Trace:
         windows: its windows.
         outputs: what stands for each tensor the function returns.
         hooks: id of a call -> its hooked outputs, each with the hooks that were there when a gradient passed.
+        milliseconds: how long the capture took.
     """
 
     entries: list[Entry] = field(default_factory=list)
@@ -153,6 +154,7 @@ class Trace:
     windows: list[WindowMark] = field(default_factory=list)
     outputs: list[Any] = field(default_factory=list)
     hooks: dict[int, dict[Any, list[Spy]]] = field(default_factory=dict)
+    milliseconds: float = 0.0
 
 
 class Tracer(TorchDispatchMode):

@@ -1,4 +1,4 @@
-"""loop: a run of calls that differ by what advances from one to the next becomes a Loop, and so do rounds of several."""
+"""loop: a run of calls that differ by what advances from one to the next becomes a Loop, and so do rounds of calls."""
 
 from __future__ import annotations
 
