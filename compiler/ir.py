@@ -165,7 +165,7 @@ class StepCall:
         theta: state indices behind the THETA inputs, in order.
         update: state indices of theta', in order.
         opt_state: state indices of the optimizer state before (None: created by this step) and after.
-        base: tape position whose state the loss read; the step itself starts at its own position.
+        back: how many positions before its own lies the state that its loss has read.
         inputs: what fills the META and SCAN inputs, in order.
         metas: for each META input, the number under which its gradient is collected.
         location: the user's line.
@@ -179,7 +179,7 @@ class StepCall:
     update: tuple[int, ...]
     opt_state_in: tuple[int, ...]
     opt_state_out: tuple[int, ...]
-    base: int
+    back: int
     inputs: list[Any]
     metas: tuple[Any, ...]
     location: str
@@ -210,14 +210,20 @@ class Assign:
 
 @dataclass
 class Loop:
-    """Equal inner steps that only differ in the slices and numbers they are given.
+    """Iterations that only differ in the slices and numbers their calls are given.
 
     Attributes:
-        call: the first of them; each later one finds its inputs where this one has left its outputs.
-        count: how many.
-        strides: by how much each input advances from one to the next (slices of a scan, lifted numbers; else 0).
+        calls: those of the first iteration; in each later one they find their inputs where these have left them.
+        count: how many iterations.
+        strides: for each call, by how much each of its inputs advances from one iteration to the next (slices of a
+            scan, lifted numbers; else 0).
     """
 
-    call: StepCall
+    calls: tuple[StepCall, ...]
     count: int
-    strides: tuple[int, ...]
+    strides: tuple[tuple[int, ...], ...]
+
+
+def calls_of(item: StepCall | Loop) -> tuple[StepCall, ...]:
+    """A call, or those of one iteration of a loop."""
+    return item.calls if isinstance(item, Loop) else (item,)

@@ -1,13 +1,13 @@
-"""What a window has recorded: calls by position, runs of equal ones folded as they come."""
+"""What a window has recorded: calls by position, rounds that repeat folded as they come."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
-from typing import Any
+from itertools import accumulate
 
-from .ir import Assign, Loop, StepCall, StepGraph
+from .ir import Assign, Loop, StepCall, StepGraph, calls_of
+from .passes.loop import LONGEST, extended, folded
 from .program import Given, plural, step_name
 
 Call = StepCall | Assign
@@ -21,14 +21,15 @@ class Program:
         calls: at it and the following ones.
 
     Attributes:
-        items: the calls; what follows on a step and differs from it in nothing but what it is given is one `Loop` with
-            it, so that a long window holds little besides the inputs themselves.
+        items: the calls; all but the last few have been through `passes.loop`, so that a long window holds little
+            besides what its steps were given.
     """
 
     def __init__(self, start: int = 0, calls: Iterable[Call] = ()) -> None:
         self.start = start
         self.items: list[Call | Loop] = []
         self._ends: list[int] = []  # position after each item
+        self._loose = 0  # items at the end that may still be folded
         for call in calls:
             self.append(call)
 
@@ -38,118 +39,114 @@ class Program:
         return self._ends[-1] if self._ends else self.start
 
     def __getitem__(self, position: int) -> Call:
-        item = self.items[bisect_right(self._ends, position)]
-        return _nth(item, position - item.call.base) if isinstance(item, Loop) else item
+        at = bisect_right(self._ends, position)
+        item = self.items[at]
+        return _nth(item, position - self._begin(at)) if isinstance(item, Loop) else item
 
     def __iter__(self) -> Iterator[Call]:
         return (self[position] for position in range(self.start, self.end))
 
     def append(self, call: Call) -> None:
         """Extend it by a call."""
-        joined = (
-            _joined(self.items[-1], call, self.end) if self.items and isinstance(call, StepCall) else None
-        )
         self._ends.append(self.end + 1)
-        if joined is None:
-            self.items.append(call)
-        else:
-            self.items[-1] = joined
-            del self._ends[-2]
+        self.items.append(call)
+        self._loose += 1
+        if self._loose > 2 * LONGEST:
+            self.fold()
+
+    def fold(self) -> None:
+        """Fold what has come since it was last done."""
+        at = len(self.items) - self._loose
+        loose = self.items[at:]
+        if at and isinstance(before := self.items[at - 1], Loop):
+            del loose[: extended(before, loose)]
+            at -= 1
+            loose.insert(0, before)
+        self._replace(at, len(self.items), folded(loose))
+        ending = next(
+            (n for n, item in enumerate(reversed(self.items)) if isinstance(item, Loop)), len(self.items)
+        )
+        self._loose = min(ending, LONGEST)
 
     def forget(self, start: int) -> None:
         """Drop the calls before ``start``."""
         gone = bisect_right(self._ends, start)
-        del self.items[:gone], self._ends[:gone]
-        if self.items:
-            first = self.items[0]
-            if isinstance(first, Loop) and first.call.base < start:
-                self.items[0] = _without(first, start - first.call.base)
+        rest = self._cut(gone, start)
         self.start = start
+        self._replace(0, gone + bool(rest), rest)
+        self._loose = min(self._loose, len(self.items))
+
+    def _cut(self, at: int, start: int) -> list[Call | Loop]:
+        """What is left of an item from ``start`` on, if that lies within it."""
+        if at == len(self.items) or start == self._begin(at):
+            return []
+        loop = self.items[at]
+        assert isinstance(loop, Loop)
+        rounds, begun = divmod(start - self._begin(at), len(loop.calls))
+        ending: list[Call | Loop] = []
+        if begun:
+            until = (rounds + 1) * len(loop.calls)
+            ending += [_nth(loop, n) for n in range(until - len(loop.calls) + begun, until)]
+            rounds += 1
+        for call in loop.calls:
+            for column in (*call.inputs, *call.metas):
+                if type(column) is Given:
+                    del column.of[:rounds]
+        loop.count -= rounds
+        return [*ending, loop] if loop.count else ending
+
+    def _begin(self, at: int) -> int:
+        return self._ends[at - 1] if at else self.start
+
+    def _replace(self, first: int, last: int, items: list[Call | Loop]) -> None:
+        """Have ``items`` in the place of those from ``first`` to ``last``."""
+        sizes = [x.count * len(x.calls) if isinstance(x, Loop) else 1 for x in items]
+        self._ends[first:last] = list(accumulate(sizes, initial=self._begin(first)))[1:]
+        self.items[first:last] = items
 
     @property
     def horizon(self) -> int:
         """Number of inner steps held."""
-        return sum(x.count if isinstance(x, Loop) else isinstance(x, StepCall) for x in self.items)
+        loops = sum(x.count * len(x.calls) for x in self.items if isinstance(x, Loop))
+        return loops + sum(isinstance(x, StepCall) for x in self.items)
 
     @property
     def step_graphs(self) -> list[StepGraph]:
         """The distinct steps, in order of appearance."""
-        calls = [x.call if isinstance(x, Loop) else x for x in self.items]
-        return list({id(c.step): c.step for c in calls if isinstance(c, StepCall)}.values())
+        calls = [c for x in self.items if not isinstance(x, Assign) for c in calls_of(x)]
+        return list({id(c.step): c.step for c in calls}.values())
 
     def __str__(self) -> str:
+        self.fold()
         graphs = self.step_graphs
         names = {id(g): step_name(i) for i, g in enumerate(graphs)}
         lines = [f"program of {plural(self.horizon, 'inner step')}, {len(graphs)} distinct"]
         if self.start:
             lines[0] += f" (what lies before position {self.start} is forgotten)"
         for item in self.items:
-            call, count = (item.call, item.count) if isinstance(item, Loop) else (item, 1)
-            lines.append(f"  {names[id(call.step)] if isinstance(call, StepCall) else 'assign'} × {count}")
+            if isinstance(item, Assign):
+                lines.append(f"  {plural(len(item.indices), 'tensor')} of the state set")
+            else:
+                made = ", ".join(names[id(c.step)] for c in calls_of(item))
+                lines.append(f"  loop {item.count} times: {made}" if isinstance(item, Loop) else f"  {made}")
         for g in graphs:
             lines.append(str(g).replace("step(", f"{names[id(g)]}(", 1))
         return "\n".join(lines)
 
 
-# -- loops -----------------------------------------------------------------------------------------------------------
-
-
-def _joined(last: Call | Loop, call: StepCall, position: int) -> Loop | None:
-    """``last`` and ``call``, at ``position`` after it, as one loop; None if they are no such."""
-    first, count = (last.call, last.count) if isinstance(last, Loop) else (last, 1)
-    if not isinstance(first, StepCall) or first.step is not call.step or call.spies or first.spies:
-        return None
-    if call.base != position or first.base != position - count or first.rng >= 0:
-        return None  # steps of one super-step read theta of an earlier position
-    if (first.theta, first.update, first.opt_state_in, first.opt_state_out, first.how, first.location) != (
+def _nth(loop: Loop, n: int) -> StepCall:
+    """A loop's ``n``-th call."""
+    k, which = divmod(n, len(loop.calls))
+    call = loop.calls[which]
+    return StepCall(
+        call.step,
         call.theta,
         call.update,
         call.opt_state_in,
         call.opt_state_out,
-        call.how,
+        call.back,
+        [x.of[k] if type(x) is Given else x for x in call.inputs],
+        tuple([m.of[k] if type(m) is Given else m for m in call.metas]),
         call.location,
-    ):
-        return None
-    loop = last if isinstance(last, Loop) else Loop(replace(first, inputs=list(first.inputs)), 1, ())
-    head = loop.call
-    for k, value in enumerate(call.inputs):
-        head.inputs[k] = _extended(head.inputs[k], value, count)
-    if head.metas != call.metas:
-        head.metas = tuple(_extended(m, n, count) for m, n in zip(head.metas, call.metas, strict=True))
-    loop.count += 1
-    return loop
-
-
-def _extended(column: Any, value: Any, count: int) -> Any:
-    """What stands for the input of ``count`` calls, and a further one."""
-    if isinstance(column, Given):
-        column.of.append(value)
-        return column
-    return column if column is value or column == value else Given("each", [column] * count + [value])
-
-
-def _nth(loop: Loop, k: int) -> StepCall:
-    head = loop.call
-    return StepCall(
-        head.step,
-        head.theta,
-        head.update,
-        head.opt_state_in,
-        head.opt_state_out,
-        head.base + k,
-        [x.of[k] if type(x) is Given else x for x in head.inputs],
-        tuple([m.of[k] if type(m) is Given else m for m in head.metas]),
-        head.location,
-        how=head.how,
+        how=call.how,
     )
-
-
-def _without(loop: Loop, count: int) -> Loop:
-    """``loop`` without its first calls."""
-    head = loop.call
-    for column in (*head.inputs, *head.metas):
-        if type(column) is Given:
-            del column.of[:count]
-    head.base += count
-    loop.count -= count
-    return loop

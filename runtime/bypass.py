@@ -124,7 +124,7 @@ def _affects(program: Program, mark: _Mark, node: Any) -> bool:
         results = {*call.update, *call.opt_state_out}
         affected = (
             (mark.index is None and position in mark.steps)
-            or not at.get(call.base, set()).isdisjoint(call.theta)
+            or not at.get(position - call.back, set()).isdisjoint(call.theta)
             or not reached.isdisjoint((*call.update, *call.opt_state_in))
         )
         reached = reached | results if affected else reached - results

@@ -278,7 +278,7 @@ class RecordedSession(Session):
         engine, view = self.engine, self.view
         place = {t.index: k for k, t in enumerate(sliced.thetas)}
         changed = {t.index for t in sliced.thetas if not view.unchanged(t)}
-        base = epoch.position if changed else engine.position
+        back = engine.position - epoch.position if changed else 0
         spec = StepSpec(
             update.plan,
             params=tuple(place[x] for x in update.indices),
@@ -327,7 +327,7 @@ class RecordedSession(Session):
             for name in state
         ]
         call = StepCall(
-            step, tuple(place), update.indices, tuple(inputs), tuple(outputs), base, held, (), user_location()
+            step, tuple(place), update.indices, tuple(inputs), tuple(outputs), back, held, (), user_location()
         )
         suspect = any(x.suspect for x in (*sliced.externals, *sliced.values))
         if new or step.opaque or suspect:
@@ -354,7 +354,7 @@ class RecordedSession(Session):
     ) -> None:
         """The gradient of the captured step against the eager one, and what the update makes of it."""
         engine = self.engine  # it has theta as the loss has read it, which may have been overwritten since
-        base = engine.state if call.base == engine.position else engine.state_at(call.base)
+        base = engine.state_at(engine.position - call.back) if call.back else engine.state
         inputs = [base[t.index] for t in sliced.thetas] + (update.old if stale else [])
         inputs += [v for s in update.states for v in s.values()] + [h.tensor for h in call.inputs]
         try:

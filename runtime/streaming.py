@@ -67,7 +67,7 @@ class Streaming:
             _measure(engine, call)
             theta = (p.spec for p in call.step.inputs if p.role is Role.THETA)
             self._shown = max(self._shown, sum(map(nbytes, theta)))
-            program = _repeated([*engine.program, call], engine.program.start)
+            program = _repeated([*engine.program, call])
             found = Peaks(lambda slots: sweep_peak(program, slots, self.offload))
             former = self._peaks
             self._peaks = found if former is None else Peaks(lambda k: max(found.exact(k), former.exact(k)))
@@ -107,37 +107,29 @@ def _measure(engine: Engine, call: StepCall) -> None:
     if measured(call.step, "vjp", call.how) is not None or profiling():
         return
     with _disable_current_modes(), torch.no_grad():
-        base = engine.state if call.base == engine.position else engine.state_at(call.base)
+        base = engine.state_at(engine.position - call.back) if call.back else engine.state
         inputs = engine.inputs_of(call, engine.state, base)
         inputs += [call.step.outputs[i].empty().zero_() for i in cotangent_outputs(call.step)]
         metered(lowered(call.step, "vjp", inputs, call.how), call, "vjp", inputs)
 
 
-def _repeated(calls: Sequence[StepCall | Assign], start: int) -> Program:
-    """A program as long as `Peaks` needs, of which ``calls`` (from position ``start`` on) are the beginning.
+def _repeated(calls: Sequence[StepCall | Assign]) -> Program:
+    """A program as long as `Peaks` needs, of which ``calls`` are the beginning.
 
     A few calls of every kind are left, and the last super-step repeats.
     """
     seen: Counter = Counter()
-    chosen: list[tuple[StepCall | Assign, int]] = []  # with how far back its base lies
-    for position, call in enumerate(calls, start):
+    chosen: list[StepCall | Assign] = []
+    for call in calls:
         kind = tuple(call.indices) if isinstance(call, Assign) else id(call.step)
         seen[kind] += 1
         if seen[kind] <= _REPEATS:
-            chosen.append((call, 0 if isinstance(call, Assign) else position - call.base))
-    last = [
-        (c, len(calls) + start - 1 - i - c.base)
-        for i, c in enumerate(reversed(calls))
-        if isinstance(c, StepCall)
-    ]
-    end = next((i for i, (_, back) in enumerate(last) if not back), len(last) - 1)
+            chosen.append(call)
+    last = [c for c in reversed(calls) if isinstance(c, StepCall)]
+    end = next((i for i, c in enumerate(last) if not c.back), len(last) - 1)
     chosen += last[end::-1] * MANY
     return Program(
-        0,
-        [
-            replace(c, base=max(i - back, 0)) if isinstance(c, StepCall) else c
-            for i, (c, back) in enumerate(chosen)
-        ],
+        0, [replace(c, back=min(c.back, i)) if isinstance(c, StepCall) else c for i, c in enumerate(chosen)]
     )
 
 

@@ -30,6 +30,7 @@ from metaoptim.errors import CaptureError, user_location
 
 from ..ir import again, gradient
 from .entries import Entry, Function, Number, Spy, Value
+from .fakes import FakeCalls
 from .intercept import is_removed
 from .modes import leave, paused
 from .ops import BATCH_NORM, LIFTS, functional, op_info, written
@@ -151,6 +152,7 @@ class Trace:
         outputs: what stands for each tensor the function returns.
         hooks: id of a call -> its hooked outputs, each with the hooks that were there when a gradient passed.
         indexed: whether indices that may differ from step to step are `Number`s already.
+        milliseconds: how long the capture took.
     """
 
     entries: list[Entry] = field(default_factory=list)
@@ -161,6 +163,7 @@ class Trace:
     outputs: list[Any] = field(default_factory=list)
     hooks: dict[int, dict[Any, list[Spy]]] = field(default_factory=dict)
     indexed: bool = False
+    milliseconds: float = 0.0
 
 
 class Tracer(TorchDispatchMode):
@@ -176,7 +179,7 @@ class Tracer(TorchDispatchMode):
 
     def __init__(self, fake: FakeTensorMode) -> None:
         super().__init__()
-        self.fake = fake
+        self.fake, self.fakes = fake, FakeCalls(fake)
         self.depth = 0
         self.trace = Trace()
         self.guard: Any = None
@@ -230,7 +233,7 @@ class Tracer(TorchDispatchMode):
         """The fake result of a call."""
         fake_args, fake_kwargs = self.faked(args), self.faked(kwargs)
         try:
-            return func(*fake_args, **fake_kwargs)
+            return self.fakes(func, fake_args, fake_kwargs)
         except DataDependentOutputException as error:
             raise CaptureError(_NO_VALUE) from error
         except DynamicOutputShapeException as error:
