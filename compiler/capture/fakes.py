@@ -38,7 +38,7 @@ class FakeCalls:
 
     def __init__(self, fake: FakeTensorMode) -> None:
         self.fake = fake
-        self._known: dict[tuple, tuple[type, list[_Made | None]] | None] = {}
+        self._known: dict[tuple, tuple[type, list[_Made | int | None]] | None] = {}
 
     def __call__(self, op: Any, args: tuple, kwargs: dict) -> Any:
         """``op(*args, **kwargs)``."""
@@ -55,7 +55,10 @@ class FakeCalls:
         if known is None:
             return op(*args, **kwargs)
         kind, made = known
-        found = [None if m is None else self._made(m, operands) for m in made]
+        found = [
+            self._made(m, operands) if isinstance(m, _Made) else None if m is None else operands[m]
+            for m in made
+        ]
         return found[0] if kind is Tensor else kind(found)
 
     def empty(self, spec: tuple) -> Tensor:
@@ -71,19 +74,20 @@ class FakeCalls:
                 meta.set_(of.untyped_storage(), of.storage_offset() + made.offset, shape, stride)
         return FakeTensor(self.fake, meta, device)
 
-    def _layout(self, out: Any, operands: list[Tensor]) -> tuple[type, list[_Made | None]] | None:
-        """How the result of a call is laid out; None if that does not say all about it."""
+    def _layout(self, out: Any, operands: list[Tensor]) -> tuple[type, list[_Made | int | None]] | None:
+        """How the result of a call is laid out, or which operand it is; None if that does not say all about it."""
         kind = Tensor if isinstance(out, Tensor) else type(out)
         if kind not in (Tensor, list, tuple):
             return None
         memory = {t.untyped_storage()._cdata: i for i, t in reversed(list(enumerate(operands)))}
         own: set[int] = set()
-        made: list[_Made | None] = []
+        made: list[_Made | int | None] = []
         for t in [out] if kind is Tensor else out:
-            if t is None:
-                made.append(None)
+            same = next((i for i, o in enumerate(operands) if o is t), None)
+            if t is None or same is not None:
+                made.append(same)
                 continue
-            if not isinstance(t, Tensor) or not _plain(t) or any(t is o for o in operands):
+            if not isinstance(t, Tensor) or not _plain(t):
                 return None
             storage, spec, offset = t.untyped_storage(), tensor_spec(t), t.storage_offset()
             within = memory.get(storage._cdata, -1)

@@ -365,12 +365,13 @@ class Tracer(TorchDispatchMode):
         ):
             if not target._is_view() and len(self._sharing(target)) <= 1:
                 with self.paused():
-                    new = self.run(pure, _detach_all(args), _detach_all(kwargs))
+                    new = self.run(pure, self._detached(args), self._detached(kwargs))
                 if isinstance(new, Tensor) and tensor_spec(new) == tensor_spec(target):
-                    tokens = self._tokens(pure, args)
-                    out = self.run(op, args, kwargs)
-                    self.bind(target, Value(self.add(pure, tokens, self.token(kwargs)), None))
-                    return out
+                    # a fake of the same spec is as good after the write as before
+                    self.bind(
+                        target, Value(self.add(pure, self._tokens(pure, args), self.token(kwargs)), None)
+                    )
+                    return target
         if len(targets) > 1 and torch.is_grad_enabled() and any(t._is_view() for t in targets):
             raise CaptureError(
                 f"{op} changes views of tensors in place, whose history torch loses while it traces; change them "
@@ -389,6 +390,13 @@ class Tracer(TorchDispatchMode):
                     self.bind(other, Value(after, None))
         return out
 
+    def _detached(self, a: Any) -> Any:
+        if isinstance(a, Tensor):
+            return self.fakes(_DETACH, (self.faked(a),), {})
+        if isinstance(a, (list, tuple)):
+            return type(a)(map(self._detached, a))
+        return {k: self._detached(v) for k, v in a.items()} if isinstance(a, dict) else a
+
     def _sharing(self, t: Tensor) -> list[Tensor]:
         """Tensors of the trace that are alive and share memory with ``t``, itself included."""
         if t.layout is not torch.strided:
@@ -404,7 +412,7 @@ class Tracer(TorchDispatchMode):
         x, mean, var = args[0], args[at], args[at + 1]
         momentum = args[training + 1]
         with self.paused():
-            copies = [self.faked(mean).clone(), self.faked(var).clone()]
+            copies = [self.fakes.empty(tensor_spec(mean)), self.fakes.empty(tensor_spec(var))]
             out = self.run(op, (*args[:at], *copies, *args[at + 2 :]), {})
         self.bind_outputs(self.add(op, self.token((*args[:at], None, None, *args[at + 2 :]))), out)
         dims = [d for d in range(x.dim()) if d != 1]
@@ -563,14 +571,6 @@ def capturing() -> Iterator[Tracer]:
         torch.set_autocast_cache_enabled(cached)
         for put_back in restore:
             put_back()
-
-
-def _detach_all(a: Any) -> Any:
-    if isinstance(a, Tensor):
-        return a.detach()
-    if isinstance(a, (list, tuple)):
-        return type(a)(map(_detach_all, a))
-    return {k: _detach_all(v) for k, v in a.items()} if isinstance(a, dict) else a
 
 
 def _spec_of(a: Any) -> Any:
