@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from itertools import accumulate
+from time import perf_counter
 
 from .ir import Assign, Loop, StepCall, StepGraph, calls_of
 from .passes.loop import LONGEST, extended, folded
@@ -23,6 +24,7 @@ class Program:
     Attributes:
         items: the calls; all but the last few have been through `passes.loop`, so that a long window holds little
             besides what its steps were given.
+        milliseconds: how long that took.
     """
 
     def __init__(self, start: int = 0, calls: Iterable[Call] = ()) -> None:
@@ -30,6 +32,7 @@ class Program:
         self.items: list[Call | Loop] = []
         self._ends: list[int] = []  # position after each item
         self._loose = 0  # items at the end that may still be folded
+        self.milliseconds = 0.0
         for call in calls:
             self.append(call)
 
@@ -56,6 +59,7 @@ class Program:
 
     def fold(self) -> None:
         """Fold what has come since it was last done."""
+        begun = perf_counter()
         at = len(self.items) - self._loose
         loose = self.items[at:]
         if at and isinstance(before := self.items[at - 1], Loop):
@@ -67,6 +71,7 @@ class Program:
             (n for n, item in enumerate(reversed(self.items)) if isinstance(item, Loop)), len(self.items)
         )
         self._loose = min(ending, LONGEST)
+        self.milliseconds += 1e3 * (perf_counter() - begun)
 
     def forget(self, start: int) -> None:
         """Drop the calls before ``start``."""
@@ -107,19 +112,26 @@ class Program:
     @property
     def horizon(self) -> int:
         """Number of inner steps held."""
-        loops = sum(x.count * len(x.calls) for x in self.items if isinstance(x, Loop))
-        return loops + sum(isinstance(x, StepCall) for x in self.items)
+        return sum(count for _, count in self.counted())
+
+    def counted(self) -> Iterator[tuple[StepCall, int]]:
+        """Each step as it is written, and how many times it is taken."""
+        for item in self.items:
+            for call in () if isinstance(item, Assign) else calls_of(item):
+                yield call, item.count if isinstance(item, Loop) else 1
+
+    def names(self) -> dict[int, str]:
+        """Id of a step graph -> its name in the text."""
+        return {id(g): step_name(i) for i, g in enumerate(self.step_graphs)}
 
     @property
     def step_graphs(self) -> list[StepGraph]:
         """The distinct steps, in order of appearance."""
-        calls = [c for x in self.items if not isinstance(x, Assign) for c in calls_of(x)]
-        return list({id(c.step): c.step for c in calls}.values())
+        return list({id(call.step): call.step for call, _ in self.counted()}.values())
 
     def __str__(self) -> str:
         self.fold()
-        graphs = self.step_graphs
-        names = {id(g): step_name(i) for i, g in enumerate(graphs)}
+        graphs, names = self.step_graphs, self.names()
         lines = [f"program of {plural(self.horizon, 'inner step')}, {len(graphs)} distinct"]
         if self.start:
             lines[0] += f" (what lies before position {self.start} is forgotten)"

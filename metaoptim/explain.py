@@ -15,22 +15,20 @@ from torch import Tensor
 from .captured import captured_step, device_of, stated, step_of, trace_of
 from .compile import BoundFunction, CompiledFunction
 from .compiler.capture.tracer import Input
-from .compiler.ir import Lowering, Role, StepGraph
+from .compiler.ir import Lowering, Role
 from .compiler.passes.pipeline import Options, Record, compile_trace
 from .compiler.program import (
     RolledProgram,
-    by_role,
     given_ports,
     nbytes,
     plural,
-    shapes_text,
     signature,
 )
 from .compiler.stepcost import step_cost
 from .errors import WindowError
 from .guards import Scene
 from .naming import tensor_names
-from .report import Report
+from .report import Report, shape_of
 from .runtime.budget import budget_bytes
 from .runtime.dry_run import Prediction, predict
 from .runtime.meter import profiling
@@ -220,7 +218,7 @@ def _step_report(
         unreachable=[labels[x] for x in missing],
         paths=paths,
         passes=list(map(asdict, step.records)),
-        shapes={"step": _shape(step.step, 1, options.lowering)},
+        shapes={"step": shape_of(step.step, 1, options.lowering)},
         program=signature(step.step, "step") + "\n" + str(step.step),
     )
 
@@ -291,25 +289,4 @@ def _shapes(program: RolledProgram, how: Lowering) -> dict[str, dict[str, Any]]:
     for call, count in program.counted():
         calls[id(call.step)] = calls.get(id(call.step), 0) + count
     names = program.names()
-    return {names[id(g)]: _shape(g, calls[id(g)], how) for g in program.step_graphs}
-
-
-def _shape(step: StepGraph, calls: int, how: Lowering) -> dict[str, Any]:
-    cost = step_cost(step, how)
-    described: dict[str, Any] = {
-        "calls": calls,
-        "steps": step.steps,
-        "operators": [cost.replay_operators, cost.vjp_operators],
-        "bytes": [cost.replay_bytes, cost.vjp_bytes],
-        "derivative": step.derivatives.get(how.hvp, ""),
-    }
-    for key, ports in (("inputs", step.inputs), ("outputs", step.outputs)):
-        described[key] = {
-            role: {
-                "count": len(group),
-                "bytes": sum(nbytes(p.spec) for p in group),
-                "shapes": shapes_text(p.spec for p in group),
-            }
-            for role, group in by_role(ports).items()
-        }
-    return described
+    return {names[id(g)]: shape_of(g, calls[id(g)], how) for g in program.step_graphs}

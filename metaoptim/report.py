@@ -6,7 +6,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from .compiler.program import plural, readable_bytes
+from .compiler.ir import Lowering, StepGraph
+from .compiler.program import by_role, nbytes, plural, readable_bytes, shapes_text
+from .compiler.stepcost import step_cost
 
 _MOST_NAMES = 8
 _MOST_LINES = 30  # of a program, at its beginning and at its end
@@ -207,3 +209,25 @@ def _grouped(names: list[str], paths: Mapping[str, str]) -> list[str]:
         )
         lines.append(f"{', '.join(shown)}: {path}")
     return lines
+
+
+def shape_of(step: StepGraph, calls: int, how: Lowering) -> dict[str, Any]:
+    """An entry of `Report.shapes`."""
+    cost = step_cost(step, how)
+    described: dict[str, Any] = {
+        "calls": calls,
+        "steps": step.steps,
+        "operators": [cost.replay_operators, cost.vjp_operators],
+        "bytes": [cost.replay_bytes, cost.vjp_bytes],
+        "derivative": step.derivatives.get(how.hvp, ""),
+    }
+    for key, ports in (("inputs", step.inputs), ("outputs", step.outputs)):
+        described[key] = {
+            role: {
+                "count": len(group),
+                "bytes": sum(nbytes(p.spec) for p in group),
+                "shapes": shapes_text(p.spec for p in group),
+            }
+            for role, group in by_role(ports).items()
+        }
+    return described

@@ -21,6 +21,7 @@ from ..compiler.capture.tracer import Input, Scan, ScanItem, Tracer, WindowMark
 from ..compiler.ir import gradient, show
 from ..compiler.segments import sources
 from ..compiler.update import UpdatePlan
+from .dependence import leaves_of
 from .hyper import hyper_of
 from .networks import Networks
 from .session import Options, Session, _current, refuse_overwritten
@@ -276,7 +277,7 @@ class CapturedSession(Session):
         ]
         ordinals = [i for i, _ in members]
         self._refuse_overwritten(root, ordinals)
-        leaves = _leaves(loss)
+        leaves = set(map(id, leaves_of(loss)))
         read = self._read(leaves, root, ordinals)
         # which parameters the loss depends on: a gradient has their shapes, so that nothing need be pulled back
         reached = [tracer.fakes.empty(tensor_spec(t)) if id(t) in leaves else None for t in read]
@@ -400,18 +401,3 @@ class CapturedSession(Session):
             tracer.bind(t, Value(tracer.add(show, (value,), grad=True), None))
 
         return cut
-
-
-def _leaves(loss: Tensor) -> set[int]:
-    """Ids of the leaves that a loss depends on."""
-    reached, seen, stack = set(), set(), [loss.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        variable = getattr(node, "variable", None)
-        if variable is not None:
-            reached.add(id(variable))
-        stack += [following for following, _ in node.next_functions]
-    return reached

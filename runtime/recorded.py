@@ -28,6 +28,7 @@ from ..compiler.recorded_program import Program
 from ..compiler.recorded_step import StepSpec, build_step
 from ..compiler.update import UpdatePlan
 from . import bypass
+from .dependence import leaves_of
 from .engine import Engine
 from .hyper import Hyper, hyper_of
 from .inputs import Held
@@ -398,7 +399,9 @@ class RecordedSession(Session):
                     continue
                 _told[leaf] = True
                 name = user_name_of(leaf)
-                if name is not None and not _leads_to(leaf, [y.tensor for y in sliced.externals if y.grad]):
+                if name is not None and not any(
+                    leaf is x for y in sliced.externals if y.grad for x in leaves_of(y.tensor)
+                ):
                     self.engine.reaches = True  # there is a better explanation
                     warn(
                         f"{name!r} requires grad, but reaches the inner loss only where no gradient flows (under "
@@ -429,21 +432,6 @@ def _agree(got: Tensor, expected: Tensor) -> bool:
     scale = float(expected.abs().max()) if expected.numel() else 0.0
     worst = float((got - expected).abs().max()) if expected.numel() else 0.0
     return worst <= _TOLERANCE.get(expected.dtype, 1e-4) * scale + 1e-30
-
-
-def _leads_to(leaf: Tensor, tensors: list[Tensor]) -> bool:
-    """Whether autograd reaches ``leaf`` from one of ``tensors``."""
-    stack: list[Any] = [t.grad_fn for t in tensors]
-    seen: set[Any] = set()
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if getattr(node, "variable", None) is leaf:
-            return True
-        stack.extend(before for before, _ in node.next_functions)
-    return False
 
 
 def _uncapturable(error: Exception) -> CaptureError:

@@ -22,7 +22,7 @@ from ..compiler.program import nbytes, readable_bytes
 from ..compiler.recorded_program import Program
 from ..compiler.stepcost import measured
 from .budget import budget_bytes
-from .dry_run import sweep_peak
+from .dry_run import predict_sweep
 from .engine import Engine
 from .inputs import Held
 from .meter import profiling
@@ -68,7 +68,7 @@ class Streaming:
             theta = (p.spec for p in call.step.inputs if p.role is Role.THETA)
             self._shown = max(self._shown, sum(map(nbytes, theta)))
             program = _repeated([*engine.program, call])
-            found = Peaks(lambda slots: sweep_peak(program, slots, self.offload))
+            found = Peaks(lambda slots: predict_sweep(program, slots, self.offload).peak_bytes)
             former = self._peaks
             self._peaks = found if former is None else Peaks(lambda k: max(found.exact(k), former.exact(k)))
         before = self.retained.bytes
@@ -84,7 +84,7 @@ class Streaming:
             slots = self._fitting()
         self._slots = slots
         if slots < 1:
-            minimum = self._peaks(1) + self.retained.bytes + self._shown + self.aside
+            minimum = self.minimum
             raise BudgetError(
                 f"memory_budget: {readable_bytes(self.budget)} ({self.budget} bytes) is too small at inner step "
                 f"{engine.program.horizon + 1}: up to here the smallest feasible budget is {minimum} bytes "
@@ -95,9 +95,19 @@ class Streaming:
             )
         return slots
 
+    @property
+    def beside(self) -> int:
+        """Bytes held beside states and derivatives: inputs, the theta shown before, what is to be put back."""
+        return self.retained.bytes + self._shown + self.aside
+
+    @property
+    def minimum(self) -> int:
+        """The smallest budget for the steps so far."""
+        return self.beside + (0 if self._peaks is None else self._peaks(1))
+
     def _fitting(self) -> int:
         assert self._peaks is not None
-        room = self.budget - self.retained.bytes - self._shown - self.aside
+        room = self.budget - self.beside
         # when states are next given up, the inputs of one more step are there
         return self._peaks.fitting(room - self._growth, self._slots) or self._peaks.fitting(room, 1)
 

@@ -150,6 +150,11 @@ class ThetaView:
         """Whether this version is still the one shown."""
         return self._is_of(theta, self.recorder.epoch)
 
+    def meta_params(self) -> list[tuple[int, Tensor]]:
+        """What steps have read that requires grad and that a backward from here reaches, with its number."""
+        sliding = self.sliding
+        return [(n, t) for n, t in self._metas.values() if sliding is None or sliding.reads(n)]
+
     # -- a step --------------------------------------------------------------------------------------------------
 
     def take(
