@@ -22,6 +22,7 @@ from .compiler.lower import derived
 from .compiler.passes.pipeline import Options, Record, compile_trace
 from .compiler.program import Given, RolledProgram, operator_count
 from .compiler.stepcost import results_of
+from .compiler.tracing import uncollected
 from .guards import Scene
 from .runtime.planner import Plan
 from .runtime.recorded import RecordedSession
@@ -119,7 +120,7 @@ def trace_of(
     begun = time.perf_counter()
     intercept.install()
     try:
-        with refusing(), capturing() as tracer:
+        with uncollected(), refusing(), capturing() as tracer:
             token = intercept.recording.set(tracer)
             try:
                 session = None if window is None else CapturedStep(window, tracer)

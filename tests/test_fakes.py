@@ -107,7 +107,6 @@ CASES: dict[str, Callable[[Tensor], Any]] = {
     "as_strided": lambda x: [row.as_strided((2, 2), (1, 1), 3) for row in x],
     "one operand twice": lambda x: x[0] @ x[0].T,
     "nothing": lambda x: x[:0].sum(0),
-    "an operand": lambda x: torch.ops.aten.to.dtype(x, x.dtype),
 }
 
 
@@ -136,6 +135,14 @@ def test_a_remembered_call_is_not_made_again(monkeypatch: pytest.MonkeyPatch) ->
         again = calls(torch.ops.aten.exp.default, (x,), {})
         assert again is not first and tensor_spec(again) == tensor_spec(first)
         assert again.untyped_storage()._cdata != first.untyped_storage()._cdata
+
+
+def test_a_result_that_is_an_operand() -> None:
+    with FakeTensorMode() as fake:
+        calls, x, y = FakeCalls(fake), torch.empty(4, 3), torch.empty(4, 3)
+        for t in (x, x, y):
+            assert calls(torch.ops.aten.to.dtype, (t, t.dtype), {}) is t
+        assert list(calls._known.values()) == [(Tensor, [0])]
 
 
 def test_what_is_not_remembered() -> None:

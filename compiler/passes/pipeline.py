@@ -15,6 +15,7 @@ from ..ir import Lowering
 from ..program import RolledProgram, operator_count
 from ..segments import Draft, split
 from ..text import draft_text, trace_text
+from ..tracing import uncollected
 from ..verify import verify_draft, verify_program
 from .canonicalize import canonicalize, outline
 from .differentiate import differentiate
@@ -144,6 +145,7 @@ class Recorder:
         return draft_text(program) if isinstance(program, Draft) else program.text(self.texts)
 
 
+@uncollected()
 def compile_trace(
     trace: Trace, options: Options, step_of: StepOf, texts: Mapping[Input, str] | None = None
 ) -> tuple[RolledProgram, list[Record]]:
