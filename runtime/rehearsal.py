@@ -25,7 +25,6 @@ from .meter import AllocatorMeter, profiling
 from .progress import progress
 
 _ITERATIONS = 3  # of each loop: a first one, one as all, a last one
-_NOTED = 50  # calls after which a meter forgets its events
 
 
 def shortened(program: RolledProgram, most: int, long: Loop | None = None, longest: int = 0) -> RolledProgram:
@@ -77,14 +76,8 @@ def measured_peak(
         slots, saved: of its plan.
         offload: where states go that have no slot.
     """
-    with _generator_unmoved(program), AllocatorMeter() as meter:
-
-        def note(done: int, total: int) -> None:
-            if done % _NOTED == 0:
-                meter.note()
-
-        with progress(note):
-            _run_and_pull(Run(program, tensors, slots, how, None, saved=saved, offload=offload), program)
+    with _generator_unmoved(program), AllocatorMeter() as meter, progress(meter.watch):
+        _run_and_pull(Run(program, tensors, slots, how, None, saved=saved, offload=offload), program)
     return meter.peak
 
 
