@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -56,6 +57,37 @@ def test_a_level_is_carried_from_piece_to_piece() -> None:
         block(3)
     assert meter.peak == max(k + 1 + k % 7 for k in range(300)) * KIB
     assert meter.held == 0
+
+
+def test_events_are_added_up_within_a_backward_too(capfd: pytest.CaptureFixture[str]) -> None:
+    def peak(noted: bool) -> tuple[int, int]:
+        meter = AllocatorMeter()
+
+        class Node(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+                ctx.save_for_backward(x)
+                return x.new_empty(0)  # as the nodes of a window: what a node is given is freed after its last event
+
+            @staticmethod
+            def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+                kept = block(1)
+                for _ in range(3):
+                    kept = torch.cat([kept, block(5)])
+                    if noted:
+                        meter.note()
+                return kept.sum() + ctx.saved_tensors[0]
+
+        x = torch.ones(1000, requires_grad=True)
+        with meter:
+            y = Node.apply(x)
+            for _ in range(2):
+                block(2)
+                y.sum().backward(retain_graph=True)  # type: ignore[union-attr]
+        return meter.peak, meter.held
+
+    assert peak(True) == pytest.approx(peak(False), abs=64)
+    assert not capfd.readouterr().err
 
 
 def test_what_an_earlier_meter_has_seen_is_given_back() -> None:
