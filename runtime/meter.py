@@ -59,7 +59,7 @@ class AllocatorMeter:
         node = torch._C._current_autograd_node()
         if node is not None and self._hook is None:
             # After a node, autograd goes on with the profiler from before it, so the node's last events are added then.
-            # What autograd does then with what the node was given and gives is not seen: a few bytes for those that sweep.
+            # What it does then with what the node was given and gives is not seen: a few bytes for those that sweep.
             self._hook = node.register_hook(self._leave)
         threads = autograd._disable_profiler_legacy()
         self._begin()  # at once: what is freed meanwhile is not seen

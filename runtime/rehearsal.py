@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -101,6 +102,18 @@ def _generator_unmoved(program: RolledProgram) -> Iterator[None]:
             generator.set_rng_state(before)
 
 
+@contextmanager
+def _garbage_left() -> Iterator[None]:
+    """Nothing is collected in the block: memory that an earlier meter has seen would count as given back in it."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+
+
 class _MeteredEngine(Engine):
     """An engine whose every call is measured."""
 
@@ -123,7 +136,7 @@ def metered(
     """
     if profiling():  # another one: the graphs' own sizes have to do
         return program(*inputs)
-    with AllocatorMeter() as meter:
+    with _garbage_left(), AllocatorMeter() as meter:
         results = program(*inputs)
     given = {t.untyped_storage()._cdata: i for i, t in enumerate(inputs) if t.layout is torch.strided}
     made = made_of([_memory(t) for t in results], given)

@@ -67,7 +67,9 @@ def test_events_are_added_up_within_a_backward_too(capfd: pytest.CaptureFixture[
             @staticmethod
             def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
                 ctx.save_for_backward(x)
-                return x.new_empty(0)  # as the nodes of a window: what a node is given is freed after its last event
+                return x.new_empty(
+                    0
+                )  # as the nodes of a window: what a node is given is freed after its last event
 
             @staticmethod
             def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
