@@ -343,9 +343,8 @@ class RecordedSession(Session):
             for i, state in zip(update.ordinals, update.states, strict=True)
             for name in state
         ]
-        call = StepCall(
-            step, tuple(place), update.indices, tuple(inputs), tuple(outputs), base, held, (), user_location()
-        )
+        where = map(view.shared, (tuple(place), update.indices, tuple(inputs), tuple(outputs)))
+        call = StepCall(step, *where, base, held, (), user_location())
         suspect = any(x.suspect for x in (*sliced.externals, *sliced.values))
         if new or step.opaque or suspect:
             try:
@@ -369,9 +368,10 @@ class RecordedSession(Session):
         engine = self.engine  # it has theta as the loss has read it, which may have been overwritten since
         base = engine.state if call.base == engine.position else engine.state_at(call.base)
         inputs = [base[t.index] for t in sliced.thetas] + (update.old if stale else [])
-        inputs += [v for s in update.states for v in s.values()] + [h.tensor for h in call.inputs]
+        inputs += [v for s in update.states for v in s.values()]
         try:
             with torch.no_grad():
+                inputs += [h.tensor for h in call.inputs]
                 results = lowered(call.step, "replay", inputs)(*inputs)
         except CaptureError:
             raise

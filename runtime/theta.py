@@ -48,6 +48,7 @@ class ThetaView:
         self.inputs = Inputs(networks.is_buffer)
         self._metas: dict[tuple, tuple[int, Tensor]] = {}  # identity -> number, the tensor
         self._numbered = 0
+        self._tuples: dict[tuple, tuple] = {}  # to itself
 
     # -- showing -------------------------------------------------------------------------------------------------
 
@@ -143,6 +144,10 @@ class ThetaView:
         """Whether this version is still the one shown."""
         return self._is_of(theta, self.recorder.epoch)
 
+    def shared(self, indices: tuple) -> tuple:
+        """One and the same object for equal tuples: most steps of a long tape have the same ones."""
+        return self._tuples.setdefault(indices, indices)
+
     # -- a step --------------------------------------------------------------------------------------------------
 
     def take(
@@ -168,7 +173,7 @@ class ThetaView:
         for key, t in new.items():
             self._metas[key] = (self._numbered, t)
             self._numbered += 1
-        call.metas = tuple(self._metas[key][0] for key in keys)
+        call.metas = self.shared(tuple(self._metas[key][0] for key in keys))
         engine.reaches |= bool(keys)
         if self.sliding is not None:
             self.sliding.step(engine.position, fresh, dict(zip(call.metas, metas, strict=True)))
