@@ -43,33 +43,59 @@ def _copy(t: Tensor) -> Tensor:
         return t.as_strided((span,), (1,)).clone().as_strided(t.shape, t.stride())
 
 
+class Memory:
+    """What refers to a piece of memory for all that is held of it: a tensor of our own, not the user's object."""
+
+    __slots__ = ("tensor", "__weakref__")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
 class Held:
     """The value of a tensor as a step read it.
 
+    Views of one tensor (`xs[t]`) are kept as the place they have in its memory: as objects they are ten times as large.
+
     Attributes:
-        tensor: the user's, or a copy.
+        memory: the user's, or a copy.
+        layout: shape and strides of a view of it, equal ones being one object; None for all of it.
+        offset: of a view.
         digest: of the value, to find out whether it was overwritten; None if it cannot be.
         private: whether it is a copy.
     """
 
-    __slots__ = ("tensor", "digest", "label", "private", "__weakref__")
+    __slots__ = ("memory", "layout", "offset", "digest", "label", "private", "__weakref__")
 
     def __init__(
-        self, tensor: Tensor, digest: int | Tensor | None, label: str, private: bool = False
+        self, tensor: Tensor | Memory, digest: int | Tensor | None, label: str, private: bool = False
     ) -> None:
-        self.tensor, self.digest, self.label, self.private = tensor, digest, label, private
+        self.memory = Memory(tensor) if isinstance(tensor, Tensor) else tensor
+        self.layout: tuple | None = None
+        self.offset = 0
+        self.digest, self.label, self.private = digest, label, private
+
+    @property
+    def tensor(self) -> Tensor:
+        """What is held."""
+        if self.layout is None:
+            return self.memory.tensor
+        shape, strides = self.layout
+        return self.memory.tensor.as_strided(shape, strides, self.offset)
 
     def get(self) -> Tensor:
         """The tensor, or `StaleInputError` if it was overwritten since."""
         if isinstance(self.digest, Tensor) or (self.digest is not None and not self.private):
-            now = checksum(self.tensor)
+            tensor = self.tensor
+            now = checksum(tensor)
             same = bool((now == self.digest).all()) if isinstance(now, Tensor) else now == self.digest
             if not same:
                 raise StaleInputError(
-                    f"{self.label}, a tensor of shape {tuple(self.tensor.shape)}, was overwritten after the step had "
+                    f"{self.label}, a tensor of shape {tuple(tensor.shape)}, was overwritten after the step had "
                     "read it, so the step cannot be differentiated any more. Give each step a tensor of its own (clone "
                     "what is reused), or call backward before overwriting it."
                 )
+            return tensor
         return self.tensor
 
     def is_current(self, source: Tensor) -> bool:
@@ -81,7 +107,30 @@ class Held:
     def keep(self) -> None:
         """The user's memory is about to be overwritten: copy it."""
         if not self.private:
-            self.tensor, self.private = _copy(self.get()), True
+            self.memory, self.layout, self.private = Memory(_copy(self.get())), None, True
+
+
+class _Holds:
+    """Holds by reference on one piece of memory."""
+
+    __slots__ = ("again", "holds", "memory")
+
+    def __init__(self, memory: Memory) -> None:
+        self.memory = weakref.ref(memory)
+        self.holds: list[weakref.ref[Held]] = []
+        self.again = 64  # when so many are listed, the dead are looked for
+
+    def add(self, held: Held) -> None:
+        if len(self.holds) >= self.again:
+            self.holds = [ref for ref in self.holds if ref() is not None]
+            self.again = max(64, 2 * len(self.holds))
+        self.holds.append(weakref.ref(held))
+
+
+def _lie_alike(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors that share memory differ by sizes, strides and offset alone."""
+    plain = all(type(t) in (Tensor, torch.nn.Parameter) and not (t.is_conj() or t.is_neg()) for t in (a, b))
+    return plain and a.dtype == b.dtype and a.is_inference() == b.is_inference()
 
 
 class Inputs:
@@ -97,7 +146,8 @@ class Inputs:
     def __init__(self, is_buffer: Callable[[Tensor], bool]) -> None:
         self.is_buffer = is_buffer
         self._copies: dict[int, tuple[Tensor, int, Held]] = {}
-        self._at: dict[int, weakref.WeakSet[Held]] = {}  # storage -> holds by reference
+        self._at: dict[int, _Holds] = {}  # storage -> holds by reference
+        self._layouts: dict[tuple, tuple] = {}  # to itself
         self._prune_at = 256
 
     def hold(self, tensor: Tensor) -> Held:
@@ -106,15 +156,25 @@ class Inputs:
             return self._copied(tensor, "a meta-parameter")
         if self.is_buffer(tensor):
             return self._copied(tensor, "a buffer")
-        held = Held(tensor, checksum(tensor), "an input of an inner step")
-        if tensor.layout is torch.strided:
-            storage = tensor.untyped_storage()._cdata
-            if storage not in self._at:
-                if len(self._at) >= self._prune_at:
-                    self._at = {k: v for k, v in self._at.items() if v}
-                    self._prune_at = max(256, 2 * len(self._at))
-                self._at[storage] = weakref.WeakSet()
-            self._at[storage].add(held)
+        label = "an input of an inner step"
+        if tensor.layout is not torch.strided:
+            return Held(tensor, checksum(tensor), label)
+        storage = tensor.untyped_storage()._cdata
+        holds = self._at.get(storage)
+        memory = None if holds is None else holds.memory()
+        if holds is None or memory is None:
+            held = Held(tensor.detach(), checksum(tensor), label)
+            if len(self._at) >= self._prune_at:
+                self._at = {k: v for k, v in self._at.items() if v.memory() is not None}
+                self._prune_at = max(256, 2 * len(self._at))
+            holds = self._at[storage] = _Holds(held.memory)
+        elif _lie_alike(memory.tensor, tensor):
+            held = Held(memory, checksum(tensor), label)
+            layout = (tensor.shape, tensor.stride())
+            held.layout, held.offset = self._layouts.setdefault(layout, layout), int(tensor.storage_offset())
+        else:
+            held = Held(tensor.detach(), checksum(tensor), label)
+        holds.add(held)
         return held
 
     def _copied(self, tensor: Tensor, label: str) -> Held:
@@ -124,7 +184,7 @@ class Inputs:
             if isinstance(digest, Tensor):
                 # compared when it is used: no synchronisation here
                 if version == known[1]:
-                    return Held(known[2].tensor, digest, label, True)
+                    return Held(known[2].memory, digest, label, True)
             elif digest == known[2].digest and version == known[1]:
                 return known[2]
         held = Held(_copy(tensor), digest, label, True)
@@ -135,8 +195,10 @@ class Inputs:
         """An operator is about to overwrite ``targets``: copy what is held of their memory."""
         for t in targets:
             if self._at and t.layout is torch.strided:
-                for held in self._at.pop(t.untyped_storage()._cdata, ()):
-                    held.keep()
+                holds = self._at.pop(t.untyped_storage()._cdata, None)
+                for ref in () if holds is None else holds.holds:
+                    if (held := ref()) is not None:
+                        held.keep()
 
     def clear(self) -> None:
         """Drop every reference to the user's tensors."""

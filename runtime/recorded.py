@@ -357,9 +357,10 @@ class RecordedSession(Session):
         engine = self.engine  # it has theta as the loss has read it, which may have been overwritten since
         base = engine.state_at(engine.position - call.back) if call.back else engine.state
         inputs = [base[t.index] for t in sliced.thetas] + (update.old if stale else [])
-        inputs += [v for s in update.states for v in s.values()] + [h.tensor for h in call.inputs]
+        inputs += [v for s in update.states for v in s.values()]
         try:
             with torch.no_grad():
+                inputs += [h.tensor for h in call.inputs]
                 results = lowered(call.step, "replay", inputs)(*inputs)
         except CaptureError:
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +26,6 @@ from .meter import AllocatorMeter, profiling
 from .progress import progress
 
 _ITERATIONS = 3  # of each loop: a first one, one as all, a last one
-_NOTED = 50  # calls after which a meter forgets its events
 
 
 def shortened(program: RolledProgram, most: int, long: Loop | None = None, longest: int = 0) -> RolledProgram:
@@ -77,14 +77,8 @@ def measured_peak(
         slots, saved: of its plan.
         offload: where states go that have no slot.
     """
-    with _generator_unmoved(program), AllocatorMeter() as meter:
-
-        def note(done: int, total: int) -> None:
-            if done % _NOTED == 0:
-                meter.note()
-
-        with progress(note):
-            _run_and_pull(Run(program, tensors, slots, how, None, saved=saved, offload=offload), program)
+    with _generator_unmoved(program), AllocatorMeter() as meter, progress(meter.watch):
+        _run_and_pull(Run(program, tensors, slots, how, None, saved=saved, offload=offload), program)
     return meter.peak
 
 
@@ -106,6 +100,18 @@ def _generator_unmoved(program: RolledProgram) -> Iterator[None]:
     finally:
         if generator is not None:
             generator.set_rng_state(before)
+
+
+@contextmanager
+def _garbage_left() -> Iterator[None]:
+    """Nothing is collected in the block: memory that an earlier meter has seen would count as given back in it."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 class _MeteredEngine(Engine):
@@ -130,7 +136,7 @@ def metered(
     """
     if profiling():  # another one: the graphs' own sizes have to do
         return program(*inputs)
-    with AllocatorMeter() as meter:
+    with _garbage_left(), AllocatorMeter() as meter:
         results = program(*inputs)
     given = {t.untyped_storage()._cdata: i for i, t in enumerate(inputs) if t.layout is torch.strided}
     made = made_of([_memory(t) for t in results], given)

@@ -24,7 +24,7 @@ from ..compiler.stepcost import measured
 from .budget import budget_bytes
 from .dry_run import predict_sweep
 from .engine import Engine
-from .inputs import Held
+from .inputs import Held, Memory
 from .meter import profiling
 from .noise import GENERATOR_BYTES
 from .planner import MANY, Peaks
@@ -143,28 +143,27 @@ def _repeated(calls: Sequence[StepCall | Assign]) -> Program:
     )
 
 
-class _Memory:
-    """What is held of one piece of memory: the tensors that lie in it, and how often some are held more than once."""
+class _Kept:
+    """What is held of one piece of memory.
 
-    __slots__ = ("again", "last", "tensors")
+    Attributes:
+        memories: ids of what refers to it, each by one tensor.
+        last: the one that came last, weakly.
+    """
+
+    __slots__ = ("last", "memories")
 
     def __init__(self) -> None:
-        self.tensors: set[int] = set()
-        self.again: Counter = Counter()
+        self.memories: set[int] = set()
         self.last: Any = None
 
-    def add(self, held: Held) -> None:
-        key = id(held.tensor)
-        if key in self.tensors:
-            self.again[key] += 1
-        self.tensors.add(key)
-        self.last = weakref.ref(held)
+    def add(self, memory: Memory) -> None:
+        self.memories.add(id(memory))
+        self.last = weakref.ref(memory)
 
-    def others(self, tensor: Tensor) -> tuple[bool, bool]:
-        """Whether somebody else refers to the memory by a tensor of theirs, and to ``tensor``, held last."""
-        uses = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) - 1
-        named = sys.getrefcount(tensor) - 4 - self.again[id(tensor)]  # by `Held`, two variables and the call
-        return uses > len(self.tensors), named > 0
+    def others(self, tensor: Tensor) -> int:
+        """How many tensors of somebody else's refer to it, of which ``tensor`` is one of ours."""
+        return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) - 1 - len(self.memories)
 
 
 class Retained:
@@ -177,7 +176,7 @@ class Retained:
     def __init__(self) -> None:
         self._sure = self._recent = 0
         self._step = 0
-        self._memories: dict[int, _Memory | int] = {}  # bytes: they are counted
+        self._memories: dict[int, _Kept | int] = {}  # bytes: they are counted
         self._due: dict[
             int, list[tuple[int, int]]
         ] = {}  # step -> (memory, steps since it was last looked at)
@@ -194,40 +193,37 @@ class Retained:
         for key, age in self._due.pop(self._step, ()):
             self._look(key, age)
         for held in inputs:
-            tensor = getattr(held, "tensor", None)
-            if not isinstance(tensor, Tensor):
+            if not isinstance(held, Held):
                 self._sure += GENERATOR_BYTES  # from which it is drawn again
-            elif tensor.layout is not torch.strided:
+                continue
+            tensor = held.memory.tensor
+            if tensor.layout is not torch.strided:
                 self._sure += tensor.nbytes
+                continue
+            key, size = tensor.untyped_storage()._cdata, tensor.untyped_storage().nbytes()
+            kept = self._memories.get(key)
+            if isinstance(kept, int):  # in a sliding window, it may be other memory in the same place
+                self._sure += size - kept
+                self._memories[key] = size
+            elif kept is None:
+                self._memories[key] = kept = _Kept()
+                kept.add(held.memory)
+                self._look(key, 1)
             else:
-                key, size = tensor.untyped_storage()._cdata, tensor.untyped_storage().nbytes()
-                del tensor
-                memory = self._memories.get(key)
-                if isinstance(memory, int):  # in a sliding window, it may be other memory in the same place
-                    self._sure += size - memory
-                    self._memories[key] = size
-                    continue
-                if memory is None:
-                    self._memories[key] = memory = _Memory()
-                    memory.add(held)
-                    self._look(key, 1)
-                else:
-                    memory.add(held)
+                kept.add(held.memory)
 
     def _look(self, key: int, age: int) -> None:
-        memory = self._memories.get(key)
-        if not isinstance(memory, _Memory):
+        kept = self._memories.get(key)
+        if not isinstance(kept, _Kept):
             return
-        held = memory.last()
-        if held is None:  # forgotten
+        memory = kept.last()
+        if memory is None:  # forgotten
             del self._memories[key]
             return
-        tensor = held.tensor
-        size = tensor.untyped_storage().nbytes()
-        shared, named = memory.others(tensor)
-        if not shared and not named:
+        size, others = memory.tensor.untyped_storage().nbytes(), kept.others(memory.tensor)
+        if not others:
             self._memories[key] = size
             self._sure += size
-        else:
-            self._recent += size if age == 1 and not shared else 0
+        else:  # a single other one may be a variable, about to be bound to something else
+            self._recent += size if age == 1 and others == 1 else 0
             self._due.setdefault(self._step + age, []).append((key, 2 * age))

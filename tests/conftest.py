@@ -11,7 +11,11 @@ torch.set_default_dtype(torch.float64)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """What takes long, on request."""
-    parser.addoption("--budget-cases", type=int, default=3, help="random inner loops under memory budgets")
+    parser.addoption(
+        "--budget-cases",
+        default="3",
+        help="random inner loops under memory budgets: how many, or the first:the end",
+    )
     parser.addoption(
         "--whole-grid",
         action="store_true",
@@ -22,4 +26,5 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """``budget_case``: the seed of one."""
     if "budget_case" in metafunc.fixturenames:
-        metafunc.parametrize("budget_case", range(metafunc.config.getoption("--budget-cases")))
+        first, _, end = metafunc.config.getoption("--budget-cases").rpartition(":")
+        metafunc.parametrize("budget_case", range(int(first or 0), int(end)))

@@ -1,10 +1,7 @@
-"""Memory budgets: what the allocator hands out stays within them, and the gradient is that of the full tape."""
+"""Memory budgets: plans, what counts, what is refused; random loops under budgets are in test_random_budgets.py."""
 
 from __future__ import annotations
 
-import itertools
-import random
-from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -14,194 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import metaoptim
+from budget_cases import Case, state_bytes
 from metaoptim.runtime import schedule
 from metaoptim.runtime.meter import AllocatorMeter
 from metaoptim.runtime.store import SlotStore
-
-OPTIMIZERS: dict[str, Callable[..., Any]] = {
-    "sgd": lambda net, lr: metaoptim.MetaSGD([net], lr=lr),
-    "momentum": lambda net, lr: metaoptim.MetaSGD([net], lr=lr, momentum=0.8),
-    "adam": lambda net, lr: metaoptim.MetaAdam([net], lr=lr),
-}
-
-
-class Case:
-    """An inner loop at random: state, activations or inputs take most of its memory, as it comes."""
-
-    def __init__(self, seed: int, steps: int | None = None, dominant: str | None = None) -> None:
-        draw = random.Random(seed)
-        self.dominant = dominant or draw.choice(["state", "activations", "inputs"])
-        self.optimizer = draw.choice(list(OPTIMIZERS))
-        self.offline = draw.random() < 0.5
-        self.steps = steps or draw.choice([2, 5, 12, 30])
-        self.width = 48 if self.dominant == "state" else 12
-        self.batch = 64 if self.dominant != "state" else 4
-        self.features = 64 if self.dominant == "inputs" else 5
-        self.depth = draw.randint(1, 3)
-        self.seed, self.share = seed, draw.random() ** 3
-
-    def __repr__(self) -> str:
-        return f"{self.dominant} {self.optimizer} T={self.steps} offline={self.offline} seed={self.seed}"
-
-    def make(self) -> tuple[nn.Module, Tensor, Tensor, Tensor]:
-        """The network, the log learning rate, and the batches."""
-        torch.manual_seed(self.seed)
-        sizes = [self.features, *[self.width] * self.depth]
-        layers = [m for a, b in itertools.pairwise(sizes) for m in (nn.Linear(a, b), nn.Tanh())]
-        net = nn.Sequential(*layers, nn.Linear(sizes[-1], 3))
-        xs, ys = torch.randn(self.steps, self.batch, self.features), torch.randn(self.steps, self.batch, 3)
-        return net, torch.tensor(-4.0, requires_grad=True), xs, ys
-
-    def loop(self, fresh: bool, **options: Any) -> tuple[dict[str, Tensor | None], int]:
-        """Gradients in an ordinary window, and the bytes it took; ``fresh``: every batch is the window's own."""
-        for meter in (
-            nullcontext(),
-            AllocatorMeter(),
-        ):  # it measures its steps once, where nobody else measures
-            net, log_lr, xs, ys = self.make()
-            inner = OPTIMIZERS[self.optimizer](net, log_lr.exp())
-            with meter, metaoptim.SlidingWindow(offline=self.offline, **options):
-                for x, y in zip(xs, ys, strict=True):
-                    inner.step(F.mse_loss(net(x.clone() if fresh else x), y))
-                F.mse_loss(net(xs[0, :2]), ys[0, :2]).backward()
-        assert isinstance(meter, AllocatorMeter)
-        return gradients(net, log_lr), meter.peak
-
-    def gradients_on_the_tape(self) -> dict[str, Tensor | None]:
-        """What the full tape gives."""
-        net, log_lr, xs, ys = self.make()
-        inner = OPTIMIZERS[self.optimizer](net, log_lr.exp())
-        with metaoptim.SlidingWindow(offline=self.offline, strategy="full_tape"):
-            for x, y in zip(xs, ys, strict=True):
-                inner.step(F.mse_loss(net(x), y))
-            F.mse_loss(net(xs[0, :2]), ys[0, :2]).backward()
-        return gradients(net, log_lr)
-
-    def outer(self) -> int:
-        """Bytes of the outer loss's own graph, which no budget counts."""
-        net, _, xs, ys = self.make()
-        with AllocatorMeter() as meter:
-            F.mse_loss(net(xs[0, :2]), ys[0, :2]).backward()
-        return meter.peak - sum(p.nbytes for p in net.parameters())
-
-    def compiled(self, **options: Any) -> Any:
-        """The loop as a compiled function of what `make` makes."""
-
-        @metaoptim.compile(**{"backend": "eager", **options})
-        def meta_loss(net: nn.Module, log_lr: Tensor, xs: Tensor, ys: Tensor) -> Tensor:
-            inner = OPTIMIZERS[self.optimizer](net, log_lr.exp())
-            with metaoptim.SlidingWindow(offline=self.offline) as window:
-                for x, y in window.scan(xs, ys):
-                    inner.step(F.mse_loss(net(x), y))
-                return F.mse_loss(net(xs[0, :2]), ys[0, :2])
-
-        return meta_loss
-
-    def run(self, **options: Any) -> tuple[dict[str, Tensor | None], int, Any]:
-        """Gradients of the compiled function, the bytes its second call took, and its plan."""
-        net, log_lr, xs, ys = self.make()
-        meta_loss = self.compiled(**options)
-        before = {k: v.clone() for k, v in net.state_dict().items()}
-        meta_loss(net, log_lr, xs, ys).backward()
-        net.load_state_dict(before)
-        net.zero_grad()
-        log_lr.grad = None
-        ((program,),) = meta_loss._programs.values()
-        if self.steps > 100:  # so many events of a profiler have to be looked at on the way
-            meta_loss(net, log_lr, xs, ys).backward()
-            peak = metaoptim.explain(meta_loss, measure=True)(net, log_lr, xs, ys).measured_peak_bytes
-            return gradients(net, log_lr), peak, program.plan
-        with AllocatorMeter() as meter:
-            meta_loss(net, log_lr, xs, ys).backward()
-        return gradients(net, log_lr), meter.peak, program.plan
-
-
-def gradients(net: nn.Module, log_lr: Tensor) -> dict[str, Tensor | None]:
-    return {**{n: p.grad for n, p in net.named_parameters()}, "log_lr": log_lr.grad}
-
-
-def same(got: dict[str, Tensor | None], expected: dict[str, Tensor | None]) -> None:
-    assert got.keys() == expected.keys()
-    for name, value in expected.items():
-        assert (got[name] is None) == (value is None), name
-        if value is not None:
-            torch.testing.assert_close(got[name], value, rtol=1e-9, atol=1e-12)
-
-
-def between(minimum: int, maximum: int, share: float) -> int:
-    """A budget between the smallest that works and one that holds every state."""
-    return minimum + int(share * max(maximum - minimum, 0))
-
-
-def horizon_of(budget_case: int, most: int) -> int | None:
-    """Of every tenth case a long one; None for as it comes."""
-    return (
-        None if budget_case % 10 or not budget_case else min(most, (300, 1000, 3000)[budget_case // 10 % 3])
-    )
-
-
-# -- it is kept ------------------------------------------------------------------------------------------------------
-
-
-def test_a_compiled_function_keeps_its_budget(budget_case: int) -> None:
-    case = Case(budget_case, horizon_of(budget_case, 3000))
-    expected = case.gradients_on_the_tape()
-    with pytest.raises(metaoptim.BudgetError, match="smallest feasible budget") as refused:
-        case.run(memory_budget=100)
-    minimum = refused.value.minimum
-    budget = between(minimum, case.run(memory_budget="10GiB")[2].peak_bytes, case.share)
-    for bytes_ in (minimum, budget):
-        got, peak, plan = case.run(memory_budget=bytes_)
-        assert peak <= bytes_, (case, plan)
-        assert plan.saved or peak >= plan.peak_bytes - 3 * case_state(case)
-        same(got, expected)
-
-
-def case_state(case: Case) -> int:
-    """At least the bytes of a state."""
-    net, *_ = case.make()
-    return 3 * sum(p.nbytes for p in net.parameters())
-
-
-@pytest.mark.parametrize("fresh", [False, True])
-def test_a_window_keeps_its_budget(budget_case: int, fresh: bool) -> None:
-    case = Case(budget_case + 1000, horizon_of(budget_case, 300))
-    expected = case.gradients_on_the_tape()
-    with pytest.raises(metaoptim.BudgetError, match="smallest feasible budget"):
-        case.loop(fresh, memory_budget=100)
-    got, most = case.loop(fresh)
-    same(got, expected)
-    budget, tries = int(between(most // 4, most, case.share)), 0
-    while True:  # the smallest feasible budget grows with the inputs that the window holds
-        try:
-            got, peak = case.loop(fresh, memory_budget=budget)
-            break
-        except metaoptim.BudgetError as error:
-            assert error.minimum > budget
-            budget, tries = error.minimum, tries + 1
-            assert tries <= case.steps
-    assert peak <= budget + case.outer(), case
-    same(got, expected)
-
-
-def test_the_check_fails_when_a_state_is_leaked(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = Case(3, steps=30, dominant="state")
-    minimum = case.run(memory_budget="10GiB")[2].minimum
-    budget = case.run(memory_budget=int(1.3 * minimum))[2].peak_bytes
-    _, peak, plan = case.run(memory_budget=budget)
-    assert peak <= budget and plan.slots is not None
-    real, leaked = SlotStore.offer, []
-
-    def offer(self: SlotStore, position: int, state: Any) -> None:
-        real(self, position, state)
-        if position == 2:  # which is not kept
-            leaked.append([t for t in state if isinstance(t, Tensor)])  # not in the plan, which runs on sizes
-        assert position != 2 or position not in self
-
-    monkeypatch.setattr(SlotStore, "offer", offer)
-    _, peak, _ = case.run(memory_budget=budget)
-    assert peak > budget
-
 
 # -- the plan --------------------------------------------------------------------------------------------------------
 
@@ -385,7 +198,7 @@ def test_the_cost_model_is_revolves_and_that_of_a_run() -> None:
         assert model.at(30, slots)["extra_forwards"] == schedule.extra_forwards(30, slots)
         report = case.compiled(slots=slots).explain(*arguments)
         predicted = model.at(report.calls, slots)["peak_bytes"]
-        assert 0 <= predicted - report.predicted_peak_bytes <= 1024 + 3 * case_state(case)
+        assert 0 <= predicted - report.predicted_peak_bytes <= 1024 + 3 * state_bytes(case)
     assert str(model.extra_forwards) == "-T + r*(T + 1) - binomial(c + r, c + 1)"
 
 
