@@ -23,6 +23,7 @@ from ..compiler.segments import sources
 from ..compiler.update import UpdatePlan
 from .dependence import leaves_of
 from .hyper import hyper_of
+from .iteration import Iteration
 from .networks import Networks
 from .session import Options, Session, _current, refuse_overwritten
 
@@ -31,46 +32,6 @@ aten = torch.ops.aten
 # the next, and that nothing is carried further.
 CAPTURED_ITERATIONS = 4
 _REMEMBERED = 8  # versions of a parameter that a loss may have been computed from
-
-
-def _no_index(name: str) -> Callable:
-    def refuse(self: int, *others: Any) -> Any:
-        raise CaptureError(
-            f"the number of an iteration of window.range is asked for its value ({name}): it may index tensors (xs[t], "
-            "xs[2 * t + 1]), and nothing else may depend on it, since a few iterations stand for all. Scan a tensor of "
-            "what differs, or use a plain `for`"
-        )
-
-    return refuse
-
-
-class Index(int):
-    """The number of an iteration of a captured loop."""
-
-    def __add__(self, other: Any) -> Any:
-        return _index(int.__add__(self, other))
-
-    def __sub__(self, other: Any) -> Any:
-        return _index(int.__sub__(self, other))
-
-    def __mul__(self, other: Any) -> Any:
-        return _index(int.__mul__(self, other))
-
-    def __rsub__(self, other: Any) -> Any:
-        return _index(int.__rsub__(self, other))
-
-    __radd__, __rmul__ = __add__, __mul__
-
-
-for _name in (
-    "__bool__", "__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "__mod__", "__floordiv__", "__rmod__",
-    "__rfloordiv__", "__divmod__", "__and__", "__or__", "__xor__", "__rshift__", "__lshift__", "__hash__",
-):  # fmt: skip
-    setattr(Index, _name, _no_index(_name))
-
-
-def _index(value: Any) -> Any:
-    return value if value is NotImplemented else Index(value)
 
 
 class _Networks(Networks):
@@ -241,7 +202,7 @@ class CapturedSession(Session):
         scan = self._scan = Scan(count, labels, user_location())
         for k in labels:
             scan.begins.append(len(tracer.trace.entries))
-            yield Index(k), [self._item(t, k) for t in tensors]
+            yield Iteration(k), [self._item(t, k) for t in tensors]
         scan.end = len(tracer.trace.entries)
         self._scan = None
         if scan.begins:

@@ -7,28 +7,23 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from metaoptim.errors import (
     CaptureError,
     LossError,
-    UnreachableWarning,
     WindowError,
     user_location,
-    user_name_of,
-    warn,
 )
 
 from ..compiler.capture.entries import External
 from ..compiler.capture.ops import LIFTS
 from ..compiler.capture.slicing import Slice, hook_key, tensor_spec
 from ..compiler.ir import Assign, StepCall, StepGraph
-from ..compiler.lower import StepCache, lowered
+from ..compiler.lower import StepCache
 from ..compiler.recorded_program import Program
 from ..compiler.recorded_step import StepSpec, build_step
 from ..compiler.update import UpdatePlan
-from . import bypass
-from .dependence import leaves_of
+from . import bypass, first_use
 from .engine import Engine
 from .hyper import Hyper, hyper_of
 from .inputs import Held
@@ -39,9 +34,7 @@ from .theta import ThetaView
 
 step_cache = StepCache()
 
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 _pure: weakref.WeakSet = weakref.WeakSet()  # updates that have been seen not to write into their arguments
-_told: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 class _Update(NamedTuple):
@@ -135,7 +128,7 @@ class RecordedSession(Session):
             sliced, epoch = self.view.slice([root, *hyper.roots])
         new, new_states = self._apply(update, hyper.slots)
         call = self._capture(optimizer, sliced, update, epoch, new, new_states)
-        self._tell_unreachable(sliced)
+        first_use.tell_unreachable(self, sliced)
         # nothing the user sees has changed so far, and nothing below fails
         outputs = iter(call.opt_state_out)
         for i, state in zip(update.ordinals, new_states, strict=True):
@@ -173,7 +166,7 @@ class RecordedSession(Session):
         used = [(i, k, g, h) for (i, k), g, h in zip(members, grads, hooks, strict=True) if g is not None]
         for i, *_ in used:
             if indices[i] not in read:
-                raise _unrecorded(self.networks.names[i])
+                raise first_use.unrecorded(self.networks.names[i])
         ordinals = [i for i, *_ in used]
         init = type(optimizer).init_state if self._sync_opt_state(optimizer, ordinals) else None
         states = [optimizer.state[self.networks.originals[i]] for i in ordinals]
@@ -310,7 +303,7 @@ class RecordedSession(Session):
         except CaptureError:
             raise
         except Exception as error:
-            raise _uncapturable(error) from error
+            raise first_use.uncapturable(error) from error
         dtypes = [port.spec[1] for port in step.inputs[len(step.inputs) - len(lifted) :]]
         held += [
             Held(torch.tensor(sliced.numbers[i], dtype=dtype), None, "a number")
@@ -333,12 +326,14 @@ class RecordedSession(Session):
         suspect = any(x.suspect for x in (*sliced.externals, *sliced.values))
         if new or step.opaque or suspect:
             try:
-                self._check(
+                first_use.check(
+                    engine,
                     call,
                     sliced,
                     update,
                     spec.stale,
                     [*new_theta, *(v for s in new_states for v in s.values())],
+                    self.networks.names,
                 )
             except CaptureError as error:
                 if suspect:
@@ -350,67 +345,6 @@ class RecordedSession(Session):
                 raise
         return call
 
-    def _check(
-        self, call: StepCall, sliced: Slice, update: _Update, stale: bool, expected_state: list[Tensor]
-    ) -> None:
-        """The gradient of the captured step against the eager one, and what the update makes of it."""
-        engine = self.engine  # it has theta as the loss has read it, which may have been overwritten since
-        base = engine.state_at(engine.position - call.back) if call.back else engine.state
-        inputs = [base[t.index] for t in sliced.thetas] + (update.old if stale else [])
-        inputs += [v for s in update.states for v in s.values()]
-        try:
-            with torch.no_grad():
-                inputs += [h.tensor for h in call.inputs]
-                results = lowered(call.step, "replay", inputs)(*inputs)
-        except CaptureError:
-            raise
-        except Exception as error:
-            raise _uncapturable(error) from error
-        count = len(results) - len(update.grads)
-        grads, state = results[count:], results[:count]
-        for i, got, expected in zip(update.ordinals, grads, update.grads, strict=True):
-            if not _agree(got, expected):
-                worst = float((got - expected).abs().max())
-                raise _unrecorded(self.networks.names[i], worst, float(expected.abs().max()))
-        # Adam turns a rounding error in a gradient that should be 0 into a whole step: compare after equal gradients.
-        if all(map(torch.equal, grads, update.grads)) and not all(map(_agree, state, expected_state)):
-            raise CaptureError(
-                f"{update.plan.__name__} does not give the same result when it is run again on the same arguments; it "
-                "must be a pure function of them"
-            )
-
-    # -- what no gradient reaches --------------------------------------------------------------------------------
-
-    def _tell_unreachable(self, sliced: Slice) -> None:
-        tainted = self.recorder.tainted
-        if not tainted:
-            return
-        reached = {id(x.source) for x in sliced.externals if x.grad}
-        for x in sliced.externals:
-            if x.grad:
-                continue
-            for ref in self.recorder.taint_of(x.source).values():
-                leaf = ref()
-                if (
-                    leaf is None
-                    or id(leaf) in reached
-                    or leaf in _told
-                    or self.networks.index_of(leaf) is not None
-                ):
-                    continue
-                _told[leaf] = True
-                name = user_name_of(leaf)
-                if name is not None and not any(
-                    leaf is x for y in sliced.externals if y.grad for x in leaves_of(y.tensor)
-                ):
-                    self.engine.reaches = True  # there is a better explanation
-                    warn(
-                        f"{name!r} requires grad, but reaches the inner loss only where no gradient flows (under "
-                        "torch.no_grad() or through .detach()), so it receives no meta-gradient from it. Compute what "
-                        f"depends on {name!r} outside no_grad.",
-                        UnreachableWarning,
-                    )
-
 
 def _sums_of_gradients(loss: Tensor, by: list[list[Tensor]]) -> list[Tensor | None]:
     """For each group of tensors, the sum of the gradients of ``loss`` by them."""
@@ -421,31 +355,3 @@ def _sums_of_gradients(loss: Tensor, by: list[list[Tensor]]) -> list[Tensor | No
         parts = [g for _, g in zip(group, found, strict=False) if g is not None]
         sums.append(sum(parts[1:], parts[0]) if parts else None)
     return sums
-
-
-def _agree(got: Tensor, expected: Tensor) -> bool:
-    if not expected.numel():
-        return True
-    finite = expected.isfinite()
-    if not torch.equal(got.isfinite(), finite):
-        return False
-    got, expected = got[finite], expected[finite]
-    scale = float(expected.abs().max()) if expected.numel() else 0.0
-    worst = float((got - expected).abs().max()) if expected.numel() else 0.0
-    return worst <= _TOLERANCE.get(expected.dtype, 1e-4) * scale + 1e-30
-
-
-def _uncapturable(error: Exception) -> CaptureError:
-    return CaptureError(
-        f"the inner step cannot be captured: {type(error).__name__}: {error}. Open the window with "
-        "strategy='full_tape' for this loss."
-    )
-
-
-def _unrecorded(name: str, worst: float | None = None, scale: float | None = None) -> CaptureError:
-    found = "" if worst is None else f" (largest difference {worst:.3g}, largest entry {scale:.3g})"
-    return CaptureError(
-        f"the recorded inner step does not reproduce the gradient eager PyTorch gives for parameter {name!r}{found}: "
-        "something in the loss cannot be seen by the recorder, such as a hook on an autograd node, a C++ autograd "
-        "function, or a module compiled beforehand. Open the window with strategy='full_tape' for this loss."
-    )
