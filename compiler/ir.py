@@ -1,4 +1,4 @@
-"""StepGraph and Program: what an inner loop is, as data.
+"""StepGraphs and their calls: what an inner loop is, as data.
 
 A `StepGraph` is an fx graph of one inner step: from theta, optimizer state, meta-parameters and data to the loss, from
 the loss to its gradient (one `gradient` node), from the gradient to theta' and the new optimizer state. Its operators
@@ -6,13 +6,14 @@ are ATen calls; custom autograd Functions, hooks and the optimizer's update are 
 derivative of their own. Everything
 that runs - the replay of the step and its VJP - is derived from this graph and from nothing else.
 
-A `Program` is the sequence of calls of such graphs that a window has recorded.
+An inner loop is a sequence of calls of such graphs: `program.RolledProgram` for a whole function,
+`recorded_program.Program` for what a window records.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
 from typing import Any
@@ -87,6 +88,7 @@ class StepGraph:
         first_order: g is taken as a constant (FOMAML).
         programs: graphs and callables derived from this one, by kind; filled on first use.
         derivatives: which mode of differentiation was taken, by what was asked for.
+        records: what the passes did that made it.
     """
 
     graph: fx.Graph
@@ -98,6 +100,7 @@ class StepGraph:
     hooked: bool = False
     programs: dict[Any, Any] = field(default_factory=dict)
     derivatives: dict[str, str] = field(default_factory=dict)
+    records: list[Any] = field(default_factory=list)
 
     @cached_property
     def steps(self) -> int:
@@ -162,7 +165,7 @@ class StepCall:
         theta: state indices behind the THETA inputs, in order.
         update: state indices of theta', in order.
         opt_state: state indices of the optimizer state before (None: created by this step) and after.
-        base: tape position whose state the loss read; the step itself starts at its own position.
+        back: how many positions before its own lies the state that its loss has read.
         inputs: what fills the META and SCAN inputs, in order.
         metas: for each META input, the number under which its gradient is collected.
         location: the user's line.
@@ -176,7 +179,7 @@ class StepCall:
     update: tuple[int, ...]
     opt_state_in: tuple[int, ...]
     opt_state_out: tuple[int, ...]
-    base: int
+    back: int
     inputs: list[Any]
     metas: tuple[Any, ...]
     location: str
@@ -207,66 +210,20 @@ class Assign:
 
 @dataclass
 class Loop:
-    """Equal inner steps that only differ in the slices and numbers they are given.
+    """Iterations that only differ in the slices and numbers their calls are given.
 
     Attributes:
-        call: the first of them; each later one finds its inputs where this one has left its outputs.
-        count: how many.
-        strides: by how much each input advances from one to the next (slices of a scan, lifted numbers; else 0).
+        calls: those of the first iteration; in each later one they find their inputs where these have left them.
+        count: how many iterations.
+        strides: for each call, by how much each of its inputs advances from one iteration to the next (slices of a
+            scan, lifted numbers; else 0).
     """
 
-    call: StepCall
+    calls: tuple[StepCall, ...]
     count: int
-    strides: tuple[int, ...]
-
-    def at(self, k: int) -> StepCall:
-        """The ``k``-th call."""
-        inputs = [x.advanced(k * s) if s else x for x, s in zip(self.call.inputs, self.strides, strict=True)]
-        return replace(self.call, inputs=inputs)
+    strides: tuple[tuple[int, ...], ...]
 
 
-@dataclass
-class Program:
-    """The inner loop: tape position -> call, from `start` on."""
-
-    start: int = 0
-    calls: list[StepCall | Assign] = field(default_factory=list)
-
-    @property
-    def end(self) -> int:
-        """The position after the last call."""
-        return self.start + len(self.calls)
-
-    def __getitem__(self, position: int) -> StepCall | Assign:
-        return self.calls[position - self.start]
-
-    @property
-    def horizon(self) -> int:
-        """Number of inner steps held."""
-        return sum(isinstance(c, StepCall) for c in self.calls)
-
-    @property
-    def step_graphs(self) -> list[StepGraph]:
-        """The distinct steps, in order of appearance."""
-        found: dict[int, StepGraph] = {}
-        for call in self.calls:
-            if isinstance(call, StepCall):
-                found.setdefault(id(call.step), call.step)
-        return list(found.values())
-
-    def __str__(self) -> str:
-        graphs = self.step_graphs
-        names = {id(g): f"step_{chr(97 + i)}" if i < 26 else f"step_{i}" for i, g in enumerate(graphs)}
-        lines = [f"program of {self.horizon} inner steps, {len(graphs)} distinct"]
-        if self.start:
-            lines[0] += f" (what lies before position {self.start} is forgotten)"
-        run: list[Any] = []
-        for call in [*self.calls, None]:
-            label = None if call is None else names[id(call.step)] if isinstance(call, StepCall) else "assign"
-            if run and run[0] != label:
-                lines.append(f"  {run[0]} × {run[1]}")
-                run = []
-            run = [label, run[1] + 1 if run else 1]
-        for g in graphs:
-            lines.append(str(g).replace("step(", f"{names[id(g)]}(", 1))
-        return "\n".join(lines)
+def calls_of(item: StepCall | Loop) -> tuple[StepCall, ...]:
+    """A call, or those of one iteration of a loop."""
+    return item.calls if isinstance(item, Loop) else (item,)

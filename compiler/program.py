@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from .capture.tracer import Input
-from .ir import Loop, Port, Role, StepCall, StepGraph
+from .ir import Loop, Port, Role, StepCall, StepGraph, calls_of
 
 _MOST_SHAPES = 6  # of one role and dtype that are written out
 _STATE = (Role.THETA, Role.OPT_STATE, Role.CARRY)
@@ -114,7 +114,8 @@ class RolledProgram:
     def counted(self) -> Iterator[tuple[StepCall, int]]:
         """Each call, and how many times it is made."""
         for item in self.calls:
-            yield (item.call, item.count) if isinstance(item, Loop) else (item, 1)
+            for call in calls_of(item):
+                yield call, item.count if isinstance(item, Loop) else 1
 
     def names(self) -> dict[int, str]:
         """Id of a step graph -> its name in the text."""
@@ -137,17 +138,15 @@ class RolledProgram:
             + (f", truncated to {self.limit} super-steps" if self.limit else "")
         ]
         for item in self.calls:
-            call, strides = (item.call, item.strides) if isinstance(item, Loop) else (item, ())
-            loop = f"loop {item.count} times, t = 0, 1, ...: " if isinstance(item, Loop) else ""
-            read = [registers_text(call.opt_state_in)] if call.opt_state_in else []
-            given = [
-                _given_text(g, s, named)
-                for g, s in zip(call.inputs, strides or [0] * len(call.inputs), strict=True)
+            if not isinstance(item, Loop):
+                lines.append("  " + _call_text(item, [0] * len(item.inputs), names, named))
+                continue
+            loop = f"  loop {item.count} times, t = 0, 1, ...:"
+            inside = [
+                _call_text(call, strides, names, named)
+                for call, strides in zip(item.calls, item.strides, strict=True)
             ]
-            arguments = "; ".join([*read, *([", ".join(given)] if given else [])])
-            where = f"  # {_short(call.location)}" if call.location else ""
-            made = registers_text(call.opt_state_out) or "nothing"
-            lines.append(f"  {loop}{made} = {names[id(call.step)]}({arguments}){where}")
+            lines += [f"{loop} {inside[0]}"] if len(inside) == 1 else [loop, *("    " + i for i in inside)]
         lines.append("  return " + (", ".join(_place_text(w, named) for w in self.outputs) or "nothing"))
         lines += [f"  {_target_text(t, named)} := {_place_text(w, named)}" for t, w in self.writes]
         for step in self.step_graphs:
@@ -257,6 +256,17 @@ def registers_text(registers: Sequence[int]) -> str:
         names = ["_" if r < 0 else f"r{r}" for r in run]
         texts.append(f"{names[0]}-{names[-1]}" if len(run) > 2 else " ".join(names))
     return " ".join(texts)
+
+
+def _call_text(
+    call: StepCall, strides: Sequence[int], names: Mapping[int, str], named: Mapping[Input, str]
+) -> str:
+    read = [registers_text(call.opt_state_in)] if call.opt_state_in else []
+    given = [_given_text(g, s, named) for g, s in zip(call.inputs, strides, strict=True)]
+    arguments = "; ".join([*read, *([", ".join(given)] if given else [])])
+    where = f"  # {_short(call.location)}" if call.location else ""
+    made = registers_text(call.opt_state_out) or "nothing"
+    return f"{made} = {names[id(call.step)]}({arguments}){where}"
 
 
 def _given_text(given: Given, stride: int, named: Mapping[Input, str]) -> str:

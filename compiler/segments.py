@@ -91,12 +91,14 @@ class Hooks:
 
     Attributes:
         of: id of a call -> its hooked outputs, each with its hooks.
+        inputs: id of an `Input` -> its hooks.
         thetas: ids of the calls that show parameters by which an inner gradient is taken.
+        indexed: as of a `Trace`.
     """
 
-    def __init__(self, trace: Trace) -> None:
-        self.of = trace.hooks
-        self.thetas = {id(theta.entry) for e in trace.entries if e.op is gradient for theta in e.args[1]}
+    def __init__(self, trace: Trace, inputs: dict[int, list] | None = None) -> None:
+        self.of, self.inputs, self.indexed = trace.hooks, inputs or {}, trace.indexed
+        self.thetas = _shown(trace.entries)
 
 
 class Segment(Keyed):
@@ -112,18 +114,23 @@ class Segment(Keyed):
 
     def __init__(self, entries: list[Entry], hooks: Hooks) -> None:
         super().__init__(entries)
+        self._indexed = hooks.indexed
         self._written = {self.memory_of(ref) for e in entries for ref in changed(e)}
         self.inputs: list[Any] = []
         self._input_at: dict[Any, int] = {}
         body = tuple(self._entry_key(e) for e in entries)
-        inner = {id(theta.entry) for e in entries if e.op is gradient for theta in e.args[1]}
+        inner = _shown(entries)
         for number, entry in enumerate(entries):
             if id(entry) in inner or id(entry) not in hooks.thetas:
                 for index, spies in hooks.of.get(id(entry), {}).items():
                     self.hooks["v", number, index] = spies
         for at in sorted(thetas_of(self)):
-            for spies in hooks.of.get(id(self.inputs[at].entry), {}).values():
-                self.hooks["x", at] = spies
+            if isinstance(self.inputs[at], Value):
+                for spies in hooks.of.get(id(self.inputs[at].entry), {}).values():
+                    self.hooks["x", at] = spies
+        for at, x in enumerate(self.inputs):
+            if id(x) in hooks.inputs:
+                self.hooks["x", at] = hooks.inputs[id(x)]
         acting = tuple((at, tuple(hook_key(s.hook) for s in spies)) for at, spies in self.hooks.items())
         self.opaque = self.opaque or bool(acting)
         kinds = tuple(_kind(x) for x in self.inputs)
@@ -148,7 +155,7 @@ class Segment(Keyed):
         return identity(owner(ref, lambda entry: id(entry) in self.number_of))
 
     def _unchanged(self, a: Any) -> bool:
-        return self.memory_of(a) not in self._written
+        return not self._indexed and self.memory_of(a) not in self._written
 
     def _input_shape(self, a: Any) -> tuple | None:
         if isinstance(a, Value) and id(a.entry) in self.number_of:
@@ -227,6 +234,12 @@ class Draft:
         return [*self.trace.outputs, *(v for _, v in self.writes)]
 
 
+def _shown(entries: list[Entry]) -> set[int]:
+    """Ids of the calls that show the parameters by which ``entries`` take inner gradients."""
+    thetas = (theta for e in entries if e.op is gradient for theta in e.args[1])
+    return {id(theta.entry) for theta in thetas if isinstance(theta, Value)}
+
+
 def thetas_of(segment: Segment) -> set[int]:
     """Places of the inputs by which inner gradients are taken."""
     found = {segment.place_of(theta) for e in segment.entries if e.op is gradient for theta in e.args[1]}
@@ -248,12 +261,12 @@ class Roles:
     outputs: dict[tuple, Role]
 
 
-_RANK = {Role.THETA: 0, Role.OPT_STATE: 1, Role.CARRY: 1}
+_RANK = {Role.THETA: 0, Role.THETA_NOW: 1, Role.OPT_STATE: 2, Role.CARRY: 2}
 
 
 def ordered(inputs: list[Role]) -> list[int]:
     """Places of the inputs in the order of a step graph's: theta, other values passed on, the rest."""
-    return sorted(range(len(inputs)), key=lambda at: (_RANK.get(inputs[at], 2), at))
+    return sorted(range(len(inputs)), key=lambda at: (_RANK.get(inputs[at], 3), at))
 
 
 def roles_of(segment: Segment, body: Body) -> Roles:
@@ -276,10 +289,16 @@ def roles_of(segment: Segment, body: Body) -> Roles:
 
 def whole(trace: Trace) -> Draft:
     """A trace as one part."""
-    draft = Draft(trace, Hooks(trace))
-    draft.units.append(Unit(Segment(trace.entries, draft.hooks), len(trace.steps), user_location(), None))
-    draft.unit_of.update((id(e), 0) for e in trace.entries)
+    draft = single(trace, Hooks(trace))
     _refuse_aliases_across(draft)
+    return draft
+
+
+def single(trace: Trace, hooks: Hooks) -> Draft:
+    """A trace as one part, of a recording: there, what shares memory has been seen."""
+    draft = Draft(trace, hooks)
+    draft.units.append(Unit(Segment(trace.entries, hooks), len(trace.steps), user_location(), None))
+    draft.unit_of.update((id(e), 0) for e in trace.entries)
     group(draft)
     return draft
 

@@ -12,7 +12,7 @@ from .capture.entries import Value
 from .capture.tracer import Input, Noise, ScanItem, Trace
 from .ir import gradient, show
 from .program import nbytes, plural, readable_bytes
-from .segments import Draft, Unit, identity
+from .segments import Draft, Unit, arguments, identity
 from .update import UpdatePlan
 
 _MOST_LINES = 40
@@ -23,8 +23,10 @@ def trace_text(trace: Trace) -> str:
     kinds = Counter(map(kind_of, (e.op for e in trace.entries)))
     listed = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common(8))
     rest = sum(kinds.values()) - sum(n for _, n in kinds.most_common(8))
+    rows = sum(isinstance(a, ScanItem) for e in trace.entries for a in arguments(e))
+    read = f"{plural(len(trace.inputs), 'tensor')} read" + (f", rows of them {rows} times" if rows else "")
     lines = [
-        f"{len(trace.entries)} calls, {len(trace.steps)} inner steps captured, {len(trace.inputs)} tensors read",
+        f"{len(trace.entries)} calls, {plural(len(trace.steps), 'inner step')} captured, {read}",
         f"  {listed}{f', {rest} others' if rest else ''}",
     ]
     for window in trace.windows:

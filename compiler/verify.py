@@ -12,7 +12,7 @@ from metaoptim.errors import ProgramError
 from .capture.entries import Value
 from .capture.slicing import tensor_spec
 from .capture.tracer import Noise
-from .ir import Loop, Port, Role, StepCall
+from .ir import Loop, Port, Role, StepCall, calls_of
 from .program import Given, RolledProgram, given_ports, registers_text, state_ports
 from .segments import Draft, arguments
 from .verify_step import op_text, role_text, spec_text, verify_step
@@ -23,12 +23,14 @@ _INNER = (Role.THETA, Role.OPT_STATE)
 # -- a program -------------------------------------------------------------------------------------------------------
 
 
-def verify_program(program: RolledProgram, *, pruned: bool = True) -> None:
+def verify_program(program: RolledProgram, *, pruned: bool = True, folded: bool = False) -> None:
     """Check a program and its step graphs.
 
     Args:
         program: what roll made.
         pruned: see `verify_step`.
+        folded: whether its loops may be folded calls, which are alike by themselves. The loop of a scan must go on from
+            where the captured iteration before it leaves its results.
 
     Raises:
         ProgramError: it names the call and the register.
@@ -37,20 +39,30 @@ def verify_program(program: RolledProgram, *, pruned: bool = True) -> None:
     for step in program.step_graphs:
         verify_step(step, names[id(step)], pruned=pruned)
     held: dict[int, Port] = {}
-    before: StepCall | None = None
+    done: list[StepCall] = []
     for n, item in enumerate(program.calls):
-        call = item.call if isinstance(item, Loop) else item
-        name = f"call {n} ({names[id(call.step)]}{f', {call.location}' if call.location else ''})"
-        _verify_arguments(call, name, program.registers)
+        calls = calls_of(item)
+        if not calls:
+            raise ProgramError(f"call {n}: a loop of no calls")
+        places = [f"{n}.{k}" if len(calls) > 1 else f"{n}" for k in range(len(calls))]
+        named = [
+            f"call {place} ({names[id(c.step)]}{f', {c.location}' if c.location else ''})"
+            for place, c in zip(places, calls, strict=True)
+        ]
+        for call, name in zip(calls, named, strict=True):
+            _verify_arguments(call, name, program.registers)
         if isinstance(item, Loop):
-            _verify_loop(item, name, before)
+            _verify_loop(item, named)
+            if done and not folded:
+                _verify_closed(item, named[0], done[-1])
         # in a second iteration of a loop what the first has left must do as well
         for again in (False, True) if isinstance(item, Loop) else (False,):
-            _verify_reads(call, name + (" in its second iteration" if again else ""), held)
-            for k, register in call.changed():
-                if register >= 0:
-                    held[register] = call.step.outputs[k]
-        before = call
+            for call, name in zip(calls, named, strict=True):
+                _verify_reads(call, name + (" in its second iteration" if again else ""), held)
+                for k, register in call.changed():
+                    if register >= 0:
+                        held[register] = call.step.outputs[k]
+        done += calls
     _verify_results(program, held)
 
 
@@ -121,27 +133,36 @@ def _verify_reads(call: StepCall, name: str, held: dict[int, Port]) -> None:
             )
 
 
-def _verify_loop(loop: Loop, name: str, before: StepCall | None) -> None:
-    call = loop.call
+def _verify_loop(loop: Loop, named: list[str]) -> None:
     if loop.count < 1:
-        raise ProgramError(f"{name}: a loop of {loop.count} iterations")
-    if len(loop.strides) != len(call.inputs):
+        raise ProgramError(f"{named[0]}: a loop of {loop.count} iterations")
+    if len(loop.strides) != len(loop.calls):
         raise ProgramError(
-            f"{name}: got {len(loop.strides)} strides for {len(call.inputs)} inputs from outside"
+            f"{named[0]}: got the strides of {len(loop.strides)} calls for {len(loop.calls)} of them"
         )
-    ports = given_ports(call.step)
-    for given, stride, port in zip(call.inputs, loop.strides, ports, strict=True):
-        if stride and given.kind not in ("scan", "number", "each"):
+    for call, strides, name in zip(loop.calls, loop.strides, named, strict=True):
+        if len(strides) != len(call.inputs):
             raise ProgramError(
-                f"{name}: input {port.name} is the same for every iteration, but has stride {stride}"
+                f"{name}: got {len(strides)} strides for {len(call.inputs)} inputs from outside"
             )
-        if given.kind == "each" and not 0 <= given.at + stride * (loop.count - 1) < len(given.of):
-            raise ProgramError(
-                f"{name}: input {port.name}: {len(given.of)} are listed for {loop.count} iterations"
-            )
-        if stride and given.kind == "scan":
-            _verify_given(given.advanced(stride * (loop.count - 1)), port, f"{name} in its last iteration")
-    if before is None or before.step is not call.step:
+        for given, stride, port in zip(call.inputs, strides, given_ports(call.step), strict=True):
+            if stride and given.kind not in ("scan", "number", "each"):
+                raise ProgramError(
+                    f"{name}: input {port.name} is the same for every iteration, but has stride {stride}"
+                )
+            if given.kind == "each" and not 0 <= given.at + stride * (loop.count - 1) < len(given.of):
+                raise ProgramError(
+                    f"{name}: input {port.name}: {len(given.of)} are listed for {loop.count} iterations"
+                )
+            if stride and given.kind == "scan":
+                _verify_given(
+                    given.advanced(stride * (loop.count - 1)), port, f"{name} in its last iteration"
+                )
+
+
+def _verify_closed(loop: Loop, name: str, before: StepCall) -> None:
+    call = loop.calls[0]
+    if before.step is not call.step:
         return
     # The iteration before the loop is of the same kind: what this one reads of it, the next one reads of this one.
     for port, was, now in zip(call.step.outputs, before.opt_state_out, call.opt_state_out, strict=True):
@@ -198,33 +219,35 @@ def verify_draft(draft: Draft, *, outlined: bool = True) -> None:
                     f"{name}: call {k} ({op_text(entry.op)}) is listed in part {draft.unit_of.get(id(entry))}"
                 )
             for a in arguments(entry):
-                if isinstance(a, Value):
-                    _verify_value(draft, a, n, k, f"{name}: call {k} ({op_text(entry.op)}) reads", outlined)
+                wrong = _wrong(draft, a, n, k, outlined) if isinstance(a, Value) else ""
+                if wrong:
+                    raise ProgramError(f"{name}: call {k} ({op_text(entry.op)}) reads {wrong}")
             for write in entry.deps:
                 if unit.segment.number_of.get(id(write), k) >= k:
                     raise ProgramError(
                         f"{name}: call {k} ({op_text(entry.op)}) depends on a write that is not before it"
                     )
     for i, value in enumerate(draft.finals()):
-        if isinstance(value, Value):
-            _verify_value(draft, value, len(draft.units), 0, f"result {i} is", outlined)
+        wrong = _wrong(draft, value, len(draft.units), 0, outlined) if isinstance(value, Value) else ""
+        if wrong:
+            raise ProgramError(f"result {i} is {wrong}")
 
 
-def _verify_value(draft: Draft, value: Value, n: int, k: int, name: str, outlined: bool) -> None:
+def _wrong(draft: Draft, value: Value, n: int, k: int, outlined: bool) -> str:
+    """What is wrong with reading ``value`` in call ``k`` of part ``n``; nothing is the rule, and costs no text."""
     at = draft.unit_of.get(id(value.entry))
-    what = f"an output of {op_text(value.entry.op)}"
     if at is None:
-        raise ProgramError(f"{name} {what}, which is part of the program no more")
+        return f"an output of {op_text(value.entry.op)}, which is part of the program no more"
     unit = draft.units[at]
     number = unit.segment.number_of[id(value.entry)]
     if (at, number) >= (n, k):
-        raise ProgramError(f"{name} {what} in part {at}, which comes later")
+        return f"an output of {op_text(value.entry.op)} in part {at}, which comes later"
     if not outlined or at == n:
-        return
+        return ""
     spec = unit.body.outputs.get((number, value.index))
+    if spec is not None and tuple(spec) == tuple(value.ref):
+        return ""
+    what = f"an output of {op_text(value.entry.op)} in part {at}"
     if spec is None:
-        raise ProgramError(f"{name} {what} in part {at}, which that part does not give")
-    if tuple(spec) != tuple(value.ref):
-        raise ProgramError(
-            f"{name} {what} in part {at}: got {spec_text(spec)}, expected {spec_text(value.ref)}"
-        )
+        return f"{what}, which that part does not give"
+    return f"{what}: got {spec_text(spec)}, expected {spec_text(value.ref)}"

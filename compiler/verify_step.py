@@ -161,4 +161,4 @@ def spec_text(spec: tuple) -> str:
 
 
 def op_text(op: Any) -> str:
-    return str(op) if isinstance(op, torch._ops.OpOverload) else getattr(op, "__name__", str(op))
+    return str(op) if isinstance(op, torch._ops.OpOverload) else getattr(op, "__name__", None) or str(op)

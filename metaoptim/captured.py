@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -16,11 +17,12 @@ from .compiler.capture import intercept
 from .compiler.capture.refusals import refusing
 from .compiler.capture.tracer import Input, Trace, Tracer, capturing
 from .compiler.differentiate import cotangent_outputs
-from .compiler.ir import Loop, Role, StepCall, StepGraph
+from .compiler.ir import Role, StepCall, StepGraph
 from .compiler.lower import derived
 from .compiler.passes.pipeline import Options, Record, compile_trace
 from .compiler.program import Given, RolledProgram, operator_count
 from .compiler.stepcost import results_of
+from .compiler.tracing import uncollected
 from .guards import Scene
 from .runtime.planner import Plan
 from .runtime.recorded import RecordedSession
@@ -47,37 +49,30 @@ class Program:
         self.remembered = scene.remembered()
         self.plan: Plan | None = None
         at = scene.place_of()
-        found = {x for c in rolled.calls for g in _call(c).inputs for x in g.sources if isinstance(x, Input)}
+        calls = [call for call, _ in rolled.counted()]
+        found = {x for c in calls for g in c.inputs for x in g.sources if isinstance(x, Input)}
         found |= {where for where in rolled.outputs if isinstance(where, Input)}
         self.sources: dict[Input, int | Tensor] = {x: at.get(id(x.tensor), x.tensor) for x in found}
         self.writes = [at.get(id(t), t) if isinstance(t, Tensor) else t for t, _ in rolled.writes]
-        self.keys = [x for x in found if x.grad and any(_reaches(_call(c), x, hvp) for c in rolled.calls)]
+        reached = {x for c in calls for x in _reached(c, hvp)}
+        self.keys = [x for x in found if x.grad and x in reached]
         for x in found:
             if isinstance(self.sources[x], int):
                 del x.tensor  # another call brings another one
-
-    @property
-    def calls(self) -> list[StepCall | Loop]:
-        """What it does, in order."""
-        return self.rolled.calls
 
     def tensors(self, scene: Scene) -> dict[Input, Tensor]:
         """The inputs' tensors in this call."""
         return {x: scene.tensors[s] if isinstance(s, int) else s for x, s in self.sources.items()}
 
 
-def _call(c: Any) -> Any:
-    return c.call if isinstance(c, Loop) else c
-
-
-def _reaches(call: Any, x: Input, hvp: str) -> bool:
-    """Whether a gradient of a call reaches ``x``."""
+def _reached(call: StepCall, hvp: str) -> list[Any]:
+    """What a call is given that a gradient of it reaches."""
     step, first = call.step, len(call.step.inputs) - len(call.inputs)
-    at = [i for i, g in enumerate(call.inputs, start=first) if any(s is x for s in g.sources)]
-    if not cotangent_outputs(step) or not any(step.inputs[i].role is Role.META for i in at):
-        return False
+    at = [i for i, port in enumerate(step.inputs) if port.role is Role.META]
+    if not at or not cotangent_outputs(step):
+        return []
     grads = results_of(derived(step, hvp).graph)
-    return any(grads[i] is not None for i in at)
+    return [x for i in at if grads[i] is not None for x in call.inputs[i - first].sources]
 
 
 _TENSOR = object()
@@ -107,10 +102,10 @@ class StepProgram:
     traced: Traced
 
     @property
-    def calls(self) -> list[StepCall | Loop]:
+    def rolled(self) -> RolledProgram:
         """What it does: one call."""
         given = [Given("input", x) for x in self.step.given]
-        return [StepCall(self.step.step, (), (), (), (), 0, given, (), "")]
+        return RolledProgram([StepCall(self.step.step, (), (), (), (), 0, given, (), "")])
 
     def tensor(self, x: Input, scene: Scene) -> Tensor:
         """The tensor behind an input in this call."""
@@ -122,9 +117,10 @@ def trace_of(
     fn: Callable, args: tuple, kwargs: dict, window: RecordedSession | None = None
 ) -> tuple[Traced, Tracer, CapturedStep | None]:
     """Run ``fn`` on these arguments, symbolically; inside ``window``, as one of its steps."""
+    begun = time.perf_counter()
     intercept.install()
     try:
-        with refusing(), capturing() as tracer:
+        with uncollected(), refusing(), capturing() as tracer:
             token = intercept.recording.set(tracer)
             try:
                 session = None if window is None else CapturedStep(window, tracer)
@@ -135,12 +131,17 @@ def trace_of(
                 intercept.recording.reset(token)
     finally:
         intercept.uninstall()
+    tracer.trace.milliseconds = 1e3 * (time.perf_counter() - begun)
     kept = [_TENSOR if isinstance(x, Tensor) else x for x in leaves]
     return Traced(given, kept, spec), tracer, session
 
 
 def captured_step(
-    fn: Callable, window: RecordedSession, args: tuple, kwargs: dict, texts: bool = False
+    fn: Callable,
+    window: RecordedSession,
+    args: tuple,
+    kwargs: dict,
+    texts: Mapping[Input, str] | None = None,
 ) -> tuple[CompiledStep, Trace, Traced]:
     """Capture ``fn`` as a step of ``window``, which is left as it is; ``texts`` is as of `compile_trace`."""
     with aside(window):

@@ -272,7 +272,10 @@ def compile(
         raise ValueError(f"hvp: got {hvp!r}, expected 'auto', 'reverse' or 'mixed'")
     known = torch.compiler.list_backends(exclude_tags=())
     if backend != "eager" and backend not in known:
-        raise ValueError(f"backend: got {backend!r}, expected 'eager' or one of {', '.join(sorted(known))}")
+        usual = {"eager", "aot_eager", *torch.compiler.list_backends()}
+        raise ValueError(
+            f"backend: got {backend!r}, expected one of {', '.join(sorted(usual))}, or another backend of torch.compile"
+        )
     check_budget(memory_budget, slots)
     check_offload(offload, slots, memory_budget)
     options = Options(window, slots, memory_budget, Lowering(backend, self_check, hvp), recapture, offload)

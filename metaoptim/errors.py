@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any
 
 import torch
 
@@ -22,6 +23,7 @@ class MetaOptimError(RuntimeError):
 
     def __init__(self, message: str) -> None:
         where = user_location()
+        self.reason = message
         super().__init__(f"{message}\n  at {where}" if where else message)
 
 
@@ -92,6 +94,16 @@ def _user_frames() -> Iterator[FrameType]:
         if not frame.f_code.co_filename.startswith(_SKIP):
             yield frame
         frame = frame.f_back
+
+
+def user_scope() -> list[tuple[str, Any]]:
+    """What the innermost such frame sees, by name: locals, globals, and attributes of locals."""
+    frame = next(_user_frames(), None)
+    if frame is None:
+        return []
+    own = list(frame.f_locals.items())
+    inner = [(f"{name}.{k}", v) for name, value in own for k, v in getattr(value, "__dict__", {}).items()]
+    return [*own, *frame.f_globals.items(), *inner]
 
 
 def user_location() -> str:

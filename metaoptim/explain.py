@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
@@ -14,22 +15,20 @@ from torch import Tensor
 from .captured import captured_step, device_of, stated, step_of, trace_of
 from .compile import BoundFunction, CompiledFunction
 from .compiler.capture.tracer import Input
-from .compiler.ir import Lowering, Role, StepGraph
+from .compiler.ir import Lowering, Role
 from .compiler.passes.pipeline import Options, Record, compile_trace
 from .compiler.program import (
     RolledProgram,
-    by_role,
     given_ports,
     nbytes,
     plural,
-    shapes_text,
     signature,
 )
 from .compiler.stepcost import step_cost
 from .errors import WindowError
 from .guards import Scene
 from .naming import tensor_names
-from .report import Report
+from .report import Report, shape_of
 from .runtime.budget import budget_bytes
 from .runtime.dry_run import Prediction, predict
 from .runtime.meter import profiling
@@ -39,7 +38,7 @@ from .runtime.rehearsal import measured_peak, rehearse
 from .runtime.session import current_session
 
 
-def explain(fn: Callable, *, measure: bool = False) -> Callable[..., Report]:
+def explain(fn: Callable, *, measure: bool = False, verbose: bool = False) -> Callable[..., Report]:
     """Explain what `metaoptim.compile` makes of a function.
 
     ``explain(fn)(*args)`` captures ``fn`` as it would act on these arguments, takes it through the passes and goes
@@ -50,6 +49,7 @@ def explain(fn: Callable, *, measure: bool = False) -> Callable[..., Report]:
         fn: a compiled function, or a plain one, which is then explained with the default options of `compile`.
         measure: run it too, forward and backward, and measure its peak beside the predicted one. Everything stays as it
             is all the same; a profiler makes the run slow.
+        verbose: let the report's text show the program before and after each pass, too; `Report.programs` is that text.
 
     Returns:
         A function of the same arguments that returns a `Report`: text by ``str``, values by `Report.to_dict`, tables
@@ -73,11 +73,14 @@ def explain(fn: Callable, *, measure: bool = False) -> Callable[..., Report]:
         (20, ['net.weight', 'net.bias', 'log_lr'])
     """
     compiled: Any = fn if hasattr(fn, "explain") else CompiledFunction(fn, Options())
-    if not measure:
-        return compiled.explain
     if isinstance(compiled, BoundFunction):
-        return partial(explain(compiled.function, measure=True), compiled.instance)
-    return lambda *args, **kwargs: report_of(compiled._fn, compiled._options, args, kwargs, measure=True)
+        return partial(explain(compiled.function, measure=measure, verbose=verbose), compiled.instance)
+
+    def explained(*args: Any, **kwargs: Any) -> Report:
+        found = report_of(compiled._fn, compiled._options, args, kwargs, measure)
+        return replace(found, verbose=verbose)
+
+    return explained
 
 
 def report_of(
@@ -104,7 +107,8 @@ def report_of(
         for x in e.args
         if isinstance(x, Input)
     }
-    program, records = compile_trace(trace, options, step_of, texts=True)
+    labels = {x: names.get(id(x.tensor)) or _unnamed(x) for x in trace.inputs}
+    program, records = compile_trace(trace, options, step_of, labels)
     said = stated(program, options)
     slots, budget, offload = said.slots, said.memory_budget, said.offload
     how = options.lowering
@@ -126,10 +130,10 @@ def report_of(
     kind = "forward only" if not prediction.reached else _plan(slots, offload is not None)
     kind = "unrolled" if saved == program.positions else kind
     records.append(_checkpointed(prediction, saved, 1e3 * (time.perf_counter() - begun)))
-    labels = {x: names.get(id(x.tensor)) or _unnamed(x) for x in {*program.inputs, *trace.inputs}}
     reached = {x for x in trace.inputs if x in prediction.reached}
     whole = predict(replace(program, limit=None), slots, how).reached if program.limit else prediction.reached
-    paths = {labels[x]: _path(x, program) for x in trace.inputs if x in reached}
+    through = _paths(program)
+    paths = {labels[x]: through[x] for x in trace.inputs if x in reached}
     told = {id(x) for x in program.inputs}
     for x in trace.inputs:
         # networks of other optimizers that are still alive are taken in too: nothing to tell
@@ -177,7 +181,7 @@ def _step_report(
 ) -> Report:
     with window.recorder.paused():
         names = tensor_names(fn, args, kwargs)
-        step, trace, _ = captured_step(fn, window, args, kwargs, texts=True)
+        step, trace, _ = captured_step(fn, window, args, kwargs, texts={})
     cost = step_cost(step.step, options.lowering)
     given = list(zip(step.given, given_ports(step.step), cost.depends[-len(step.given) :], strict=False))
     targets = {x: "this step" for x, p, depends in given if p.role is Role.META and depends}
@@ -214,7 +218,7 @@ def _step_report(
         unreachable=[labels[x] for x in missing],
         paths=paths,
         passes=list(map(asdict, step.records)),
-        shapes={"step": _shape(step.step, 1, options.lowering)},
+        shapes={"step": shape_of(step.step, 1, options.lowering)},
         program=signature(step.step, "step") + "\n" + str(step.step),
     )
 
@@ -228,16 +232,25 @@ def _checkpointed(prediction: Prediction, saved: int, milliseconds: float) -> Re
 # -- what reaches the results ----------------------------------------------------------------------------------------
 
 
-def _path(x: Input, program: RolledProgram) -> str:
-    names, counts = program.names(), dict[str, int]()
+def _paths(program: RolledProgram) -> dict[Input, str]:
+    """Through which step graphs the gradient of each input comes."""
+    names, counts = program.names(), dict[Input, dict[str, int]]()
     for call, count in program.counted():
-        if any(
-            p.role is Role.META and any(s is x for s in g.sources)
-            for g, p in zip(call.inputs, given_ports(call.step), strict=True)
-        ):
+        times: dict[Input, int] = {}
+        for g, p in zip(call.inputs, given_ports(call.step), strict=True):
+            if p.role is Role.META:
+                inputs = [x for x in g.sources if isinstance(x, Input)]
+                listed = Counter(inputs)  # of a list, each call takes one
+                for x in inputs:
+                    times[x] = max(times.get(x, 0), listed[x] if g.kind == "each" else count)
+        for x, k in times.items():
+            of = counts.setdefault(x, {})
             name = names[id(call.step)]
-            counts[name] = counts.get(name, 0) + count
-    return "through " + ", ".join(n if k == 1 else f"{n} ({k} calls)" for n, k in counts.items())
+            of[name] = of.get(name, 0) + k
+    return {
+        x: "through " + ", ".join(n if k == 1 else f"{n} ({k} calls)" for n, k in of.items())
+        for x, of in counts.items()
+    }
 
 
 def _why_not(x: Input, program: RolledProgram, adopted: set[int], whole: frozenset[Input]) -> str:
@@ -276,25 +289,4 @@ def _shapes(program: RolledProgram, how: Lowering) -> dict[str, dict[str, Any]]:
     for call, count in program.counted():
         calls[id(call.step)] = calls.get(id(call.step), 0) + count
     names = program.names()
-    return {names[id(g)]: _shape(g, calls[id(g)], how) for g in program.step_graphs}
-
-
-def _shape(step: StepGraph, calls: int, how: Lowering) -> dict[str, Any]:
-    cost = step_cost(step, how)
-    described: dict[str, Any] = {
-        "calls": calls,
-        "steps": step.steps,
-        "operators": [cost.replay_operators, cost.vjp_operators],
-        "bytes": [cost.replay_bytes, cost.vjp_bytes],
-        "derivative": step.derivatives.get(how.hvp, ""),
-    }
-    for key, ports in (("inputs", step.inputs), ("outputs", step.outputs)):
-        described[key] = {
-            role: {
-                "count": len(group),
-                "bytes": sum(nbytes(p.spec) for p in group),
-                "shapes": shapes_text(p.spec for p in group),
-            }
-            for role, group in by_role(ports).items()
-        }
-    return described
+    return {names[id(g)]: shape_of(g, calls[id(g)], how) for g in program.step_graphs}

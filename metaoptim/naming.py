@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,7 +25,11 @@ def argument_names(fn: Callable, args: tuple) -> list[str]:
 
 def tensor_names(fn: Callable, args: tuple, kwargs: dict[str, Any]) -> dict[int, str]:
     """Id of every tensor that the arguments and surroundings of ``fn`` hold -> its name; the first, if several."""
-    named = [*zip(argument_names(fn, args), args, strict=True), *kwargs.items(), *surroundings(fn)]
+    return names_in([*zip(argument_names(fn, args), args, strict=True), *kwargs.items(), *surroundings(fn)])
+
+
+def names_in(named: Iterable[tuple[str, Any]]) -> dict[int, str]:
+    """Id of every tensor that named values hold -> its name; the first, if several."""
     found: dict[int, str] = {}
     seen: set[int] = set()
     for name, value in named:

@@ -187,9 +187,20 @@ def _factor(model: CostModel, horizon: int, values: dict[str, int]) -> float:
 def _model(fn: CompiledFunction, program: RolledProgram, longest: Loop) -> CostModel:
     how = fn._options.lowering
     peaks = peaks_of(program, how)
-    moving = [g for g, stride in zip(longest.call.inputs, longest.strides, strict=True) if stride]
-    scanned = {r.of for g in moving for r in (g.of if g.kind == "each" else [g]) if r.kind == "scan"}
-    step_bytes = sum(nbytes(x.spec) // x.spec[0][0] for x in scanned if x.grad)
+    moving = [
+        g
+        for call, strides in zip(longest.calls, longest.strides, strict=True)
+        for g, stride in zip(call.inputs, strides, strict=True)
+        if stride
+    ]
+    read = [r for g in moving for r in (g.of if g.kind == "each" else [g])]
+    scanned = {r.of for r in read if r.kind == "scan" and r.of.grad}
+    listed = {r.of for r in read if r.kind == "input" and r.of.grad}
+    step_bytes = sum(nbytes(x.spec) // x.spec[0][0] for x in scanned)
+    step_bytes += sum(nbytes(x.spec) for x in listed) // max(longest.count, 1)
+    step_bytes //= len(longest.calls)
     per_slot = peaks.per_slot
     fixed = peaks(FEW_SLOTS) - FEW_SLOTS * per_slot - step_bytes * program.positions
-    return CostModel(fixed, per_slot, step_bytes, *step_flops(longest.call.step, how))
+    flops = [step_flops(call.step, how) for call in longest.calls]
+    forward, vjp = (sum(of) // len(flops) for of in zip(*flops, strict=True))
+    return CostModel(fixed, per_slot, step_bytes, forward, vjp)

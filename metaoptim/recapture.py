@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .compiler.capture.slicing import tensor_spec
 from .compiler.capture.tracer import Input, Noise
-from .compiler.ir import Loop
-from .compiler.program import plural
+from .compiler.ir import Loop, StepCall, calls_of
+from .compiler.program import RolledProgram, plural
 from .errors import CaptureError
 
 Source = int | Tensor  # the place of a tensor among those of the call, or the very tensor
@@ -41,9 +41,10 @@ def compare(name: str, known: Any, again: Any) -> None:
 def _difference(known: Any, again: Any) -> str | None:
     if _result(known) != _result(again):
         return f"what it returns besides tensors was {_result(known)[0]}, and is {_result(again)[0]}"
-    if _horizon(known) != _horizon(again):
-        return f"it took {plural(_horizon(known), 'inner step')}, and takes {_horizon(again)}"
-    for was, now in zip(_calls(known), _calls(again), strict=False):
+    if known.rolled.horizon != again.rolled.horizon:
+        return f"it took {plural(known.rolled.horizon, 'inner step')}, and takes {again.rolled.horizon}"
+    calls, calls_now = _calls(known.rolled), _calls(again.rolled)
+    for (was, moved), (now, moves) in zip(calls, calls_now, strict=False):
         place = f"at {now.location}" if now.location else "after the last inner step"
         if was.step is not now.step:
             for a, b in zip(str(was.step).splitlines(), str(now.step).splitlines(), strict=False):
@@ -53,14 +54,19 @@ def _difference(known: Any, again: Any) -> str | None:
         if _registers(was) != _registers(now):
             return f"what it does {place} reads or leaves other values"
         for a, b in zip(was.inputs, now.inputs, strict=True):
-            if a.kind != b.kind or a.at != b.at or len(a.sources) != len(b.sources):
+            listed, listed_now = ((g.of if g.kind == "each" else (g,)) for g in (a, b))
+            if [(g.kind, g.at) for g in (a, *listed)] != [(g.kind, g.at) for g in (b, *listed_now)]:
                 return f"what it reads {place} is another row or number"
-            for x, y in zip(a.sources, b.sources, strict=True):
-                change = _change(x, y, known.sources, again.sources)
+            for x, y in zip(listed, listed_now, strict=True):
+                change = _change(x.of, y.of, known.sources, again.sources)
                 if change:
                     return f"{change} {place}"
-    if len(_calls(known)) != len(_calls(again)):
-        return f"it consisted of {len(_calls(known))} parts, and consists of {len(_calls(again))}"
+        if moved != moves:
+            return (
+                f"what it reads {place} is another row or number in other iterations, or so are their numbers"
+            )
+    if len(calls) != len(calls_now):
+        return f"it consisted of {len(calls)} parts, and consists of {len(calls_now)}"
     return None
 
 
@@ -68,12 +74,13 @@ def _result(program: Any) -> tuple[str, Any]:
     return repr(program.traced.leaves), program.traced.spec
 
 
-def _calls(program: Any) -> list[Any]:
-    return [c.call if isinstance(c, Loop) else c for c in program.calls]
-
-
-def _horizon(program: Any) -> int:
-    return sum(c.count * c.call.step.steps if isinstance(c, Loop) else c.step.steps for c in program.calls)
+def _calls(program: RolledProgram) -> list[tuple[StepCall, tuple]]:
+    """Each call, with how often it is made and by how much its inputs move on."""
+    return [
+        (call, (item.count, item.strides[k]) if isinstance(item, Loop) else (1,))
+        for item in program.calls
+        for k, call in enumerate(calls_of(item))
+    ]
 
 
 def _registers(call: Any) -> tuple:

@@ -6,9 +6,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from .compiler.program import plural, readable_bytes
+from .compiler.ir import Lowering, StepGraph
+from .compiler.program import by_role, nbytes, plural, readable_bytes, shapes_text
+from .compiler.stepcost import step_cost
 
 _MOST_NAMES = 8
+_MOST_LINES = 30  # of a program, at its beginning and at its end
+_MORE = "The program before and after each pass: explain(fn, verbose=True), or .programs() of this report."
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ class Report:
     passes: list[dict[str, Any]]
     shapes: dict[str, dict[str, Any]]
     program: str = field(repr=False)
+    verbose: bool = field(default=False, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain Python values.
@@ -77,13 +82,16 @@ class Report:
               (``net.0.weight``), closures and globals. ``unreachable``: names of those that require grad and will
               not. ``paths``: name -> through which step graphs its gradient comes, or why there is none.
             * ``passes``: for each pass ``name``, ``done`` (what it did), ``milliseconds``, ``before`` and ``after``
-              (sizes of the program), and ``text``, the program after it.
+              (sizes of the program), and ``text``, the program after it (before it, that of the pass before). The
+              first is ``capture``; ``verify`` is what the verifier takes between passes, and has no text.
             * ``shapes``: for each step graph ``calls``, ``steps``, ``operators`` (of its replay and of its
               derivative), ``bytes`` (likewise, the most alive at once), ``derivative`` (the mode), ``inputs`` and
               ``outputs``: role -> ``count``, ``bytes``, ``shapes``.
             * ``program``: the program that runs, as text.
         """
-        return asdict(self)
+        values = asdict(self)
+        del values["verbose"]  # how it is shown
+        return values
 
     def rows(self) -> list[tuple[str, str]]:
         """What the report says in a line each."""
@@ -112,20 +120,33 @@ class Report:
             found += [(title, line) for line in _grouped(names, self.paths)] or [(title, "none")]
         return found
 
+    def programs(self) -> str:
+        """The program before and after each pass, and the one that runs; long lists of calls are cut short here."""
+        parts, previous = [], ""
+        for p in self.passes:
+            if p["text"]:
+                text = "no change" if p["text"] == previous else _shortened(p["text"])
+                parts.append(f"after {p['name']}: {text}")
+                previous = p["text"]
+        if self.program != previous:
+            parts.append(f"what runs: {_shortened(self.program)}")
+        return "\n".join(parts)
+
     def __str__(self) -> str:
         lines = [f"{self.function}"]
         previous = ""
         for title, text in self.rows():
             lines.append(f"  {title if title != previous else '':<13}{text}")
             previous = title
-        lines.append("passes")
-        for p in self.passes:
-            lines.append(f"  {p['name']:<14}{p['done']}  ({p['milliseconds']:.0f} ms){_sizes(p)}")
-        for p in self.passes:
-            if p["text"] and p["name"] not in ("roll", "differentiate"):
-                lines.append(f"after {p['name']}: {p['text']}")
-        lines.append(self.program)
+        lines.append("  passes, in ms")
+        lines += [f"  {name:<14}{ms:>8}  {done}{sizes}" for name, ms, done, sizes in self._passes()]
+        lines.append(self.programs() if self.verbose else _MORE)
         return "\n".join(lines)
+
+    def _passes(self) -> list[tuple[str, str, str, str]]:
+        """For each pass its name, milliseconds, what it did and the sizes it changed; and the time of all."""
+        found = [(p["name"], _milliseconds(p["milliseconds"]), p["done"], _sizes(p)) for p in self.passes]
+        return [*found, ("in all", _milliseconds(sum(p["milliseconds"] for p in self.passes)), "", "")]
 
     def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
         """The same in a terminal, for `rich`."""
@@ -137,9 +158,11 @@ class Report:
         for title, text in self.rows():
             summary.add_row(Text(title, style="bold"), Text(text))
         yield Panel(summary, title=self.function, title_align="left")
-        passes = Table("pass", "what it did", "ms", "sizes", title="passes", title_justify="left")
-        for p in self.passes:
-            passes.add_row(p["name"], Text(p["done"]), f"{p['milliseconds']:.0f}", Text(_sizes(p).strip()))
+        passes = Table("pass", "what it did", title="passes", title_justify="left")
+        passes.add_column("ms", justify="right")
+        passes.add_column("sizes")
+        for name, ms, done, sizes in self._passes():
+            passes.add_row(name, Text(done), ms, Text(sizes.strip()))
         yield passes
         graphs = Table("step graph", "calls", "operators", "bytes alive", "derivative", title_justify="left")
         for name, step in self.shapes.items():
@@ -151,7 +174,19 @@ class Report:
                 step["derivative"],
             )
         yield graphs
-        yield Text(self.program)
+        yield Text(self.programs() if self.verbose else _MORE)
+
+
+def _shortened(text: str) -> str:
+    lines = text.splitlines()
+    more = len(lines) - 2 * _MOST_LINES
+    if more < 2:
+        return text
+    return "\n".join([*lines[:_MOST_LINES], f"  ... {more} lines more ...", *lines[-_MOST_LINES:]])
+
+
+def _milliseconds(ms: float) -> str:
+    return f"{ms:.1f}" if ms < 10 else f"{ms:.0f}"
 
 
 def _sizes(p: dict[str, Any]) -> str:
@@ -174,3 +209,25 @@ def _grouped(names: list[str], paths: Mapping[str, str]) -> list[str]:
         )
         lines.append(f"{', '.join(shown)}: {path}")
     return lines
+
+
+def shape_of(step: StepGraph, calls: int, how: Lowering) -> dict[str, Any]:
+    """An entry of `Report.shapes`."""
+    cost = step_cost(step, how)
+    described: dict[str, Any] = {
+        "calls": calls,
+        "steps": step.steps,
+        "operators": [cost.replay_operators, cost.vjp_operators],
+        "bytes": [cost.replay_bytes, cost.vjp_bytes],
+        "derivative": step.derivatives.get(how.hvp, ""),
+    }
+    for key, ports in (("inputs", step.inputs), ("outputs", step.outputs)):
+        described[key] = {
+            role: {
+                "count": len(group),
+                "bytes": sum(nbytes(p.spec) for p in group),
+                "shapes": shapes_text(p.spec for p in group),
+            }
+            for role, group in by_role(ports).items()
+        }
+    return described

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from .compiler.capture.intercept import recording
 from .errors import WindowError, warn
+from .explain_window import explain_window
 from .optim.optimizer import live_optimizers
+from .report import Report
 from .runtime.budget import check_budget
 from .runtime.capturing import CapturedSession
 from .runtime.full_tape import FullTapeSession
@@ -230,6 +232,35 @@ class SlidingWindow:
     def __repr__(self) -> str:
         shown = {k: v for k, v in vars(self._options).items() if v != getattr(Options(), k)}
         return f"SlidingWindow({', '.join(f'{k}={v!r}' for k, v in {**shown, 'strategy': self._strategy}.items())})"
+
+    def explain(self) -> Report:
+        """What the steps taken so far have become, what a backward from here will cost, and who gets a gradient.
+
+        Called inside the block. Nothing changes: the steps are gone through on sizes alone.
+
+        Returns:
+            A `Report` of the form ``"block"``: the states kept, the steps that a backward will run again, the peak that
+            it will reach, the distinct step graphs, and what the passes have done to them.
+
+        Raises:
+            WindowError: outside the block, under full_tape, and in a compiled function (see `explain`).
+
+        Example:
+            >>> net, lr = torch.nn.Linear(3, 1), torch.tensor(0.1, requires_grad=True)
+            >>> inner = metaoptim.MetaSGD([net], lr=lr)
+            >>> with metaoptim.SlidingWindow(offline=True, slots=3) as window:
+            ...     for t in range(20):
+            ...         inner.step(net(torch.ones(2, 3)).square().mean())
+            ...     report = window.explain()
+            >>> report.horizon, report.num_programs, report.kept_states, "lr" in report.gradient_targets
+            (20, 1, 3, True)
+        """
+        if not isinstance(self._session, RecordedSession):
+            raise WindowError(
+                "window.explain: call it inside the block of a window that records (strategy='auto'), after steps; for "
+                "a compiled function, metaoptim.explain(fn)(*args)"
+            )
+        return explain_window(self._session, repr(self))
 
     @property
     def program(self) -> Any:

@@ -21,7 +21,8 @@ from metaoptim.errors import CaptureError
 
 from ..compiler.capture.entries import Value
 from ..compiler.capture.intercept import recording
-from ..compiler.ir import Assign, Program
+from ..compiler.ir import Assign
+from ..compiler.recorded_program import Program
 from .bridge import InnerParameter, Read, WindowedRead
 from .engine import Engine
 
@@ -123,7 +124,7 @@ def _affects(program: Program, mark: _Mark, node: Any) -> bool:
         results = {*call.update, *call.opt_state_out}
         affected = (
             (mark.index is None and position in mark.steps)
-            or not at.get(call.base, set()).isdisjoint(call.theta)
+            or not at.get(position - call.back, set()).isdisjoint(call.theta)
             or not reached.isdisjoint((*call.update, *call.opt_state_in))
         )
         reached = reached | results if affected else reached - results

@@ -21,6 +21,7 @@ from ..compiler.capture.tracer import Input, Scan, ScanItem, Tracer, WindowMark
 from ..compiler.ir import gradient, show
 from ..compiler.segments import sources
 from ..compiler.update import UpdatePlan
+from .dependence import leaves_of
 from .hyper import hyper_of
 from .networks import Networks
 from .session import Options, Session, _current, refuse_overwritten
@@ -120,6 +121,7 @@ class CapturedSession(Session):
         self._scan: Scan | None = None
         self._versions: dict[int, deque[Tensor]] = {}  # per parameter, what was shown, newest first
         self._lifts = True
+        self._updates: dict[tuple, tuple[list[tuple], list[dict[str, tuple]]]] = {}
         self._cut: list[tuple[int, Any]] = []  # overwritten parameters, and what had shown them
 
     def _own(self, value: Tensor) -> Tensor:
@@ -215,12 +217,10 @@ class CapturedSession(Session):
             p = self.networks.originals[i]
             taken = tracer.add(aten.alias.default, (tracer.value_of(p),), grad=True)
             self.mark.adopted.append(taken)
-            like = torch.empty_strided(p.shape, p.stride(), dtype=p.dtype, device=p.device)
-            self._show(i, like, Value(taken, None))
+            self._show(i, tensor_spec(p), Value(taken, None))
 
-    def _show(self, i: int, like: Tensor, value: Any) -> None:
-        with torch.enable_grad():
-            shown = like.detach().requires_grad_()
+    def _show(self, i: int, spec: tuple, value: Any) -> None:
+        shown = self.recorder.fakes.empty(spec).requires_grad_()
         shown._is_param = True  # type: ignore[attr-defined]
         self.recorder.bind(shown, Value(self.recorder.add(show, (value,), grad=True), None))
         self.networks.show(i, shown)
@@ -277,8 +277,10 @@ class CapturedSession(Session):
         ]
         ordinals = [i for i, _ in members]
         self._refuse_overwritten(root, ordinals)
-        read = self._read(loss, root, ordinals)
-        reached = self._reached(loss, read)
+        leaves = set(map(id, leaves_of(loss)))
+        read = self._read(leaves, root, ordinals)
+        # which parameters the loss depends on: a gradient has their shapes, so that nothing need be pulled back
+        reached = [tracer.fakes.empty(tensor_spec(t)) if id(t) in leaves else None for t in read]
         grads, hooks = self.gradients(optimizer, ordinals, reached, False, allow_unused)
         used = [
             (i, k, r, g, h)
@@ -310,20 +312,21 @@ class CapturedSession(Session):
             hyper.clip,
             type(optimizer).init_state if not all(states) else None,
         )
-        with torch.no_grad():
-            new, new_states = plan(
-                [t.detach() for t in shown],
-                [g.detach() for *_, g, _ in used],
-                states,
-                tracer.faked(hyper.slots),
-            )
+        new, new_states = self._updated(plan, shown, [g for *_, g, _ in used], states, hyper.slots)
         state_tokens = tuple({k: tracer.value_of(v) for k, v in s.items()} for s in states)
         update = tracer.add(plan, (thetas, tuple(tokens), state_tokens, tuple(hyper.roots)), grad=True)
+        new_thetas = self._part(Value(update, None), 0)
         for j, (i, *_) in enumerate(used):
-            self._show(i, new[j], self._part(update, 0, j))
-            for name, value in new_states[j].items():
-                tracer.bind(value, self._part(update, 1, j, name))
-            optimizer.state[networks.originals[i]] = new_states[j]
+            self._show(i, new[j], self._part(new_thetas, j))
+            optimizer.state[networks.originals[i]] = {
+                name: tracer.fakes.empty(spec) for name, spec in new_states[j].items()
+            }
+        if any(new_states):
+            all_states = self._part(Value(update, None), 1)
+            for j, (i, *_) in enumerate(used):
+                of = self._part(all_states, j)
+                for name, value in optimizer.state[networks.originals[i]].items():
+                    tracer.bind(value, self._part(of, name))
         tracer.trace.steps.append((len(tracer.trace.entries), user_location()))
 
     def _refuse_overwritten(self, root: Any, ordinals: list[int]) -> None:
@@ -340,10 +343,9 @@ class CapturedSession(Session):
                 stack += sources(a.entry)
         self._cut = [(i, entry) for i, entry in self._cut if i not in ordinals]
 
-    def _read(self, loss: Tensor, root: Any, ordinals: list[int]) -> list[Tensor]:
-        """The parameters as the loss has read them: those of now, or of before another optimizer's step."""
+    def _read(self, reached: set[int], root: Any, ordinals: list[int]) -> list[Tensor]:
+        """The parameters as a loss has read them that depends on the leaves ``reached``: those of now, or of before."""
         born = root.entry.seq if isinstance(root, Value) else len(self.recorder.trace.entries)
-        reached = _leaves(loss)
         for back in range(_REMEMBERED):
             found = []
             for i in ordinals:
@@ -355,17 +357,27 @@ class CapturedSession(Session):
                 return found
         return [self.networks.shown[i] for i in ordinals]
 
-    def _reached(self, loss: Tensor, thetas: list[Tensor]) -> list[Tensor | None]:
-        """Which parameters a loss depends on: a gradient has their shapes, so that nothing need be pulled back."""
-        reached = _leaves(loss)
-        return [t.detach() if id(t) in reached else None for t in thetas]
+    def _updated(
+        self, plan: UpdatePlan, thetas: list[Tensor], grads: list[Tensor], states: list[dict], slots: list
+    ) -> tuple[list[tuple], list[dict[str, tuple]]]:
+        """Specs of what an update makes of parameters and states; it is gone through once for all that are alike."""
+        key = (
+            plan,
+            *(tensor_spec(t) for t in (*thetas, *grads)),
+            *(tensor_spec(v) for state in states for v in state.values()),
+            *(tensor_spec(v) if isinstance(v, Tensor) else type(v) for v in slots),
+        )
+        if key not in self._updates:
+            tracer = self.recorder
+            with torch.no_grad():
+                new, new_states = plan([t.detach() for t in thetas], grads, states, tracer.faked(slots))
+            specs = [{k: tensor_spec(v) for k, v in state.items()} for state in new_states]
+            self._updates[key] = list(map(tensor_spec, new)), specs
+        return self._updates[key]
 
-    def _part(self, of: Any, *path: Any) -> Value:
+    def _part(self, of: Value, at: int | str) -> Value:
         """A piece of the update's nested result."""
-        value = Value(of, None)
-        for at in path:
-            value = Value(self.recorder.add(operator.getitem, (value, at), grad=True), None)
-        return value
+        return Value(self.recorder.add(operator.getitem, (of, at), grad=True), None)
 
     # -- in-place loads ------------------------------------------------------------------------------------------
 
@@ -389,18 +401,3 @@ class CapturedSession(Session):
             tracer.bind(t, Value(tracer.add(show, (value,), grad=True), None))
 
         return cut
-
-
-def _leaves(loss: Tensor) -> set[int]:
-    """Ids of the leaves that a loss depends on."""
-    reached, seen, stack = set(), set(), [loss.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        variable = getattr(node, "variable", None)
-        if variable is not None:
-            reached.add(id(variable))
-        stack += [following for following, _ in node.next_functions]
-    return reached

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..compiler.capture.tracer import Input
-from ..compiler.ir import Loop, Lowering, Role, StepCall
+from ..compiler.ir import Loop, Lowering, Role, StepCall, calls_of
 from ..compiler.program import Given, RolledProgram
 from .bridge import defined, hooked, refuse_third_order
 from .engine import Engine, Sweep
@@ -47,21 +47,22 @@ class BoundProgram:
     """
 
     start = 0
-    calls: tuple = ()
+    items: tuple = ()
 
     def __init__(self, rolled: RolledProgram, held: dict[Input, Held], rng: int, how: Lowering) -> None:
         self.rolled, self.held, self.rng, self.how = rolled, held, rng, how
-        sizes = [c.count if isinstance(c, Loop) else 1 for c in rolled.calls]
+        sizes = [len(calls_of(c)) * (c.count if isinstance(c, Loop) else 1) for c in rolled.calls]
         self._ends = list(accumulate(sizes))
         self.end = self._ends[-1] if sizes else 0
-        self._first: dict[int, tuple[StepCall, list[tuple[int, Given, int, int]]]] = {}
+        self._begins = [end - size for end, size in zip(self._ends, sizes, strict=True)]
+        self._first: dict[tuple[int, int], tuple[StepCall, list[tuple[int, Given, int, int]]]] = {}
 
     def __getitem__(self, position: int) -> StepCall:
         at = bisect_right(self._ends, position)
-        first, moving = self._first.get(at) or self._bind(at)
-        if position == first.base:
+        iteration, k = divmod(position - self._begins[at], len(calls_of(self.rolled.calls[at])))
+        first, moving = self._first.get((at, k)) or self._bind(at, k)
+        if not iteration:
             return first
-        iteration = position - first.base
         inputs, metas = list(first.inputs), first.metas
         for i, given, stride, meta in moving:
             given = given.advanced(iteration * stride)
@@ -74,7 +75,7 @@ class BoundProgram:
             first.update,
             first.opt_state_in,
             first.opt_state_out,
-            position,
+            0,
             inputs,
             metas,
             first.location,
@@ -84,13 +85,14 @@ class BoundProgram:
 
     def takes_step(self, position: int) -> bool:
         """Whether an inner step is taken there."""
-        item = self.rolled.calls[bisect_right(self._ends, position)]
-        return (item.call if isinstance(item, Loop) else item).step.steps > 0
+        at = bisect_right(self._ends, position)
+        calls = calls_of(self.rolled.calls[at])
+        return calls[(position - self._begins[at]) % len(calls)].step.steps > 0
 
-    def _bind(self, at: int) -> tuple[StepCall, list[tuple[int, Given, int, int]]]:
-        """The first call of an item, and which of its inputs move: place, the first, by how much, place in metas."""
+    def _bind(self, at: int, k: int) -> tuple[StepCall, list[tuple[int, Given, int, int]]]:
+        """A call in its first iteration, and which inputs move: place, the first, by how much, place in metas."""
         item = self.rolled.calls[at]
-        call, strides = (item.call, item.strides) if isinstance(item, Loop) else (item, ())
+        call, strides = (item.calls[k], item.strides[k]) if isinstance(item, Loop) else (item, ())
         given: list[Given] = call.inputs
         ports = call.step.inputs[len(call.step.inputs) - len(given) :]
         metas, moving, rng = [], [], -1
@@ -108,13 +110,12 @@ class BoundProgram:
             call,
             theta=call.opt_state_in[:thetas],
             opt_state_in=call.opt_state_in[thetas:],
-            base=self._ends[at] - (item.count if isinstance(item, Loop) else 1),
             inputs=[self._input(g, port) for g, port in zip(given, ports, strict=True)],
             metas=tuple(metas),
             rng=rng,
             how=self.how,
         )
-        self._first[at] = first, moving
+        self._first[at, k] = first, moving
         return first, moving
 
     def _input(self, given: Given, port: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Tensors that depend on the parameters as they are, found in autograd's graph.
+"""What tensors depend on, found in autograd's graph; above all, whether they do on the parameters as they are.
 
 The inner gradient of a compiled step is taken by the parameters that it reads itself. A path that leads to them through
 an argument would be missed, where the same code without the decorator follows it: such arguments must be found.
@@ -7,7 +7,7 @@ an argument would be missed, where the same code without the decorator follows i
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,22 @@ from ..compiler.segments import arguments, identity
 from .engine import Engine
 
 aten = torch.ops.aten
+
+
+def leaves_of(tensor: Tensor) -> Iterator[Tensor]:
+    """The leaves that a gradient of ``tensor`` goes to; itself, if it is one."""
+    if tensor.is_leaf:
+        yield tensor
+    stack: list[Any] = [tensor.grad_fn]
+    seen: set[Any] = set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(variable := getattr(node, "variable", None), Tensor):
+            yield variable
+        stack += [before for before, _ in node.next_functions]
 
 
 def depends_on(tensor: Tensor, shown: Sequence[Tensor]) -> bool:

@@ -13,20 +13,22 @@ from torch import Tensor
 
 from ..compiler.capture.tracer import Input
 from ..compiler.differentiate import cotangent_outputs
-from ..compiler.ir import EAGER, Assign, Lowering, Program, StepCall
+from ..compiler.ir import EAGER, Assign, Lowering, StepCall
 from ..compiler.program import RolledProgram, nbytes
+from ..compiler.recorded_program import Program
 from ..compiler.stepcost import Made, step_cost
 from .compiled import BoundProgram, GradientSweep, generator_for
 from .engine import Engine, Sweep
 from .noise import GENERATOR_BYTES
 from .offload import TieredStore
+from .store import SlotStore
 from .tier import WRITING
 from .truncated import pull_back_truncated
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a call of a compiled function and its backward will take.
+    """What a call of a compiled function, or a window's steps, and the backward will take.
 
     Attributes:
         peak_bytes: most bytes held at once beyond the caller's own tensors.
@@ -180,7 +182,7 @@ class _DryEngine(Engine):
         self.meter, self.kept = meter, 0
         if offload and slots is not None:
             self.tier: Any = _DryTier(meter)
-            self.store = TieredStore(slots, self.tier)
+            self.store: Any = TieredStore(slots, self.tier)
 
     def _values(self, call: StepCall, state: Any) -> list[Any]:
         if call.rng >= 0:
@@ -269,29 +271,54 @@ def predict(
     return Prediction(meter.peak, forward, extra, engine.vjps, engine.kept, reached)
 
 
-def sweep_peak(program: Any, slots: int, offload: bool = False) -> int:
-    """Most bytes held when a window's program runs and cotangents of its last state are swept back.
+def predict_sweep(
+    calls: Iterable[StepCall | Assign],
+    slots: int | None,
+    offload: bool = False,
+    initial: Sequence[Tensor] = (),
+    kept: Sequence[int] | None = None,
+) -> Prediction:
+    """Go through a window's steps, and a sweep back from cotangents of all of its last state, on sizes.
 
     Args:
-        program: of a window.
-        slots: how many states may be kept.
+        calls: of a window's program, from some position on.
+        slots: how many states may be kept; None for all.
         offload: whether those without a slot go to a lower tier.
+        initial: the state there, or one of the same sizes.
+        kept: positions whose states a window has kept that did not know how many would come; None for the best ones.
     """
     meter = _Meter()
-    calls = [_measured_out(c, meter) if isinstance(c, Assign) else c for c in program.calls]
-    engine = _DryEngine(Program(0, calls), slots, meter, offload)
-    state: Any = engine.run([])
+    dry = (replace(c, values=_blocks_like(c.values, meter)) if isinstance(c, Assign) else c for c in calls)
+    engine = _DryEngine(Program(0, dry), slots, meter, offload)
+    if kept is not None and not offload:
+        engine.store = _Kept(slots, kept)
+    state: Any = engine.run(_blocks_like(initial, meter))
+    forward, forward_steps = meter.peak, engine.replays
     sweep: Any = Sweep()
     for index, value in enumerate(state):
         sweep.deposit(engine.program.end, index, _Block(meter, value.whole))
     del state
     engine.pull_back(sweep, 0)
-    return meter.peak
+    extra = engine.replays - forward_steps
+    return Prediction(meter.peak, forward, extra, engine.vjps, engine.kept, frozenset())
 
 
-def _measured_out(call: Assign, meter: _Meter) -> Assign:
-    sizes = [v.untyped_storage().nbytes() if v.layout is torch.strided else v.nbytes for v in call.values]
-    return replace(call, values=[_Block(meter, size) for size in sizes])  # type: ignore[misc]
+class _Kept(SlotStore):
+    """Holds the states that another store has held in the end."""
+
+    def __init__(self, slots: int | None, positions: Sequence[int]) -> None:
+        super().__init__(slots)
+        self.kept = frozenset(positions)
+
+    def offer(self, position: int, state: Any) -> None:
+        """As of `SlotStore`."""
+        if position in self.kept:
+            self._put(position, state)
+
+
+def _blocks_like(values: Sequence[Tensor], meter: _Meter) -> list[Any]:
+    sizes = [v.untyped_storage().nbytes() if v.layout is torch.strided else v.nbytes for v in values]
+    return [_Block(meter, size) for size in sizes]
 
 
 def _size(where: int | Input, state: Any, program: RolledProgram, i: int) -> int:

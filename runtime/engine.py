@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from metaoptim.errors import CaptureError
+from metaoptim.errors import CaptureError, StaleInputError
 
 from ..compiler import cotangent_hook
 from ..compiler.differentiate import cotangent_outputs
-from ..compiler.ir import Assign, Program, Role, StepCall
+from ..compiler.ir import Assign, Role, StepCall
 from ..compiler.lower import Lowered, lowered, residuals
+from ..compiler.recorded_program import Program
 from .noise import draw
 from .offload import TieredStore
 from .progress import watching
@@ -127,7 +128,7 @@ class Engine:
         position = self.program.end
         if self.streaming is not None and isinstance(call, StepCall):
             self.store.limit(self.streaming.slots(self, call))
-        if _may_keep(call, position) or self.store.slots is None:
+        if _may_keep(call) or self.store.slots is None:
             self.store.offer(position, self.state)
         state = list(self.state)
         for index, value in changes:
@@ -136,7 +137,7 @@ class Engine:
                 state.append(value)
             else:
                 state[index] = value
-        self.program.calls.append(call)
+        self.program.append(call)
         self.state = state
         if isinstance(call, Assign) and self.program.horizon == 0 and not read:
             self.store.rebase(self.program.end, state)
@@ -146,7 +147,7 @@ class Engine:
         self.store.rebase(0, state)
         for position in range(self.program.end):
             call = self.program[position]
-            if position and _may_keep(call, position):
+            if position and _may_keep(call):
                 self.store.offer(position, state)
             state = self._advance(call, position, state, {position: state}, saving=position >= self.saving)
             self._ran = position + 1
@@ -181,7 +182,7 @@ class Engine:
                 self.state,
                 *self.store.states,
                 *self._work.values(),
-                *(c.values for c in self.program.calls if isinstance(c, Assign)),
+                *(c.values for c in self.program.items if isinstance(c, Assign)),
             ]:
                 values[:] = [kept(t) for t in values]
 
@@ -197,7 +198,7 @@ class Engine:
         elif base <= start:
             return
         self.store.rebase(base, state)
-        self.program = Program(base, self.program.calls[base - start :])
+        self.program.forget(base)
 
     # -- states --------------------------------------------------------------------------------------------------
 
@@ -220,11 +221,11 @@ class Engine:
         state, passed = self._at(start), {}
         for p in range(start, target):
             call = self.program[p]
-            if marks is not None and _may_keep(call, p) and marks.due(p):
+            if marks is not None and _may_keep(call) and marks.due(p):
                 self.store.put(p, state)
             passed[p] = state
             state = self._advance(call, p, state, passed)
-            low = call.base if isinstance(call, StepCall) else p
+            low = p - call.back if isinstance(call, StepCall) else p
             for old in [q for q in passed if q < low]:
                 del passed[old]
         return state
@@ -250,9 +251,9 @@ class Engine:
                     new[index] = value
             return new
         self.replays += 1
-        base = passed.get(call.base)
+        base = passed.get(position - call.back)
         if base is None:
-            base = self.state_at(call.base)
+            base = self.state_at(position - call.back)
         inputs = self.inputs_of(call, state, base)
         saving = saving and residuals(call.step, call.how.hvp) is not None
         results = self._lowered(call, "forward" if saving else "replay", inputs)(*inputs)
@@ -296,7 +297,10 @@ class Engine:
     def _values(self, call: StepCall, state: State) -> list[Tensor]:
         """What it is given besides the state."""
         if call.rng < 0:
-            return [held.get() for held in call.inputs]
+            try:
+                return [held.get() for held in call.inputs]
+            except StaleInputError as error:
+                raise StaleInputError(f"the inner step at {call.location}: {error.reason}") from None
         values, self._drawn = draw(call.inputs, state[call.rng])
         return values
 
@@ -360,8 +364,8 @@ class Engine:
         for role, index, grad in self.vjp(call, position, received):
             if role is Role.META:
                 sweep.meta(index, grad)
-            elif role is Role.THETA and call.base != position:
-                sweep.deposit(call.base, index, grad)
+            elif role is Role.THETA and call.back:
+                sweep.deposit(position - call.back, index, grad)
             else:
                 sweep.add(index, grad)
 
@@ -386,8 +390,9 @@ class Engine:
                 f"the inner step at {call.location} has a tensor hook that changes a gradient, and that was removed "
                 "before the outer loss's backward, which needs it; remove it after that"
             )
-        self._load(sorted({call.base, position}))
-        arguments = self.inputs_of(call, self._at(position), self._at(call.base))
+        base = position - call.back
+        self._load(sorted({base, position}))
+        arguments = self.inputs_of(call, self._at(position), self._at(base))
         saved = self._residuals.pop(position, None)
         arguments += saved or ()
         for i in cotangent_outputs(step):
@@ -415,6 +420,6 @@ class Engine:
                 yield port.role, index, grad
 
 
-def _may_keep(call: StepCall | Assign, position: int) -> bool:
-    """Whether one can go on from the state at ``position`` alone; within a super-step, an earlier one is read too."""
-    return isinstance(call, Assign) or call.base == position
+def _may_keep(call: StepCall | Assign) -> bool:
+    """Whether one can go on from the state before it alone; within a super-step, an earlier one is read too."""
+    return isinstance(call, Assign) or not call.back

@@ -80,7 +80,8 @@ class Held:
         """What is held."""
         if self.layout is None:
             return self.memory.tensor
-        return self.memory.tensor.as_strided(*self.layout, self.offset)
+        shape, strides = self.layout
+        return self.memory.tensor.as_strided(shape, strides, self.offset)
 
     def get(self) -> Tensor:
         """The tensor, or `StaleInputError` if it was overwritten since."""
@@ -170,7 +171,7 @@ class Inputs:
         elif _lie_alike(memory.tensor, tensor):
             held = Held(memory, checksum(tensor), label)
             layout = (tensor.shape, tensor.stride())
-            held.layout, held.offset = self._layouts.setdefault(layout, layout), tensor.storage_offset()
+            held.layout, held.offset = self._layouts.setdefault(layout, layout), int(tensor.storage_offset())
         else:
             held = Held(tensor.detach(), checksum(tensor), label)
         holds.add(held)

@@ -8,8 +8,9 @@ from functools import lru_cache
 
 from metaoptim.errors import BudgetError
 
+from ..compiler.capture.tracer import Input
 from ..compiler.ir import Loop, Lowering
-from ..compiler.program import RolledProgram, readable_bytes
+from ..compiler.program import RolledProgram, nbytes, readable_bytes
 from ..compiler.stepcost import measured, residual_cost, step_cost
 from .dry_run import predict
 from .rehearsal import shortened
@@ -80,9 +81,31 @@ def peaks_of(program: RolledProgram, how: Lowering, offload: bool = False) -> Pe
     def exact(slots: int) -> int:
         few, many = (n + (program.limit or 0) for n in (_FEW, MANY))
         loops = [c for c in program.calls if isinstance(c, Loop)] or [None]
-        return max(predict(shortened(program, few, x, many), slots, how, offload).peak_bytes for x in loops)
+        short = [shortened(program, few, x, many) for x in loops]
+        return max(predict(p, slots, how, offload).peak_bytes + _left_out(program, p) for p in short)
 
     return Peaks(exact)
+
+
+def _left_out(program: RolledProgram, short: RolledProgram) -> int:
+    """Bytes of gradients of listed tensors that only iterations read which ``short`` leaves out."""
+    listed = {
+        x
+        for call, _ in program.counted()
+        for g in call.inputs
+        if g.kind == "each"
+        for x in g.sources
+        if isinstance(x, Input) and x.grad
+    }
+    if not listed:
+        return 0
+    read = {x for call, _ in short.counted() for g in call.inputs if g.kind != "each" for x in g.sources}
+    for item in (c for c in short.calls if isinstance(c, Loop)):
+        for call, strides in zip(item.calls, item.strides, strict=True):
+            for g, stride in zip(call.inputs, strides, strict=True):
+                if g.kind == "each":
+                    read |= {g.advanced(k * stride).chosen.of for k in range(item.count)}
+    return sum(nbytes(x.spec) for x in listed - read)
 
 
 def plan_for(program: RolledProgram, how: Lowering, budget: int, name: str, offload: bool = False) -> Plan:

@@ -19,14 +19,16 @@ from metaoptim.errors import (
     warn,
 )
 
-from ..compiler.build import build_step
 from ..compiler.capture.entries import External
 from ..compiler.capture.ops import LIFTS
 from ..compiler.capture.slicing import Slice, hook_key, tensor_spec
-from ..compiler.ir import Assign, Program, StepCall
+from ..compiler.ir import Assign, StepCall, StepGraph
 from ..compiler.lower import StepCache, lowered
+from ..compiler.recorded_program import Program
+from ..compiler.recorded_step import StepSpec, build_step
 from ..compiler.update import UpdatePlan
 from . import bypass
+from .dependence import leaves_of
 from .engine import Engine
 from .hyper import Hyper, hyper_of
 from .inputs import Held
@@ -277,41 +279,23 @@ class RecordedSession(Session):
         engine, view = self.engine, self.view
         place = {t.index: k for k, t in enumerate(sliced.thetas)}
         changed = {t.index for t in sliced.thetas if not view.unchanged(t)}
-        base = epoch.position if changed else engine.position
-        stale = not changed.isdisjoint(update.indices)
-        params = tuple(place[x] for x in update.indices)
-        theta_specs = tuple(tensor_spec(t.tensor) for t in sliced.thetas)
-        param_specs = tuple(map(tensor_spec, update.old))
-        state_specs = tuple(tuple((k, tensor_spec(v)) for k, v in s.items()) for s in update.states)
-        hooked, first_order = self.options.backward_hook is not None, optimizer.first_order
-        key = (
-            sliced.key,
+        back = engine.position - epoch.position if changed else 0
+        spec = StepSpec(
             update.plan,
-            params,
-            stale,
-            theta_specs,
-            param_specs,
-            state_specs,
-            tuple(tuple(map(hook_key, h)) for h in update.grad_hooks),
-            first_order,
-            hooked,
+            params=tuple(place[x] for x in update.indices),
+            stale=not changed.isdisjoint(update.indices),
+            thetas=tuple(tensor_spec(t.tensor) for t in sliced.thetas),
+            now=tuple(map(tensor_spec, update.old)),
+            states=tuple(tuple((k, tensor_spec(v)) for k, v in s.items()) for s in update.states),
+            grad_hooks=tuple(tuple(map(hook_key, h)) for h in update.grad_hooks),
+            first_order=optimizer.first_order,
+            hooked=self.options.backward_hook is not None,
         )
+        key = (sliced.key, spec)
 
-        def build(lifted: tuple[int, ...]) -> Any:
-            return build_step(
-                sliced,
-                update.plan,
-                params,
-                stale,
-                theta_specs,
-                param_specs,
-                list(map(dict, state_specs)),
-                [{k: tensor_spec(v) for k, v in s.items()} for s in new_states],
-                lifted,
-                update.grad_hooks,
-                first_order,
-                hooked,
-            )
+        def build(lifted: tuple[int, ...]) -> StepGraph:
+            after = [{k: tensor_spec(v) for k, v in s.items()} for s in new_states]
+            return build_step(sliced, spec, after, lifted, update.grad_hooks)
 
         for x in sliced.externals:
             # autograd looks at a saved leaf again in the backward: what it makes of it is neither the one nor the other
@@ -343,13 +327,18 @@ class RecordedSession(Session):
             for i, state in zip(update.ordinals, update.states, strict=True)
             for name in state
         ]
-        where = map(view.shared, (tuple(place), update.indices, tuple(inputs), tuple(outputs)))
-        call = StepCall(step, *where, base, held, (), user_location())
+        call = StepCall(
+            step, tuple(place), update.indices, tuple(inputs), tuple(outputs), back, held, (), user_location()
+        )
         suspect = any(x.suspect for x in (*sliced.externals, *sliced.values))
         if new or step.opaque or suspect:
             try:
                 self._check(
-                    call, sliced, update, stale, [*new_theta, *(v for s in new_states for v in s.values())]
+                    call,
+                    sliced,
+                    update,
+                    spec.stale,
+                    [*new_theta, *(v for s in new_states for v in s.values())],
                 )
             except CaptureError as error:
                 if suspect:
@@ -366,7 +355,7 @@ class RecordedSession(Session):
     ) -> None:
         """The gradient of the captured step against the eager one, and what the update makes of it."""
         engine = self.engine  # it has theta as the loss has read it, which may have been overwritten since
-        base = engine.state if call.base == engine.position else engine.state_at(call.base)
+        base = engine.state_at(engine.position - call.back) if call.back else engine.state
         inputs = [base[t.index] for t in sliced.thetas] + (update.old if stale else [])
         inputs += [v for s in update.states for v in s.values()]
         try:
@@ -411,7 +400,9 @@ class RecordedSession(Session):
                     continue
                 _told[leaf] = True
                 name = user_name_of(leaf)
-                if name is not None and not _leads_to(leaf, [y.tensor for y in sliced.externals if y.grad]):
+                if name is not None and not any(
+                    leaf is x for y in sliced.externals if y.grad for x in leaves_of(y.tensor)
+                ):
                     self.engine.reaches = True  # there is a better explanation
                     warn(
                         f"{name!r} requires grad, but reaches the inner loss only where no gradient flows (under "
@@ -442,21 +433,6 @@ def _agree(got: Tensor, expected: Tensor) -> bool:
     scale = float(expected.abs().max()) if expected.numel() else 0.0
     worst = float((got - expected).abs().max()) if expected.numel() else 0.0
     return worst <= _TOLERANCE.get(expected.dtype, 1e-4) * scale + 1e-30
-
-
-def _leads_to(leaf: Tensor, tensors: list[Tensor]) -> bool:
-    """Whether autograd reaches ``leaf`` from one of ``tensors``."""
-    stack: list[Any] = [t.grad_fn for t in tensors]
-    seen: set[Any] = set()
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if getattr(node, "variable", None) is leaf:
-            return True
-        stack.extend(before for before, _ in node.next_functions)
-    return False
 
 
 def _uncapturable(error: Exception) -> CaptureError:

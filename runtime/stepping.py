@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -102,11 +102,15 @@ class CompiledStep:
         captured: the session it was captured in.
         outputs: what stands for the tensors the function returns.
         step_of: cache of step graphs.
-        texts: whether the records of the passes hold the program as text.
+        texts: as of `compile_trace`.
     """
 
     def __init__(
-        self, captured: CapturedStep, outputs: list[Value], step_of: StepOf, texts: bool = False
+        self,
+        captured: CapturedStep,
+        outputs: list[Value],
+        step_of: StepOf,
+        texts: Mapping[Input, str] | None = None,
     ) -> None:
         trace, window = captured.recorder.trace, captured.window
         own, thetas = {id(p) for p in captured.networks.originals}, captured.thetas
@@ -282,7 +286,7 @@ class CompiledStep:
             tuple(view.indices[self._ordinal(window, p)] for p in self.thetas),
             tuple(known[id(o), self._ordinal(window, p), name] for o, p, name in self.reads_state),
             tuple(out),
-            window.engine.position,
+            0,
             held,
             (),
             user_location(),

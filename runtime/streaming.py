@@ -16,12 +16,13 @@ from torch.utils._python_dispatch import _disable_current_modes
 from metaoptim.errors import BudgetError
 
 from ..compiler.differentiate import cotangent_outputs
-from ..compiler.ir import Assign, Program, Role, StepCall
+from ..compiler.ir import Assign, Role, StepCall
 from ..compiler.lower import lowered
 from ..compiler.program import nbytes, readable_bytes
+from ..compiler.recorded_program import Program
 from ..compiler.stepcost import measured
 from .budget import budget_bytes
-from .dry_run import sweep_peak
+from .dry_run import predict_sweep
 from .engine import Engine
 from .inputs import Held, Memory
 from .meter import profiling
@@ -66,8 +67,8 @@ class Streaming:
             _measure(engine, call)
             theta = (p.spec for p in call.step.inputs if p.role is Role.THETA)
             self._shown = max(self._shown, sum(map(nbytes, theta)))
-            program = _repeated([*engine.program.calls, call], engine.program.start)
-            found = Peaks(lambda slots: sweep_peak(program, slots, self.offload))
+            program = _repeated([*engine.program, call])
+            found = Peaks(lambda slots: predict_sweep(program, slots, self.offload).peak_bytes)
             former = self._peaks
             self._peaks = found if former is None else Peaks(lambda k: max(found.exact(k), former.exact(k)))
         before = self.retained.bytes
@@ -77,13 +78,13 @@ class Streaming:
         if slots < self._slots and engine.program.start > self._start:  # a sliding window has forgotten some
             self._start = engine.program.start
             self.retained = Retained()
-            for past in (*engine.program.calls, call):
+            for past in (*engine.program, call):
                 if isinstance(past, StepCall):
                     self.retained.take(past.inputs)
             slots = self._fitting()
         self._slots = slots
         if slots < 1:
-            minimum = self._peaks(1) + self.retained.bytes + self._shown + self.aside
+            minimum = self.minimum
             raise BudgetError(
                 f"memory_budget: {readable_bytes(self.budget)} ({self.budget} bytes) is too small at inner step "
                 f"{engine.program.horizon + 1}: up to here the smallest feasible budget is {minimum} bytes "
@@ -94,9 +95,19 @@ class Streaming:
             )
         return slots
 
+    @property
+    def beside(self) -> int:
+        """Bytes held beside states and derivatives: inputs, the theta shown before, what is to be put back."""
+        return self.retained.bytes + self._shown + self.aside
+
+    @property
+    def minimum(self) -> int:
+        """The smallest budget for the steps so far."""
+        return self.beside + (0 if self._peaks is None else self._peaks(1))
+
     def _fitting(self) -> int:
         assert self._peaks is not None
-        room = self.budget - self.retained.bytes - self._shown - self.aside
+        room = self.budget - self.beside
         # when states are next given up, the inputs of one more step are there
         return self._peaks.fitting(room - self._growth, self._slots) or self._peaks.fitting(room, 1)
 
@@ -106,37 +117,29 @@ def _measure(engine: Engine, call: StepCall) -> None:
     if measured(call.step, "vjp", call.how) is not None or profiling():
         return
     with _disable_current_modes(), torch.no_grad():
-        base = engine.state if call.base == engine.position else engine.state_at(call.base)
+        base = engine.state_at(engine.position - call.back) if call.back else engine.state
         inputs = engine.inputs_of(call, engine.state, base)
         inputs += [call.step.outputs[i].empty().zero_() for i in cotangent_outputs(call.step)]
         metered(lowered(call.step, "vjp", inputs, call.how), call, "vjp", inputs)
 
 
-def _repeated(calls: Sequence[StepCall | Assign], start: int) -> Program:
-    """A program as long as `Peaks` needs, of which ``calls`` (from position ``start`` on) are the beginning.
+def _repeated(calls: Sequence[StepCall | Assign]) -> Program:
+    """A program as long as `Peaks` needs, of which ``calls`` are the beginning.
 
     A few calls of every kind are left, and the last super-step repeats.
     """
     seen: Counter = Counter()
-    chosen: list[tuple[StepCall | Assign, int]] = []  # with how far back its base lies
-    for position, call in enumerate(calls, start):
+    chosen: list[StepCall | Assign] = []
+    for call in calls:
         kind = tuple(call.indices) if isinstance(call, Assign) else id(call.step)
         seen[kind] += 1
         if seen[kind] <= _REPEATS:
-            chosen.append((call, 0 if isinstance(call, Assign) else position - call.base))
-    last = [
-        (c, len(calls) + start - 1 - i - c.base)
-        for i, c in enumerate(reversed(calls))
-        if isinstance(c, StepCall)
-    ]
-    end = next((i for i, (_, back) in enumerate(last) if not back), len(last) - 1)
+            chosen.append(call)
+    last = [c for c in reversed(calls) if isinstance(c, StepCall)]
+    end = next((i for i, c in enumerate(last) if not c.back), len(last) - 1)
     chosen += last[end::-1] * MANY
     return Program(
-        0,
-        [
-            replace(c, base=max(i - back, 0)) if isinstance(c, StepCall) else c
-            for i, (c, back) in enumerate(chosen)
-        ],
+        0, [replace(c, back=min(c.back, i)) if isinstance(c, StepCall) else c for i, c in enumerate(chosen)]
     )
 
 

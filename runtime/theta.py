@@ -48,7 +48,6 @@ class ThetaView:
         self.inputs = Inputs(networks.is_buffer)
         self._metas: dict[tuple, tuple[int, Tensor]] = {}  # identity -> number, the tensor
         self._numbered = 0
-        self._tuples: dict[tuple, tuple] = {}  # to itself
 
     # -- showing -------------------------------------------------------------------------------------------------
 
@@ -68,7 +67,7 @@ class ThetaView:
             with torch.enable_grad():
                 self._token = Link.apply(engine, position, (), indices, self._token, *originals)
         if len(self.epochs) == 1:
-            self.epochs.clear()
+            self._keep_epochs([])
         self._show(ordinals)
         if late:
             self.late = {id(p): Theta(i, p, object()) for p, i in zip(originals, indices, strict=True)}
@@ -114,6 +113,13 @@ class ThetaView:
         self.late = {}
         self._storages = None
 
+    def _keep_epochs(self, kept: list[Epoch]) -> None:
+        """Drop the others, with the circle of calls that write and the epoch they were made in."""
+        for epoch in self.epochs:
+            if epoch not in kept:
+                epoch.writes.clear()
+        self.epochs = kept
+
     # -- what a loss has read ------------------------------------------------------------------------------------
 
     @property
@@ -144,9 +150,10 @@ class ThetaView:
         """Whether this version is still the one shown."""
         return self._is_of(theta, self.recorder.epoch)
 
-    def shared(self, indices: tuple) -> tuple:
-        """One and the same object for equal tuples: most steps of a long tape have the same ones."""
-        return self._tuples.setdefault(indices, indices)
+    def meta_params(self) -> list[tuple[int, Tensor]]:
+        """What steps have read that requires grad and that a backward from here reaches, with its number."""
+        sliding = self.sliding
+        return [(n, t) for n, t in self._metas.values() if sliding is None or sliding.reads(n)]
 
     # -- a step --------------------------------------------------------------------------------------------------
 
@@ -164,7 +171,7 @@ class ThetaView:
         if fresh:
             self._superstep += 1
             epoch.superstep = self._superstep
-            self.epochs = [epoch]
+            self._keep_epochs([epoch])
             self.recorder.keep_only(epoch)
         keys = [
             (id(t), None if t.is_leaf else t._version) for t in metas
@@ -173,7 +180,7 @@ class ThetaView:
         for key, t in new.items():
             self._metas[key] = (self._numbered, t)
             self._numbered += 1
-        call.metas = self.shared(tuple(self._metas[key][0] for key in keys))
+        call.metas = tuple(self._metas[key][0] for key in keys)
         engine.reaches |= bool(keys)
         if self.sliding is not None:
             self.sliding.step(engine.position, fresh, dict(zip(call.metas, metas, strict=True)))
@@ -292,7 +299,7 @@ class ThetaView:
         """Drop every reference to the user's graph."""
         self._metas.clear()
         self.inputs.clear()
-        self.epochs.clear()
+        self._keep_epochs([])
         self.late = {}
         self._token = new_token()
         self.recorder.forget(self.recorder.values.values())

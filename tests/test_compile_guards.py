@@ -405,3 +405,28 @@ def test_plain_attributes_of_modules(form: str) -> None:
         loss = of(taken, metaoptim.SlidingWindow) if form == "B" else whole(step, metaoptim.SlidingWindow)
         torch.testing.assert_close(torch.autograd.grad(loss, w)[0], expected, rtol=1e-9, atol=1e-12)
         assert sum(map(len, compiled._programs.values())) == programs
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_collector_rests_while_a_function_is_captured(enabled: bool) -> None:
+    """And is as before afterwards, also where the capture fails."""
+    seen = []
+
+    @metaoptim.compile(backend="eager")
+    def loss(net: Any, x: Tensor, fails: bool) -> Tensor:
+        seen.append(gc.isenabled())
+        if fails:
+            raise KeyError("mine")
+        return net(x).square().mean()
+
+    net, x = mlp(), torch.ones(5, 3)
+    try:
+        if not enabled:
+            gc.disable()
+        loss(net, x, False)
+        assert gc.isenabled() is enabled
+        with pytest.raises(KeyError, match="mine"):
+            loss(net, x, True)
+        assert gc.isenabled() is enabled and seen == [False, False]
+    finally:
+        gc.enable()

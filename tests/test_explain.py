@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -242,6 +243,7 @@ def test_methods_and_plain_functions() -> None:
     report = learner.loss.explain(lr, numbers(3, 5, 3))
     assert report.gradient_targets == ["lr"] and report.horizon == 3
     assert metaoptim.explain(learner.loss)(lr, numbers(3, 5, 3)).gradient_targets == ["lr"]
+    assert metaoptim.explain(learner.loss, verbose=True)(lr, numbers(3, 5, 3)).verbose
     assert learner.loss(lr, numbers(3, 5, 3)).requires_grad
 
     def plain(net: Any, xs: Tensor) -> Tensor:
@@ -340,30 +342,64 @@ def test_every_key_is_documented_and_plain(report: Report) -> None:
         assert f"``{key}``" in (Report.to_dict.__doc__ or ""), key
 
 
-def test_text_shows_every_stage_and_the_program(report: Report) -> None:
+def test_text_shows_what_matters_at_a_glance(report: Report) -> None:
     text = str(report)
     for part in (
         "12 inner steps in 14 calls of 4 step graphs, offline",
         "scheduled: at most 3 states kept",
         "net.0.weight, net.0.bias, net.2.weight, net.2.bias, log_lr: through step_a",
-        "after capture: ", "after mode: ", "after canonicalize: ", "after prune: ",
+        "calls are not needed",
+        "in all",
+        "explain(fn, verbose=True)",
+    ):
+        assert part in text, part
+    assert len(text.splitlines()) < 25 and "after capture" not in text and "takes " not in text
+    assert sum(line.startswith("  capture ") for line in text.splitlines()) == 1
+
+
+def test_passes_say_how_long_they_took(report: Report) -> None:
+    took = {p["name"]: p["milliseconds"] for p in report.passes}
+    assert took["capture"] > 1 and took["verify"] > 0 and took["roll"] > 0
+    (line,) = (line for line in str(report).splitlines() if line.startswith("  capture "))
+    assert float(line.split()[1]) == pytest.approx(took["capture"], rel=0.1)
+
+
+def test_programs_show_every_stage_once(report: Report) -> None:
+    text = report.programs()
+    for part in (
+        "after capture: ", "after mode: no change", "after rows: ", "after split: ", "after canonicalize: ",
+        "after prune: ", "after roll: program of 12", "after loop: no change", "after differentiate: no change",
         "parts 2-4: C, ",
         "loop 9 times, t = 0, 1, ...: ",
         "xs[3 + t], ys[3 + t])  # test_explain.py:",
         "takes   4 theta          208 B  float64 4×3, 4, 2×4, 2",
     ):  # fmt: skip
         assert part in text, part
+    assert text.count("program of 12 inner steps") == 1 and "what runs" not in text
+    assert str(replace(report, verbose=True)).endswith(text)
     assert [p["name"] for p in report.passes] == [
-        "capture",
-        "mode",
-        "rows",
-        "canonicalize",
-        "prune",
-        "roll",
-        "loop",
-        "differentiate",
+        "capture", "mode", "rows", "split", "canonicalize", "prune", "roll", "loop", "differentiate", "verify",
         "checkpoint",
-    ]
+    ]  # fmt: skip
+    texts = {p["name"]: p["text"] for p in report.to_dict()["passes"]}
+    assert texts["capture"] == texts["mode"] != texts["roll"] == texts["differentiate"] == report.program
+
+
+def test_long_programs_are_cut_short_in_the_text_alone() -> None:
+    """A plain `for`, before it is a loop."""
+
+    @metaoptim.compile(backend="eager")
+    def meta_loss(net: Any, xs: Tensor) -> Tensor:
+        inner = metaoptim.MetaSGD([net], lr=0.1)
+        with metaoptim.SlidingWindow(offline=True):
+            for x in xs:
+                inner.step(net(x).square().mean())
+            return net(xs[0]).square().mean()
+
+    report = metaoptim.explain(meta_loss, verbose=True)(network(3, 2), numbers(100, 5, 3))
+    assert "lines more ..." in str(report) and len(report.programs().splitlines()) < 130
+    rolled = next(p["text"] for p in report.passes if p["name"] == "roll")
+    assert all(f"xs[{t}]" in rolled for t in range(100))
 
 
 def test_a_terminal_shows_tables(report: Report) -> None:
@@ -371,7 +407,12 @@ def test_a_terminal_shows_tables(report: Report) -> None:
     shown = console.Console(width=160, record=True, file=io.StringIO())
     shown.print(report)
     text = shown.export_text()
-    for part in ("12 inner steps in 14 calls", "canonicalize", "step_c", "loop 9 times", "xs[3 + t]"):
+    for part in ("12 inner steps in 14 calls", "canonicalize", "in all", "step_c"):
+        assert part in text, part
+    assert "loop 9 times" not in text
+    shown.print(replace(report, verbose=True))
+    text = shown.export_text()
+    for part in ("12 inner steps in 14 calls", "after mode: no change", "loop 9 times", "xs[3 + t]"):
         assert part in text, part
 
 

@@ -195,13 +195,16 @@ def test_artifacts_and_levels(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(lines("recompiles")) == 1
     passes = lines("passes")
     assert [line.split()[1] for line in passes] == [
+        "capture",
         "mode",
         "rows",
+        "split",
         "canonicalize",
         "prune",
         "roll",
         "loop",
         "differentiate",
+        "verify",
     ]
     graphs, operators = lines("graphs"), lines("+graphs")
     assert all(line.startswith("[graphs] ") for line in graphs + operators)

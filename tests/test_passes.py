@@ -303,13 +303,16 @@ def test_passes_are_idempotent(name: str) -> None:
 
 
 def test_every_pass_leaves_a_record() -> None:
-    _, records = compile_trace(traced("mlp"), Options(lowering=EAGER), step_of, texts=True)
-    names = ["capture", "mode", "rows", "canonicalize", "prune", "roll", "loop", "differentiate"]
-    assert [r.name for r in records] == names
-    assert all(r.done and r.milliseconds >= 0 and r.text and r.after for r in records)
+    _, records = compile_trace(traced("mlp"), Options(lowering=EAGER), step_of, texts={})
+    *passes, check = records
+    names = ["capture", "mode", "rows", "split", "canonicalize", "prune", "roll", "loop", "differentiate"]
+    assert [r.name for r in passes] == names and check.name == "verify"
+    assert all(r.done and r.milliseconds >= 0 and r.text and r.after for r in passes)
     by_name = {r.name: r for r in records}
+    assert by_name["capture"].milliseconds > 0 and check.milliseconds > 0
     assert by_name["capture"].after == by_name["mode"].before == by_name["mode"].after
     assert by_name["mode"].after == by_name["rows"].before == by_name["rows"].after
+    assert "rows of them 11 times" in by_name["rows"].text and "rows of them" not in by_name["mode"].text
     assert by_name["canonicalize"].after == by_name["prune"].before | {"differentiable": 0}
     assert by_name["prune"].after["differentiable"] > 0
     assert f"{by_name['canonicalize'].after['calls']} calls in " in by_name["canonicalize"].text

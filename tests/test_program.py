@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import metaoptim
-from metaoptim.compiler.ir import StepCall, gradient
+from metaoptim.compiler.ir import gradient
 from metaoptim.runtime.recorded import step_cache
 from oracle import agree, run_oracle, run_window
 from problems import problem
@@ -138,7 +138,7 @@ def looped_in_b(slots: int | None) -> tuple[Any, Tensor, list[Tensor]]:
         for t in range(4):
             step(*batch(t))
         total = loss_of(net, 99)
-        return window.program.calls[-1].step, total, [*net.parameters(), lr]
+        return window.program.step_graphs[-1], total, [*net.parameters(), lr]
 
 
 def looped_in_c(slots: int | None) -> tuple[Any, Tensor, list[Tensor]]:
@@ -163,7 +163,7 @@ def looped_in_a(slots: int | None) -> tuple[Any, Tensor, list[Tensor]]:
     """Likewise of an ordinary window."""
     step_cache.clear()
     engine, total, own = loop(4, slots=slots)
-    return next(c.step for c in reversed(engine.program.calls) if isinstance(c, StepCall)), total, own
+    return engine.program.step_graphs[-1], total, own
 
 
 FORMS = {"A": looped_in_a, "B": looped_in_b, "C": looped_in_c}
@@ -312,4 +312,4 @@ def test_a_sliding_window_keeps_a_tape_of_W(slots: int | None) -> None:
                 loss_of(net, 99).backward()
                 assert lr.grad is not None and lr.grad != 0
                 outer.step()  # in place, between overlapping windows
-            assert len(w.program.calls) <= 30 and len(w._session.engine.store) <= 30
+            assert w.program.end - w.program.start <= 30 and len(w._session.engine.store) <= 30

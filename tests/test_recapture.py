@@ -100,3 +100,25 @@ def test_what_is_made_anew_in_every_call_is_no_change() -> None:
         torch.manual_seed(seed)
         meta_loss(net, log_lr, torch.randn(4, 5, 3)).backward()
     assert len(meta_loss._programs) == 1
+
+
+@pytest.mark.parametrize("places", [(0, 0, 0, 1, 2, 3, 0), (0, 0, 3, 1, 4, 0)])
+def test_other_rows_of_a_loop(places: tuple[int, ...]) -> None:
+    """The first and last steps read the same rows as before; those that a loop moves on to, or lists, are others."""
+    settings = Settings()
+    settings.steps = 1
+    net, log_lr, xs = mlp(), leaf(-1.0), torch.randn(12, 5, 3)
+
+    @metaoptim.compile(backend="eager", recapture=True)
+    def meta_loss(net: nn.Module, log_lr: Tensor, xs: Tensor) -> Tensor:
+        inner = metaoptim.MetaSGD([net], lr=log_lr.exp(), momentum=0.5)
+        with metaoptim.SlidingWindow(offline=True):
+            for at in places:
+                inner.step(net(xs[at * settings.steps]).square().mean())
+            return net(xs[0]).square().mean()
+
+    meta_loss(net, log_lr, xs)
+    meta_loss(net, log_lr, xs)
+    settings.steps = 2
+    with pytest.raises(metaoptim.CaptureError, match="another row or number"):
+        meta_loss(net, log_lr, xs)

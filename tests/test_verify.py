@@ -83,7 +83,7 @@ def end() -> StepGraph:
 
 
 def call(step: StepGraph, read: tuple, written: tuple, *given: Given) -> StepCall:
-    return StepCall(step, (), (), read, written, -1, list(given), (), "user.py:7")
+    return StepCall(step, (), (), read, written, 0, list(given), (), "user.py:7")
 
 
 def program(loop_at: int = 2, count: int = 5) -> RolledProgram:
@@ -96,7 +96,7 @@ def program(loop_at: int = 2, count: int = 5) -> RolledProgram:
             call(begin(), (), (0, 1), Given("input", x)),
             call(moved, (0, 1), (0, 1), Given("scan", data, 0)),
             call(moved, (0, 1), (0, 1), Given("scan", data, 1)),
-            Loop(call(moved, (0, 1), (0, 1), Given("scan", data, loop_at)), count, (1,)),
+            Loop((call(moved, (0, 1), (0, 1), Given("scan", data, loop_at)),), count, ((1,),)),
             call(end(), (0, 1), (2,)),
         ],
         registers=3,
@@ -115,7 +115,7 @@ def _replace(at: int, **changes: Any) -> Callable[[RolledProgram], None]:
     def act(p: RolledProgram) -> None:
         item = p.calls[at]
         if isinstance(item, Loop):
-            p.calls[at] = dataclasses.replace(item, call=dataclasses.replace(item.call, **changes))
+            p.calls[at] = dataclasses.replace(item, calls=(dataclasses.replace(item.calls[0], **changes),))
         else:
             p.calls[at] = dataclasses.replace(item, **changes)
 
@@ -201,8 +201,16 @@ REJECTED: dict[str, tuple[Callable[[RolledProgram], Any], str]] = {
         lambda p: p.calls.__setitem__(3, dataclasses.replace(p.calls[3], count=0)),
         r"a loop of 0",
     ),
-    "a loop without strides": (
+    "a loop of no calls": (
+        lambda p: p.calls.__setitem__(3, dataclasses.replace(p.calls[3], calls=())),
+        r"call 3: a loop of no calls",
+    ),
+    "the strides of too few calls": (
         lambda p: p.calls.__setitem__(3, dataclasses.replace(p.calls[3], strides=())),
+        r"call 3.*got the strides of 0 calls for 1 of them",
+    ),
+    "a loop without strides": (
+        lambda p: p.calls.__setitem__(3, dataclasses.replace(p.calls[3], strides=((),))),
         r"0 strides for 1",
     ),
     "a moving invariant": (
@@ -247,7 +255,7 @@ def test_a_loop_that_its_own_first_iteration_spoils() -> None:
     p = program()
     del p.calls[1:3]
     p.calls[1] = dataclasses.replace(
-        p.calls[1], call=dataclasses.replace(p.calls[1].call, opt_state_out=(1, 0))
+        p.calls[1], calls=(dataclasses.replace(p.calls[1].calls[0], opt_state_out=(1, 0)),)
     )  # type: ignore[union-attr]
     with pytest.raises(
         ProgramError, match=r"call 1.*in its second iteration.*reads r0 as theta, which holds c'"
@@ -413,8 +421,8 @@ def test_a_real_function_passes_at_every_stage() -> None:
     verify_draft(draft)
     rolled, records = compile_trace(traced(), Options(lowering=EAGER), step_of)
     verify_program(rolled)
-    names = ["mode", "rows", "canonicalize", "prune", "roll", "loop", "differentiate"]
-    assert [r.name for r in records] == names
+    names = ["mode", "rows", "split", "canonicalize", "prune", "roll", "loop", "differentiate"]
+    assert [r.name for r in records] == ["capture", *names, "verify"]
 
 
 def _swap_parts(draft: Draft) -> None:

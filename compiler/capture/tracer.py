@@ -30,6 +30,7 @@ from metaoptim.errors import CaptureError, user_location
 
 from ..ir import again, gradient
 from .entries import Entry, Function, Number, Spy, Value
+from .fakes import FakeCalls
 from .intercept import is_removed
 from .modes import leave, paused
 from .ops import BATCH_NORM, LIFTS, functional, op_info, written
@@ -62,6 +63,13 @@ class Input:
         self.tensor, self.grad = tensor, tensor.requires_grad
         self.spec = tensor_spec(tensor)
         self.location = user_location()
+
+    @classmethod
+    def of(cls, spec: tuple, grad: bool) -> Input:
+        """One of which no more is known than this: a recorded step serves many tensors."""
+        made = cls.__new__(cls)
+        made.grad, made.spec, made.location = grad, spec, ""
+        return made
 
 
 class Noise:
@@ -143,6 +151,8 @@ class Trace:
         windows: its windows.
         outputs: what stands for each tensor the function returns.
         hooks: id of a call -> its hooked outputs, each with the hooks that were there when a gradient passed.
+        indexed: whether indices that may differ from step to step are `Number`s already.
+        milliseconds: how long the capture took.
     """
 
     entries: list[Entry] = field(default_factory=list)
@@ -152,6 +162,8 @@ class Trace:
     windows: list[WindowMark] = field(default_factory=list)
     outputs: list[Any] = field(default_factory=list)
     hooks: dict[int, dict[Any, list[Spy]]] = field(default_factory=dict)
+    indexed: bool = False
+    milliseconds: float = 0.0
 
 
 class Tracer(TorchDispatchMode):
@@ -167,7 +179,7 @@ class Tracer(TorchDispatchMode):
 
     def __init__(self, fake: FakeTensorMode) -> None:
         super().__init__()
-        self.fake = fake
+        self.fake, self.fakes = fake, FakeCalls(fake)
         self.depth = 0
         self.trace = Trace()
         self.guard: Any = None
@@ -221,7 +233,7 @@ class Tracer(TorchDispatchMode):
         """The fake result of a call."""
         fake_args, fake_kwargs = self.faked(args), self.faked(kwargs)
         try:
-            return func(*fake_args, **fake_kwargs)
+            return self.fakes(func, fake_args, fake_kwargs)
         except DataDependentOutputException as error:
             raise CaptureError(_NO_VALUE) from error
         except DynamicOutputShapeException as error:
@@ -353,12 +365,13 @@ class Tracer(TorchDispatchMode):
         ):
             if not target._is_view() and len(self._sharing(target)) <= 1:
                 with self.paused():
-                    new = self.run(pure, _detach_all(args), _detach_all(kwargs))
+                    new = self.run(pure, self._detached(args), self._detached(kwargs))
                 if isinstance(new, Tensor) and tensor_spec(new) == tensor_spec(target):
-                    tokens = self._tokens(pure, args)
-                    out = self.run(op, args, kwargs)
-                    self.bind(target, Value(self.add(pure, tokens, self.token(kwargs)), None))
-                    return out
+                    # a fake of the same spec is as good after the write as before
+                    self.bind(
+                        target, Value(self.add(pure, self._tokens(pure, args), self.token(kwargs)), None)
+                    )
+                    return target
         if len(targets) > 1 and torch.is_grad_enabled() and any(t._is_view() for t in targets):
             raise CaptureError(
                 f"{op} changes views of tensors in place, whose history torch loses while it traces; change them "
@@ -377,6 +390,13 @@ class Tracer(TorchDispatchMode):
                     self.bind(other, Value(after, None))
         return out
 
+    def _detached(self, a: Any) -> Any:
+        if isinstance(a, Tensor):
+            return self.fakes(_DETACH, (self.faked(a),), {})
+        if isinstance(a, (list, tuple)):
+            return type(a)(map(self._detached, a))
+        return {k: self._detached(v) for k, v in a.items()} if isinstance(a, dict) else a
+
     def _sharing(self, t: Tensor) -> list[Tensor]:
         """Tensors of the trace that are alive and share memory with ``t``, itself included."""
         if t.layout is not torch.strided:
@@ -392,7 +412,7 @@ class Tracer(TorchDispatchMode):
         x, mean, var = args[0], args[at], args[at + 1]
         momentum = args[training + 1]
         with self.paused():
-            copies = [self.faked(mean).clone(), self.faked(var).clone()]
+            copies = [self.fakes.empty(tensor_spec(mean)), self.fakes.empty(tensor_spec(var))]
             out = self.run(op, (*args[:at], *copies, *args[at + 2 :]), {})
         self.bind_outputs(self.add(op, self.token((*args[:at], None, None, *args[at + 2 :]))), out)
         dims = [d for d in range(x.dim()) if d != 1]
@@ -551,14 +571,6 @@ def capturing() -> Iterator[Tracer]:
         torch.set_autocast_cache_enabled(cached)
         for put_back in restore:
             put_back()
-
-
-def _detach_all(a: Any) -> Any:
-    if isinstance(a, Tensor):
-        return a.detach()
-    if isinstance(a, (list, tuple)):
-        return type(a)(map(_detach_all, a))
-    return {k: _detach_all(v) for k, v in a.items()} if isinstance(a, dict) else a
 
 
 def _spec_of(a: Any) -> Any:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from ..lower import derived
 from ..program import RolledProgram
+from ..recorded_program import Program
 
 
-def differentiate(rolled: RolledProgram, hvp: str) -> str:
+def differentiate(program: RolledProgram | Program, hvp: str) -> str:
     """Derive the parts that a gradient can flow through, and say which mode each got."""
     chosen: dict[str, int] = {}
-    for step in rolled.step_graphs:
+    for step in program.step_graphs:
         if any(p.differentiable for p in step.inputs) and any(p.differentiable for p in step.outputs):
             derived(step, hvp)
             what = step.derivatives[hvp]

@@ -5,15 +5,17 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-from ..capture.tracer import Trace
+from ..capture.tracer import Input, Trace
 from ..ir import Lowering
 from ..program import RolledProgram, operator_count
 from ..segments import Draft, split
 from ..text import draft_text, trace_text
+from ..tracing import uncollected
 from ..verify import verify_draft, verify_program
 from .canonicalize import canonicalize, outline
 from .differentiate import differentiate
@@ -72,21 +74,34 @@ class Record:
     text: str = ""
 
     def __str__(self) -> str:
-        return f"{self.name:<14}{self.done}  ({self.milliseconds:.0f} ms)"
+        return f"{self.name:<14}{self.done}  ({self.milliseconds:.1f} ms)"
 
 
 class Recorder:
-    """Runs passes and records them.
+    """Runs passes and records them, with the verifier after each.
 
     Args:
-        texts: whether to keep the program as text after each pass.
+        trace: what was captured.
+        texts: names for the tensors it reads, to keep the program as text after each pass; None to keep none.
     """
 
-    def __init__(self, texts: bool = False) -> None:
+    def __init__(self, trace: Trace, texts: Mapping[Input, str] | None = None) -> None:
         self.records: list[Record] = []
         self.texts = texts
+        self._checked = 0.0
+        sizes = sizes_of(trace)
+        self._note(
+            Record("capture", f"{sizes['calls']} calls", trace.milliseconds, {}, sizes, self._text(trace))
+        )
 
-    def run(self, name: str, pass_: Callable[[], Any], before: Any, after: Callable[[Any], Any]) -> Any:
+    def run(
+        self,
+        name: str,
+        pass_: Callable[[], Any],
+        before: Any,
+        after: Callable[[Any], Any],
+        check: Callable[[Any], None] | None = None,
+    ) -> Any:
         """Run one pass.
 
         Args:
@@ -94,6 +109,7 @@ class Recorder:
             pass_: the pass; it returns what it did, last or alone.
             before: what it works on.
             after: its result -> what it has made.
+            check: the verifier of that.
         """
         sizes = sizes_of(before)
         begun = time.perf_counter()
@@ -101,14 +117,37 @@ class Recorder:
         milliseconds = 1e3 * (time.perf_counter() - begun)
         *results, done = result if isinstance(result, tuple) else (result,)
         made = after(results)
-        text = text_of(made) if self.texts else ""
-        self.records.append(Record(name, done, milliseconds, sizes, sizes_of(made), text))
-        _log.info("%s", self.records[-1])
+        self._note(Record(name, done, milliseconds, sizes, sizes_of(made), self._text(made)))
+        if check is not None:
+            self.check(check, made)
         return results
 
+    def check(self, check: Callable[[Any], None], made: Any) -> None:
+        """Run the verifier."""
+        begun = time.perf_counter()
+        check(made)
+        self._checked += 1e3 * (time.perf_counter() - begun)
 
+    def end(self) -> list[Record]:
+        """All records, the verifier's own among them."""
+        self._note(Record("verify", "the program is well-formed after every pass", self._checked))
+        return self.records
+
+    def _note(self, record: Record) -> None:
+        self.records.append(record)
+        _log.info("%s", record)
+
+    def _text(self, program: Trace | Draft | RolledProgram) -> str:
+        if self.texts is None:
+            return ""
+        if isinstance(program, Trace):
+            return trace_text(program)
+        return draft_text(program) if isinstance(program, Draft) else program.text(self.texts)
+
+
+@uncollected()
 def compile_trace(
-    trace: Trace, options: Options, step_of: StepOf, texts: bool = False
+    trace: Trace, options: Options, step_of: StepOf, texts: Mapping[Input, str] | None = None
 ) -> tuple[RolledProgram, list[Record]]:
     """Take a trace through all passes.
 
@@ -116,53 +155,55 @@ def compile_trace(
         trace: what was captured; it is rewritten.
         options: which passes to leave out, among others.
         step_of: cache of step graphs.
-        texts: whether the records hold the program as text.
+        texts: names for the tensors it reads, for records that hold the program as text; None for records without.
 
     Raises:
         CaptureError: for what cannot be compiled.
         ProgramError: where the verifier finds a pass to be wrong.
     """
-    recorder = Recorder(texts)
-    if texts:
-        recorder.records.append(
-            Record("capture", f"{len(trace.entries)} calls", 0.0, {}, sizes_of(trace), text_of(trace))
-        )
+    recorder = Recorder(trace, texts)
     writes, limit = recorder.run("mode", lambda: mode(trace), trace, lambda _: trace)
     if "rows" not in options.skip:
         recorder.run("rows", lambda: rows(trace), trace, lambda _: trace)
-    draft = split(trace)
+    (draft,) = recorder.run("split", lambda: _split(trace), trace, lambda made: made[0], _verify_split)
     draft.writes, draft.limit = writes, options.window if limit is None else limit
-    verify_draft(draft, outlined=False)
     shape(draft, options, recorder)
     if "roll" in options.skip:
         step_of = lambda key, build: build()
-    (program,) = recorder.run("roll", lambda: roll(draft, step_of), draft, lambda made: made[0])
     pruned = "canonicalize" not in options.skip
-    verify_program(program, pruned=pruned)
+    verify = partial(verify_program, pruned=pruned)
+    (program,) = recorder.run("roll", lambda: roll(draft, step_of), draft, lambda made: made[0], verify)
     if "loop" not in options.skip:
-        recorder.run("loop", lambda: loop(program), program, lambda _: program)
-        verify_program(program, pruned=pruned)
+        verify = partial(verify_program, pruned=pruned, folded=True)
+        recorder.run("loop", lambda: loop(program), program, lambda _: program, verify)
     if any(x.grad for x in trace.inputs):
         recorder.run(
             "differentiate", lambda: differentiate(program, options.lowering.hvp), program, lambda _: program
         )
-    return program, recorder.records
+    return program, recorder.end()
+
+
+def _split(trace: Trace) -> tuple[Draft, str]:
+    draft = split(trace)
+    return draft, f"{len(draft.units)} parts, {len(draft.bodies)} of them distinct"
+
+
+_verify_split = partial(verify_draft, outlined=False)
 
 
 def shape(draft: Draft, options: Options, recorder: Recorder) -> None:
     """The passes on a draft."""
     for name, pass_, instead in (("canonicalize", canonicalize, outline), ("prune", prune, keep_all)):
         pass_ = instead if name in options.skip else pass_
-        recorder.run(name, lambda p=pass_: p(draft), draft, lambda _: draft)
-        verify_draft(draft)
+        recorder.run(name, lambda p=pass_: p(draft), draft, lambda _: draft, verify_draft)
 
 
-def shaped(draft: Draft, texts: bool = False) -> list[Record]:
+def shaped(draft: Draft, texts: Mapping[Input, str] | None = None) -> list[Record]:
     """Take a draft that is one part, a compiled step, through the passes that apply to it."""
-    recorder = Recorder(texts)
-    verify_draft(draft, outlined=False)
+    recorder = Recorder(draft.trace, texts)
+    recorder.check(_verify_split, draft)
     shape(draft, Options(), recorder)
-    return recorder.records
+    return recorder.end()
 
 
 def sizes_of(program: Trace | Draft | RolledProgram) -> dict[str, int]:
@@ -191,10 +232,3 @@ def sizes_of(program: Trace | Draft | RolledProgram) -> dict[str, int]:
         "registers": program.registers,
         "state_bytes": program.state_bytes,
     }
-
-
-def text_of(program: Trace | Draft | RolledProgram) -> str:
-    """A program in whatever form, as text."""
-    if isinstance(program, Trace):
-        return trace_text(program)
-    return draft_text(program) if isinstance(program, Draft) else program.text()

@@ -64,7 +64,7 @@ def roll(draft: Draft, step_of: StepOf) -> tuple[RolledProgram, str]:
             strides = _strides(call, scan, units, lifted[id(unit.body)])
             k = len(scan.labels) - 1 if n in templates else unit.scan[1]
             call = _moved(call, strides, k - _shift(unit, scan))
-            rolled.calls.append(Loop(call, scan.count - k, strides) if n in templates else call)
+            rolled.calls.append(Loop((call,), scan.count - k, (strides,)) if n in templates else call)
         else:
             rolled.calls.append(call)
     rolled.registers = registers.count
@@ -77,13 +77,9 @@ def roll(draft: Draft, step_of: StepOf) -> tuple[RolledProgram, str]:
     )
     rolled.writes = [(target, registers.where(v)) for target, v in draft.writes]
     return rolled, (
-        f"{len(draft.units)} parts, {len({id(_step(c)) for c in rolled.calls})} step graphs, "
+        f"{len(draft.units)} parts, {len(rolled.step_graphs)} step graphs, "
         f"{sum(isinstance(c, Loop) for c in rolled.calls)} loops, {rolled.registers} registers"
     )
-
-
-def _step(call: StepCall | Loop) -> StepGraph:
-    return (call.call if isinstance(call, Loop) else call).step
 
 
 def _exact(x: Any) -> Any:
@@ -108,7 +104,7 @@ def _call(unit: Unit, step: StepGraph, lifted: tuple[int, ...], read: dict, writ
         else:
             given.append(Given("noise" if isinstance(ref, Noise) else "input", ref))
     given += [Given("number", segment.numbers[i]) for i in lifted]
-    return StepCall(step, (), (), tuple(state), tuple(written), -1, given, (), unit.location)
+    return StepCall(step, (), (), tuple(state), tuple(written), 0, given, (), unit.location)
 
 
 # -- loops -----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,243 @@
+"""A plain `for` whose iterations make several calls, or read lists of learnt tensors: it is a Loop all the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import metaoptim
+from forms import Made, compare, full_tape, leaf, mlp
+from metaoptim.compiler.ir import Loop
+from metaoptim.compiler.passes.loop import loop
+from metaoptim.compiler.program import RolledProgram
+from metaoptim.runtime.meter import AllocatorMeter
+
+ROUNDS = 6  # enough for what each round leaves to have found its place
+
+
+def numbers(steps: int, last: int, seed: int = 1) -> Tensor:
+    return torch.randn(steps, 5, last, generator=torch.Generator().manual_seed(seed))
+
+
+def program_of(made: Made) -> RolledProgram:
+    compiled = metaoptim.compile(made.of, backend="eager")
+    compiled(metaoptim.SlidingWindow)
+    ((program,),) = compiled._programs.values()
+    return program.rolled
+
+
+def sizes(program: RolledProgram) -> tuple[int, ...]:
+    loops = [c for c in program.calls if isinstance(c, Loop)]
+    return len(program.calls), len(loops), len(program.step_graphs), program.registers
+
+
+# -- optimizers by turns ---------------------------------------------------------------------------------------------
+
+
+def _by_turns(rounds: int, critic_steps: int = 1, **window: Any) -> Made:
+    """A critic that takes some steps for each one of the actor."""
+    actor, critic = mlp(), nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1))
+    rate, weight = leaf(-1.0), leaf(0.3)
+    xs = numbers(rounds, 3)
+
+    def of(make: Any) -> Tensor:
+        critic_optim = metaoptim.MetaAdam([critic], lr=0.1 * rate.exp())
+        actor_optim = metaoptim.MetaSGD([actor], lr=0.2 * weight.sigmoid(), momentum=0.5)
+        with make(**window):
+            for x in xs:
+                for _ in range(critic_steps):
+                    critic_optim.step((critic(actor(x).detach()) - weight).square().mean())
+                actor_optim.step(-critic(actor(x)).sigmoid().mean())
+            return critic(actor(xs[0])).mean()
+
+    own = [*actor.parameters(), *critic.parameters()]
+    if window["offline"]:
+        return Made(of, [rate, weight, *own])
+    return Made(of, [rate, weight], lambda: own)
+
+
+def _shared(rounds: int) -> Made:
+    """Two optimizers over one trunk."""
+    trunk, heads = nn.Linear(3, 3), [nn.Linear(3, 2), nn.Linear(3, 1)]
+    rate = leaf(-2.0)
+    xs = numbers(rounds, 3)
+
+    def of(make: Any) -> Tensor:
+        optimizers = [
+            metaoptim.MetaAdam([trunk, heads[0]], lr=rate.exp()),
+            metaoptim.MetaSGD([trunk, heads[1]], lr=rate.exp()),
+        ]
+        with make(offline=True):
+            for x in xs:
+                for head, optimizer in zip(heads, optimizers, strict=True):
+                    optimizer.step(head(trunk(x).tanh()).square().mean())
+            return sum((head(trunk(xs[0]).tanh()).square().mean() for head in heads), start=torch.zeros(()))
+
+    return Made(of, [rate, *trunk.parameters(), *(p for head in heads for p in head.parameters())])
+
+
+def _noisy(rounds: int) -> Made:
+    """Random numbers, a number of the round, and a value carried from one round to the next."""
+    net, other, weight = mlp(), mlp(1), leaf(0.3)
+    xs = numbers(rounds, 3)
+
+    def of(make: Any) -> Tensor:
+        first, second = metaoptim.MetaSGD([net], lr=0.1), metaoptim.MetaSGD([other], lr=0.1 * weight.exp())
+        with make(offline=True):
+            mean = torch.zeros(2)
+            for t in range(rounds):
+                out = net(F.dropout(xs[t], 0.3)) * (1 + t / 7)
+                mean = 0.9 * mean + out.mean(0)
+                first.step((out - weight).square().mean())
+                second.step((other(xs[t]) - mean.detach() + 0.1 * torch.randn(2)).square().mean())
+            return (other(xs[0]) * mean).square().mean()
+
+    return Made(of, [weight, *net.parameters(), *other.parameters()])
+
+
+TURNS: dict[str, Callable[[int], Made]] = {
+    "offline": lambda n: _by_turns(n, offline=True),
+    "online": lambda n: _by_turns(n, offline=False),
+    "truncated": lambda n: _by_turns(n, offline=False, window=3),
+    "two steps to one": lambda n: _by_turns(n, critic_steps=2, offline=True),
+    "a shared trunk": _shared,
+    "noise": _noisy,
+}
+
+
+@pytest.mark.parametrize("name", TURNS)
+def test_steps_by_turns_equal_the_tape(name: str) -> None:
+    # the tape keeps everything; what an ordinary window truncates has tests of its own
+    oracle = metaoptim.SlidingWindow if name == "truncated" else full_tape
+    compare(lambda: TURNS[name](ROUNDS + 2), oracle)
+
+
+@pytest.mark.parametrize("name", TURNS)
+def test_steps_by_turns_are_a_loop(name: str) -> None:
+    """As many calls, loops, step graphs and registers for any number of rounds."""
+    found = set()
+    for rounds in (ROUNDS + 2, 3 * ROUNDS):
+        program = program_of(TURNS[name](rounds))
+        longest = max((c for c in program.calls if isinstance(c, Loop)), key=lambda c: c.count)
+        assert len(longest.calls) == (3 if name == "two steps to one" else 2)
+        assert program.horizon == rounds * len(longest.calls)
+        found.add(sizes(program))
+        before = str(program)
+        loop(program)
+        assert str(program) == before  # idempotent
+    assert len(found) == 1
+
+
+def test_the_text_shows_a_round() -> None:
+    text = program_of(TURNS["offline"](ROUNDS + 2)).text().splitlines()
+    at = next(i for i, line in enumerate(text) if line.startswith("  loop "))
+    assert text[at].endswith(" times, t = 0, 1, ...:")
+    assert all(line.startswith("    r") and " + t]" in line for line in text[at + 1 : at + 3])
+
+
+def test_a_value_of_one_step_that_all_later_ones_read() -> None:
+    """The steps after it are a loop, although the one before them, of the same graph, leaves more behind."""
+
+    def make(steps: int = 10) -> Made:
+        net, weight = mlp(), leaf(0.3)
+        xs = numbers(steps, 3)
+
+        def of(window: Any) -> Tensor:
+            inner = metaoptim.MetaSGD([net], lr=0.1 * weight.exp())
+            anchor = weight * xs[0, :, :2]
+            with window(offline=True):
+                for t, x in enumerate(xs):
+                    out = net(x)
+                    inner.step((out - anchor).square().mean())
+                    anchor = out if t == 3 else anchor
+                return net(xs[0]).square().mean()
+
+        return Made(of, [weight, *net.parameters()])
+
+    compare(make)
+    assert sizes(program_of(make(10))) == sizes(program_of(make(20)))
+
+
+# -- lists of learnt tensors -----------------------------------------------------------------------------------------
+
+
+def _rates(steps: int, parameters: bool = False) -> Made:
+    """A learnt learning rate for every step."""
+    net, xs = mlp(), numbers(steps, 3)
+    values = torch.linspace(-2.0, -1.0, steps)
+    rates: Any = [leaf(float(v)) for v in values]
+    rates = nn.ParameterList(nn.Parameter(v.clone()) for v in values) if parameters else rates
+
+    def of(window: Any) -> Tensor:
+        inner = metaoptim.MetaAdam([net])
+        with window(offline=True):
+            for t, x in enumerate(xs):
+                inner.param_groups[0]["lr"] = 0.1 * rates[t].exp()
+                inner.step(net(x).square().mean())
+            return net(xs[0]).square().mean()
+
+    return Made(of, [*rates, *net.parameters()])
+
+
+def _weights(steps: int) -> Made:
+    """Learnt weights, two to a round of two optimizers, some of which come twice."""
+    net, other, xs = mlp(), mlp(1), numbers(steps, 3)
+    weights = [leaf(0.1 * k) for k in range(steps)]
+
+    def of(window: Any) -> Tensor:
+        first, second = metaoptim.MetaSGD([net], lr=0.1), metaoptim.MetaSGD([other], lr=0.1)
+        with window(offline=True):
+            for t, x in enumerate(xs):
+                first.step((net(x) - weights[t]).square().mean())
+                second.step((other(x) - net(x).detach() * weights[5 * t % steps].exp()).square().mean())
+            return other(xs[0]).square().mean()
+
+    return Made(of, [*weights, *net.parameters(), *other.parameters()])
+
+
+LISTS: dict[str, Callable[[int], Made]] = {
+    "rates": _rates,
+    "a ParameterList": lambda n: _rates(n, parameters=True),
+    "weights by turns": _weights,
+}
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_lists_of_learnt_tensors_equal_the_tape(name: str) -> None:
+    compare(lambda: LISTS[name](9))
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_lists_of_learnt_tensors_are_a_loop(name: str) -> None:
+    found = {sizes(program_of(LISTS[name](steps))) for steps in (12, 24)}
+    assert len(found) == 1
+
+
+def test_a_budget_counts_the_gradients_of_a_whole_list() -> None:
+    """A plan is found on a few iterations; every tensor of a list that is learnt gets a gradient."""
+    steps = 200
+    net, batches = mlp(), [x.clone().requires_grad_() for x in numbers(steps, 3)]
+
+    def of() -> Tensor:
+        inner = metaoptim.MetaSGD([net], lr=0.1)
+        with metaoptim.SlidingWindow(offline=True):
+            for x in batches:
+                inner.step(net(x).square().mean())
+            return net(batches[0]).square().mean()
+
+    with pytest.raises(metaoptim.BudgetError) as caught:
+        metaoptim.compile(of, backend="eager", memory_budget=100)()
+    budget = int(1.2 * caught.value.minimum)
+    fn = metaoptim.compile(of, backend="eager", memory_budget=budget)
+    torch.autograd.grad(fn(), batches)  # compiles
+    with AllocatorMeter() as meter:
+        torch.autograd.grad(fn(), batches)
+    assert 2 * steps * batches[0].nbytes < meter.peak <= budget  # a copy and a gradient each
+    report = metaoptim.explain(fn)()
+    assert report.predicted_peak_bytes == pytest.approx(meter.peak, rel=0.01)
+    assert len(report.gradient_targets) == steps + 4 and report.num_programs == 3
