@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from torch import nn
 
 import metaoptim
 from metaoptim.runtime.engine import Engine
+from metaoptim.runtime.inputs import Inputs
 from metaoptim.runtime.meter import AllocatorMeter
 
 BATCHES = [
@@ -70,3 +73,58 @@ def test_the_check_fails_when_a_state_per_step_is_leaked(monkeypatch: pytest.Mon
     monkeypatch.setattr(Engine, "append", append)
     slots, _ = growth(slots=8)
     assert slots > 0.8
+
+
+def test_what_a_step_is_recorded_by_is_small() -> None:
+    """Python objects of a step: its call, and where its inputs lie; not the views it was given."""
+
+    def objects(steps: int) -> int:
+        xs = torch.randn(steps, 16, 8)
+        net = nn.Linear(8, 4)
+        inner = metaoptim.MetaSGD([net], lr=torch.tensor(0.1, requires_grad=True), momentum=0.9)
+        with metaoptim.SlidingWindow(offline=True, slots=8):
+            tracemalloc.start()
+            for t in range(steps):
+                inner.step(net(xs[t]).square().mean())
+            gc.collect()
+            found, _ = tracemalloc.get_traced_memory()
+            tracemalloc.stop()
+        return found
+
+    objects(4)
+    assert (objects(150) - objects(50)) / 100 < 1000
+
+
+def test_views_are_held_by_their_place() -> None:
+    inputs = Inputs(lambda t: False)
+    xs = torch.randn(300, 4, 5)
+    held = [inputs.hold(x.T) for x in xs]
+    assert len({id(h.memory) for h in held}) == 1 and len({id(h.layout) for h in held[1:]}) == 1
+    assert all(
+        torch.equal(h.get(), x.T) and h.tensor.stride() == (1, 5) for h, x in zip(held, xs, strict=True)
+    )
+    expected = xs.clone()
+    inputs.preserve([xs])
+    xs.zero_()
+    assert all(torch.equal(h.get(), x.T) for h, x in zip(held, expected, strict=True))
+    again = inputs.hold(xs[3])
+    xs.data.add_(1)
+    with pytest.raises(metaoptim.StaleInputError, match=r"shape \(4, 5\)"):
+        again.get()
+
+
+@pytest.mark.parametrize("kind", ["other dtype", "conjugate", "subclass"])
+def test_what_differs_by_more_than_its_place_is_held_itself(kind: str) -> None:
+    class Marked(torch.Tensor):
+        pass
+
+    inputs, base = Inputs(lambda t: False), torch.randn(6, dtype=torch.complex128)
+    first = inputs.hold(base)
+    other = {
+        "other dtype": torch.view_as_real(base),
+        "conjugate": base.conj(),
+        "subclass": base.as_subclass(Marked),
+    }
+    held = inputs.hold(other[kind])
+    assert held.memory is not first.memory and held.layout is None
+    assert torch.equal(held.get(), other[kind]) and type(held.get()) is type(other[kind])
