@@ -95,6 +95,8 @@ class Engine:
         self.state: State = []
         self.backward_hook = backward_hook
         self.saving = sys.maxsize  # position from which on `run` saves residuals
+        self.begin = 0  # no sweep goes back further over inner steps that `run` runs
+        self._initial: State = []  # of `run`: what comes before all steps is run again from there
         self.streaming: Any = None  # what keeps a window to a memory budget
         self.reaches = False  # whether anything can receive a gradient through its steps
         self._watch = watching() if type(self) is Engine else None  # not while it is run to plan
@@ -144,9 +146,12 @@ class Engine:
     def run(self, state: State) -> State:
         """Run a complete program from its initial state; states are kept as the slots allow."""
         self.store.rebase(0, state)
+        self._initial = state
         for position in range(self.program.end):
             call = self.program[position]
-            if position and _may_keep(call, position):
+            if position == self.begin:
+                self.store.rebase(position, state)
+            elif position > self.begin and _may_keep(call, position):
                 self.store.offer(position, state)
             state = self._advance(call, position, state, {position: state}, saving=position >= self.saving)
             self._ran = position + 1
@@ -204,9 +209,12 @@ class Engine:
     def _load(self, wanted: Sequence[int]) -> None:
         """Have the states at ``wanted`` (ascending) at hand, for a sweep that has come down to the last of them."""
         self._work = {p: s for p, s in self._work.items() if p in wanted}
-        self.store.release(wanted[-1])
+        self.store.release(max(wanted[-1], self.store.base))
         for target in wanted:
             if target in self._work or target in self.store:
+                continue
+            if target < self.store.base:
+                self._work[target] = self._walk(0, target)
                 continue
             start = self.store.nearest(target)
             at_hand = max((p for p in self._work if p < target), default=start)
@@ -231,7 +239,9 @@ class Engine:
 
     def _at(self, position: int) -> State:
         found = self._work.get(position)
-        return self.store[position] if found is None else found
+        if found is None:
+            found = self._initial if position < self.store.base else self.store[position]
+        return found
 
     def _advance(
         self,
