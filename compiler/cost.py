@@ -31,8 +31,8 @@ class CostModel:
 
     * peak = K + A + c·S + T·B, where c = N keeps every state; and E + n·R where residuals are saved over the last n
       steps, or D where states go to a lower tier;
-    * extra forwards = r·(N + 1) − C(c + r, c + 1) − N with the least r for which N + 1 ≤ C(c + r, c) (Griewank & Walther
-      2000, "Algorithm 799: Revolve"); with a tier (c − 1)·⌊(N − 1)/(c + 1)⌋ + ⌊N/(c + 1)⌋;
+    * extra forwards = r·(N + 1) − C(c + r, c + 1) − N with the least r for which N + 1 ≤ C(c + r, c) (Griewank &
+      Walther 2000, "Algorithm 799: Revolve"); with a tier (c − 1)·⌊(N − 1)/(c + 1)⌋ + ⌊N/(c + 1)⌋;
     * offloaded = S·⌊(N − 1)/(c + 1)⌋;
     * operations = (T + extra forwards)·F + N·V − n·H; a state that goes down and comes up counts as a step.
 
@@ -45,7 +45,8 @@ class CostModel:
         step_bytes: B, what every further step adds: gradients of the data, where it has some.
         forward_flops, vjp_flops: F and V, floating point operations of matrix products and convolutions in a step and
             in its derivative.
-        residual_bytes, residual_fixed_bytes: R, of one step's residuals, and E, what the last calls and saving any take besides.
+        residual_bytes, residual_fixed_bytes: R, of one step's residuals, and E, what those of the calls after the steps
+            take more, and saving any.
         saved_flops: H, what residuals save of a step and its derivative.
         tier_bytes: D, of states on their way to the tier and back.
         window: W; None for no truncation.
@@ -64,7 +65,7 @@ class CostModel:
     window: int | None = None
 
     @property
-    def sizes(self) -> dict[sympy.Symbol, int]:
+    def sizes(self) -> dict[Any, int]:
         """What the symbols that are no counts stand for: ``peak.subs(sizes)`` is in T and c alone."""
         return {
             K: self.fixed_bytes,
@@ -140,7 +141,12 @@ class CostModel:
         window = horizon if self.window is None else self.window
         counts = {T: horizon, W: window, c: slots, n: saved, r: _repeats(min(horizon, window) + 1, slots)}
         if tiered:
-            formulas = self.peak_with_tier, self.extra_forwards_with_tier, self.offloaded, self.flops_with_tier
+            formulas = (
+                self.peak_with_tier,
+                self.extra_forwards_with_tier,
+                self.offloaded,
+                self.flops_with_tier,
+            )
         else:
             peak = self.peak_with_residuals if saved else self.peak
             formulas = peak, self.extra_forwards, sympy.Integer(0), self.flops

@@ -15,7 +15,7 @@ from .compiler.ir import Loop
 from .compiler.passes.pipeline import Options, compile_trace
 from .compiler.program import RolledProgram, nbytes, plural, readable_bytes
 from .compiler.stepcost import residual_cost, step_cost
-from .errors import BudgetError, WindowError
+from .errors import WindowError
 from .runtime.budget import budget_bytes, check_budget
 from .runtime.offload import check_offload
 from .runtime.planner import FEW_SLOTS, Plan, Planner, residuals_from, with_residuals
@@ -62,13 +62,15 @@ class Cost:
         down = f", {readable_bytes(self.offloaded_bytes)} go down and up" if self.plan == "tiered" else ""
         peak = self.model.peak_with_residuals if self.saved_calls else self.model.peak
         peak = self.model.peak_with_tier if self.plan == "tiered" else peak
-        sizes = [f"{s} = {readable_bytes(v)}" for s, v in self.model.sizes.items() if v and str(s) in "KASBRED"]
+        sizes = [
+            f"{s} = {readable_bytes(v)}" for s, v in self.model.sizes.items() if v and str(s) in "KASBRED"
+        ]
         lines = [
             f"{self.function}: {self.horizon:,} inner steps, {budget}: {self.plan}",
             f"  keeps {kept} of {readable_bytes(self.model.state_bytes)}{saved}{down}; peak "
             f"{readable_bytes(self.peak_bytes)} (at least {readable_bytes(self.minimum_budget)})",
-            f"  runs {self.extra_forwards:,} steps a second time: {self.time_factor:.2f} times the work of keeping every "
-            "state",
+            f"  runs {self.extra_forwards:,} steps a second time: {self.time_factor:.2f} times the work of keeping "
+            "every state",
             f"  peak = {peak}, with " + ", ".join(sizes),
         ]
         return "\n".join(lines)
@@ -205,7 +207,8 @@ def plan(
     Args:
         fn: compiled, or a plain function that holds a window. Its loop is a ``window.scan`` or ``window.range``.
         horizon: T, in place of the length of its loop (the longest, if it has several); None for as it is.
-        memory_budget, offload: as of `compile`; with neither, what the function itself says.
+        memory_budget: as of `compile`; None for what the function itself says.
+        offload: as of `compile`, with ``memory_budget``; None for what the function itself says.
 
     Returns:
         A function of the same arguments that returns a `Cost`.
@@ -284,7 +287,9 @@ def _setting(fn: CompiledFunction, program: RolledProgram, horizon: int | None, 
     name, how = getattr(fn, "__qualname__", "the function"), fn._options.lowering
     alone = Planner(longer, how, name, beside=beside)
     tier = Planner(longer, how, name, True, beside) if offload else None
-    return _Setting(name, longer, alone, tier, _model(alone, tier, longest, step_bytes), residuals_from(longer, how))
+    return _Setting(
+        name, longer, alone, tier, _model(alone, tier, longest, step_bytes), residuals_from(longer, how)
+    )
 
 
 def _model(alone: Planner, tier: Planner | None, longest: Loop, step_bytes: int) -> CostModel:

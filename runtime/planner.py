@@ -125,7 +125,9 @@ class Planner:
                 f"memory_budget: {readable_bytes(budget)} ({budget} bytes) is too small for {self.name}: the smallest "
                 f"feasible budget is {minimum} bytes ({readable_bytes(minimum)}), with one state of "
                 f"{readable_bytes(self.program.state_bytes)} kept"
-                + (f"; without the first-use check (self_check=False) it is {least} bytes" if checked else ""),
+                + (
+                    f"; without the first-use check (self_check=False) it is {least} bytes" if checked else ""
+                ),
                 minimum,
             )
         kept = None if slots >= self.states else slots

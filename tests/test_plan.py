@@ -109,22 +109,28 @@ def test_the_engine_does_what_was_predicted(
         assert abs(sum(written) - cost.offloaded_bytes) <= 2 * cost.model.state_bytes
         assert bool(written) == (cost.plan == "tiered")
         values = cost.model.at(forward, cost.slots, cost.saved_calls, cost.plan == "tiered")
-        assert abs(values["peak_bytes"] - cost.peak_bytes) <= 4 * max(cost.model.state_bytes, cost.model.residual_bytes)
+        assert abs(values["peak_bytes"] - cost.peak_bytes) <= 4 * max(
+            cost.model.state_bytes, cost.model.residual_bytes
+        )
         plans.add(cost.plan)
         assert f"{budget} bytes" not in str(cost) and cost.plan in str(cost)
-    assert {"scheduled", "all states", "unrolled"} - plans == (set() if not offload else {"scheduled"} - plans)
+    assert {"scheduled", "all states", "unrolled"} - plans == (
+        set() if not offload else {"scheduled"} - plans
+    )
     assert ("tiered" in plans) == offload
 
 
-@pytest.mark.parametrize("horizon", [7, 60, 3_000, 100_000])
+@pytest.mark.parametrize("horizon", [7, 60, 20_000])
 def test_work_never_rises_with_the_budget(horizon: int, tmp_path: Path) -> None:
     given = arguments(20)
     costs = [
-        metaoptim.plan(compiled(window=window), horizon=horizon, memory_budget="100GiB", offload=tmp_path)(*given)
-        for window in (None, 5, 500)
+        metaoptim.plan(compiled(window=window), horizon=horizon, memory_budget="100GiB", offload=tmp_path)(
+            *given
+        )
+        for window in (None, 50)
     ]
     for cost, offload in itertools.product(costs, (False, True)):
-        sizes, work = zip(*cost.curve(60, offload=offload), strict=True)
+        sizes, work = zip(*cost.curve(30, offload=offload), strict=True)
         assert list(sizes) == sorted(set(sizes)) and list(work) == sorted(work, reverse=True)
         assert 0.3 < work[-1] < 1  # with residuals; without any gain it is 1
         assert cost.plan == "unrolled" and cost.horizon == horizon
