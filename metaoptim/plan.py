@@ -85,11 +85,11 @@ class Cost:
         setting = self._setting
         planner = setting.planner(offload)
         powers = sorted({max(1, round(planner.states ** (k / (points - 1)))) for k in range(points)})
-        budgets = {planner.peak(kept, tiered) for kept in powers for tiered in {False, offload}}
+        budgets = {planner.peak(kept, tiered) for kept in (*powers, 2, 3) for tiered in {False, offload}}
         every = planner.peak(planner.states)
         budgets |= {every + setting.residuals(saved) for saved in powers}
         found = {}
-        for budget in sorted(b for b in budgets if b >= planner.peak(1, offload)):
+        for budget in sorted(b for b in budgets if b >= planner.least(offload)):
             cost = setting.within(budget, offload)
             found[cost.peak_bytes] = cost.time_factor
         yield from sorted(found.items())
@@ -164,7 +164,7 @@ class _Setting:
         kept = None if slots is None or slots >= states else slots
         tiered = offload and kept is not None
         planner = self.planner(tiered)
-        peak, least = planner.peak(kept or states, tiered), planner.peak(1, tiered)
+        peak, least = planner.peak(kept or states, tiered), planner.least(tiered)
         return self.cost(Plan(peak, kept, peak, least, offload=tiered), None)
 
     def cost(self, plan: Plan, budget: int | None) -> Cost:

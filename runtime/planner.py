@@ -65,12 +65,15 @@ class Peaks:
 
     def fitting(self, budget: int, most: int) -> int:
         """The most slots, up to ``most``, with which the peak is at most ``budget``; 0 if there is none."""
-        if self(1) > budget:
-            return 0
         more = budget - self(FEW_SLOTS)
         if more >= 0:
             return min(most, FEW_SLOTS + more // self.per_slot if self.per_slot else most)
-        return min(most, max(k for k in range(1, FEW_SLOTS) if self(k) <= budget))
+        return max((k for k in range(1, min(most + 1, FEW_SLOTS)) if self(k) <= budget), default=0)
+
+    @property
+    def least(self) -> int:
+        """The smallest peak there is; beside a tier, one slot may take more than two."""
+        return min(map(self, range(1, FEW_SLOTS + 1)))
 
 
 def peaks_of(program: RolledProgram, how: Lowering, offload: bool = False) -> Peaks:
@@ -83,7 +86,10 @@ def peaks_of(program: RolledProgram, how: Lowering, offload: bool = False) -> Pe
     def exact(slots: int) -> int:
         few, many = (n + (program.limit or 0) for n in (_FEW, MANY))
         loops = [c for c in program.calls if isinstance(c, Loop)] or [None]
-        return max(predict(shortened(program, few, x, many), slots, how, offload).peak_bytes for x in loops)
+        # with a tier, it is a matter of how many steps there are after the last state that went there
+        lengths = range(many, many + slots + 1) if offload else [many]
+        short = [shortened(program, few, x, length) for x in loops for length in lengths]
+        return max(predict(p, slots, how, offload).peak_bytes for p in short)
 
     return Peaks(exact)
 
@@ -116,15 +122,17 @@ class Planner:
         room, tiered = budget - self.beside, False
         slots = self.alone.fitting(room, self.states)
         if self.offload:
-            slots, tiered = with_tier(self.states, slots, self.tier.fitting(room, self.states))
-        least = self.peak(1, tiered)
+            most = self.tier.fitting(room, self.states)
+            choices = [k for k in range(1, most + 1) if self.tier(k) <= room]
+            slots, tiered = with_tier(self.states, slots, choices)
+        least = self.least(tiered)
         minimum = least + _first_use(self.program, self.how)
         if budget < minimum:
             checked = minimum > least
             raise BudgetError(
                 f"memory_budget: {readable_bytes(budget)} ({budget} bytes) is too small for {self.name}: the smallest "
-                f"feasible budget is {minimum} bytes ({readable_bytes(minimum)}), with one state of "
-                f"{readable_bytes(self.program.state_bytes)} kept"
+                f"feasible budget is {minimum} bytes ({readable_bytes(minimum)}); a state takes "
+                f"{readable_bytes(self.program.state_bytes)}"
                 + (
                     f"; without the first-use check (self_check=False) it is {least} bytes" if checked else ""
                 ),
@@ -132,6 +140,10 @@ class Planner:
             )
         kept = None if slots >= self.states else slots
         return Plan(budget, kept, self.peak(slots, tiered), minimum, offload=tiered)
+
+    def least(self, tiered: bool = False) -> int:
+        """The fewest bytes, without what compiling and checking take."""
+        return (self.tier if tiered else self.alone).least + self.beside
 
     def peak(self, slots: int, tiered: bool = False) -> int:
         """Predicted bytes with so many slots."""

@@ -91,7 +91,7 @@ def offloaded_states(horizon: int, slots: int) -> int:
     return max(horizon - 1, 0) // (slots + 1)
 
 
-def with_tier(horizon: int, slots: int, fewer: int) -> tuple[int, bool]:
+def with_tier(horizon: int, slots: int, choices: Sequence[int]) -> tuple[int, bool]:
     """How many slots to use, and whether with a lower tier, so that least work is done.
 
     Work is what is replayed and, with a tier, what is moved: a state that goes down and comes up counts as a step. It
@@ -101,12 +101,12 @@ def with_tier(horizon: int, slots: int, fewer: int) -> tuple[int, bool]:
     Args:
         horizon: T.
         slots: how many there can be.
-        fewer: how many there can be beside what a tier takes.
+        choices: which numbers of them there can be beside what a tier takes, ascending.
 
     Returns:
         Slots, 0 if there can be none; whether states go to the tier.
     """
-    work = {c: tiered_forwards(horizon, c) + offloaded_states(horizon, c) for c in range(fewer, 0, -1)}
+    work = {c: tiered_forwards(horizon, c) + offloaded_states(horizon, c) for c in reversed(choices)}
     best = min(work, key=work.__getitem__, default=0)
     if slots and extra_forwards(horizon, slots) <= work.get(best, horizon):
         return slots, False

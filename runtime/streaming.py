@@ -26,7 +26,7 @@ from .engine import Engine
 from .inputs import Held
 from .meter import profiling
 from .noise import GENERATOR_BYTES
-from .planner import MANY, Peaks
+from .planner import FEW_SLOTS, MANY, Peaks
 from .rehearsal import metered
 
 _REPEATS = 2  # of each step, before the last one repeats
@@ -66,8 +66,11 @@ class Streaming:
             _measure(engine, call)
             theta = (p.spec for p in call.step.inputs if p.role is Role.THETA)
             self._shown = max(self._shown, sum(map(nbytes, theta)))
-            program = _repeated([*engine.program.calls, call], engine.program.start)
-            found = Peaks(lambda slots: sweep_peak(program, slots, self.offload))
+            calls, start = [*engine.program.calls, call], engine.program.start
+            # with a tier, it is a matter of how many steps there are after the last state that went there
+            lengths = range(MANY, MANY + FEW_SLOTS + 1) if self.offload else [MANY]
+            programs = [_repeated(calls, start, length) for length in lengths]
+            found = Peaks(lambda k: max(sweep_peak(p, k, self.offload) for p in programs[: k + 1]))
             former = self._peaks
             self._peaks = found if former is None else Peaks(lambda k: max(found.exact(k), former.exact(k)))
         before = self.retained.bytes
@@ -83,7 +86,7 @@ class Streaming:
             slots = self._fitting()
         self._slots = slots
         if slots < 1:
-            minimum = self._peaks(1) + self.retained.bytes + self._shown + self.aside
+            minimum = self._peaks.least + self.retained.bytes + self._shown + self.aside
             raise BudgetError(
                 f"memory_budget: {readable_bytes(self.budget)} ({self.budget} bytes) is too small at inner step "
                 f"{engine.program.horizon + 1}: up to here the smallest feasible budget is {minimum} bytes "
@@ -98,7 +101,9 @@ class Streaming:
         assert self._peaks is not None
         room = self.budget - self.retained.bytes - self._shown - self.aside
         # when states are next given up, the inputs of one more step are there
-        return self._peaks.fitting(room - self._growth, self._slots) or self._peaks.fitting(room, 1)
+        return self._peaks.fitting(room - self._growth, self._slots) or self._peaks.fitting(
+            room, 2 if self.offload else 1
+        )
 
 
 def _measure(engine: Engine, call: StepCall) -> None:
@@ -112,10 +117,10 @@ def _measure(engine: Engine, call: StepCall) -> None:
         metered(lowered(call.step, "vjp", inputs, call.how), call, "vjp", inputs)
 
 
-def _repeated(calls: Sequence[StepCall | Assign], start: int) -> Program:
+def _repeated(calls: Sequence[StepCall | Assign], start: int, times: int) -> Program:
     """A program as long as `Peaks` needs, of which ``calls`` (from position ``start`` on) are the beginning.
 
-    A few calls of every kind are left, and the last super-step repeats.
+    A few calls of every kind are left, and the last super-step repeats, so many times.
     """
     seen: Counter = Counter()
     chosen: list[tuple[StepCall | Assign, int]] = []  # with how far back its base lies
@@ -130,7 +135,7 @@ def _repeated(calls: Sequence[StepCall | Assign], start: int) -> Program:
         if isinstance(c, StepCall)
     ]
     end = next((i for i, (_, back) in enumerate(last) if not back), len(last) - 1)
-    chosen += last[end::-1] * MANY
+    chosen += last[end::-1] * times
     return Program(
         0,
         [
