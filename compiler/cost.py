@@ -180,7 +180,7 @@ def step_flops(step: StepGraph, how: Lowering) -> tuple[int, int, int]:
         if divided is None:
             return replay, vjp, 0
         made, forward = _counted(divided.forward, given)
-        kept = made[len(made) - divided.residuals :]
+        kept = [made[i] for i in divided.residuals]
         _, backward = _counted(divided.backward, [*given, *kept, *cotangents])
     return replay, vjp, max(0, replay + vjp - forward - backward)
 

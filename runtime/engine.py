@@ -264,10 +264,10 @@ class Engine:
         if base is None:
             base = self.state_at(call.base)
         inputs = self.inputs_of(call, state, base)
-        saving = saving and residuals(call.step, call.how.hvp) is not None
-        results = self._lowered(call, "forward" if saving else "replay", inputs)(*inputs)
-        if saving:
-            self._residuals[position] = list(results[len(call.update) + len(call.opt_state_out) :])
+        divided = residuals(call.step, call.how.hvp) if saving else None
+        results = self._lowered(call, "replay" if divided is None else "forward", inputs)(*inputs)
+        if divided is not None:
+            self._residuals[position] = [results[i] for i in divided.residuals]
         for index, value in zip((*call.update, *call.opt_state_out), results, strict=False):
             if index == len(new):
                 new.append(value)

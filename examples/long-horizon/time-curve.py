@@ -1,6 +1,6 @@
 """Time of one meta-gradient against its memory budget: predicted for T = 20,000, predicted and measured for less.
 
-    python time-curve.py                  # measures at T = 1,000, some five minutes on one core
+    python time-curve.py                  # measures at T = 1,000, some six minutes on one core
     python time-curve.py --points 3       # minutes
 
 Predicted is what `metaoptim.plan` says, without running anything. Measured are processor time, by that with every state
@@ -25,7 +25,7 @@ from plots import plot_time
 from training import batches, layers, network, train
 
 HERE = pathlib.Path(__file__).resolve().parent
-REPEATS = 1
+REPEATS = 3
 
 
 class Problem:
