@@ -84,7 +84,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     problem, rows = Problem(), batches(800, 64, args.steps, 0)
-    asked = {t: problem.cost(t, "1000TiB", "disk") for t in (args.horizon, args.steps)}
+    asked = {t: problem.cost(t, "64GiB", "disk") for t in (args.horizon, args.steps)}
     predicted = {t: {o: list(asked[t].curve(80, offload=o)) for o in (False, True)} for t in asked}
     print(asked[args.horizon])
     points = [
