@@ -2,83 +2,160 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from math import comb
+from math import comb, floor
 from typing import Any
 
 import sympy
+from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from .differentiate import cotangent_outputs
 from .ir import Lowering, StepGraph
-from .lower import derived, replayed
+from .lower import derived, replayed, residuals
 
-T, c, r = sympy.symbols("T c r", integer=True, positive=True)
+T, c, r, W = sympy.symbols("T c r W", integer=True, positive=True)
+n = sympy.Symbol("n", integer=True, nonnegative=True)
+K, A, S, B, R, E, D = sympy.symbols("K A S B R E D", nonnegative=True)
+F, V, H = sympy.symbols("F V H", nonnegative=True)
+_EXACT = {"binomial": comb, "Min": min, "floor": floor}  # sympy's own are slow for large numbers
 
 
 @dataclass(frozen=True)
 class CostModel:
     """Bytes and operations of one meta-gradient through T inner steps with c slots.
 
-    peak = K + c·S + T·B; extra forwards = r·(T + 1) − C(c + r, c + 1) − T with the least r for which
-    T + 1 ≤ C(c + r, c) (Griewank & Walther 2000, "Algorithm 799: Revolve"); operations = (T + extra)·F + T·V.
+    With N = T, or min(T, W) where gradients are truncated:
+
+    * peak = K + A + c·S + T·B, where c = N keeps every state; and E + n·R where residuals are saved over the last n
+      steps, or D where states go to a lower tier;
+    * extra forwards = r·(N + 1) − C(c + r, c + 1) − N with the least r for which N + 1 ≤ C(c + r, c) (Griewank &
+      Walther 2000, "Algorithm 799: Revolve"); with a tier (c − 1)·⌊(N − 1)/(c + 1)⌋ + ⌊N/(c + 1)⌋;
+    * offloaded = S·⌊(N − 1)/(c + 1)⌋;
+    * operations = (T + extra forwards)·F + N·V − n·H; a state that goes down and comes up counts as a step.
+
+    T, W and n count calls of step graphs: inner steps, and what comes before and after them.
 
     Attributes:
-        fixed_bytes: K, with one step's derivative (A) and the states it works on in it.
+        fixed_bytes: K, what there is besides: the states that a derivative works on, gradients, copies.
+        transient_bytes: A, most that one step's derivative allocates.
         state_bytes: S, of a kept state.
         step_bytes: B, what every further step adds: gradients of the data, where it has some.
         forward_flops, vjp_flops: F and V, floating point operations of matrix products and convolutions in a step and
             in its derivative.
+        residual_bytes, residual_fixed_bytes: R, of one step's residuals, and E, what those of the calls after the steps
+            take more, and saving any.
+        saved_flops: H, what residuals save of a step and its derivative.
+        tier_bytes: D, of states on their way to the tier and back.
+        window: W; None for no truncation.
     """
 
     fixed_bytes: int
+    transient_bytes: int
     state_bytes: int
     step_bytes: int
     forward_flops: int
     vjp_flops: int
+    residual_bytes: int = 0
+    residual_fixed_bytes: int = 0
+    saved_flops: int = 0
+    tier_bytes: int = 0
+    window: int | None = None
+
+    @property
+    def sizes(self) -> dict[Any, int]:
+        """What the symbols that are no counts stand for: ``peak.subs(sizes)`` is in T and c alone."""
+        return {
+            K: self.fixed_bytes,
+            A: self.transient_bytes,
+            S: self.state_bytes,
+            B: self.step_bytes,
+            R: self.residual_bytes,
+            E: self.residual_fixed_bytes,
+            D: self.tier_bytes,
+            F: self.forward_flops,
+            V: self.vjp_flops,
+            H: self.saved_flops,
+        }
+
+    @property
+    def swept(self) -> sympy.Expr:
+        """N, how many steps a backward goes back over."""
+        return T if self.window is None else sympy.Min(T, W)
 
     @property
     def peak(self) -> sympy.Expr:
-        """Peak bytes, in T and c; c = T keeps every state."""
-        return self.fixed_bytes + self.state_bytes * sympy.Min(c, T) + self.step_bytes * T
+        """Peak bytes; c = N keeps every state."""
+        return K + A + S * sympy.Min(c, self.swept) + B * T
+
+    @property
+    def peak_with_residuals(self) -> sympy.Expr:
+        """Peak bytes with every state kept, and residuals of n ≥ 1 steps."""
+        return K + A + S * self.swept + B * T + E + R * n
+
+    @property
+    def peak_with_tier(self) -> sympy.Expr:
+        """Peak bytes of the device where other states go to a lower tier."""
+        return self.peak + D
 
     @property
     def extra_forwards(self) -> sympy.Expr:
         """Steps run a second time, in T, c and r."""
-        return r * (T + 1) - sympy.binomial(c + r, c + 1) - T
+        return r * (self.swept + 1) - sympy.binomial(c + r, c + 1) - self.swept
+
+    @property
+    def extra_forwards_with_tier(self) -> sympy.Expr:
+        """Steps run a second time where other states go to a lower tier."""
+        whole = sympy.floor((self.swept - 1) / (c + 1))
+        return (c - 1) * whole + sympy.floor(self.swept / (c + 1))
+
+    @property
+    def offloaded(self) -> sympy.Expr:
+        """Bytes that go to the tier then, and come back."""
+        return S * sympy.floor((self.swept - 1) / (c + 1))
 
     @property
     def flops(self) -> sympy.Expr:
-        """Operations in all, in T, c and r."""
-        return (T + self.extra_forwards) * self.forward_flops + T * self.vjp_flops
+        """Operations in all, in T, c, r and n."""
+        return (T + self.extra_forwards) * F + self.swept * V - n * H
 
-    def at(self, horizon: int, slots: int) -> dict[str, int]:
+    @property
+    def flops_with_tier(self) -> sympy.Expr:
+        """Likewise with a tier; a state that goes down and comes up counts as a step."""
+        return (T + self.extra_forwards_with_tier + self.offloaded / S) * F + self.swept * V
+
+    def at(self, horizon: int, slots: int, saved: int = 0, tiered: bool = False) -> dict[str, int]:
         """The formulas' values.
 
         Args:
             horizon: T.
-            slots: c, at most T.
+            slots: c, at most N.
+            saved: n, with c = N.
+            tiered: whether other states go to a lower tier.
 
         Returns:
-            ``peak_bytes``, ``extra_forwards`` and ``flops``.
+            ``peak_bytes``, ``extra_forwards``, ``offloaded_bytes`` and ``flops``.
         """
-        values: dict[Any, int] = {T: horizon, c: slots, r: _repeats(horizon + 1, slots)}
-        names = {"peak_bytes": self.peak, "extra_forwards": self.extra_forwards, "flops": self.flops}
-        exact = {"binomial": comb, "Min": min}  # sympy's own are slow for large numbers
+        window = horizon if self.window is None else self.window
+        counts = {T: horizon, W: window, c: slots, n: saved, r: _repeats(min(horizon, window) + 1, slots)}
+        if tiered:
+            formulas = (
+                self.peak_with_tier,
+                self.extra_forwards_with_tier,
+                self.offloaded,
+                self.flops_with_tier,
+            )
+        else:
+            peak = self.peak_with_residuals if saved else self.peak
+            formulas = peak, self.extra_forwards, sympy.Integer(0), self.flops
+        values: dict[Any, int] = {**counts, **self.sizes}
+        names = ("peak_bytes", "extra_forwards", "offloaded_bytes", "flops")
         return {
-            name: sympy.lambdify([*values], formula, exact)(*values.values())
-            for name, formula in names.items()
+            name: int(sympy.lambdify([*values], formula, _EXACT)(*values.values()))
+            for name, formula in zip(names, formulas, strict=True)
         }
-
-    def slots(self, horizon: int, budget: int) -> int:
-        """The most slots with which T steps stay within ``budget`` bytes; 0 if there are none."""
-        room = budget - self.fixed_bytes - self.step_bytes * horizon
-        return max(0, min(room // self.state_bytes, horizon)) if self.state_bytes else horizon * (room >= 0)
-
-    def minimum(self, horizon: int) -> int:
-        """The smallest budget for T steps, in bytes."""
-        return self.at(horizon, 1)["peak_bytes"]
 
 
 def _repeats(states: int, slots: int) -> int:
@@ -89,11 +166,26 @@ def _repeats(states: int, slots: int) -> int:
     return found
 
 
-def step_flops(step: StepGraph, how: Lowering) -> tuple[int, int]:
-    """Operations of a step and of its derivative, as torch counts them: matrix products, convolutions, attention."""
-    counts = []
-    for graph, extra in ((replayed(step), []), (derived(step, how.hvp), cotangent_outputs(step))):
-        with FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter:
-            graph(*[p.empty() for p in step.inputs], *[step.outputs[i].empty() for i in extra])
-        counts.append(counter.get_total_flops())
-    return counts[0], counts[1]
+def step_flops(step: StepGraph, how: Lowering) -> tuple[int, int, int]:
+    """Operations of a step, of its derivative, and how many of both residuals save.
+
+    As torch counts them: matrix products, convolutions, attention.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        given = [p.empty() for p in step.inputs]
+        cotangents = [step.outputs[i].empty() for i in cotangent_outputs(step)]
+        _, replay = _counted(replayed(step), given)
+        _, vjp = _counted(derived(step, how.hvp), [*given, *cotangents])
+        divided = residuals(step, how.hvp)
+        if divided is None:
+            return replay, vjp, 0
+        made, forward = _counted(divided.forward, given)
+        kept = [made[i] for i in divided.residuals]
+        _, backward = _counted(divided.backward, [*given, *kept, *cotangents])
+    return replay, vjp, max(0, replay + vjp - forward - backward)
+
+
+def _counted(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> tuple[Sequence[Any], int]:
+    with FlopCounterMode(display=False) as counter:
+        results = graph(*inputs)
+    return results, counter.get_total_flops()

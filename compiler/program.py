@@ -88,6 +88,32 @@ class RolledProgram:
         return sum(count for _, count in self.counted())
 
     @property
+    def swept(self) -> int:
+        """Over how many of its last positions a backward goes back, besides what comes before the inner steps.
+
+        All of them, unless gradients are truncated and no loss lies between the steps.
+        """
+        _, inner, after = self._stretches()
+        if self.limit is None or self.loss_between or self.limit >= sum(count for _, count in inner):
+            return self.positions
+        return self.limit + sum(count for _, count in after)
+
+    @property
+    def loss_between(self) -> bool:
+        """Whether a cotangent may come from between the inner steps."""
+        return any(
+            not step.steps or any(p.role is Role.CARRY and p.differentiable for p in step.outputs)
+            for step, _ in self._stretches()[1]
+        )
+
+    def _stretches(self) -> tuple[list[tuple[StepGraph, int]], ...]:
+        """Step graphs and how often they are called: before the inner steps, from the first to the last, after them."""
+        items = [(call.step, count) for call, count in self.counted()]
+        taking = [i for i, (step, _) in enumerate(items) if step.steps]
+        first, end = (taking[0], taking[-1] + 1) if taking else (len(items), len(items))
+        return items[:first], items[first:end], items[end:]
+
+    @property
     def step_graphs(self) -> list[StepGraph]:
         """The distinct step graphs, in order of appearance."""
         return list({id(call.step): call.step for call, _ in self.counted()}.values())

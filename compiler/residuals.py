@@ -30,15 +30,17 @@ class Split:
     """A step's two graphs.
 
     Attributes:
-        forward: inputs -> outputs but for the loss, then the residuals.
+        forward: inputs -> outputs but for the loss, then residuals that are none of them.
         backward: inputs, residuals, cotangents -> a cotangent, or None, per input: what the VJP gives.
-        residuals: how many there are.
+        residuals: which results of the forward they are; what is kept as a state anyway costs nothing.
+        fresh: how many of these results are residuals alone.
         saves: operators that the backward does not run again.
     """
 
     forward: fx.GraphModule
     backward: fx.GraphModule
-    residuals: int
+    residuals: tuple[int, ...]
+    fresh: int
     saves: int
 
 
@@ -60,7 +62,8 @@ def split(step: StepGraph, replay: fx.GraphModule, vjp: fx.GraphModule) -> Split
         return None
     backward, run = _backward(vjp, inputs, cotangents, saved)
     saves = sum(n.op == "call_function" and n.target is not getitem for n in vjp.graph.nodes) - run
-    return Split(_forward(replay, vjp, saved), backward, len(saved), saves)
+    forward, places, fresh = _forward(replay, vjp, saved)
+    return Split(forward, backward, places, fresh, saves)
 
 
 def _reached(graph: fx.Graph, sources: Iterable[fx.Node]) -> set[fx.Node]:
@@ -126,20 +129,31 @@ def _backward(
     return fx.GraphModule(vjp, graph), run
 
 
-def _forward(replay: fx.GraphModule, vjp: fx.GraphModule, saved: list[fx.Node]) -> fx.GraphModule:
-    """The replay, and what gives ``saved`` in the VJP; what both compute is computed once."""
+def _forward(
+    replay: fx.GraphModule, vjp: fx.GraphModule, saved: list[fx.Node]
+) -> tuple[fx.GraphModule, tuple[int, ...], int]:
+    """The replay, and what gives ``saved`` in the VJP; what both compute is computed once.
+
+    Returns:
+        The module; where among its results those of ``saved`` are; how many results are not the replay's.
+    """
     graph = fx.Graph()
     constants: dict[str, Any] = {}
     given = [graph.placeholder(n.name) for n in replay.graph.find_nodes(op="placeholder")]
     results: list[Any] = []
-    for module, prefix, wanted in (
-        (replay, "replay", next(iter(replay.graph.find_nodes(op="output"))).args[0]),
-        (vjp, "vjp", saved),
-    ):
+    outputs = next(iter(replay.graph.find_nodes(op="output"))).args[0]
+    for module, prefix, wanted in ((replay, "replay", outputs), (vjp, "vjp", saved)):
         env = dict(zip(module.graph.find_nodes(op="placeholder"), given, strict=False))
+        same: dict[Any, Any] = {}  # memory in the trace of this module -> memory in the graph
         for old, new in env.items():
-            new.meta = dict(old.meta)
+            if module is replay:
+                new.meta = dict(old.meta)
+            same |= {s: t for (s, _), (t, _) in zip(storages(old), storages(new), strict=False)}
         _copy(module.graph, graph, env, lambda name, p=prefix: f"{p}{name}")
+        for old, new in env.items():
+            if old.op != "placeholder":  # two traces may have had memory in the same place
+                memory = tuple((same.get(s, (prefix, s)), size) for s, size in storages(old))
+                new.meta = {**new.meta, "memory": memory}
         constants |= {
             f"{prefix}{n.target}": getattr(module, str(n.target))
             for n in module.graph.find_nodes(op="get_attr")
@@ -148,8 +162,14 @@ def _forward(replay: fx.GraphModule, vjp: fx.GraphModule, saved: list[fx.Node]) 
     graph.output(tuple(results))
     graph.eliminate_dead_code()
     graph = fx_graph_cse(graph)
+    (output,) = graph.find_nodes(op="output")
+    found: list[Any] = list(output.args[0])
+    made = found[: len(outputs)]  # type: ignore[arg-type]
+    fresh = [n for n in dict.fromkeys(found[len(made) :]) if n not in made]
+    places = tuple((made + fresh).index(n) for n in found[len(made) :])
+    output.args = (tuple(made + fresh),)
     distinct(graph)
-    return fx.GraphModule(constants, graph)
+    return fx.GraphModule(constants, graph), places, len(fresh)
 
 
 def _copy(

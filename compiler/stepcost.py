@@ -92,7 +92,7 @@ def residual_cost(step: StepGraph, how: Lowering) -> tuple[int, int]:
         return 0, 0
     forward, backward = measured(step, "forward", how), measured(step, "backward", how)
     made = _made(divided.forward.graph) if forward is None else forward.made
-    kept = sum(m.size for m in made[len(made) - divided.residuals :] if m is not None)
+    kept = sum(m.size for m in made[len(made) - divided.fresh :] if m is not None)
     peaks = [
         peak_bytes(graph.graph) if seen is None else seen.peak_bytes
         for graph, seen in ((divided.forward, forward), (divided.backward, backward))

@@ -151,11 +151,10 @@ class CompiledFunction:
         tensors = program.tensors(scene)
         rolled, options = program.rolled, self._options
         differentiable = torch.is_grad_enabled() and bool(program.keys)
-        slots, saved = self._kept(program, tensors) if differentiable else (1, 0)
+        slots, saved, offload = self._kept(program, tensors) if differentiable else (1, 0, None)
         written = [
             scene.tensors[t] if isinstance(t, int) else t for t in program.writes if not isinstance(t, tuple)
         ]
-        offload = stated(rolled, options).offload if differentiable else None
         run = Run(
             rolled,
             tensors,
@@ -173,13 +172,16 @@ class CompiledFunction:
         self._write(program, scene, run.last)
         return program.traced.restored(found)
 
-    def _kept(self, program: Program, tensors: dict[Input, Tensor]) -> tuple[int | None, int]:
-        """How many states to keep, and over how many calls residuals, as the windows inside say, else the decorator."""
+    def _kept(self, program: Program, tensors: dict[Input, Tensor]) -> tuple[int | None, int, Any]:
+        """How many states to keep, over how many calls residuals, and where other states go.
+
+        As the windows inside say, else the decorator.
+        """
         rolled, how = program.rolled, self._options.lowering
         said = stated(rolled, self._options)
         slots, budget = said.slots, said.memory_budget
         if budget is None:
-            return slots, 0
+            return slots, 0, said.offload
         if program.plan is None:
             rehearse(rolled, tensors, how)
             amount = budget_bytes(budget, device_of(rolled))
@@ -189,7 +191,8 @@ class CompiledFunction:
                 plan, rolled, how, lambda: rehearse(rolled, tensors, how, saving=True)
             )
             _plans.info("%s: %s", _name(self._fn), program.plan)
-        return program.plan.slots, program.plan.saved
+        plan = program.plan
+        return plan.slots, plan.saved, said.offload if plan.offload else None
 
     @torch.no_grad()
     def _write(self, program: Program, scene: Scene, last: list[tuple[Any, Tensor]]) -> None:

@@ -122,13 +122,14 @@ def report_of(
         rehearsal = partial(rehearse, program, tensors, how, saving=True) if measure else None
         plan = with_residuals(plan, program, how, rehearsal)
         slots = plan.slots
+        offload = offload if plan.offload else None
     prediction = predict(program, slots, how, offload is not None)
     if not prediction.reached:
         prediction = predict(program, 1, how)
     saved = 0 if plan is None or not prediction.reached else plan.saved
     peak = plan.peak_bytes if plan is not None and saved else prediction.peak_bytes
     kind = "forward only" if not prediction.reached else _plan(slots, offload is not None)
-    kind = "unrolled" if saved == program.positions else kind
+    kind = "unrolled" if saved and saved == program.swept else kind
     records.append(_checkpointed(prediction, saved, 1e3 * (time.perf_counter() - begun)))
     reached = {x for x in trace.inputs if x in prediction.reached}
     whole = predict(replace(program, limit=None), slots, how).reached if program.limit else prediction.reached
@@ -156,7 +157,7 @@ def report_of(
         slots=slots,
         memory_budget=None if plan is None else plan.budget,
         minimum_budget=None if plan is None else plan.minimum,
-        offload=None if offload is None else os.fspath(offload),
+        offload=None if said.offload is None else os.fspath(said.offload),
         plan=kind,
         kept_states=prediction.kept,
         saved_calls=saved,

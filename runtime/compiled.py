@@ -197,6 +197,7 @@ class Run:
         tier = None if slots is None else tier_for(offload)
         self.engine = (engine or Engine)(slots, backward_hook, self.program, tier)
         self.engine.saving = self.program.end - saved
+        self.engine.begin = self.program.end - rolled.swept
         self.end = 0
 
     def forward(self) -> list[Tensor]:

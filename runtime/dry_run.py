@@ -245,6 +245,7 @@ def predict(
     copied = [x for x in program.inputs if x.grad or _is_target(x, program)]
     held = [_Block(meter, nbytes(x.spec)) for x in copied]
     engine = _DryEngine(BoundProgram(program, _AllOutside(), program.registers, how), slots, meter, offload)
+    engine.begin = program.positions - program.swept
     state: list[Any] = [None] * (program.registers + 1)
     if generator_for(program) is not None:
         state[-1] = _Block(meter, GENERATOR_BYTES)

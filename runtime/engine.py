@@ -96,6 +96,8 @@ class Engine:
         self.state: State = []
         self.backward_hook = backward_hook
         self.saving = sys.maxsize  # position from which on `run` saves residuals
+        self.begin = 0  # no sweep goes back further over inner steps that `run` runs
+        self._initial: State = []  # of `run`: what comes before all steps is run again from there
         self.streaming: Any = None  # what keeps a window to a memory budget
         self.reaches = False  # whether anything can receive a gradient through its steps
         self._watch = watching() if type(self) is Engine else None  # not while it is run to plan
@@ -145,9 +147,12 @@ class Engine:
     def run(self, state: State) -> State:
         """Run a complete program from its initial state; states are kept as the slots allow."""
         self.store.rebase(0, state)
+        self._initial = state
         for position in range(self.program.end):
             call = self.program[position]
-            if position and _may_keep(call):
+            if position == self.begin:
+                self.store.rebase(position, state)
+            elif position > self.begin and _may_keep(call):
                 self.store.offer(position, state)
             state = self._advance(call, position, state, {position: state}, saving=position >= self.saving)
             self._ran = position + 1
@@ -205,9 +210,12 @@ class Engine:
     def _load(self, wanted: Sequence[int]) -> None:
         """Have the states at ``wanted`` (ascending) at hand, for a sweep that has come down to the last of them."""
         self._work = {p: s for p, s in self._work.items() if p in wanted}
-        self.store.release(wanted[-1])
+        self.store.release(max(wanted[-1], self.store.base))
         for target in wanted:
             if target in self._work or target in self.store:
+                continue
+            if target < self.store.base:
+                self._work[target] = self._walk(0, target)
                 continue
             start = self.store.nearest(target)
             at_hand = max((p for p in self._work if p < target), default=start)
@@ -232,7 +240,9 @@ class Engine:
 
     def _at(self, position: int) -> State:
         found = self._work.get(position)
-        return self.store[position] if found is None else found
+        if found is None:
+            found = self._initial if position < self.store.base else self.store[position]
+        return found
 
     def _advance(
         self,
@@ -255,10 +265,10 @@ class Engine:
         if base is None:
             base = self.state_at(position - call.back)
         inputs = self.inputs_of(call, state, base)
-        saving = saving and residuals(call.step, call.how.hvp) is not None
-        results = self._lowered(call, "forward" if saving else "replay", inputs)(*inputs)
-        if saving:
-            self._residuals[position] = list(results[len(call.update) + len(call.opt_state_out) :])
+        divided = residuals(call.step, call.how.hvp) if saving else None
+        results = self._lowered(call, "replay" if divided is None else "forward", inputs)(*inputs)
+        if divided is not None:
+            self._residuals[position] = [results[i] for i in divided.residuals]
         for index, value in zip((*call.update, *call.opt_state_out), results, strict=False):
             if index == len(new):
                 new.append(value)

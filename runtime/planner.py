@@ -14,6 +14,7 @@ from ..compiler.program import RolledProgram, nbytes, readable_bytes
 from ..compiler.stepcost import measured, residual_cost, step_cost
 from .dry_run import predict
 from .rehearsal import shortened
+from .schedule import with_tier
 
 _FEW = 4  # iterations of a loop in which all that happens in it has happened
 SCALARS = 1024  # bytes of losses, rates and the like that come and go
@@ -31,6 +32,7 @@ class Plan:
         peak_bytes: predicted, beyond the caller's own tensors.
         minimum: the smallest budget that there is a plan for.
         saved: over how many of the last calls residuals are saved, of which their derivatives make use.
+        offload: whether states without a slot go to a lower tier.
     """
 
     budget: int
@@ -38,6 +40,7 @@ class Plan:
     peak_bytes: int
     minimum: int
     saved: int = 0
+    offload: bool = False
 
 
 class Peaks:
@@ -63,12 +66,15 @@ class Peaks:
 
     def fitting(self, budget: int, most: int) -> int:
         """The most slots, up to ``most``, with which the peak is at most ``budget``; 0 if there is none."""
-        if self(1) > budget:
-            return 0
         more = budget - self(FEW_SLOTS)
         if more >= 0:
             return min(most, FEW_SLOTS + more // self.per_slot if self.per_slot else most)
-        return min(most, max(k for k in range(1, FEW_SLOTS) if self(k) <= budget))
+        return max((k for k in range(1, min(most + 1, FEW_SLOTS)) if self(k) <= budget), default=0)
+
+    @property
+    def least(self) -> int:
+        """The smallest peak there is; beside a tier, one slot may take more than two."""
+        return min(map(self, range(1, FEW_SLOTS + 1)))
 
 
 def peaks_of(program: RolledProgram, how: Lowering, offload: bool = False) -> Peaks:
@@ -81,7 +87,9 @@ def peaks_of(program: RolledProgram, how: Lowering, offload: bool = False) -> Pe
     def exact(slots: int) -> int:
         few, many = (n + (program.limit or 0) for n in (_FEW, MANY))
         loops = [c for c in program.calls if isinstance(c, Loop)] or [None]
-        short = [shortened(program, few, x, many) for x in loops]
+        # with a tier, it is a matter of how many steps there are after the last state that went there
+        lengths = range(many, many + slots + 1) if offload else [many]
+        short = [shortened(program, few, x, length) for x in loops for length in lengths]
         return max(predict(p, slots, how, offload).peak_bytes + _left_out(program, p) for p in short)
 
     return Peaks(exact)
@@ -108,36 +116,65 @@ def _left_out(program: RolledProgram, short: RolledProgram) -> int:
     return sum(nbytes(x.spec) for x in listed - read)
 
 
-def plan_for(program: RolledProgram, how: Lowering, budget: int, name: str, offload: bool = False) -> Plan:
-    """The plan with the least recomputation within a budget.
+class Planner:
+    """Finds the plan with the least work for any budget.
 
     Args:
         program: of the compiled function.
         how: its graphs are run.
-        budget: bytes that a call and its backward may hold at a time, beyond the caller's own tensors.
-        name: of the function, for the error.
-        offload: whether states without a slot go to a lower tier.
-
-    Raises:
-        BudgetError: if not even a single state can be kept.
+        name: of the function, for errors.
+        offload: whether states without a slot may go to a lower tier.
+        beside: bytes that a call holds besides what going through ``program`` shows.
     """
-    peaks, states = peaks_of(program, how, offload), program.positions
-    least = peaks(1)
-    minimum = least + _first_use(program, how)
-    if budget < minimum:
-        checked = minimum > least
-        raise BudgetError(
-            f"memory_budget: {readable_bytes(budget)} ({budget} bytes) is too small for {name}: the smallest feasible "
-            f"budget is {minimum} bytes ({readable_bytes(minimum)}), with one state of "
-            f"{readable_bytes(program.state_bytes)} kept"
-            + (f"; without the first-use check (self_check=False) it is {least} bytes" if checked else ""),
-            minimum,
-        )
-    if offload:  # as long as every state fits, none is on its way down or up
-        alone = peaks_of(program, how)
-        peaks = alone if alone.fitting(budget, max(states, 1)) >= states else peaks
-    slots = peaks.fitting(budget, max(states, 1))
-    return Plan(budget, None if slots >= states else slots, peaks(slots), minimum)
+
+    def __init__(
+        self, program: RolledProgram, how: Lowering, name: str, offload: bool = False, beside: int = 0
+    ) -> None:
+        self.program, self.how, self.name, self.offload, self.beside = program, how, name, offload, beside
+        self.states = max(program.swept, 1)
+        self.alone = peaks_of(program, how)
+        self.tier = peaks_of(program, how, offload) if offload else self.alone
+
+    def plan(self, budget: int) -> Plan:
+        """The plan for a call and its backward that may hold ``budget`` bytes beyond the caller's own tensors.
+
+        Raises:
+            BudgetError: if not even a single state can be kept.
+        """
+        room, tiered = budget - self.beside, False
+        slots = self.alone.fitting(room, self.states)
+        if self.offload:
+            most = self.tier.fitting(room, self.states)
+            choices = [k for k in range(1, most + 1) if self.tier(k) <= room]
+            slots, tiered = with_tier(self.states, slots, choices)
+        least = self.least(tiered)
+        minimum = least + _first_use(self.program, self.how)
+        if budget < minimum:
+            checked = minimum > least
+            raise BudgetError(
+                f"memory_budget: {readable_bytes(budget)} ({budget} bytes) is too small for {self.name}: the smallest "
+                f"feasible budget is {minimum} bytes ({readable_bytes(minimum)}); a state takes "
+                f"{readable_bytes(self.program.state_bytes)}"
+                + (
+                    f"; without the first-use check (self_check=False) it is {least} bytes" if checked else ""
+                ),
+                minimum,
+            )
+        kept = None if slots >= self.states else slots
+        return Plan(budget, kept, self.peak(slots, tiered), minimum, offload=tiered)
+
+    def least(self, tiered: bool = False) -> int:
+        """The fewest bytes, without what compiling and checking take."""
+        return (self.tier if tiered else self.alone).least + self.beside
+
+    def peak(self, slots: int, tiered: bool = False) -> int:
+        """Predicted bytes with so many slots."""
+        return (self.tier if tiered else self.alone)(slots) + self.beside
+
+
+def plan_for(program: RolledProgram, how: Lowering, budget: int, name: str, offload: bool = False) -> Plan:
+    """The plan for a budget of so many bytes; see `Planner`."""
+    return Planner(program, how, name, offload).plan(budget)
 
 
 def with_residuals(
@@ -154,24 +191,36 @@ def with_residuals(
     if plan.slots is not None:
         return plan
     room = plan.budget - plan.peak_bytes
-    bytes_, more = _most(program, how)
     if rehearsal is not None:
-        few = shortened(program, _FEW).positions
-        checking = 4 * max(
-            c.replay_bytes + c.vjp_bytes for c in (step_cost(g, how) for g in program.step_graphs)
-        )
-        if not bytes_ or room < few * bytes_ + more + checking:
+        if not residuals_from(program, how) or room < residuals_from(program, how):
             return plan
         rehearsal()
-        bytes_, more = _most(program, how)
-    saved = min(program.positions, max(0, room - more) // bytes_) if bytes_ else 0
-    return replace(plan, saved=saved, peak_bytes=plan.peak_bytes + (saved * bytes_ + more if saved else 0))
+    saved, bytes_ = saved_calls(program, how, room)
+    return replace(plan, saved=saved, peak_bytes=plan.peak_bytes + bytes_)
 
 
-def _most(program: RolledProgram, how: Lowering) -> tuple[int, int]:
-    """`residual_cost` of the step graph for which it is highest."""
-    costs = [residual_cost(g, how) for g in program.step_graphs]
-    return max((kept for kept, _ in costs), default=0), max((more for _, more in costs), default=0)
+def residuals_from(program: RolledProgram, how: Lowering) -> int:
+    """The room that a rehearsal with residuals needs, and the check of their graphs; 0 where there are none."""
+    _, few = saved_calls(shortened(program, _FEW), how)
+    costs = [step_cost(g, how) for g in program.step_graphs]
+    return few + 4 * max(c.replay_bytes + c.vjp_bytes for c in costs) if few else 0
+
+
+def saved_calls(program: RolledProgram, how: Lowering, room: int | None = None) -> tuple[int, int]:
+    """Over how many of the last calls residuals can be saved in ``room`` bytes (None: endless), and what they take."""
+    costs = {id(g): residual_cost(g, how) for g in program.step_graphs}
+    if not any(costs[id(g)][0] for g in program.step_graphs if g.steps):
+        return 0, 0
+    taken = max(more for _, more in costs.values())
+    saved, left = 0, program.swept
+    for call, count in reversed(list(program.counted())):
+        kept, _ = costs[id(call.step)]
+        count = min(count, left)
+        fits = count if room is None or not kept else min(count, max(0, room - taken) // kept)
+        saved, left, taken = saved + fits, left - fits, taken + fits * kept
+        if fits < count:
+            break
+    return (saved, taken) if saved else (0, 0)
 
 
 def _first_use(program: RolledProgram, how: Lowering) -> int:

@@ -73,6 +73,46 @@ def extra_forwards(horizon: int, slots: int) -> int:
     return advances(horizon + 1, slots) - horizon
 
 
+def tiered_forwards(horizon: int, slots: int) -> int:
+    """Steps run a second time where every (c + 1)-th state goes to a lower tier: each once at most.
+
+    Of a whole segment the c states after its beginning; those of the last one are in the slots, but for one state if it
+    is whole.
+
+    Args:
+        horizon: T, the number of inner steps.
+        slots: c.
+    """
+    return (slots - 1) * offloaded_states(horizon, slots) + horizon // (slots + 1)
+
+
+def offloaded_states(horizon: int, slots: int) -> int:
+    """How many states go to the tier then, besides the one that the loop begins with."""
+    return max(horizon - 1, 0) // (slots + 1)
+
+
+def with_tier(horizon: int, slots: int, choices: Sequence[int]) -> tuple[int, bool]:
+    """How many slots to use, and whether with a lower tier, so that least work is done.
+
+    Work is what is replayed and, with a tier, what is moved: a state that goes down and comes up counts as a step. It
+    is T or a little less for any number of slots, by how many states of the last segment stay on the device; from
+    about √(2T) slots on, these alone need no more.
+
+    Args:
+        horizon: T.
+        slots: how many there can be.
+        choices: which numbers of them there can be beside what a tier takes, ascending.
+
+    Returns:
+        Slots, 0 if there can be none; whether states go to the tier.
+    """
+    work = {c: tiered_forwards(horizon, c) + offloaded_states(horizon, c) for c in reversed(choices)}
+    best = min(work, key=work.__getitem__, default=0)
+    if slots and extra_forwards(horizon, slots) <= work.get(best, horizon):
+        return slots, False
+    return best, True
+
+
 def minimal_slots(horizon: int, max_extra: int) -> int:
     """The fewest slots with which a known horizon costs at most ``max_extra`` extra forwards; see `extra_forwards`.
 

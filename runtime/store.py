@@ -112,6 +112,8 @@ class SlotStore:
     def rebase(self, position: int, state: State | None = None) -> None:
         """Make ``position`` the initial one and drop everything below; its state is given if it is not held."""
         state = self._states[position] if state is None else state
+        if self.horizon is not None:  # the end stays where it is
+            self.horizon -= position - self.base
         self._keep([p for p in self._positions if p > position])
         self._put(position, state)
 

@@ -27,7 +27,7 @@ from .engine import Engine
 from .inputs import Held, Memory
 from .meter import profiling
 from .noise import GENERATOR_BYTES
-from .planner import MANY, Peaks
+from .planner import FEW_SLOTS, MANY, Peaks
 from .rehearsal import metered
 
 _REPEATS = 2  # of each step, before the last one repeats
@@ -67,8 +67,13 @@ class Streaming:
             _measure(engine, call)
             theta = (p.spec for p in call.step.inputs if p.role is Role.THETA)
             self._shown = max(self._shown, sum(map(nbytes, theta)))
-            program = _repeated([*engine.program, call])
-            found = Peaks(lambda slots: predict_sweep(program, slots, self.offload).peak_bytes)
+            calls = [*engine.program, call]
+            # with a tier, it is a matter of how many steps there are after the last state that went there
+            lengths = range(MANY, MANY + FEW_SLOTS + 1) if self.offload else [MANY]
+            programs = [_repeated(calls, length) for length in lengths]
+            found = Peaks(
+                lambda k: max(predict_sweep(p, k, self.offload).peak_bytes for p in programs[: k + 1])
+            )
             former = self._peaks
             self._peaks = found if former is None else Peaks(lambda k: max(found.exact(k), former.exact(k)))
         before = self.retained.bytes
@@ -103,13 +108,15 @@ class Streaming:
     @property
     def minimum(self) -> int:
         """The smallest budget for the steps so far."""
-        return self.beside + (0 if self._peaks is None else self._peaks(1))
+        return self.beside + (0 if self._peaks is None else self._peaks.least)
 
     def _fitting(self) -> int:
         assert self._peaks is not None
         room = self.budget - self.beside
         # when states are next given up, the inputs of one more step are there
-        return self._peaks.fitting(room - self._growth, self._slots) or self._peaks.fitting(room, 1)
+        return self._peaks.fitting(room - self._growth, self._slots) or self._peaks.fitting(
+            room, 2 if self.offload else 1
+        )
 
 
 def _measure(engine: Engine, call: StepCall) -> None:
@@ -123,10 +130,10 @@ def _measure(engine: Engine, call: StepCall) -> None:
         metered(lowered(call.step, "vjp", inputs, call.how), call, "vjp", inputs)
 
 
-def _repeated(calls: Sequence[StepCall | Assign]) -> Program:
+def _repeated(calls: Sequence[StepCall | Assign], times: int) -> Program:
     """A program as long as `Peaks` needs, of which ``calls`` are the beginning.
 
-    A few calls of every kind are left, and the last super-step repeats.
+    A few calls of every kind are left, and the last super-step repeats, so many times.
     """
     seen: Counter = Counter()
     chosen: list[StepCall | Assign] = []
@@ -137,7 +144,7 @@ def _repeated(calls: Sequence[StepCall | Assign]) -> Program:
             chosen.append(call)
     last = [c for c in reversed(calls) if isinstance(c, StepCall)]
     end = next((i for i, c in enumerate(last) if not c.back), len(last) - 1)
-    chosen += last[end::-1] * MANY
+    chosen += last[end::-1] * times
     return Program(
         0, [replace(c, back=min(c.back, i)) if isinstance(c, StepCall) else c for i, c in enumerate(chosen)]
     )

@@ -211,7 +211,7 @@ def test_what_another_horizon_would_cost() -> None:
     assert [c.horizon for c in costs] == [20_000] * 3
     assert all(c.peak_bytes <= c.memory_budget for c in costs)
     factors = [c.time_factor for c in costs]
-    assert factors == sorted(factors, reverse=True) and factors[0] > 1.5 and factors[-1] == 1.0
+    assert factors == sorted(factors, reverse=True) and factors[0] > 1.5 and factors[-1] < 1.0
     assert costs[-1].slots == 20_002  # with what comes before and after
     assert "runs 0 steps a second time" in str(costs[-1])
     with pytest.raises(metaoptim.BudgetError, match="smallest feasible") as refused:

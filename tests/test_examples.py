@@ -119,6 +119,23 @@ def test_memory_curves(
     assert "| 8 | " in capsys.readouterr().out
 
 
+def test_time_curve(
+    example: Callable[[str, str], ModuleType],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is printed of every run: its peak is within its budget."""
+    curve = example("long-horizon", "time-curve")
+    command = ["--horizon", "300", "--steps", "12", "--points", "4", "--out", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["time-curve.py", *command])
+    curve.main()
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) == 6 and {row[0] for row in rows} >= {"| scheduled", "| tiered", "| all states"}
+    assert all(float(peak) <= float(budget) for _, budget, peak, *_ in rows)
+    assert (tmp_path / "time-curve.png").read_bytes().startswith(b"\x89PNG")
+
+
 QUICK = ["--preset", "quick", "--steps", "24", "--iterations", "2"]
 
 

@@ -426,16 +426,3 @@ def test_the_window_inside_says_where(tmp_path: Path, written: list[int]) -> Non
     assert (
         len(written) == 3
     )  # the initial state is a copy of what the caller has: nothing is in the registers yet
-
-
-def test_plan_refers_to_explain(tmp_path: Path) -> None:
-    @metaoptim.compile(backend="eager", slots=2, offload=tmp_path)
-    def meta_loss(net: nn.Module, xs: Tensor) -> Tensor:
-        inner = metaoptim.MetaSGD([net])
-        with metaoptim.SlidingWindow(offline=True) as window:
-            for x in window.scan(xs):
-                inner.step(net(x).square().mean())
-            return net(xs[0]).square().mean()
-
-    with pytest.raises(metaoptim.WindowError, match="explain"):
-        metaoptim.plan(meta_loss)(nn.Linear(3, 1), torch.randn(6, 4, 3))

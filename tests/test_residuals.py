@@ -64,9 +64,10 @@ def test_both_graphs_together_are_replay_and_derivative(network: str, optimizer:
         with torch.no_grad():
             expected, outputs = derived(step, "auto")(*inputs, *cotangents), replayed(step)(*inputs)
             made = split.forward(*inputs)
-            saved = made[len(outputs) :]
+            saved = [made[i] for i in split.residuals]
             got = split.backward(*inputs, *saved, *cotangents)
-        assert len(saved) == split.residuals > 0
+        assert len(made) - len(outputs) == split.fresh <= len(saved) and saved
+        assert len({id(t) for t in made}) == len(made)
         torch.testing.assert_close(made[: len(outputs)], outputs, rtol=0, atol=0, equal_nan=True)
         for g, e in zip(got, expected, strict=True):
             torch.testing.assert_close(g, e, rtol=0, atol=0, equal_nan=True)
@@ -110,7 +111,9 @@ def test_mixed_mode() -> None:
     case = problem("linear", "adam", 5, True)
     got, program = run(case, memory_budget=MUCH, hvp="mixed")
     agree(got, run_oracle(case))
-    assert program.plan.saved
+    assert program.plan.slots is None and program.plan.saved == 0
+    steps = [s for s in program.rolled.step_graphs if s.steps]
+    assert steps and all(residuals(s, "mixed") is None for s in steps)  # layers are made again on purpose
 
 
 def compiled(**options: Any) -> Any:

@@ -41,7 +41,7 @@ PRESETS = {
     # A few minutes on one core.
     "demo": dict(steps=2000, iterations=10, train=800, val=500, batch=64, slots=45, repeats=3),
     # Ten times as many steps, in a budget of memory.
-    "long": dict(steps=20_000, iterations=3, train=800, val=500, batch=64, memory_budget="16MiB", repeats=1),
+    "long": dict(steps=20_000, iterations=10, train=800, val=500, batch=64, memory_budget="16MiB", repeats=1),
     # Seconds: to see that everything runs.
     "quick": dict(steps=40, iterations=3, train=200, val=100, batch=32, slots=6, repeats=1),
 }

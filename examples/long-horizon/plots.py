@@ -125,3 +125,39 @@ def plot_memory(found: dict[str, dict[int, int]], budget: str, path: str | os.Pa
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def plot_time(
+    predicted: dict[int, dict[bool, list[tuple[int, float]]]],
+    measured: list[tuple[bool, int, float]],
+    steps: int,
+    path: str | os.PathLike,
+) -> None:
+    """Draws the time of one meta-gradient against its budget.
+
+    Args:
+        predicted: T -> whether states are offloaded -> bytes and work, relative to keeping every state.
+        measured: whether states were offloaded, bytes, and time relative to keeping every state.
+        steps: T of what was measured.
+        path: where to write the picture.
+    """
+    figure, axes = plt.subplots(figsize=(6.4, 3.9), layout="constrained")
+    for horizon, color in zip(predicted, (_RIGHT, _LAYERS[2])):
+        for offload, style in ((False, "-"), (True, "--")):
+            sizes, work = zip(*predicted[horizon][offload])
+            label = f"T = {horizon:,}, predicted" + (", with offload" if offload else "")
+            axes.plot(np.array(sizes) / 2**20, work, style, color=color, drawstyle="steps-post", label=label)
+    for offload, marker in ((False, "o"), (True, "s")):
+        found = np.array([(size / 2**20, ratio) for o, size, ratio in measured if o == offload])
+        if len(found):
+            label = f"T = {steps:,}, measured" + (", with offload" if offload else "")
+            axes.plot(*found.T, marker, color=_WRONG, ms=5, label=label)
+    axes.axhline(1, color=_GREY, linewidth=0.8)
+    axes.set(xscale="log", ylim=(0.5, 4), xlabel="MiB, budget or measured peak")
+    axes.set_ylabel("work, or processor time,\nrelative to keeping every state")
+    axes.set_title("time of one meta-gradient", fontsize=10)
+    axes.legend(frameon=False, fontsize=8)
+    axes.grid(alpha=0.25, which="both", linewidth=0.5)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
