@@ -128,7 +128,8 @@ def report_of(
         prediction = predict(program, 1, how)
     saved = 0 if plan is None or not prediction.reached else plan.saved
     peak = plan.peak_bytes if plan is not None and saved else prediction.peak_bytes
-    kind = "forward only" if not prediction.reached else _plan(slots, offload is not None)
+    every = slots is None or slots >= program.swept
+    kind = "forward only" if not prediction.reached else _plan(every, offload is not None)
     kind = "unrolled" if saved and saved == program.swept else kind
     records.append(_checkpointed(prediction, saved, 1e3 * (time.perf_counter() - begun)))
     reached = {x for x in trace.inputs if x in prediction.reached}
@@ -274,8 +275,8 @@ def _unnamed(x: Input) -> str:
     return f"a tensor of shape {tuple(x.spec[0])}{where}"
 
 
-def _plan(slots: int | None, offload: bool) -> str:
-    return "all states" if slots is None else "tiered" if offload else "scheduled"
+def _plan(every: bool, offload: bool) -> str:
+    return "all states" if every else "tiered" if offload else "scheduled"
 
 
 def _title(fn: Callable) -> str:
