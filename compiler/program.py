@@ -50,6 +50,26 @@ class Given:
         return [g.of for g in self.of] if self.kind == "each" else [self.of]
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What of an inner loop is kept for its derivative.
+
+    Attributes:
+        slots: how many states at a time, others being made again; None for all.
+        saved: over how many of the last calls residuals are.
+        offload: where states go that have no slot; see `metaoptim.compile`.
+    """
+
+    slots: int | None = None
+    saved: int = 0
+    offload: str | os.PathLike[str] | None = None
+
+    def __str__(self) -> str:
+        text = "every state" if self.slots is None else f"at most {plural(self.slots, 'state')}"
+        text += f", residuals of the last {plural(self.saved, 'call')}" if self.saved else ""
+        return text + ("" if self.offload is None else f", others in {os.fspath(self.offload)}")
+
+
 @dataclass
 class RolledProgram:
     """A whole function as calls on registers.
@@ -61,6 +81,7 @@ class RolledProgram:
             end: a register, or an `Input` passed through.
         dead: places of the outputs that carry no gradient.
         slots, memory_budget, offload, backward_hook: options of its windows.
+        kept: what the pass checkpoint has decided on.
         limit: W, where gradients are truncated.
         offline: whether a window's own parameters receive a gradient.
     """
@@ -74,6 +95,7 @@ class RolledProgram:
     memory_budget: int | float | str | None = None
     offload: str | os.PathLike[str] | None = None
     backward_hook: Callable | None = None
+    kept: Kept | None = None
     limit: int | None = None
     offline: bool = False
 
@@ -162,6 +184,7 @@ class RolledProgram:
             f"{plural(len(names), 'step graph')}, {plural(self.registers, 'register')} "
             f"({readable_bytes(self.state_bytes)})"
             + (f", truncated to {self.limit} super-steps" if self.limit else "")
+            + (f"; kept: {self.kept}" if self.kept is not None else "")
         ]
         for item in self.calls:
             if not isinstance(item, Loop):

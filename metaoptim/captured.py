@@ -163,11 +163,6 @@ def stated(rolled: RolledProgram, options: Options) -> RolledProgram | Options:
     return rolled if rolled.slots is not None or rolled.memory_budget is not None else options
 
 
-def device_of(rolled: RolledProgram) -> torch.device:
-    """Where the inner state lives."""
-    return next((x.spec[3] for x in rolled.inputs if x.spec[3].type != "cpu"), torch.device("cpu"))
-
-
 def step_of(key: tuple, build: Callable[[], StepGraph]) -> StepGraph:
     """The step graph of this structure, built if it is new."""
     step = _steps.get(key)

@@ -12,22 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .captured import Program, StepProgram, capture, captured_step, device_of, stated
+from .captured import Program, StepProgram, capture, captured_step, stated
 from .changes import first_change
 from .compiler.capture import intercept
 from .compiler.capture.tracer import Input
 from .compiler.ir import Lowering
+from .compiler.passes.checkpoint import checkpoint
 from .compiler.passes.pipeline import Options
+from .compiler.program import Kept
 from .errors import WindowError, warn
 from .guards import Scene
 from .recapture import compare
-from .runtime.budget import budget_bytes, check_budget
+from .runtime.budget import check_budget
 from .runtime.compiled import Call, Run
 from .runtime.distributed import average_over_ranks
 from .runtime.offload import check_offload
-from .runtime.planner import plan_for, with_residuals
+from .runtime.planner import decide
 from .runtime.recorded import RecordedSession
-from .runtime.rehearsal import rehearse
 from .runtime.session import current_session
 
 _recompiles = logging.getLogger("metaoptim.recompiles")
@@ -151,20 +152,11 @@ class CompiledFunction:
         tensors = program.tensors(scene)
         rolled, options = program.rolled, self._options
         differentiable = torch.is_grad_enabled() and bool(program.keys)
-        slots, saved, offload = self._kept(program, tensors) if differentiable else (1, 0, None)
+        kept = self._kept(program, tensors) if differentiable else Kept(1)
         written = [
             scene.tensors[t] if isinstance(t, int) else t for t in program.writes if not isinstance(t, tuple)
         ]
-        run = Run(
-            rolled,
-            tensors,
-            slots,
-            options.lowering,
-            rolled.backward_hook,
-            written,
-            saved=saved,
-            offload=offload,
-        )
+        run = Run(rolled, tensors, options.lowering, rolled.backward_hook, kept, written)
         if differentiable:
             found = Call.apply(run, program.keys, rolled.dead, *(tensors[x] for x in program.keys))
         else:
@@ -172,27 +164,16 @@ class CompiledFunction:
         self._write(program, scene, run.last)
         return program.traced.restored(found)
 
-    def _kept(self, program: Program, tensors: dict[Input, Tensor]) -> tuple[int | None, int, Any]:
-        """How many states to keep, over how many calls residuals, and where other states go.
-
-        As the windows inside say, else the decorator.
-        """
+    def _kept(self, program: Program, tensors: dict[Input, Tensor]) -> Kept:
+        """What to keep for the backward, as the windows inside say, else the decorator."""
         rolled, how = program.rolled, self._options.lowering
-        said = stated(rolled, self._options)
-        slots, budget = said.slots, said.memory_budget
-        if budget is None:
-            return slots, 0, said.offload
-        if program.plan is None:
-            rehearse(rolled, tensors, how)
-            amount = budget_bytes(budget, device_of(rolled))
-            offload = said.offload is not None
-            plan = plan_for(rolled, how, amount, _name(self._fn), offload)
-            program.plan = with_residuals(
-                plan, rolled, how, lambda: rehearse(rolled, tensors, how, saving=True)
-            )
-            _plans.info("%s: %s", _name(self._fn), program.plan)
-        plan = program.plan
-        return plan.slots, plan.saved, said.offload if plan.offload else None
+        if rolled.kept is None:
+            kept, program.plan = decide(rolled, how, stated(rolled, self._options), _name(self._fn), tensors)
+            checkpoint(rolled, kept, how.hvp)
+            if program.plan is not None:
+                _plans.info("%s: %s", _name(self._fn), program.plan)
+        assert rolled.kept is not None
+        return rolled.kept
 
     @torch.no_grad()
     def _write(self, program: Program, scene: Scene, last: list[tuple[Any, Tensor]]) -> None:

@@ -12,12 +12,14 @@ from typing import Any
 
 from torch import Tensor
 
-from .captured import captured_step, device_of, stated, step_of, trace_of
+from .captured import captured_step, stated, step_of, trace_of
 from .compile import BoundFunction, CompiledFunction
 from .compiler.capture.tracer import Input
 from .compiler.ir import Lowering, Role
+from .compiler.passes.checkpoint import checkpoint
 from .compiler.passes.pipeline import Options, Record, compile_trace
 from .compiler.program import (
+    Kept,
     RolledProgram,
     given_ports,
     nbytes,
@@ -29,10 +31,9 @@ from .errors import WindowError
 from .guards import Scene
 from .naming import tensor_names
 from .report import Report, shape_of
-from .runtime.budget import budget_bytes
-from .runtime.dry_run import Prediction, predict
+from .runtime.dry_run import predict
 from .runtime.meter import profiling
-from .runtime.planner import plan_for, with_residuals
+from .runtime.planner import decide
 from .runtime.recorded import RecordedSession
 from .runtime.rehearsal import measured_peak, rehearse
 from .runtime.session import current_session
@@ -109,29 +110,26 @@ def report_of(
     }
     labels = {x: names.get(id(x.tensor)) or _unnamed(x) for x in trace.inputs}
     program, records = compile_trace(trace, options, step_of, labels)
-    said = stated(program, options)
-    slots, budget, offload = said.slots, said.memory_budget, said.offload
-    how = options.lowering
-    plan, begun = None, time.perf_counter()
+    said, how = stated(program, options), options.lowering
     tensors = {x: x.tensor for x in program.inputs}
     if measure:
         rehearse(program, tensors, how)
-    if budget is not None:
-        offloads = offload is not None
-        plan = plan_for(program, how, budget_bytes(budget, device_of(program)), _title(fn), offloads)
-        rehearsal = partial(rehearse, program, tensors, how, saving=True) if measure else None
-        plan = with_residuals(plan, program, how, rehearsal)
-        slots = plan.slots
-        offload = offload if plan.offload else None
+    begun = time.perf_counter()
+    kept, plan = decide(program, how, said, _title(fn), tensors if measure else None)
+    slots, offload = kept.slots, kept.offload
     prediction = predict(program, slots, how, offload is not None)
     if not prediction.reached:
+        kept = Kept(1)
         prediction = predict(program, 1, how)
-    saved = 0 if plan is None or not prediction.reached else plan.saved
+    saved = kept.saved
     peak = plan.peak_bytes if plan is not None and saved else prediction.peak_bytes
     every = slots is None or slots >= program.swept
     kind = "forward only" if not prediction.reached else _plan(every, offload is not None)
     kind = "unrolled" if saved and saved == program.swept else kind
-    records.append(_checkpointed(prediction, saved, 1e3 * (time.perf_counter() - begun)))
+    text = program.text(labels)
+    done = checkpoint(program, kept, how.hvp)
+    done += f"; {plural(prediction.extra_forwards, 'call')} made again"
+    records.append(Record("checkpoint", done, 1e3 * (time.perf_counter() - begun)))
     reached = {x for x in trace.inputs if x in prediction.reached}
     whole = predict(replace(program, limit=None), slots, how).reached if program.limit else prediction.reached
     through = _paths(program)
@@ -168,13 +166,13 @@ def report_of(
         transient_bytes=max((c.vjp_bytes for c in costs.values()), default=0),
         predicted_peak_bytes=peak,
         predicted_forward_bytes=prediction.forward_bytes,
-        measured_peak_bytes=measured_peak(program, tensors, how, slots, saved, offload) if measure else None,
+        measured_peak_bytes=measured_peak(program, tensors, how, kept) if measure else None,
         gradient_targets=[n for n in order if n in targets],
         unreachable=[n for n in order if n not in targets],
         paths={n: paths[n] for n in order},
         passes=list(map(asdict, records)),
         shapes=_shapes(program, how),
-        program=program.text(labels),
+        program=text,
     )
 
 
@@ -223,12 +221,6 @@ def _step_report(
         shapes={"step": shape_of(step.step, 1, options.lowering)},
         program=signature(step.step, "step") + "\n" + str(step.step),
     )
-
-
-def _checkpointed(prediction: Prediction, saved: int, milliseconds: float) -> Record:
-    done = f"at most {plural(prediction.kept, 'state')} kept, {plural(prediction.extra_forwards, 'call')} made again"
-    done += f", residuals saved over {plural(saved, 'call')}" if saved else ""
-    return Record("checkpoint", done, milliseconds)
 
 
 # -- what reaches the results ----------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from .captured import device_of, stated, step_of, trace_of
+from .captured import stated, step_of, trace_of
 from .compile import BoundFunction, CompiledFunction
 from .compiler.cost import CostModel, step_flops
 from .compiler.ir import Loop
@@ -18,7 +18,7 @@ from .compiler.stepcost import residual_cost, step_cost
 from .errors import WindowError
 from .runtime.budget import budget_bytes, check_budget
 from .runtime.offload import check_offload
-from .runtime.planner import FEW_SLOTS, Plan, Planner, residuals_from, with_residuals
+from .runtime.planner import FEW_SLOTS, Plan, Planner, device_of, residuals_from, with_residuals
 from .runtime.session import current_session
 
 

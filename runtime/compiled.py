@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from ..compiler.capture.tracer import Input
 from ..compiler.ir import Loop, Lowering, Role, StepCall, calls_of
-from ..compiler.program import Given, RolledProgram
+from ..compiler.program import Given, Kept, RolledProgram
 from .bridge import defined, hooked, refuse_third_order
 from .engine import Engine, Sweep
 from .inputs import Held, Inputs
@@ -168,24 +167,22 @@ class Run:
     Args:
         rolled: its program.
         tensors: the tensors behind the program's inputs.
-        slots, how, backward_hook: see `Engine`.
+        how: its graphs are run.
+        backward_hook: see `Engine`.
+        kept: what is kept for the backward.
         written: tensors that this call will overwrite when it has run; what is read of them is copied.
         engine: what runs it.
-        saved: over how many of its last calls residuals are saved.
-        offload: where states go that have no slot; see `metaoptim.compile`.
     """
 
     def __init__(
         self,
         rolled: RolledProgram,
         tensors: dict[Input, Tensor],
-        slots: int | None,
         how: Lowering,
         backward_hook: Callable | None,
+        kept: Kept,
         written: Sequence[Tensor] = (),
         engine: type[Engine] | None = None,
-        saved: int = 0,
-        offload: str | os.PathLike[str] | None = None,
     ) -> None:
         self.rolled = rolled
         overwritten = {id(t) for t in written}
@@ -193,10 +190,10 @@ class Run:
         self.held = {key: inputs.hold(t) for key, t in tensors.items()}
         self.generator = generator_for(rolled)
         self.program = BoundProgram(rolled, self.held, rolled.registers, how)
-        check_device(offload, [x.spec[3] for x in rolled.inputs])
-        tier = None if slots is None else tier_for(offload)
-        self.engine = (engine or Engine)(slots, backward_hook, self.program, tier)
-        self.engine.saving = self.program.end - saved
+        check_device(kept.offload, [x.spec[3] for x in rolled.inputs])
+        tier = None if kept.slots is None else tier_for(kept.offload)
+        self.engine = (engine or Engine)(kept.slots, backward_hook, self.program, tier)
+        self.engine.saving = self.program.end - kept.saved
         self.engine.begin = self.program.end - rolled.swept
         self.end = 0
 

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from metaoptim.errors import BudgetError
 
 from ..compiler.capture.tracer import Input
 from ..compiler.ir import Loop, Lowering
-from ..compiler.program import RolledProgram, nbytes, readable_bytes
+from ..compiler.program import Kept, RolledProgram, nbytes, readable_bytes
 from ..compiler.stepcost import measured, residual_cost, step_cost
+from .budget import budget_bytes
 from .dry_run import predict
-from .rehearsal import shortened
+from .rehearsal import rehearse, shortened
 from .schedule import with_tier
 
 _FEW = 4  # iterations of a loop in which all that happens in it has happened
@@ -170,6 +175,43 @@ class Planner:
     def peak(self, slots: int, tiered: bool = False) -> int:
         """Predicted bytes with so many slots."""
         return (self.tier if tiered else self.alone)(slots) + self.beside
+
+
+def decide(
+    program: RolledProgram,
+    how: Lowering,
+    said: Any,
+    name: str,
+    tensors: dict[Input, Tensor] | None = None,
+) -> tuple[Kept, Plan | None]:
+    """What a compiled function keeps, and the plan behind it where a budget decides.
+
+    Args:
+        program: of the function.
+        how: its graphs are run.
+        said: who says so: it has ``slots``, ``memory_budget`` and ``offload``.
+        name: of the function, for errors.
+        tensors: behind the program's inputs, to measure a few of its steps with; None to believe the graphs' sizes.
+
+    Raises:
+        BudgetError: for a budget in which not even one state can be kept.
+    """
+    if said.memory_budget is None:
+        return Kept(said.slots, 0, said.offload), None
+    rehearsal = None
+    if tensors is not None:
+        rehearse(program, tensors, how)
+        rehearsal = partial(rehearse, program, tensors, how, saving=True)
+    budget = budget_bytes(said.memory_budget, device_of(program))
+    plan = with_residuals(
+        plan_for(program, how, budget, name, said.offload is not None), program, how, rehearsal
+    )
+    return Kept(plan.slots, plan.saved, said.offload if plan.offload else None), plan
+
+
+def device_of(program: RolledProgram) -> torch.device:
+    """Where the inner state lives."""
+    return next((x.spec[3] for x in program.inputs if x.spec[3].type != "cpu"), torch.device("cpu"))
 
 
 def plan_for(program: RolledProgram, how: Lowering, budget: int, name: str, offload: bool = False) -> Plan:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from metaoptim.errors import UnreachableWarning
 from ..compiler.capture.tracer import Input
 from ..compiler.ir import Loop, Lowering, StepCall
 from ..compiler.lower import residuals
-from ..compiler.program import RolledProgram
+from ..compiler.program import Kept, RolledProgram
 from ..compiler.stepcost import Measured, made_of, measured
 from .compiled import Run, generator_for
 from .engine import Engine
@@ -56,29 +55,25 @@ def rehearse(
     if all(measured(g, kind, how) for g in graphs for kind in kinds):
         return
     short = shortened(program, _ITERATIONS)
-    saved = short.positions if saving else 0
+    kept = Kept(None, short.positions) if saving else Kept(1)
     with _generator_unmoved(program):
-        slots = None if saving else 1
-        _run_and_pull(Run(short, tensors, slots, how, None, engine=_MeteredEngine, saved=saved), program)
+        _run_and_pull(Run(short, tensors, how, None, kept, engine=_MeteredEngine), program)
 
 
 def measured_peak(
     program: RolledProgram,
     tensors: dict[Input, Tensor],
     how: Lowering,
-    slots: int | None,
-    saved: int,
-    offload: str | os.PathLike[str] | None,
+    kept: Kept,
 ) -> int:
     """Most bytes that a call and its backward hold, in a run of all its steps. Nothing outside changes.
 
     Args:
         program, tensors, how: as of `rehearse`, which has been run.
-        slots, saved: of its plan.
-        offload: where states go that have no slot.
+        kept: what is kept for the backward.
     """
     with _generator_unmoved(program), AllocatorMeter() as meter, progress(meter.watch):
-        _run_and_pull(Run(program, tensors, slots, how, None, saved=saved, offload=offload), program)
+        _run_and_pull(Run(program, tensors, how, None, kept), program)
     return meter.peak
 
 
