@@ -25,7 +25,9 @@ class AllocatorMeter:
     Every allocation of the block's thread counts, also those of compiled code; each takes half a microsecond. No other
     profiler may be active; see `profiling`. Operators are hidden from observers meanwhile.
 
-    What an earlier meter has seen allocated counts as given back when it is freed in the block.
+    What an earlier meter has seen allocated counts as given back when it is freed in the block. So does what is freed
+    from an address where such memory once lay, though it is from before the block: the events name no addresses, and
+    torch forgets none that are freed while nobody measures. A block that frees nothing older than itself is exact.
 
     Attributes:
         peak: most bytes alive at once, of those allocated inside the block.
