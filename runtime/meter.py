@@ -25,7 +25,9 @@ class AllocatorMeter:
     Every allocation of the block's thread counts, also those of compiled code; each takes half a microsecond. No other
     profiler may be active; see `profiling`. Operators are hidden from observers meanwhile.
 
-    What an earlier meter has seen allocated counts as given back when it is freed in the block.
+    What an earlier meter has seen allocated counts as given back when it is freed in the block. So does what is freed
+    from an address where such memory once lay, though it is from before the block: the events name no addresses, and
+    torch forgets none that are freed while nobody measures. A block that frees nothing older than itself is exact.
 
     Attributes:
         peak: most bytes alive at once, of those allocated inside the block.
@@ -43,24 +45,21 @@ class AllocatorMeter:
 
     def __enter__(self) -> AllocatorMeter:
         self.peak = self.held = 0
-        self._hook: Any = None  # on the autograd node that `note` was last called in, while it runs
         self._begin()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        if self._hook is not None:  # the node has failed
-            self._hook.remove()
         threads = autograd._disable_profiler_legacy()
         autograd._enable_record_function(True)
         self._add(threads)
 
     def note(self) -> None:
-        """Forget the events so far but for what they come to: they take some memory themselves."""
-        node = torch._C._current_autograd_node()
-        if node is not None and self._hook is None:
-            # After a node, autograd goes on with the profiler from before it, so the node's last events are added then.
-            # What it does then with what the node was given and gives is not seen: a few bytes for those that sweep.
-            self._hook = node.register_hook(self._leave)
+        """Forget the events so far but for what they come to: they take some memory themselves.
+
+        Not within a backward, whose events wait for its end.
+        """
+        if torch._C._current_autograd_node() is not None:
+            return  # after a node autograd brings back the profiler from before it, which must not have ended by then
         threads = autograd._disable_profiler_legacy()
         self._begin()  # at once: what is freed meanwhile is not seen
         self._add(threads)
@@ -69,11 +68,6 @@ class AllocatorMeter:
         """`note`, every so many steps: to be passed to `metaoptim.progress`."""
         if done % _NOTED == 0:
             self.note()
-
-    def _leave(self, *_: Any) -> None:
-        self._hook.remove()
-        self._hook = None
-        self._add(autograd._disable_profiler_legacy())
 
     def _begin(self) -> None:
         # The profiler before kineto: it starts in no time, says nothing on stderr, and keeps events in order.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -22,7 +23,7 @@ def block(kib: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("noted", [False, True])
 def test_the_peak_is_exact_however_often_events_are_added_up(noted: bool) -> None:
-    before = block(7)
+    gc.collect()
     with AllocatorMeter() as meter:
 
         def pause() -> None:
@@ -37,7 +38,6 @@ def test_the_peak_is_exact_however_often_events_are_added_up(noted: bool) -> Non
         pause()
         more = block(20)  # 120
         pause()
-        del before  # not of the block
         last = block(9)  # 129
         pause()
         del more
@@ -59,7 +59,7 @@ def test_a_level_is_carried_from_piece_to_piece() -> None:
     assert meter.held == 0
 
 
-def test_events_are_added_up_within_a_backward_too(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_backward_is_left_alone(capfd: pytest.CaptureFixture[str]) -> None:
     def peak(noted: bool) -> tuple[int, int]:
         meter = AllocatorMeter()
 
@@ -88,7 +88,7 @@ def test_events_are_added_up_within_a_backward_too(capfd: pytest.CaptureFixture[
                 y.sum().backward(retain_graph=True)  # type: ignore[union-attr]
         return meter.peak, meter.held
 
-    assert peak(True) == pytest.approx(peak(False), abs=64)
+    assert peak(True) == peak(False)
     assert not capfd.readouterr().err
 
 
@@ -125,7 +125,7 @@ def test_observers_are_back_afterwards() -> None:
     assert not profiling()
     with torch.autograd.profiler.profile(use_kineto=False) as profile:
         torch.ones(3).exp()
-    assert any(event.name == "aten::exp" for event in profile.function_events)
+    assert any(event.name == "aten::exp" for event in list(profile.function_events or ()))
 
 
 # -- against the kernel ----------------------------------------------------------------------------------------------

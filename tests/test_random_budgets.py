@@ -76,6 +76,7 @@ def test_a_compiled_function_keeps_its_budget(budget_case: int) -> None:
 
     most = metaoptim.explain(case.compiled(memory_budget="10GiB"))(*case.make())
     assert most.minimum_budget == minimum or case.steps <= _ONE_SLOT
+    assert most.predicted_peak_bytes is not None
     low = minimum + further_slots(case) * state_bytes(case)
     budget = case.between(low, 2 * most.predicted_peak_bytes)
     got, peak, plan = case.run(memory_budget=budget)
