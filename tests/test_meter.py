@@ -125,6 +125,7 @@ def test_observers_are_back_afterwards() -> None:
     assert not profiling()
     with torch.autograd.profiler.profile(use_kineto=False) as profile:
         torch.ones(3).exp()
+    assert profile is not None
     assert any(event.name == "aten::exp" for event in list(profile.function_events or ()))
 
 
