@@ -17,14 +17,16 @@ from metaoptim.captured import step_of, trace_of
 from metaoptim.compile import CompiledFunction
 from metaoptim.compiler.capture.tracer import Trace
 from metaoptim.compiler.ir import EAGER
+from metaoptim.compiler.lower import derived, replayed, residuals
 from metaoptim.compiler.passes.canonicalize import canonicalize
+from metaoptim.compiler.passes.checkpoint import checkpoint
 from metaoptim.compiler.passes.loop import loop
 from metaoptim.compiler.passes.mode import mode
 from metaoptim.compiler.passes.pipeline import Options, compile_trace, sizes_of
 from metaoptim.compiler.passes.prune import prune
 from metaoptim.compiler.passes.roll import roll
 from metaoptim.compiler.passes.rows import rows
-from metaoptim.compiler.program import RolledProgram
+from metaoptim.compiler.program import Kept, RolledProgram
 from metaoptim.compiler.segments import Draft, split
 from metaoptim.compiler.stepcost import step_cost
 from metaoptim.runtime.dry_run import predict
@@ -135,6 +137,7 @@ CASES = {
     "conv": Case(_conv, _build_conv),
     "actor_critic": Case(_actor_critic, _build_actor_critic),
 }
+aten = torch.ops.aten
 every_case = pytest.mark.parametrize("name", CASES)
 
 
@@ -324,3 +327,26 @@ def test_only_optional_passes_can_be_left_out() -> None:
         match=r"skip: got 'mode', expected some of 'rows', 'canonicalize', 'prune', 'roll', 'loop'",
     ):
         Options(skip=frozenset({"mode"}))
+
+
+@every_case
+def test_checkpoint_trades_states_and_residuals_for_work(name: str) -> None:
+    program = replace(compiled(name, steps=16)[0])
+    said = checkpoint(program, Kept(2), "reverse")
+    assert program.kept == Kept(2) and "kept: at most 2 states" in str(program)
+    few, every = predict(program, 2), predict(program, None)
+    assert few.peak_bytes < every.peak_bytes and few.extra_forwards > 0 == every.extra_forwards
+    assert checkpoint(program, Kept(2), "reverse") == said
+
+    def products(*modules: Any) -> int:
+        heavy = (aten.mm.default, aten.addmm.default, aten.convolution.default)
+        return sum(n.target in heavy for m in modules for n in m.graph.nodes)
+
+    said = checkpoint(program, Kept(None, program.positions), "reverse")
+    assert f"residuals of the last {program.positions} calls" in said and "divided" in said
+    before = after = 0  # over all calls whose steps are divided
+    for call, count in program.counted():
+        if (two := residuals(call.step, "reverse")) is not None:
+            before += count * products(replayed(call.step), derived(call.step, "reverse"))
+            after += count * products(two.forward, two.backward)
+    assert 0 < after < 0.9 * before
