@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .capture.tracer import Input
+from .capture.trace import Input
 from .ir import Loop, Port, Role, StepCall, StepGraph, calls_of
 
 _MOST_SHAPES = 6  # of one role and dtype that are written out

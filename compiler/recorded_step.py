@@ -11,7 +11,7 @@ import torch
 from .build import GradientHooks, build_segment
 from .capture.entries import Entry, Function, Number, Value
 from .capture.slicing import Slice
-from .capture.tracer import Input, Trace
+from .capture.trace import Input, Trace
 from .ir import Role, StepGraph, gradient
 from .passes.pipeline import shaped
 from .segments import Hooks, Roles, ordered, single

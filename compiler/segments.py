@@ -16,7 +16,7 @@ from metaoptim.errors import CaptureError, user_location
 from .capture.entries import Entry, Number, Value
 from .capture.ops import op_info
 from .capture.slicing import Keyed, hook_key
-from .capture.tracer import Input, Noise, ScanItem, Trace
+from .capture.trace import Input, Noise, ScanItem, Trace
 from .ir import Role, again, gradient, show
 from .update import UpdatePlan
 

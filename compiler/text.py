@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .capture.entries import Value
-from .capture.tracer import Input, Noise, ScanItem, Trace
+from .capture.trace import Input, Noise, ScanItem, Trace
 from .ir import gradient, show
 from .program import nbytes, plural, readable_bytes
 from .segments import Draft, Unit, arguments, identity

@@ -11,7 +11,7 @@ from metaoptim.errors import ProgramError
 
 from .capture.entries import Value
 from .capture.slicing import tensor_spec
-from .capture.tracer import Noise
+from .capture.trace import Noise
 from .ir import Loop, Port, Role, StepCall, calls_of
 from .program import Given, RolledProgram, given_ports, registers_text, state_ports
 from .segments import Draft, arguments

@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .compiler.capture import intercept
 from .compiler.capture.refusals import refusing
-from .compiler.capture.tracer import Input, Trace, Tracer, capturing
+from .compiler.capture.trace import Input, Trace
+from .compiler.capture.tracer import Tracer, capturing
 from .compiler.differentiate import cotangent_outputs
 from .compiler.ir import Role, StepCall, StepGraph
 from .compiler.lower import derived

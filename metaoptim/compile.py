@@ -15,12 +15,13 @@ from torch import Tensor
 from .captured import Program, StepProgram, capture, captured_step, stated
 from .changes import first_change
 from .compiler.capture import intercept
-from .compiler.capture.tracer import Input
+from .compiler.capture.trace import Input
 from .compiler.ir import Lowering
 from .compiler.passes.checkpoint import checkpoint
 from .compiler.passes.pipeline import Options
 from .compiler.program import Kept
 from .errors import WindowError, warn
+from .explain_function import report_of
 from .guards import Scene
 from .recapture import compare
 from .runtime.budget import check_budget
@@ -57,8 +58,6 @@ class CompiledFunction:
 
     def explain(self, *args: Any, **kwargs: Any) -> Any:
         """What a call with these arguments compiles to and costs; see `metaoptim.explain`."""
-        from .explain import report_of
-
         return report_of(self._fn, self._options, args, kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .compiler.capture.slicing import tensor_spec
-from .compiler.capture.tracer import Input, Noise
+from .compiler.capture.trace import Input, Noise
 from .compiler.ir import Loop, StepCall, calls_of
 from .compiler.program import RolledProgram, plural
 from .errors import CaptureError

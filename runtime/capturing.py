@@ -17,7 +17,8 @@ from ..compiler.capture import intercept
 from ..compiler.capture.entries import Value
 from ..compiler.capture.ops import LIFTS
 from ..compiler.capture.slicing import closed_over, tensor_spec
-from ..compiler.capture.tracer import Input, Scan, ScanItem, Tracer, WindowMark
+from ..compiler.capture.trace import Input, Scan, ScanItem, WindowMark
+from ..compiler.capture.tracer import Tracer
 from ..compiler.ir import gradient, show
 from ..compiler.segments import sources
 from ..compiler.update import UpdatePlan

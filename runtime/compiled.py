@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compiler.capture.tracer import Input
+from ..compiler.capture.trace import Input
 from ..compiler.ir import Loop, Lowering, Role, StepCall, calls_of
 from ..compiler.program import Given, Kept, RolledProgram
 from .bridge import defined, hooked, refuse_third_order

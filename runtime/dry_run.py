@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compiler.capture.tracer import Input
+from ..compiler.capture.trace import Input
 from ..compiler.differentiate import cotangent_outputs
 from ..compiler.ir import EAGER, Assign, Lowering, StepCall
 from ..compiler.program import RolledProgram, nbytes

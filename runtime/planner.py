@@ -12,7 +12,7 @@ from torch import Tensor
 
 from metaoptim.errors import BudgetError
 
-from ..compiler.capture.tracer import Input
+from ..compiler.capture.trace import Input
 from ..compiler.ir import Loop, Lowering
 from ..compiler.program import Kept, RolledProgram, nbytes, readable_bytes
 from ..compiler.stepcost import measured, residual_cost, step_cost

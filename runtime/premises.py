@@ -9,7 +9,7 @@ from torch import Tensor
 
 from metaoptim.errors import CaptureError
 
-from ..compiler.capture.tracer import Input
+from ..compiler.capture.trace import Input
 
 
 class Premises:

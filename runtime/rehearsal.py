@@ -14,7 +14,7 @@ from torch import Tensor
 
 from metaoptim.errors import UnreachableWarning
 
-from ..compiler.capture.tracer import Input
+from ..compiler.capture.trace import Input
 from ..compiler.ir import Loop, Lowering, StepCall
 from ..compiler.lower import residuals
 from ..compiler.program import Kept, RolledProgram

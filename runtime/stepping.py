@@ -15,7 +15,8 @@ from metaoptim.errors import CaptureError, WindowError, user_location
 from ..compiler.build import build_segment
 from ..compiler.capture import intercept
 from ..compiler.capture.entries import Value
-from ..compiler.capture.tracer import Input, Noise, Tracer
+from ..compiler.capture.trace import Input, Noise
+from ..compiler.capture.tracer import Tracer
 from ..compiler.ir import Lowering, Role, StepCall
 from ..compiler.lower import lowered
 from ..compiler.passes.pipeline import shaped

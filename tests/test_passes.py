@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import metaoptim
 from metaoptim.captured import step_of, trace_of
 from metaoptim.compile import CompiledFunction
-from metaoptim.compiler.capture.tracer import Trace
+from metaoptim.compiler.capture.trace import Trace
 from metaoptim.compiler.ir import EAGER
 from metaoptim.compiler.lower import derived, replayed, residuals
 from metaoptim.compiler.passes.canonicalize import canonicalize

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 import metaoptim
 from metaoptim.captured import step_of, trace_of
-from metaoptim.compiler.capture.tracer import Input, Noise
+from metaoptim.compiler.capture.trace import Input, Noise
 from metaoptim.compiler.ir import EAGER, Loop, Port, Role, StepCall, StepGraph
 from metaoptim.compiler.passes.canonicalize import canonicalize
 from metaoptim.compiler.passes.pipeline import Options, compile_trace

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..capture.entries import Value
-from ..capture.tracer import Noise
+from ..capture.trace import Noise
 from ..segments import Body, Draft, Segment, Unit, arguments, group
 
 

@@ -9,7 +9,7 @@ import torch
 from metaoptim.errors import CaptureError
 
 from ..capture.entries import Value
-from ..capture.tracer import Trace
+from ..capture.trace import Trace
 
 aten = torch.ops.aten
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from ..capture.tracer import Input, Trace
+from ..capture.trace import Input, Trace
 from ..ir import Lowering
 from ..program import RolledProgram, operator_count
 from ..segments import Draft, split

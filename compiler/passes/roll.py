@@ -10,7 +10,7 @@ from metaoptim.errors import CaptureError
 
 from ..build import build_segment
 from ..capture.entries import Value
-from ..capture.tracer import Input, Noise, ScanItem
+from ..capture.trace import Input, Noise, ScanItem
 from ..ir import Loop, StepCall, StepGraph
 from ..program import Given, RolledProgram
 from ..segments import Body, Draft, Unit, identity, roles_of

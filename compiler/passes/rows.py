@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..capture.entries import Entry, Value
-from ..capture.tracer import Input, ScanItem, Trace
+from ..capture.trace import Input, ScanItem, Trace
 from ..ir import gradient
 from ..segments import changed, owner
 
