@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from metaoptim.errors import MetaOptimError, UnreachableWarning, WindowError, warn
 
-from .engine import Engine, Sweep
+from .engine import Engine
+from .sweep import Sweep
 
 
 def new_token() -> Tensor:

@@ -15,10 +15,11 @@ from ..compiler.capture.trace import Input
 from ..compiler.ir import Loop, Lowering, Role, StepCall, calls_of
 from ..compiler.program import Given, Kept, RolledProgram
 from .bridge import defined, hooked, refuse_third_order
-from .engine import Engine, Sweep
+from .engine import Engine
 from .inputs import Held, Inputs
 from .noise import Drawn, generator_of
 from .offload import check_device, tier_for
+from .sweep import Sweep
 from .truncated import pull_back_truncated
 
 

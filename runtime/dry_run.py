@@ -18,10 +18,11 @@ from ..compiler.program import RolledProgram, nbytes
 from ..compiler.recorded_program import Program
 from ..compiler.stepcost import Made, step_cost
 from .compiled import BoundProgram, GradientSweep, generator_for
-from .engine import Engine, Sweep
+from .engine import Engine
 from .noise import GENERATOR_BYTES
 from .offload import TieredStore
 from .store import SlotStore
+from .sweep import Sweep
 from .tier import WRITING
 from .truncated import pull_back_truncated
 

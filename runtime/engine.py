@@ -27,47 +27,8 @@ from .offload import TieredStore
 from .progress import watching
 from .schedule import Marks
 from .store import SlotStore, State
+from .sweep import Sweep
 from .tier import Tier
-
-
-class Sweep:
-    """Cotangents on their way back through the tape.
-
-    Attributes:
-        position: they have been pulled back to here.
-        top: they came from there.
-        cotangents: state index -> cotangent at `position`.
-        deposits: tape position -> cotangents that join there.
-        metas: meta-parameter (its number, or what else stands for it) -> its gradient so far.
-        adopted: state index -> cotangent that arrived at the adoption of that parameter.
-    """
-
-    def __init__(self) -> None:
-        self.position = self.top = -1
-        self.cotangents: dict[int, Tensor] = {}
-        self.deposits: dict[int, list[tuple[int, Tensor]]] = {}
-        self.metas: dict[Any, Tensor] = {}
-        self.adopted: dict[int, Tensor] = {}
-
-    def deposit(self, position: int, index: int, grad: Tensor) -> None:
-        """Let a cotangent of state entry ``index`` join at ``position``."""
-        self.deposits.setdefault(position, []).append((index, grad))
-
-    def add(self, index: int, grad: Tensor) -> None:
-        """Accumulate at the current position."""
-        known = self.cotangents.get(index)
-        self.cotangents[index] = grad if known is None else known + grad
-
-    def meta(self, key: Any, grad: Tensor) -> None:
-        """Accumulate the gradient of a meta-parameter."""
-        known = self.metas.get(key)
-        self.metas[key] = grad if known is None else known + grad
-
-    def arrive(self, position: int) -> None:
-        """Move to ``position`` and merge what was deposited there."""
-        self.position = position
-        for index, grad in self.deposits.pop(position, ()):
-            self.add(index, grad)
 
 
 class Engine:

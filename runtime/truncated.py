@@ -10,7 +10,8 @@ from torch import Tensor
 from metaoptim.errors import UnreachableWarning, warn
 
 from ..compiler.ir import Role
-from .engine import Engine, Sweep
+from .engine import Engine
+from .sweep import Sweep
 
 _INNER = (Role.THETA, Role.OPT_STATE)
 
