@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from .captured import captured_step, stated, step_of, trace_of
-from .compiler.capture.trace import Input
+from .compiler.capture.trace import Input, Trace
 from .compiler.ir import Lowering, Role
 from .compiler.passes.checkpoint import checkpoint
 from .compiler.passes.pipeline import Options, Record, compile_trace
@@ -52,15 +52,6 @@ def report_of(
     traced, tracer, _ = trace_of(fn, args, kwargs)
     trace = tracer.trace
     trace.outputs = traced.tensors
-    read = {id(x.tensor) for x in trace.inputs}
-    adopted = {
-        id(x.tensor)
-        for w in trace.windows
-        if not w.offline
-        for e in w.adopted
-        for x in e.args
-        if isinstance(x, Input)
-    }
     labels = {x: names.get(id(x.tensor)) or _unnamed(x) for x in trace.inputs}
     program, records = compile_trace(trace, options, step_of, labels)
     said, how = stated(program, options), options.lowering
@@ -83,19 +74,12 @@ def report_of(
     done = checkpoint(program, kept, how.hvp)
     done += f"; {plural(prediction.extra_forwards, 'call')} made again"
     records.append(Record("checkpoint", done, 1e3 * (time.perf_counter() - begun)))
-    reached = {x for x in trace.inputs if x in prediction.reached}
     whole = predict(replace(program, limit=None), slots, how).reached if program.limit else prediction.reached
-    through = _paths(program)
-    paths = {labels[x]: through[x] for x in trace.inputs if x in reached}
-    told = {id(x) for x in program.inputs}
-    for x in trace.inputs:
-        # networks of other optimizers that are still alive are taken in too: nothing to tell
-        if x.grad and x not in reached and (id(x) in told or id(x.tensor) in names):
-            paths[labels[x]] = _why_not(x, program, adopted, whole)
+    paths, targets = _gradients(trace, program, labels, names, prediction.reached, whole)
     scene = _learnable(names, fn, args, kwargs)
+    read = {id(x.tensor) for x in trace.inputs}
     paths |= {name: "not read" for name, t in scene.items() if id(t) not in read and name not in paths}
     order = [*(n for n in scene if n in paths), *(n for n in paths if n not in scene)]
-    targets = {labels[x] for x in reached}
     costs = {id(g): step_cost(g, how) for g in program.step_graphs}
     forward = program.positions
     return Report(
@@ -177,6 +161,37 @@ def _step_report(
 
 
 # -- what reaches the results ----------------------------------------------------------------------------------------
+
+
+def _gradients(
+    trace: Trace,
+    program: RolledProgram,
+    labels: Mapping[Input, str],
+    names: Mapping[int, str],
+    reached: frozenset[Input],
+    whole: frozenset[Input],
+) -> tuple[dict[str, str], set[str]]:
+    """Name of what requires grad -> through which step graphs its gradient comes, or why it gets none; who gets one.
+
+    Args:
+        trace: what was captured.
+        program: made of it.
+        labels: of what it reads.
+        names: by id, of what the caller has names for.
+        reached: inputs that a gradient reaches.
+        whole: likewise, were it not truncated.
+    """
+    entries = [e for w in trace.windows if not w.offline for e in w.adopted]
+    adopted = {id(x.tensor) for e in entries for x in e.args if isinstance(x, Input)}
+    through = _paths(program)
+    found = [x for x in trace.inputs if x in reached]
+    paths = {labels[x]: through[x] for x in found}
+    told = {id(x) for x in program.inputs}
+    for x in trace.inputs:
+        # networks of other optimizers that are still alive are taken in too: nothing to tell
+        if x.grad and x not in reached and (id(x) in told or id(x.tensor) in names):
+            paths[labels[x]] = _why_not(x, program, adopted, whole)
+    return paths, {labels[x] for x in found}
 
 
 def _paths(program: RolledProgram) -> dict[Input, str]:

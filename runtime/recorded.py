@@ -290,13 +290,7 @@ class RecordedSession(Session):
             after = [{k: tensor_spec(v) for k, v in s.items()} for s in new_states]
             return build_step(sliced, spec, after, lifted, update.grad_hooks)
 
-        for x in sliced.externals:
-            # autograd looks at a saved leaf again in the backward: what it makes of it is neither the one nor the other
-            if not x.written and x.tensor is x.source and x.grad != x.source.requires_grad:
-                raise CaptureError(
-                    f"requires_grad of a tensor of shape {tuple(x.source.shape)} changed between its use in the loss "
-                    "and the step; change it before the loss or after the step, or use tensor.detach() in a part of it"
-                )
+        _check_requires_grad(sliced)
         held = [x.held for x in sliced.externals]
         try:
             step, lifted, new = step_cache.get(key, tuple(sliced.numbers), build)
@@ -309,20 +303,8 @@ class RecordedSession(Session):
             Held(torch.tensor(sliced.numbers[i], dtype=dtype), None, "a number")
             for i, dtype in zip(lifted, dtypes, strict=True)
         ]
-        end, outputs = len(engine.state), []
-        for i, state in zip(update.ordinals, new_states, strict=True):
-            for name in state:
-                index = self.opt_state.get((id(optimizer), i, name), end)
-                end += index == end
-                outputs.append(index)
-        inputs = [
-            self.opt_state[id(optimizer), i, name]
-            for i, state in zip(update.ordinals, update.states, strict=True)
-            for name in state
-        ]
-        call = StepCall(
-            step, tuple(place), update.indices, tuple(inputs), tuple(outputs), back, held, (), user_location()
-        )
+        inputs, outputs = self._state_indices(optimizer, update, new_states)
+        call = StepCall(step, tuple(place), update.indices, inputs, outputs, back, held, (), user_location())
         suspect = any(x.suspect for x in (*sliced.externals, *sliced.values))
         if new or step.opaque or suspect:
             try:
@@ -344,6 +326,33 @@ class RecordedSession(Session):
                 step_cache.discard(key)
                 raise
         return call
+
+    def _state_indices(
+        self, optimizer: Any, update: _Update, new_states: list[dict]
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """State indices of the optimizer state before a step and after; what is new is put at the end."""
+        end, outputs = len(self.engine.state), []
+        for i, state in zip(update.ordinals, new_states, strict=True):
+            for name in state:
+                index = self.opt_state.get((id(optimizer), i, name), end)
+                end += index == end
+                outputs.append(index)
+        inputs = [
+            self.opt_state[id(optimizer), i, name]
+            for i, state in zip(update.ordinals, update.states, strict=True)
+            for name in state
+        ]
+        return tuple(inputs), tuple(outputs)
+
+
+def _check_requires_grad(sliced: Slice) -> None:
+    for x in sliced.externals:
+        # autograd looks at a saved leaf again in the backward: what it makes of it is neither the one nor the other
+        if not x.written and x.tensor is x.source and x.grad != x.source.requires_grad:
+            raise CaptureError(
+                f"requires_grad of a tensor of shape {tuple(x.source.shape)} changed between its use in the loss "
+                "and the step; change it before the loss or after the step, or use tensor.detach() in a part of it"
+            )
 
 
 def _sums_of_gradients(loss: Tensor, by: list[list[Tensor]]) -> list[Tensor | None]:
