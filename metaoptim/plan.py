@@ -86,8 +86,8 @@ class Cost:
         planner = setting.planner(offload)
         powers = sorted({max(1, round(planner.states ** (k / (points - 1)))) for k in range(points)})
         budgets = {planner.peak(kept, tiered) for kept in (*powers, 2, 3) for tiered in {False, offload}}
-        every = planner.peak(planner.states)
-        budgets |= {every + setting.residuals(saved) for saved in powers}
+        every = planner.every
+        budgets |= {every, *(every + setting.residuals(saved) for saved in powers)}
         found = {}
         for budget in sorted(b for b in budgets if b >= planner.least(offload)):
             cost = setting.within(budget, offload)
@@ -164,7 +164,8 @@ class _Setting:
         kept = None if slots is None or slots >= states else slots
         tiered = offload and kept is not None
         planner = self.planner(tiered)
-        peak, least = planner.peak(kept or states, tiered), planner.least(tiered)
+        peak = planner.every if kept is None else planner.peak(kept, tiered)
+        least = planner.least(tiered)
         return self.cost(Plan(peak, kept, peak, least, offload=tiered), None)
 
     def cost(self, plan: Plan, budget: int | None) -> Cost:
@@ -173,7 +174,7 @@ class _Setting:
         kept = states if plan.slots is None else plan.slots
         values = model.at(positions, kept, plan.saved, plan.offload)
         once = positions * model.forward_flops + states * model.vjp_flops
-        kind = "all states" if plan.slots is None else "tiered" if plan.offload else "scheduled"
+        kind = "tiered" if plan.offload else "all states" if kept >= states else "scheduled"
         return Cost(
             function=self.name,
             horizon=program.horizon,

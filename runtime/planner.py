@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import torch
@@ -165,12 +165,20 @@ class Planner:
                 ),
                 minimum,
             )
-        kept = None if slots >= self.states else slots
-        return Plan(budget, kept, self.peak(slots, tiered), minimum, offload=tiered)
+        if slots >= self.states and budget >= self.every:
+            return Plan(budget, None, self.every, minimum)
+        return Plan(budget, slots, self.peak(slots, tiered), minimum, offload=tiered)
 
     def least(self, tiered: bool = False) -> int:
         """The fewest bytes, without what compiling and checking take."""
         return (self.tier if tiered else self.alone).least + self.beside
+
+    @cached_property
+    def every(self) -> int:
+        """Predicted bytes where every state stays until the end: as many slots give them up on the way back."""
+        short = shortened(self.program, MANY)
+        more = (self.states - max(short.swept, 1)) * self.alone.per_slot + _left_out(self.program, short)
+        return SCALARS + predict(short, None, self.how).peak_bytes + more + self.beside
 
     def peak(self, slots: int, tiered: bool = False) -> int:
         """Predicted bytes with so many slots."""
