@@ -165,18 +165,18 @@ class Planner:
                 ),
                 minimum,
             )
-        if slots >= self.states and budget >= self.every:
+        if budget >= self.every:
             return Plan(budget, None, self.every, minimum)
         return Plan(budget, slots, self.peak(slots, tiered), minimum, offload=tiered)
 
     def least(self, tiered: bool = False) -> int:
         """The fewest bytes, without what compiling and checking take."""
-        return (self.tier if tiered else self.alone).least + self.beside
+        return min((self.tier if tiered else self.alone).least + self.beside, self.every)
 
     @cached_property
     def every(self) -> int:
         """Predicted bytes where every state stays until the end: as many slots give them up on the way back."""
-        short = shortened(self.program, MANY)
+        short = shortened(self.program, MANY + (self.program.limit or 0))
         more = (self.states - max(short.swept, 1)) * self.alone.per_slot + _left_out(self.program, short)
         return SCALARS + predict(short, None, self.how).peak_bytes + more + self.beside
 
