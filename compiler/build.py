@@ -184,7 +184,7 @@ class _Builder:
         """The node or constant behind a token of the slice."""
         if not isinstance(token, tuple):
             return token
-        kind = token[0] if token and isinstance(token[0], str) else None
+        kind = token[0]
         if kind in ("v", "x") and token in self.hooked:
             return self.hooked[token]
         if kind == "v":
@@ -202,4 +202,5 @@ class _Builder:
             return {k: self.value(t) for k, t in token[1]}
         if kind == "c":
             return float.fromhex(token[1]) if len(token) == 2 else token[2]
-        return tuple(self.value(t) for t in token)
+        assert kind == "()", token
+        return tuple(map(self.value, token[1:]))

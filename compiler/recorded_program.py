@@ -112,7 +112,7 @@ class Program:
     @property
     def horizon(self) -> int:
         """Number of inner steps held."""
-        return sum(count for _, count in self.counted())
+        return sum(count * call.step.steps for call, count in self.counted())
 
     def counted(self) -> Iterator[tuple[StepCall, int]]:
         """Each step as it is written, and how many times it is taken."""

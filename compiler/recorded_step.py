@@ -169,7 +169,7 @@ class _Step:
         """What a token of the slice stands for."""
         if not isinstance(token, tuple):
             return token
-        kind = token[0] if token and isinstance(token[0], str) else None
+        kind = token[0]
         if kind == "v":
             return Value(self.trace.entries[token[1]], token[2])
         if kind in ("t", "x", "n"):
@@ -178,4 +178,5 @@ class _Step:
             return {k: self._value(t) for k, t in token[1]}
         if kind == "c":
             return float.fromhex(token[1]) if len(token) == 2 else token[2]
-        return tuple(map(self._value, token))
+        assert kind == "()", token
+        return tuple(map(self._value, token[1:]))

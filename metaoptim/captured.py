@@ -21,9 +21,10 @@ from .compiler.differentiate import cotangent_outputs
 from .compiler.ir import Role, StepCall, StepGraph
 from .compiler.lower import derived
 from .compiler.passes.pipeline import Options, Record, compile_trace
-from .compiler.program import Given, RolledProgram, operator_count
+from .compiler.program import Given, RolledProgram, operator_count, plural
 from .compiler.stepcost import results_of
 from .compiler.tracing import uncollected
+from .errors import UnreachableWarning, warn
 from .guards import Scene
 from .runtime.planner import Plan
 from .runtime.recorded import RecordedSession
@@ -156,6 +157,13 @@ def capture(fn: Callable, options: Options, scene: Scene, args: tuple, kwargs: d
     traced, tracer, _ = trace_of(fn, args, kwargs)
     tracer.trace.outputs = traced.tensors
     rolled, records = compile_trace(tracer.trace, options, step_of)
+    if tracer.trace.steps and not rolled.horizon:
+        warn(
+            f"nothing that {getattr(fn, '__qualname__', 'the function')} returns depends on its "
+            f"{plural(len(tracer.trace.steps), 'inner step')}, which are not run: was the outer loss meant to be "
+            "computed inside the window's block? After an offline one the networks are back at their first parameters.",
+            UnreachableWarning,
+        )
     return Program(scene, rolled, records, traced, options.lowering.hvp)
 
 

@@ -53,7 +53,7 @@ def _report(session: RecordedSession, title: str) -> Report:
         function=title,
         form="block",
         horizon=program.horizon,
-        calls=program.horizon,
+        calls=sum(count for _, count in program.counted()),
         num_programs=len(graphs),
         window=options.window,
         offline=options.offline,

@@ -155,7 +155,7 @@ class _Setting:
     def within(self, budget: int, offload: bool) -> Cost:
         """The cost of a call that may hold ``budget`` bytes."""
         planner = self.planner(offload)
-        plan = with_residuals(planner.plan(budget), self.program, planner.how, _nothing)
+        plan = with_residuals(planner.plan(budget), self.program, planner.how)
         return self.cost(plan, budget)
 
     def with_slots(self, slots: int | None, offload: bool) -> Cost:
@@ -190,10 +190,6 @@ class _Setting:
             model=model,
             _setting=self,
         )
-
-
-def _nothing() -> None:
-    """In place of a rehearsal: nothing is run, and the room that one needs is left."""
 
 
 def plan(

@@ -86,7 +86,13 @@ class Held:
     def get(self) -> Tensor:
         """The tensor, or `StaleInputError` if it was overwritten since."""
         if isinstance(self.digest, Tensor) or (self.digest is not None and not self.private):
-            tensor = self.tensor
+            try:
+                tensor = self.tensor
+            except RuntimeError as error:  # its storage has shrunk
+                raise StaleInputError(
+                    f"{self.label} is gone: the memory it lay in was given back after the step had read it ({error}). "
+                    "Call backward before that, or give each step a tensor of its own"
+                ) from error
             now = checksum(tensor)
             same = bool((now == self.digest).all()) if isinstance(now, Tensor) else now == self.digest
             if not same:

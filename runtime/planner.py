@@ -24,7 +24,9 @@ from .schedule import with_tier
 _FEW = 4  # iterations of a loop in which all that happens in it has happened
 SCALARS = 1024  # bytes of losses, rates and the like that come and go
 FEW_SLOTS = 5  # the most for which a program is gone through
-MANY = 6 * FEW_SLOTS  # iterations of a loop in which so many slots are as full as they will ever be
+# Iterations of a loop in which so many slots are as full as they will ever be: with fewer than C(FEW_SLOTS + 4, 4) no
+# sweep has come to replay anything four times, with all slots taken on the way.
+MANY = 130
 
 
 @dataclass(frozen=True)
@@ -185,6 +187,10 @@ class Planner:
         return (self.tier if tiered else self.alone)(slots) + self.beside
 
 
+def _nothing() -> None:
+    """In place of a rehearsal, to believe the sizes of the graphs."""
+
+
 def decide(
     program: RolledProgram,
     how: Lowering,
@@ -206,7 +212,7 @@ def decide(
     """
     if said.memory_budget is None:
         return Kept(said.slots, 0, said.offload), None
-    rehearsal = None
+    rehearsal = _nothing
     if tensors is not None:
         rehearse(program, tensors, how)
         rehearsal = partial(rehearse, program, tensors, how, saving=True)
@@ -228,7 +234,7 @@ def plan_for(program: RolledProgram, how: Lowering, budget: int, name: str, offl
 
 
 def with_residuals(
-    plan: Plan, program: RolledProgram, how: Lowering, rehearsal: Callable[[], None] | None = None
+    plan: Plan, program: RolledProgram, how: Lowering, rehearsal: Callable[[], None] = _nothing
 ) -> Plan:
     """A plan that keeps every state, with residuals saved over as many of the last calls as the rest allows.
 
@@ -236,15 +242,15 @@ def with_residuals(
         plan: as of `plan_for`.
         program: of the compiled function.
         how: its graphs are run.
-        rehearsal: runs a few calls with residuals, so that `measured` knows what they take; None to believe the graphs.
+        rehearsal: runs a few calls with residuals, so that `measured` knows what they take. The room that it needs is
+            left where nothing is run as well: a prediction is what a call will do.
     """
     if plan.slots is not None:
         return plan
     room = plan.budget - plan.peak_bytes
-    if rehearsal is not None:
-        if not residuals_from(program, how) or room < residuals_from(program, how):
-            return plan
-        rehearsal()
+    if not residuals_from(program, how) or room < residuals_from(program, how):
+        return plan
+    rehearsal()
     saved, bytes_ = saved_calls(program, how, room)
     return replace(plan, saved=saved, peak_bytes=plan.peak_bytes + bytes_)
 

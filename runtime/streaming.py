@@ -71,8 +71,11 @@ class Streaming:
             # with a tier, it is a matter of how many steps there are after the last state that went there
             lengths = range(MANY, MANY + FEW_SLOTS + 1) if self.offload else [MANY]
             programs = [_repeated(calls, length) for length in lengths]
+            initial = engine.state if engine.program.start else []  # what has made it may be forgotten
             found = Peaks(
-                lambda k: max(predict_sweep(p, k, self.offload).peak_bytes for p in programs[: k + 1])
+                lambda k: max(
+                    predict_sweep(p, k, self.offload, initial).peak_bytes for p in programs[: k + 1]
+                )
             )
             former = self._peaks
             self._peaks = found if former is None else Peaks(lambda k: max(found.exact(k), former.exact(k)))

@@ -12,8 +12,13 @@ from torch import Tensor, nn
 
 import metaoptim
 from budget_cases import Case, state_bytes
+from metaoptim.captured import step_of, trace_of
+from metaoptim.compiler.ir import EAGER
+from metaoptim.compiler.passes.pipeline import Options, compile_trace
 from metaoptim.runtime import schedule
+from metaoptim.runtime.dry_run import predict
 from metaoptim.runtime.meter import AllocatorMeter
+from metaoptim.runtime.planner import peaks_of
 from metaoptim.runtime.store import SlotStore
 
 # -- the plan --------------------------------------------------------------------------------------------------------
@@ -298,3 +303,66 @@ def test_gradients_that_are_there_already_count() -> None:
         except metaoptim.BudgetError as error:
             minimum = error.minimum
     raise AssertionError("no budget works")
+
+
+@pytest.mark.parametrize("offload", [None, "disk"])
+def test_a_truncated_window_meets_a_new_kind_of_step(offload: str | None) -> None:
+    """Under a budget, when what has made its state is forgotten already."""
+    found = []
+    for options in ({}, {"memory_budget": "1MiB", "offload": offload}):
+        torch.manual_seed(1)
+        net, lr = nn.Linear(3, 2), torch.tensor(0.05, requires_grad=True)
+        x = torch.linspace(-1, 2, 30 * 12).view(30, 4, 3)
+        inner = metaoptim.MetaSGD([net], lr=lr, momentum=0.5)
+        with metaoptim.SlidingWindow(window=4, **options):
+            for t in range(30):
+                y = net(x[t])
+                inner.step(y.square().mean() if t < 20 else y.sin().mean())
+            net(x[3]).square().mean().backward()
+        found.append(lr.grad)
+    assert found[0] is not None and torch.equal(*found)
+
+
+@pytest.mark.parametrize("rows", [2, 200])
+def test_no_horizon_takes_more_than_was_planned_for_it(rows: int) -> None:
+    """Slots are planned on loops cut short; here the whole loop is gone through, with small and large outer losses."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 3))
+    lr = torch.tensor(0.1, requires_grad=True)
+
+    def loop(net: nn.Module, lr: Tensor, xs: Tensor, judged: Tensor) -> Tensor:
+        inner = metaoptim.MetaSGD([net], lr=lr, momentum=0.9)
+        with metaoptim.SlidingWindow(offline=True) as window:
+            for x in window.scan(xs):
+                inner.step(net(x).square().mean())
+            return net(judged).square().mean()
+
+    for steps in (3, 9, 16, 57, 100, 128, 250):
+        traced, tracer, _ = trace_of(loop, (net, lr, torch.randn(steps, 8, 8), torch.randn(rows, 8)), {})
+        tracer.trace.outputs = traced.tensors
+        program, _ = compile_trace(tracer.trace, Options(lowering=EAGER), step_of)
+        peaks = peaks_of(program, EAGER)
+        for slots in range(1, min(9, program.swept)):
+            assert predict(program, slots, EAGER).peak_bytes <= peaks(slots), (steps, slots)
+
+
+def test_explain_says_what_the_call_saves() -> None:
+    def setting() -> tuple[Any, ...]:
+        torch.manual_seed(0)
+        return nn.Linear(3, 2), torch.tensor(0.02, requires_grad=True), torch.randn(20, 40, 3)
+
+    for budget in (18_000, 26_000, 40_000, 80_000):
+
+        @metaoptim.compile(backend="eager", memory_budget=budget)
+        def meta_loss(net: nn.Module, lr: Tensor, xs: Tensor) -> Tensor:
+            inner = metaoptim.MetaAdam([net], lr=lr)
+            with metaoptim.SlidingWindow(offline=True) as window:
+                for x in window.scan(xs):
+                    inner.step(net(x).square().mean())
+                return net(xs[0]).square().sum()
+
+        meta_loss(*setting())
+        ((program,),) = meta_loss._programs.values()
+        report, cost = meta_loss.explain(*setting()), metaoptim.plan(meta_loss)(*setting())
+        assert program.plan.saved == report.saved_calls == cost.saved_calls, budget
+        assert report.plan == cost.plan

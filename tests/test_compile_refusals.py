@@ -445,3 +445,19 @@ def test_overwritten_before_backward() -> None:
     x.zero_()
     with pytest.raises(metaoptim.StaleInputError):
         torch.autograd.grad(loss, world.log_lr)
+
+
+def test_inner_steps_without_influence_are_told() -> None:
+    """An outer loss after the block of an offline window: the loop would vanish without a word."""
+    net = nn.Linear(3, 1)
+
+    @metaoptim.compile(backend="eager")
+    def meta_loss(net: nn.Module, xs: Tensor) -> Tensor:
+        inner = metaoptim.MetaSGD([net])
+        with metaoptim.SlidingWindow(offline=True):
+            for x in xs:
+                inner.step(net(x).square().mean())
+        return net(xs[0]).square().mean()
+
+    with pytest.warns(metaoptim.UnreachableWarning, match="its 4 inner steps, which are not run"):
+        meta_loss(net, torch.ones(4, 2, 3))

@@ -826,3 +826,51 @@ def test_pickup_step_takes_buffers_along_and_aliases_nothing(options: dict) -> N
 def test_inner_optimizers_are_not_copied() -> None:
     with pytest.raises(TypeError, match="build one for the copy"):
         copy.deepcopy(metaoptim.MetaSGD([network()]))
+
+
+class _Named(torch.autograd.Function):
+    """x² k, with arguments that look like what the recorder has of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, spec: tuple, k: float) -> Tensor:  # type: ignore[override]
+        assert isinstance(spec, tuple)
+        ctx.save_for_backward(x)
+        ctx.k = k * len(spec)
+        return x * x * ctx.k
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        return 2 * x * grad * ctx.k, None, None
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [("x", "y"), ("n", 0), ("v", 0, 1), ("c", "0x1.8p+0"), ("d", ()), ("o", 3), ("()",), ((1.5, "t"), 2)],
+)
+def test_tuples_of_text_for_a_function(spec: tuple) -> None:
+    found = []
+    for strategy in ("auto", "full_tape"):
+        torch.manual_seed(0)
+        net, lr = nn.Linear(3, 2), torch.tensor(0.1, requires_grad=True)
+        inner = metaoptim.MetaSGD([net], lr=lr)
+        with metaoptim.SlidingWindow(offline=True, strategy=strategy):
+            for t in range(3):
+                inner.step(_Named.apply(net(torch.full((2, 3), 0.3 + t)), spec, 0.5).sum())
+            _Named.apply(net(torch.ones(2, 3)), spec, 0.5).sum().backward()
+        found.append([lr.grad, *(p.grad for p in net.parameters())])
+    for got, expected in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_memory_that_was_given_back() -> None:
+    net, xs = nn.Linear(3, 2), torch.linspace(-1, 1, 24).view(4, 2, 3)
+    lr = torch.tensor(0.1, requires_grad=True)
+    inner = metaoptim.MetaSGD([net], lr=lr)
+    with metaoptim.SlidingWindow():
+        for x in xs:
+            inner.step(net(x).square().mean())
+        outer = net(torch.ones(2, 3)).square().mean()
+    xs.untyped_storage().resize_(0)
+    with pytest.raises(metaoptim.StaleInputError, match=r"test_sharp_edges.py:\d+: .*given back"):
+        outer.backward()

@@ -43,7 +43,7 @@ class Keyed:
         self._plain = not any(e.deps for e in entries)
 
     def token(self, a: Any) -> Any:
-        """A hashable stand-in for one argument: ("v", entry, output), ("n", k) or a constant."""
+        """A hashable stand-in for one argument: ("v", entry, output), ("n", k), ("()", ...) or a constant."""
         if isinstance(a, Value):
             where = ("v", self.number_of[id(a.entry)], a.index)
             self.values.append(a)
@@ -53,7 +53,7 @@ class Keyed:
             self.numbers.append(a.value)
             return ("n", len(self.numbers) - 1)
         if isinstance(a, tuple):
-            return tuple(self.token(b) for b in a)
+            return ("()", *map(self.token, a))
         if isinstance(a, dict):
             return ("d", tuple((k, self.token(v)) for k, v in a.items()))
         if isinstance(a, float):
