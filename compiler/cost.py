@@ -23,6 +23,17 @@ F, V, H = sympy.symbols("F V H", nonnegative=True)
 _EXACT = {"binomial": comb, "Min": min, "floor": floor}  # sympy's own are slow for large numbers
 
 
+SIZES = {  # what the sizes in a peak are
+    K: "whatever the plan",
+    A: "a step's derivative",
+    S: "a state",
+    B: "gradients that each step adds",
+    R: "a call's residuals",
+    E: "residuals of what comes before and after",
+    D: "with a tier",
+}
+
+
 @dataclass(frozen=True)
 class CostModel:
     """Bytes and operations of one meta-gradient through T inner steps with c slots.

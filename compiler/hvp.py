@@ -12,6 +12,7 @@ from .differentiate import cotangent_outputs, vjp_graph
 from .ir import StepGraph
 from .liveness import peak_bytes
 from .mixed import NotMixed, mixed_vjp_graph
+from .program import readable_bytes
 
 #: Below this many live bytes of reverse over reverse there is nothing worth saving: mixed mode takes a third more work.
 WORTH_SAVING = 64 << 20
@@ -36,11 +37,11 @@ def derivative(step: StepGraph, hvp: str, example: Sequence[Tensor] | None = Non
             raise CaptureError(
                 f"hvp='mixed': a step has no mixed-mode derivative: {error}. Use hvp='auto' or 'reverse'"
             ) from error
-        step.derivatives[hvp] = f"mixed, {peak_bytes(graph.graph) / 2**20:.1f} MiB alive"
+        step.derivatives[hvp] = f"mixed, {readable_bytes(peak_bytes(graph.graph))} alive"
         return graph
     graph = vjp_graph(step, example)
     peak = peak_bytes(graph.graph)
-    step.derivatives[hvp] = f"reverse, {peak / 2**20:.1f} MiB alive"
+    step.derivatives[hvp] = f"reverse, {readable_bytes(peak)} alive"
     if hvp == "auto" and step.steps and peak > WORTH_SAVING:
         try:
             mixed = mixed_vjp_graph(step, cotangent_outputs(step))
@@ -49,6 +50,6 @@ def derivative(step: StepGraph, hvp: str, example: Sequence[Tensor] | None = Non
             return graph
         less = peak_bytes(mixed.graph)
         if less < 0.6 * peak:
-            step.derivatives[hvp] = f"mixed, {less / 2**20:.1f} MiB alive instead of {peak / 2**20:.1f}"
+            step.derivatives[hvp] = f"mixed, {readable_bytes(less)} alive instead of {readable_bytes(peak)}"
             return mixed
     return graph

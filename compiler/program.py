@@ -235,8 +235,9 @@ def nbytes(spec: tuple) -> int:
 
 
 def plural(count: int | None, word: str) -> str:
-    """1 call, 2 calls."""
-    return f"{count} {word}" + ("" if count == 1 else "s")
+    """1 call, 2 calls, 2 entries."""
+    many = word[:-1] + "ies" if word.endswith("ry") else word + "s"
+    return f"{count} {word if count == 1 else many}"
 
 
 def readable_bytes(size: float) -> str:

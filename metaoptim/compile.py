@@ -24,7 +24,7 @@ from .errors import WindowError, warn
 from .explain_function import report_of
 from .guards import Scene
 from .recapture import compare
-from .runtime.budget import check_budget
+from .runtime.budget import check_budget, check_count
 from .runtime.compiled import Call, Run
 from .runtime.distributed import average_over_ranks
 from .runtime.offload import check_offload
@@ -231,8 +231,9 @@ def compile(
         A function of the same arguments and results. Its results can be differentiated once, any number of times.
 
     Raises:
-        ValueError: for an unknown backend, hvp or budget, both slots and a budget, or an ``offload`` that is no
-            directory or has nothing to do.
+        TypeError: for something else than a function.
+        ValueError: for an unknown backend, hvp or budget, a window or slots below 1, both slots and a budget, or an
+            ``offload`` that is no directory or has nothing to do.
         BudgetError: on the first call, for a budget in which not even one state can be kept.
         StoreError: from a call or its backward, where an offloaded state cannot be written, or is damaged.
         CaptureError: on the first call, for what cannot be captured; with ``recapture``, on a later call of a function
@@ -251,6 +252,11 @@ def compile(
         >>> log_lr.grad.shape
         torch.Size([])
     """
+    if fn is not None and not callable(fn):
+        hint = f"; did you mean backend={fn!r}?" if isinstance(fn, str) else ""
+        raise TypeError(f"compile: got {type(fn).__name__}, expected a function{hint}")
+    for name, value in (("window", window), ("slots", slots)):
+        check_count(name, value)
     if hvp not in ("auto", "reverse", "mixed"):
         raise ValueError(f"hvp: got {hvp!r}, expected 'auto', 'reverse' or 'mixed'")
     known = torch.compiler.list_backends(exclude_tags=())

@@ -28,7 +28,7 @@ from .compiler.stepcost import step_cost
 from .errors import WindowError
 from .guards import Scene
 from .naming import tensor_names
-from .report import Report, shape_of
+from .report import Report, calls_text, shape_of
 from .runtime.dry_run import predict
 from .runtime.meter import profiling
 from .runtime.planner import decide
@@ -209,10 +209,7 @@ def _paths(program: RolledProgram) -> dict[Input, str]:
             of = counts.setdefault(x, {})
             name = names[id(call.step)]
             of[name] = of.get(name, 0) + k
-    return {
-        x: "through " + ", ".join(n if k == 1 else f"{n} ({k} calls)" for n, k in of.items())
-        for x, of in counts.items()
-    }
+    return {x: "through " + calls_text(of) for x, of in counts.items()}
 
 
 def _why_not(x: Input, program: RolledProgram, adopted: set[int], whole: frozenset[Input]) -> str:

@@ -16,7 +16,7 @@ from .compiler.recorded_program import Program
 from .compiler.stepcost import results_of, step_cost
 from .errors import user_scope
 from .naming import names_in
-from .report import Report, shape_of
+from .report import Report, calls_text, shape_of
 from .runtime.dependence import leaves_of
 from .runtime.dry_run import predict_sweep
 from .runtime.recorded import RecordedSession
@@ -116,7 +116,7 @@ def _paths(session: RecordedSession, program: Program) -> tuple[dict[str, str], 
     targets: set[str] = set()
     for number, tensor in session.view.meta_params():
         steps = through.get(number, {})
-        parts = ", ".join(n if k == 1 else f"{n} ({k} calls)" for n, k in steps.items())
+        parts = calls_text(steps)
         for leaf in leaves_of(tensor):
             name = called.get(id(leaf)) or f"a tensor of shape {tuple(leaf.shape)}"
             if parts:

@@ -32,7 +32,7 @@ def names_in(named: Iterable[tuple[str, Any]]) -> dict[int, str]:
     """Id of every tensor that named values hold -> its name; the first, if several."""
     found: dict[int, str] = {}
     seen: set[int] = set()
-    for name, value in named:
+    for name, value in sorted(named, key=lambda item: isinstance(item[1], MetaOptimizer)):
         for path, tensor in _tensors(name, value, seen):
             found.setdefault(id(tensor), path)
     return found

@@ -10,7 +10,7 @@ from typing import Any
 
 from .captured import stated, step_of, trace_of
 from .compile import BoundFunction, CompiledFunction
-from .compiler.cost import CostModel, step_flops
+from .compiler.cost import SIZES, CostModel, step_flops
 from .compiler.ir import Loop
 from .compiler.passes.pipeline import Options, compile_trace
 from .compiler.program import RolledProgram, nbytes, plural, readable_bytes
@@ -63,12 +63,14 @@ class Cost:
         peak = self.model.peak_with_residuals if self.saved_calls else self.model.peak
         peak = self.model.peak_with_tier if self.plan == "tiered" else peak
         sizes = [
-            f"{s} = {readable_bytes(v)}" for s, v in self.model.sizes.items() if v and str(s) in "KASBRED"
+            f"{s} = {readable_bytes(self.model.sizes[s])} ({word})"
+            for s, word in SIZES.items()
+            if s in peak.free_symbols
         ]
         lines = [
             f"{self.function}: {self.horizon:,} inner steps, {budget}: {self.plan}",
             f"  keeps {kept} of {readable_bytes(self.model.state_bytes)}{saved}{down}; peak "
-            f"{readable_bytes(self.peak_bytes)} (at least {readable_bytes(self.minimum_budget)})",
+            f"{readable_bytes(self.peak_bytes)}; the smallest budget is {readable_bytes(self.minimum_budget)}",
             f"  runs {self.extra_forwards:,} steps a second time: {self.time_factor:.2f} times the work of keeping "
             "every state",
             f"  peak = {peak}, with " + ", ".join(sizes),
@@ -112,8 +114,15 @@ class Cost:
         for offload, label in lines:
             budgets, factors = zip(*self.curve(offload=offload), strict=True)
             axes.plot([b / 2**20 for b in budgets], factors, drawstyle="steps-post", label=label)
-        axes.plot([self.peak_bytes / 2**20], [self.time_factor], "o")
-        axes.set(xscale="log", xlabel="memory budget (MiB)", ylabel="work, relative to keeping every state")
+        axes.plot([self.peak_bytes / 2**20], [self.time_factor], "o", label=f"{self.plan}, as asked")
+        axes.set(
+            xscale="log",
+            yscale="log",
+            xlabel="memory budget (MiB)",
+            ylabel="work, relative to keeping every state",
+            title=self.function,
+        )
+        axes.legend()
         return axes
 
 

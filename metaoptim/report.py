@@ -12,7 +12,6 @@ from .compiler.stepcost import step_cost
 
 _MOST_NAMES = 8
 _MOST_LINES = 30  # of a program, at its beginning and at its end
-_MORE = "The program before and after each pass: explain(fn, verbose=True), or .programs() of this report."
 
 
 @dataclass(frozen=True)
@@ -140,8 +139,14 @@ class Report:
             previous = title
         lines.append("  passes, in ms")
         lines += [f"  {name:<14}{ms:>8}  {done}{sizes}" for name, ms, done, sizes in self._passes()]
-        lines.append(self.programs() if self.verbose else _MORE)
+        lines.append(self._ending())
         return "\n".join(lines)
+
+    def _ending(self) -> str:
+        if self.verbose:
+            return self.programs()
+        asked = "" if self.form == "block" else "explain(fn, verbose=True), or "
+        return f"The program before and after each pass: {asked}.programs() of this report."
 
     def _passes(self) -> list[tuple[str, str, str, str]]:
         """For each pass its name, milliseconds, what it did and the sizes it changed; and the time of all."""
@@ -174,7 +179,7 @@ class Report:
                 step["derivative"],
             )
         yield graphs
-        yield Text(self.programs() if self.verbose else _MORE)
+        yield Text(self._ending())
 
 
 def _shortened(text: str) -> str:
@@ -191,7 +196,7 @@ def _milliseconds(ms: float) -> str:
 
 def _sizes(p: dict[str, Any]) -> str:
     """What a pass changed of the sizes that the program has before and after it."""
-    shared = [k for k in p["after"] if k in p["before"] and p["before"][k] != p["after"][k]]
+    shared = [k for k in p["after"] if p["before"].get(k) and p["before"][k] != p["after"][k]]
     return "".join(f"; {k} {p['before'][k]} → {p['after'][k]}" for k in shared).replace(";", "  ", 1)
 
 
@@ -209,6 +214,13 @@ def _grouped(names: list[str], paths: Mapping[str, str]) -> list[str]:
         )
         lines.append(f"{', '.join(shown)}: {path}")
     return lines
+
+
+def calls_text(calls: Mapping[str, int]) -> str:
+    """Step graphs, and how often each is called: left out where there is but one, once."""
+    if list(calls.values()) == [1]:
+        return next(iter(calls))
+    return ", ".join(f"{name} ({plural(k, 'call')})" for name, k in calls.items())
 
 
 def shape_of(step: StepGraph, calls: int, how: Lowering) -> dict[str, Any]:

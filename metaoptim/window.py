@@ -16,7 +16,7 @@ from .errors import WindowError, warn
 from .explain_window import explain_window
 from .optim.optimizer import live_optimizers
 from .report import Report
-from .runtime.budget import check_budget
+from .runtime.budget import check_budget, check_count
 from .runtime.capturing import CapturedSession
 from .runtime.full_tape import FullTapeSession
 from .runtime.offload import check_offload
@@ -52,6 +52,7 @@ class SlidingWindow:
 
     Raises:
         WindowError: for windows inside windows, or pickup_step offline.
+        TypeError: for an ``offline`` that is no bool, or an option of another type than said.
         ValueError: for an unknown strategy, window or slots below 1, both slots and a budget, or an ``offload`` that is
             no directory or has nothing to do.
         BudgetError: from a step, for a budget in which not even one state can be kept.
@@ -92,6 +93,8 @@ class SlidingWindow:
         offload: str | os.PathLike[str] | None = None,
         strategy: str = "auto",
     ) -> None:
+        if not isinstance(offline, bool):
+            raise TypeError(f"offline: got {type(offline).__name__}, expected True or False")
         if strategy not in _STRATEGIES:
             raise ValueError(
                 f"strategy: got {strategy!r}, expected one of {', '.join(map(repr, _STRATEGIES))}"
@@ -107,8 +110,7 @@ class SlidingWindow:
                 f"memory_budget={memory_budget!r}: a full_tape window keeps everything; use strategy='auto'"
             )
         for name, value in (("window", window), ("slots", slots)):
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise ValueError(f"{name}: got {value!r}, expected a positive integer or None")
+            check_count(name, value)
             if value is not None and strategy == "full_tape":
                 raise ValueError(f"{name}={value}: a full_tape window keeps everything; use strategy='auto'")
         if not isinstance(pickup_step, int) or pickup_step < -1:
@@ -231,12 +233,15 @@ class SlidingWindow:
 
     def __repr__(self) -> str:
         shown = {k: v for k, v in vars(self._options).items() if v != getattr(Options(), k)}
-        return f"SlidingWindow({', '.join(f'{k}={v!r}' for k, v in {**shown, 'strategy': self._strategy}.items())})"
+        if self._strategy != "auto":
+            shown["strategy"] = self._strategy
+        return f"SlidingWindow({', '.join(f'{k}={v!r}' for k, v in shown.items())})"
 
     def explain(self) -> Report:
         """What the steps taken so far have become, what a backward from here will cost, and who gets a gradient.
 
-        Called inside the block. Nothing changes: the steps are gone through on sizes alone.
+        Called inside the block. Nothing changes: the steps are gone through on sizes alone. After a backward, which
+        gives up states on its way, it is of another one.
 
         Returns:
             A `Report` of the form ``"block"``: the states kept, the steps that a backward will run again, the peak that
@@ -257,8 +262,8 @@ class SlidingWindow:
         """
         if not isinstance(self._session, RecordedSession):
             raise WindowError(
-                "window.explain: call it inside the block of a window that records (strategy='auto'), after steps; for "
-                "a compiled function, metaoptim.explain(fn)(*args)"
+                "window.explain: call it inside the block of a window that records (strategy='auto'), after steps; a "
+                "full_tape window keeps no record, and for a compiled function it is metaoptim.explain(fn)(*args)"
             )
         return explain_window(self._session, repr(self))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -36,9 +37,10 @@ def check_budget(value: int | float | str | None, slots: int | None) -> None:
         )
     if isinstance(value, str):
         found = _AMOUNT.fullmatch(value)
-        if found is None or found[2] not in _UNITS or not float(found[1]):
+        if found is None or found[2] not in _UNITS or int(float(found[1]) * _UNITS[found[2]]) < 1:
             raise ValueError(
-                f"memory_budget: got {value!r}, expected an amount with a unit, such as '512MiB' or '2GiB'"
+                f"memory_budget: got {value!r}, expected an amount with a unit, such as '512MiB' or '2GiB'; for a "
+                "fraction of the free memory, a float"
             )
     elif isinstance(value, float) and not 0 < value <= 1:
         raise ValueError(
@@ -46,6 +48,16 @@ def check_budget(value: int | float | str | None, slots: int | None) -> None:
         )
     elif value <= 0:
         raise ValueError(f"memory_budget: got {value}, expected a positive number of bytes")
+
+
+def check_count(name: str, value: Any) -> None:
+    """Raise for what is neither a positive integer nor None.
+
+    Raises:
+        ValueError: it names the option.
+    """
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        raise ValueError(f"{name}: got {value!r}, expected a positive integer or None")
 
 
 def budget_bytes(value: int | float | str, device: torch.device) -> int:

@@ -306,3 +306,27 @@ def test_offline_truncation_warns_and_leaves_none() -> None:
             inner.step(F.mse_loss(net(X), Y))
         F.mse_loss(net(X), Y).backward()
     assert all(p.grad is None for p in net.parameters())
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "match"),
+    [
+        (lambda: metaoptim.compile("eager"), TypeError, "did you mean backend='eager'"),
+        (lambda: metaoptim.compile(3), TypeError, "got int, expected a function"),
+        (lambda: metaoptim.compile(slots="a"), ValueError, "slots: got 'a', expected a positive integer"),
+        (lambda: metaoptim.compile(window=0), ValueError, "window: got 0"),
+        (
+            lambda: metaoptim.SlidingWindow(offline="yes"),
+            TypeError,
+            "offline: got str, expected True or False",
+        ),
+        (
+            lambda: metaoptim.SlidingWindow(memory_budget="0.5"),
+            ValueError,
+            "fraction of the free memory, a float",
+        ),
+    ],
+)
+def test_options_that_are_none(call: Callable[[], Any], error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        call()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..capture.entries import Value
 from ..capture.trace import Noise
+from ..program import plural
 from ..segments import Body, Draft, Segment, Unit, arguments, group
 
 
@@ -22,7 +23,7 @@ def canonicalize(draft: Draft) -> str:
     group(draft)
     outline(draft)
     after = sum(len(u.segment.entries) for u in draft.units)
-    return f"{before - after} of {before} calls are not needed; {len(draft.bodies)} distinct parts"
+    return f"{before - after} of {before} calls are not needed; {plural(len(draft.bodies), 'distinct part')}"
 
 
 def outline(draft: Draft) -> str:
@@ -32,7 +33,7 @@ def outline(draft: Draft) -> str:
     for unit in draft.units:
         for value in unit.segment.inputs:
             _give(draft, value)
-    return f"left out; {len(draft.bodies)} distinct parts"
+    return f"left out; {plural(len(draft.bodies), 'distinct part')}"
 
 
 def _give(draft: Draft, value: object) -> None:

@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import Any
 
 from ..ir import Assign, Loop, StepCall
-from ..program import Given, RolledProgram
+from ..program import Given, RolledProgram, plural
 
 LONGEST = 32  # calls in a round
 Item = StepCall | Assign | Loop
@@ -25,7 +25,8 @@ def loop(rolled: RolledProgram) -> str:
     """
     before = len(rolled.calls)
     rolled.calls = folded(rolled.calls)
-    return f"{before} calls and loops are now {len(rolled.calls)}"
+    loops = sum(isinstance(item, Loop) for item in rolled.calls)
+    return f"{plural(before, 'entry')} now {len(rolled.calls)}, {plural(loops, 'loop')} among them"
 
 
 def folded(calls: Sequence[Any]) -> list[Any]:

@@ -12,7 +12,7 @@ from ..build import build_segment
 from ..capture.entries import Value
 from ..capture.trace import Input, Noise, ScanItem
 from ..ir import Loop, StepCall, StepGraph
-from ..program import Given, RolledProgram
+from ..program import Given, RolledProgram, plural
 from ..segments import Body, Draft, Unit, identity, roles_of
 
 StepOf = Callable[[tuple, Callable[[], StepGraph]], StepGraph]
@@ -76,9 +76,10 @@ def roll(draft: Draft, step_of: StepOf) -> tuple[RolledProgram, str]:
         or _place(draft, v) not in draft.units[draft.unit_of[id(v.entry)]].body.active_outputs
     )
     rolled.writes = [(target, registers.where(v)) for target, v in draft.writes]
+    loops = sum(isinstance(c, Loop) for c in rolled.calls)
     return rolled, (
-        f"{len(draft.units)} parts, {len(rolled.step_graphs)} step graphs, "
-        f"{sum(isinstance(c, Loop) for c in rolled.calls)} loops, {rolled.registers} registers"
+        f"{plural(len(draft.units), 'part')}, {plural(len(rolled.step_graphs), 'step graph')}, "
+        f"{plural(loops, 'scan')}, {plural(rolled.registers, 'register')}"
     )
 
 
