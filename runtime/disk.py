@@ -49,7 +49,12 @@ class DiskTier(Tier):
         memory = torch.empty(
             piece.nbytes, dtype=torch.uint8, device="cpu", pin_memory=piece.device.type == "cuda"
         )
-        return memory, self._submit(_read, piece.source, piece.number, [memory])
+        into = [memory]
+        reading = self._submit(_read, piece.source, piece.number, into)
+        reading.add_done_callback(
+            lambda _: into.clear()
+        )  # at once, if it is cancelled: its turn may be far off
+        return memory, reading
 
     def _remove(self, piece: Piece) -> None:
         self._submit(_drop, piece.source)

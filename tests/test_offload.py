@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -426,3 +427,38 @@ def test_the_window_inside_says_where(tmp_path: Path, written: list[int]) -> Non
     assert (
         len(written) == 3
     )  # the initial state is a copy of what the caller has: nothing is in the registers yet
+
+
+def test_reads_that_are_given_up_give_their_memory_back(tmp_path: Path) -> None:
+    """A truncated loop with losses at many steps reads ahead what it then does not need, again and again."""
+    steps = 65
+
+    def setting() -> tuple[Any, ...]:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2))
+        return net, torch.tensor(0.7, requires_grad=True), torch.randn(steps, 40, 3)
+
+    def truncated(**options: Any) -> Any:
+        @metaoptim.compile(backend="eager", window=2, offload=tmp_path, **options)
+        def meta_loss(net: nn.Module, gain: Tensor, xs: Tensor) -> Tensor:
+            inner = metaoptim.MetaAdam([net], lr=0.02)
+            carried = torch.zeros(40, 2)
+            with metaoptim.SlidingWindow(offline=True):
+                for x in xs:
+                    inner.step((net(x) + carried).square().mean())
+                    carried = carried * 0.5 + net(x) * gain
+                return net(xs[0]).square().sum() + carried.sum()
+
+        return meta_loss
+
+    with pytest.raises(metaoptim.BudgetError) as refused:
+        truncated(memory_budget=100)(*setting())
+    budget = refused.value.minimum
+    meta_loss = truncated(memory_budget=budget)
+    with pytest.warns(metaoptim.UnreachableWarning):
+        meta_loss(*setting()).backward()
+    given = setting()
+    gc.collect()
+    with AllocatorMeter() as meter, pytest.warns(metaoptim.UnreachableWarning):
+        meta_loss(*given).backward()
+    assert meter.peak <= budget
