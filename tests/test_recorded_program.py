@@ -10,12 +10,18 @@ import torch
 import torch.nn.functional as F
 
 import metaoptim
-from metaoptim.compiler.ir import Assign, Loop, StepCall, StepGraph
+from metaoptim.compiler.ir import Assign, Loop, StepCall, StepGraph, gradient
 from metaoptim.compiler.recorded_program import Program
 from tests.oracle import agree
 
-STEP = StepGraph(torch.fx.Graph(), (), ())
-OTHER = StepGraph(torch.fx.Graph(), (), ())
+
+def _step() -> StepGraph:
+    graph = torch.fx.Graph()
+    graph.call_function(gradient, ())  # one inner step
+    return StepGraph(graph, (), ())
+
+
+STEP, OTHER = _step(), _step()
 
 
 def call(inputs: Any = (), **changes: Any) -> StepCall:
