@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from ..ir import StepGraph
 from ..lower import derived
-from ..program import RolledProgram
-from ..recorded_program import Program
 
 
-def differentiate(program: RolledProgram | Program, hvp: str) -> str:
-    """Derive the parts that a gradient can flow through, and say which mode each got."""
+def differentiate(graphs: Sequence[StepGraph], hvp: str) -> str:
+    """Derive those of a program's step graphs that a gradient can flow through, and say which mode each got."""
     chosen: dict[str, int] = {}
-    for step in program.step_graphs:
+    for step in graphs:
         if any(p.differentiable for p in step.inputs) and any(p.differentiable for p in step.outputs):
             derived(step, hvp)
             what = step.derivatives[hvp]

@@ -178,7 +178,10 @@ def compile_trace(
         recorder.run("loop", lambda: loop(program), program, lambda _: program, verify)
     if any(x.grad for x in trace.inputs):
         recorder.run(
-            "differentiate", lambda: differentiate(program, options.lowering.hvp), program, lambda _: program
+            "differentiate",
+            lambda: differentiate(program.step_graphs, options.lowering.hvp),
+            program,
+            lambda _: program,
         )
     return program, recorder.end()
 
