@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from .capture.entries import Function
 from .capture.ops import SUBSTITUTES, op_info
-from .capture.slicing import hook_key
+from .capture.slicing import hook_key, restored
 from .ir import Port, Role, StepGraph
 from .segments import Body, Roles, Segment, roles_of, spec_of
 from .update import UpdatePlan
@@ -181,26 +181,20 @@ class _Builder:
         return call(aten.index_select.default, (source, dim, index))
 
     def value(self, token: Any) -> Any:
-        """The node or constant behind a token of the slice."""
-        if not isinstance(token, tuple):
-            return token
+        """The node or constant behind a token of the segment."""
+        return restored(token, self._found)
+
+    def _found(self, token: tuple) -> Any:
         kind = token[0]
-        if kind in ("v", "x") and token in self.hooked:
-            return self.hooked[token]
-        if kind == "v":
-            node = self.nodes[token[1]]
-            if token[2] is None:
-                return node
-            if token not in self.parts:
-                self.parts[token] = self.graph.call_function(operator.getitem, (node, token[2]))
-            return self.parts[token]
-        if kind == "x":
-            return self.given[token[1]]
         if kind == "n":
             return self.numbers[token[1]] if token[1] in self.lifted else self.segment.numbers[token[1]]
-        if kind == "d":
-            return {k: self.value(t) for k, t in token[1]}
-        if kind == "c":
-            return float.fromhex(token[1]) if len(token) == 2 else token[2]
-        assert kind == "()", token
-        return tuple(map(self.value, token[1:]))
+        if token in self.hooked:
+            return self.hooked[token]
+        if kind == "x":
+            return self.given[token[1]]
+        assert kind == "v", token
+        if token[2] is None:
+            return self.nodes[token[1]]
+        if token not in self.parts:
+            self.parts[token] = self.graph.call_function(operator.getitem, (self.nodes[token[1]], token[2]))
+        return self.parts[token]

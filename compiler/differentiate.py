@@ -26,12 +26,11 @@ _DIFFERENTIATED = (Role.THETA, Role.THETA_NOW, Role.OPT_STATE, Role.CARRY, Role.
 
 
 def replay_graph(step: StepGraph, example: Sequence[Tensor] | None = None) -> fx.GraphModule:
-    """inputs -> outputs but for the loss, without autograd."""
+    """inputs -> outputs, without autograd."""
 
     def replay(*inputs: Tensor) -> tuple:
         held = _as_leaves(step, inputs, (Role.THETA,))
-        results = interpret(step, held, create_graph=False)
-        return tuple(r for r, p in zip(results, step.outputs, strict=True) if p.role is not Role.LOSS)
+        return interpret(step, held, create_graph=False)
 
     graph, constants = _trace(replay, step, (), example)
     distinct(graph)

@@ -32,7 +32,6 @@ class Role(str, Enum):
     META = "meta"  # requires grad: receives a gradient
     SCAN = "scan"  # differs per step, no gradient
     NOISE = "noise"  # random numbers, drawn for every step
-    LOSS = "loss"
     GRADIENT = "gradient"
 
 
@@ -189,8 +188,7 @@ class StepCall:
 
     def changed(self) -> Iterator[tuple[int, int]]:
         """Outputs of the step and the state indices they go to."""
-        first = int(self.step.outputs[0].role is Role.LOSS)
-        return enumerate((*self.update, *self.opt_state_out), start=first)
+        return enumerate((*self.update, *self.opt_state_out))
 
 
 @dataclass(slots=True)

@@ -70,8 +70,30 @@ class Kept:
         return text + ("" if self.offload is None else f", others in {os.fspath(self.offload)}")
 
 
+class Calls:
+    """Calls of step graphs, those of loops once: what a program is, of a function or of a window."""
+
+    def counted(self) -> Iterator[tuple[StepCall, int]]:
+        """Each call, and how many times it is made."""
+        raise NotImplementedError
+
+    @property
+    def horizon(self) -> int:
+        """Number of inner steps."""
+        return sum(count * call.step.steps for call, count in self.counted())
+
+    @property
+    def step_graphs(self) -> list[StepGraph]:
+        """The distinct step graphs, in order of appearance."""
+        return list({id(call.step): call.step for call, _ in self.counted()}.values())
+
+    def names(self) -> dict[int, str]:
+        """Id of a step graph -> its name in the text."""
+        return {id(g): step_name(i) for i, g in enumerate(self.step_graphs)}
+
+
 @dataclass
-class RolledProgram:
+class RolledProgram(Calls):
     """A whole function as calls on registers.
 
     Attributes:
@@ -98,11 +120,6 @@ class RolledProgram:
     kept: Kept | None = None
     limit: int | None = None
     offline: bool = False
-
-    @property
-    def horizon(self) -> int:
-        """Number of inner steps."""
-        return sum(count * call.step.steps for call, count in self.counted())
 
     @property
     def positions(self) -> int:
@@ -136,11 +153,6 @@ class RolledProgram:
         return items[:first], items[first:end], items[end:]
 
     @property
-    def step_graphs(self) -> list[StepGraph]:
-        """The distinct step graphs, in order of appearance."""
-        return list({id(call.step): call.step for call, _ in self.counted()}.values())
-
-    @property
     def state_bytes(self) -> int:
         """Bytes in the registers, when there are most."""
         sizes: dict[int, int] = {}
@@ -164,10 +176,6 @@ class RolledProgram:
         for item in self.calls:
             for call in calls_of(item):
                 yield call, item.count if isinstance(item, Loop) else 1
-
-    def names(self) -> dict[int, str]:
-        """Id of a step graph -> its name in the text."""
-        return {id(g): step_name(i) for i, g in enumerate(self.step_graphs)}
 
     def text(self, inputs: Mapping[Input, str] | None = None, *, operators: bool = False) -> str:
         """The program as text.

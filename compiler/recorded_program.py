@@ -7,14 +7,14 @@ from collections.abc import Iterable, Iterator
 from itertools import accumulate
 from time import perf_counter
 
-from .ir import Assign, Loop, StepCall, StepGraph, calls_of
+from .ir import Assign, Loop, StepCall, calls_of
 from .passes.loop import LONGEST, extended, folded
-from .program import Given, plural, step_name
+from .program import Calls, Given, plural
 
 Call = StepCall | Assign
 
 
-class Program:
+class Program(Calls):
     """The inner loop of a window: tape position -> call, from `start` on.
 
     Args:
@@ -25,6 +25,7 @@ class Program:
         items: the calls; all but the last few have been through `passes.loop`, so that a long window holds little
             besides what its steps were given.
         milliseconds: how long that took.
+        begun: whether a step has been taken.
     """
 
     def __init__(self, start: int = 0, calls: Iterable[Call] = ()) -> None:
@@ -33,6 +34,7 @@ class Program:
         self._ends: list[int] = []  # position after each item
         self._loose = 0  # items at the end that may still be folded
         self.milliseconds = 0.0
+        self.begun = False
         for call in calls:
             self.append(call)
 
@@ -53,6 +55,7 @@ class Program:
         """Extend it by a call."""
         self._ends.append(self.end + 1)
         self.items.append(call)
+        self.begun |= isinstance(call, StepCall)
         self._loose += 1
         if self._loose > 2 * LONGEST:
             self.fold()
@@ -109,25 +112,11 @@ class Program:
         self._ends[first:last] = list(accumulate(sizes, initial=self._begin(first)))[1:]
         self.items[first:last] = items
 
-    @property
-    def horizon(self) -> int:
-        """Number of inner steps held."""
-        return sum(count * call.step.steps for call, count in self.counted())
-
     def counted(self) -> Iterator[tuple[StepCall, int]]:
         """Each step as it is written, and how many times it is taken."""
         for item in self.items:
             for call in () if isinstance(item, Assign) else calls_of(item):
                 yield call, item.count if isinstance(item, Loop) else 1
-
-    def names(self) -> dict[int, str]:
-        """Id of a step graph -> its name in the text."""
-        return {id(g): step_name(i) for i, g in enumerate(self.step_graphs)}
-
-    @property
-    def step_graphs(self) -> list[StepGraph]:
-        """The distinct steps, in order of appearance."""
-        return list({id(call.step): call.step for call, _ in self.counted()}.values())
 
     def __str__(self) -> str:
         self.fold()

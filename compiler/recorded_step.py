@@ -10,7 +10,7 @@ import torch
 
 from .build import GradientHooks, build_segment
 from .capture.entries import Entry, Function, Number, Value
-from .capture.slicing import Slice
+from .capture.slicing import Slice, restored
 from .capture.trace import Input, Trace
 from .ir import Role, StepGraph, gradient
 from .passes.pipeline import shaped
@@ -167,16 +167,9 @@ class _Step:
 
     def _value(self, token: Any) -> Any:
         """What a token of the slice stands for."""
-        if not isinstance(token, tuple):
-            return token
-        kind = token[0]
-        if kind == "v":
+        return restored(token, self._found)
+
+    def _found(self, token: tuple) -> Any:
+        if token[0] == "v":
             return Value(self.trace.entries[token[1]], token[2])
-        if kind in ("t", "x", "n"):
-            return {"t": self.thetas, "x": self.externals, "n": self.numbers}[kind][token[1]]
-        if kind == "d":
-            return {k: self._value(t) for k, t in token[1]}
-        if kind == "c":
-            return float.fromhex(token[1]) if len(token) == 2 else token[2]
-        assert kind == "()", token
-        return tuple(map(self._value, token[1:]))
+        return {"t": self.thetas, "x": self.externals, "n": self.numbers}[token[0]][token[1]]

@@ -17,7 +17,7 @@ from .ir import Port, Role, StepGraph, show
 aten = torch.ops.aten
 _INPUT_RANK = {Role.THETA: 0, Role.THETA_NOW: 1, Role.OPT_STATE: 2, Role.CARRY: 2}
 _INPUTS = (*_INPUT_RANK, Role.META, Role.SCAN, Role.NOISE)
-_OUTPUTS = (Role.LOSS, Role.THETA, Role.OPT_STATE, Role.CARRY, Role.GRADIENT)
+_OUTPUTS = (Role.THETA, Role.OPT_STATE, Role.CARRY, Role.GRADIENT)
 
 
 def verify_step(step: StepGraph, name: str = "a step graph", *, pruned: bool = True) -> None:

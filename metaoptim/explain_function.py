@@ -128,7 +128,6 @@ def _step_report(
     missing = [x for x in missing if x.tensor.requires_grad]
     paths = {labels[x]: "this step" for x in targets}
     paths |= {labels[x]: "no result of the step depends on it" for x in missing}
-    outputs = [p for p in step.step.outputs if p.role is not Role.LOSS]
     return Report(
         function=_title(fn),
         form="step",
@@ -146,7 +145,7 @@ def _step_report(
         saved_calls=None,
         extra_forwards=None,
         recompute_factor=None,
-        state_bytes=sum(nbytes(p.spec) for p in outputs),
+        state_bytes=sum(nbytes(p.spec) for p in step.step.outputs),
         transient_bytes=cost.vjp_bytes,
         predicted_peak_bytes=None,
         predicted_forward_bytes=None,

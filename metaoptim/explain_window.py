@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from dataclasses import asdict, replace
 
-from .compiler.ir import Loop, Role, StepGraph
+from .compiler.ir import Loop, Lowering, Role, StepGraph
 from .compiler.lower import derived
 from .compiler.passes.differentiate import differentiate
 from .compiler.passes.pipeline import Record
@@ -53,7 +53,7 @@ def _report(session: RecordedSession, title: str) -> Report:
         function=title,
         form="block",
         horizon=program.horizon,
-        calls=sum(count for _, count in program.counted()),
+        calls=calls.total(),
         num_programs=len(graphs),
         window=options.window,
         offline=options.offline,
@@ -65,7 +65,7 @@ def _report(session: RecordedSession, title: str) -> Report:
         kept_states=len(store),
         saved_calls=0,
         extra_forwards=prediction.extra_forwards,
-        recompute_factor=1 + prediction.extra_forwards / max(program.horizon, 1),
+        recompute_factor=1 + prediction.extra_forwards / max(calls.total(), 1),
         state_bytes=sum(t.nbytes for t in engine.state),
         transient_bytes=max((step_cost(g, how[id(g)]).vjp_bytes for g in graphs.values()), default=0),
         predicted_peak_bytes=prediction.peak_bytes + beside,
@@ -74,13 +74,13 @@ def _report(session: RecordedSession, title: str) -> Report:
         gradient_targets=[name for name in paths if name in targets],
         unreachable=[name for name in paths if name not in targets],
         paths=paths,
-        passes=list(map(asdict, _records(program))),
+        passes=list(map(asdict, _records(program, how))),
         shapes={name: shape_of(g, calls[name], how[id(g)]) for name, g in graphs.items()},
         program=str(program),
     )
 
 
-def _records(program: Program) -> list[Record]:
+def _records(program: Program, how: dict[int, Lowering]) -> list[Record]:
     """What the passes have done, of each step graph by itself, and of the program."""
     names = program.names()
     found = [
@@ -98,7 +98,7 @@ def _records(program: Program) -> list[Record]:
     begun = time.perf_counter()
     modes: dict[str, list[StepGraph]] = {}
     for g in program.step_graphs:
-        modes.setdefault(next(c.how.hvp for c, _ in program.counted() if c.step is g), []).append(g)
+        modes.setdefault(how[id(g)].hvp, []).append(g)
     done = "; ".join(differentiate(graphs, hvp) for hvp, graphs in modes.items())
     return [*found, Record("differentiate", done, 1e3 * (time.perf_counter() - begun))]
 

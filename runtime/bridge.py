@@ -138,7 +138,7 @@ class Results(torch.autograd.Function):
 
 
 def _tell_if_nothing_is_reached(engine: Engine) -> None:
-    if engine.program.horizon and not engine.reaches:
+    if engine.program.begun and not engine.reaches:
         engine.reaches = True  # once
         warn(
             "the backward goes through inner steps of an online window, none of which has read a tensor that requires "

@@ -102,7 +102,7 @@ class Engine:
                 state[index] = value
         self.program.append(call)
         self.state = state
-        if isinstance(call, Assign) and self.program.horizon == 0 and not read:
+        if isinstance(call, Assign) and not self.program.begun and not read:
             self.store.rebase(self.program.end, state)
 
     def run(self, state: State) -> State:

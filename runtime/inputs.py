@@ -11,6 +11,8 @@ from torch import Tensor
 
 from metaoptim.errors import StaleInputError
 
+from ..compiler.capture.slicing import tensor_spec
+
 _CHUNK = 1 << 20
 
 
@@ -74,6 +76,15 @@ class Held:
         self.layout: tuple | None = None
         self.offset = 0
         self.digest, self.label, self.private = digest, label, private
+
+    @property
+    def spec(self) -> tuple:
+        """Shape, dtype, strides and device of what is held, without making it."""
+        of = self.memory.tensor
+        if self.layout is None:
+            return tensor_spec(of)
+        shape, strides = self.layout
+        return (tuple(shape), of.dtype, strides, of.device)
 
     @property
     def tensor(self) -> Tensor:

@@ -79,7 +79,7 @@ class ThetaView:
             ordinals = range(len(self.indices))
             oldest = min((e.position for e in self.epochs if e.read), default=engine.position)
             shown = self.sliding.read(self.indices, list(own), self.offline, oldest)
-        elif not self.offline and engine.program.horizon == 0:
+        elif not self.offline and not engine.program.begun:
             shown = tuple(
                 as_parameter(engine.state[self.indices[i]], own[i]).requires_grad_() for i in ordinals
             )

@@ -336,8 +336,8 @@ STEPS: dict[str, tuple[Callable[[], StepGraph], str]] = {
         r"input s \(theta\) comes after inputs it must precede",
     ),
     "an input that is an output": (
-        lambda: graph([port(Role.LOSS, "x"), port(Role.SCAN, "d")], [port(Role.CARRY, "y")], _sum),
-        r"input x has the role of an output, loss",
+        lambda: graph([port(Role.GRADIENT, "x"), port(Role.SCAN, "d")], [port(Role.CARRY, "y")], _sum),
+        r"input x has the role of an output, gradient",
     ),
     "an output that is an input": (
         lambda: graph([port(Role.META, "x"), port(Role.SCAN, "d")], [port(Role.SCAN, "y")], _sum),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -122,6 +123,20 @@ class Keyed:
         return None
 
 
+def restored(token: Any, found: Callable[[tuple], Any]) -> Any:
+    """The argument that `Keyed.token` has made ``token`` of; ``found``: values, inputs and numbers by their tokens."""
+    if not isinstance(token, tuple):
+        return token
+    kind = token[0]
+    if kind == "()":
+        return tuple([restored(t, found) for t in token[1:]])
+    if kind == "d":
+        return {k: restored(t, found) for k, t in token[1]}
+    if kind == "c":
+        return float.fromhex(token[1]) if len(token) == 2 else token[2]
+    return found(token)
+
+
 class Slice(Keyed):
     """The ancestor slice of some roots, its leaves numbered in the order they are met.
 
@@ -151,7 +166,7 @@ class Slice(Keyed):
         self._external_at: dict[int, int] = {}
         body = tuple(self._entry_key(e) for e in self.entries)
         self.roots = tuple(self.token(r) for r in roots)
-        specs = tuple((tensor_spec(x.held.tensor), x.grad) for x in self.externals)
+        specs = tuple((x.held.spec, x.grad) for x in self.externals)
         hooks = tuple((at, tuple(hook_key(s.hook) for s in spies)) for at, spies in self.hooks.items())
         if hooks:
             self.opaque = True
@@ -190,7 +205,7 @@ class Slice(Keyed):
         return super().token(a)
 
     def _input_shape(self, a: Any) -> tuple | None:
-        return tuple(a.held.tensor.shape) if isinstance(a, External) else None
+        return a.held.spec[0] if isinstance(a, External) else None
 
 
 def _ancestors(roots: list[Any], carry: bool) -> list[Entry]:
