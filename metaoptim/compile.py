@@ -24,7 +24,7 @@ from .errors import WindowError, warn
 from .explain_function import report_of
 from .guards import Scene
 from .recapture import compare
-from .runtime.budget import check_budget, check_count
+from .runtime.budget import check_budget, check_count, tell_default
 from .runtime.compiled import Call, Run
 from .runtime.distributed import average_over_ranks
 from .runtime.offload import check_offload
@@ -167,9 +167,12 @@ class CompiledFunction:
         """What to keep for the backward, as the windows inside say, else the decorator."""
         rolled, how = program.rolled, self._options.lowering
         if rolled.kept is None:
-            kept, program.plan = decide(rolled, how, stated(rolled, self._options), _name(self._fn), tensors)
+            said = stated(rolled, self._options)
+            kept, program.plan = decide(rolled, how, said, _name(self._fn), tensors)
             checkpoint(rolled, kept, how.hvp)
             if program.plan is not None:
+                if said.memory_budget is None:
+                    tell_default(_name(self._fn), program.plan.budget)
                 _plans.info("%s: %s", _name(self._fn), program.plan)
         assert rolled.kept is not None
         return rolled.kept

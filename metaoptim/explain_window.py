@@ -38,6 +38,7 @@ def _report(session: RecordedSession, title: str) -> Report:
     prediction = predict_sweep(swept, store.slots, options.offload is not None, engine.state, kept)
     streaming = engine.streaming
     beside = 0 if streaming is None else streaming.beside
+    budgeted = streaming if streaming is not None and streaming.acts else None
     names = program.names()
     graphs = {names[id(g)]: g for g in program.step_graphs}
     calls: Counter[str] = Counter()
@@ -58,8 +59,8 @@ def _report(session: RecordedSession, title: str) -> Report:
         window=options.window,
         offline=options.offline,
         slots=store.slots,
-        memory_budget=None if streaming is None else streaming.budget,
-        minimum_budget=None if streaming is None else streaming.minimum,
+        memory_budget=None if budgeted is None else budgeted.budget,
+        minimum_budget=None if budgeted is None else budgeted.minimum(engine),
         offload=None if options.offload is None else os.fspath(options.offload),
         plan=plan,
         kept_states=len(store),

@@ -44,7 +44,8 @@ class SlidingWindow:
         memory_budget: keep as many states as fit: most bytes that the window may hold at its peak beyond the caller's
             own tensors, as a number, as text (``"512MiB"``), or as a fraction (a float) of the free memory.
         slots: keep at most this many states of the inner loop, counting the initial one, and replay the rest. None
-            keeps the state of every step (no activations).
+            keeps the state of every step (no activations); without a budget, up to half of the memory that is free,
+            with a warning beyond.
         offload: where states go for which there is no room on the device, instead of being given up: ``"host"`` (memory
             of the host, for networks on another device), ``"disk"`` (files in the temporary directory), or the path of
             a directory. With ``slots`` or ``memory_budget``. A step is then replayed once at most.

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from metaoptim.errors import warn
+
+from ..compiler.program import readable_bytes
 
 _UNITS = {"": 1, "B": 1} | {
     f"{prefix}{suffix}": base**power
@@ -72,18 +77,37 @@ def budget_bytes(value: int | float | str, device: torch.device) -> int:
         found = _AMOUNT.fullmatch(value)
         assert found is not None
         return int(float(found[1]) * _UNITS[found[2]])
-    return int(value * free_bytes(device)) if isinstance(value, float) else value
+    if not isinstance(value, float):
+        return value
+    free = free_bytes(device)
+    if free is None:
+        raise ValueError(
+            f"memory_budget: a fraction of the free memory is not known for {device.type} on this system; give bytes"
+        )
+    return int(value * free)
 
 
-def free_bytes(device: torch.device) -> int:
-    """Memory of ``device`` that can be had now."""
+def default_budget(device: torch.device) -> int:
+    """Where no budget is stated: half of the memory that is free now; without bound where that is not known."""
+    free = free_bytes(device)
+    return sys.maxsize if free is None else free // 2
+
+
+def tell_default(who: str, budget: int) -> None:
+    """Warn that states are given up although nobody has asked for it."""
+    warn(
+        f"{who} would need more than {readable_bytes(budget)} to keep every state, half of the memory that was free: "
+        "some are given up, and a backward runs their steps again. To choose, say memory_budget= or slots="
+    )
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory of ``device`` that can be had now; None where that is not known."""
     if device.type == "cuda":
         reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + reserved
     available = Path("/proc/meminfo")
     if device.type != "cpu" or not available.exists():
-        raise ValueError(
-            f"memory_budget: a fraction of the free memory is not known for {device.type} on this system; give bytes"
-        )
+        return None
     (kibibytes,) = re.findall(r"MemAvailable:\s+(\d+) kB", available.read_text())
     return 1024 * int(kibibytes)

@@ -89,8 +89,11 @@ class Engine:
             read: whether a loss may have read theta since the last step, which the tape must then go back to.
         """
         position = self.program.end
-        if self.streaming is not None and isinstance(call, StepCall):
-            self.store.limit(self.streaming.slots(self, call))
+        if self.streaming is not None:
+            if isinstance(call, Assign):
+                self.streaming.assigned(call)
+            elif (slots := self.streaming.slots(self, call, changes)) is not None:
+                self.store.limit(slots)
         if _may_keep(call) or self.store.slots is None:
             self.store.offer(position, self.state)
         state = list(self.state)

@@ -16,7 +16,7 @@ from ..compiler.capture.trace import Input
 from ..compiler.ir import Loop, Lowering
 from ..compiler.program import Kept, RolledProgram, nbytes, readable_bytes
 from ..compiler.stepcost import measured, residual_cost, step_cost
-from .budget import budget_bytes
+from .budget import budget_bytes, default_budget
 from .dry_run import predict
 from .rehearsal import rehearse, shortened
 from .schedule import with_tier
@@ -154,8 +154,7 @@ class Planner:
             most = self.tier.fitting(room, self.states)
             choices = [k for k in range(1, most + 1) if self.tier(k) <= room]
             slots, tiered = with_tier(self.states, slots, choices)
-        least = self.least(tiered)
-        minimum = least + _first_use(self.program, self.how)
+        least, minimum = self.least(tiered), self.minimum(tiered)
         if budget < minimum:
             checked = minimum > least
             raise BudgetError(
@@ -174,6 +173,10 @@ class Planner:
     def least(self, tiered: bool = False) -> int:
         """The fewest bytes, without what compiling and checking take."""
         return min((self.tier if tiered else self.alone).least + self.beside, self.every)
+
+    def minimum(self, tiered: bool = False) -> int:
+        """The smallest budget that there is a plan for."""
+        return self.least(tiered) + _first_use(self.program, self.how)
 
     @cached_property
     def every(self) -> int:
@@ -211,7 +214,8 @@ def decide(
         BudgetError: for a budget in which not even one state can be kept.
     """
     if said.memory_budget is None:
-        return Kept(said.slots, 0, said.offload), None
+        plan = None if said.slots is not None else default_plan(program, how, name)
+        return Kept(said.slots if plan is None else plan.slots, 0, said.offload), plan
     rehearsal = _nothing
     if tensors is not None:
         rehearse(program, tensors, how)
@@ -221,6 +225,18 @@ def decide(
         plan_for(program, how, budget, name, said.offload is not None), program, how, rehearsal
     )
     return Kept(plan.slots, plan.saved, said.offload if plan.offload else None), plan
+
+
+def default_plan(program: RolledProgram, how: Lowering, name: str) -> Plan | None:
+    """The plan where neither slots nor a budget is stated: None, which keeps every state, as a rule.
+
+    Where that takes more than half of the free memory, as many as fit into it; one if none does.
+    """
+    budget = default_budget(device_of(program))
+    if 2 * program.swept * program.state_bytes <= budget:
+        return None
+    planner = Planner(program, how, name)
+    return planner.plan(max(budget, planner.minimum())) if planner.every > budget else None
 
 
 def device_of(program: RolledProgram) -> torch.device:

@@ -55,7 +55,7 @@ class RecordedSession(Session):
     def __init__(self, options: Options) -> None:
         super().__init__(options)
         self.engine = Engine(options.slots, options.backward_hook, tier=tier_for(options.offload))
-        if options.memory_budget is not None:
+        if options.slots is None:
             self.engine.streaming = Streaming(options.memory_budget, options.offload is not None)
         bypass.watch_backward(self.engine)
         self.view = ThetaView(options, self.engine, self.networks)

@@ -309,7 +309,7 @@ def test_gradients_that_are_there_already_count() -> None:
 def test_a_truncated_window_meets_a_new_kind_of_step(offload: str | None) -> None:
     """Under a budget, when what has made its state is forgotten already."""
     found = []
-    for options in ({}, {"memory_budget": "1MiB", "offload": offload}):
+    for options in ({}, {"memory_budget": 2600, "offload": offload}):  # of which 2,336 are needed
         torch.manual_seed(1)
         net, lr = nn.Linear(3, 2), torch.tensor(0.05, requires_grad=True)
         x = torch.linspace(-1, 2, 30 * 12).view(30, 4, 3)

@@ -1,0 +1,99 @@
+"""Peaks of an ordinary window by its slots, if it goes on as it has; remembered, for windows come alike."""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Sequence
+from dataclasses import replace
+from threading import RLock
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..compiler.ir import Assign, StepCall
+from ..compiler.recorded_program import Call, Program
+from ..compiler.stepcost import measured
+from .dry_run import predict_sweep
+from .planner import FEW_SLOTS, MANY, Peaks
+
+REPEATS = 2  # of each step and assignment, before the last super-step repeats
+_REMEMBERED = 64
+_known: OrderedDict[Any, Peaks] = OrderedDict()  # they hold the steps: their ids stay their own
+_lock = RLock()
+
+
+def window_peaks(calls: Sequence[Call], initial: Sequence[Tensor], offload: bool = False) -> Peaks:
+    """Peaks of a sweep back over ``calls`` and what may follow them.
+
+    A few calls of every kind count, and the last super-step repeats.
+
+    Args:
+        calls: of the window, from where it remembers.
+        initial: the state there; empty if calls have made all of it.
+        offload: whether states without a slot go to a lower tier.
+    """
+    first, again = _few(calls)
+    sizes = tuple(map(_bytes, initial))
+    key = (*map(_key, (*first, *again)), len(again), sizes, offload)
+    with _lock:
+        if key not in _known:
+            _known[key] = _peaks(list(map(_bare, first)), list(map(_bare, again)), sizes, offload)
+            if len(_known) > _REMEMBERED:
+                _known.popitem(last=False)
+        _known.move_to_end(key)
+        return _known[key]
+
+
+def _peaks(first: list[Call], again: list[Call], sizes: Sequence[int], offload: bool) -> Peaks:
+    # with a tier, it is a matter of how many steps there are after the last state that went there
+    lengths = range(MANY, MANY + FEW_SLOTS + 1) if offload else [MANY]
+    programs = [_program(first + again * length) for length in lengths]
+    initial = list(map(_sized, sizes))
+    return Peaks(lambda k: max(predict_sweep(p, k, offload, initial).peak_bytes for p in programs[: k + 1]))
+
+
+def _few(
+    calls: Sequence[Call],
+) -> tuple[list[Call], list[Call]]:
+    """A few calls of every kind, and the last super-step."""
+    seen: Counter = Counter()
+    chosen: list[Call] = []
+    for call in calls:
+        kind = call.indices if isinstance(call, Assign) else id(call.step)
+        seen[kind] += 1
+        if seen[kind] <= REPEATS:
+            chosen.append(call)
+    last: list[Any] = [c for c in reversed(calls) if isinstance(c, StepCall)]
+    end = next((i for i, c in enumerate(last) if not c.back), len(last) - 1)
+    return chosen, last[end::-1]
+
+
+def _program(calls: Sequence[Call]) -> Program:
+    return Program(
+        0, [replace(c, back=min(c.back, i)) if isinstance(c, StepCall) else c for i, c in enumerate(calls)]
+    )
+
+
+def _key(call: Call) -> tuple:
+    """What a call's part in a peak depends on."""
+    if isinstance(call, Assign):
+        return call.indices, tuple(map(_bytes, call.values)), call.adoption
+    costs = measured(call.step, "replay", call.how), measured(call.step, "vjp", call.how)
+    state = call.theta, call.update, call.opt_state_in, call.opt_state_out
+    return id(call.step), call.how, costs, state, call.back, call.metas
+
+
+def _bare(call: Call) -> Call:
+    """The same without anything of the user's."""
+    if isinstance(call, Assign):
+        return replace(call, values=[_sized(_bytes(v)) for v in call.values])
+    return replace(call, inputs=[None] * len(call.inputs), spies=())
+
+
+def _bytes(t: Tensor) -> int:
+    return t.untyped_storage().nbytes() if t.layout is torch.strided else t.nbytes
+
+
+def _sized(size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8, device="meta")
