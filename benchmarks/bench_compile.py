@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,11 +53,11 @@ class Problem:
         self.scan = scan
 
     def window(
-        self, net: nn.Module, log_lr: Tensor, xs: Tensor, ys: Tensor, xq: Tensor, yq: Tensor
+        self, net: nn.Module, log_lr: Tensor, xs: Tensor, ys: Tensor, xq: Tensor, yq: Tensor, **options: Any
     ) -> Tensor:
         """As a user of metaoptim writes it."""
         inner = self.cls([net], lr=log_lr.exp() * self.scale, **self.options)
-        with metaoptim.SlidingWindow(offline=True) as window:
+        with metaoptim.SlidingWindow(offline=True, **options) as window:
             for x, y in window.scan(xs, ys) if self.scan else zip(xs, ys):
                 inner.step(F.cross_entropy(net(x), y))
             return F.cross_entropy(net(xq), yq)
@@ -97,6 +98,8 @@ def speed(horizon: int, backend: str, repeats: int, slots: int | None) -> None:
         problem = Problem(horizon, name)
         forms: dict[str, Callable] = {
             "full tape": problem.full_tape,
+            "window": partial(problem.window, slots=slots),
+            "window, derivatives compiled": partial(problem.window, slots=slots, backend=backend),
             "compiled": metaoptim.compile(problem.window, backend=backend, slots=slots),
         }
         if slots is None:

@@ -145,11 +145,18 @@ class Lowering:
         backend: "eager", or another backend of torch.compile.
         check: whether a compiled graph is compared with its uncompiled form on first use.
         hvp: how steps are differentiated: "reverse", "mixed" or "auto".
+        replays: whether replays run on the backend too. Not where the forward was eager PyTorch's own: a state that is
+            made again must be the same to the bit.
     """
 
     backend: str = "eager"
     check: bool = True
     hvp: str = "reverse"
+    replays: bool = True
+
+    def backend_of(self, kind: str) -> str:
+        """What a step's graph of this kind runs on."""
+        return self.backend if self.replays or kind != "replay" else "eager"
 
 
 EAGER = Lowering()

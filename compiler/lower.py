@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from threading import RLock
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from .compile_graph import compiled
@@ -16,6 +17,22 @@ from .ir import EAGER, Lowering, StepGraph
 from .residuals import Split, split
 
 Lowered = Callable[..., Sequence[Any]]
+
+
+def lowering(backend: str, hvp: str, self_check: bool, replays: bool = True) -> Lowering:
+    """A `Lowering`, as users state it.
+
+    Raises:
+        ValueError: for a backend that torch.compile does not know, or an unknown ``hvp``.
+    """
+    if hvp not in ("auto", "reverse", "mixed"):
+        raise ValueError(f"hvp: got {hvp!r}, expected 'auto', 'reverse' or 'mixed'")
+    if backend != "eager" and backend not in torch.compiler.list_backends(exclude_tags=()):
+        usual = {"eager", "aot_eager", *torch.compiler.list_backends()}
+        raise ValueError(
+            f"backend: got {backend!r}, expected one of {', '.join(sorted(usual))}, or another backend of torch.compile"
+        )
+    return Lowering(backend, self_check, hvp, replays)
 
 
 def lowered(step: StepGraph, kind: str, inputs: Sequence[Tensor], how: Lowering = EAGER) -> Lowered:
@@ -30,11 +47,12 @@ def lowered(step: StepGraph, kind: str, inputs: Sequence[Tensor], how: Lowering 
     program = step.programs.get((kind, how))
     if program is None:
         graph = _graph(step, kind, how.hvp, inputs if step.dynamic else None)
-        if how.backend == "eager":
+        backend = how.backend_of(kind)
+        if backend == "eager":
             program = graph.forward
         else:
             cotangents = len(cotangent_outputs(step)) if kind in ("vjp", "backward") else 0
-            program = compiled(graph, inputs, how.backend, cotangents, how.check)
+            program = compiled(graph, inputs, backend, cotangents, how.check)
         step.programs[kind, how] = program
     return program
 

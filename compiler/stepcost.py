@@ -12,7 +12,7 @@ from .differentiate import cotangent_outputs
 from .ir import Lowering, StepGraph
 from .liveness import peak_bytes, storages
 from .lower import derived, replayed, residuals
-from .program import operator_count
+from .program import nbytes, operator_count
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,13 @@ def step_cost(step: StepGraph, how: Lowering) -> StepCost:
         made = tuple(m for m in replay.made if m is not None)
         found = replace(found, replay_bytes=replay.peak_bytes, outputs=made)
     return found if vjp is None else replace(found, vjp_bytes=vjp.peak_bytes, gradients=vjp.made)
+
+
+def check_bytes(step: StepGraph, how: Lowering) -> int:
+    """Bytes that comparing a compiled derivative with the graph it is compiled from takes, at most."""
+    given = sum(nbytes(p.spec) for p in (*step.inputs, *step.outputs))
+    # copies of what it is given, which results may lie in; both results; one of the two at work; random generators
+    return 4 * given + 3 * step_cost(step, how).vjp_bytes + (16 << 10)
 
 
 def residual_cost(step: StepGraph, how: Lowering) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from .captured import Program, StepProgram, capture, captured_step, stated
 from .changes import first_change
 from .compiler.capture import intercept
 from .compiler.capture.trace import Input
-from .compiler.ir import Lowering
+from .compiler.lower import lowering
 from .compiler.passes.checkpoint import checkpoint
 from .compiler.passes.pipeline import Options
 from .compiler.program import Kept
@@ -260,17 +260,10 @@ def compile(
         raise TypeError(f"compile: got {type(fn).__name__}, expected a function{hint}")
     for name, value in (("window", window), ("slots", slots)):
         check_count(name, value)
-    if hvp not in ("auto", "reverse", "mixed"):
-        raise ValueError(f"hvp: got {hvp!r}, expected 'auto', 'reverse' or 'mixed'")
-    known = torch.compiler.list_backends(exclude_tags=())
-    if backend != "eager" and backend not in known:
-        usual = {"eager", "aot_eager", *torch.compiler.list_backends()}
-        raise ValueError(
-            f"backend: got {backend!r}, expected one of {', '.join(sorted(usual))}, or another backend of torch.compile"
-        )
     check_budget(memory_budget, slots)
     check_offload(offload, slots, memory_budget)
-    options = Options(window, slots, memory_budget, Lowering(backend, self_check, hvp), recapture, offload)
+    how = lowering(backend, hvp, self_check)
+    options = Options(window, slots, memory_budget, how, recapture, offload)
     if fn is None:
         return lambda f: CompiledFunction(f, options)
     return CompiledFunction(fn, options)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .compiler.capture.intercept import recording
+from .compiler.lower import lowering
 from .errors import WindowError, warn
 from .explain_window import explain_window
 from .optim.optimizer import live_optimizers
@@ -49,13 +50,18 @@ class SlidingWindow:
         offload: where states go for which there is no room on the device, instead of being given up: ``"host"`` (memory
             of the host, for networks on another device), ``"disk"`` (files in the temporary directory), or the path of
             a directory. With ``slots`` or ``memory_budget``. A step is then replayed once at most.
+        backend: what the derivatives of steps run on: ``"eager"`` (nothing is compiled, nothing to wait for), or a
+            backend of torch.compile such as ``"inductor"``, which compiles one graph for each distinct step, at its
+            first derivative. The forward is eager PyTorch's own in any case.
+        hvp: how a step's gradient is differentiated, as of `compile`.
+        self_check: compare every compiled graph with its uncompiled form on first use.
         strategy: ``"auto"`` records; ``"full_tape"`` keeps autograd's own tape (the oracle; memory grows with T).
 
     Raises:
         WindowError: for windows inside windows, or pickup_step offline.
         TypeError: for an ``offline`` that is no bool, or an option of another type than said.
-        ValueError: for an unknown strategy, window or slots below 1, both slots and a budget, or an ``offload`` that is
-            no directory or has nothing to do.
+        ValueError: for an unknown strategy, backend or hvp, a window or slots below 1, both slots and a budget, or an
+            ``offload`` that is no directory or has nothing to do.
         BudgetError: from a step, for a budget in which not even one state can be kept.
         StoreError: from a step or a backward, where an offloaded state cannot be written, or is damaged.
 
@@ -92,6 +98,9 @@ class SlidingWindow:
         memory_budget: int | float | str | None = None,
         slots: int | None = None,
         offload: str | os.PathLike[str] | None = None,
+        backend: str = "eager",
+        hvp: str = "auto",
+        self_check: bool = True,
         strategy: str = "auto",
     ) -> None:
         if not isinstance(offline, bool):
@@ -102,18 +111,19 @@ class SlidingWindow:
             )
         check_budget(memory_budget, slots)
         check_offload(offload, slots, memory_budget)
-        if offload is not None and strategy == "full_tape":
-            raise ValueError(
-                f"offload={os.fspath(offload)!r}: a full_tape window keeps everything; use strategy='auto'"
-            )
-        if memory_budget is not None and strategy == "full_tape":
-            raise ValueError(
-                f"memory_budget={memory_budget!r}: a full_tape window keeps everything; use strategy='auto'"
-            )
         for name, value in (("window", window), ("slots", slots)):
             check_count(name, value)
-            if value is not None and strategy == "full_tape":
-                raise ValueError(f"{name}={value}: a full_tape window keeps everything; use strategy='auto'")
+        how = lowering(backend, hvp, self_check, replays=False)
+        self._options = Options(
+            offline, backward_hook, record_grad_tape, pickup_step, window, slots, memory_budget, offload, how
+        )
+        if strategy == "full_tape":
+            for name, value in self._said().items():
+                if name not in ("offline", "backward_hook", "record_grad_tape", "pickup_step"):
+                    raise ValueError(
+                        f"{name}={value!r}: a full_tape window keeps everything, on autograd's own tape; use "
+                        "strategy='auto'"
+                    )
         if not isinstance(pickup_step, int) or pickup_step < -1:
             raise ValueError(
                 f"pickup_step: got {pickup_step!r}, expected a step counted from 0, or -1 for the last"
@@ -127,12 +137,17 @@ class SlidingWindow:
             raise TypeError(
                 f"backward_hook: got {type(backward_hook).__name__}, expected a function of one tensor"
             )
-        self._options = Options(
-            offline, backward_hook, record_grad_tape, pickup_step, window, slots, memory_budget, offload
-        )
         self._strategy = strategy
         self._session: Session | None = None
         self._program: Any = None
+
+    def _said(self) -> dict[str, Any]:
+        """The options that are not as by default."""
+        said = {**vars(self._options), "offload": self._options.offload and os.fspath(self._options.offload)}
+        how, default = said.pop("lowering"), Options()
+        said |= {"backend": how.backend, "hvp": how.hvp, "self_check": how.check}
+        defaults = {**vars(default), "backend": "eager", "hvp": default.lowering.hvp, "self_check": True}
+        return {name: value for name, value in said.items() if value != defaults[name]}
 
     def __enter__(self) -> SlidingWindow:
         if current_session() is not None:
@@ -233,7 +248,7 @@ class SlidingWindow:
             )
 
     def __repr__(self) -> str:
-        shown = {k: v for k, v in vars(self._options).items() if v != getattr(Options(), k)}
+        shown = self._said()
         if self._strategy != "auto":
             shown["strategy"] = self._strategy
         return f"SlidingWindow({', '.join(f'{k}={v!r}' for k, v in shown.items())})"

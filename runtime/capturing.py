@@ -26,7 +26,7 @@ from .dependence import leaves_of
 from .hyper import hyper_of
 from .iteration import Iteration
 from .networks import Networks
-from .session import Options, Session, _current, refuse_overwritten
+from .session import WINDOW, Options, Session, _current, refuse_overwritten
 
 aten = torch.ops.aten
 # Iterations of a scan that are captured: one may differ (state is created), the others show what is carried from one to
@@ -67,6 +67,10 @@ class CapturedSession(Session):
             raise CaptureError(
                 "record_grad_tape and pickup_step need an ordinary window; take the decorator off, or compile the "
                 "inner step only"
+            )
+        if options.lowering != WINDOW:
+            raise WindowError(
+                "backend, hvp or self_check of a window inside a compiled function; give them to metaoptim.compile"
             )
         super().__init__(options)
         self.keeps_state = not options.offline  # whether optimizers go on from where the window leaves them

@@ -298,13 +298,21 @@ class RecordedSession(Session):
             raise
         except Exception as error:
             raise first_use.uncapturable(error) from error
+        how = self.options.lowering
+        if step.dynamic and how.backend != "eager":
+            raise CaptureError(
+                f"backend={how.backend!r}: the shapes in this step depend on values, and such a step cannot be "
+                "compiled; use backend='eager'"
+            )
         dtypes = [port.spec[1] for port in step.inputs[len(step.inputs) - len(lifted) :]]
         held += [
             Held(torch.tensor(sliced.numbers[i], dtype=dtype), None, "a number")
             for i, dtype in zip(lifted, dtypes, strict=True)
         ]
         inputs, outputs = self._state_indices(optimizer, update, new_states)
-        call = StepCall(step, tuple(place), update.indices, inputs, outputs, back, held, (), user_location())
+        call = StepCall(
+            step, tuple(place), update.indices, inputs, outputs, back, held, (), user_location(), how=how
+        )
         suspect = any(x.suspect for x in (*sliced.externals, *sliced.values))
         if new or step.opaque or suspect:
             try:

@@ -16,9 +16,11 @@ from metaoptim.errors import CaptureError, LossError, WindowError
 from ..compiler.build import GradientHooks
 from ..compiler.capture import intercept
 from ..compiler.capture.entries import Spy
+from ..compiler.ir import Lowering
 from .distributed import average_over_ranks
 from .networks import Networks
 
+WINDOW = Lowering(hvp="auto", replays=False)  # of what an ordinary window records
 _current: ContextVar[Session | None] = ContextVar("metaoptim_session", default=None)
 
 
@@ -39,6 +41,7 @@ class Options:
     slots: int | None = None
     memory_budget: int | float | str | None = None
     offload: str | os.PathLike[str] | None = None
+    lowering: Lowering = WINDOW
 
 
 class _Member:

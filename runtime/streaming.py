@@ -17,7 +17,7 @@ from ..compiler.differentiate import cotangent_outputs
 from ..compiler.ir import Assign, Role, StepCall
 from ..compiler.lower import lowered
 from ..compiler.program import nbytes, plural, readable_bytes
-from ..compiler.stepcost import measured, step_cost
+from ..compiler.stepcost import check_bytes, measured, step_cost
 from .budget import budget_bytes, default_budget, tell_default
 from .engine import Engine
 from .meter import profiling
@@ -136,9 +136,32 @@ class Streaming:
         self._shown = max(self._shown, theta)
         if self._budget is None:
             return  # half of the free memory is no promise, and there may never be a backward
+        self._make_room(engine, call)
         _measure(engine, call)
         state = sum(t.nbytes for t in engine.state) + sum(nbytes(p.spec) for p in call.step.outputs)
         self._sweep = max(self._sweep, step_cost(call.step, call.how).vjp_bytes + 4 * state + 3 * metas)
+
+    def _make_room(self, engine: Engine, call: StepCall) -> None:
+        """Compiling a derivative, and comparing it with the graph it is compiled from, takes more than running it."""
+        if (
+            call.how.backend_of("vjp") == "eager"
+            or not call.how.check
+            or measured(call.step, "vjp", call.how)
+        ):
+            return
+        needed = self.beside + check_bytes(call.step, call.how)
+        state = sum(t.nbytes for t in engine.state)
+        fits = (self.budget - needed) // max(state, 1)
+        if fits < 1:
+            raise BudgetError(
+                f"memory_budget: {readable_bytes(self.budget)} ({self.budget} bytes) is too small at inner step "
+                f"{engine.program.horizon + 1} to compile its derivative and check it, which takes up to "
+                f"{needed + state} bytes ({readable_bytes(needed + state)}); raise the budget, or say "
+                "self_check=False or backend='eager'",
+                needed + state,
+            )
+        if fits < len(engine.store):
+            engine.store.limit(fits)
 
     def _roomy(self, engine: Engine, call: StepCall) -> bool:
         if self.offload:
