@@ -66,7 +66,7 @@ def _mark_of(t: Tensor, recorder: Any) -> _Mark | None:
         node: Any = t.grad_fn
         return _Mark(weakref.ref(node.engine), (node.position,), node.indices[t.output_nr])
     recorder = None if recorder is None or recorder.symbolic else recorder
-    known = None if recorder is None else recorder.known(t)
+    known = None if recorder is None else recorder.recording.known(t)
     if recorder is not None and isinstance(known, Value) and known.steps:
         return _Mark(weakref.ref(recorder.guard.engine), known.steps, None)
     return _marks.get(t) if _marks else None

@@ -63,14 +63,14 @@ def check(
 
 def tell_unreachable(session: Any, sliced: Slice) -> None:
     """Warn of what requires grad and reaches the step of ``session`` only where no gradient flows."""
-    tainted = session.recorder.tainted
-    if not tainted:
+    taint = session.recorder.taint
+    if not taint.of_storage:
         return
     reached = {id(x.source) for x in sliced.externals if x.grad}
     for x in sliced.externals:
         if x.grad:
             continue
-        for ref in session.recorder.taint_of(x.source).values():
+        for ref in taint.of(x.source).values():
             leaf = ref()
             if (
                 leaf is None

@@ -201,6 +201,7 @@ class FullTapeSession(Session):
         self._versions.clear()
         self._values.clear()
         self._cut.clear()
+        self.recorder.release()
 
     # -- the recorder's guard ------------------------------------------------------------------------------------
 

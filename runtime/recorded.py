@@ -100,13 +100,13 @@ class RecordedSession(Session):
 
     def _step(self, optimizer: Any, loss: Tensor, allow_unused: bool) -> None:
         self.view.settle()
-        root = self.recorder.root_of(loss)
+        root = self.view.recording.root_of(loss)
         if isinstance(root, External):
             raise LossError(
                 f"{type(optimizer).__name__}.step: the loss was not computed inside this window; compute it "
                 "inside the block, from the networks as they are now"
             )
-        hyper = hyper_of(optimizer, self.recorder.value_of, self._lifts)
+        hyper = hyper_of(optimizer, self.view.recording.value_of, self._lifts)
         sliced, epoch = self.view.slice([root, *hyper.roots])
         for theta in sliced.thetas:
             if theta.suspect:
@@ -256,7 +256,7 @@ class RecordedSession(Session):
             call = Assign(tuple(i for i, _ in changes), [v for _, v in changes])
             engine.append(call, changes, read=self.view.read)
             known.update(new)
-            self.recorder.epoch.position = engine.position  # theta is the same here
+            self.view.recording.epoch.position = engine.position  # theta is the same here
 
     # -- the step graph ------------------------------------------------------------------------------------------
 

@@ -271,9 +271,6 @@ class Session:
             _current.set(None)
             intercept.uninstall()
             self._close()
-            self.recorder.guard = (
-                None  # no cycles: what the window held dies now, not when the collector comes by
-            )
             self.members.clear()
 
     def _rebinding(self) -> WindowError | None:

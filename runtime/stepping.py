@@ -227,7 +227,7 @@ class CompiledStep:
                 t for t, port in zip(given, ports, strict=True) if port.role is Role.META and t is not None
             ]
             updated = [self._ordinal(window, p) for p in self.thetas]
-            view.take(call, changes, window.recorder.epoch, metas, updated)
+            view.take(call, changes, view.recording.epoch, metas, updated)
             for optimizer, steps in self.taken:
                 window.members[id(optimizer)].steps += steps
         return self._results(window, call, results)

@@ -36,6 +36,7 @@ class ThetaView:
     def __init__(self, options: Options, engine: Engine, networks: Networks) -> None:
         self.offline, self.engine, self.networks = options.offline, engine, networks
         self.recorder = Recorder(self)
+        self.recording = self.recorder.recording
         self.indices: list[int] = []
         self.epochs: list[Epoch] = []
         self.late: dict[int, Theta] = {}
@@ -97,7 +98,7 @@ class ThetaView:
             self.networks.show(i, t)
             if self.sliding is not None:
                 t.version = self._versions[self.indices[i]]  # type: ignore[attr-defined]
-        old, theta = self.recorder.epoch.theta, {}
+        old, theta = self.recording.epoch.theta, {}
         for index, t in zip(self.indices, self.networks.shown, strict=True):
             theta[id(t)] = old.get(id(t)) or Theta(index, t, self._versions[index])
         self._open(theta)
@@ -108,7 +109,7 @@ class ThetaView:
             bypass.note_theta(t, self.engine, self.engine.position, self.indices[i])
 
     def _open(self, theta: dict[int, Theta]) -> None:
-        epoch = self.recorder.epoch = Epoch(self.engine.position, self._superstep, theta)
+        epoch = self.recording.epoch = Epoch(self.engine.position, self._superstep, theta)
         self.epochs.append(epoch)
         self.late = {}
         self._storages = None
@@ -148,7 +149,7 @@ class ThetaView:
 
     def unchanged(self, theta: Theta) -> bool:
         """Whether this version is still the one shown."""
-        return self._is_of(theta, self.recorder.epoch)
+        return self._is_of(theta, self.recording.epoch)
 
     def meta_params(self) -> list[tuple[int, Tensor]]:
         """What steps have read that requires grad and that a backward from here reaches, with its number."""
@@ -172,7 +173,7 @@ class ThetaView:
             self._superstep += 1
             epoch.superstep = self._superstep
             self._keep_epochs([epoch])
-            self.recorder.keep_only(epoch)
+            self.recording.keep_only(epoch)
         keys = [
             (id(t), None if t.is_leaf else t._version) for t in metas
         ]  # in-place calls change where it leads
@@ -227,7 +228,7 @@ class ThetaView:
 
     def was_read(self, tensor: Tensor) -> bool:
         """Whether steps have read ``tensor``, of which the recording itself knows nothing any more."""
-        old = isinstance(tensor, InnerParameter) and id(tensor) not in self.recorder.epoch.theta
+        old = isinstance(tensor, InnerParameter) and id(tensor) not in self.recording.epoch.theta
         return old or bypass.is_noted(tensor)
 
     def still_shown(self, tensor: Tensor) -> Theta | None:
@@ -289,7 +290,7 @@ class ThetaView:
             changes = list(zip(indices, values, strict=True))
             self.engine.append(Assign(indices, values), changes, read=self.read)
         self._note_leaves(ordinals, [self.networks.shown[i] for i in ordinals])
-        theta = dict(self.recorder.epoch.theta)
+        theta = dict(self.recording.epoch.theta)
         for i in ordinals:
             version = self._versions[self.indices[i]] = object()
             theta[id(self.networks.shown[i])] = Theta(self.indices[i], self.networks.shown[i], version)
@@ -302,9 +303,6 @@ class ThetaView:
         self._keep_epochs([])
         self.late = {}
         self._token = new_token()
-        self.recorder.forget(self.recorder.values.values())
-        self.recorder.epoch = Epoch(0, 0, {})
-        self.recorder.values.clear()
-        self.recorder.tainted.clear()
+        self.recorder.release()
         if self.sliding is not None:
             self.sliding.close()

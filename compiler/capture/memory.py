@@ -38,7 +38,9 @@ def before_write(recorder: Any, targets: Iterable[Tensor]) -> None:
 
 def before_swap(recorder: Any, t: Tensor) -> None:
     """Refuse ``t.data = value`` where the recording says what ``t`` holds."""
-    if recorder.record and (isinstance(recorder.known(t), Value) or (t.requires_grad and not t.is_leaf)):
+    if recorder.record and (
+        isinstance(recorder.recording.known(t), Value) or (t.requires_grad and not t.is_leaf)
+    ):
         raise CaptureError(
             f"t.data = ... on a tensor of shape {tuple(t.shape)} that was computed: got other values behind the back "
             "of the recording, expected an operator. Write t = t + (value - t).detach() for the same values and "
@@ -55,18 +57,18 @@ def relies_on(recorder: Any, t: Tensor) -> bool:
     """
     if not recorder.record or t.layout is not torch.strided:
         return False
-    storage, values = _storage(t), recorder.values
-    found = recorder.known(t)
+    storage, recording = _storage(t), recorder.recording
+    found = recording.known(t)
     if isinstance(found, Theta) or recorder.guard.on_tape(storage):
         return True
     if found is None:
         handle = t.untyped_storage()
         if torch._C._storage_Use_Count(handle._cdata) <= 2:  # that of ``t`` and ours
             return False
-        found = next((v for v in values.values() if _lies_in(v, storage)), None)
+        found = next((v for v in recording.values.values() if _lies_in(v, storage)), None)
     if found is None or not _is_outside(found, storage):
         return found is not None
-    recorder.values = {k: v for k, v in values.items() if not _lies_in(v, storage)}
+    recording.values = {k: v for k, v in recording.values.items() if not _lies_in(v, storage)}
     _suspect(recorder, [t])
     return False
 
@@ -83,13 +85,13 @@ def _suspect(recorder: Any, targets: list[Tensor]) -> None:
     storages = {_storage(t) for t in targets}
     if not storages or not recorder.record:
         return
-    for epoch in (*recorder.guard.epochs, recorder.epoch):
+    for epoch in (*recorder.guard.epochs, recorder.recording.epoch):
         read = [(x, x.source) for ref in epoch.externals.values() if (x := ref()) is not None]
         read += [(theta, theta.tensor) for theta in epoch.theta.values()]
         for x, t in read:
             if _storage(t) in storages:
                 x.suspect = True
-    for value in recorder.values.values():
+    for value in recorder.recording.values.values():
         t = value.ref()
         if t is not None and _storage(t) in storages:
             value.suspect = True

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,18 +22,19 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import CheckpointFunction
 
 from metaoptim.errors import CaptureError
 
-from ..ir import again, gradient
-from .entries import Entry, Function, Number, Spy, Value
+from ..ir import gradient
+from . import functionalize, noise
+from .entries import Entry, Number, Spy, Value
 from .fakes import FakeCalls
+from .functions import Function, flattened
 from .intercept import is_removed
 from .modes import leave, paused
-from .ops import BATCH_NORM, LIFTS, functional, op_info, written
+from .ops import BATCH_NORM, LIFTS, op_info
 from .slicing import closed_over, tensor_spec
-from .trace import Input, Noise, Trace
+from .trace import Input, Trace
 
 aten = torch.ops.aten
 _DETACH = aten.detach.default
@@ -44,13 +45,6 @@ _NO_VALUE = (
     "there are only symbolic tensors. Hoist it out of the compiled function, pass it as a Python argument, or use "
     "torch.where; to step an environment, compile the inner step and keep the loop in an ordinary window"
 )
-# Random operators that look at nothing of their tensor arguments but shape, dtype and device.
-_SHAPES_ONLY = {
-    "rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "native_dropout", "uniform_",
-    "normal_", "random_", "exponential_", "geometric_", "cauchy_", "log_normal_",
-}  # fmt: skip
-_ALSO_SHAPES_ONLY = (aten.bernoulli_.float, aten.normal.float_float)
-_NORMAL = (aten.normal.Tensor_Tensor, aten.normal.Tensor_float, aten.normal.float_Tensor)
 
 
 class Tracer(TorchDispatchMode):
@@ -58,6 +52,7 @@ class Tracer(TorchDispatchMode):
 
     Attributes:
         trace: what has been captured so far.
+        given: storage -> the fake of a real tensor.
         on_write: called with a tensor whose memory is about to be changed, and whether by its own name; what it
             returns, if anything, is called after the change.
     """
@@ -69,11 +64,10 @@ class Tracer(TorchDispatchMode):
         self.fake, self.fakes = fake, FakeCalls(fake)
         self.depth = 0
         self.trace = Trace()
-        self.guard: Any = None
         self.on_write: Callable[[Tensor, bool], Callable[[], None] | None] = lambda t, directly: None
         self._refs: dict[int, tuple[weakref.ref[Tensor], Any]] = {}
         self._at: dict[int, list[weakref.ref[Tensor]]] = {}  # storage -> the tensors that lie in it
-        self._given: dict[int, Tensor] = {}  # storage -> the fake of a real tensor
+        self.given: dict[int, Tensor] = {}
         self._hooks: list[tuple[Value, Any, Spy]] = []  # registered, not known yet to meet a gradient
 
     # -- the mode ------------------------------------------------------------------------------------------------
@@ -85,17 +79,17 @@ class Tracer(TorchDispatchMode):
         if func in _ITEM:
             raise CaptureError(_NO_VALUE)
         if func in _LIFTED:
-            return self._record(
+            return self.record(
                 aten.clone.default, args, {}
             )  # a constant made by torch.tensor, its maker's own
         info = op_info(func)
         if info.random:
-            return self._random(func, args, kwargs)
+            return noise.draw(self, func, args, kwargs)
         if func in BATCH_NORM and args[BATCH_NORM[func][0]] is not None and args[BATCH_NORM[func][2]]:
-            return self._batch_norm(func, args)
+            return functionalize.batch_norm(self, func, args)
         if info.writes:
-            return self._write(func, info, args, kwargs)
-        return self._record(func, args, kwargs)
+            return functionalize.write(self, func, info, args, kwargs)
+        return self.record(func, args, kwargs)
 
     def paused(self) -> Any:
         """Run a block of our own untraced (fake tensors stay fake)."""
@@ -136,7 +130,7 @@ class Tracer(TorchDispatchMode):
                 return a
             fake = self.fake.from_tensor(a, static_shapes=True)
             if fake.layout is torch.strided:
-                self._given[fake.untyped_storage()._cdata] = fake
+                self.given[fake.untyped_storage()._cdata] = fake
             return fake
         if isinstance(a, (list, tuple)):
             return type(a)(self.faked(b) for b in a) if not hasattr(a, "_fields") else a
@@ -148,7 +142,7 @@ class Tracer(TorchDispatchMode):
 
     def value_of(self, t: Tensor) -> Any:
         """What stands for ``t``: a `Value` of the trace, or an `Input`."""
-        ref = self._known(t)
+        ref = self.known(t)
         if ref is None:
             if isinstance(t, FakeTensor):
                 raise CaptureError(
@@ -161,18 +155,15 @@ class Tracer(TorchDispatchMode):
             ref = ref.entry.args[0]  # autograd hands saved outputs back through a detach: an alias, not a cut
         return ref
 
-    def _known(self, t: Tensor) -> Any:
+    def known(self, t: Tensor) -> Any:
+        """What stands for the very tensor ``t``, if it was made or read by what is traced."""
         found = self._refs.get(id(t))
         return found[1] if found is not None and found[0]() is t else None
-
-    def knows(self, t: Tensor) -> bool:
-        """Whether ``t`` was made or read by what is traced."""
-        return self._known(t) is not None
 
     def bind(self, t: Tensor, ref: Any) -> Any:
         """Let ``ref`` stand for ``t``."""
         weak = weakref.ref(t)
-        if self._known(t) is None and t.layout is torch.strided:
+        if self.known(t) is None and t.layout is torch.strided:
             self._at.setdefault(t.untyped_storage()._cdata, []).append(weak)
         if isinstance(ref, Value):
             ref.ref = tensor_spec(t)
@@ -188,6 +179,15 @@ class Tracer(TorchDispatchMode):
         if isinstance(a, dict):
             return {k: self.token(v) for k, v in a.items()}
         return a
+
+    def sharing(self, t: Tensor) -> list[Tensor]:
+        """Tensors of the trace that are alive and share memory with ``t``, itself included."""
+        if t.layout is not torch.strided:
+            return [t]
+        storage = t.untyped_storage()._cdata
+        alive = [w for w in self._at.get(storage, ()) if w() is not None]
+        self._at[storage] = alive
+        return [u for w in alive if (u := w()) is not None]
 
     # -- writing down --------------------------------------------------------------------------------------------
 
@@ -207,180 +207,44 @@ class Tracer(TorchDispatchMode):
                 if isinstance(o, Tensor):
                     self.bind(o, Value(entry, i))
 
-    def _tokens(self, op: Any, args: tuple) -> tuple:
+    def tokens(self, op: Any, args: tuple) -> tuple:
+        """The arguments of a call of ``op``, with what stands for tensors and for numbers that may differ."""
         tokens = self.token(args)
         if op_info(op).lifts_number and type(args[1]) in (int, float) and args[0].dtype in LIFTS:
             tokens = (tokens[0], Number(float(args[1])), *tokens[2:])
         return tokens
 
-    def _record(self, op: Any, args: tuple, kwargs: dict) -> Any:
+    def record(self, op: Any, args: tuple, kwargs: dict) -> Any:
+        """Make a call and append it."""
         out = self.run(op, args, kwargs)
-        entry = self.add(op, self._tokens(op, args), self.token(kwargs))
+        entry = self.add(op, self.tokens(op, args), self.token(kwargs))
         self.bind_outputs(entry, out)
         return out
-
-    # -- in-place ------------------------------------------------------------------------------------------------
-
-    def _write(self, op: Any, info: Any, args: tuple, kwargs: dict) -> Any:
-        targets = written(info, args, kwargs)
-        for t in targets:
-            given = t.layout is torch.strided and t.untyped_storage()._cdata in self._given
-            if given or not isinstance(t, FakeTensor):
-                raise CaptureError(
-                    f"a tensor of shape {tuple(t.shape)} that the compiled function was given is changed in place by "
-                    f"{op}. Return the new value instead and copy it outside, or clone the tensor first; an outer "
-                    "optimizer's step() belongs after the call"
-                )
-        touched = {id(u): (u, any(u is t for t in targets)) for t in targets for u in (t, *self._sharing(t))}
-        then = [self.on_write(*t) for t in touched.values()]
-        out = self._write_value(op, args, kwargs, targets)
-        for cut in then:
-            if cut is not None:
-                cut()
-        return out
-
-    def _write_value(self, op: Any, args: tuple, kwargs: dict, targets: list[Tensor]) -> Any:
-        pure = functional(op)
-        (target,) = targets if len(targets) == 1 else (None,)
-        if (
-            pure is not None
-            and target is not None
-            and args
-            and args[0] is target
-            and not kwargs.get("out")
-            and (torch.is_grad_enabled() or target.is_leaf)  # otherwise its history stays, its values change
-        ):
-            if not target._is_view() and len(self._sharing(target)) <= 1:
-                with self.paused():
-                    new = self.run(pure, self._detached(args), self._detached(kwargs))
-                if isinstance(new, Tensor) and tensor_spec(new) == tensor_spec(target):
-                    # a fake of the same spec is as good after the write as before
-                    self.bind(
-                        target, Value(self.add(pure, self._tokens(pure, args), self.token(kwargs)), None)
-                    )
-                    return target
-        if len(targets) > 1 and torch.is_grad_enabled() and any(t._is_view() for t in targets):
-            raise CaptureError(
-                f"{op} changes views of tensors in place, whose history torch loses while it traces; change them "
-                "one by one"
-            )
-        tokens, kw = self._tokens(op, args), self.token(kwargs)
-        out = self.run(op, args, kwargs)
-        entry = self.add(op, tokens, kw)
-        self.bind_outputs(entry, out)
-        given = list(out) if isinstance(out, (list, tuple)) else [out]
-        for t in targets:
-            for other in self._sharing(t):
-                if all(other is not w for w in given):  # its value is another from here on
-                    after = self.add(again, (self._known(other),), grad=True)
-                    after.deps = (entry,)
-                    self.bind(other, Value(after, None))
-        return out
-
-    def _detached(self, a: Any) -> Any:
-        if isinstance(a, Tensor):
-            return self.fakes(_DETACH, (self.faked(a),), {})
-        if isinstance(a, (list, tuple)):
-            return type(a)(map(self._detached, a))
-        return {k: self._detached(v) for k, v in a.items()} if isinstance(a, dict) else a
-
-    def _sharing(self, t: Tensor) -> list[Tensor]:
-        """Tensors of the trace that are alive and share memory with ``t``, itself included."""
-        if t.layout is not torch.strided:
-            return [t]
-        storage = t.untyped_storage()._cdata
-        alive = [w for w in self._at.get(storage, ()) if w() is not None]
-        self._at[storage] = alive
-        return [u for w in alive if (u := w()) is not None]
-
-    def _batch_norm(self, op: Any, args: tuple) -> Any:
-        """Training-mode batch norm, with the update of its running statistics written out (a carry)."""
-        at, _, training = BATCH_NORM[op]
-        x, mean, var = args[0], args[at], args[at + 1]
-        momentum = args[training + 1]
-        with self.paused():
-            copies = [self.fakes.empty(tensor_spec(mean)), self.fakes.empty(tensor_spec(var))]
-            out = self.run(op, (*args[:at], *copies, *args[at + 2 :]), {})
-        self.bind_outputs(self.add(op, self.token((*args[:at], None, None, *args[at + 2 :]))), out)
-        dims = [d for d in range(x.dim()) if d != 1]
-        with (
-            self,
-            torch.no_grad(),
-            torch.autocast(x.device.type, enabled=False),
-        ):  # in a handler the mode is off
-            x = x.detach()
-            mean.copy_(torch.lerp(mean, x.mean(dims).to(mean.dtype), momentum))
-            var.copy_(torch.lerp(var, x.var(dims, correction=1).to(var.dtype), momentum))
-        return out
-
-    # -- randomness ----------------------------------------------------------------------------------------------
-
-    def _random(self, op: Any, args: tuple, kwargs: dict) -> Any:
-        name = op._schema.name.split("::")[1]
-        own = kwargs.get("generator") is not None
-        if op in _NORMAL and not own:  # mean + std z, as torch computes it; no gradient passes
-            mean, std = args[:2]
-            with self, torch.no_grad():
-                like = torch.as_tensor(mean) + torch.as_tensor(std)
-                return torch.empty_like(like).normal_() * std + mean
-        if own or not (name in _SHAPES_ONLY or op in _ALSO_SHAPES_ONLY):
-            why = "from a generator of its own" if own else "whose distribution depends on a tensor"
-            raise CaptureError(
-                f"{op} draws random numbers {why}, which a compiled function cannot repeat; draw them outside and pass "
-                "them in, or use an ordinary window"
-            )
-        recipe = tuple(_spec_of(a) for a in args)
-        kw = {k: v for k, v in kwargs.items() if v is not None}
-        if op is aten.native_dropout.default:
-            if not args[2]:
-                return self._record(op, args, kwargs)
-            out = self.run(op, args, kwargs)
-            drawn = self._drawn(out[1], Noise(op, recipe, kw, tensor_spec(out[1]), 1))
-            kept = self.add(aten.mul.Tensor, (self.value_of(args[0]), drawn))
-            p = args[1]
-            scaled = self.add(aten.mul.Tensor, (Value(kept, None), 0.0 if p == 1 else 1.0 / (1.0 - p)))
-            self.bind(out[0], Value(scaled, None))
-            return out
-        if op_info(op).writes:
-            (target,) = written(op_info(op), args, kwargs)
-            with self.paused():
-                fresh = self.faked(target).detach().clone(memory_format=torch.preserve_format)
-            self._drawn(fresh, Noise(op, recipe, kw, tensor_spec(target), None))
-            with self, torch.no_grad():
-                target.copy_(fresh)
-            return target
-        out = self.run(op, args, kwargs)
-        self._drawn(out, Noise(op, recipe, kw, tensor_spec(out), None))
-        return out
-
-    def _drawn(self, t: Tensor, noise: Noise) -> Any:
-        """Let ``t`` be what ``noise`` gives at this place of the program, once, whoever reads it later."""
-        return self.bind(t, Value(self.add(aten.alias.default, (noise,), grad=True), None))
 
     # -- Python-level calls --------------------------------------------------------------------------------------
 
     def apply_function(self, cls: Any, apply: Callable, args: tuple, kwargs: dict) -> Any:
         """Record a custom `autograd.Function` as one call: its backward is the user's."""
-        if cls is CheckpointFunction:
-            raise CaptureError(
-                "reentrant activation checkpointing cannot be differentiated twice; call checkpoint(..., "
-                "use_reentrant=False)"
-            )
-        tokens, kw = self.token(args), self.token(kwargs)
+        leaves, spec = flattened(args, kwargs)
+        function = Function(cls, leaves, spec)
+        tensors = [a for a in leaves if isinstance(a, Tensor)]
+        tokens = tuple(map(self.value_of, tensors))
         with self.paused():
-            out = apply(*self.faked_with_history(args), **kwargs)
-        entry = self.add(Function(cls), tokens, kw)
-        self.bind_outputs(entry, out)
+            given = function.arguments(map(self._faked_leaf, tensors))
+            before, _ = flattened(*given)
+            out = apply(*given[0], **given[1])
+        after, changed = flattened(*given)
+        if changed != spec or any(a is not b for a, b in zip(before, after, strict=True)):
+            raise CaptureError(
+                f"{cls.__name__}.forward changes a list or dict that it is given, which the compiled function would do "
+                "once and never again; let it return what is new, or use an ordinary window"
+            )
+        self.bind_outputs(self.add(function, tokens), out)
         return out
 
-    def faked_with_history(self, args: Sequence[Any]) -> tuple:
-        """Arguments of a Function: real leaves would have its forward compute on real values."""
-        return tuple(
-            self.faked(a).detach().requires_grad_(a.requires_grad)
-            if isinstance(a, Tensor) and not isinstance(a, FakeTensor)
-            else a
-            for a in args
-        )
+    def _faked_leaf(self, t: Tensor) -> Tensor:
+        """An argument of a Function, whose forward would compute on the real values of a real leaf."""
+        return t if isinstance(t, FakeTensor) else self.faked(t).detach().requires_grad_(t.requires_grad)
 
     def watch(self, t: Tensor, what: str) -> bool:
         """``t`` is about to get a hook, which acts inside the program, or to retain a gradient, which none is given."""
@@ -393,7 +257,7 @@ class Tracer(TorchDispatchMode):
 
     def detach_in_place(self, t: Tensor, detach: Callable[[Tensor], Tensor]) -> Tensor:
         """Record ``t.detach_()``, which happens above the operators."""
-        found = self._known(t)
+        found = self.known(t)
         if found is None:
             raise CaptureError("detach_() on a tensor that the compiled function was given; use t.detach()")
         out = detach(t)
@@ -402,7 +266,7 @@ class Tracer(TorchDispatchMode):
 
     def add_hook(self, t: Tensor, spy: Spy, handle: Any) -> None:
         """Note that the gradient of ``t`` passes through a hook."""
-        value = self._known(t)
+        value = self.known(t)
         if not isinstance(value, Value):
             raise CaptureError(
                 "a hook is registered on a tensor that the compiled function was given; register it outside, or on a "
@@ -458,9 +322,3 @@ def capturing() -> Iterator[Tracer]:
         torch.set_autocast_cache_enabled(cached)
         for put_back in restore:
             put_back()
-
-
-def _spec_of(a: Any) -> Any:
-    if isinstance(a, Tensor):
-        return ("spec", *tensor_spec(a))
-    return tuple(map(_spec_of, a)) if isinstance(a, (list, tuple)) else a
