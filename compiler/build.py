@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .capture.entries import Function
 from .capture.ops import SUBSTITUTES, op_info
 from .capture.slicing import hook_key, restored
 from .ir import Port, Role, StepGraph
@@ -139,14 +138,7 @@ class _Builder:
             self.hooked[where] = self.graph.call_function(WithHooks([s.hook for s in spies]), (node,))
 
     def _emit(self, entry: Any, key: tuple) -> fx.Node:
-        op = entry.op
-        if isinstance(op, Function):
-            args = tuple(
-                k if not isinstance(k, tuple) else a if k[:1] == ("o",) else self.value(k)
-                for a, k in zip(entry.args, key[1], strict=True)
-            )
-            return self.graph.call_function(op, args, {k: self.value(v) for k, v in key[2]})
-        args = key[1]
+        op, args = entry.op, key[1]
         if op is aten.select.int and isinstance(args[2], tuple) and args[2][0] == "n":
             return self._select(*args)
         if op is aten.slice.Tensor and len(args) > 3 and isinstance(args[2], tuple) and args[2][0] == "n":

@@ -12,6 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from metaoptim.errors import CaptureError
+
 from .capture.ops import functional, op_info
 from .capture.slicing import tensor_spec
 
@@ -137,7 +139,11 @@ class _Writer(TorchDispatchMode):
 
     def _constant(self, t: Tensor) -> fx.Node:
         if isinstance(t, FakeTensor):
-            raise AssertionError(f"a tensor of shape {tuple(t.shape)} was made by no operator that was seen")
+            raise CaptureError(
+                f"a tensor of shape {tuple(t.shape)} is used that is no argument: a custom Function is given an object "
+                "with tensors in it, or a hook or update has kept one; pass tensors by themselves, or in a list, a "
+                "tuple, a named tuple or a dict"
+            )
         name = f"_tensor_constant{len(self.constants)}"
         self.constants[name] = t
         with self.graph.inserting_before(next(iter(self.graph.nodes))):

@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from .capture.functions import Function
+
 
 class Role(str, Enum):
     """What an input or output of a StepGraph is to the inner loop."""
@@ -126,9 +128,9 @@ class StepGraph:
 
 
 def _target_name(target: Any) -> str:
-    return (
-        str(target) if isinstance(target, torch._ops.OpOverload) else getattr(target, "__name__", str(target))
-    )
+    if isinstance(target, (torch._ops.OpOverload, Function)):
+        return str(target)
+    return getattr(target, "__name__", str(target))
 
 
 def _show(value: Any) -> str:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .build import GradientHooks, build_segment
-from .capture.entries import Entry, Function, Number, Value
+from .capture.entries import Entry, Number, Value
 from .capture.slicing import Slice, restored
 from .capture.trace import Input, Trace
 from .ir import Role, StepGraph, gradient
@@ -122,13 +122,7 @@ class _Step:
 
     def _take(self, entry: Entry, key: tuple) -> None:
         """A call of the slice, with what stands for its arguments there."""
-        if isinstance(entry.op, Function):  # it may be given objects that cannot be compared
-            args = tuple(
-                a if isinstance(k, tuple) and k[:1] == ("o",) else self._value(k)
-                for a, k in zip(entry.args, key[1], strict=True)
-            )
-        else:
-            args = tuple(map(self._value, key[1]))
+        args = tuple(map(self._value, key[1]))
         deps = tuple(self.trace.entries[self.sliced.number_of[id(d)]] for d in entry.deps)
         kwargs = {k: self._value(v) for k, v in key[2]}
         self._add(entry.op, args, kwargs, deps, entry.grad).shape = entry.shape

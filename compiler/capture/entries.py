@@ -182,14 +182,3 @@ class Spy:
         self.ran, self.returned = True, result is not None
         self.mutated = grad._version != version
         return result
-
-
-class Function:
-    """A call of a user's `autograd.Function`, re-applied whenever the recording is run."""
-
-    def __init__(self, cls: Any) -> None:
-        self.cls = cls
-        self.__name__ = cls.__name__
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.cls.apply(*args, **kwargs)

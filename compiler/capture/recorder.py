@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import CheckpointFunction
 
 from metaoptim.errors import CaptureError
 
 from . import in_place
-from .entries import Function, Spy, Value, reaches_theta
+from .entries import Spy, Value, reaches_theta
+from .functions import Function, flattened
 from .modes import leave, paused
 from .ops import BATCH_NORM, op_info
-from .recording import Recording, tensors_in
+from .recording import Recording
 from .taint import Taint
 
 aten = torch.ops.aten
@@ -106,19 +106,17 @@ class Recorder(TorchDispatchMode):
 
     def apply_function(self, cls: Any, apply: Callable, args: tuple, kwargs: dict) -> Any:
         """Record a custom `autograd.Function` as one call: its backward is the user's, not that of its inner ops."""
-        recording = self.recording
-        live = self.record and torch.is_grad_enabled() and recording.touches((*args, *kwargs.values()))
-        tokens = tuple(recording.token(a) for a in args) if live else ()
-        kw = {k: recording.token(v) for k, v in kwargs.items()} if live else {}
-        if live and cls is CheckpointFunction:
-            raise CaptureError(
-                "reentrant activation checkpointing cannot be differentiated twice; call checkpoint(..., "
-                "use_reentrant=False)"
-            )
+        recording, entry = self.recording, None
+        if self.record and torch.is_grad_enabled():
+            leaves, spec = flattened(args, kwargs)
+            tensors = [a for a in leaves if isinstance(a, Tensor)]
+            if recording.touches(tensors):
+                self.guard.settle()
+                tokens = tuple(map(recording.value_of, tensors))
+                entry = recording.entry(Function(cls, leaves, spec), tokens, {}, tensors, True)
         with self.paused():
             out = apply(*args, **kwargs)
-        if live:
-            entry = recording.entry(Function(cls), tokens, kw, tensors_in(args), True)
+        if entry is not None:
             recording.bind_outputs(entry, out)
         return out
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .entries import Carried, Entry, External, Function, Number, Spy, Theta, Value
+from .entries import Carried, Entry, External, Number, Spy, Theta, Value
+from .functions import Function
 from .intercept import is_removed
 
 aten = torch.ops.aten
@@ -77,24 +78,12 @@ class Keyed:
                 self.hooks[where] = changing
 
     def _entry_key(self, entry: Entry) -> tuple:
-        op: Any = entry.op
-        if isinstance(op, Function):
-            self.opaque = True
-            args = tuple(self._function_arg(a) for a in entry.args)
-            return (op.cls, args, tuple((k, self._function_arg(v)) for k, v in entry.kwargs.items()))
+        self.opaque |= isinstance(entry.op, Function)
         args = self._lift_index(entry)
         if args is None:
             args = tuple(self.token(a) for a in entry.args)
         kwargs = tuple((k, self.token(v)) for k, v in entry.kwargs.items()) if entry.kwargs else ()
-        return (op, args, kwargs, entry.grad, entry.shape)
-
-    def _function_arg(self, a: Any) -> Any:
-        token = self.token(a)
-        try:
-            hash(token)
-        except TypeError:
-            return ("o", id(a))
-        return token
+        return (entry.op, args, kwargs, entry.grad, entry.shape)
 
     def _unchanged(self, a: Any) -> bool:
         """Whether nothing writes into the memory of ``a``: a copy of a part of it will do for a view."""

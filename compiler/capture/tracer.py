@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,14 +22,14 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import CheckpointFunction
 
 from metaoptim.errors import CaptureError
 
 from ..ir import gradient
 from . import functionalize, noise
-from .entries import Entry, Function, Number, Spy, Value
+from .entries import Entry, Number, Spy, Value
 from .fakes import FakeCalls
+from .functions import Function, flattened
 from .intercept import is_removed
 from .modes import leave, paused
 from .ops import BATCH_NORM, LIFTS, op_info
@@ -225,26 +225,26 @@ class Tracer(TorchDispatchMode):
 
     def apply_function(self, cls: Any, apply: Callable, args: tuple, kwargs: dict) -> Any:
         """Record a custom `autograd.Function` as one call: its backward is the user's."""
-        if cls is CheckpointFunction:
-            raise CaptureError(
-                "reentrant activation checkpointing cannot be differentiated twice; call checkpoint(..., "
-                "use_reentrant=False)"
-            )
-        tokens, kw = self.token(args), self.token(kwargs)
+        leaves, spec = flattened(args, kwargs)
+        function = Function(cls, leaves, spec)
+        tensors = [a for a in leaves if isinstance(a, Tensor)]
+        tokens = tuple(map(self.value_of, tensors))
         with self.paused():
-            out = apply(*self.faked_with_history(args), **kwargs)
-        entry = self.add(Function(cls), tokens, kw)
-        self.bind_outputs(entry, out)
+            given = function.arguments(map(self._faked_leaf, tensors))
+            before, _ = flattened(*given)
+            out = apply(*given[0], **given[1])
+        after, changed = flattened(*given)
+        if changed != spec or any(a is not b for a, b in zip(before, after, strict=True)):
+            raise CaptureError(
+                f"{cls.__name__}.forward changes a list or dict that it is given, which the compiled function would do "
+                "once and never again; let it return what is new, or use an ordinary window"
+            )
+        self.bind_outputs(self.add(function, tokens), out)
         return out
 
-    def faked_with_history(self, args: Sequence[Any]) -> tuple:
-        """Arguments of a Function: real leaves would have its forward compute on real values."""
-        return tuple(
-            self.faked(a).detach().requires_grad_(a.requires_grad)
-            if isinstance(a, Tensor) and not isinstance(a, FakeTensor)
-            else a
-            for a in args
-        )
+    def _faked_leaf(self, t: Tensor) -> Tensor:
+        """An argument of a Function, whose forward would compute on the real values of a real leaf."""
+        return t if isinstance(t, FakeTensor) else self.faked(t).detach().requires_grad_(t.requires_grad)
 
     def watch(self, t: Tensor, what: str) -> bool:
         """``t`` is about to get a hook, which acts inside the program, or to retain a gradient, which none is given."""
