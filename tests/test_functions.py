@@ -229,7 +229,7 @@ class Noting(torch.autograd.Function):
 
 @EVERY_FORM
 def test_function_that_changes_its_list(form: str) -> None:
-    """In a window the list is the user's own, and the change her; in a replay it is a new one every time."""
+    """In a window the list that changes is the user's own; in a replay it is a new one every time."""
 
     def loss(net: Any, t: int, metas: dict, carried: dict) -> Tensor:
         h = net(XS[t]) * metas["w"]

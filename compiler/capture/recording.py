@@ -1,4 +1,4 @@
-"""What a window has recorded: the call behind each of her tensors, and what stands for tensors from outside.
+"""What a window has recorded: the call behind each live tensor, and what stands for tensors from outside.
 
 An `Entry` refers to the entries it depends on; tensors refer to entries through a table of weak references. So whatever
 the user drops, the recording drops, and a step costs a walk over the ancestors of its loss.
