@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 from typing import Any
@@ -85,21 +85,26 @@ class Peaks:
 
 
 def peaks_of(program: RolledProgram, how: Lowering, offload: bool = False) -> Peaks:
-    """Peaks of a compiled function's program; ``offload``: states without a slot go to a lower tier.
-
-    A peak does not depend on how often a loop runs once it runs several times per slot, so it is found on a program cut
-    short. Where states of several loops differ in size, the largest may be the ones that are kept.
-    """
+    """Peaks of a compiled function's program; ``offload``: states without a slot go to a lower tier."""
 
     def exact(slots: int) -> int:
-        few, many = (n + (program.limit or 0) for n in (_FEW, MANY))
-        loops = [c for c in program.calls if isinstance(c, Loop)] or [None]
-        # with a tier, it is a matter of how many steps there are after the last state that went there
-        lengths = range(many, many + slots + 1) if offload else [many]
-        short = [shortened(program, few, x, length) for x in loops for length in lengths]
+        short = _cut_short(program, slots, offload)
         return max(predict(p, slots, how, offload).peak_bytes + _left_out(program, p) for p in short)
 
     return Peaks(exact)
+
+
+def _cut_short(program: RolledProgram, slots: int, offload: bool) -> list[RolledProgram]:
+    """Programs of which the peaks are those of ``program``.
+
+    A peak does not depend on how often a loop runs once it runs several times per slot. Where states of several loops
+    differ in size, the largest may be the ones that are kept.
+    """
+    few, many = (n + (program.limit or 0) for n in (_FEW, MANY))
+    loops = [c for c in program.calls if isinstance(c, Loop)] or [None]
+    # with a tier, it is a matter of how many steps there are after the last state that went there
+    lengths = range(many, many + slots + 1) if offload else [many]
+    return [shortened(program, few, x, length) for x in loops for length in lengths]
 
 
 def _left_out(program: RolledProgram, short: RolledProgram) -> int:
@@ -185,6 +190,14 @@ class Planner:
     def peak(self, slots: int, tiered: bool = False) -> int:
         """Predicted bytes with so many slots."""
         return (self.tier if tiered else self.alone)(slots) + self.beside
+
+    def trail(self, slots: int, tiered: bool = False) -> Iterator[tuple[int, int]]:
+        """Bytes held, and what a call allocates beside them, at all times; `peak` is the most, for so few slots."""
+        for short in _cut_short(self.program, slots, tiered):
+            found: list[tuple[int, int]] = []
+            predict(short, slots, self.how, tiered, found)
+            always = SCALARS + self.beside + _left_out(self.program, short)
+            yield from ((always + held, allocated) for held, allocated in found)
 
 
 def _nothing() -> None:
