@@ -1,9 +1,10 @@
-"""What a meta-gradient costs, as formulas in the number of inner steps T and of slots c."""
+"""What a meta-gradient costs, as formulas in the number of inner steps T, of slots c, and in the size of a batch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
 from math import comb, floor
 from typing import Any
 
@@ -20,10 +21,10 @@ T, c, r, W = sympy.symbols("T c r W", integer=True, positive=True)
 n = sympy.Symbol("n", integer=True, nonnegative=True)
 K, A, S, B, R, E, D = sympy.symbols("K A S B R E D", nonnegative=True)
 F, V, H = sympy.symbols("F V H", nonnegative=True)
+b = sympy.Symbol("batch", integer=True, positive=True)
 _EXACT = {"binomial": comb, "Min": min, "floor": floor}  # sympy's own are slow for large numbers
 
-
-SIZES = {  # what the sizes in a peak are
+SIZES = {  # what they are
     K: "whatever the plan",
     A: "a step's derivative",
     S: "a state",
@@ -31,6 +32,9 @@ SIZES = {  # what the sizes in a peak are
     R: "a call's residuals",
     E: "residuals of what comes before and after",
     D: "with a tier",
+    F: "operations of a step",
+    V: "operations of its derivative",
+    H: "operations that residuals save",
 }
 
 
@@ -61,23 +65,29 @@ class CostModel:
         saved_flops: H, what residuals save of a step and its derivative.
         tier_bytes: D, of states on their way to the tier and back.
         window: W; None for no truncation.
+        by_batch: the sizes as formulas in the size of a batch; none where they have not been asked for.
     """
 
     fixed_bytes: int
     transient_bytes: int
     state_bytes: int
     step_bytes: int
-    forward_flops: int
-    vjp_flops: int
+    forward_flops: int | Fraction
+    vjp_flops: int | Fraction
     residual_bytes: int = 0
     residual_fixed_bytes: int = 0
-    saved_flops: int = 0
+    saved_flops: int | Fraction = 0
     tier_bytes: int = 0
     window: int | None = None
+    by_batch: Mapping[Any, Any] = field(default_factory=dict, hash=False)
 
     @property
-    def sizes(self) -> dict[Any, int]:
-        """What the symbols that are no counts stand for: ``peak.subs(sizes)`` is in T and c alone."""
+    def sizes(self) -> dict[Any, Any]:
+        """What the symbols that are no counts stand for: ``peak.subs(sizes)`` is in T, c and, if so asked, batch."""
+        return dict(self.by_batch) or self._numbers
+
+    @property
+    def _numbers(self) -> dict[Any, Any]:
         return {
             K: self.fixed_bytes,
             A: self.transient_bytes,
@@ -137,7 +147,9 @@ class CostModel:
         """Likewise with a tier; a state that goes down and comes up counts as a step."""
         return (T + self.extra_forwards_with_tier + self.offloaded / S) * F + self.swept * V
 
-    def at(self, horizon: int, slots: int, saved: int = 0, tiered: bool = False) -> dict[str, int]:
+    def at(
+        self, horizon: int, slots: int, saved: int = 0, tiered: bool = False, batch: int | None = None
+    ) -> dict[str, int]:
         """The formulas' values.
 
         Args:
@@ -145,9 +157,13 @@ class CostModel:
             slots: c, at most N.
             saved: n, with c = N.
             tiered: whether other states go to a lower tier.
+            batch: size of a batch; None for that of the arguments planned with.
 
         Returns:
             ``peak_bytes``, ``extra_forwards``, ``offloaded_bytes`` and ``flops``.
+
+        Raises:
+            ValueError: for a batch, where the sizes are numbers.
         """
         window = horizon if self.window is None else self.window
         counts = {T: horizon, W: window, c: slots, n: saved, r: _repeats(min(horizon, window) + 1, slots)}
@@ -161,12 +177,27 @@ class CostModel:
         else:
             peak = self.peak_with_residuals if saved else self.peak
             formulas = peak, self.extra_forwards, sympy.Integer(0), self.flops
-        values: dict[Any, int] = {**counts, **self.sizes}
+        values: dict[Any, int] = {**counts, **self._at(batch)}
         names = ("peak_bytes", "extra_forwards", "offloaded_bytes", "flops")
         return {
             name: int(sympy.lambdify([*values], formula, _EXACT)(*values.values()))
             for name, formula in zip(names, formulas, strict=True)
         }
+
+    def _at(self, batch: int | None) -> dict[Any, Any]:
+        if batch is None:
+            return self._numbers
+        if not self.by_batch:
+            raise ValueError(
+                f"batch: got {batch}, expected None: the sizes are numbers, those of the arguments planned with; name "
+                'the batch to metaoptim.plan, as in batch={"xs": 1}'
+            )
+        return {s: number(size.subs(b, batch)) for s, size in self.by_batch.items()}
+
+
+def number(size: Any) -> Any:
+    """A number of sympy's as one of Python's, which counts many times as fast."""
+    return int(size) if size.is_Integer else Fraction(int(size.p), int(size.q))
 
 
 def _repeats(states: int, slots: int) -> int:

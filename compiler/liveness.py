@@ -27,7 +27,12 @@ def storages(node: fx.Node) -> Iterator[tuple[Any, int]]:
 
 
 def peak_bytes(graph: fx.Graph, order: Sequence[fx.Node] | None = None) -> int:
-    """Most bytes alive at once of what ``graph`` allocates: not its inputs, but its outputs.
+    """Most bytes alive at once of what ``graph`` allocates; see `alive_bytes`."""
+    return max(alive_bytes(graph, order), default=0)
+
+
+def alive_bytes(graph: fx.Graph, order: Sequence[fx.Node] | None = None) -> list[int]:
+    """Bytes alive while each node of ``graph`` runs, of what it allocates: not its inputs, but its outputs.
 
     Memory lives from the node that makes it to the last one that reads it or a view of it, as in an interpreter that
     forgets values after their last use.
@@ -53,9 +58,10 @@ def peak_bytes(graph: fx.Graph, order: Sequence[fx.Node] | None = None) -> int:
     ends: dict[int, int] = {}
     for s, size in sizes.items():
         ends[last[s]] = ends.get(last[s], 0) + size
-    alive = peak = 0
+    alive = 0
+    found = []
     for at in range(len(nodes)):
         alive += sum(size for _, size in made.get(at, ()))
-        peak = max(peak, alive)
+        found.append(alive)
         alive -= ends.get(at, 0)
-    return peak
+    return found

@@ -49,13 +49,16 @@ class Prediction:
 
 
 class _Meter:
-    """Bytes alive, and the most there have been."""
+    """Bytes alive, and the most there have been; all there have been go into ``trail``."""
 
-    def __init__(self) -> None:
+    def __init__(self, trail: list[tuple[int, int]] | None = None) -> None:
         self.alive = self.peak = 0
+        self.trail = trail
 
     def note(self, momentary: int) -> None:
         self.peak = max(self.peak, self.alive + momentary)
+        if self.trail is not None:
+            self.trail.append((self.alive, momentary))
 
 
 class _Block:
@@ -230,7 +233,11 @@ class _DryEngine(Engine):
 
 
 def predict(
-    program: RolledProgram, slots: int | None, how: Lowering = EAGER, offload: bool = False
+    program: RolledProgram,
+    slots: int | None,
+    how: Lowering = EAGER,
+    offload: bool = False,
+    trail: list[tuple[int, int]] | None = None,
 ) -> Prediction:
     """Go through a call of a program, and a backward from all its results, on sizes.
 
@@ -241,8 +248,9 @@ def predict(
         slots: how many states may be kept; None for all.
         how: its graphs are run; what a backend fuses or allocates besides is known once it has been measured.
         offload: whether states without a slot go to a lower tier.
+        trail: receives the bytes that are held, and what a call allocates beside them, at every change.
     """
-    meter = _Meter()
+    meter = _Meter(trail)
     copied = [x for x in program.inputs if x.grad or _is_target(x, program)]
     held = [_Block(meter, nbytes(x.spec)) for x in copied]
     engine = _DryEngine(BoundProgram(program, _AllOutside(), program.registers, how), slots, meter, offload)

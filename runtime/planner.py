@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 from typing import Any
@@ -85,21 +85,26 @@ class Peaks:
 
 
 def peaks_of(program: RolledProgram, how: Lowering, offload: bool = False) -> Peaks:
-    """Peaks of a compiled function's program; ``offload``: states without a slot go to a lower tier.
-
-    A peak does not depend on how often a loop runs once it runs several times per slot, so it is found on a program cut
-    short. Where states of several loops differ in size, the largest may be the ones that are kept.
-    """
+    """Peaks of a compiled function's program; ``offload``: states without a slot go to a lower tier."""
 
     def exact(slots: int) -> int:
-        few, many = (n + (program.limit or 0) for n in (_FEW, MANY))
-        loops = [c for c in program.calls if isinstance(c, Loop)] or [None]
-        # with a tier, it is a matter of how many steps there are after the last state that went there
-        lengths = range(many, many + slots + 1) if offload else [many]
-        short = [shortened(program, few, x, length) for x in loops for length in lengths]
+        short = _cut_short(program, slots, offload)
         return max(predict(p, slots, how, offload).peak_bytes + _left_out(program, p) for p in short)
 
     return Peaks(exact)
+
+
+def _cut_short(program: RolledProgram, slots: int, offload: bool) -> list[RolledProgram]:
+    """Programs of which the peaks are those of ``program``.
+
+    A peak does not depend on how often a loop runs once it runs several times per slot. Where states of several loops
+    differ in size, the largest may be the ones that are kept.
+    """
+    few, many = (n + (program.limit or 0) for n in (_FEW, MANY))
+    loops = [c for c in program.calls if isinstance(c, Loop)] or [None]
+    # with a tier, it is a matter of how many steps there are after the last state that went there
+    lengths = range(many, many + slots + 1) if offload else [many]
+    return [shortened(program, few, x, length) for x in loops for length in lengths]
 
 
 def _left_out(program: RolledProgram, short: RolledProgram) -> int:
@@ -189,6 +194,14 @@ class Planner:
         """Predicted bytes with so many slots."""
         return (self.tier if tiered else self.alone)(slots) + self.beside
 
+    def trail(self, slots: int, tiered: bool = False) -> Iterator[tuple[int, int]]:
+        """Bytes held, and what a call allocates beside them, at all times; `peak` is the most, for so few slots."""
+        for short in _cut_short(self.program, slots, tiered):
+            found: list[tuple[int, int]] = []
+            predict(short, slots, self.how, tiered, found)
+            always = SCALARS + self.beside + _left_out(self.program, short)
+            yield from ((always + held, allocated) for held, allocated in found)
+
 
 def _nothing() -> None:
     """In place of a rehearsal, to believe the sizes of the graphs."""
@@ -214,7 +227,7 @@ def decide(
         BudgetError: for a budget in which not even one state can be kept.
     """
     if said.memory_budget is None:
-        plan = None if said.slots is not None else default_plan(program, how, name)
+        plan = None if said.slots is not None else default_plan(Planner(program, how, name))
         return Kept(said.slots if plan is None else plan.slots, 0, said.offload), plan
     rehearsal = _nothing
     if tensors is not None:
@@ -227,16 +240,15 @@ def decide(
     return Kept(plan.slots, plan.saved, said.offload if plan.offload else None), plan
 
 
-def default_plan(program: RolledProgram, how: Lowering, name: str) -> Plan | None:
+def default_plan(planner: Planner) -> Plan | None:
     """The plan where neither slots nor a budget is stated: None, which keeps every state, as a rule.
 
     Where that takes more than half of the free memory, as many as fit into it; one if none does.
     """
-    budget = default_budget(device_of(program))
-    if 2 * program.swept * program.state_bytes <= budget:
+    budget = default_budget(device_of(planner.program))
+    if 2 * planner.states * planner.program.state_bytes <= budget or planner.every <= budget:
         return None
-    planner = Planner(program, how, name)
-    return planner.plan(max(budget, planner.minimum())) if planner.every > budget else None
+    return planner.plan(max(budget, planner.minimum()))
 
 
 def device_of(program: RolledProgram) -> torch.device:

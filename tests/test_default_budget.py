@@ -86,6 +86,8 @@ def test_a_compiled_function_takes_half_of_the_free_memory(
     report = fn.explain(*case.make())
     assert report.plan == "scheduled" and report.memory_budget == int(share * needed)
     assert report.predicted_peak_bytes <= report.memory_budget and report.extra_forwards > 0
+    cost = metaoptim.plan(case.compiled())(*case.make())
+    assert (cost.plan, cost.slots, cost.memory_budget) == ("scheduled", report.slots, report.memory_budget)
     net, log_lr, xs, ys = case.make()
     with pytest.warns(UserWarning, match="half of the memory that was free"):
         fn(net, log_lr, xs, ys).backward()
