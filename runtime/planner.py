@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 from metaoptim.errors import BudgetError
 
 from ..compiler.capture.trace import Input
-from ..compiler.ir import Loop, Lowering
+from ..compiler.ir import Loop, Lowering, StepCall
 from ..compiler.program import Kept, RolledProgram, nbytes, readable_bytes
 from ..compiler.stepcost import measured, residual_cost, step_cost
 from .budget import budget_bytes, default_budget
@@ -55,10 +55,12 @@ class Peaks:
 
     Args:
         exact: the peak, for so few slots.
+        changed: bytes of a state that steps change, which a further slot costs at least: where a few slots take less
+            than a single large step beside them, peaks do not show it.
     """
 
-    def __init__(self, exact: Callable[[int], int]) -> None:
-        self.exact = lru_cache(maxsize=None)(exact)
+    def __init__(self, exact: Callable[[int], int], changed: int) -> None:
+        self.exact, self.changed = lru_cache(maxsize=None)(exact), changed
 
     def __call__(self, slots: int) -> int:
         """The peak with so many slots."""
@@ -69,7 +71,7 @@ class Peaks:
     @property
     def per_slot(self) -> int:
         """Bytes that a further slot costs."""
-        return max(self.exact(k + 1) - self.exact(k) for k in range(2, FEW_SLOTS))
+        return max(self.changed, *(self.exact(k + 1) - self.exact(k) for k in range(2, FEW_SLOTS)))
 
     def fitting(self, budget: int, most: int) -> int:
         """The most slots, up to ``most``, with which the peak is at most ``budget``; 0 if there is none."""
@@ -84,6 +86,11 @@ class Peaks:
         return min(map(self, range(1, FEW_SLOTS + 1)))
 
 
+def larger(one: Peaks, other: Peaks) -> Peaks:
+    """The larger of two peaks, for any number of slots."""
+    return Peaks(lambda k: max(one.exact(k), other.exact(k)), max(one.changed, other.changed))
+
+
 def peaks_of(program: RolledProgram, how: Lowering, offload: bool = False) -> Peaks:
     """Peaks of a compiled function's program; ``offload``: states without a slot go to a lower tier."""
 
@@ -91,7 +98,20 @@ def peaks_of(program: RolledProgram, how: Lowering, offload: bool = False) -> Pe
         short = _cut_short(program, slots, offload)
         return max(predict(p, slots, how, offload).peak_bytes + _left_out(program, p) for p in short)
 
-    return Peaks(exact)
+    return Peaks(
+        exact, max((changed_bytes(x.calls) for x in program.calls if isinstance(x, Loop)), default=0)
+    )
+
+
+def changed_bytes(calls: Sequence[StepCall]) -> int:
+    """Bytes of the state that ``calls`` change, each entry once."""
+    sizes = {
+        index: 0 if made.of_input >= 0 else nbytes(call.step.outputs[k].spec)
+        for call in calls
+        for (k, index), made in zip(call.changed(), step_cost(call.step, call.how).outputs, strict=False)
+        if index >= 0
+    }
+    return sum(sizes.values())
 
 
 def _cut_short(program: RolledProgram, slots: int, offload: bool) -> list[RolledProgram]:

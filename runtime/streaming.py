@@ -21,7 +21,7 @@ from ..compiler.stepcost import check_bytes, measured, step_cost
 from .budget import budget_bytes, default_budget, tell_default
 from .engine import Engine
 from .meter import profiling
-from .planner import Peaks
+from .planner import Peaks, larger
 from .rehearsal import metered
 from .retained import Retained
 from .window_peaks import REPEATS, window_peaks
@@ -49,6 +49,7 @@ class Streaming:
         self._sweep = 0  # bytes that a sweep takes beside states, at most
         self._peaks: Peaks | None = None
         self._known: dict[Any, Any] = {}  # the step is held: its id stays its own
+        self._planned: set[Any] = set()  # kinds of steps that peaks were foreseen for
         self._start = 0  # of the program, when its inputs were last counted
         self._counted = 0  # bytes of them at the last step
         self._written: Counter = Counter()  # which entries were set from outside, how often
@@ -70,8 +71,7 @@ class Streaming:
             self.budget = self._bytes(engine.state[0].device)
             self._states = sum(t.nbytes for t in engine.state)
         key = id(call.step), call.how
-        new = key not in self._known
-        if new:
+        if key not in self._known:
             self._meet(engine, call, key)
         self.retained.take(call.inputs)
         self._growth = max(self._growth, self.retained.bytes - self._counted)
@@ -80,8 +80,10 @@ class Streaming:
             self._states += sum(value.nbytes for _, value in changes)
             if self._roomy(engine, call):
                 return None
-        if new or self._peaks is None:
-            self._plan(engine, call)
+        if key not in self._planned:
+            calls = [*engine.program, call]
+            self._peaks = self._foreseen(engine, calls)
+            self._planned.update(_kinds(calls))
         slots = self._fitting()
         if slots < self._slots and engine.program.start > self._start:  # a sliding window has forgotten some
             self._recount(engine, call)
@@ -120,8 +122,7 @@ class Streaming:
 
     def minimum(self, engine: Engine) -> int:
         """The smallest budget for the steps so far."""
-        peaks = self._foreseen(engine) if self._peaks is None else self._peaks
-        return self.beside + peaks.least
+        return self.beside + self._foreseen(engine, list(engine.program)).least
 
     def _bytes(self, device: torch.device) -> int:
         return default_budget(device) if self._budget is None else budget_bytes(self._budget, device)
@@ -174,14 +175,16 @@ class Streaming:
         # as much again must go by before they are counted once more
         return 4 * (self._states + self.beside + self._growth + self._sweep) <= self.budget
 
-    def _plan(self, engine: Engine, call: StepCall) -> None:
-        """Foresee peaks by the number of slots; what was foreseen before ``call`` was met still holds."""
-        found, former = self._foreseen(engine, call), self._peaks
-        self._peaks = found if former is None else Peaks(lambda k: max(found.exact(k), former.exact(k)))
-
-    def _foreseen(self, engine: Engine, *calls: StepCall) -> Peaks:
+    def _foreseen(self, engine: Engine, calls: Sequence[StepCall | Assign]) -> Peaks:
+        """Peaks by the number of slots, whichever kind of step the window goes on with."""
         initial = engine.state if engine.program.start else []  # what has made it may be forgotten
-        return window_peaks([*engine.program, *calls], initial, self.offload)
+        found = self._peaks
+        for kind, end in _kinds(calls).items():
+            if kind not in self._planned:
+                peaks = window_peaks(calls[:end], initial, self.offload)
+                found = peaks if found is None else larger(found, peaks)
+        assert found is not None
+        return found
 
     def _recount(self, engine: Engine, call: StepCall) -> None:
         self._start = engine.program.start
@@ -201,6 +204,15 @@ class Streaming:
         return self._peaks.fitting(room - self._growth, self._slots) or self._peaks.fitting(
             room, 2 if self.offload else 1
         )
+
+
+def _kinds(calls: Sequence[StepCall | Assign]) -> dict[Any, int]:
+    """Each kind of step -> how many calls there are up to its first."""
+    found: dict[Any, int] = {}
+    for end, call in enumerate(calls, start=1):
+        if isinstance(call, StepCall):
+            found.setdefault((id(call.step), call.how), end)
+    return found
 
 
 def _measure(engine: Engine, call: StepCall) -> None:

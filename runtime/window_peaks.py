@@ -15,7 +15,7 @@ from ..compiler.ir import Assign, StepCall
 from ..compiler.recorded_program import Call, Program
 from ..compiler.stepcost import measured
 from .dry_run import predict_sweep
-from .planner import FEW_SLOTS, MANY, Peaks
+from .planner import FEW_SLOTS, MANY, Peaks, changed_bytes
 
 REPEATS = 2  # of each step and assignment, before the last super-step repeats
 _REMEMBERED = 64
@@ -50,7 +50,11 @@ def _peaks(first: list[Call], again: list[Call], sizes: Sequence[int], offload: 
     lengths = range(MANY, MANY + FEW_SLOTS + 1) if offload else [MANY]
     programs = [_program(first + again * length) for length in lengths]
     initial = list(map(_sized, sizes))
-    return Peaks(lambda k: max(predict_sweep(p, k, offload, initial).peak_bytes for p in programs[: k + 1]))
+    steps = [c for c in again if isinstance(c, StepCall)]
+    return Peaks(
+        lambda k: max(predict_sweep(p, k, offload, initial).peak_bytes for p in programs[: k + 1]),
+        changed_bytes(steps),
+    )
 
 
 def _few(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from contextlib import nullcontext
 from typing import Any
 
@@ -366,3 +367,42 @@ def test_explain_says_what_the_call_saves() -> None:
         report, cost = meta_loss.explain(*setting()), metaoptim.plan(meta_loss)(*setting())
         assert program.plan.saved == report.saved_calls == cost.saved_calls, budget
         assert report.plan == cost.plan
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_few_large_steps_do_not_hide_what_states_take(late: bool, compiled: bool) -> None:
+    """Beside them a few states more make no higher peak; many do."""
+    torch.manual_seed(0)
+    small, big = torch.randn(2, 20), torch.randn(400, 20)
+
+    def run(budget: int, steps: int) -> tuple[int, Tensor]:
+        for meter in (nullcontext(), AllocatorMeter()):
+            torch.manual_seed(0)
+            net = nn.Sequential(nn.Linear(20, 20), nn.Tanh(), nn.Linear(20, 20))
+            lr, xs = torch.tensor(0.05, requires_grad=True), small.expand(steps, 2, 20).clone()
+
+            def loop(net: nn.Module, lr: Tensor, xs: Tensor, **options: Any) -> Tensor:
+                inner = metaoptim.MetaSGD([net], lr=lr)
+                with metaoptim.SlidingWindow(offline=True, **options) as window:
+                    inner.step(net(big).sin().mean())
+                    for x in window.scan(xs):
+                        inner.step(net(x).sin().mean())
+                    if late:
+                        inner.step(net(big).sin().mean())
+                    return net(small).square().mean()
+
+            fn = metaoptim.compile(loop, backend="eager", memory_budget=budget) if compiled else loop
+            options = {} if compiled else {"memory_budget": budget}
+            if compiled:
+                fn(net, lr, xs)  # measures
+            gc.collect()
+            with meter:
+                (grad,) = torch.autograd.grad(fn(net, lr, xs, **options), lr)
+        assert isinstance(meter, AllocatorMeter)
+        return meter.peak, grad
+
+    _, expected = run(2**30, 400)
+    peak, found = run(1_500_000, 400)
+    assert 600_000 < peak <= 1_500_000 + 16 * 2 * 20  # and the outer loss's graph
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=0)
