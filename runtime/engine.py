@@ -197,9 +197,11 @@ class Engine:
                 self.store.put(p, state)
             passed[p] = state
             state = self._advance(call, p, state, passed)
-            low = p - call.back if isinstance(call, StepCall) else p
-            for old in [q for q in passed if q < low]:
-                del passed[old]
+            if isinstance(
+                call, StepCall
+            ):  # after an assignment, a super-step may go on that has begun before it
+                for old in [q for q in passed if q < p - call.back]:
+                    del passed[old]
         return state
 
     def _at(self, position: int) -> State:
@@ -395,5 +397,8 @@ class Engine:
 
 
 def _may_keep(call: StepCall | Assign) -> bool:
-    """Whether one can go on from the state before it alone; within a super-step, an earlier one is read too."""
-    return isinstance(call, Assign) or not call.back
+    """Whether a state before ``call`` is worth keeping: one can go on from it alone.
+
+    Within a super-step an earlier state is read too, and whether an assignment lies within one shows only later.
+    """
+    return isinstance(call, StepCall) and not call.back

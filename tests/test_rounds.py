@@ -241,3 +241,34 @@ def test_a_budget_counts_the_gradients_of_a_whole_list() -> None:
     report = metaoptim.explain(fn)()
     assert report.predicted_peak_bytes == pytest.approx(meter.peak, rel=0.01)
     assert len(report.gradient_targets) == steps + 4 and report.num_programs == 3
+
+
+def test_writing_between_the_steps_of_a_round_replays_no_more() -> None:
+    """The loss of a round's second step was computed before what was written."""
+    from metaoptim.runtime.engine import Engine
+
+    def run(clip: bool, slots: int | None, **options: Any) -> tuple[Tensor, int]:
+        torch.manual_seed(0)
+        actor, critic = nn.Linear(6, 5), nn.Linear(6, 1)
+        lr, xs = torch.tensor(0.05, requires_grad=True), torch.randn(30, 4, 6)
+        of_actor, of_critic = metaoptim.MetaSGD([actor], lr=lr), metaoptim.MetaSGD([critic], lr=lr * 2)
+        with metaoptim.SlidingWindow(slots=slots, **options) as window:
+            for x in xs:
+                value, action = critic(x), actor(x)
+                losses = (value - action.sum(-1, keepdim=True)).square(), action.sin() * (1 + value)
+                of_critic.step(losses[0].mean())
+                if clip:
+                    with torch.no_grad():
+                        for p in critic.parameters():
+                            p.clamp_(-0.3, 0.3)
+                of_actor.step(losses[1].mean())
+            engine = getattr(window._session, "engine", None)
+            (actor(xs[0]).square().mean() + critic(xs[0]).sum()).backward()
+        assert lr.grad is not None
+        return lr.grad, engine.replays if isinstance(engine, Engine) else 0
+
+    expected, _ = run(True, None, strategy="full_tape")
+    for slots in (3, 5, 8):
+        found, replays = run(True, slots)
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=0)
+        assert 0 < replays <= 1.2 * run(False, slots)[1]
