@@ -98,7 +98,7 @@ def _larger(tracer: Tracer, t: Tensor, dim: int, times: int) -> Tensor:
     """What stands for ``t`` with so many times the entries along ``dim``, its dimensions laid out in the same order."""
     shape = tuple(n * times if d == dim else n for d, n in enumerate(t.shape))
     at = (t.stride(dim), -dim)
-    stride = tuple(s * times if (s, -d) > at else s for d, s in enumerate(t.stride()))
+    stride = tuple(s * times if t.stride(dim) and (s, -d) > at else s for d, s in enumerate(t.stride()))
     fake = tracer.fakes.empty((shape, t.dtype, stride, t.device)).requires_grad_(t.requires_grad)
     if isinstance(t, nn.Parameter):
         fake._is_param = True  # type: ignore[attr-defined]
