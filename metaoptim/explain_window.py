@@ -14,7 +14,7 @@ from .compiler.passes.pipeline import Record
 from .compiler.program import Given, plural
 from .compiler.recorded_program import Program
 from .compiler.stepcost import results_of, step_cost
-from .errors import user_scope
+from .errors import WindowError, user_scope
 from .naming import names_in
 from .report import Report, calls_text, shape_of
 from .runtime.dependence import leaves_of
@@ -31,6 +31,12 @@ def explain_window(session: RecordedSession, title: str) -> Report:
 def _report(session: RecordedSession, title: str) -> Report:
     engine, options, program = session.engine, session.options, session.program
     program.fold()
+    for call, _ in program.counted():
+        if call.step.dynamic and ("vjp graph", call.how.hvp) not in call.step.programs:
+            raise WindowError(
+                f"window.explain: the shapes in the step at {call.location} depend on values, so its derivative is "
+                "known only once it has been run; ask after a backward, or without slots="
+            )
     store = engine.store
     positions = range(store.base, program.end)
     kept = [p - store.base for p in positions if p in store]

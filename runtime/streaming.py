@@ -135,7 +135,7 @@ class Streaming:
             sum(nbytes(p.spec) for p in ports if p.role is role) for role in (Role.THETA, Role.META)
         )
         self._shown = max(self._shown, theta)
-        if self._budget is None:
+        if self._budget is None and not call.step.dynamic:
             return  # half of the free memory is no promise, and there may never be a backward
         self._make_room(engine, call)
         _measure(engine, call)
@@ -216,11 +216,13 @@ def _kinds(calls: Sequence[StepCall | Assign]) -> dict[Any, int]:
 
 
 def _measure(engine: Engine, call: StepCall) -> None:
-    """Run the derivative of a step that was not met before, once, to see what it takes."""
-    if measured(call.step, "vjp", call.how) is not None or profiling():
+    """Derive a step that was not met before, on what it is given now, and run that once, to see what it takes."""
+    if measured(call.step, "vjp", call.how) is not None:
         return
     with _disable_current_modes(), torch.no_grad():
         base = engine.state_at(engine.position - call.back) if call.back else engine.state
         inputs = engine.inputs_of(call, engine.state, base)
         inputs += [call.step.outputs[i].empty().zero_() for i in cotangent_outputs(call.step)]
-        metered(lowered(call.step, "vjp", inputs, call.how), call, "vjp", inputs)
+        program = lowered(call.step, "vjp", inputs, call.how)
+        if not profiling():
+            metered(program, call, "vjp", inputs)

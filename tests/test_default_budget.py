@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import metaoptim
 from budget_cases import Case
-from metaoptim.runtime import budget, window_peaks
+from metaoptim.runtime import budget, recorded, window_peaks
 from metaoptim.runtime.meter import AllocatorMeter
 from metaoptim.runtime.store import SlotStore
 
@@ -136,3 +136,30 @@ def test_values_written_into_parameters_count() -> None:
         found = gradient(100, clip, memory_budget=130 * STATE)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
     assert 90 * STATE < meter.peak <= 130 * STATE + 8 * 100 * 4 * 20 + 8192
+
+
+def test_steps_whose_shapes_depend_on_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(explain: bool = False, **options: Any) -> Tensor | None:
+        recorded.step_cache.clear()
+        torch.manual_seed(2)
+        net, lr, xs = nn.Linear(4, 2), torch.tensor(0.05, requires_grad=True), torch.randn(12, 5, 4)
+        inner = metaoptim.MetaSGD([net], lr=lr)
+        with metaoptim.SlidingWindow(**options) as window:
+            for x in xs:
+                y = net(x)
+                inner.step(y[y > 0].square().sum() + y.sum())
+            if explain:
+                assert window.explain().horizon == 12
+            net(xs[0]).square().sum().backward()
+        return lr.grad
+
+    expected = run(slots=12)
+    assert expected is not None and float(expected.abs()) > 1e-3
+    with pytest.raises(metaoptim.WindowError, match="only once it has been run"):
+        run(True, slots=12)
+    with AllocatorMeter():  # nothing can be measured then
+        assert torch.equal(run(True, memory_budget=20_000), expected)
+    assert torch.equal(run(True), expected)
+    free(monkeypatch, 3000)
+    with pytest.warns(UserWarning, match="some are given up"):
+        torch.testing.assert_close(run(True), expected, rtol=1e-12, atol=0)
