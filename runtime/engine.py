@@ -78,15 +78,6 @@ class Engine:
 
     # -- forward -------------------------------------------------------------------------------------------------
 
-    def admit(self, call: StepCall, changes: Sequence[tuple[int, Tensor]]) -> None:
-        """Make room for a step that will be appended next.
-
-        Raises:
-            BudgetError: if there is none; the step has not been taken then.
-        """
-        if self.streaming is not None and (slots := self.streaming.slots(self, call, changes)) is not None:
-            self.store.limit(slots)
-
     def append(
         self, call: StepCall | Assign, changes: Sequence[tuple[int, Tensor]], *, read: bool = False
     ) -> None:
@@ -98,8 +89,11 @@ class Engine:
             read: whether a loss may have read theta since the last step, which the tape must then go back to.
         """
         position = self.program.end
-        if self.streaming is not None and isinstance(call, Assign):
-            self.streaming.assigned(call)
+        if self.streaming is not None:
+            if isinstance(call, Assign):
+                self.streaming.assigned(call)
+            elif (slots := self.streaming.slots(self, call, changes)) is not None:
+                self.store.limit(slots)
         if _may_keep(call) or self.store.slots is None:
             self.store.offer(position, self.state)
         state = list(self.state)

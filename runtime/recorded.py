@@ -129,19 +129,17 @@ class RecordedSession(Session):
         new, new_states = self._apply(update, hyper.slots)
         call = self._capture(optimizer, sliced, update, epoch, new, new_states)
         first_use.tell_unreachable(self, sliced)
-        changes = [
-            *zip(call.update, new, strict=True),
-            *zip(call.opt_state_out, (v for s in new_states for v in s.values()), strict=True),
-        ]
-        metas = [x.tensor for x in sliced.externals if x.grad]
-        call.metas = self.view.numbers_of(metas)
-        self.engine.admit(call, changes)
         # nothing the user sees has changed so far, and nothing below fails
         outputs = iter(call.opt_state_out)
         for i, state in zip(update.ordinals, new_states, strict=True):
             for name in state:
                 self.opt_state[id(optimizer), i, name] = next(outputs)
             optimizer.state[self.networks.originals[i]] = state
+        changes = [
+            *zip(call.update, new, strict=True),
+            *zip(call.opt_state_out, (v for s in new_states for v in s.values()), strict=True),
+        ]
+        metas = [x.tensor for x in sliced.externals if x.grad]
         position = self.engine.position
         for value in sliced.values:
             if not value.steps or value.steps[-1] != position:

@@ -221,13 +221,11 @@ class CompiledStep:
             changes = [
                 (i, v) for i, v in zip((*call.update, *call.opt_state_out), results, strict=True) if i >= 0
             ]
+            self._show_state(window, call, results)
             ports = self.step.inputs[len(self.step.inputs) - len(held) :]
             metas = [
                 t for t, port in zip(given, ports, strict=True) if port.role is Role.META and t is not None
             ]
-            call.metas = view.numbers_of(metas)
-            engine.admit(call, changes)
-            self._show_state(window, call, results)
             updated = [self._ordinal(window, p) for p in self.thetas]
             view.take(call, changes, view.recording.epoch, metas, updated)
             for optimizer, steps in self.taken:

@@ -70,15 +70,6 @@ class Streaming:
         if self.budget < 0:
             self.budget = self._bytes(engine.state[0].device)
             self._states = sum(t.nbytes for t in engine.state)
-        before = self._peaks, set(self._planned), self._slots, self._growth, self._states
-        try:
-            return self._admitted(engine, call, changes)
-        except BudgetError:  # the step will not be there
-            self._recount(engine)
-            self._peaks, self._planned, self._slots, self._growth, self._states = before
-            raise
-
-    def _admitted(self, engine: Engine, call: StepCall, changes: Sequence[tuple[int, Tensor]]) -> int | None:
         key = id(call.step), call.how
         if key not in self._known:
             self._meet(engine, call, key)
@@ -138,16 +129,15 @@ class Streaming:
 
     def _meet(self, engine: Engine, call: StepCall, key: Any) -> None:
         """A step that was not met before."""
+        self._known[key] = call.step
         ports = call.step.inputs
         theta, metas = (
             sum(nbytes(p.spec) for p in ports if p.role is role) for role in (Role.THETA, Role.META)
         )
         self._shown = max(self._shown, theta)
         if self._budget is None and not call.step.dynamic:
-            self._known[key] = call.step
             return  # half of the free memory is no promise, and there may never be a backward
         self._make_room(engine, call)
-        self._known[key] = call.step
         _measure(engine, call)
         state = sum(t.nbytes for t in engine.state) + sum(nbytes(p.spec) for p in call.step.outputs)
         self._sweep = max(self._sweep, step_cost(call.step, call.how).vjp_bytes + 4 * state + 3 * metas)
@@ -196,11 +186,11 @@ class Streaming:
         assert found is not None
         return found
 
-    def _recount(self, engine: Engine, *more: StepCall) -> None:
+    def _recount(self, engine: Engine, call: StepCall) -> None:
         self._start = engine.program.start
         self.retained = Retained()
         self._written.clear()
-        for past in (*engine.program, *more):
+        for past in (*engine.program, call):
             if isinstance(past, StepCall):
                 self.retained.take(past.inputs)
             else:

@@ -158,14 +158,6 @@ class ThetaView:
 
     # -- a step --------------------------------------------------------------------------------------------------
 
-    def numbers_of(self, metas: list[Tensor]) -> tuple[int, ...]:
-        """The numbers under which gradients of ``metas`` will be collected, if a step that reads them is taken next."""
-        new: dict[Any, int] = {}
-        for key in map(_key_of, metas):
-            if key not in self._metas:
-                new.setdefault(key, self._numbered + len(new))
-        return tuple(new[key] if key in new else self._metas[key][0] for key in map(_key_of, metas))
-
     def take(
         self,
         call: Any,
@@ -182,7 +174,9 @@ class ThetaView:
             epoch.superstep = self._superstep
             self._keep_epochs([epoch])
             self.recording.keep_only(epoch)
-        keys = list(map(_key_of, metas))
+        keys = [
+            (id(t), None if t.is_leaf else t._version) for t in metas
+        ]  # in-place calls change where it leads
         new = {key: t for key, t in zip(keys, metas, strict=True) if key not in self._metas}
         for key, t in new.items():
             self._metas[key] = (self._numbered, t)
@@ -312,8 +306,3 @@ class ThetaView:
         self.recorder.release()
         if self.sliding is not None:
             self.sliding.close()
-
-
-def _key_of(meta: Tensor) -> tuple[int, int | None]:
-    """Equal for the same node of autograd's graph: calls in place change where a tensor leads."""
-    return id(meta), None if meta.is_leaf else meta._version
