@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from metaoptim.errors import CaptureError, StaleInputError
+from metaoptim.errors import CaptureError, StaleInputError, WindowError
 
 from ..compiler import cotangent_hook
 from ..compiler.differentiate import cotangent_outputs
@@ -60,6 +60,7 @@ class Engine:
         self.begin = 0  # no sweep goes back further over inner steps that `run` runs
         self._initial: State = []  # of `run`: what comes before all steps is run again from there
         self.streaming: Any = None  # what keeps a window to a memory budget
+        self._refused = False  # a step, for want of room
         self.reaches = False  # whether anything can receive a gradient through its steps
         self._watch = watching() if type(self) is Engine else None  # not while it is run to plan
         self._ran = 0  # calls that `run` has run
@@ -92,8 +93,8 @@ class Engine:
         if self.streaming is not None:
             if isinstance(call, Assign):
                 self.streaming.assigned(call)
-            elif (slots := self.streaming.slots(self, call, changes)) is not None:
-                self.store.limit(slots)
+            else:
+                self._admit(call, changes)
         if _may_keep(call) or self.store.slots is None:
             self.store.offer(position, self.state)
         state = list(self.state)
@@ -107,6 +108,23 @@ class Engine:
         self.state = state
         if isinstance(call, Assign) and not self.program.begun and not read:
             self.store.rebase(self.program.end, state)
+
+    def _admit(self, call: StepCall, changes: Sequence[tuple[int, Tensor]]) -> None:
+        """Give up states for a step; where even that is not enough, the step is half taken, and the window useless."""
+        self.check_admitted()
+        self._refused = True
+        slots = self.streaming.slots(self, call, changes)
+        self._refused = False
+        if slots is not None:
+            self.store.limit(slots)
+
+    def check_admitted(self) -> None:
+        """Raise if a step has been refused for want of room."""
+        if self._refused:
+            raise WindowError(
+                "a step of this window was refused for want of room (BudgetError), so its steps can neither go on nor "
+                "be differentiated; leave the block, which puts everything back, and begin again with a larger budget"
+            )
 
     def run(self, state: State) -> State:
         """Run a complete program from its initial state; states are kept as the slots allow."""
@@ -296,6 +314,7 @@ class Engine:
 
     def pull_back(self, sweep: Sweep, bottom: int) -> None:
         """Sweep from the highest deposit (or where the sweep stands) down to ``bottom``."""
+        self.check_admitted()
         top = max(sweep.deposits, default=bottom)
         if sweep.position < 0 or sweep.position < bottom:
             sweep.position = max(top, bottom)

@@ -406,3 +406,24 @@ def test_a_few_large_steps_do_not_hide_what_states_take(late: bool, compiled: bo
     peak, found = run(1_500_000, 400)
     assert 600_000 < peak <= 1_500_000 + 16 * 2 * 20  # and the outer loss's graph
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=0)
+
+
+@pytest.mark.parametrize("stepping", [False, True])
+def test_nothing_comes_of_a_window_in_which_a_step_was_refused(stepping: bool) -> None:
+    """Also where the error is caught inside the block: the step is half taken."""
+    torch.manual_seed(0)
+    net, lr = nn.Linear(20, 3), torch.tensor(0.05, requires_grad=True)
+    small, big = torch.randn(4, 20), torch.randn(3000, 20)
+    inner, before = metaoptim.MetaSGD([net], lr=lr, momentum=0.9), net.weight.detach().clone()
+    with (
+        pytest.raises(metaoptim.WindowError, match="refused for want of room"),
+        metaoptim.SlidingWindow(offline=True, memory_budget=100_000),
+    ):
+        for _ in range(3):
+            inner.step(net(small).sin().mean())
+        with pytest.raises(metaoptim.BudgetError):
+            inner.step(net(big).sin().mean())
+        if stepping:
+            inner.step(net(small).sin().mean())
+        net(small).square().mean().backward()
+    assert torch.equal(net.weight, before) and not inner.state and lr.grad is None
