@@ -83,7 +83,9 @@ def by_batch(settings: Sequence[Setting], size: int) -> Mapping[Any, Any]:
     found[B] = formula([fitted([of.model.step_bytes for of in settings], size, f"B ({SIZES[B]})")])
     few = _few(given.alone)
     peaks = {c: _peak(planners, size, costs, c, False) for c in {few, *range(2, FEW_SLOTS + 1)}}
-    found[S] = largest_difference((peaks[c + 1], peaks[c]) for c in range(2, FEW_SLOTS))  # as of `Peaks`
+    changed = [fitted([p.alone.changed for p in planners], size, f"S ({SIZES[S]})")]
+    pairs = [(changed, [ZERO]), *((peaks[c + 1], peaks[c]) for c in range(2, FEW_SLOTS))]
+    found[S] = largest_difference(pairs)  # as of `Peaks`
     found[K] = difference(peaks[few], transient) - few * found[S] - given.program.positions * found[B]
     tiers = [of.tier for of in settings if of.tier is not None]
     found[D] = sympy.Integer(0)

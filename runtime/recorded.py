@@ -300,6 +300,7 @@ class RecordedSession(Session):
             raise first_use.uncapturable(error) from error
         how = self.options.lowering
         if step.dynamic and how.backend != "eager":
+            step_cache.discard(key)  # it has not been checked
             raise CaptureError(
                 f"backend={how.backend!r}: the shapes in this step depend on values, and such a step cannot be "
                 "compiled; use backend='eager'"
