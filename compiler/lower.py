@@ -67,10 +67,14 @@ def _graph(step: StepGraph, kind: str, hvp: str, example: Sequence[Tensor] | Non
 
 def derived(step: StepGraph, hvp: str, example: Sequence[Tensor] | None = None) -> fx.GraphModule:
     """The flat graph of a step's VJP."""
-    key = ("vjp graph", hvp)
-    if key not in step.programs:
-        step.programs[key] = derivative(step, hvp, example)
-    return step.programs[key]
+    if not is_derived(step, hvp):
+        step.programs["vjp graph", hvp] = derivative(step, hvp, example)
+    return step.programs["vjp graph", hvp]
+
+
+def is_derived(step: StepGraph, hvp: str) -> bool:
+    """Whether `derived` has been asked for before."""
+    return ("vjp graph", hvp) in step.programs
 
 
 def replayed(step: StepGraph, example: Sequence[Tensor] | None = None) -> fx.GraphModule:

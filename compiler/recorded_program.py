@@ -135,6 +135,16 @@ class Program(Calls):
         return "\n".join(lines)
 
 
+def super_steps(calls: Iterable[Call]) -> list[list[Call]]:
+    """Calls put together that belong together: each from where its loss has read theta to itself."""
+    found: list[list[Call]] = []
+    for call in calls:
+        found.append([call])
+        while isinstance(call, StepCall) and call.back >= len(found[-1]) and len(found) > 1:
+            found[-2:] = [found[-2] + found[-1]]
+    return found
+
+
 def _nth(loop: Loop, n: int) -> StepCall:
     """A loop's ``n``-th call."""
     k, which = divmod(n, len(loop.calls))

@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import asdict, replace
 
 from .compiler.ir import Loop, Lowering, Role, StepGraph
-from .compiler.lower import derived
+from .compiler.lower import derived, is_derived
 from .compiler.passes.differentiate import differentiate
 from .compiler.passes.pipeline import Record
 from .compiler.program import Given, plural
@@ -32,7 +32,7 @@ def _report(session: RecordedSession, title: str) -> Report:
     engine, options, program = session.engine, session.options, session.program
     program.fold()
     for call, _ in program.counted():
-        if call.step.dynamic and ("vjp graph", call.how.hvp) not in call.step.programs:
+        if call.step.dynamic and not is_derived(call.step, call.how.hvp):
             raise WindowError(
                 f"window.explain: the shapes in the step at {call.location} depend on values, so its derivative is "
                 "known only once it has been run; ask after a backward, or without slots="
@@ -44,12 +44,12 @@ def _report(session: RecordedSession, title: str) -> Report:
     prediction = predict_sweep(swept, store.slots, options.offload is not None, engine.state, kept)
     streaming = engine.streaming
     beside = 0 if streaming is None else streaming.beside
-    budgeted = streaming if streaming is not None and streaming.acts else None
     names = program.names()
     graphs = {names[id(g)]: g for g in program.step_graphs}
     calls: Counter[str] = Counter()
     for call, count in program.counted():
         calls[names[id(call.step)]] += count
+    budgeted = streaming if streaming is not None and streaming.acts and calls else None
     how = {id(call.step): call.how for call, _ in program.counted()}
     paths, targets = _paths(session, program)
     if store.slots is None:

@@ -298,7 +298,9 @@ def predict_sweep(
         kept: positions whose states a window has kept that did not know how many would come; None for the best ones.
     """
     meter = _Meter()
-    dry = (replace(c, values=_blocks_like(c.values, meter)) if isinstance(c, Assign) else c for c in calls)
+    calls = list(calls)
+    set_to = {id(c.values): _blocks_like(c.values, meter) for c in calls if isinstance(c, Assign)}
+    dry = (replace(c, values=set_to[id(c.values)]) if isinstance(c, Assign) else c for c in calls)
     engine = _DryEngine(Program(0, dry), slots, meter, offload)
     if kept is not None and not offload:
         engine.store = _Kept(slots, kept)

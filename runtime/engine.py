@@ -116,7 +116,16 @@ class Engine:
         slots = self.streaming.slots(self, call, changes)
         self._refused = False
         if slots is not None:
-            self.store.limit(slots)
+            self.limit(slots)
+
+    def limit(self, slots: int) -> None:
+        """Keep no more than ``slots`` states from here on."""
+        within: set[int] = set()
+        if self.store.slots is None:  # so far, those within super-steps were worth keeping as well
+            within = {
+                p for p in range(self.program.start, self.program.end) if not _may_keep(self.program[p])
+            }
+        self.store.limit(slots, within)
 
     def check_admitted(self) -> None:
         """Raise if a step has been refused for want of room."""
@@ -130,13 +139,14 @@ class Engine:
         """Run a complete program from its initial state; states are kept as the slots allow."""
         self.store.rebase(0, state)
         self._initial = state
+        passed: dict[int, State] = {}
         for position in range(self.program.end):
             call = self.program[position]
             if position == self.begin:
                 self.store.rebase(position, state)
-            elif position > self.begin and _may_keep(call):
+            elif position > self.begin and (_may_keep(call) or self.store.slots is None):
                 self.store.offer(position, state)
-            state = self._advance(call, position, state, {position: state}, saving=position >= self.saving)
+            state = self._advance(call, position, state, passed, saving=position >= self.saving)
             self._ran = position + 1
             if self._watch is not None:
                 self._watch(self._ran, 2 * self.program.end)
@@ -208,18 +218,12 @@ class Engine:
 
     def _walk(self, start: int, target: int, marks: Marks | None = None) -> State:
         """Replay from ``start``, which is at hand, to ``target``; states at ``marks`` are kept."""
-        state, passed = self._at(start), {}
+        state, passed = self._at(start), dict[int, State]()
         for p in range(start, target):
             call = self.program[p]
             if marks is not None and _may_keep(call) and marks.due(p):
                 self.store.put(p, state)
-            passed[p] = state
             state = self._advance(call, p, state, passed)
-            if isinstance(
-                call, StepCall
-            ):  # after an assignment, a super-step may go on that has begun before it
-                for old in [q for q in passed if q < p - call.back]:
-                    del passed[old]
         return state
 
     def _at(self, position: int) -> State:
@@ -236,8 +240,10 @@ class Engine:
         passed: dict[int, State],
         saving: bool = False,
     ) -> State:
+        """The state after ``call``; ``passed`` has those that a super-step may still read, by position."""
         new = list(state)
-        if isinstance(call, Assign):
+        passed[position] = state
+        if isinstance(call, Assign):  # after it, a super-step may go on that has begun before it
             for index, value in zip(call.indices, call.values, strict=True):
                 if index == len(new):
                     new.append(value)
@@ -245,6 +251,8 @@ class Engine:
                     new[index] = value
             return new
         self.replays += 1
+        for old in [q for q in passed if q < position - call.back]:
+            del passed[old]
         base = passed.get(position - call.back)
         if base is None:
             base = self.state_at(position - call.back)

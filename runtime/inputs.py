@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from metaoptim.errors import StaleInputError
 
@@ -162,7 +163,7 @@ class Inputs:
 
     def __init__(self, is_buffer: Callable[[Tensor], bool]) -> None:
         self.is_buffer = is_buffer
-        self._copies: dict[int, tuple[Tensor, int, Held]] = {}
+        self._copies = WeakIdKeyDictionary()  # tensor -> its version then, the copy
         self._at: dict[int, _Holds] = {}  # storage -> holds by reference
         self._layouts: dict[tuple, tuple] = {}  # to itself
         self._prune_at = 256
@@ -196,16 +197,14 @@ class Inputs:
 
     def _copied(self, tensor: Tensor, label: str) -> Held:
         digest, version = checksum(tensor), 0 if tensor.is_inference() else tensor._version
-        known = self._copies.get(id(tensor))
-        if known is not None and known[0] is tensor:
+        known, copy = self._copies.get(tensor, (-1, None))
+        if version == known:
             if isinstance(digest, Tensor):
-                # compared when it is used: no synchronisation here
-                if version == known[1]:
-                    return Held(known[2].memory, digest, label, True)
-            elif digest == known[2].digest and version == known[1]:
-                return known[2]
+                return Held(copy.memory, digest, label, True)  # compared when it is used: no synchronisation here
+            if digest == copy.digest:
+                return copy
         held = Held(_copy(tensor), digest, label, True)
-        self._copies[id(tensor)] = (tensor, version, held)
+        self._copies[tensor] = version, held
         return held
 
     def preserve(self, targets: list[Tensor]) -> None:

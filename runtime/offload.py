@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import tempfile
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from pathlib import Path
 from typing import Any
 
@@ -132,9 +132,9 @@ class TieredStore:
             self._spill(position, state)
             self._enter(position, state)
 
-    def limit(self, slots: int) -> None:
-        """Allow no more than ``slots`` states on the device from here on."""
-        self._near.limit(slots)
+    def limit(self, slots: int, within: Set[int] = frozenset()) -> None:
+        """As of `SlotStore`, on the device."""
+        self._near.limit(slots, within)
         self.slots = slots
 
     # -- sweep ---------------------------------------------------------------------------------------------------

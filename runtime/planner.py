@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
+from math import comb
 from typing import Any
 
 import torch
@@ -24,9 +25,7 @@ from .schedule import with_tier
 _FEW = 4  # iterations of a loop in which all that happens in it has happened
 SCALARS = 1024  # bytes of losses, rates and the like that come and go
 FEW_SLOTS = 5  # the most for which a program is gone through
-# Iterations of a loop in which so many slots are as full as they will ever be: with fewer than C(FEW_SLOTS + 4, 4) no
-# sweep has come to replay anything four times, with all slots taken on the way.
-MANY = 130
+_MANY = comb(FEW_SLOTS + 4, 4) + _FEW  # see `lengths`
 
 
 @dataclass(frozen=True)
@@ -120,11 +119,22 @@ def _cut_short(program: RolledProgram, slots: int, offload: bool) -> list[Rolled
     A peak does not depend on how often a loop runs once it runs several times per slot. Where states of several loops
     differ in size, the largest may be the ones that are kept.
     """
-    few, many = (n + (program.limit or 0) for n in (_FEW, MANY))
+    more = program.limit or 0
     loops = [c for c in program.calls if isinstance(c, Loop)] or [None]
+    return [
+        shortened(program, _FEW + more, x, length + more) for x in loops for length in lengths(slots, offload)
+    ]
+
+
+def lengths(slots: int, offload: bool = False) -> Sequence[int]:
+    """Iterations of a loop in which so many slots are as full as they will ever be.
+
+    With fewer than C(slots + 4, 4) no sweep has come to replay anything four times, with all slots taken on the way.
+    """
+    if not offload:
+        return [comb(slots + 4, 4) + _FEW]
     # with a tier, it is a matter of how many steps there are after the last state that went there
-    lengths = range(many, many + slots + 1) if offload else [many]
-    return [shortened(program, few, x, length) for x in loops for length in lengths]
+    return range(_MANY, _MANY + slots + 1)
 
 
 def _left_out(program: RolledProgram, short: RolledProgram) -> int:
@@ -206,7 +216,7 @@ class Planner:
     @cached_property
     def every(self) -> int:
         """Predicted bytes where every state stays until the end: as many slots give them up on the way back."""
-        short = shortened(self.program, MANY + (self.program.limit or 0))
+        short = shortened(self.program, _MANY + (self.program.limit or 0))
         more = (self.states - max(short.swept, 1)) * self.alone.per_slot + _left_out(self.program, short)
         return SCALARS + predict(short, None, self.how).peak_bytes + more + self.beside
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right, insort
+from collections.abc import Set
 
 from torch import Tensor
 
@@ -84,8 +85,10 @@ class SlotStore:
             self._keep([p for p in self._positions if p != lost])
         return lost != position
 
-    def limit(self, slots: int) -> None:
-        """Allow no more than ``slots`` states from here on."""
+    def limit(self, slots: int, within: Set[int] = frozenset()) -> None:
+        """Allow no more than ``slots`` states from here on; those at positions ``within`` super-steps go first."""
+        if within:
+            self._keep([p for p in self._positions if p == self.base or p not in within])
         while len(self._positions) > slots:
             *kept, last = self._positions
             lost = crowded_out(kept, last, len(kept))

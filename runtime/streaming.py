@@ -162,7 +162,7 @@ class Streaming:
                 needed + state,
             )
         if fits < len(engine.store):
-            engine.store.limit(fits)
+            engine.limit(fits)
 
     def _roomy(self, engine: Engine, call: StepCall) -> bool:
         if self.offload:

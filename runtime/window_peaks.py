@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from ..compiler.ir import Assign, StepCall
-from ..compiler.recorded_program import Call, Program
+from ..compiler.recorded_program import Call, Program, super_steps
 from ..compiler.stepcost import measured
 from .dry_run import predict_sweep
-from .planner import FEW_SLOTS, MANY, Peaks, changed_bytes
+from .planner import Peaks, changed_bytes, lengths
 
 REPEATS = 2  # of each step and assignment, before the last super-step repeats
 _REMEMBERED = 64
@@ -46,36 +46,36 @@ def window_peaks(calls: Sequence[Call], initial: Sequence[Tensor], offload: bool
 
 
 def _peaks(first: list[Call], again: list[Call], sizes: Sequence[int], offload: bool) -> Peaks:
-    # with a tier, it is a matter of how many steps there are after the last state that went there
-    lengths = range(MANY, MANY + FEW_SLOTS + 1) if offload else [MANY]
-    programs = [_program(first + again * length) for length in lengths]
     initial = list(map(_sized, sizes))
-    steps = [c for c in again if isinstance(c, StepCall)]
-    return Peaks(
-        lambda k: max(predict_sweep(p, k, offload, initial).peak_bytes for p in programs[: k + 1]),
-        changed_bytes(steps),
-    )
+
+    def exact(slots: int) -> int:
+        programs = (_program(first + again * length) for length in lengths(slots, offload))
+        return max(predict_sweep(p, slots, offload, initial).peak_bytes for p in programs)
+
+    return Peaks(exact, changed_bytes([c for c in again if isinstance(c, StepCall)]))
 
 
-def _few(
-    calls: Sequence[Call],
-) -> tuple[list[Call], list[Call]]:
-    """A few calls of every kind, and the last super-step."""
+def _few(calls: Sequence[Call]) -> tuple[list[Call], list[Call]]:
+    """A few super-steps, with what is assigned within them, of every kind; and the last one."""
     seen: Counter = Counter()
     chosen: list[Call] = []
-    for call in calls:
-        kind = call.indices if isinstance(call, Assign) else id(call.step)
-        seen[kind] += 1
-        if seen[kind] <= REPEATS:
-            chosen.append(call)
-    last: list[Any] = [c for c in reversed(calls) if isinstance(c, StepCall)]
-    end = next((i for i, c in enumerate(last) if not c.back), len(last) - 1)
-    return chosen, last[end::-1]
+    rounds = super_steps(calls)
+    for calls_of_one in rounds:
+        kinds = [call.indices if isinstance(call, Assign) else id(call.step) for call in calls_of_one]
+        seen.update(kinds)
+        if any(seen[kind] <= REPEATS for kind in kinds):
+            chosen += calls_of_one
+    return chosen, next(r for r in reversed(rounds) if any(isinstance(c, StepCall) for c in r))
 
 
 def _program(calls: Sequence[Call]) -> Program:
+    """Of calls of which some stand there again: an assignment sets the very same values each time."""
     return Program(
-        0, [replace(c, back=min(c.back, i)) if isinstance(c, StepCall) else c for i, c in enumerate(calls)]
+        0,
+        [
+            replace(c, back=min(c.back, i)) if isinstance(c, StepCall) else replace(c)
+            for i, c in enumerate(calls)
+        ],
     )
 
 

@@ -99,6 +99,14 @@ def test_under_a_budget_it_says_what_the_budget_does() -> None:
         Loop().run()
 
 
+def test_before_the_first_step_there_is_nothing_to_budget() -> None:
+    task = Loop()
+    with metaoptim.SlidingWindow(offline=True, memory_budget=20_000) as window:
+        report = window.explain()
+        task.run()
+    assert report.horizon == report.extra_forwards == 0 and report.minimum_budget is None
+
+
 def test_it_changes_nothing() -> None:
     found = []
     for asked in (False, True):

@@ -21,7 +21,7 @@ from metaoptim.compiler.cost import F as FLOPS
 from metaoptim.compiler.polynomials import difference, formula, largest, largest_difference, size_text
 from metaoptim.compiler.stepcost import Measured, measured
 from metaoptim.runtime.meter import AllocatorMeter
-from metaoptim.runtime.planner import MANY
+from metaoptim.runtime.planner import _MANY as MANY
 
 STEPS, SIZE = 8, 5
 

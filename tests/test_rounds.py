@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -243,32 +244,88 @@ def test_a_budget_counts_the_gradients_of_a_whole_list() -> None:
     assert len(report.gradient_targets) == steps + 4 and report.num_programs == 3
 
 
+def _actor_critic(
+    clip: bool, optimizer: Any = metaoptim.MetaSGD, meter: Any = None, **options: Any
+) -> tuple[Tensor, int, int]:
+    """A gradient, replays and what is predicted of them: rounds of two steps, and writes between the two."""
+    told, engine = -1, None
+    torch.manual_seed(0)
+    actor, critic = nn.Linear(6, 5), nn.Linear(6, 1)
+    lr, xs = torch.tensor(0.05, requires_grad=True), torch.randn(30, 4, 6)
+    of_actor, of_critic = optimizer([actor], lr=lr), metaoptim.MetaSGD([critic], lr=lr * 2)
+    with meter or nullcontext(), metaoptim.SlidingWindow(**options) as window:
+        for x in xs:
+            value, action = critic(x), actor(x)
+            losses = (value - action.sum(-1, keepdim=True)).square(), action.sin() * (1 + value)
+            of_critic.step(losses[0].mean())
+            if clip:
+                with torch.no_grad():
+                    for p in critic.parameters():
+                        p.clamp_(-0.3, 0.3)
+            of_actor.step(losses[1].mean())
+        if "strategy" not in options:
+            engine = window._session.engine
+            told = window.explain().extra_forwards if meter is None else -1
+        (actor(xs[0]).square().mean() + critic(xs[0]).sum()).backward()
+    assert lr.grad is not None
+    return lr.grad, 0 if engine is None else engine.replays, told
+
+
 def test_writing_between_the_steps_of_a_round_replays_no_more() -> None:
     """The loss of a round's second step was computed before what was written."""
-    from metaoptim.runtime.engine import Engine
+    expected, *_ = _actor_critic(True, strategy="full_tape")
+    for slots in (3, 5, 8):
+        found, replays, told = _actor_critic(True, slots=slots)
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=0)
+        assert 0 < replays <= 1.2 * _actor_critic(False, slots=slots)[1]
+        assert told == replays
 
-    def run(clip: bool, slots: int | None, **options: Any) -> tuple[Tensor, int]:
+
+@pytest.mark.parametrize("optimizer", [metaoptim.MetaSGD, metaoptim.MetaAdam])
+@pytest.mark.parametrize("clip", [False, True])
+def test_rounds_keep_to_a_budget(optimizer: Any, clip: bool) -> None:
+    """Planned with what is assigned inside a round, be it once (Adam's first state) or every time."""
+    expected, *_ = _actor_critic(clip, optimizer, strategy="full_tape")
+    assert _actor_critic(clip, optimizer)[1:] == (0, 0)  # also states inside rounds are kept
+    with pytest.raises(metaoptim.BudgetError) as caught:
+        _actor_critic(clip, optimizer, memory_budget=100)
+    least = caught.value.minimum
+    while True:
+        try:
+            _actor_critic(clip, optimizer, memory_budget=least)
+            break
+        except metaoptim.BudgetError as error:  # later steps needed more
+            assert error.minimum > least
+            least = error.minimum
+    for budget in (least, int(1.4 * least), 3 * least):
+        meter = AllocatorMeter()
+        found, replays, _ = _actor_critic(clip, optimizer, meter, memory_budget=budget)
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=0)
+        assert meter.peak <= budget and replays < 30 * 2 * 30
+
+
+def test_a_round_is_not_parted_when_a_sliding_window_forgets() -> None:
+    """States inside rounds are kept until a budget needs their room; the tape must not begin at one."""
+
+    def run(**options: Any) -> Tensor:
         torch.manual_seed(0)
         actor, critic = nn.Linear(6, 5), nn.Linear(6, 1)
-        lr, xs = torch.tensor(0.05, requires_grad=True), torch.randn(30, 4, 6)
+        lr, xs, large = torch.tensor(0.05, requires_grad=True), torch.randn(40, 4, 6), torch.randn(300, 6)
         of_actor, of_critic = metaoptim.MetaSGD([actor], lr=lr), metaoptim.MetaSGD([critic], lr=lr * 2)
-        with metaoptim.SlidingWindow(slots=slots, **options) as window:
-            for x in xs:
+        with metaoptim.SlidingWindow(window=20, **options):
+            for t in range(53):
+                x = xs[t] if t < 40 else large  # of which derivatives need the room
                 value, action = critic(x), actor(x)
                 losses = (value - action.sum(-1, keepdim=True)).square(), action.sin() * (1 + value)
                 of_critic.step(losses[0].mean())
-                if clip:
-                    with torch.no_grad():
-                        for p in critic.parameters():
-                            p.clamp_(-0.3, 0.3)
                 of_actor.step(losses[1].mean())
-            engine = getattr(window._session, "engine", None)
             (actor(xs[0]).square().mean() + critic(xs[0]).sum()).backward()
         assert lr.grad is not None
-        return lr.grad, engine.replays if isinstance(engine, Engine) else 0
+        return lr.grad
 
-    expected, _ = run(True, None, strategy="full_tape")
-    for slots in (3, 5, 8):
-        found, replays = run(True, slots)
+    expected = run()
+    with pytest.raises(metaoptim.BudgetError) as caught:
+        run(memory_budget=60_000)
+    for more in range(13_600, 22_440, 680):
+        found = run(memory_budget=caught.value.minimum + more)
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=0)
-        assert 0 < replays <= 1.2 * run(False, slots)[1]
