@@ -129,6 +129,7 @@ class RecordedSession(Session):
         new, new_states = self._apply(update, hyper.slots)
         call = self._capture(optimizer, sliced, update, epoch, new, new_states)
         first_use.tell_unreachable(self, sliced)
+        update.grads.clear()  # a sliding window may replay below
         # nothing the user sees has changed so far, and nothing below fails
         outputs = iter(call.opt_state_out)
         for i, state in zip(update.ordinals, new_states, strict=True):
