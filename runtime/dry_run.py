@@ -188,7 +188,7 @@ class _DryEngine(Engine):
             self.tier: Any = _DryTier(meter)
             self.store: Any = TieredStore(slots, self.tier)
 
-    def _values(self, call: StepCall, state: Any) -> list[Any]:
+    def _values(self, call: StepCall, state: Any, position: int) -> list[Any]:
         if call.rng >= 0:
             self._drawn = _Block(self.meter, GENERATOR_BYTES)  # type: ignore[assignment]
         drawn = (getattr(x, "random", False) for x in call.inputs)

@@ -221,7 +221,7 @@ def _measure(engine: Engine, call: StepCall) -> None:
         return
     with _disable_current_modes(), torch.no_grad():
         base = engine.state_at(engine.position - call.back) if call.back else engine.state
-        inputs = engine.inputs_of(call, engine.state, base)
+        inputs = engine.inputs_of(call, engine.state, base, engine.position)
         inputs += [call.step.outputs[i].empty().zero_() for i in cotangent_outputs(call.step)]
         program = lowered(call.step, "vjp", inputs, call.how)
         if not profiling():

@@ -169,12 +169,12 @@ def zero_grad_of_the_network(w: World, loss: Tensor, h: Tensor) -> Any:
     w.net.zero_grad()
 
 
-@refused("random numbers of Python, numpy or torch")
+@refused("random numbers of Python")
 def python_random(w: World, loss: Tensor, h: Tensor) -> Any:
     return random.random()
 
 
-@refused("random numbers of Python, numpy or torch")
+@refused("random numbers of numpy")
 def numpy_random(w: World, loss: Tensor, h: Tensor) -> Any:
     return float(np.random.rand())
 
