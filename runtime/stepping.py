@@ -218,6 +218,7 @@ class CompiledStep:
             call = self._call(window, held, how)
             inputs = [engine.state[i] for i in (*call.theta, *call.opt_state_in)] + [h.get() for h in held]
             results = lowered(self.step, "replay", inputs, how)(*inputs)
+            del inputs  # under a budget, the engine may run the step's derivative now, on numbers drawn again
             changes = [
                 (i, v) for i, v in zip((*call.update, *call.opt_state_out), results, strict=True) if i >= 0
             ]

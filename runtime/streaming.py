@@ -131,8 +131,9 @@ class Streaming:
         """A step that was not met before."""
         self._known[key] = call.step
         ports = call.step.inputs
-        theta, metas = (
-            sum(nbytes(p.spec) for p in ports if p.role is role) for role in (Role.THETA, Role.META)
+        theta, metas, drawn = (
+            sum(nbytes(p.spec) for p in ports if p.role is role)
+            for role in (Role.THETA, Role.META, Role.NOISE)
         )
         self._shown = max(self._shown, theta)
         if self._budget is None and not call.step.dynamic:
@@ -140,7 +141,8 @@ class Streaming:
         self._make_room(engine, call)
         _measure(engine, call)
         state = sum(t.nbytes for t in engine.state) + sum(nbytes(p.spec) for p in call.step.outputs)
-        self._sweep = max(self._sweep, step_cost(call.step, call.how).vjp_bytes + 4 * state + 3 * metas)
+        works = step_cost(call.step, call.how).vjp_bytes + drawn
+        self._sweep = max(self._sweep, works + 4 * state + 3 * metas)
 
     def _make_room(self, engine: Engine, call: StepCall) -> None:
         """Compiling a derivative, and comparing it with the graph it is compiled from, takes more than running it."""
