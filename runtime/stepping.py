@@ -76,8 +76,7 @@ class CapturedStep(CapturedSession):
         for p in (self.networks.originals[i] for i in ordinals):
             self.thetas[id(tracer.value_of(p))] = p
             # the function reads theta from the networks; where it knows the very parameter, that is a constant
-            tracer.trace.inputs.append(Input(p))
-            tracer.bind(p, tracer.trace.inputs[-1])
+            tracer.bind_input(p)
 
     def _leave(self, target: Any, own: Tensor | None, last: Tensor, value: Any) -> None:
         self.left.append((target, self.recorder.give(last)))

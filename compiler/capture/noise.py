@@ -79,6 +79,7 @@ def draw(tracer: Any, op: Any, args: tuple, kwargs: dict) -> Any:
         bounds = (0, *args[1:])[-2:] if name == "randint_like" else ()
         noise = Noise(_FILL[name], bounds, {}, tensor_spec(out))
     else:
+        kw |= {"dtype": out.dtype, "device": out.device}  # whatever the defaults are when it is drawn
         noise = Noise(_with_generator(op), _numbers(args), kw, tensor_spec(out))
     _drawn(tracer, out, noise)
     return out
