@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from .compiler.capture import intercept
-from .compiler.capture.trace import Input
 from .compiler.capture.tracer import Tracer
 
 
@@ -102,6 +101,5 @@ def _larger(tracer: Tracer, t: Tensor, dim: int, times: int) -> Tensor:
     fake = tracer.fakes.empty((shape, t.dtype, stride, t.device)).requires_grad_(t.requires_grad)
     if isinstance(t, nn.Parameter):
         fake._is_param = True  # type: ignore[attr-defined]
-    tracer.trace.inputs.append(Input(fake))
-    tracer.bind(fake, tracer.trace.inputs[-1])
+    tracer.bind_input(fake)
     return fake

@@ -173,6 +173,7 @@ class Run:
         kept: what is kept for the backward.
         written: tensors that this call will overwrite when it has run; what is read of them is copied.
         engine: what runs it.
+        rehearsal: whether it is run to find out something: then the process's random generator stays where it is.
     """
 
     def __init__(
@@ -184,8 +185,9 @@ class Run:
         kept: Kept,
         written: Sequence[Tensor] = (),
         engine: type[Engine] | None = None,
+        rehearsal: bool = False,
     ) -> None:
-        self.rolled = rolled
+        self.rolled, self.rehearsal = rolled, rehearsal
         overwritten = {id(t) for t in written}
         inputs = Inputs(lambda t: id(t) in overwritten)
         self.held = {key: inputs.hold(t) for key, t in tensors.items()}
@@ -202,16 +204,17 @@ class Run:
         """The function's outputs; what it leaves in tensors from outside is in `last`."""
         state: list[Any] = [None] * (self.rolled.registers + 1)
         if self.generator is not None:
-            state[-1] = self.generator.get_rng_state()
+            state[-1] = self.generator.get_state()
         with torch.no_grad():
+            self.engine.stream.first = not self.rehearsal
             try:
                 state = self.engine.run(state)
             except BaseException:
                 if self.engine.tier is not None:
                     self.engine.tier.close("the call has ended with an exception")
                 raise
-            if self.generator is not None:
-                self.generator.set_rng_state(state[-1])
+            finally:
+                self.engine.stream.first = False
             self.last = [(target, self._found(where, state)) for target, where in self.rolled.writes]
             return [self._found(where, state).clone() for where in self.rolled.outputs]
 
@@ -236,8 +239,8 @@ class Run:
         return torch.zeros_like(self.held[source].tensor, memory_format=torch.contiguous_format)
 
 
-def generator_for(rolled: RolledProgram) -> Any:
-    """The generator that a program draws from, or None."""
+def generator_for(rolled: RolledProgram) -> torch.Generator | None:
+    """The process's generator that a program draws from, or None."""
     devices = [g.of.spec[3] for call, _ in rolled.counted() for g in call.inputs if g.kind == "noise"]
     return generator_of(devices[0]) if devices else None
 

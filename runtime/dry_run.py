@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..compiler.capture.trace import Input
 from ..compiler.differentiate import cotangent_outputs
-from ..compiler.ir import EAGER, Assign, Lowering, StepCall
+from ..compiler.ir import EAGER, Assign, Lowering, Role, StepCall
 from ..compiler.program import RolledProgram, nbytes
 from ..compiler.recorded_program import Program
 from ..compiler.stepcost import Made, step_cost
@@ -188,14 +188,14 @@ class _DryEngine(Engine):
             self.tier: Any = _DryTier(meter)
             self.store: Any = TieredStore(slots, self.tier)
 
-    def _values(self, call: StepCall, state: Any) -> list[Any]:
+    def _values(self, call: StepCall, state: Any, position: int) -> list[Any]:
         if call.rng >= 0:
             self._drawn = _Block(self.meter, GENERATOR_BYTES)  # type: ignore[assignment]
-        drawn = (getattr(x, "random", False) for x in call.inputs)
-        return [
-            _Block(self.meter, nbytes(x.noise.spec)) if random else None
-            for x, random in zip(call.inputs, drawn, strict=True)
-        ]
+        ports = call.step.inputs[len(call.step.inputs) - len(call.inputs) :]
+        values = [_Block(self.meter, nbytes(p.spec)) if p.role is Role.NOISE else None for p in ports]
+        if any(values):
+            self.meter.note(GENERATOR_BYTES)  # of one state more, while they are drawn
+        return values
 
     def _cotangent(self, spec: tuple, cotangent: Any) -> Any:
         return _Block(self.meter, nbytes(spec)) if cotangent is None else cotangent

@@ -22,7 +22,7 @@ from ..compiler.differentiate import cotangent_outputs
 from ..compiler.ir import Assign, Role, StepCall
 from ..compiler.lower import Lowered, lowered, residuals
 from ..compiler.recorded_program import Program
-from .noise import draw
+from .noise import Stream
 from .offload import TieredStore
 from .progress import watching
 from .schedule import Marks
@@ -66,6 +66,7 @@ class Engine:
         self._ran = 0  # calls that `run` has run
         self.vjps = 0
         self.replays = 0
+        self.stream = Stream()
         self._drawn: Tensor | None = None  # the generator's state after the last call that drew
         self._sweeps: dict[int, Sweep] = {}
         self._work: dict[int, State] = {}
@@ -256,7 +257,7 @@ class Engine:
         base = passed.get(position - call.back)
         if base is None:
             base = self.state_at(position - call.back)
-        inputs = self.inputs_of(call, state, base)
+        inputs = self.inputs_of(call, state, base, position)
         divided = residuals(call.step, call.how.hvp) if saving else None
         results = self._lowered(call, "replay" if divided is None else "forward", inputs)(*inputs)
         if divided is not None:
@@ -288,22 +289,22 @@ class Engine:
             return self._at(position)
         return self._walk(self.store.nearest(position), position)
 
-    def inputs_of(self, call: StepCall, state: State, base: State) -> list[Tensor]:
+    def inputs_of(self, call: StepCall, state: State, base: State, position: int) -> list[Tensor]:
         """What a call's graphs are given, from the state at its position and the one its loss has read."""
         inputs = [base[i] for i in call.theta]
         if call.step.positions(Role.THETA_NOW):
             inputs += [state[i] for i in call.update]
         inputs += [state[i] for i in call.opt_state_in]
-        return inputs + self._values(call, state)
+        return inputs + self._values(call, state, position)
 
-    def _values(self, call: StepCall, state: State) -> list[Tensor]:
+    def _values(self, call: StepCall, state: State, position: int) -> list[Tensor]:
         """What it is given besides the state."""
         if call.rng < 0:
             try:
                 return [held.get() for held in call.inputs]
             except StaleInputError as error:
                 raise StaleInputError(f"the inner step at {call.location}: {error.reason}") from None
-        values, self._drawn = draw(call.inputs, state[call.rng])
+        values, self._drawn = self.stream.draw(call.inputs, position, state[call.rng])
         return values
 
     # -- backward ------------------------------------------------------------------------------------------------
@@ -395,7 +396,7 @@ class Engine:
             )
         base = position - call.back
         self._load(sorted({base, position}))
-        arguments = self.inputs_of(call, self._at(position), self._at(base))
+        arguments = self.inputs_of(call, self._at(position), self._at(base), position)
         saved = self._residuals.pop(position, None)
         arguments += saved or ()
         for i in cotangent_outputs(step):

@@ -1,70 +1,117 @@
-"""Random numbers of a step, drawn again alike whenever the step is run again."""
+"""Random numbers of steps: drawn from the process's generator once, and again alike whenever a step is run again.
+
+Every draw has a generator of its own, set to a state. The process's, which all threads draw from, only says what that
+state is when numbers are drawn for the first time: what is drawn again depends on nothing that others do.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from threading import RLock
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..compiler.capture.ops import op_info
+from ..compiler.capture.trace import Noise
+
 GENERATOR_BYTES = 5056  # of the CPU generator's state
+_turn = RLock()  # to draw from a process's generator: its state must not be taken by two
 
 
-def generator_of(device: torch.device) -> Any:
-    """The module that holds a device's generator state."""
-    return torch if device.type == "cpu" else torch.get_device_module(device)
+def generator_of(device: torch.device) -> torch.Generator:
+    """The process's generator, which eager PyTorch draws from on a device."""
+    if device.type == "cpu":
+        return torch.default_generator
+    module = torch.get_device_module(device)
+    if hasattr(module, "default_generators"):
+        return module.default_generators[device.index or 0]
+    return module._get_default_mps_generator()
 
 
-def draw(given: Sequence[Any], state: Tensor) -> tuple[list[Tensor], Tensor]:
-    """The inputs of a step, its random ones drawn from the generator in ``state``; the generator's state after.
+def draw(given: Sequence[Any]) -> tuple[list[Tensor], Tensor, Tensor]:
+    """What a step is given, its random inputs drawn as eager would: from the process's generator, which moves on.
 
-    The user's own generator stays where it is.
+    Returns:
+        The values, and the generator's state before and after.
     """
-    device = next(g.device for g in given if g.random)
-    generator = generator_of(device)
-    before = generator.get_rng_state()
-    generator.set_rng_state(state)
-    try:
-        values = [g.get() for g in given]
-        return values, generator.get_rng_state()
-    finally:
-        generator.set_rng_state(before)
+    generator = generator_of(_device(given))
+    with _turn:
+        before = generator.get_state()
+        values, after = redraw(given, before)
+        generator.set_state(after)
+    return values, before, after
+
+
+def redraw(given: Sequence[Any], state: Tensor) -> tuple[list[Tensor], Tensor]:
+    """What a step is given, its random inputs drawn from a generator in ``state``, and its state after."""
+    generator = torch.Generator(_device(given))
+    generator.set_state(state)
+    return [g.draw(generator) if g.random else g.get() for g in given], generator.get_state()
+
+
+def _device(given: Sequence[Any]) -> torch.device:
+    return next(g.noise.spec[3] for g in given if g.random)
 
 
 class Drawn:
-    """An input that is drawn: an operator, with specs in the place of tensors whose values it does not look at."""
+    """An input that is drawn."""
 
     random = True
 
-    def __init__(self, noise: Any) -> None:
+    def __init__(self, noise: Noise) -> None:
         self.noise = noise
-        self.device: torch.device = noise.spec[3]
 
-    def get(self) -> Tensor:
-        """Draw."""
-        out = self.noise.op(*map(_stand_in, self.noise.args), **self.noise.kwargs)
-        return out if self.noise.index is None else out[self.noise.index]
+    def draw(self, generator: torch.Generator) -> Tensor:
+        """Random numbers of ``generator``."""
+        noise = self.noise
+        if not op_info(noise.op).writes:
+            return noise.op(*noise.args, **noise.kwargs, generator=generator)
+        shape, dtype, stride, device = noise.spec
+        room = torch.empty_strided(shape, stride, dtype=dtype, device=device)
+        return noise.op(room, *noise.args, **noise.kwargs, generator=generator)
 
 
-def _stand_in(a: Any) -> Any:
-    if isinstance(a, tuple) and a[:1] == ("spec",):
-        _, shape, dtype, stride, device = a
-        return torch.empty_strided(shape, stride, dtype=dtype, device=device)
-    return a
+class Stream:
+    """The random numbers of a program's steps, each of which goes on where the last has left the generator.
+
+    Attributes:
+        first: whether they are drawn from the process's generator, for the first time. Where another thread has moved
+            it since the last step, the state that was found is kept for that position.
+    """
+
+    def __init__(self) -> None:
+        self.first = False
+        self._moved: dict[int, Tensor] = {}
+
+    def draw(self, given: Sequence[Any], position: int, state: Tensor) -> tuple[list[Tensor], Tensor]:
+        """What the step at a position is given, and the generator's state after.
+
+        Args:
+            given: its inputs.
+            position: where it is in the program.
+            state: of the generator after the last step.
+        """
+        if not self.first:
+            return redraw(given, self._moved.get(position, state))
+        values, before, after = draw(given)
+        if not torch.equal(before, state):
+            self._moved[position] = before
+        return values, after
 
 
 class _Draw:
     """What a step drew, and the generator's state before."""
 
-    def __init__(self, noises: Sequence[Any]) -> None:
+    def __init__(self, noises: Sequence[Noise]) -> None:
         self.drawn = [Drawn(n) for n in noises]
-        self.state = generator_of(self.drawn[0].device).get_rng_state()
-        self.values: list[Tensor] | None = [d.get() for d in self.drawn]  # now, from the user's generator
+        self.values: list[Tensor] | None
+        self.values, self.state, _ = draw(self.drawn)
 
     def get(self, k: int) -> Tensor:
         if self.values is None:
-            self.values, _ = draw(self.drawn, self.state)
+            self.values, _ = redraw(self.drawn, self.state)
         value = self.values[k]
         if k == len(self.drawn) - 1:
             self.values = None  # all have been asked for
@@ -82,7 +129,7 @@ class Redrawn:
         return self.of.get(self.k)
 
 
-def redrawn(noises: Sequence[Any]) -> list[Redrawn]:
+def redrawn(noises: Sequence[Noise]) -> list[Redrawn]:
     """Draw the random inputs of a step, in order."""
     of = _Draw(noises) if noises else None
     return [] if of is None else [Redrawn(of, k) for k in range(len(noises))]

@@ -19,7 +19,7 @@ from ..compiler.ir import Loop, Lowering, StepCall
 from ..compiler.lower import residuals
 from ..compiler.program import Kept, RolledProgram
 from ..compiler.stepcost import Measured, made_of, measured
-from .compiled import Run, generator_for
+from .compiled import Run
 from .engine import Engine
 from .meter import AllocatorMeter, profiling
 from .progress import progress
@@ -56,8 +56,7 @@ def rehearse(
         return
     short = shortened(program, _ITERATIONS)
     kept = Kept(None, short.positions) if saving else Kept(1)
-    with _generator_unmoved(program):
-        _run_and_pull(Run(short, tensors, how, None, kept, engine=_MeteredEngine), program)
+    _run_and_pull(Run(short, tensors, how, None, kept, engine=_MeteredEngine, rehearsal=True), program)
 
 
 def measured_peak(
@@ -72,8 +71,8 @@ def measured_peak(
         program, tensors, how: as of `rehearse`, which has been run.
         kept: what is kept for the backward.
     """
-    with _generator_unmoved(program), AllocatorMeter() as meter, progress(meter.watch):
-        _run_and_pull(Run(program, tensors, how, None, kept), program)
+    with AllocatorMeter() as meter, progress(meter.watch):
+        _run_and_pull(Run(program, tensors, how, None, kept, rehearsal=True), program)
     return meter.peak
 
 
@@ -84,17 +83,6 @@ def _run_and_pull(run: Run, program: RolledProgram) -> None:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", UnreachableWarning)
         run.backward([torch.ones_like(t) if ok else None for t, ok in zip(results, live, strict=True)])
-
-
-@contextmanager
-def _generator_unmoved(program: RolledProgram) -> Iterator[None]:
-    generator = generator_for(program)
-    before = None if generator is None else generator.get_rng_state()
-    try:
-        yield
-    finally:
-        if generator is not None:
-            generator.set_rng_state(before)
 
 
 @contextmanager

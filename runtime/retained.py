@@ -64,7 +64,7 @@ class Retained:
             self._look(key, age)
         for held in inputs:
             if not isinstance(held, Held):
-                self._sure += GENERATOR_BYTES  # from which it is drawn again
+                self._sure += 0 if held.k else GENERATOR_BYTES  # from which all of the step's are drawn again
                 continue
             tensor = held.memory.tensor
             if tensor.layout is not torch.strided:

@@ -76,8 +76,7 @@ class CapturedStep(CapturedSession):
         for p in (self.networks.originals[i] for i in ordinals):
             self.thetas[id(tracer.value_of(p))] = p
             # the function reads theta from the networks; where it knows the very parameter, that is a constant
-            tracer.trace.inputs.append(Input(p))
-            tracer.bind(p, tracer.trace.inputs[-1])
+            tracer.bind_input(p)
 
     def _leave(self, target: Any, own: Tensor | None, last: Tensor, value: Any) -> None:
         self.left.append((target, self.recorder.give(last)))
@@ -218,6 +217,7 @@ class CompiledStep:
             call = self._call(window, held, how)
             inputs = [engine.state[i] for i in (*call.theta, *call.opt_state_in)] + [h.get() for h in held]
             results = lowered(self.step, "replay", inputs, how)(*inputs)
+            del inputs  # under a budget, the engine may run the step's derivative now, on numbers drawn again
             changes = [
                 (i, v) for i, v in zip((*call.update, *call.opt_state_out), results, strict=True) if i >= 0
             ]

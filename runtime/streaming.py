@@ -131,8 +131,9 @@ class Streaming:
         """A step that was not met before."""
         self._known[key] = call.step
         ports = call.step.inputs
-        theta, metas = (
-            sum(nbytes(p.spec) for p in ports if p.role is role) for role in (Role.THETA, Role.META)
+        theta, metas, drawn = (
+            sum(nbytes(p.spec) for p in ports if p.role is role)
+            for role in (Role.THETA, Role.META, Role.NOISE)
         )
         self._shown = max(self._shown, theta)
         if self._budget is None and not call.step.dynamic:
@@ -140,7 +141,8 @@ class Streaming:
         self._make_room(engine, call)
         _measure(engine, call)
         state = sum(t.nbytes for t in engine.state) + sum(nbytes(p.spec) for p in call.step.outputs)
-        self._sweep = max(self._sweep, step_cost(call.step, call.how).vjp_bytes + 4 * state + 3 * metas)
+        works = step_cost(call.step, call.how).vjp_bytes + drawn
+        self._sweep = max(self._sweep, works + 4 * state + 3 * metas)
 
     def _make_room(self, engine: Engine, call: StepCall) -> None:
         """Compiling a derivative, and comparing it with the graph it is compiled from, takes more than running it."""
@@ -221,7 +223,7 @@ def _measure(engine: Engine, call: StepCall) -> None:
         return
     with _disable_current_modes(), torch.no_grad():
         base = engine.state_at(engine.position - call.back) if call.back else engine.state
-        inputs = engine.inputs_of(call, engine.state, base)
+        inputs = engine.inputs_of(call, engine.state, base, engine.position)
         inputs += [call.step.outputs[i].empty().zero_() for i in cotangent_outputs(call.step)]
         program = lowered(call.step, "vjp", inputs, call.how)
         if not profiling():

@@ -306,6 +306,46 @@ def test_gradients_that_are_there_already_count() -> None:
     raise AssertionError("no budget works")
 
 
+@pytest.mark.parametrize("kind", ["noise alone", "noise as data", "several"])
+def test_random_numbers_of_a_compiled_step_count(kind: str) -> None:
+    """All that a step draws is there at once, whenever it is run again."""
+
+    def peak(budget: int | str) -> tuple[int, Tensor | None]:
+        torch.manual_seed(0)
+        net, lr, xs = nn.Linear(20, 20), torch.tensor(0.05, requires_grad=True), torch.randn(12, 4, 20)
+        inner = metaoptim.MetaSGD([net], lr=lr)
+
+        def step(x: Tensor) -> None:
+            drawn = torch.randn(2000, 20)
+            if kind == "noise as data":
+                drawn = net(drawn)
+            elif kind == "several":
+                drawn = F.dropout(drawn, 0.3) + torch.rand_like(drawn)
+            inner.step(net(x).sin().mean() + drawn.mean() * net(x).mean())
+
+        step = metaoptim.compile(step, backend="eager")
+        gc.collect()
+        with AllocatorMeter() as meter, metaoptim.SlidingWindow(memory_budget=budget):
+            for x in xs:
+                step(x)
+            net(xs[0]).square().mean().backward()
+        return meter.peak, lr.grad
+
+    expected = peak("1GiB")[1]
+    minimum = 1000
+    for _ in range(50):  # it grows by a state of the generator with every step
+        try:
+            peak(minimum)
+            break
+        except metaoptim.BudgetError as error:
+            minimum = error.minimum
+    for budget in (minimum, int(1.2 * minimum), 2 * minimum):
+        taken, found = peak(budget)
+        assert taken <= budget
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    assert minimum > 8 * 2000 * 20
+
+
 @pytest.mark.parametrize("offload", [None, "disk"])
 def test_a_truncated_window_meets_a_new_kind_of_step(offload: str | None) -> None:
     """Under a budget, when what has made its state is forgotten already."""

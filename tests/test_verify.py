@@ -136,7 +136,7 @@ def _ports(step: StepGraph, k: int, **changes: Any) -> StepGraph:
 
 
 def _random_input() -> Given:
-    return Given("noise", Noise(aten.rand.default, ([3],), {}, THREE, None))
+    return Given("noise", Noise(aten.rand.generator, ([3],), {}, THREE))
 
 
 def _learnt(of: Tensor) -> Given:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -20,6 +21,12 @@ _SHAPES_ONLY = {
     "rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "native_dropout", "uniform_",
     "normal_", "random_", "exponential_", "geometric_", "cauchy_", "log_normal_",
 }  # fmt: skip
+# How torch makes what is like another tensor: room of the result's layout, filled.
+_FILL = {
+    "rand_like": aten.uniform_.default,
+    "randn_like": aten.normal_.default,
+    "randint_like": getattr(aten.random_, "from"),
+}
 _ALSO_SHAPES_ONLY = (aten.bernoulli_.float, aten.normal.float_float)
 _NORMAL = (aten.normal.Tensor_Tensor, aten.normal.Tensor_float, aten.normal.float_Tensor)
 
@@ -33,19 +40,27 @@ def draw(tracer: Any, op: Any, args: tuple, kwargs: dict) -> Any:
         with tracer, torch.no_grad():
             like = torch.as_tensor(mean) + torch.as_tensor(std)
             return torch.empty_like(like).normal_() * std + mean
-    if own or not (name in _SHAPES_ONLY or op in _ALSO_SHAPES_ONLY):
+    shapes_only = name in _SHAPES_ONLY or op in _ALSO_SHAPES_ONLY
+    if own or not shapes_only or any(isinstance(a, Tensor) for a in args[1:]):
         why = "from a generator of its own" if own else "whose distribution depends on a tensor"
         raise CaptureError(
             f"{op} draws random numbers {why}, which a compiled function cannot repeat; draw them outside and pass "
             "them in, or use an ordinary window"
         )
-    recipe = tuple(_spec_of(a) for a in args)
+    if "out" in kwargs:
+        raise CaptureError(
+            f"{op} draws random numbers into the tensor given as `out`, which a compiled function cannot follow; use "
+            "what it returns without `out`, or an in-place operator (normal_, uniform_, random_)"
+        )
     kw = {k: v for k, v in kwargs.items() if v is not None}
     if op is aten.native_dropout.default:
-        if not args[2]:
+        if args[2] is not None and not args[2]:
             return tracer.record(op, args, kwargs)
         out = tracer.run(op, args, kwargs)
-        drawn = _drawn(tracer, out[1], Noise(op, recipe, kw, tensor_spec(out[1]), 1))
+        # on the CPU its mask is what bernoulli_ draws, and that takes a generator
+        drawn = _drawn(
+            tracer, out[1], Noise(aten.bernoulli_.float, (1.0 - args[1],), {}, tensor_spec(out[1]))
+        )
         kept = tracer.add(aten.mul.Tensor, (tracer.value_of(args[0]), drawn))
         p = args[1]
         scaled = tracer.add(aten.mul.Tensor, (Value(kept, None), 0.0 if p == 1 else 1.0 / (1.0 - p)))
@@ -55,21 +70,50 @@ def draw(tracer: Any, op: Any, args: tuple, kwargs: dict) -> Any:
         (target,) = written(op_info(op), args, kwargs)
         with tracer.paused():
             fresh = tracer.faked(target).detach().clone(memory_format=torch.preserve_format)
-        _drawn(tracer, fresh, Noise(op, recipe, kw, tensor_spec(target), None))
+        _drawn(tracer, fresh, Noise(op, _numbers(args[1:]), kw, tensor_spec(target)))
         with tracer, torch.no_grad():
             target.copy_(fresh)
         return target
     out = tracer.run(op, args, kwargs)
-    _drawn(tracer, out, Noise(op, recipe, kw, tensor_spec(out), None))
+    if name in _FILL:
+        bounds = (0, *args[1:])[-2:] if name == "randint_like" else ()
+        noise = Noise(_FILL[name], bounds, {}, tensor_spec(out))
+    else:
+        kw |= {"dtype": out.dtype, "device": out.device}  # whatever the defaults are when it is drawn
+        noise = Noise(_with_generator(op), _numbers(args), kw, tensor_spec(out))
+    _drawn(tracer, out, noise)
     return out
+
+
+@functools.cache
+def _with_generator(op: Any) -> Any:
+    """The overload that draws the same from a generator it is given."""
+    wanted = [(a.name, str(a.type)) for a in op._schema.arguments]
+    if any(name == "generator" for name, _ in wanted):
+        return op
+    for overload in op.overloadpacket.overloads():
+        found = getattr(op.overloadpacket, overload)
+        arguments = [(a.name, str(a.type)) for a in found._schema.arguments]
+        if len(arguments) > len(wanted) and [a for a in arguments if a[0] != "generator"] == wanted:
+            return found
+    raise CaptureError(
+        f"{op} draws random numbers and takes no generator, so a compiled function cannot repeat them; draw them "
+        "outside and pass them in, or use an ordinary window"
+    )
 
 
 def _drawn(tracer: Any, t: Tensor, noise: Noise) -> Any:
     """Let ``t`` be what ``noise`` gives at this place of the program, once, whoever reads it later."""
+    device, before = noise.spec[3], tracer.trace.draws_on
+    if before not in (None, device):
+        raise CaptureError(
+            f"a compiled function draws random numbers on {before} and on {device}, where only one generator's are "
+            "drawn again; draw all of them on one device and move them, or draw outside and pass them in"
+        )
+    tracer.trace.draws_on = device
     return tracer.bind(t, Value(tracer.add(aten.alias.default, (noise,), grad=True), None))
 
 
-def _spec_of(a: Any) -> Any:
-    if isinstance(a, Tensor):
-        return ("spec", *tensor_spec(a))
-    return tuple(map(_spec_of, a)) if isinstance(a, (list, tuple)) else a
+def _numbers(args: Any) -> tuple:
+    """Arguments as part of a key."""
+    return tuple(_numbers(a) if isinstance(a, (list, tuple)) else a for a in args)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import random
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from threading import Lock
 from typing import Any
 from unittest.mock import patch
 
@@ -15,6 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from metaoptim.errors import CaptureError
 
+from . import random_numbers
 from .intercept import recording
 
 
@@ -91,42 +91,52 @@ def _no_step(optimizer: Any, args: Any, kwargs: Any) -> None:
         raise CaptureError(_NO_STEP)
 
 
+def _install(stack: ExitStack) -> None:
+    for owner, name, message in (
+        (torch.Tensor, "numpy", _NO_VALUES),
+        (torch.Tensor, "tolist", _NO_VALUES),
+        (torch.Tensor, "__array__", _NO_VALUES),
+        (torch.Tensor, "backward", _NO_BACKWARD),
+        (torch.autograd, "backward", _NO_BACKWARD),
+        (torch.nn.Module, "zero_grad", _NO_ZERO_GRAD),
+        (torch.optim.Optimizer, "zero_grad", _NO_ZERO_GRAD),
+        (torch, "manual_seed", _NO_SEED),
+        (torch, "seed", _NO_SEED),
+        (torch, "set_rng_state", _NO_SEED),
+        (torch.random, "manual_seed", _NO_SEED),
+        (torch.random, "seed", _NO_SEED),
+        (torch.random, "set_rng_state", _NO_SEED),
+        (torch.autograd.Function, "_register_hook", _NO_NODE_HOOK),  # torch's nodes register theirs by it
+    ):
+        stack.enter_context(patch.object(owner, name, _refused(getattr(owner, name), message)))
+    stack.enter_context(patch.object(torch.Tensor, "__repr__", _symbolic))
+    stack.enter_context(patch.object(torch.Tensor, "__format__", _format))
+    stack.enter_context(patch.object(torch.Tensor, "data", property(_DATA.__get__, _set_data)))
+    # their checks of arguments look at values
+    stack.enter_context(patch.object(torch.distributions.Distribution, "_validate_args", False))
+    handle = register_optimizer_step_pre_hook(_no_step)
+    stack.callback(handle.remove)
+    random_numbers.install(stack)
+
+
+_lock = Lock()
+_captures = 0  # under way, in all threads: the first of them installs, the last takes away
+_installed = ExitStack()
+
+
 @contextmanager
 def refusing() -> Iterator[None]:
     """Refuse these inside the block, in the thread that captures."""
-    states = _random_states()
-    with ExitStack() as stack:
-        for owner, name, message in (
-            (torch.Tensor, "numpy", _NO_VALUES),
-            (torch.Tensor, "tolist", _NO_VALUES),
-            (torch.Tensor, "__array__", _NO_VALUES),
-            (torch.Tensor, "backward", _NO_BACKWARD),
-            (torch.autograd, "backward", _NO_BACKWARD),
-            (torch.nn.Module, "zero_grad", _NO_ZERO_GRAD),
-            (torch.optim.Optimizer, "zero_grad", _NO_ZERO_GRAD),
-            (torch, "manual_seed", _NO_SEED),
-            (torch, "set_rng_state", _NO_SEED),
-            (torch.random, "set_rng_state", _NO_SEED),
-            (torch.autograd.Function, "_register_hook", _NO_NODE_HOOK),  # torch's nodes register theirs by it
-        ):
-            stack.enter_context(patch.object(owner, name, _refused(getattr(owner, name), message)))
-        stack.enter_context(patch.object(torch.Tensor, "__repr__", _symbolic))
-        stack.enter_context(patch.object(torch.Tensor, "__format__", _format))
-        stack.enter_context(patch.object(torch.Tensor, "data", property(_DATA.__get__, _set_data)))
-        # their checks of arguments look at values
-        stack.enter_context(patch.object(torch.distributions.Distribution, "_validate_args", False))
-        handle = register_optimizer_step_pre_hook(_no_step)
-        stack.callback(handle.remove)
-        yield
-    if states != _random_states():
-        raise CaptureError(
-            "random numbers of Python, numpy or torch were drawn or seeded while the function was captured; they would "
-            "be the same in every call. Draw them outside and pass them in (torch.rand and the like inside are fine)"
-        )
-
-
-def _random_states() -> tuple:
-    numpy = sys.modules.get("numpy")
-    state = numpy.random.get_state() if numpy is not None else None
-    rest = () if state is None else (state[1].tobytes(), state[2])
-    return (random.getstate(), bytes(torch.get_rng_state().numpy()), *rest)
+    global _captures
+    with _lock:
+        _captures += 1
+        if _captures == 1:
+            _install(_installed)
+    try:
+        with random_numbers.untouched():
+            yield
+    finally:
+        with _lock:
+            _captures -= 1
+            if not _captures:
+                _installed.close()

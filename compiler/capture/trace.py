@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from metaoptim.errors import user_location
@@ -34,18 +35,24 @@ class Input:
 
 
 class Noise:
-    """Random numbers, drawn by ``op`` whenever the program runs: tensors in ``args`` are specs."""
+    """Random numbers, drawn whenever the program runs.
 
-    __slots__ = ("op", "args", "kwargs", "spec", "index")
+    Attributes:
+        op: an operator that takes a generator: it makes them, or fills a tensor in place.
+        args, kwargs: what it is given besides, all numbers and options.
+        spec: of the tensor they are.
+    """
+
+    __slots__ = ("op", "args", "kwargs", "spec")
     grad = False
 
-    def __init__(self, op: Any, args: tuple, kwargs: dict, spec: tuple, index: int | None) -> None:
-        self.op, self.args, self.kwargs, self.spec, self.index = op, args, kwargs, spec, index
+    def __init__(self, op: Any, args: tuple, kwargs: dict, spec: tuple) -> None:
+        self.op, self.args, self.kwargs, self.spec = op, args, kwargs, spec
 
     @property
     def key(self) -> tuple:
         """What must be equal for two steps to draw alike."""
-        return (self.op, self.args, tuple(sorted(self.kwargs.items(), key=lambda kv: kv[0])), self.index)
+        return (self.op, self.args, tuple(sorted(self.kwargs.items(), key=lambda kv: kv[0])))
 
 
 class ScanItem:
@@ -113,6 +120,7 @@ class Trace:
         outputs: what stands for each tensor the function returns.
         hooks: id of a call -> its hooked outputs, each with the hooks that were there when a gradient passed.
         indexed: whether indices that may differ from step to step are `Number`s already.
+        draws_on: the device that random numbers are drawn on; None if none are.
         milliseconds: how long the capture took.
     """
 
@@ -124,4 +132,5 @@ class Trace:
     outputs: list[Any] = field(default_factory=list)
     hooks: dict[int, dict[Any, list[Spy]]] = field(default_factory=dict)
     indexed: bool = False
+    draws_on: torch.device | None = None
     milliseconds: float = 0.0

@@ -149,8 +149,7 @@ class Tracer(TorchDispatchMode):
                     f"a tensor of shape {tuple(t.shape)} comes from a call that cannot be captured (another thread, a "
                     "dispatch mode, or a C++ function); move it out of the compiled function"
                 )
-            self.trace.inputs.append(Input(t))
-            return self.bind(t, self.trace.inputs[-1])
+            return self.bind_input(t)
         while t.requires_grad and not t.is_leaf and isinstance(ref, Value) and ref.entry.op is _DETACH:
             ref = ref.entry.args[0]  # autograd hands saved outputs back through a detach: an alias, not a cut
         return ref
@@ -169,6 +168,11 @@ class Tracer(TorchDispatchMode):
             ref.ref = tensor_spec(t)
         self._refs[id(t)] = (weak, ref)
         return ref
+
+    def bind_input(self, t: Tensor) -> Input:
+        """Let ``t`` be an input of the trace, one more, whatever stood for it before."""
+        self.trace.inputs.append(Input(t))
+        return self.bind(t, self.trace.inputs[-1])
 
     def token(self, a: Any) -> Any:
         """``a`` with tensors replaced by what stands for them."""
