@@ -56,7 +56,9 @@ class RecordedSession(Session):
         super().__init__(options)
         self.engine = Engine(options.slots, options.backward_hook, tier=tier_for(options.offload))
         if options.slots is None:
-            self.engine.streaming = Streaming(options.memory_budget, options.offload is not None)
+            self.engine.streaming = Streaming(
+                options.memory_budget, options.offload is not None, options.window is not None
+            )
         bypass.watch_backward(self.engine)
         self.view = ThetaView(options, self.engine, self.networks)
         self.recorder = self.view.recorder

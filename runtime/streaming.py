@@ -36,14 +36,18 @@ class Streaming:
         budget: bytes, text or a fraction; see `budget_bytes`. None for half of the free memory, which is no promise:
             where not even one state fits, one is kept.
         offload: whether states without a slot go to a lower tier.
+        sliding: whether each read of theta sweeps by itself, beside the cotangents that it was given.
     """
 
-    def __init__(self, budget: int | float | str | None, offload: bool = False) -> None:
+    def __init__(
+        self, budget: int | float | str | None, offload: bool = False, sliding: bool = False
+    ) -> None:
         self._budget, self.offload = budget, offload
         self.budget = -1  # bytes, when the device is known
         self.retained = Retained()
         self.aside = 0  # bytes kept beside the tape: gradients to put back, buffers that modules show
-        self._shown = 0  # bytes of the theta before the current one, which a loss may still read
+        self._thetas = 2 if sliding else 1
+        self._shown = 0  # bytes of the theta before the current one, which a loss may still read, and as of ``sliding``
         self._growth = 0  # most bytes of inputs that a step adds
         self._states = 0  # bytes of all states so far, at most
         self._sweep = 0  # bytes that a sweep takes beside states, at most
@@ -135,7 +139,7 @@ class Streaming:
             sum(nbytes(p.spec) for p in ports if p.role is role)
             for role in (Role.THETA, Role.META, Role.NOISE)
         )
-        self._shown = max(self._shown, theta)
+        self._shown = max(self._shown, self._thetas * theta)
         if self._budget is None and not call.step.dynamic:
             return  # half of the free memory is no promise, and there may never be a backward
         self._make_room(engine, call)
