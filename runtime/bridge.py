@@ -97,6 +97,19 @@ def refuse_third_order() -> None:
         )
 
 
+class Life:
+    """Lives as long as a read of theta, and so as long as a loss behind which it is.
+
+    Attributes:
+        at: what whoever counts them needs to know of it.
+    """
+
+    __slots__ = ("at", "__weakref__")
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+
 class Read(torch.autograd.Function):
     """Theta at a position, as parameters the user's code can use."""
 
@@ -107,10 +120,11 @@ class Read(torch.autograd.Function):
         position: int,
         indices: Sequence[int],
         own: Sequence[nn.Parameter],  # type: ignore[override]
+        life: Life,
         token: Tensor,
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.engine, ctx.position, ctx.indices = engine, position, tuple(indices)
+        ctx.engine, ctx.position, ctx.indices, ctx.life = engine, position, tuple(indices), life
         state = engine.state
         return tuple(as_parameter(state[i], p) for i, p in zip(indices, own, strict=True))
 

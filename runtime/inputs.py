@@ -200,7 +200,9 @@ class Inputs:
         known, copy = self._copies.get(tensor, (-1, None))
         if version == known:
             if isinstance(digest, Tensor):
-                return Held(copy.memory, digest, label, True)  # compared when it is used: no synchronisation here
+                return Held(
+                    copy.memory, digest, label, True
+                )  # compared when it is used: no synchronisation here
             if digest == copy.digest:
                 return copy
         held = Held(_copy(tensor), digest, label, True)

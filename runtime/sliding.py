@@ -11,17 +11,8 @@ from torch import Tensor, nn
 
 from metaoptim.errors import UnreachableWarning, warn
 
-from .bridge import Alias, WindowedRead, new_token
+from .bridge import Alias, Life, WindowedRead, new_token
 from .engine import Engine
-
-
-class _Life:
-    """Lives as long as a WindowedRead; the tape keeps what lies above `bottom`."""
-
-    __slots__ = ("bottom", "__weakref__")
-
-    def __init__(self, bottom: int) -> None:
-        self.bottom = bottom
 
 
 class Sliding:
@@ -39,7 +30,7 @@ class Sliding:
         self._metas: dict[
             int, tuple[Tensor, int]
         ] = {}  # number -> the tensor, the last super-step that read it
-        self._lives: weakref.WeakSet[_Life] = weakref.WeakSet()
+        self._lives: weakref.WeakSet[Life] = weakref.WeakSet()  # at the lowest position each goes back to
         self._warned = False
 
     def step(self, position: int, fresh: bool, metas: dict[int, Tensor]) -> None:
@@ -73,7 +64,7 @@ class Sliding:
         whole = self.count <= self.limit
         bottom = engine.program.start if whole else self._starts[0]
         reached = originals if whole and offline else ()
-        life = _Life(bottom)
+        life = Life(bottom)
         with torch.enable_grad():
             shown = WindowedRead.apply(
                 engine,
@@ -90,7 +81,7 @@ class Sliding:
                 *reached,
             )
         self._lives.add(life)
-        engine.trim(min(oldest, *(life.bottom for life in self._lives)))
+        engine.trim(min(oldest, *(life.at for life in self._lives)))
         return shown
 
     def _cut(self) -> None:

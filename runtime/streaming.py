@@ -47,7 +47,9 @@ class Streaming:
         self.retained = Retained()
         self.aside = 0  # bytes kept beside the tape: gradients to put back, buffers that modules show
         self._thetas = 2 if sliding else 1
-        self._shown = 0  # bytes of the theta before the current one, which a loss may still read, and as of ``sliding``
+        self._shown = (
+            0  # bytes of the theta before the current one, which a loss may still read, and as of ``sliding``
+        )
         self._growth = 0  # most bytes of inputs that a step adds
         self._states = 0  # bytes of all states so far, at most
         self._sweep = 0  # bytes that a sweep takes beside states, at most

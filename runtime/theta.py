@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from ..compiler.capture.recorder import Recorder
 from ..compiler.capture.slicing import Slice
 from ..compiler.ir import Assign
 from . import bypass
-from .bridge import InnerParameter, Link, Read, Results, as_parameter, new_token
+from .bridge import InnerParameter, Life, Link, Read, Results, as_parameter, new_token
 from .engine import Engine
 from .inputs import Held, Inputs
 from .networks import Networks
@@ -46,6 +47,9 @@ class ThetaView:
         self._dirty: set[int] = set()
         self._storages: dict[int, int] | None = None
         self._token = new_token()
+        self._lives: weakref.WeakSet[Life] = (
+            weakref.WeakSet()
+        )  # in which super-step each was shown, since a Link
         self.inputs = Inputs(networks.is_buffer)
         self._metas: dict[tuple, tuple[int, Tensor]] = {}  # identity -> number, the tensor
         self._numbered = 0
@@ -92,6 +96,7 @@ class ThetaView:
                     engine.position,
                     [self.indices[i] for i in ordinals],
                     [own[i] for i in ordinals],
+                    self._alive(),
                     self._token,
                 )
         for i, t in zip(ordinals, shown, strict=True):
@@ -102,6 +107,20 @@ class ThetaView:
         for index, t in zip(self.indices, self.networks.shown, strict=True):
             theta[id(t)] = old.get(id(t)) or Theta(index, t, self._versions[index])
         self._open(theta)
+
+    def _alive(self) -> Life:
+        """Of a read of now. Where losses of some steps ago wait for their backward, a Link separates it from theirs.
+
+        So the cotangents of many losses do not have to be there at once.
+        """
+        if any(
+            life.at < self._superstep - 2 for life in self._lives
+        ):  # the last losses are there in any case
+            self._token = Link.apply(self.engine, self.engine.position, (), (), self._token)
+            self._lives.clear()
+        life = Life(self._superstep)
+        self._lives.add(life)
+        return life
 
     def _note_leaves(self, ordinals: Sequence[int], shown: Sequence[Tensor]) -> None:
         """Parameters shown without a Read: `bypass` must know what they are."""
