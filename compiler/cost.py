@@ -28,7 +28,7 @@ SIZES = {  # what they are
     K: "whatever the plan",
     A: "a step's derivative",
     S: "a state",
-    B: "gradients that each step adds",
+    B: "gradients, and copies, of what is learnt that each step adds",
     R: "a call's residuals",
     E: "residuals of what comes before and after",
     D: "with a tier",

@@ -175,19 +175,31 @@ def _setting(fn: CompiledFunction, program: RolledProgram, horizon: int | None, 
         raise ValueError(
             f"horizon: got {horizon}, expected at least {program.horizon - each * (longest.count - 1)}"
         )
-    calls = [replace(x, count=count) if x is longest else x for x in program.calls]
-    longer = replace(program, calls=calls)
-    step_bytes = _learnt_bytes(longest) // len(longest.calls)
-    beside = step_bytes * len(longest.calls) * (count - longest.count)
+    stretched = _stretched(longest, count)
+    longer = replace(program, calls=[stretched if x is longest else x for x in program.calls])
+    learnt = _learnt_bytes(longest)
+    step_bytes, beside = learnt // len(longest.calls), learnt * (count - longest.count)
     name, how = getattr(fn, "__qualname__", "the function"), fn._options.lowering
     alone = Planner(longer, how, name, beside=beside)
     tier = Planner(longer, how, name, True, beside) if offload else None
-    model = model_of(alone, tier, longest, step_bytes)
-    return Setting(name, longer, alone, tier, longest, model, residuals_from(longer, how))
+    model = model_of(alone, tier, stretched, step_bytes)
+    return Setting(name, longer, alone, tier, stretched, model, residuals_from(longer, how))
+
+
+def _stretched(loop: Loop, count: int) -> Loop:
+    """A loop of so many iterations; a list that it reads begins anew where it ends."""
+    times = -(-count // loop.count)
+    calls = (
+        replace(
+            call, inputs=[replace(g, of=tuple(g.of) * times) if g.kind == "each" else g for g in call.inputs]
+        )
+        for call in loop.calls
+    )
+    return replace(loop, calls=tuple(calls), count=count)
 
 
 def _learnt_bytes(loop: Loop) -> int:
-    """Bytes of the gradients that an iteration adds: of rows, and of listed tensors, that it alone reads."""
+    """Bytes that an iteration adds, of rows and of listed tensors that it alone reads: a gradient and a copy of each."""
     moving = [
         g
         for call, strides in zip(loop.calls, loop.strides, strict=True)
@@ -197,6 +209,5 @@ def _learnt_bytes(loop: Loop) -> int:
     read = [x for g in moving for x in (g.of if g.kind == "each" else [g])]
     rows = {x.of for x in read if x.kind == "scan" and x.of.grad}
     listed = {x.of for x in read if x.kind == "input" and x.of.grad}
-    return (
-        sum(nbytes(x.spec) // x.spec[0][0] for x in rows) + sum(nbytes(x.spec) for x in listed) // loop.count
-    )
+    of_rows = sum(nbytes(x.spec) // x.spec[0][0] for x in rows)
+    return 2 * (of_rows + sum(nbytes(x.spec) for x in listed) // loop.count)

@@ -279,6 +279,32 @@ def test_plots(tmp_path: Path) -> None:
         list(metaoptim.plan(compiled())(*given).curve(offload=True))
 
 
+@pytest.mark.parametrize("listed", [False, True])
+def test_learnt_data_of_a_longer_horizon(listed: bool) -> None:
+    """Each step adds a copy and a gradient of what it alone reads: a few steps tell what many cost."""
+    net = nn.Linear(4, 2)
+
+    @metaoptim.compile(backend="eager")
+    def meta_loss(xs: Any) -> torch.Tensor:
+        inner = metaoptim.MetaSGD([net], lr=0.1)
+        with metaoptim.SlidingWindow(offline=True):
+            for x in xs:
+                inner.step(net(x).square().mean())
+            return net(xs[0]).square().mean()
+
+    def given(steps: int) -> Any:
+        if listed:
+            return [torch.ones(6, 4, requires_grad=True) for _ in range(steps)]
+        return torch.ones(steps, 6, 4, requires_grad=True)
+
+    for budget in (None, "120KiB"):
+        few = metaoptim.plan(meta_loss, horizon=300, memory_budget=budget)(given(8))
+        many = metaoptim.plan(meta_loss, memory_budget=budget)(given(300))
+        assert few.minimum_budget == many.minimum_budget and abs(few.slots - many.slots) <= 2
+        assert few.peak_bytes == pytest.approx(many.peak_bytes, rel=0.001)
+        assert few.model.at(300, 74) == pytest.approx(many.model.at(300, 74), rel=0.01)
+
+
 def test_a_horizon_that_is_too_short() -> None:
     with pytest.raises(ValueError, match=r"horizon: got 0, expected at least 4"):
         metaoptim.plan(compiled(), horizon=0)(*arguments(20))
