@@ -21,6 +21,7 @@ from ..compiler import cotangent_hook
 from ..compiler.differentiate import cotangent_outputs
 from ..compiler.ir import Assign, Role, StepCall
 from ..compiler.lower import Lowered, lowered, residuals
+from ..compiler.program import memory_of
 from ..compiler.recorded_program import Program
 from .noise import draw
 from .offload import TieredStore
@@ -92,7 +93,8 @@ class Engine:
         position = self.program.end
         if self.streaming is not None:
             if isinstance(call, Assign):
-                self.streaming.assigned(call)
+                self.streaming.assigned(call, self.program.begun)
+                self.make_room()
             else:
                 self._admit(call, changes)
         if _may_keep(call) or self.store.slots is None:
@@ -114,6 +116,20 @@ class Engine:
         self.check_admitted()
         self._refused = True
         slots = self.streaming.slots(self, call, changes)
+        self._refused = False
+        if slots is not None:
+            self.store.limit(slots)
+
+    def make_room(self, kept: Sequence[Tensor] = ()) -> None:
+        """Give up states for what has come to be held since the last step, ``kept`` beside the tape among it."""
+        if self.streaming is None or self._refused:
+            return
+        self.streaming.aside += memory_of(kept)
+        if not self.streaming.acts:
+            return
+        self._refused = True
+        with _disable_current_modes(), torch.no_grad():
+            slots = self.streaming.slots_between(self)
         self._refused = False
         if slots is not None:
             self.store.limit(slots)
@@ -315,6 +331,8 @@ class Engine:
     def pull_back(self, sweep: Sweep, bottom: int) -> None:
         """Sweep from the highest deposit (or where the sweep stands) down to ``bottom``."""
         self.check_admitted()
+        if sweep.position < 0:
+            self.make_room()  # for batches, say, that the user has let go of meanwhile
         top = max(sweep.deposits, default=bottom)
         if sweep.position < 0 or sweep.position < bottom:
             sweep.position = max(top, bottom)

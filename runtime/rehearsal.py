@@ -15,6 +15,7 @@ from torch import Tensor
 from metaoptim.errors import UnreachableWarning
 
 from ..compiler.capture.trace import Input
+from ..compiler.cotangent_hook import stand_in
 from ..compiler.ir import Loop, Lowering, StepCall
 from ..compiler.lower import residuals
 from ..compiler.program import Kept, RolledProgram
@@ -57,7 +58,7 @@ def rehearse(
     short = shortened(program, _ITERATIONS)
     kept = Kept(None, short.positions) if saving else Kept(1)
     with _generator_unmoved(program):
-        _run_and_pull(Run(short, tensors, how, None, kept, engine=_MeteredEngine), program)
+        _run_and_pull(Run(short, tensors, how, stand_in, kept, engine=_MeteredEngine), program)
 
 
 def measured_peak(
@@ -73,7 +74,7 @@ def measured_peak(
         kept: what is kept for the backward.
     """
     with _generator_unmoved(program), AllocatorMeter() as meter, progress(meter.watch):
-        _run_and_pull(Run(program, tensors, how, None, kept), program)
+        _run_and_pull(Run(program, tensors, how, stand_in, kept), program)
     return meter.peak
 
 

@@ -210,8 +210,9 @@ class ThetaView:
 
     def preserve(self, targets: list[Tensor]) -> None:
         """``targets`` are about to be overwritten."""
-        self.inputs.preserve(targets)
-        self.networks.back_up(targets)
+        copied, backups = self.inputs.preserve(targets), self.networks.back_up(targets)
+        if copied or backups:
+            self.engine.make_room(backups)
 
     def statistics(self, stats: Sequence[Tensor], training: bool) -> list[Tensor]:
         """The running statistics for a batch norm to use."""
