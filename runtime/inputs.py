@@ -16,6 +16,7 @@ from ..compiler.capture.slicing import tensor_spec
 from ..compiler.program import memory_bytes
 
 _CHUNK = 1 << 20
+_LARGE = 1 << 14  # bytes that are not copied without need
 
 
 def checksum(t: Tensor) -> int | Tensor:
@@ -31,10 +32,18 @@ def checksum(t: Tensor) -> int | Tensor:
         with torch.no_grad():
             return torch.hash_tensor(t)
     if not t.is_contiguous():
-        t = t.detach().contiguous()
+        t = t.detach()
+        t = (_in_order(t) if t.nbytes > _LARGE else t).contiguous()
     start, size = t.data_ptr(), t.numel() * t.element_size()
     chunks = range(0, size, _CHUNK)
     return hash(tuple([hash(ctypes.string_at(start + at, min(_CHUNK, size - at))) for at in chunks]))
+
+
+def _in_order(t: Tensor) -> Tensor:
+    """Each element of ``t`` once, as they lie in memory, so that what is transposed or expanded need not be copied."""
+    for dim in [d for d, stride in enumerate(t.stride()) if not stride and t.shape[d] > 1]:
+        t = t.narrow(dim, 0, 1)
+    return t.permute(sorted(range(t.dim()), key=t.stride, reverse=True))
 
 
 def _copy(t: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import metaoptim
+from metaoptim.runtime.inputs import checksum
 from metaoptim.runtime.meter import AllocatorMeter
 from metaoptim.runtime.store import SlotStore
 
@@ -110,8 +111,9 @@ def test_a_large_tensor_that_is_changed_in_between_is_still_the_users() -> None:
 def test_batches_that_the_user_holds_for_long_and_then_drops(kept: int, sliding: bool, views: bool) -> None:
     def loop(net: nn.Module, lr: Tensor, options: dict[str, Any]) -> int:
         held: deque[Tensor] = deque(maxlen=kept)
+        options |= {"window": 20} if sliding else {}
         inner = metaoptim.MetaSGD([net], lr=lr)
-        with metaoptim.SlidingWindow(**options, **({"window": 20} if sliding else {})):
+        with metaoptim.SlidingWindow(**options):
             for _ in range(60):
                 held.append(torch.randn(50, 20))
                 inner.step(net(held[-1][10:] if views else held[-1]).sin().mean())
@@ -138,11 +140,11 @@ def test_batches_that_are_dropped_after_the_last_step(inside: bool, monkeypatch:
         held = [torch.randn(50, 20) for _ in range(40)]
         inner = metaoptim.MetaSGD([net], lr=lr)
         with metaoptim.SlidingWindow(offline=True, **options):
-            for x in held:
-                inner.step(net(x).sin().mean())
+            for t in range(40):
+                inner.step(net(held[t]).sin().mean())
             outer = net(held[0][:3]).square().mean()
             kept.clear()
-            del x, held
+            held.clear()
             if inside:
                 outer.backward()
         if not inside:
@@ -319,3 +321,22 @@ def test_sparse_inputs() -> None:
         return 0
 
     keeps_to_its_budget(loop)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.randn(4, 20).expand(1000, 4, 20),
+        torch.randn(200, 300).t(),
+        torch.randn(8, 3, 32, 32).to(memory_format=torch.channels_last),
+    ],
+    ids=["expanded", "transposed", "channels last"],
+)
+def test_digests_of_what_is_dense_in_memory_take_none(value: Tensor) -> None:
+    with AllocatorMeter() as meter:
+        before = checksum(value)
+    assert meter.peak == 0
+    last = value[tuple(-1 for _ in value.shape)]
+    last.add_(1)
+    assert checksum(value) != before
+    last.sub_(1)
