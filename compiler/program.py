@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from .capture.trace import Input
 from .ir import Loop, Port, Role, StepCall, StepGraph, calls_of
@@ -240,6 +240,23 @@ def nbytes(spec: tuple) -> int:
         return 0
     stride = stride if len(stride) == len(shape) else torch.empty(shape, device="meta").stride()
     return dtype.itemsize * (1 + sum((size - 1) * s for size, s in zip(shape, stride, strict=True)))
+
+
+def memory_bytes(t: Tensor) -> int:
+    """Bytes of the memory that ``t`` keeps alive, of which it may be a small part."""
+    if t.layout is torch.strided:
+        return t.untyped_storage().nbytes()
+    if t.layout is torch.sparse_coo:
+        return t._indices().nbytes + t._values().nbytes
+    return t.numel() * t.element_size()
+
+
+def memory_of(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the memory that tensors keep alive; what they share counts once."""
+    found = {}
+    for t in tensors:
+        found[t.untyped_storage()._cdata if t.layout is torch.strided else id(t)] = memory_bytes(t)
+    return sum(found.values())
 
 
 def plural(count: int | None, word: str) -> str:

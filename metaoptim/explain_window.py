@@ -11,7 +11,7 @@ from .compiler.ir import Loop, Lowering, Role, StepGraph
 from .compiler.lower import derived, is_derived
 from .compiler.passes.differentiate import differentiate
 from .compiler.passes.pipeline import Record
-from .compiler.program import Given, plural
+from .compiler.program import Given, memory_of, plural
 from .compiler.recorded_program import Program
 from .compiler.stepcost import results_of, step_cost
 from .errors import WindowError, user_scope
@@ -73,7 +73,7 @@ def _report(session: RecordedSession, title: str) -> Report:
         saved_calls=0,
         extra_forwards=prediction.extra_forwards,
         recompute_factor=1 + prediction.extra_forwards / max(calls.total(), 1),
-        state_bytes=sum(t.nbytes for t in engine.state),
+        state_bytes=memory_of(engine.state),
         transient_bytes=max((step_cost(g, how[id(g)]).vjp_bytes for g in graphs.values()), default=0),
         predicted_peak_bytes=prediction.peak_bytes + beside,
         predicted_forward_bytes=prediction.forward_bytes + beside,

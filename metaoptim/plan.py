@@ -199,7 +199,7 @@ def _stretched(loop: Loop, count: int) -> Loop:
 
 
 def _learnt_bytes(loop: Loop) -> int:
-    """Bytes that an iteration adds, of rows and of listed tensors that it alone reads: a gradient and a copy of each."""
+    """Bytes that an iteration adds: a gradient and a copy of rows and of listed tensors that it alone reads."""
     moving = [
         g
         for call, strides in zip(loop.calls, loop.strides, strict=True)

@@ -8,13 +8,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..compiler.capture.trace import Input
 from ..compiler.differentiate import cotangent_outputs
 from ..compiler.ir import EAGER, Assign, Lowering, Role, StepCall
-from ..compiler.program import RolledProgram, nbytes
+from ..compiler.program import RolledProgram, memory_bytes, nbytes
 from ..compiler.recorded_program import Program
 from ..compiler.stepcost import Made, step_cost
 from .compiled import BoundProgram, GradientSweep, generator_for
@@ -329,8 +328,7 @@ class _Kept(SlotStore):
 
 
 def _blocks_like(values: Sequence[Tensor], meter: _Meter) -> list[Any]:
-    sizes = [v.untyped_storage().nbytes() if v.layout is torch.strided else v.nbytes for v in values]
-    return [_Block(meter, size) for size in sizes]
+    return [_Block(meter, memory_bytes(v)) for v in values]
 
 
 def _size(where: int | Input, state: Any, program: RolledProgram, i: int) -> int:

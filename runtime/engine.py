@@ -21,6 +21,7 @@ from ..compiler import cotangent_hook
 from ..compiler.differentiate import cotangent_outputs
 from ..compiler.ir import Assign, Role, StepCall
 from ..compiler.lower import Lowered, lowered, residuals
+from ..compiler.program import memory_of
 from ..compiler.recorded_program import Program
 from .noise import Stream
 from .offload import TieredStore
@@ -93,7 +94,8 @@ class Engine:
         position = self.program.end
         if self.streaming is not None:
             if isinstance(call, Assign):
-                self.streaming.assigned(call)
+                self.streaming.assigned(call, self.program.begun)
+                self.make_room()
             else:
                 self._admit(call, changes)
         if _may_keep(call) or self.store.slots is None:
@@ -127,6 +129,20 @@ class Engine:
                 p for p in range(self.program.start, self.program.end) if not _may_keep(self.program[p])
             }
         self.store.limit(slots, within)
+
+    def make_room(self, kept: Sequence[Tensor] = ()) -> None:
+        """Give up states for what has come to be held since the last step, ``kept`` beside the tape among it."""
+        if self.streaming is None or self._refused:
+            return
+        self.streaming.aside += memory_of(kept)
+        if not self.streaming.acts:
+            return
+        self._refused = True
+        with _disable_current_modes(), torch.no_grad():
+            slots = self.streaming.slots_between(self)
+        self._refused = False
+        if slots is not None:
+            self.limit(slots)
 
     def check_admitted(self) -> None:
         """Raise if a step has been refused for want of room."""
@@ -324,6 +340,8 @@ class Engine:
     def pull_back(self, sweep: Sweep, bottom: int) -> None:
         """Sweep from the highest deposit (or where the sweep stands) down to ``bottom``."""
         self.check_admitted()
+        if sweep.position < 0:
+            self.make_room()  # for batches, say, that the user has let go of meanwhile
         top = max(sweep.deposits, default=bottom)
         if sweep.position < 0 or sweep.position < bottom:
             sweep.position = max(top, bottom)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Container
 
 import torch
 from torch import Tensor
@@ -13,8 +14,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 from metaoptim.errors import StaleInputError
 
 from ..compiler.capture.slicing import tensor_spec
+from ..compiler.program import memory_bytes
 
 _CHUNK = 1 << 20
+_LARGE = 1 << 14  # bytes that are not copied without need
 
 
 def checksum(t: Tensor) -> int | Tensor:
@@ -30,10 +33,18 @@ def checksum(t: Tensor) -> int | Tensor:
         with torch.no_grad():
             return torch.hash_tensor(t)
     if not t.is_contiguous():
-        t = t.detach().contiguous()
+        t = t.detach()
+        t = (_in_order(t) if t.nbytes > _LARGE else t).contiguous()
     start, size = t.data_ptr(), t.numel() * t.element_size()
     chunks = range(0, size, _CHUNK)
     return hash(tuple([hash(ctypes.string_at(start + at, min(_CHUNK, size - at))) for at in chunks]))
+
+
+def _in_order(t: Tensor) -> Tensor:
+    """Each element of ``t`` once, as they lie in memory, so that what is transposed or expanded need not be copied."""
+    for dim in [d for d, stride in enumerate(t.stride()) if not stride and t.shape[d] > 1]:
+        t = t.narrow(dim, 0, 1)
+    return t.permute(sorted(range(t.dim()), key=t.stride, reverse=True))
 
 
 def _copy(t: Tensor) -> Tensor:
@@ -128,6 +139,70 @@ class Held:
             self.memory, self.layout, self.private = Memory(_copy(self.get())), None, True
 
 
+class _Copy(weakref.ref):
+    """A copy, weakly."""
+
+    __slots__ = ("size",)
+
+
+class Watch(weakref.ref):
+    """The user's tensor object, weakly.
+
+    Attributes:
+        key: of its memory.
+    """
+
+    __slots__ = ("key",)
+
+
+class Ledger:
+    """What counts of a window's holds, without any of them: objects that die at any moment, and in any thread.
+
+    Attributes:
+        let_go: memory held by reference that the user seems to have let go of, or has overwritten.
+    """
+
+    def __init__(self) -> None:
+        self.let_go: deque[Watch] = deque()
+        self._watches: dict[int, Watch] = {}
+        self._let_go = self.let_go.append
+        self._bytes = 0
+        self._alive: set[_Copy] = set()
+        self._dead: deque[_Copy] = deque()
+        self._died = self._dead.append
+
+    def watch(self, tensor: Tensor, key: int) -> None:
+        """Look out for the death of the tensor that the user has: ``tensor`` may be a view made for a moment."""
+        base = tensor._base
+        watch = self._watches[key] = Watch(tensor if base is None else base, self._let_go)
+        watch.key = key
+
+    def overwritten(self, key: int) -> None:
+        """There are copies of all that was held of this memory."""
+        if (watch := self._watches.pop(key, None)) is not None:
+            self.let_go.append(watch)
+
+    def watch_only(self, keys: Container[int]) -> None:
+        """Of other memory nothing is held any more."""
+        self._watches = {k: w for k, w in self._watches.items() if k in keys}
+
+    def add(self, copy: Memory) -> None:
+        """A copy was made."""
+        ref = _Copy(copy, self._died)
+        ref.size = memory_bytes(copy.tensor)
+        self._alive.add(ref)
+        self._bytes += ref.size
+
+    @property
+    def copies(self) -> int:
+        """Bytes of copies that live: also those that no step has read yet, and none that are forgotten."""
+        while self._dead:
+            ref = self._dead.popleft()
+            self._alive.discard(ref)
+            self._bytes -= ref.size
+        return self._bytes
+
+
 class _Holds:
     """Holds by reference on one piece of memory."""
 
@@ -159,10 +234,14 @@ class Inputs:
 
     Args:
         is_buffer: whether a tensor is a buffer of the inner networks.
+
+    Attributes:
+        ledger: what they come to.
     """
 
     def __init__(self, is_buffer: Callable[[Tensor], bool]) -> None:
         self.is_buffer = is_buffer
+        self.ledger = Ledger()
         self._copies = WeakIdKeyDictionary()  # tensor -> its version then, the copy
         self._at: dict[int, _Holds] = {}  # storage -> holds by reference
         self._layouts: dict[tuple, tuple] = {}  # to itself
@@ -184,8 +263,10 @@ class Inputs:
             held = Held(tensor.detach(), checksum(tensor), label)
             if len(self._at) >= self._prune_at:
                 self._at = {k: v for k, v in self._at.items() if v.memory() is not None}
+                self.ledger.watch_only(self._at)
                 self._prune_at = max(256, 2 * len(self._at))
             holds = self._at[storage] = _Holds(held.memory)
+            self.ledger.watch(tensor, storage)
         elif _lie_alike(memory.tensor, tensor):
             held = Held(memory, checksum(tensor), label)
             layout = (tensor.shape, tensor.stride())
@@ -206,17 +287,24 @@ class Inputs:
             if digest == copy.digest:
                 return copy
         held = Held(_copy(tensor), digest, label, True)
+        self.ledger.add(held.memory)
         self._copies[tensor] = version, held
         return held
 
-    def preserve(self, targets: list[Tensor]) -> None:
-        """An operator is about to overwrite ``targets``: copy what is held of their memory."""
+    def preserve(self, targets: list[Tensor]) -> bool:
+        """An operator is about to overwrite ``targets``: copy what is held of their memory; whether anything was."""
+        copied = False
         for t in targets:
             if self._at and t.layout is torch.strided:
-                holds = self._at.pop(t.untyped_storage()._cdata, None)
+                storage = t.untyped_storage()._cdata
+                holds = self._at.pop(storage, None)
                 for ref in () if holds is None else holds.holds:
                     if (held := ref()) is not None:
                         held.keep()
+                        self.ledger.add(held.memory)
+                        copied = True
+                self.ledger.overwritten(storage)
+        return copied
 
     def clear(self) -> None:
         """Drop every reference to the user's tensors."""

@@ -182,12 +182,15 @@ class Networks:
         """The buffers that modules show in the place of the user's."""
         return list(self._copies.values())
 
-    def back_up(self, targets: list[Tensor]) -> None:
-        """``targets`` are about to be overwritten: keep what `undo` must put back of frozen parameters."""
+    def back_up(self, targets: list[Tensor]) -> list[Tensor]:
+        """``targets`` are about to be overwritten: copies, kept, of frozen parameters that `undo` must put back."""
+        copies = []
         for t in targets if self._frozen else ():
             p = self._frozen.pop(t.untyped_storage()._cdata, None) if t.layout is torch.strided else None
             if p is not None:
-                self._backups.append((p, p.detach().clone()))
+                copies.append(p.detach().clone())
+                self._backups.append((p, copies[-1]))
+        return copies
 
     @torch.no_grad()
     def undo(self) -> None:

@@ -103,13 +103,16 @@ def peaks_of(program: RolledProgram, how: Lowering, offload: bool = False) -> Pe
 
 
 def changed_bytes(calls: Sequence[StepCall]) -> int:
-    """Bytes of the state that ``calls`` change, each entry once."""
-    sizes = {
-        index: 0 if made.of_input >= 0 else nbytes(call.step.outputs[k].spec)
-        for call in calls
-        for (k, index), made in zip(call.changed(), step_cost(call.step, call.how).outputs, strict=False)
-        if index >= 0
-    }
+    """Bytes of the state that ``calls`` change, each entry once; a view counts with all that it keeps alive."""
+    sizes: dict[int, int] = {}
+    for call in calls:
+        outputs = step_cost(call.step, call.how).outputs
+        counted: set[int] = set()  # results whose memory has been: others may lie in it
+        for (k, index), made in zip(call.changed(), outputs, strict=False):
+            of = k if made.of_result < 0 else made.of_result
+            if index >= 0:
+                sizes[index] = 0 if of in counted else outputs[of].size
+                counted.add(of)
     return sum(sizes.values())
 
 

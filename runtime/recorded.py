@@ -20,6 +20,7 @@ from ..compiler.capture.ops import LIFTS
 from ..compiler.capture.slicing import Slice, hook_key, tensor_spec
 from ..compiler.ir import Assign, StepCall, StepGraph
 from ..compiler.lower import StepCache
+from ..compiler.program import memory_of
 from ..compiler.recorded_program import Program
 from ..compiler.recorded_step import StepSpec, build_step
 from ..compiler.update import UpdatePlan
@@ -55,13 +56,17 @@ class RecordedSession(Session):
     def __init__(self, options: Options) -> None:
         super().__init__(options)
         self.engine = Engine(options.slots, options.backward_hook, tier=tier_for(options.offload))
-        if options.slots is None:
-            self.engine.streaming = Streaming(
-                options.memory_budget, options.offload is not None, options.window is not None
-            )
         bypass.watch_backward(self.engine)
         self.view = ThetaView(options, self.engine, self.networks)
+        if options.slots is None:
+            self.engine.streaming = Streaming(
+                options.memory_budget,
+                self.view.inputs.ledger,
+                options.offload is not None,
+                options.window is not None,
+            )
         self.recorder = self.view.recorder
+        self._put_back = 0  # bytes that are kept to put gradients and buffers back
         self._lifts = True  # whether hyper-parameters that are numbers may become inputs
         self.opt_state: dict[tuple[int, int, str], int] = {}  # (optimizer, ordinal, name) -> state index
         self.results: dict[tuple[int, int], int] = {}  # (compiled step, number of its result) -> state index
@@ -75,12 +80,24 @@ class RecordedSession(Session):
         check_device(self.options.offload, [p.device for p in self.networks.originals])
         self._lifts = all(p.dtype in LIFTS for p in self.networks.originals)
         if self.engine.streaming is not None:
-            kept = [g for g in self._grads if g is not None] + self.networks.copies
-            self.engine.streaming.aside = sum(t.nbytes for t in kept)
+            kept = memory_of([g for g in self._grads if g is not None] + self.networks.copies)
+            self.engine.streaming.aside += kept - self._put_back
+            self._put_back = kept
         self.view.enter(ordinals, late)
 
     def _close(self) -> None:
         self.view.close()
+
+    def _record_tape(self, optimizer: Any, member: Any) -> list[tuple[str, Tensor]]:
+        tape = super()._record_tape(optimizer, member)
+        if self.engine.streaming is not None:
+            self.engine.streaming.keep([t for _, t in tape])
+        return tape
+
+    def _pick(self, optimizer: Any, member: Any) -> list[Tensor]:
+        copies = super()._pick(optimizer, member)
+        self.engine.make_room(copies)
+        return copies
 
     def _unsettled(self) -> BaseException | None:
         try:

@@ -15,6 +15,7 @@ from torch import Tensor
 from metaoptim.errors import UnreachableWarning
 
 from ..compiler.capture.trace import Input
+from ..compiler.cotangent_hook import stand_in
 from ..compiler.ir import Loop, Lowering, StepCall
 from ..compiler.lower import residuals
 from ..compiler.program import Kept, RolledProgram
@@ -56,7 +57,8 @@ def rehearse(
         return
     short = shortened(program, _ITERATIONS)
     kept = Kept(None, short.positions) if saving else Kept(1)
-    _run_and_pull(Run(short, tensors, how, None, kept, engine=_MeteredEngine, rehearsal=True), program)
+    run = Run(short, tensors, how, stand_in, kept, engine=_MeteredEngine, rehearsal=True)
+    _run_and_pull(run, program)
 
 
 def measured_peak(
@@ -72,7 +74,7 @@ def measured_peak(
         kept: what is kept for the backward.
     """
     with AllocatorMeter() as meter, progress(meter.watch):
-        _run_and_pull(Run(program, tensors, how, None, kept, rehearsal=True), program)
+        _run_and_pull(Run(program, tensors, how, stand_in, kept, rehearsal=True), program)
     return meter.peak
 
 

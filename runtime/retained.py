@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Sequence, Set
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .inputs import Held, Memory
+from ..compiler.program import memory_bytes
+from .inputs import Held, Memory, Watch
 from .noise import GENERATOR_BYTES
+
+_NONE: frozenset[int] = frozenset()
 
 
 class _Kept:
@@ -19,16 +23,20 @@ class _Kept:
     Attributes:
         memories: ids of what refers to it, each by one tensor.
         last: the one that came last, weakly.
+        sure: bytes of it that count.
+        recent: likewise, until the next step.
     """
 
-    __slots__ = ("last", "memories")
+    __slots__ = ("last", "memories", "recent", "sure")
 
-    def __init__(self) -> None:
-        self.memories: set[int] = set()
-        self.last: Any = None
+    def __init__(self, memory: Memory) -> None:
+        self.memories: Set[int] = {id(memory)}
+        self.last = weakref.ref(memory)
+        self.sure = self.recent = 0
 
     def add(self, memory: Memory) -> None:
-        self.memories.add(id(memory))
+        if not self.sure:
+            self.memories |= {id(memory)}
         self.last = weakref.ref(memory)
 
     def others(self, tensor: Tensor) -> int:
@@ -37,19 +45,24 @@ class _Kept:
 
 
 class Retained:
-    """Bytes of step inputs that only the window holds.
+    """Bytes of step inputs that only the window holds; copies, which are the window's anyway, are counted elsewhere.
 
-    What somebody else refers to when a step is taken may be dropped later (the variable of a loop), so it is looked at
-    again, less and less often. What this step was given counts until it is.
+    What somebody else refers to when a step is taken may be dropped later. It is looked at again when the tensor that
+    the user has had dies, and less and less often until then, for views of it may live on. What this step was given
+    counts until the next.
+
+    Args:
+        let_go: memory to look at; see `Ledger`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, let_go: deque[Watch]) -> None:
         self._sure = self._recent = 0
         self._step = 0
-        self._memories: dict[int, _Kept | int] = {}  # bytes: they are counted
-        self._due: dict[
-            int, list[tuple[int, int]]
-        ] = {}  # step -> (memory, steps since it was last looked at)
+        self._let_go = let_go
+        self._memories: dict[int, _Kept] = {}
+        # step -> what to look at, and for how many steps nobody has looked
+        self._due: dict[int, list[tuple[int, _Kept, int]]] = {}
+        self._sparse: set[int] = set()
 
     @property
     def bytes(self) -> int:
@@ -60,44 +73,65 @@ class Retained:
         """A step reads ``inputs``."""
         self._step += 1
         self._recent = 0
-        for key, age in self._due.pop(self._step, ()):
-            self._look(key, age)
+        self.look()
+        for key, kept, age in self._due.pop(self._step, ()):
+            self._look(key, kept, age)
         for held in inputs:
             if not isinstance(held, Held):
                 self._sure += 0 if held.k else GENERATOR_BYTES  # from which all of the step's are drawn again
                 continue
+            if held.private:
+                continue
             tensor = held.memory.tensor
             if tensor.layout is not torch.strided:
-                self._sure += tensor.nbytes
+                self._take_sparse(tensor)
                 continue
-            key, size = tensor.untyped_storage()._cdata, tensor.untyped_storage().nbytes()
+            key = tensor.untyped_storage()._cdata
             kept = self._memories.get(key)
-            if isinstance(kept, int):  # in a sliding window, it may be other memory in the same place
-                self._sure += size - kept
-                self._memories[key] = size
-            elif kept is None:
-                self._memories[key] = kept = _Kept()
-                kept.add(held.memory)
-                self._look(key, 1)
+            if kept is not None and kept.last() is None:  # other memory in the same place
+                self._forget(key, kept)
+                kept = None
+            if kept is None:
+                kept = self._memories[key] = _Kept(held.memory)
+                self._look(key, kept, 1)
             else:
                 kept.add(held.memory)
 
-    def keep(self, values: Sequence[Tensor]) -> None:
-        """These are the window's own."""
-        self._sure += sum(v.nbytes for v in values)
+    def look(self) -> None:
+        """Look at what seems to have been dropped."""
+        while self._let_go:
+            key = self._let_go.popleft().key
+            if (kept := self._memories.get(key)) is not None:
+                self._look(key, kept)
 
-    def _look(self, key: int, age: int) -> None:
-        kept = self._memories.get(key)
-        if not isinstance(kept, _Kept):
+    def _look(self, key: int, kept: _Kept, age: int = 0) -> None:
+        if self._memories.get(key) is not kept:
             return
         memory = kept.last()
-        if memory is None:  # forgotten
-            del self._memories[key]
+        if memory is None:
+            self._forget(key, kept)
+            return
+        if kept.sure:
             return
         size, others = memory.tensor.untyped_storage().nbytes(), kept.others(memory.tensor)
         if not others:
-            self._memories[key] = size
+            kept.sure, kept.memories = size, _NONE
             self._sure += size
-        else:  # a single other one may be a variable, about to be bound to something else
-            self._recent += size if age == 1 and others == 1 else 0
-            self._due.setdefault(self._step + age, []).append((key, 2 * age))
+            if kept.recent == self._step:
+                self._recent -= size
+        elif age:
+            if age == 1 and others == 1:  # a variable, perhaps, about to be bound to something else
+                kept.recent = self._step
+                self._recent += size
+            self._due.setdefault(self._step + age, []).append((key, kept, 2 * age))
+
+    def _forget(self, key: int, kept: _Kept) -> None:
+        """No step holds it any more, or it was overwritten, and there are copies."""
+        self._sure -= kept.sure
+        del self._memories[key]
+
+    def _take_sparse(self, tensor: Tensor) -> None:
+        """Nobody can tell who refers to the parts of it."""
+        if id(tensor) not in self._sparse:
+            self._sparse.add(id(tensor))
+            self._sure += memory_bytes(tensor)

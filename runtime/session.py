@@ -159,11 +159,7 @@ class Session:
             self._step(optimizer, loss, allow_unused)
             optimizer._tape = [*(optimizer._tape if member.steps else ()), *before]
             if member.steps == self.options.pickup_step:
-                member.picked = (
-                    {i: self.networks.shown[i].detach().clone() for i in self.ordinals(optimizer)},
-                    {p: {k: v.detach().clone() for k, v in s.items()} for p, s in optimizer.state.items()},
-                    self.networks.buffers_of(optimizer.networks),
-                )
+                self._pick(optimizer, member)
             member.steps += 1
             if anomaly:
                 self._check_finite(optimizer, member)
@@ -232,6 +228,15 @@ class Session:
             (f"step_{member.steps}:{self.networks.names[i]}", self.networks.shown[i].detach().clone())
             for i in self.ordinals(optimizer)
         ]
+
+    def _pick(self, optimizer: Any, member: _Member) -> list[Tensor]:
+        """Copy what ``pickup_step`` wants of an optimizer and its networks; the copies."""
+        theta = {i: self.networks.shown[i].detach().clone() for i in self.ordinals(optimizer)}
+        states = {p: {k: v.detach().clone() for k, v in s.items()} for p, s in optimizer.state.items()}
+        buffers = self.networks.buffers_of(optimizer.networks)
+        member.picked = theta, states, buffers
+        of_states = [v for s in states.values() for v in s.values()]
+        return [*theta.values(), *of_states, *(b for _, _, b in buffers)]
 
     def _check_finite(self, optimizer: Any, member: _Member) -> None:
         for i in self.ordinals(optimizer):

@@ -16,6 +16,7 @@ from ..compiler.capture.entries import Epoch, Theta
 from ..compiler.capture.recorder import Recorder
 from ..compiler.capture.slicing import Slice
 from ..compiler.ir import Assign
+from ..compiler.program import memory_of
 from . import bypass
 from .bridge import InnerParameter, Life, Link, Read, Results, as_parameter, new_token
 from .engine import Engine
@@ -113,10 +114,12 @@ class ThetaView:
 
         So the cotangents of many losses do not have to be there at once.
         """
-        if any(
-            life.at < self._superstep - 2 for life in self._lives
-        ):  # the last losses are there in any case
-            self._token = Link.apply(self.engine, self.engine.position, (), (), self._token)
+        engine, older = self.engine, self._superstep - 2  # the last losses are there in any case
+        if any(life.at < older for life in self._lives):
+            self._token = Link.apply(engine, engine.position, (), (), self._token)
+            if engine.streaming is not None:
+                theta = memory_of(engine.state[i] for i in self.indices)
+                engine.streaming.waiting = max(engine.streaming.waiting, len(self._lives) * theta)
             self._lives.clear()
         life = Life(self._superstep)
         self._lives.add(life)
@@ -229,8 +232,9 @@ class ThetaView:
 
     def preserve(self, targets: list[Tensor]) -> None:
         """``targets`` are about to be overwritten."""
-        self.inputs.preserve(targets)
-        self.networks.back_up(targets)
+        copied, backups = self.inputs.preserve(targets), self.networks.back_up(targets)
+        if copied or backups:
+            self.engine.make_room(backups)
 
     def statistics(self, stats: Sequence[Tensor], training: bool) -> list[Tensor]:
         """The running statistics for a batch norm to use."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..compiler.ir import Assign, StepCall
+from ..compiler.program import memory_bytes
 from ..compiler.recorded_program import Call, Program, super_steps
 from ..compiler.stepcost import measured
 from .dry_run import predict_sweep
@@ -34,7 +35,7 @@ def window_peaks(calls: Sequence[Call], initial: Sequence[Tensor], offload: bool
         offload: whether states without a slot go to a lower tier.
     """
     first, again = _few(calls)
-    sizes = tuple(map(_bytes, initial))
+    sizes = tuple(map(memory_bytes, initial))
     key = (*map(_key, (*first, *again)), len(again), sizes, offload)
     with _lock:
         if key not in _known:
@@ -82,7 +83,7 @@ def _program(calls: Sequence[Call]) -> Program:
 def _key(call: Call) -> tuple:
     """What a call's part in a peak depends on."""
     if isinstance(call, Assign):
-        return call.indices, tuple(map(_bytes, call.values)), call.adoption
+        return call.indices, tuple(map(memory_bytes, call.values)), call.adoption
     costs = measured(call.step, "replay", call.how), measured(call.step, "vjp", call.how)
     state = call.theta, call.update, call.opt_state_in, call.opt_state_out
     return id(call.step), call.how, costs, state, call.back, call.metas
@@ -91,12 +92,8 @@ def _key(call: Call) -> tuple:
 def _bare(call: Call) -> Call:
     """The same without anything of the user's."""
     if isinstance(call, Assign):
-        return replace(call, values=[_sized(_bytes(v)) for v in call.values])
+        return replace(call, values=[_sized(memory_bytes(v)) for v in call.values])
     return replace(call, inputs=[None] * len(call.inputs), spies=())
-
-
-def _bytes(t: Tensor) -> int:
-    return t.untyped_storage().nbytes() if t.layout is torch.strided else t.nbytes
 
 
 def _sized(size: int) -> Tensor:
