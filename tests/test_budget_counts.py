@@ -371,7 +371,7 @@ def test_losses_of_every_step_do_not_wait_for_one_sweep() -> None:
                     (1 + t) * (p * w).sum() for p, w in zip(net.parameters(), weights, strict=True)
                 )
             total.backward()
-        return x.nbytes
+        return sum(w.nbytes for w in weights)  # products, on their way into a loss
 
     minimum = keeps_to_its_budget(loop)
     assert minimum < 20 * sum(w.nbytes for w in weights)  # of 150 cotangents, a few wait
