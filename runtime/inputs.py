@@ -278,12 +278,11 @@ class Inputs:
 
     def _copied(self, tensor: Tensor, label: str) -> Held:
         digest, version = checksum(tensor), 0 if tensor.is_inference() else tensor._version
-        known, copy = self._copies.get(tensor, (-1, None))
-        if version == known:
-            if isinstance(digest, Tensor):
-                return Held(
-                    copy.memory, digest, label, True
-                )  # compared when it is used: no synchronisation here
+        known = self._copies.get(tensor)
+        if known is not None and known[0] == version:
+            copy = known[1]
+            if isinstance(digest, Tensor):  # compared when it is used: no synchronisation here
+                return Held(copy.memory, digest, label, True)
             if digest == copy.digest:
                 return copy
         held = Held(_copy(tensor), digest, label, True)
