@@ -120,8 +120,13 @@ class Engine:
         if slots is not None:
             self.store.limit(slots)
 
-    def make_room(self, kept: Sequence[Tensor] = ()) -> None:
-        """Give up states for what has come to be held since the last step, ``kept`` beside the tape among it."""
+    def make_room(self, kept: Sequence[Tensor] = (), refusing: bool = True) -> None:
+        """Give up states for what has come to be held since the last step.
+
+        Args:
+            kept: of it, what lies beside the tape.
+            refusing: whether to raise if that is not enough; otherwise one state is kept.
+        """
         if self.streaming is None or self._refused:
             return
         self.streaming.aside += memory_of(kept)
@@ -129,7 +134,7 @@ class Engine:
             return
         self._refused = True
         with _disable_current_modes(), torch.no_grad():
-            slots = self.streaming.slots_between(self)
+            slots = self.streaming.slots_between(self, refusing)
         self._refused = False
         if slots is not None:
             self.store.limit(slots)
@@ -332,7 +337,9 @@ class Engine:
         """Sweep from the highest deposit (or where the sweep stands) down to ``bottom``."""
         self.check_admitted()
         if sweep.position < 0:
-            self.make_room()  # for batches, say, that the user has let go of meanwhile
+            self.make_room(
+                refusing=False
+            )  # for batches, say, that the user has let go of: too late to refuse them
         top = max(sweep.deposits, default=bottom)
         if sweep.position < 0 or sweep.position < bottom:
             sweep.position = max(top, bottom)
