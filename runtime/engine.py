@@ -62,6 +62,7 @@ class Engine:
         self._initial: State = []  # of `run`: what comes before all steps is run again from there
         self.streaming: Any = None  # what keeps a window to a memory budget
         self._refused = False  # a step, for want of room
+        self._reach = 0  # how far back, in calls, a call may read: super-steps may overlap
         self.reaches = False  # whether anything can receive a gradient through its steps
         self._watch = watching() if type(self) is Engine else None  # not while it is run to plan
         self._ran = 0  # calls that `run` has run
@@ -108,6 +109,8 @@ class Engine:
             else:
                 state[index] = value
         self.program.append(call)
+        if isinstance(call, StepCall) and call.back > self._reach:
+            self._reach = call.back
         self.state = state
         if isinstance(call, Assign) and not self.program.begun and not read:
             self.store.rebase(self.program.end, state)
@@ -130,8 +133,13 @@ class Engine:
             }
         self.store.limit(slots, within)
 
-    def make_room(self, kept: Sequence[Tensor] = ()) -> None:
-        """Give up states for what has come to be held since the last step, ``kept`` beside the tape among it."""
+    def make_room(self, kept: Sequence[Tensor] = (), refusing: bool = True) -> None:
+        """Give up states for what has come to be held since the last step.
+
+        Args:
+            kept: of it, what lies beside the tape.
+            refusing: whether to raise if that is not enough; otherwise one state is kept.
+        """
         if self.streaming is None or self._refused:
             return
         self.streaming.aside += memory_of(kept)
@@ -139,7 +147,7 @@ class Engine:
             return
         self._refused = True
         with _disable_current_modes(), torch.no_grad():
-            slots = self.streaming.slots_between(self)
+            slots = self.streaming.slots_between(self, refusing)
         self._refused = False
         if slots is not None:
             self.limit(slots)
@@ -156,6 +164,7 @@ class Engine:
         """Run a complete program from its initial state; states are kept as the slots allow."""
         self.store.rebase(0, state)
         self._initial = state
+        self._reach = self.program.reach
         passed: dict[int, State] = {}
         for position in range(self.program.end):
             call = self.program[position]
@@ -268,7 +277,7 @@ class Engine:
                     new[index] = value
             return new
         self.replays += 1
-        for old in [q for q in passed if q < position - call.back]:
+        for old in [q for q in passed if q < position - max(call.back, self._reach)]:
             del passed[old]
         base = passed.get(position - call.back)
         if base is None:
@@ -341,7 +350,9 @@ class Engine:
         """Sweep from the highest deposit (or where the sweep stands) down to ``bottom``."""
         self.check_admitted()
         if sweep.position < 0:
-            self.make_room()  # for batches, say, that the user has let go of meanwhile
+            self.make_room(
+                refusing=False
+            )  # for batches, say, that the user has let go of: too late to refuse them
         top = max(sweep.deposits, default=bottom)
         if sweep.position < 0 or sweep.position < bottom:
             sweep.position = max(top, bottom)

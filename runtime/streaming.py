@@ -100,14 +100,18 @@ class Streaming:
             self._states += self._known[key][1]
         return self._decided(engine, call)
 
-    def slots_between(self, engine: Engine) -> int | None:
-        """Likewise between steps, and before a sweep, where something has come to be held."""
-        if self.budget < 0:
+    def slots_between(self, engine: Engine, refusing: bool) -> int | None:
+        """Likewise between steps, and before a sweep, where something has come to be held.
+
+        Raises:
+            BudgetError: if not even one may, where ``refusing``.
+        """
+        if self.budget < 0 or (self._budget is None and not refusing):
             return None
         self.retained.look()
-        return self._decided(engine, None)
+        return self._decided(engine, None, refusing)
 
-    def _decided(self, engine: Engine, call: StepCall | None) -> int | None:
+    def _decided(self, engine: Engine, call: StepCall | None, refusing: bool = True) -> int | None:
         """How many states may be kept; ``call`` is not on the tape yet."""
         more = [] if call is None else [call]
         if self._peaks is None and self._roomy(engine, more):
@@ -120,7 +124,7 @@ class Streaming:
         if slots < self._slots and engine.program.start > self._start:  # a sliding window has forgotten some
             self._recount(engine, more)
             slots = self._fitting()
-        self._slots = slots
+        self._slots = slots = slots if refusing else max(slots, 1)
         if self._budget is None:
             slots = max(slots, 1)
             if slots <= len(engine.store) and not self._told:

@@ -110,20 +110,23 @@ class ThetaView:
         self._open(theta)
 
     def _alive(self) -> Life:
-        """Of a read of now. Where losses of some steps ago wait for their backward, a Link separates it from theirs.
+        life = Life(self._superstep)
+        self._lives.add(life)
+        return life
 
-        So the cotangents of many losses do not have to be there at once.
+    def _part(self) -> None:
+        """Where losses of some steps ago wait for their backward, a Link separates reads from theirs.
+
+        So the cotangents of many losses do not have to be there at once. A super-step is never parted, of which a sweep
+        makes some states once for all its steps.
         """
-        engine, older = self.engine, self._superstep - 2  # the last losses are there in any case
+        engine, older = self.engine, self._superstep - 3  # the last losses are there in any case
         if any(life.at < older for life in self._lives):
             self._token = Link.apply(engine, engine.position, (), (), self._token)
             if engine.streaming is not None:
                 theta = memory_of(engine.state[i] for i in self.indices)
-                engine.streaming.waiting = max(engine.streaming.waiting, len(self._lives) * theta)
+                engine.streaming.waiting = max(engine.streaming.waiting, (1 + len(self._lives)) * theta)
             self._lives.clear()
-        life = Life(self._superstep)
-        self._lives.add(life)
-        return life
 
     def _note_leaves(self, ordinals: Sequence[int], shown: Sequence[Tensor]) -> None:
         """Parameters shown without a Read: `bypass` must know what they are."""
@@ -158,10 +161,22 @@ class ThetaView:
             if sliced.consistent:
                 for epoch in (self.epochs[0], *reversed(self.epochs)):
                     if all(self._is_of(t, epoch) for t in sliced.thetas):
+                        self._check_parted(epoch)
                         return sliced, epoch
         raise CaptureError(
             "the loss reads parameters of several inner steps in a way that cannot be told apart; compute "
             "each loss from the networks as they are at one step"
+        )
+
+    def _check_parted(self, epoch: Epoch) -> None:
+        """Raise where a sliding window would find no end of a super-step, and so never forget anything."""
+        if self.sliding is None or not self._superstep or epoch in (self.epochs[0], self.epochs[-1]):
+            return
+        raise CaptureError(
+            f"window={self.sliding.limit}: this loss was computed before the last step of another optimizer, or before "
+            "values were written into parameters, but after the round of losses before it had been stepped by; such "
+            "rounds overlap, and cannot be told apart. Step by all losses of a round before the next one is computed, "
+            "and write into parameters before the loss or after the step"
         )
 
     def _is_of(self, theta: Theta, epoch: Epoch) -> bool:
@@ -196,6 +211,8 @@ class ThetaView:
             epoch.superstep = self._superstep
             self._keep_epochs([epoch])
             self.recording.keep_only(epoch)
+            if self.sliding is None:
+                self._part()
         keys = [
             (id(t), None if t.is_leaf else t._version) for t in metas
         ]  # in-place calls change where it leads

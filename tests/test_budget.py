@@ -60,8 +60,8 @@ def test_slots_shrink_as_the_window_fills_with_inputs(monkeypatch: pytest.Monkey
     seen: list[int] = []
     real = SlotStore.limit
 
-    def limit(self: SlotStore, slots: int) -> None:
-        real(self, slots)
+    def limit(self: SlotStore, slots: int, *within: Any) -> None:
+        real(self, slots, *within)
         seen.append(slots)
         assert len(self) <= slots
 

@@ -126,13 +126,13 @@ def test_batches_that_the_user_holds_for_long_and_then_drops(kept: int, sliding:
 @pytest.mark.parametrize("inside", [True, False])
 def test_batches_that_are_dropped_after_the_last_step(inside: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """States are given up when the backward begins: when they are dropped nobody can know."""
-    kept: list[int] = []
+    given_up: list[int] = []
     limit = SlotStore.limit
 
-    def noted(self: SlotStore, slots: int) -> None:
+    def noted(self: SlotStore, slots: int, *within: Any) -> None:
         before = len(self)
-        limit(self, slots)
-        kept.append(before - len(self))
+        limit(self, slots, *within)
+        given_up.append(before - len(self))
 
     monkeypatch.setattr(SlotStore, "limit", noted)
 
@@ -143,7 +143,7 @@ def test_batches_that_are_dropped_after_the_last_step(inside: bool, monkeypatch:
             for t in range(40):
                 inner.step(net(held[t]).sin().mean())
             outer = net(held[0][:3]).square().mean()
-            kept.clear()
+            given_up.clear()
             held.clear()
             if inside:
                 outer.backward()
@@ -152,11 +152,10 @@ def test_batches_that_are_dropped_after_the_last_step(inside: bool, monkeypatch:
         return 0
 
     expected, _ = run(loop, None)
-    minimum = refused(loop, 200_000)
-    assert minimum is not None and 400_000 < minimum < 450_000
-    found, _ = run(loop, minimum)
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
-    assert kept[0] > 30  # states
+    for budget in (500_000, 300_000):  # for the smaller one it is too late
+        found, _ = run(loop, budget)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+        assert given_up[0] > 10
 
 
 class Quantiles(metaoptim.MetaSGD):
@@ -249,7 +248,7 @@ def test_values_written_into_parameters(after: bool) -> None:
     x = torch.randn(4, 20)
 
     def loop(net: nn.Module, lr: Tensor, options: dict[str, Any]) -> int:
-        inner = metaoptim.MetaSGD([net], lr=lr)
+        inner, outer = metaoptim.MetaSGD([net], lr=lr), torch.zeros(())
         with metaoptim.SlidingWindow(**options):
             for t in range(40):
                 if t < 5 or not after:
@@ -259,8 +258,11 @@ def test_values_written_into_parameters(after: bool) -> None:
                         for p in net.parameters():
                             p.mul_(0.99)
                         net(x)
-            inner.step(net(x).sin().mean())
-            net(x).square().mean().backward()
+                if t == 4:
+                    outer = outer + sum(p.sum() for p in net.parameters())  # as they are here
+            if not after:
+                inner.step(net(x).sin().mean())
+            (outer + net(x).square().mean()).backward()
         return 0
 
     keeps_to_its_budget(loop)
@@ -269,7 +271,7 @@ def test_values_written_into_parameters(after: bool) -> None:
 @pytest.mark.parametrize("compiled", [False, True])
 def test_what_a_backward_hook_takes(compiled: bool) -> None:
     """It is not called to find out: as often as there are gradients, whatever the budget."""
-    x, calls = torch.randn(3, 20), [0]
+    x, calls = torch.randn(3, 80), [0]
 
     def hook(grad: Tensor) -> Tensor:
         calls[0] += 1
@@ -277,7 +279,7 @@ def test_what_a_backward_hook_takes(compiled: bool) -> None:
 
     def loop(net: nn.Module, lr: Tensor, options: dict[str, Any]) -> int:
         calls[0] = 0
-        net = nn.Linear(20, 20)
+        net = nn.Linear(80, 80)
         inner = metaoptim.MetaSGD([net], lr=lr)
         with metaoptim.SlidingWindow(backward_hook=hook, **options):
             for _ in range(10):
@@ -287,7 +289,7 @@ def test_what_a_backward_hook_takes(compiled: bool) -> None:
         return sum(p.nbytes for p in net.parameters())
 
     def compiled_loop(net: nn.Module, lr: Tensor, options: dict[str, Any]) -> int:
-        xs, net = torch.ones(10, 3, 20), nn.Linear(20, 20)
+        xs, net = torch.ones(10, 3, 80), nn.Linear(80, 80)
 
         @metaoptim.compile(backend="eager", **options)
         def meta_loss(net: nn.Module, lr: Tensor, xs: Tensor) -> Tensor:
@@ -304,7 +306,7 @@ def test_what_a_backward_hook_takes(compiled: bool) -> None:
         own = sum(p.nbytes for p in net.parameters())
         net.zero_grad()
         meta_loss(net, lr, xs).backward()
-        return 2 * own + xs.nbytes
+        return own + xs.nbytes
 
     keeps_to_its_budget(compiled_loop if compiled else loop)
 

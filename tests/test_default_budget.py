@@ -104,7 +104,7 @@ def test_a_roomy_budget_is_planned_when_half_of_it_is_used(monkeypatch: pytest.M
     monkeypatch.setattr(window_peaks, "_peaks", lambda *a: planned.append(1) or real(*a))
     limits: list[int] = []
     limit = SlotStore.limit
-    monkeypatch.setattr(SlotStore, "limit", lambda self, n: limits.append(len(self)) or limit(self, n))
+    monkeypatch.setattr(SlotStore, "limit", lambda self, *n: limits.append(len(self)) or limit(self, *n))
     expected = gradient(100, slots=100)
     for _ in range(2):  # what was foreseen is remembered
         limits.clear()
