@@ -83,11 +83,6 @@ class Calls:
         return sum(count * call.step.steps for call, count in self.counted())
 
     @property
-    def reach(self) -> int:
-        """How many calls back a call may read theta from."""
-        return max((call.back for call, _ in self.counted()), default=0)
-
-    @property
     def step_graphs(self) -> list[StepGraph]:
         """The distinct step graphs, in order of appearance."""
         return list({id(call.step): call.step for call, _ in self.counted()}.values())

@@ -112,6 +112,11 @@ class Program(Calls):
         self._ends[first:last] = list(accumulate(sizes, initial=self._begin(first)))[1:]
         self.items[first:last] = items
 
+    @property
+    def reach(self) -> int:
+        """How many calls back a call may read theta from."""
+        return max((call.back for call, _ in self.counted()), default=0)
+
     def counted(self) -> Iterator[tuple[StepCall, int]]:
         """Each step as it is written, and how many times it is taken."""
         for item in self.items:

@@ -46,7 +46,7 @@ class BoundProgram:
         how: its graphs are run.
     """
 
-    start = 0
+    start = reach = 0
     items: tuple = ()
 
     def __init__(self, rolled: RolledProgram, held: dict[Input, Held], rng: int, how: Lowering) -> None:

@@ -317,7 +317,7 @@ def test_a_window_within_a_budget(tmp_path: Path, written: list[int]) -> None:
     expected = torch.autograd.grad(outer, own)
     with pytest.raises(metaoptim.BudgetError) as refused:
         loop(40, memory_budget=100, offload=tmp_path)
-    budget = 2 * refused.value.minimum
+    budget = 2 * refused.value.minimum + 8200  # for batches, which are dropped before the backward
     del refused  # and with its traceback the network, which other windows would take for an inner one
     engine, outer, own = loop(40, memory_budget=budget, offload=tmp_path)
     same(torch.autograd.grad(outer, own), expected)

@@ -329,3 +329,39 @@ def test_a_round_is_not_parted_when_a_sliding_window_forgets() -> None:
     for more in range(13_600, 22_440, 680):
         found = run(memory_budget=caught.value.minimum + more)
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("late", [True, False])
+def test_rounds_that_overlap(late: bool) -> None:
+    """A loss stepped one round late, or a write between loss and step: exact, and refused where they would be counted."""
+
+    def run(**options: Any) -> tuple[Tensor, int]:
+        torch.manual_seed(0)
+        a, c = nn.Linear(3, 2), nn.Linear(3, 2)
+        lr, xs, old = torch.tensor(0.1, requires_grad=True), torch.randn(12, 4, 3), None
+        of_a, of_c = metaoptim.MetaSGD([a], lr=lr), metaoptim.MetaSGD([c], lr=0.5 * lr)
+        with metaoptim.SlidingWindow(**options) as window:
+            for x in xs:
+                new = (a(x) - c(x).tanh()).square().mean()
+                of_critic = (c(x) * a(x).sin()).square().mean()
+                if not late:
+                    with torch.no_grad():
+                        c.weight.mul_(0.9)
+                    of_a.step(new)
+                    continue
+                if old is not None:
+                    of_a.step(old)
+                of_c.step(of_critic)
+                old = new
+            engine = getattr(window._session, "engine", None)
+            (a(xs[0]) + c(xs[0])).square().mean().backward()
+        assert lr.grad is not None
+        return lr.grad, getattr(engine, "replays", 0)
+
+    expected, _ = run(strategy="full_tape")
+    for slots in (None, 3):
+        found, replays = run(slots=slots)
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=0)
+        assert replays < 24 * 24  # the square of the steps, where it was exponential
+    with pytest.raises(metaoptim.CaptureError, match="such rounds overlap"):
+        run(window=3)
