@@ -21,12 +21,12 @@ def files(directory: Path) -> list[Path]:
     return sorted(directory.glob("metaoptim-*/*.state"))
 
 
-def loop(steps: int, **options: Any) -> tuple[Any, Tensor, list[Tensor]]:
+def loop(steps: int, batches: Any = None, **options: Any) -> tuple[Any, Tensor, list[Tensor]]:
     """An engine, the outer loss of its loop, and what that is differentiated by."""
     net, lr = mlp(), torch.tensor(0.1, requires_grad=True)
     own = [*net.parameters(), lr]
     inner = metaoptim.MetaSGD([net], lr=lr, momentum=0.5)
-    xs, ys = data(steps)
+    xs, ys = data(steps) if batches is None else batches
     with metaoptim.SlidingWindow(offline=True, **options) as window:
         engine: Any = getattr(window._session, "engine", None)
         for t in range(steps):

@@ -19,7 +19,7 @@ from metaoptim.runtime.engine import Engine
 from metaoptim.runtime.files import Files
 from metaoptim.runtime.host import HostTier
 from metaoptim.runtime.meter import AllocatorMeter
-from offloading import files, loop, same, watch_writes
+from offloading import data, files, loop, same, watch_writes
 from oracle import agree, run_oracle, run_window
 from problems import data, problem
 
@@ -317,9 +317,9 @@ def test_a_window_within_a_budget(tmp_path: Path, written: list[int]) -> None:
     expected = torch.autograd.grad(outer, own)
     with pytest.raises(metaoptim.BudgetError) as refused:
         loop(40, memory_budget=100, offload=tmp_path)
-    budget = 2 * refused.value.minimum + 8200  # for batches, which are dropped before the backward
+    budget, batches = 2 * refused.value.minimum, data(40)  # held until the backward
     del refused  # and with its traceback the network, which other windows would take for an inner one
-    engine, outer, own = loop(40, memory_budget=budget, offload=tmp_path)
+    engine, outer, own = loop(40, batches, memory_budget=budget, offload=tmp_path)
     same(torch.autograd.grad(outer, own), expected)
     assert written and engine.replays <= 40
 

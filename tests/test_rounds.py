@@ -333,7 +333,7 @@ def test_a_round_is_not_parted_when_a_sliding_window_forgets() -> None:
 
 @pytest.mark.parametrize("late", [True, False])
 def test_rounds_that_overlap(late: bool) -> None:
-    """A loss stepped one round late, or a write between loss and step: exact, and refused where they would be counted."""
+    """A loss stepped one round late, or a write between loss and step: exact, and refused where rounds are counted."""
 
     def run(**options: Any) -> tuple[Tensor, int]:
         torch.manual_seed(0)
