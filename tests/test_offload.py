@@ -19,7 +19,7 @@ from metaoptim.runtime.engine import Engine
 from metaoptim.runtime.files import Files
 from metaoptim.runtime.host import HostTier
 from metaoptim.runtime.meter import AllocatorMeter
-from offloading import data, files, loop, same, watch_writes
+from offloading import files, loop, same, watch_writes
 from oracle import agree, run_oracle, run_window
 from problems import data, problem
 
