@@ -45,6 +45,7 @@ class ThetaView:
         self._versions: dict[int, object] = {}  # state index -> equal for all that is shown for one value
         self.sliding = None if options.window is None else Sliding(engine, options.window)
         self._superstep = 0
+        self._overlapping: set[int] = set()  # where rounds begin that are not told apart from the one before
         self._dirty: set[int] = set()
         self._storages: dict[int, int] | None = None
         self._token = new_token()
@@ -122,7 +123,8 @@ class ThetaView:
         """
         engine, older = self.engine, self._superstep - 3  # the last losses are there in any case
         if any(life.at < older for life in self._lives):
-            self._token = Link.apply(engine, engine.position, (), (), self._token)
+            with torch.enable_grad():
+                self._token = Link.apply(engine, engine.position, (), (), self._token)
             if engine.streaming is not None:
                 theta = memory_of(engine.state[i] for i in self.indices)
                 engine.streaming.waiting = max(engine.streaming.waiting, (1 + len(self._lives)) * theta)
@@ -169,8 +171,11 @@ class ThetaView:
         )
 
     def _check_parted(self, epoch: Epoch) -> None:
-        """Raise where a sliding window would find no end of a super-step, and so never forget anything."""
+        """Raise where a sliding window finds no end of a super-step, though it has had more than W rounds."""
         if self.sliding is None or not self._superstep or epoch in (self.epochs[0], self.epochs[-1]):
+            return
+        self._overlapping.add(epoch.position)
+        if self.sliding.count + len(self._overlapping) <= self.sliding.limit:
             return
         raise CaptureError(
             f"window={self.sliding.limit}: this loss was computed before the last step of another optimizer, or before "
