@@ -26,6 +26,7 @@ class Program(Calls):
             besides what its steps were given.
         milliseconds: how long that took.
         begun: whether a step has been taken.
+        reach: how many calls back steps read theta, at most: super-steps may overlap.
     """
 
     def __init__(self, start: int = 0, calls: Iterable[Call] = ()) -> None:
@@ -35,6 +36,7 @@ class Program(Calls):
         self._loose = 0  # items at the end that may still be folded
         self.milliseconds = 0.0
         self.begun = False
+        self.reach = 0
         for call in calls:
             self.append(call)
 
@@ -55,7 +57,9 @@ class Program(Calls):
         """Extend it by a call."""
         self._ends.append(self.end + 1)
         self.items.append(call)
-        self.begun |= isinstance(call, StepCall)
+        if isinstance(call, StepCall):
+            self.begun = True
+            self.reach = max(self.reach, call.back)
         self._loose += 1
         if self._loose > 2 * LONGEST:
             self.fold()
@@ -111,11 +115,6 @@ class Program(Calls):
         sizes = [x.count * len(x.calls) if isinstance(x, Loop) else 1 for x in items]
         self._ends[first:last] = list(accumulate(sizes, initial=self._begin(first)))[1:]
         self.items[first:last] = items
-
-    @property
-    def reach(self) -> int:
-        """How many calls back a call may read theta from."""
-        return max((call.back for call, _ in self.counted()), default=0)
 
     def counted(self) -> Iterator[tuple[StepCall, int]]:
         """Each step as it is written, and how many times it is taken."""

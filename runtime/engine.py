@@ -62,7 +62,6 @@ class Engine:
         self._initial: State = []  # of `run`: what comes before all steps is run again from there
         self.streaming: Any = None  # what keeps a window to a memory budget
         self._refused = False  # a step, for want of room
-        self._reach = 0  # how far back, in calls, a call may read: super-steps may overlap
         self.reaches = False  # whether anything can receive a gradient through its steps
         self._watch = watching() if type(self) is Engine else None  # not while it is run to plan
         self._ran = 0  # calls that `run` has run
@@ -109,8 +108,6 @@ class Engine:
             else:
                 state[index] = value
         self.program.append(call)
-        if isinstance(call, StepCall) and call.back > self._reach:
-            self._reach = call.back
         self.state = state
         if isinstance(call, Assign) and not self.program.begun and not read:
             self.store.rebase(self.program.end, state)
@@ -164,7 +161,6 @@ class Engine:
         """Run a complete program from its initial state; states are kept as the slots allow."""
         self.store.rebase(0, state)
         self._initial = state
-        self._reach = self.program.reach
         passed: dict[int, State] = {}
         for position in range(self.program.end):
             call = self.program[position]
@@ -277,7 +273,7 @@ class Engine:
                     new[index] = value
             return new
         self.replays += 1
-        for old in [q for q in passed if q < position - max(call.back, self._reach)]:
+        for old in [q for q in passed if q < position - self.program.reach]:
             del passed[old]
         base = passed.get(position - call.back)
         if base is None:
@@ -350,9 +346,8 @@ class Engine:
         """Sweep from the highest deposit (or where the sweep stands) down to ``bottom``."""
         self.check_admitted()
         if sweep.position < 0:
-            self.make_room(
-                refusing=False
-            )  # for batches, say, that the user has let go of: too late to refuse them
+            # for batches, say, that the user has let go of: it is too late to refuse them
+            self.make_room(refusing=False)
         top = max(sweep.deposits, default=bottom)
         if sweep.position < 0 or sweep.position < bottom:
             sweep.position = max(top, bottom)

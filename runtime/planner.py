@@ -25,7 +25,6 @@ from .schedule import with_tier
 _FEW = 4  # iterations of a loop in which all that happens in it has happened
 SCALARS = 1024  # bytes of losses, rates and the like that come and go
 FEW_SLOTS = 5  # the most for which a program is gone through
-_MANY = comb(FEW_SLOTS + 4, 4) + _FEW  # see `lengths`
 
 
 @dataclass(frozen=True)
@@ -134,10 +133,9 @@ def lengths(slots: int, offload: bool = False) -> Sequence[int]:
 
     With fewer than C(slots + 4, 4) no sweep has come to replay anything four times, with all slots taken on the way.
     """
-    if not offload:
-        return [comb(slots + 4, 4) + _FEW]
+    many = comb((FEW_SLOTS if offload else slots) + 4, 4) + _FEW
     # with a tier, it is a matter of how many steps there are after the last state that went there
-    return range(_MANY, _MANY + slots + 1)
+    return range(many, many + (slots if offload else 0) + 1)
 
 
 def _left_out(program: RolledProgram, short: RolledProgram) -> int:
@@ -219,7 +217,7 @@ class Planner:
     @cached_property
     def every(self) -> int:
         """Predicted bytes where every state stays until the end: as many slots give them up on the way back."""
-        short = shortened(self.program, _MANY + (self.program.limit or 0))
+        short = shortened(self.program, lengths(FEW_SLOTS)[0] + (self.program.limit or 0))
         more = (self.states - max(short.swept, 1)) * self.alone.per_slot + _left_out(self.program, short)
         return SCALARS + predict(short, None, self.how).peak_bytes + more + self.beside
 

@@ -55,7 +55,7 @@ class Streaming:
         self.aside = 0  # bytes kept beside the tape: gradients to put back, buffers that modules show, ...
         self._tape = 0  # bytes of parameters kept for the user at every step
         self._set = 0  # bytes of values written into parameters
-        self._taken: Counter = Counter()  # how many steps of each kind there were
+        self._taken: Counter = Counter()  # how often each step was taken
         self._met = -1  # the last meta-parameter that steps have read
         self._gradients = 0  # bytes of gradients of meta-parameters
         self.waiting = 0  # bytes of cotangents of earlier losses
@@ -80,7 +80,7 @@ class Streaming:
         """Whether the user has stated the budget, or states are given up for it."""
         return self._budget is not None or self._peaks is not None
 
-    def slots(self, engine: Engine, call: StepCall, changes: Sequence[tuple[int, Tensor]] = ()) -> int | None:
+    def slots(self, engine: Engine, call: StepCall, changes: Sequence[tuple[int, Tensor]]) -> int | None:
         """How many states may be kept when ``call`` is appended, which makes ``changes``; None for all.
 
         Raises:
@@ -163,11 +163,10 @@ class Streaming:
 
     def _learn(self, call: StepCall) -> None:
         """A sweep holds gradients of what a step was the first to read; peaks show those of a few steps."""
-        kind = id(call.step), call.how
-        self._taken[kind] += 1
+        self._taken[id(call.step)] += 1
         if max(call.metas, default=-1) <= self._met:
             return
-        if self._taken[kind] > REPEATS:
+        if self._taken[id(call.step)] > REPEATS:
             ports = zip(call.metas, call.step.positions(Role.META), strict=True)
             self._gradients += sum(nbytes(call.step.inputs[i].spec) for n, i in ports if n > self._met)
         self._met = max(call.metas)

@@ -45,13 +45,11 @@ class ThetaView:
         self._versions: dict[int, object] = {}  # state index -> equal for all that is shown for one value
         self.sliding = None if options.window is None else Sliding(engine, options.window)
         self._superstep = 0
-        self._overlapping: set[int] = set()  # where rounds begin that are not told apart from the one before
+        self._overlapping: set[int] = set()  # where rounds begin that this super-step has swallowed
         self._dirty: set[int] = set()
         self._storages: dict[int, int] | None = None
         self._token = new_token()
-        self._lives: weakref.WeakSet[Life] = (
-            weakref.WeakSet()
-        )  # in which super-step each was shown, since a Link
+        self._lives: weakref.WeakSet[Life] = weakref.WeakSet()  # of reads since a Link, at their super-steps
         self.inputs = Inputs(networks.is_buffer)
         self._metas: dict[tuple, tuple[int, Tensor]] = {}  # identity -> number, the tensor
         self._numbered = 0
@@ -92,13 +90,15 @@ class ThetaView:
             )
             self._note_leaves(ordinals, shown)
         else:
+            life = Life(self._superstep)
+            self._lives.add(life)
             with torch.enable_grad():
                 shown = Read.apply(
                     engine,
                     engine.position,
                     [self.indices[i] for i in ordinals],
                     [own[i] for i in ordinals],
-                    self._alive(),
+                    life,
                     self._token,
                 )
         for i, t in zip(ordinals, shown, strict=True):
@@ -109,11 +109,6 @@ class ThetaView:
         for index, t in zip(self.indices, self.networks.shown, strict=True):
             theta[id(t)] = old.get(id(t)) or Theta(index, t, self._versions[index])
         self._open(theta)
-
-    def _alive(self) -> Life:
-        life = Life(self._superstep)
-        self._lives.add(life)
-        return life
 
     def _part(self) -> None:
         """Where losses of some steps ago wait for their backward, a Link separates reads from theirs.
@@ -171,11 +166,11 @@ class ThetaView:
         )
 
     def _check_parted(self, epoch: Epoch) -> None:
-        """Raise where a sliding window finds no end of a super-step, though it has had more than W rounds."""
+        """Raise where a sliding window finds no end of a super-step that has swallowed more than W rounds."""
         if self.sliding is None or not self._superstep or epoch in (self.epochs[0], self.epochs[-1]):
             return
         self._overlapping.add(epoch.position)
-        if self.sliding.count + len(self._overlapping) <= self.sliding.limit:
+        if len(self._overlapping) < self.sliding.limit:
             return
         raise CaptureError(
             f"window={self.sliding.limit}: this loss was computed before the last step of another optimizer, or before "
@@ -216,6 +211,7 @@ class ThetaView:
             epoch.superstep = self._superstep
             self._keep_epochs([epoch])
             self.recording.keep_only(epoch)
+            self._overlapping.clear()
             if self.sliding is None:
                 self._part()
         keys = [

@@ -21,7 +21,7 @@ from metaoptim.compiler.cost import F as FLOPS
 from metaoptim.compiler.polynomials import difference, formula, largest, largest_difference, size_text
 from metaoptim.compiler.stepcost import Measured, measured
 from metaoptim.runtime.meter import AllocatorMeter
-from metaoptim.runtime.planner import _MANY as MANY
+from metaoptim.runtime.planner import FEW_SLOTS, lengths
 
 STEPS, SIZE = 8, 5
 
@@ -272,7 +272,7 @@ def test_a_list_of_learnt_tensors() -> None:
             return net(xs[0]).square().mean()
 
     def given(size: int) -> tuple:
-        return net_of(), [torch.ones(size, 3, requires_grad=True) for _ in range(MANY + 3)]
+        return net_of(), [torch.ones(size, 3, requires_grad=True) for _ in range(lengths(FEW_SLOTS)[0] + 3)]
 
     cost = metaoptim.plan(compiled(meta_loss), batch={"xs": 0})(*given(SIZE))
     for size in (2, 50):

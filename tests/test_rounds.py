@@ -363,5 +363,6 @@ def test_rounds_that_overlap(late: bool) -> None:
         found, replays = run(slots=slots)
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=0)
         assert replays < 24 * 24  # the square of the steps, where it was exponential
+    torch.testing.assert_close(run(window=12)[0], expected, rtol=1e-10, atol=0)  # nothing need be forgotten
     with pytest.raises(metaoptim.CaptureError, match="such rounds overlap"):
         run(window=3)
