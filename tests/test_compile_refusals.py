@@ -33,6 +33,7 @@ class World:
             self.inner.step(F.mse_loss(self.net(X), Y))  # it has a state
         self.outer = torch.optim.Adam([self.log_lr], lr=0.1)
         self.data = X.clone()
+        self.alias = self.data[1:]
         self.net[0].weight.grad = torch.ones(4, 3)
 
     def loss(self) -> Tensor:
@@ -114,8 +115,8 @@ def nonzero(w: World, loss: Tensor, h: Tensor) -> Any:
 
 
 @refused("changed in place")
-def argument_changed(w: World, loss: Tensor, h: Tensor) -> Any:
-    w.data.mul_(2.0)
+def argument_given_a_history(w: World, loss: Tensor, h: Tensor) -> Any:
+    w.data.mul_(h.sum())
 
 
 @refused("changed in place")
@@ -123,9 +124,10 @@ def argument_changed_through_a_view(w: World, loss: Tensor, h: Tensor) -> Any:
     w.data[0] += 1.0
 
 
-@refused("changed in place")
-def argument_filled_with_noise(w: World, loss: Tensor, h: Tensor) -> Any:
-    w.data.normal_()
+@refused("shares memory with one .* changed in place")
+def argument_changed_and_read_as_another(w: World, loss: Tensor, h: Tensor) -> Any:
+    w.data.mul_(2.0)
+    return w.alias.sum()
 
 
 @refused("changed in place")

@@ -7,6 +7,7 @@ identity; nothing is computed and nothing outside changes.
 
 from __future__ import annotations
 
+import ctypes
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
+    unset_fake_temporarily,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -53,6 +55,7 @@ class Tracer(TorchDispatchMode):
     Attributes:
         trace: what has been captured so far.
         given: storage -> the fake of a real tensor.
+        written: id of a real tensor that has another value after the call -> the tensor.
         on_write: called with a tensor whose memory is about to be changed, and whether by its own name; what it
             returns, if anything, is called after the change.
     """
@@ -68,6 +71,8 @@ class Tracer(TorchDispatchMode):
         self._refs: dict[int, tuple[weakref.ref[Tensor], Any]] = {}
         self._at: dict[int, list[weakref.ref[Tensor]]] = {}  # storage -> the tensors that lie in it
         self.given: dict[int, Tensor] = {}
+        self.written: dict[int, Tensor] = {}
+        self._constants: dict[tuple, Tensor] = {}
         self._hooks: list[tuple[Value, Any, Spy]] = []  # registered, not known yet to meet a gradient
 
     # -- the mode ------------------------------------------------------------------------------------------------
@@ -79,9 +84,7 @@ class Tracer(TorchDispatchMode):
         if func in _ITEM:
             raise CaptureError(_NO_VALUE)
         if func in _LIFTED:
-            return self.record(
-                aten.clone.default, args, {}
-            )  # a constant made by torch.tensor, its maker's own
+            return self.record(aten.clone.default, (self._constant(args[0]),), {})  # its maker's own
         info = op_info(func)
         if info.random:
             return noise.draw(self, func, args, kwargs)
@@ -148,6 +151,13 @@ class Tracer(TorchDispatchMode):
                 raise CaptureError(
                     f"a tensor of shape {tuple(t.shape)} comes from a call that cannot be captured (another thread, a "
                     "dispatch mode, or a C++ function); move it out of the compiled function"
+                )
+            if t.layout is torch.strided and any(
+                w.untyped_storage()._cdata == t.untyped_storage()._cdata for w in self.written.values()
+            ):
+                raise CaptureError(
+                    f"a tensor of shape {tuple(t.shape)} is read that shares memory with one that the compiled "
+                    "function was given and has changed in place; clone one of them before the call"
                 )
             return self.bind_input(t)
         while t.requires_grad and not t.is_leaf and isinstance(ref, Value) and ref.entry.op is _DETACH:
@@ -224,6 +234,15 @@ class Tracer(TorchDispatchMode):
         entry = self.add(op, self.tokens(op, args), self.token(kwargs))
         self.bind_outputs(entry, out)
         return out
+
+    def _constant(self, t: Tensor) -> Tensor:
+        """What `torch.tensor` has made, or what it made before of the same values: one input for all of them."""
+        if isinstance(t, FakeTensor):
+            return t
+        with unset_fake_temporarily():
+            here = t.cpu()
+        key = (tensor_spec(t), ctypes.string_at(here.data_ptr(), here.nbytes))
+        return self._constants.setdefault(key, t)
 
     # -- Python-level calls --------------------------------------------------------------------------------------
 
