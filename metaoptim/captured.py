@@ -129,7 +129,7 @@ def trace_of(
                 with torch.enable_grad(), nullcontext() if session is None else session.stepping():
                     leaves, spec = tree_flatten(fn(*args, **kwargs))
                     given = [tracer.give(t) for t in leaves if isinstance(t, Tensor)]
-                    tracer.trace.left = [(t, tracer.give(t)) for t in tracer.written.values()]
+                    tracer.trace.left = [(t, tracer.give(t)) for t, _ in tracer.written.values()]
             finally:
                 intercept.recording.reset(token)
     finally:

@@ -119,11 +119,6 @@ def argument_given_a_history(w: World, loss: Tensor, h: Tensor) -> Any:
     w.data.mul_(h.sum())
 
 
-@refused("changed in place")
-def argument_changed_through_a_view(w: World, loss: Tensor, h: Tensor) -> Any:
-    w.data[0] += 1.0
-
-
 @refused("shares memory with one .* changed in place")
 def argument_changed_and_read_as_another(w: World, loss: Tensor, h: Tensor) -> Any:
     w.data.mul_(2.0)
@@ -131,8 +126,16 @@ def argument_changed_and_read_as_another(w: World, loss: Tensor, h: Tensor) -> A
 
 
 @refused("changed in place")
-def written_by_out(w: World, loss: Tensor, h: Tensor) -> Any:
-    torch.add(w.data, 1.0, out=w.data)
+def argument_changed_after_a_view_of_it_was_read(w: World, loss: Tensor, h: Tensor) -> Any:
+    before = w.alias.sum()
+    w.data.mul_(2.0)
+    return before
+
+
+@refused("changed in place")
+def leaf_changed(w: World, loss: Tensor, h: Tensor) -> Any:
+    with torch.no_grad():
+        w.log_lr.add_(1.0)
 
 
 @refused("changed in place")

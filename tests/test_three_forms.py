@@ -199,6 +199,8 @@ def _learnable_data() -> Inner:
 
 construct("dropout", NETWORKS["dropout"])(plain)
 construct("batch norm", NETWORKS["conv_bn"])(plain)
+
+
 @made("tensors from outside, changed in place")
 def _others_changed() -> Inner:
     net, teacher, w = mlp(), NETWORKS["conv_bn"](), leaf(0.8)
@@ -211,6 +213,7 @@ def _others_changed() -> Inner:
         out = F.batch_norm(net(x), mean, var, training=True, momentum=0.3)
         average.mul_(0.7).add_(out.detach(), alpha=0.3)
         noise.normal_()
+        torch.add(average[0], 0.1, out=average[1])
         inner.step(F.mse_loss(out, wanted + average * noise) * w + net(x).square().mean())
 
     outer = lambda: F.mse_loss(net(XS[STEPS]) * average, YS[STEPS])

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from metaoptim.errors import CaptureError
 
 from ..ir import again
 from .entries import Value
 from .ops import BATCH_NORM, OpInfo, functional, written
+from .recording import tensors_in
 from .slicing import tensor_spec
 
 aten = torch.ops.aten
@@ -21,11 +21,11 @@ _DETACH = aten.detach.default
 
 def write(tracer: Any, op: Any, info: OpInfo, args: tuple, kwargs: dict) -> Any:
     """Make a call that writes into some of its arguments: from there on other values stand for them."""
+    for t in written(info, args, kwargs):
+        if tracer.is_given(t):
+            tracer.take_over(t, op, tensors_in((*args, *kwargs.values())))
+    args, kwargs = tracer.taken_over(args), tracer.taken_over(kwargs)
     targets = written(info, args, kwargs)
-    for t in targets:
-        given = t.layout is torch.strided and t.untyped_storage()._cdata in tracer.given
-        if given or not isinstance(t, FakeTensor):
-            return _leave(tracer, op, args, kwargs, targets)
     touched = {id(u): (u, any(u is t for t in targets)) for t in targets for u in (t, *tracer.sharing(t))}
     then = [tracer.on_write(*t) for t in touched.values()]
     out = _written(tracer, op, args, kwargs, targets)
@@ -72,34 +72,6 @@ def _written(tracer: Any, op: Any, args: tuple, kwargs: dict, targets: list[Tens
                 after.deps = (entry,)
                 tracer.bind(other, Value(after, None))
     return out
-
-
-def _leave(tracer: Any, op: Any, args: tuple, kwargs: dict, targets: list[Tensor]) -> Tensor:
-    """Let a tensor that the function was given have another value from here on, and be left with it after the call."""
-    pure, t = functional(op), targets[0]
-    reads = [a for a in (*args[1:], *kwargs.values()) if isinstance(a, Tensor)]
-    if (
-        pure is not None
-        and args
-        and args[0] is t
-        and t.layout is torch.strided
-        and not isinstance(t, (FakeTensor, torch.nn.Parameter))
-        and not (t.requires_grad or (torch.is_grad_enabled() and any(a.requires_grad for a in reads)))
-        and len(tracer.sharing(t)) <= 1
-        and not tracer.sharing(tracer.faked(t))
-    ):
-        with tracer.paused():
-            new = tracer.run(pure, _detached(tracer, args), _detached(tracer, kwargs))
-        if isinstance(new, Tensor) and tensor_spec(new) == tensor_spec(t):
-            tracer.bind(t, Value(tracer.add(pure, tracer.tokens(pure, args), tracer.token(kwargs)), None))
-            tracer.written[id(t)] = t
-            return t
-    raise CaptureError(
-        f"a tensor of shape {tuple(t.shape)} that the compiled function was given is changed in place by {op} in a way "
-        "that the program cannot follow: through a view or `out`, beside others that share its memory, or with a "
-        "gradient. Return the new value instead and copy it outside, or clone the tensor first; an outer optimizer's "
-        "step() belongs after the call"
-    )
 
 
 def _detached(tracer: Any, a: Any) -> Any:
