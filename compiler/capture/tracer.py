@@ -54,7 +54,7 @@ class Tracer(TorchDispatchMode):
 
     Attributes:
         trace: what has been captured so far.
-        given: storage of a fake -> the real tensor that it is the fake of.
+        given: storage of the fake of a real tensor -> both; the fake is held, so that its storage remains its own.
         written: id of a real tensor that has another value after the call -> the tensor, and its fake.
         on_write: called with a tensor whose memory is about to be changed, and whether by its own name; what it
             returns, if anything, is called after the change.
@@ -70,7 +70,7 @@ class Tracer(TorchDispatchMode):
         self.on_write: Callable[[Tensor, bool], Callable[[], None] | None] = lambda t, directly: None
         self._refs: dict[int, tuple[weakref.ref[Tensor], Any]] = {}
         self._at: dict[int, list[weakref.ref[Tensor]]] = {}  # storage -> the tensors that lie in it
-        self.given: dict[int, Tensor] = {}
+        self.given: dict[int, tuple[Tensor, Tensor]] = {}
         self.written: dict[int, tuple[Tensor, Tensor]] = {}
         self._constants: dict[tuple, Tensor] = {}
         self._hooks: list[tuple[Value, Any, Spy]] = []  # registered, not known yet to meet a gradient
@@ -133,7 +133,7 @@ class Tracer(TorchDispatchMode):
                 return a
             fake = self.fake.from_tensor(a, static_shapes=True)
             if fake.layout is torch.strided and id(a) not in self.written:
-                self.given[fake.untyped_storage()._cdata] = a
+                self.given[fake.untyped_storage()._cdata] = fake, a
             return fake
         if isinstance(a, (list, tuple)):
             return type(a)(self.faked(b) for b in a) if not hasattr(a, "_fields") else a
@@ -213,7 +213,7 @@ class Tracer(TorchDispatchMode):
 
     def take_over(self, t: Tensor, op: Any, reads: Iterable[Tensor]) -> None:
         """Let a copy stand for the given tensor ``t``, which ``op`` is to change; it is left with what that becomes."""
-        real = t if not isinstance(t, FakeTensor) else self.given[t.untyped_storage()._cdata]
+        real = t if not isinstance(t, FakeTensor) else self.given[t.untyped_storage()._cdata][1]
         if (
             real.layout is not torch.strided
             or real.requires_grad
