@@ -11,6 +11,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from metaoptim.errors import CaptureError, UnreachableWarning, user_name_of, warn
 
+from ..compiler.ambient import unaffected
 from ..compiler.capture.slicing import Slice
 from ..compiler.ir import StepCall
 from ..compiler.lower import lowered
@@ -39,7 +40,7 @@ def check(
     base = engine.state_at(engine.position - call.back) if call.back else engine.state
     inputs = [base[t.index] for t in sliced.thetas] + (update.old if stale else [])
     inputs += [v for s in update.states for v in s.values()]
-    with torch.no_grad():
+    with unaffected():
         inputs += [h.tensor for h in call.inputs]
         try:
             program = lowered(call.step, "replay", inputs)
@@ -76,9 +77,7 @@ def _differing(
     noise: list[float] = []
     for i, (got, want) in enumerate(zip(grads, expected, strict=True)):
         if not agree(got, want, precision, largest):
-            if (
-                not noise and not call.step.dynamic
-            ):  # the shapes in a dynamic one may be others for other inputs
+            if not noise and not call.step.dynamic:  # other inputs may give it other shapes
                 noise = noise_of(gradient, inputs, grads, precision)
             if not noise or not agree(got, want, precision, largest, noise[i]):
                 return i
