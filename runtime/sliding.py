@@ -97,7 +97,9 @@ class Sliding:
         life = Life(position - call.back)
         self._lives.add(life)
         metas = [x.tensor for x in sliced.externals if x.grad]
-        return WindowedLoss.apply(self.engine, position, loss, call.theta, call.metas, life, *thetas, *metas)
+        return WindowedLoss.apply(
+            self.engine, position, loss.detach(), call.theta, call.metas, life, *thetas, *metas
+        )
 
     def _cut(self) -> None:
         if not self._warned:

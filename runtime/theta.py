@@ -248,7 +248,7 @@ class ThetaView:
         engine, position = self.engine, self.engine.position - 1
         with torch.enable_grad():
             if self.sliding is None:
-                after: Any = StepLoss.apply(engine, position, loss, self._token)
+                after: Any = StepLoss.apply(engine, position, loss.detach(), self._token)
             else:
                 after = self.sliding.loss(loss, position, call, sliced)
         if after is not None:
@@ -360,6 +360,7 @@ class ThetaView:
 
     def close(self) -> None:
         """Drop every reference to the user's graph."""
+        self.stepped.settle(over=True)
         self._metas.clear()
         self.inputs.clear()
         self._keep_epochs([])
