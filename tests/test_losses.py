@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -321,3 +322,145 @@ def test_losses_that_are_kept_hold_no_activations(keep: str) -> None:
     held_without, peak_without = _held_and_peak(25, "none")
     assert held - held_without < ACTIVATIONS / 4
     assert peak - peak_without < ACTIVATIONS / 2
+
+
+def test_a_budget_holds_where_losses_are_differentiated() -> None:
+    """To first order, a step's own derivative takes nothing beside that of its loss."""
+
+    def held_and_peak(steps: int, budget: int) -> tuple[int, int]:
+        torch.manual_seed(0)
+        x = torch.ones(512, 64)
+        net = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh())
+        inner = metaoptim.MetaSGD([net], lr=torch.tensor(0.1, requires_grad=True), first_order=True)
+        with AllocatorMeter() as forward, metaoptim.SlidingWindow(offline=True, memory_budget=budget):
+            outer = sum(inner.step(net(x).square().mean()) for _ in range(steps))
+        with AllocatorMeter() as backward:
+            outer.backward()
+        return forward.held, forward.held + backward.peak
+
+    held_and_peak(3, 4_000_000)
+    held, peak = held_and_peak(60, 4_000_000)
+    assert 1_000_000 < held and peak < 4_000_000
+
+
+# -- what is asked of a loss after its step --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_gradients_asked_for_one_by_one(options: dict[str, Any]) -> None:
+    """In the block right after the step, again at its end, and after it."""
+
+    def each(window: Any) -> list[dict[str, Tensor | None]]:
+        w, found = World(), []
+        inner = w.sgd()
+
+        def of(loss: Tensor) -> None:
+            grads = torch.autograd.grad(loss, list(w.leaves().values()), retain_graph=True, allow_unused=True)
+            found.append(dict(zip(w.leaves(), grads, strict=True)))
+
+        losses = []
+        with window:
+            for x in XS[:4]:
+                losses.append(inner.step(w.loss(x)))
+                of(losses[-1])
+            of(losses[2])
+        for loss in reversed(losses):
+            of(loss)
+        return found
+
+    options = {"offline": True, **options}
+    expected = each(full_tape(offline=options["offline"]))
+    for one, other in zip(each(metaoptim.SlidingWindow(**options)), expected, strict=True):
+        agree(one, other)
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_a_sliding_window_sees_as_far_from_a_kept_loss_as_from_its_graph(offline: bool) -> None:
+    def found(kept: Callable[[Tensor], Tensor]) -> tuple[list[Tensor], dict[str, Tensor | None]]:
+        w, losses = World(), []
+        inner = w.sgd()
+        with metaoptim.SlidingWindow(offline=offline, window=2):
+            for x in XS:
+                loss = w.loss(x)
+                keep = kept(loss)
+                inner.step(loss)
+                losses.append(keep)
+        with pytest.warns(metaoptim.UnreachableWarning) if offline else nullcontext():
+            grads = torch.autograd.grad(weighted(losses), list(w.leaves().values()), allow_unused=True)
+        return losses, dict(zip(w.leaves(), grads, strict=True))
+
+    graphs, expected = found(lambda loss: loss.clone())
+    losses, got = found(lambda loss: loss)
+    assert all(map(stepped, losses)) and not any(map(stepped, graphs))
+    agree(got, expected)
+
+
+@pytest.mark.parametrize("window", [None, 50])
+def test_what_a_replay_cannot_give_is_refused(window: int | None) -> None:
+    w = World()
+    inner = w.sgd()
+    with metaoptim.SlidingWindow(offline=True, window=window):
+        inner.step(w.loss(XS[0]))
+        weight, h = w.net[0].weight, w.net(XS[1])  # type: ignore[union-attr]
+        loss = (h - w.shift).square().mean()
+        before, double = loss.clone(), loss * 2
+        inner.step(loss)
+        after = loss * 3
+        with pytest.raises(metaoptim.CaptureError, match="after its inner step"):
+            torch.autograd.grad(loss, h)
+        if window is None:
+            with pytest.raises(metaoptim.CaptureError, match="after its inner step"):
+                torch.autograd.grad(loss + 1, weight)
+        else:
+            (direct,) = torch.autograd.grad(loss, weight)
+            torch.testing.assert_close(direct, torch.autograd.grad(before, weight, retain_graph=True)[0])
+        with pytest.raises(metaoptim.MetaOptimError, match="create_graph"):
+            torch.autograd.grad(loss, w.weight, create_graph=True)
+        (part,) = torch.autograd.grad(after, loss)
+        assert part == 3
+    torch.testing.assert_close(*torch.autograd.grad(before + double, [h, weight], retain_graph=True)[:1] * 2)
+    assert float(torch.autograd.grad(before, w.weight)[0].abs()) > 1e-4
+
+
+def test_losses_with_hooks_keep_their_graph() -> None:
+    w = World()
+    inner, seen = w.sgd(), []
+    with metaoptim.SlidingWindow(offline=True):
+        first, second = w.loss(XS[0]), w.loss(XS[1])
+        first.retain_grad()
+        second.register_hook(seen.append)
+        inner.step(first)
+        inner.step(w.loss(XS[1]))
+        third = w.loss(XS[2])
+        third.register_hook(seen.append)
+        inner.step(third)
+        third.backward()
+    assert not stepped(first) and not stepped(third) and len(seen) == 2 and second.requires_grad
+
+
+def test_a_loss_that_is_detached_or_changed_in_place_after_its_step() -> None:
+    w = World()
+    one, two = w.sgd(), w.sgd(w.head)
+    with metaoptim.SlidingWindow(offline=True):
+        logged, changed = [], []
+        for x in XS[:3]:
+            loss, other = w.loss(x), w.outer() + w.loss(x)
+            one.step(loss)
+            loss += w.weight
+            two.step(other)
+            changed.append(loss)
+            logged.append(other.detach_())
+        values = [float(t) for t in logged]
+        grads = torch.autograd.grad(sum(changed), [w.weight, w.shift])
+    assert not any(t.requires_grad for t in logged) and len(set(values)) == 3
+    v = World()
+    one, two = v.sgd(), v.sgd(v.head)
+    with full_tape(offline=True):
+        total: Any = 0.0
+        for x in XS[:3]:
+            loss, other = v.loss(x), v.outer() + v.loss(x)
+            one.step(loss)
+            total = total + loss + v.weight
+            two.step(other)
+    expected = torch.autograd.grad(total, [v.weight, v.shift])
+    agree(dict(zip("ws", grads, strict=True)), dict(zip("ws", expected, strict=True)))
