@@ -41,7 +41,7 @@ def lowered(step: StepGraph, kind: str, inputs: Sequence[Tensor], how: Lowering 
 
     Args:
         step: the step.
-        kind: "replay" or "vjp"; or "loss", the VJP of its loss alone; or, where `residuals` has a split, its "forward" or
+        kind: "replay" or "vjp"; "loss", the VJP of its loss alone; or, where `residuals` has a split, "forward" or
             "backward".
         inputs: what it will be called with first.
         how: it is lowered.

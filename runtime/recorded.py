@@ -26,7 +26,6 @@ from ..compiler.recorded_step import StepSpec, build_step
 from ..compiler.update import UpdatePlan
 from . import bypass, first_use
 from .bridge import gradient_of_loss, stepped
-from .dependence import depends_on
 from .engine import Engine
 from .hyper import Hyper, hyper_of
 from .inputs import Held
@@ -186,7 +185,7 @@ class RecordedSession(Session):
         ordinals = [i for i, _ in members]
         by = [read.get(indices[i], [shown[i]]) for i in ordinals]
         if self.view.stepped.behind:
-            _check_externals(sliced, [shown[i] for i in ordinals])
+            self.view.stepped.check(loss, [shown[i] for i in ordinals])
         found = _sums_of_gradients(loss, by) if stepped(loss) is None else self._again(loss, ordinals)
         grads, hooks = self.gradients(optimizer, ordinals, found, False, allow_unused)
         used = [(i, k, g, h) for (i, k), g, h in zip(members, grads, hooks, strict=True) if g is not None]
@@ -396,16 +395,6 @@ def _check_requires_grad(sliced: Slice) -> None:
             raise CaptureError(
                 f"requires_grad of a tensor of shape {tuple(x.source.shape)} changed between its use in the loss "
                 "and the step; change it before the loss or after the step, or use tensor.detach() in a part of it"
-            )
-
-
-def _check_externals(sliced: Slice, shown: list[Tensor]) -> None:
-    for x in sliced.externals:
-        if x.grad and not x.tensor.is_leaf and depends_on(x.tensor, shown):
-            raise CaptureError(
-                f"the loss reads a tensor of shape {tuple(x.tensor.shape)} that was computed from the loss of an "
-                "earlier step, which depends on parameters that this step trains and that have not changed since: the "
-                "inner gradient would miss that path. Compute it anew, or detach it"
             )
 
 

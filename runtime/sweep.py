@@ -6,7 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-LOSS = -2  # in the place of a state index, at the position after a step: the loss of that step (-1 stands for none)
+LOSS = (
+    -2
+)  # in the place of a state index, at the position after a step: the loss of that step (-1 stands for none)
 
 
 class Sweep:

@@ -18,7 +18,7 @@ from ..compiler.capture.slicing import Slice
 from ..compiler.ir import Assign, StepCall
 from ..compiler.program import memory_of
 from . import bypass
-from .bridge import InnerParameter, Life, Link, Read, Results, StepLoss, as_parameter, new_token
+from .bridge import InnerParameter, Life, Link, Read, Results, as_parameter, new_token
 from .engine import Engine
 from .inputs import Held, Inputs
 from .networks import Networks
@@ -45,7 +45,7 @@ class ThetaView:
         self.late: dict[int, Theta] = {}
         self._versions: dict[int, object] = {}  # state index -> equal for all that is shown for one value
         self.sliding = None if options.window is None else Sliding(engine, options.window)
-        self.stepped = Stepped(self._versions)
+        self.stepped = Stepped(engine, self.sliding, self._versions)
         self._superstep = 0
         self._overlapping: set[int] = set()  # where rounds begin that this super-step has swallowed
         self._dirty: set[int] = set()
@@ -243,16 +243,7 @@ class ThetaView:
 
     def leave(self, loss: Tensor, call: StepCall, sliced: Slice) -> None:
         """``loss`` has been stepped by, in the ``call`` that was taken last: its gradient comes from the tape now."""
-        if not self.stepped.takes(loss):
-            return
-        engine, position = self.engine, self.engine.position - 1
-        with torch.enable_grad():
-            if self.sliding is None:
-                after: Any = StepLoss.apply(engine, position, loss.detach(), self._token)
-            else:
-                after = self.sliding.loss(loss, position, call, sliced)
-        if after is not None:
-            self.stepped.add(loss, after, sliced.thetas)
+        self.stepped.leave(loss, call, sliced, self._token)
 
     def results(self, indices: list[int]) -> tuple[Tensor, ...]:
         """State entries that a compiled step has just left, as tensors of the user's."""
