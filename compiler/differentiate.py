@@ -99,7 +99,8 @@ def loss_graph(step: StepGraph, spec: tuple) -> StepGraph:
         env[node] = graph.node_copy(node, env.__getitem__)
     graph.output((env[taken.args[0]],))
     outputs = (Port(Role.CARRY, spec, "loss"),)
-    return StepGraph(graph, step.inputs, outputs, step.opaque, step.dynamic)
+    dtype = step.default_dtype
+    return StepGraph(graph, step.inputs, outputs, step.opaque, step.dynamic, default_dtype=dtype)
 
 
 def _as_leaves(step: StepGraph, inputs: Sequence[Tensor], roles: tuple[Role, ...]) -> list[Tensor]:
