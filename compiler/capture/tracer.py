@@ -27,12 +27,13 @@ from metaoptim.errors import CaptureError
 
 from ..ir import gradient
 from . import functionalize, noise
+from .constants import Constants
 from .entries import Entry, Number, Spy, Value
 from .fakes import FakeCalls
 from .functions import Function, flattened
 from .intercept import is_removed
 from .modes import leave, paused
-from .ops import BATCH_NORM, LIFTS, op_info
+from .ops import BATCH_NORM, LIFTS, RRELU, op_info
 from .slicing import closed_over, tensor_spec
 from .trace import Input, Trace
 
@@ -55,6 +56,7 @@ class Tracer(TorchDispatchMode):
         given: storage -> the fake of a real tensor.
         on_write: called with a tensor whose memory is about to be changed, and whether by its own name; what it
             returns, if anything, is called after the change.
+        supposed: what is taken for the value of a condition that depends on inputs; None to refuse it.
     """
 
     symbolic = True
@@ -68,6 +70,8 @@ class Tracer(TorchDispatchMode):
         self._refs: dict[int, tuple[weakref.ref[Tensor], Any]] = {}
         self._at: dict[int, list[weakref.ref[Tensor]]] = {}  # storage -> the tensors that lie in it
         self.given: dict[int, Tensor] = {}
+        self.constants = Constants()
+        self.supposed: bool | None = None
         self._hooks: list[tuple[Value, Any, Spy]] = []  # registered, not known yet to meet a gradient
 
     # -- the mode ------------------------------------------------------------------------------------------------
@@ -77,11 +81,11 @@ class Tracer(TorchDispatchMode):
         if self.depth or func.namespace == "prim":
             return func(*args, **kwargs)
         if func in _ITEM:
-            raise CaptureError(_NO_VALUE)
-        if func in _LIFTED:
-            return self.record(
-                aten.clone.default, args, {}
-            )  # a constant made by torch.tensor, its maker's own
+            return self._item(func, args)
+        if func in _LIFTED:  # a constant made by torch.tensor, its maker's own
+            return self._constant(args[0])
+        if func in RRELU:
+            return self.__torch_dispatch__(RRELU[func][0], types, (args[0], noise.fixed_slope(args, kwargs)))
         info = op_info(func)
         if info.random:
             return noise.draw(self, func, args, kwargs)
@@ -89,6 +93,8 @@ class Tracer(TorchDispatchMode):
             return functionalize.batch_norm(self, func, args)
         if info.writes:
             return functionalize.write(self, func, info, args, kwargs)
+        if info.dynamic and isinstance(found := self.constants.call(func, self.token(args), self.token(kwargs)), Tensor):
+            return self._constant(found)
         return self.record(func, args, kwargs)
 
     def paused(self) -> Any:
@@ -137,6 +143,20 @@ class Tracer(TorchDispatchMode):
         if isinstance(a, dict):
             return {k: self.faked(v) for k, v in a.items()}
         return a
+
+    def _constant(self, t: Tensor) -> Tensor:
+        out = self.record(aten.clone.default, (t,), {})
+        self.constants.add(self.value_of(out), t)
+        return out
+
+    def _item(self, func: Any, args: tuple) -> Any:
+        """A value, where it does not depend on what the function is given."""
+        value = self.constants.call(func, self.token(args), {})
+        if value is not None:
+            return value
+        if self.supposed is not None:
+            return self.supposed
+        raise CaptureError(_NO_VALUE)
 
     # -- looking up ----------------------------------------------------------------------------------------------
 
