@@ -157,11 +157,7 @@ class Session:
         if id(optimizer) not in self.members or self._unfrozen(optimizer):
             self.adopt(optimizer, late=True)
         member = self.members[id(optimizer)]
-        with (
-            self.recorder.paused(),
-            torch.autocast("cpu", enabled=False),
-            torch.autocast("cuda", enabled=False),
-        ):
+        with self.recorder.paused(), torch._C._DisableAutocast():
             self.networks.check()
             anomaly = torch.is_anomaly_enabled() and not self.recorder.symbolic
             if anomaly and not bool(torch.isfinite(loss)):

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from metaoptim.errors import CaptureError, WindowError, user_location
 
+from ..compiler.ambient import unaffected
 from ..compiler.build import build_segment
 from ..compiler.capture import intercept
 from ..compiler.capture.entries import Value
@@ -202,7 +203,7 @@ class CompiledStep:
             if id(optimizer) not in window.members:
                 window.adopt(optimizer)
         view, engine, networks = window.view, window.engine, window.networks
-        with window.recorder.paused(), torch.no_grad():
+        with window.recorder.paused(), unaffected():
             networks.check()
             self._premises.check(tensor_of)
             view.settle()
