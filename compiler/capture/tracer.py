@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
 )
+from torch.nn.parallel.distributed import _DDPSink
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from metaoptim.errors import CaptureError
@@ -45,6 +46,11 @@ _NO_VALUE = (
     "a value is needed while the function is captured (.item(), bool(), a data-dependent `if`, tolist or numpy), but "
     "there are only symbolic tensors. Hoist it out of the compiled function, pass it as a Python argument, or use "
     "torch.where; to step an environment, compile the inner step and keep the loop in an ordinary window"
+)
+_COLLECTIVES = ("c10d", "_c10d_functional", "_c10d_functional_autograd")
+_NO_COLLECTIVE = (
+    "talks to other ranks, which a compiled function would do again in every replay. Give it the module inside "
+    "DistributedDataParallel (ddp.module) and average gradients after backward(), or use an ordinary window"
 )
 
 
@@ -82,6 +88,8 @@ class Tracer(TorchDispatchMode):
             return func(*args, **kwargs)
         if func in _ITEM:
             return self._item(func, args)
+        if func.namespace in _COLLECTIVES:
+            raise CaptureError(f"{func} {_NO_COLLECTIVE}")
         if func in _LIFTED:  # a constant made by torch.tensor, its maker's own
             return self._constant(args[0])
         if func in RRELU:
@@ -249,6 +257,8 @@ class Tracer(TorchDispatchMode):
 
     def apply_function(self, cls: Any, apply: Callable, args: tuple, kwargs: dict) -> Any:
         """Record a custom `autograd.Function` as one call: its backward is the user's."""
+        if cls is _DDPSink:
+            raise CaptureError(f"DistributedDataParallel with static_graph=True {_NO_COLLECTIVE}")
         leaves, spec = flattened(args, kwargs)
         function = Function(cls, leaves, spec)
         tensors = [a for a in leaves if isinstance(a, Tensor)]
