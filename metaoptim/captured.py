@@ -131,6 +131,7 @@ def trace_of(
                 with torch.inference_mode(False), torch.enable_grad(), stepping:
                     leaves, spec = tree_flatten(fn(*args, **kwargs))
                     given = [tracer.give(t) for t in leaves if isinstance(t, Tensor)]
+                    tracer.trace.left = [(t, tracer.give(t)) for t, _ in tracer.written.values()]
             finally:
                 intercept.recording.reset(token)
     finally:

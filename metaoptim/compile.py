@@ -143,7 +143,9 @@ class CompiledFunction:
     def _captured_step(self, window: RecordedSession, scene: Scene, args: tuple, kwargs: dict) -> StepProgram:
         step, _, traced = captured_step(self._fn, window, args, kwargs)
         at = scene.place_of()
-        sources = {x: at.get(id(x.tensor), x.tensor) for x in step.given if isinstance(x, Input)}
+        sources = {
+            x: at.get(id(x.tensor), x.tensor) for x in (*step.given, *step.left) if isinstance(x, Input)
+        }
         return StepProgram(step, sources, scene.remembered(), traced)
 
     def _run(self, program: Program, scene: Scene) -> Any:

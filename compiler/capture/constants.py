@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from .entries import Entry, Number, Value
 from .ops import op_info
+from .slicing import tensor_spec
 
 _OPTIONS = (bool, int, float, complex, str, torch.dtype, torch.device, torch.layout, torch.memory_format, type(None))
 
@@ -19,6 +21,16 @@ class Constants:
 
     def __init__(self) -> None:
         self._results: dict[int, Any] = {}  # id of an entry, which the trace holds
+        self._shared: dict[tuple, Tensor] = {}
+
+    def shared(self, t: Tensor) -> Tensor:
+        """A constant, or one met before of the same values: one input for all of them."""
+        if isinstance(t, FakeTensor):
+            return t
+        with unset_fake_temporarily():
+            here = t.cpu().contiguous()
+        key = (tensor_spec(t), ctypes.string_at(here.data_ptr(), here.nbytes))
+        return self._shared.setdefault(key, t)
 
     def add(self, value: Value, tensor: Tensor) -> None:
         """``value`` is that of a real tensor which nobody else can change."""
