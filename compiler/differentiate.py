@@ -124,13 +124,14 @@ def _without_derivative(error: RuntimeError) -> str:
     """What to say where torch cannot differentiate a step, once or twice."""
     if isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)):
         return (
-            f"an inner step cannot be differentiated by a graph: a derivative in it looks at values ({error.func}). Use "
-            "torch.where in place of selecting or counting, or a window with strategy='full_tape'"
+            f"an inner step cannot be differentiated by a graph: a derivative in it looks at values ({error.func}). "
+            "Use torch.where in place of selecting or counting, or a window with strategy='full_tape'"
         )
     reason = str(error).rstrip(".")
     return (
-        f"an inner step cannot be differentiated: {reason}. If that is so in plain PyTorch with create_graph=True too, "
-        "write the loss with operators that can be differentiated twice, or give the inner optimizer first_order=True"
+        f"an inner step cannot be differentiated: {reason}. Where plain PyTorch can, with create_graph=True, so can a "
+        "window with strategy='full_tape'; where it cannot, write the loss with operators that have second derivatives, "
+        "or give the inner optimizer first_order=True"
     )
 
 

@@ -59,7 +59,9 @@ class Networks:
                 for name, p in module._parameters.items():
                     if p is None or (known and any(p is s for s in self.shown)):
                         continue
-                    if isinstance(p, UninitializedParameter):  # of a lazy module, which makes it at its first call
+                    if isinstance(
+                        p, UninitializedParameter
+                    ):  # of a lazy module, which makes it at its first call
                         continue
                     if not p.requires_grad:
                         self._frozen[p.untyped_storage()._cdata] = p

@@ -225,13 +225,13 @@ def test_without_a_second_derivative(name: str) -> None:
         outcome("tape", ONCE[name])
     expected = outcome("tape", ONCE[name], first_order=True)
     for form in "ABC":
-        with pytest.raises(metaoptim.CaptureError, match="cannot be differentiated.*first_order=True"):
+        with pytest.raises(metaoptim.CaptureError, match=r"cannot be differentiated.*first_order=True"):
             outcome(form, ONCE[name], slots=2)
         agree(outcome(form, ONCE[name], first_order=True), expected, rtol=1e-9)
 
 
 def test_ctc_loss() -> None:
-    with pytest.raises(metaoptim.CaptureError, match="cannot be differentiated.*ctc.*first_order=True"):
+    with pytest.raises(metaoptim.CaptureError, match=r"cannot be differentiated.*ctc.*first_order=True"):
         outcome("A", connectionist)
     expected = outcome("tape", connectionist, first_order=True)
     agree(outcome("A", connectionist, first_order=True), expected, rtol=1e-9)
@@ -288,6 +288,9 @@ def test_lazy_modules_that_cannot_begin_here() -> None:
     for form in "BC":
         with pytest.raises(metaoptim.CaptureError, match="run the network once before"):
             outcome(form, plain, lazy)
-    with warnings.catch_warnings(), pytest.raises(metaoptim.WindowError, match="running_mean.*run the network once"):
+    with (
+        warnings.catch_warnings(),
+        pytest.raises(metaoptim.WindowError, match=r"running_mean.*run the network once"),
+    ):
         warnings.simplefilter("ignore")
         outcome("A", plain, lambda: nn.Sequential(nn.Linear(4, 5), nn.LazyBatchNorm1d()).double())

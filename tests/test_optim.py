@@ -267,7 +267,7 @@ def test_schedulers_on_a_learnt_rate(name: str, leaf: bool) -> None:
 def test_schedulers_that_put_numbers_in_place_of_a_learnt_rate() -> None:
     networks = two_networks()
     inner = metaoptim.MetaSGD(networks, lr=torch.tensor(0.2, dtype=torch.float64, requires_grad=True))
-    with pytest.raises(metaoptim.WindowError, match="learnt 'lr'.*OneCycleLR.*compute the schedule"):
+    with pytest.raises(metaoptim.WindowError, match=r"learnt 'lr'.*OneCycleLR.*compute the schedule"):
         lr_scheduler.OneCycleLR(inner, 0.3, total_steps=10)
     plateau = lr_scheduler.ReduceLROnPlateau(inner, patience=0)
     plateau.step(1.0)

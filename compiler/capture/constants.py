@@ -13,7 +13,18 @@ from .entries import Entry, Number, Value
 from .ops import op_info
 from .slicing import tensor_spec
 
-_OPTIONS = (bool, int, float, complex, str, torch.dtype, torch.device, torch.layout, torch.memory_format, type(None))
+_OPTIONS = (
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    torch.dtype,
+    torch.device,
+    torch.layout,
+    torch.memory_format,
+    type(None),
+)
 
 
 class Constants:

@@ -90,7 +90,12 @@ RRELU = {
 
 
 def slopes_of(
-    x: Tensor, noise: Tensor, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False, generator: Any = None
+    x: Tensor,
+    noise: Tensor,
+    lower: float = 1 / 8,
+    upper: float = 1 / 3,
+    training: bool = False,
+    generator: Any = None,
 ) -> float | None:
     """The slope that such an operator, given these, has below zero; None where it is drawn for every element."""
     return None if training else (lower + upper) / 2

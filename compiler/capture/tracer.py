@@ -103,8 +103,10 @@ class Tracer(TorchDispatchMode):
             return functionalize.batch_norm(self, func, args)
         if info.writes:
             return functionalize.write(self, func, info, args, kwargs)
-        if info.dynamic and isinstance(found := self.constants.call(func, self.token(args), self.token(kwargs)), Tensor):
-            return self._constant(found)
+        if info.dynamic:
+            found = self.constants.call(func, self.token(args), self.token(kwargs))
+            if isinstance(found, Tensor):
+                return self._constant(found)
         return self.record(func, args, kwargs)
 
     def paused(self) -> Any:

@@ -21,9 +21,9 @@ def _set_rate(param_group: dict[str, Any], key: str, val: float | Tensor) -> Non
         param_group[key] = val
     else:
         raise WindowError(
-            f"a scheduler puts a value without a gradient in the place of the learnt {key!r}, as OneCycleLR, CyclicLR and "
-            "ReduceLROnPlateau do, and any under no_grad; take another, or compute the schedule from the meta-parameter: "
-            f"inner.param_groups[0][{key!r}] = base * factor(t)"
+            f"a scheduler puts a value without a gradient in the place of the learnt {key!r}, as OneCycleLR, CyclicLR "
+            "and ReduceLROnPlateau do, and any under no_grad; take another, or compute the schedule from the "
+            f"meta-parameter: inner.param_groups[0][{key!r}] = base * factor(t)"
         )
 
 
