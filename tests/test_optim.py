@@ -264,6 +264,7 @@ def test_schedulers_on_a_learnt_rate(name: str, leaf: bool) -> None:
         assert float(found) == pytest.approx(expected * (1 if leaf else 0.2), rel=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad")
 def test_schedulers_that_put_numbers_in_place_of_a_learnt_rate() -> None:
     networks = two_networks()
     inner = metaoptim.MetaSGD(networks, lr=torch.tensor(0.2, dtype=torch.float64, requires_grad=True))
