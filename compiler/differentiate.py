@@ -130,8 +130,8 @@ def _without_derivative(error: RuntimeError) -> str:
     reason = str(error).rstrip(".")
     return (
         f"an inner step cannot be differentiated: {reason}. Where plain PyTorch can, with create_graph=True, so can a "
-        "window with strategy='full_tape'; where it cannot, write the loss with operators that have second derivatives, "
-        "or give the inner optimizer first_order=True"
+        "window with strategy='full_tape'; where it cannot, write the loss with operators that have second "
+        "derivatives, or give the inner optimizer first_order=True"
     )
 
 

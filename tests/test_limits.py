@@ -258,9 +258,9 @@ def test_networks_in_distributed_data_parallel(tmp_path: Any) -> None:
         mp.spawn(_with_ddp, args=(str(tmp_path / "store"), results), nprocs=2)
         for rank in range(2):
             found = results[rank]
-            for (form, *which), got in found.items():
-                for g, e in zip(got, found["tape", *which], strict=True):
-                    torch.testing.assert_close(torch.tensor(g), torch.tensor(e), msg=f"{form} {which}")
+            for (form, buffers, static), got in found.items():
+                for g, e in zip(got, found["tape", buffers, static], strict=True):
+                    torch.testing.assert_close(torch.tensor(g), torch.tensor(e), msg=form)
         first, second = (results[r]["A", False, False] for r in range(2))
         assert (
             first[0] != second[0] and first[1:] == second[1:]
