@@ -30,7 +30,7 @@ demo-rl: $(VENV)/.examples
 demo-long: $(VENV)/.examples
 	$(BIN)/python examples/long-horizon/learn-weights.py --preset demo $(ARGS)
 
-test: $(VENV)/.test,examples
+test: $(VENV)/.test,examples,models
 	$(THREADS) $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
 lint: $(VENV)/.lint
@@ -42,7 +42,7 @@ format: $(VENV)/.lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.test,examples
+bench: $(VENV)/.test,examples,models
 	@set -e; for script in benchmarks/bench_*.py; do \
 	  echo "== $$script"; $(BIN)/python "$$script" $(ARGS); \
 	done
