@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
@@ -173,9 +174,10 @@ class SlidingWindow:
         session = self._session = self._new_session()
         session.open()
         try:
-            for optimizer in list(live_optimizers):
+            for optimizer in sorted(live_optimizers, key=lambda o: o.number):  # the same order on every rank
                 if optimizer.thread == threading.get_ident() and optimizer.__dict__.get("_session") is None:
-                    session.adopt(optimizer)
+                    with suppress(WindowError):  # raised where it steps, if it does
+                        session.adopt(optimizer)
         except BaseException:
             session.close(failed=True)
             raise

@@ -14,7 +14,7 @@ from metaoptim.errors import CaptureError, WindowError, user_location
 
 from ..compiler.build import GradientHooks
 from ..compiler.capture import intercept
-from ..compiler.capture.entries import Value
+from ..compiler.capture.entries import Entry, Value
 from ..compiler.capture.ops import LIFTS
 from ..compiler.capture.slicing import closed_over, tensor_spec
 from ..compiler.capture.trace import Input, Scan, ScanItem, WindowMark
@@ -93,6 +93,7 @@ class CapturedSession(Session):
         self._versions: dict[int, deque[Tensor]] = {}  # per parameter, what was shown, newest first
         self._lifts = True
         self._updates: dict[tuple, tuple[list[tuple], list[dict[str, tuple]]]] = {}
+        self._taken: dict[int, Entry] = {}  # the calls that take in parameters of which no optimizer has stepped
         self._cut: list[tuple[int, Any]] = []  # overwritten parameters, and what had shown them
 
     def _own(self, value: Tensor) -> Tensor:
@@ -179,16 +180,19 @@ class CapturedSession(Session):
         if own is not None and not self.options.offline:
             self.recorder.bind(own, detached)
 
-    def _enter(self, ordinals: list[int], late: bool) -> None:
-        if late:
-            raise CaptureError("build the optimizer before the loss of its first step is computed")
+    def _offer(self, ordinals: list[int]) -> None:
         tracer = self.recorder
         self._lifts = all(p.dtype in LIFTS for p in self.networks.originals)
         for i in ordinals:
             p = self.networks.originals[i]
             taken = tracer.add(aten.alias.default, (tracer.value_of(p),), grad=True)
-            self.mark.adopted.append(taken)
+            self._taken[i] = taken
             self._show(i, tensor_spec(p), Value(taken, None))
+
+    def _join(self, ordinals: list[int], late: list[int]) -> None:
+        if late:
+            raise CaptureError("build the optimizer before the loss of its first step is computed")
+        self.mark.adopted += [self._taken.pop(i) for i in ordinals if i in self._taken]
 
     def _show(self, i: int, spec: tuple, value: Any) -> None:
         shown = self.recorder.fakes.empty(spec).requires_grad_()

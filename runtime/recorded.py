@@ -56,8 +56,9 @@ class RecordedSession(Session):
     def __init__(self, options: Options) -> None:
         super().__init__(options)
         self.engine = Engine(options.slots, options.backward_hook, tier=tier_for(options.offload))
+        self.engine.closed = self.closed
         bypass.watch_backward(self.engine)
-        self.view = ThetaView(options, self.engine, self.networks)
+        self.view = ThetaView(options, self.engine, self.networks, self._entering)
         if options.slots is None:
             self.engine.streaming = Streaming(
                 options.memory_budget,
@@ -66,7 +67,8 @@ class RecordedSession(Session):
                 options.window is not None,
             )
         self.recorder = self.view.recorder
-        self._put_back = 0  # bytes that are kept to put gradients and buffers back
+        self._kept: list[Tensor] = []  # to put gradients and buffers back
+        self._put_back = 0  # its bytes
         self._lifts = True  # whether hyper-parameters that are numbers may become inputs
         self.opt_state: dict[tuple[int, int, str], int] = {}  # (optimizer, ordinal, name) -> state index
         self.results: dict[tuple[int, int], int] = {}  # (compiled step, number of its result) -> state index
@@ -76,14 +78,23 @@ class RecordedSession(Session):
         """What has been recorded."""
         return self.engine.program
 
-    def _enter(self, ordinals: list[int], late: bool) -> None:
-        check_device(self.options.offload, [p.device for p in self.networks.originals])
-        self._lifts = all(p.dtype in LIFTS for p in self.networks.originals)
+    def _offer(self, ordinals: list[int]) -> None:
+        self.view.offer(ordinals)
+
+    def _join(self, ordinals: list[int], late: list[int]) -> None:
+        self.view.join(ordinals, late)
+
+    def _entering(self, ordinals: list[int]) -> None:
+        """Parameters are about to be put on the tape."""
+        own = [self.networks.originals[i] for i in ordinals]
+        check_device(self.options.offload, [p.device for p in own])
+        self._lifts = self._lifts and all(p.dtype in LIFTS for p in own)
         if self.engine.streaming is not None:
-            kept = memory_of([g for g in self._grads if g is not None] + self.networks.copies)
+            self._kept += [g for i in ordinals if (g := self._grads[i]) is not None]
+            self._kept += self.networks.copies_beside(ordinals)
+            kept = memory_of(self._kept)
             self.engine.streaming.aside += kept - self._put_back
             self._put_back = kept
-        self.view.enter(ordinals, late)
 
     def _close(self) -> None:
         self.view.close()

@@ -70,8 +70,8 @@ class CapturedStep(CapturedSession):
         self.left.append((target, self.recorder.give(last)))
         return last
 
-    def _enter(self, ordinals: list[int], late: bool) -> None:
-        super()._enter(ordinals, late)
+    def _offer(self, ordinals: list[int]) -> None:
+        super()._offer(ordinals)
         tracer = self.recorder
         for p in (self.networks.originals[i] for i in ordinals):
             self.thetas[id(tracer.value_of(p))] = p
@@ -199,13 +199,15 @@ class CompiledStep:
                 "a compiled step inside a window with record_grad_tape or pickup_step; take either off"
             )
         for optimizer, _ in self.taken:
-            if id(optimizer) not in window.members:
-                window.adopt(optimizer)
+            member = window.members.get(id(optimizer))
+            if member is None or not member.joined:
+                window.join(optimizer)
         view, engine, networks = window.view, window.engine, window.networks
         with window.recorder.paused(), torch.no_grad():
             networks.check()
             self._premises.check(tensor_of)
             view.settle()
+            view.need(self._ordinal(window, p) for p in self.reads)
             for optimizer, _ in self.taken:
                 window.bring(optimizer, window.ordinals(optimizer))
             given = [self._given(x, place, tensor_of) for x, place in zip(self.given, self._buffers_given)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -18,8 +19,9 @@ from metaoptim.runtime.session import current_session
 
 Number: TypeAlias = float | Tensor
 
-#: Optimizers alive, with the thread that made them: a window adopts those of its own thread when it opens.
+#: Optimizers alive, with the thread that made them: those of its own thread may step in a window.
 live_optimizers: weakref.WeakSet[MetaOptimizer] = weakref.WeakSet()
+_numbers = itertools.count()
 
 
 class MetaOptimizer(Optimizer):
@@ -61,7 +63,7 @@ class MetaOptimizer(Optimizer):
         self._tape: list[tuple[str, Tensor]] = []
         self.first_order = first_order
         self.symbolic = is_symbolic()  # made while a function is captured: it ends with the capture
-        self.thread = threading.get_ident()
+        self.thread, self.number = threading.get_ident(), next(_numbers)
         given: list[Any] = [networks] if isinstance(networks, (nn.Module, dict)) else list(networks or ())
         if not given:
             raise ValueError(
@@ -76,7 +78,7 @@ class MetaOptimizer(Optimizer):
         live_optimizers.add(self)
         session = current_session()
         if session is not None:
-            session.adopt(self)
+            session.join(self)
 
     # -- what a subclass states ----------------------------------------------------------------------------------
 
@@ -158,7 +160,7 @@ class MetaOptimizer(Optimizer):
         super().add_param_group(group)
         session = current_session()
         if session is not None and self in live_optimizers:
-            session.adopt(self)
+            session.join(self)
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError(
