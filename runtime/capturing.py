@@ -134,6 +134,7 @@ class CapturedSession(Session):
     def _keep(self) -> None:
         """Parameters, buffers and optimizer states have a last value; from here on the trace reads that, detached."""
         tracer, networks = self.recorder, self.networks
+        self._let_go()
         for p, shown in zip(networks.originals, networks.shown, strict=True):
             self._last(p, p, shown)
         for module, name, own in networks._buffers:
@@ -151,6 +152,23 @@ class CapturedSession(Session):
                     if value is not known.get(name) and self.keeps_state:
                         state[name] = self._last_state((optimizer, p, name), value)
         tracer.trace.windows.append(self.mark)
+
+    def _let_go(self) -> None:
+        """Who has read parameters of which no optimizer has stepped has read an input, as without the optimizer."""
+        own: dict[int, Any] = {id(taken): taken.args[0] for taken in self._taken.values()}
+
+        def read(a: Any) -> Any:
+            if isinstance(a, Value):
+                return own.get(id(a.entry), a)
+            if isinstance(a, tuple):
+                return tuple(map(read, a))
+            return {k: read(v) for k, v in a.items()} if isinstance(a, dict) else a
+
+        for entry in self.recorder.trace.entries if own else ():
+            if entry.op is show and id(entry.args[0].entry) in own:  # it was not overwritten
+                own[id(entry)] = own[id(entry.args[0].entry)]
+            else:
+                entry.args, entry.kwargs = read(entry.args), read(entry.kwargs)
 
     def _last_state(self, target: tuple, last: Tensor) -> Tensor:
         """What an optimizer has in a later window of the function."""
@@ -302,6 +320,12 @@ class CapturedSession(Session):
                 of = self._part(all_states, j)
                 for name, value in optimizer.state[networks.originals[i]].items():
                     tracer.bind(value, self._part(of, name))
+        # An inner gradient is the derivative at the state it is taken at: what this step has read of other networks is
+        # shown anew, so that their own steps do not look back through it.
+        for i in set(range(len(networks.shown))) - set(ordinals):
+            t = networks.shown[i]
+            if id(t) in leaves:
+                self._show(i, tensor_spec(t), tracer.value_of(t))
         tracer.trace.steps.append((len(tracer.trace.entries), user_location()))
 
     def _refuse_overwritten(self, root: Any, ordinals: list[int]) -> None:

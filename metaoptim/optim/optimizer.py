@@ -239,6 +239,12 @@ class MetaOptimizer(Optimizer):
                 f"{type(self).__name__}: got {type(network).__name__}, expected an nn.Module; write "
                 f"{type(self).__name__}([net]), networks instead of parameters"
             )
+        for name, module in network.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                raise TypeError(
+                    f"{type(self).__name__}: {repr(name) if name else 'the network'} is scripted or traced by torch.jit, so "
+                    "that its parameters cannot be replaced; give the module it was made from"
+                )
         for name, p in network.named_parameters():
             if not p.is_floating_point():
                 raise TypeError(
