@@ -23,6 +23,7 @@ from .compiler.program import Kept
 from .errors import WindowError, warn
 from .explain_function import report_of
 from .guards import Scene
+from .optim.optimizer import refresh_optimizers
 from .recapture import compare
 from .runtime.budget import check_budget, check_count, tell_default
 from .runtime.compiled import Call, Run
@@ -72,6 +73,8 @@ class CompiledFunction:
         scene = Scene(self._fn, args, kwargs, self._own)
         program = self._find(scene)
         if program is None:
+            if refresh_optimizers():
+                scene = Scene(self._fn, args, kwargs, self._own)
             program = self._compile(scene, args, kwargs)
         elif self._options.recapture:
             compare(_name(self._fn), program, capture(self._fn, self._options, scene, args, kwargs))

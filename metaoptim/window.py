@@ -16,7 +16,7 @@ from .compiler.capture.intercept import recording
 from .compiler.lower import lowering
 from .errors import WindowError, warn
 from .explain_window import explain_window
-from .optim.optimizer import live_optimizers
+from .optim.optimizer import live_optimizers, refresh_optimizers
 from .report import Report
 from .runtime.budget import check_budget, check_count
 from .runtime.capturing import CapturedSession
@@ -171,6 +171,7 @@ class SlidingWindow:
                 "a window was opened inside a window; close the first one, or use one window with several "
                 "optimizers"
             )
+        refresh_optimizers()
         session = self._session = self._new_session()
         session.open()
         try:

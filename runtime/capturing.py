@@ -256,6 +256,7 @@ class CapturedSession(Session):
 
     def _step(self, optimizer: Any, loss: Tensor, allow_unused: bool) -> None:
         tracer, networks = self.recorder, self.networks
+        self.refuse_strangers()
         if optimizer._normalizer is not None and optimizer._normalizer[2]:
             raise CaptureError(
                 "error_if_nonfinite needs a value while the function is captured; use an ordinary window"

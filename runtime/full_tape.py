@@ -105,6 +105,7 @@ class FullTapeSession(Session):
         self._values.append(values)
 
     def _step(self, optimizer: Any, loss: Tensor, allow_unused: bool) -> None:
+        self.refuse_strangers()
         ordinals = self.ordinals(optimizer)
         create_graph = not optimizer.first_order
         found = self._inner_gradient(loss, ordinals, create_graph)

@@ -52,6 +52,10 @@ class Networks:
                 return self.originals[i]
         return parameter
 
+    def is_strange(self, p: Tensor) -> bool:
+        """Whether a parameter of a network is trainable, and none that the window shows or has adopted."""
+        return p.requires_grad and id(p) not in self._index and not any(p is s for s in self.shown)
+
     def adopt(self, modules: Sequence[nn.Module], trained: Collection[int]) -> list[int]:
         """Take modules in: their buffers are swapped for copies; the ordinals of parameters not known before.
 

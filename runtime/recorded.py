@@ -149,6 +149,10 @@ class RecordedSession(Session):
                 ordinal = self.view.indices.index(theta.index)
                 if theta.tensor is self.networks.shown[ordinal] and ordinal in self.ordinals(optimizer):
                     refuse_overwritten(self.networks.names[ordinal])
+        metas = [x.tensor for x in sliced.externals if x.grad]
+        new = self.view.unknown(metas)
+        if any(isinstance(t, torch.nn.Parameter) for t in new):
+            self.refuse_strangers(set(map(id, new)))
         update = self._plan(optimizer, loss, sliced, hyper, allow_unused)
         if sliced.spies:  # only now have the hooks run
             if any(spy.mutated for spy in sliced.spies):
@@ -170,7 +174,7 @@ class RecordedSession(Session):
             *zip(call.update, new, strict=True),
             *zip(call.opt_state_out, (v for s in new_states for v in s.values()), strict=True),
         ]
-        metas = [x.tensor for x in sliced.externals if x.grad]
+        metas = [x.tensor for x in sliced.externals if x.grad]  # after the hooks
         position = self.engine.position
         for value in sliced.values:
             if not value.steps or value.steps[-1] != position:

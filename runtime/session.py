@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -158,6 +158,8 @@ class Session:
 
     def join(self, optimizer: Any, late: bool = False) -> None:
         """Let an optimizer belong to the window; ``late``: the loss of its first step has been computed."""
+        if id(optimizer) not in self.members:
+            optimizer.refresh()
         new = self.adopt(optimizer)
         member = self.members[id(optimizer)]
         with self.recorder.paused():
@@ -167,6 +169,8 @@ class Session:
                 self.closed.update(map(id, parameters))
             if not member.joined:
                 member.join(self._own)
+            self.networks.check()
+            self.refuse_strangers()
             self._join(ordinals, new if late else [])
 
     # -- steps ---------------------------------------------------------------------------------------------------
@@ -210,6 +214,22 @@ class Session:
             member.steps += 1
             if anomaly:
                 self._check_finite(optimizer, member)
+
+    def refuse_strangers(self, among: Collection[int] | None = None) -> None:
+        """Raise for a parameter that a network got inside the window, which its optimizer would not train.
+
+        Args:
+            among: ids of tensors that are looked for; None looks for all.
+        """
+        for member in (m for m in self.members.values() if m.joined):
+            for network in member.optimizer.whole_networks:
+                for name, p in network.named_parameters():
+                    if (among is None or id(p) in among) and self.networks.is_strange(p):
+                        raise WindowError(
+                            f"parameter {name!r} was put into the network of a {type(member.optimizer).__name__} inside the "
+                            "window, where inner steps would not train it; put it in before the window, or build an "
+                            "optimizer of its own for it inside"
+                        )
 
     def _unfrozen(self, optimizer: Any) -> bool:
         index_of = self.networks.index_of

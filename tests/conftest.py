@@ -2,24 +2,11 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
-
 import pytest
 import torch
 
-from metaoptim.optim.optimizer import live_optimizers
-
 torch.set_num_threads(1)
 torch.set_default_dtype(torch.float64)
-
-
-@pytest.fixture(autouse=True)
-def _no_optimizers_left() -> Iterator[None]:
-    """A window takes in every optimizer that is alive: one test's must not get into the next one's."""
-    yield
-    if live_optimizers:
-        gc.collect()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

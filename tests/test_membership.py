@@ -220,3 +220,98 @@ def test_optimizers_that_do_not_step_leave_no_trace_in_a_window() -> None:
     old = metaoptim.MetaAdam([big])
     assert run() == alone and old is not None
     gc.collect()
+
+
+# -- networks that change ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["A", "B", "C", "tape"])
+def test_a_head_put_in_before_the_window_is_trained(form: str) -> None:
+    """As in Proto-MAML; what has been taken out is forgotten, with its state."""
+
+    def run(form: str, replaced: bool) -> list[Tensor]:
+        net, lr = mlp(), leaf(0.1)
+        heads = [nn.Linear(4, 2), nn.Linear(4, 3)]
+        with torch.no_grad():
+            for head in heads:
+                head.weight.copy_(torch.arange(float(head.weight.numel())).view_as(head.weight).sin())
+                head.bias.zero_()
+        net[2] = heads[0] if replaced else heads[1]
+        inner = metaoptim.MetaAdam([net], lr=lr)
+
+        def one_step() -> None:
+            inner.step(net(X).square().mean())
+
+        def whole(net: nn.Module, lr: Tensor) -> Tensor:
+            with metaoptim.SlidingWindow(
+                offline=True, strategy="full_tape" if form == "tape" else "auto"
+            ):
+                for _ in range(3):
+                    step()
+                return net(X).sin().sum()
+
+        whole, step = in_form(form, whole, one_step)
+        if replaced:
+            whole(net, lr).backward()
+            with metaoptim.SlidingWindow():  # leaves a state
+                inner.step(net(X).square().mean())
+            inner.state.clear()
+            for p in (*net.parameters(), lr):
+                p.grad = None
+            with torch.no_grad():
+                for p, q in zip(net[0].parameters(), mlp()[0].parameters(), strict=True):
+                    p.copy_(q)
+            net[2] = heads[1]
+        whole(net, lr).backward()
+        assert net[2].weight.grad.abs().max() > 1e-3
+        assert [id(p) for p in inner.param_groups[0]["params"]] == [id(p) for p in net.parameters()]
+        inner.load_state_dict(inner.state_dict())
+        return gradients(*net.parameters(), lr)
+
+    equal(run(form, True), run("A", False))
+
+
+@pytest.mark.parametrize("form", ["A", "B", "C", "tape"])
+@pytest.mark.parametrize("where", ["replaced", "added", "before"])
+def test_a_layer_put_in_inside_the_window_is_named(form: str, where: str) -> None:
+    net = mlp()
+    inner = metaoptim.MetaSGD([net], lr=0.1)
+
+    def one_step() -> None:
+        inner.step(net(X).square().mean(), allow_unused=True)
+
+    def whole(net: nn.Module) -> None:
+        with metaoptim.SlidingWindow(strategy="full_tape" if form == "tape" else "auto"):
+            if where != "before":
+                step()
+            if where == "added":
+                net.append(nn.Linear(2, 2))
+            else:
+                net[2] = nn.Linear(4, 2)
+            step()
+
+    whole, step = in_form(form, whole, one_step)
+    name = "3.weight" if where == "added" else "2.weight"
+    with pytest.raises(metaoptim.WindowError, match=f"{name!r} was put into the network of a MetaSGD inside"):
+        whole(net)
+    if form != "C":
+        with metaoptim.SlidingWindow():  # the next one trains it
+            inner.step(net(X).square().mean())
+
+
+def test_what_has_been_frozen_tied_and_taken_out_between_windows() -> None:
+    net = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3), nn.Linear(3, 3))
+    inner = metaoptim.MetaSGD([net], lr=0.1, momentum=0.9)
+    with metaoptim.SlidingWindow():
+        inner.step(net(X).square().mean())
+    net[3].weight = net[0].weight
+    net[2] = nn.Identity()
+    net[0].bias.requires_grad_(False)
+    before = net[0].bias.detach().clone()
+    with metaoptim.SlidingWindow(offline=True):
+        for _ in range(2):
+            inner.step(net(X).square().mean())
+        assert net[3].weight is net[0].weight
+        net(X).square().mean().backward()
+    assert torch.equal(net[0].bias, before) and len(inner.state) == 3 == len(inner.state_dict()["state"])
+    assert [p.shape for p in inner.param_groups[0]["params"]] == [p.shape for p in net.parameters()]
