@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from .ambient import default_dtype, with_default_dtype
 from .compile_graph import compiled
 from .differentiate import cotangent_outputs, replay_graph
 from .hvp import derivative
@@ -49,10 +50,12 @@ def lowered(step: StepGraph, kind: str, inputs: Sequence[Tensor], how: Lowering 
         graph = _graph(step, kind, how.hvp, inputs if step.dynamic else None)
         backend = how.backend_of(kind)
         if backend == "eager":
-            program = graph.forward
+            program = with_default_dtype(step.default_dtype, graph.forward)
         else:
             cotangents = len(cotangent_outputs(step)) if kind in ("vjp", "backward") else 0
-            program = compiled(graph, inputs, backend, cotangents, how.check)
+            with default_dtype(step.default_dtype):
+                program = compiled(graph, inputs, backend, cotangents, how.check)
+            program = with_default_dtype(step.default_dtype, program)
         step.programs[kind, how] = program
     return program
 
@@ -68,7 +71,8 @@ def _graph(step: StepGraph, kind: str, hvp: str, example: Sequence[Tensor] | Non
 def derived(step: StepGraph, hvp: str, example: Sequence[Tensor] | None = None) -> fx.GraphModule:
     """The flat graph of a step's VJP."""
     if not is_derived(step, hvp):
-        step.programs["vjp graph", hvp] = derivative(step, hvp, example)
+        with default_dtype(step.default_dtype):
+            step.programs["vjp graph", hvp] = derivative(step, hvp, example)
     return step.programs["vjp graph", hvp]
 
 
@@ -80,7 +84,8 @@ def is_derived(step: StepGraph, hvp: str) -> bool:
 def replayed(step: StepGraph, example: Sequence[Tensor] | None = None) -> fx.GraphModule:
     """The flat graph of a step's replay."""
     if "replay graph" not in step.programs:
-        step.programs["replay graph"] = replay_graph(step, example)
+        with default_dtype(step.default_dtype):
+            step.programs["replay graph"] = replay_graph(step, example)
     return step.programs["replay graph"]
 
 

@@ -75,6 +75,8 @@ class CompiledFunction:
         if program is None:
             if refresh_optimizers():
                 scene = Scene(self._fn, args, kwargs, self._own)
+                program = self._find(scene)
+        if program is None:
             program = self._compile(scene, args, kwargs)
         elif self._options.recapture:
             compare(_name(self._fn), program, capture(self._fn, self._options, scene, args, kwargs))
@@ -122,7 +124,11 @@ class CompiledFunction:
         with window.recorder.paused():
             scene = Scene(self._fn, args, kwargs, self._own)
         scene.key = ("step", window.options.backward_hook is not None, scene.key)
+        window.look_at(scene.tensors)
         program = self._find(scene)
+        if program is not None and not program.step.fits(window):  # a layer is another one than in its last window
+            self._programs[scene.key].remove(program)
+            program = None
         if program is None:
             if self._options.memory_budget is not None:
                 raise WindowError(
@@ -146,7 +152,9 @@ class CompiledFunction:
     def _captured_step(self, window: RecordedSession, scene: Scene, args: tuple, kwargs: dict) -> StepProgram:
         step, _, traced = captured_step(self._fn, window, args, kwargs)
         at = scene.place_of()
-        sources = {x: at.get(id(x.tensor), x.tensor) for x in step.given if isinstance(x, Input)}
+        sources = {
+            x: at.get(id(x.tensor), x.tensor) for x in (*step.given, *step.left) if isinstance(x, Input)
+        }
         return StepProgram(step, sources, scene.remembered(), traced)
 
     def _run(self, program: Program, scene: Scene) -> Any:

@@ -21,7 +21,7 @@ from .sweep import Sweep
 
 def new_token() -> Tensor:
     """The empty tensor a chain of Links begins with."""
-    return torch.empty(0, requires_grad=True)
+    return torch.empty(0, device="cpu", requires_grad=True)
 
 
 class InnerParameter(nn.Parameter):
@@ -164,7 +164,7 @@ class Read(torch.autograd.Function):
         for index, grad in zip(ctx.indices, grads, strict=True):
             if grad is not None:
                 sweep.deposit(ctx.position, index, grad)
-        return *[None] * (len(ctx.needs_input_grad) - 1), torch.empty(0)
+        return *[None] * (len(ctx.needs_input_grad) - 1), torch.empty(0, device="cpu")
 
 
 class Results(torch.autograd.Function):
@@ -224,19 +224,19 @@ class Link(torch.autograd.Function):
     ) -> Tensor:
         ctx.engine, ctx.position, ctx.metas, ctx.thetas = engine, position, tuple(metas), tuple(thetas)
         ctx.hooked, ctx.ids = hooked(tensors), tuple(map(id, tensors[len(ctx.metas) :]))
-        return torch.empty(0)
+        return torch.empty(0, device="cpu")
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         refuse_third_order()
         closed = ctx.engine.closed
         if ctx.thetas and closed.issuperset(ctx.ids):
-            return *[None] * 4, torch.empty(0), *[None] * len(ctx.ids)
+            return *[None] * 4, torch.empty(0, device="cpu"), *[None] * len(ctx.ids)
         sweep = ctx.engine.sweep_of(torch._C._current_graph_task_id())
         ctx.engine.pull_back(sweep, ctx.position)
         grads = [sweep.metas.pop(m, None) for m in ctx.metas]
         grads += opened([sweep.adopted.pop(i, None) for i in ctx.thetas], ctx.ids, closed)
-        return None, None, None, None, torch.empty(0), *defined(grads, ctx.hooked)
+        return None, None, None, None, torch.empty(0, device="cpu"), *defined(grads, ctx.hooked)
 
 
 def hooked(tensors: Sequence[Tensor]) -> dict[int, Tensor]:
@@ -294,4 +294,4 @@ class WindowedRead(torch.autograd.Function):
         found = [sweep.metas.get(m) for m in ctx.metas]
         first = [sweep.adopted.get(i, sweep.cotangents.get(i)) for i in ctx.thetas]
         found += opened(first, ctx.ids, ctx.engine.closed)
-        return *[None] * 9, torch.empty(0), *defined(found, ctx.hooked)
+        return *[None] * 9, torch.empty(0, device="cpu"), *defined(found, ctx.hooked)

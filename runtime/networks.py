@@ -52,9 +52,12 @@ class Networks:
                 return self.originals[i]
         return parameter
 
-    def is_strange(self, p: Tensor) -> bool:
-        """Whether a parameter of a network is trainable, and none that the window shows or has adopted."""
-        return p.requires_grad and id(p) not in self._index and not any(p is s for s in self.shown)
+    def strange(self, network: nn.Module, among: Collection[int] | None = None) -> Iterator[str]:
+        """Names of trainable parameters (``among`` these ids) that the window neither shows nor has adopted."""
+        known = {*self._index, *map(id, self.shown)}
+        for name, p in network.named_parameters():
+            if p.requires_grad and id(p) not in known and (among is None or id(p) in among):
+                yield name
 
     def adopt(self, modules: Sequence[nn.Module], trained: Collection[int]) -> list[int]:
         """Take modules in: their buffers are swapped for copies; the ordinals of parameters not known before.

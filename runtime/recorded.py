@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -67,6 +68,7 @@ class RecordedSession(Session):
                 options.window is not None,
             )
         self.recorder = self.view.recorder
+        self._looked_at: dict[int, Tensor] = {}  # parameters that steps have read and that they do not train, by id
         self._kept: list[Tensor] = []  # to put gradients and buffers back
         self._put_back = 0  # its bytes
         self._lifts = True  # whether hyper-parameters that are numbers may become inputs
@@ -96,8 +98,16 @@ class RecordedSession(Session):
             self.engine.streaming.aside += kept - self._put_back
             self._put_back = kept
 
+    def look_at(self, tensors: Iterable[Tensor]) -> None:
+        """Raise if a step is about to read a parameter that a network got inside the window."""
+        new = [t for t in tensors if type(t) is torch.nn.Parameter and id(t) not in self._looked_at]
+        if new:
+            self.refuse_strangers(set(map(id, new)))
+            self._looked_at.update((id(t), t) for t in new)
+
     def _close(self) -> None:
         self.view.close()
+        self._looked_at.clear()
 
     def _record_tape(self, optimizer: Any, member: Any) -> list[tuple[str, Tensor]]:
         tape = super()._record_tape(optimizer, member)
@@ -150,9 +160,7 @@ class RecordedSession(Session):
                 if theta.tensor is self.networks.shown[ordinal] and ordinal in self.ordinals(optimizer):
                     refuse_overwritten(self.networks.names[ordinal])
         metas = [x.tensor for x in sliced.externals if x.grad]
-        new = self.view.unknown(metas)
-        if any(isinstance(t, torch.nn.Parameter) for t in new):
-            self.refuse_strangers(set(map(id, new)))
+        self.look_at(metas)
         update = self._plan(optimizer, loss, sliced, hyper, allow_unused)
         if sliced.spies:  # only now have the hooks run
             if any(spy.mutated for spy in sliced.spies):
@@ -342,7 +350,7 @@ class RecordedSession(Session):
             )
         dtypes = [port.spec[1] for port in step.inputs[len(step.inputs) - len(lifted) :]]
         held += [
-            Held(torch.tensor(sliced.numbers[i], dtype=dtype), None, "a number")
+            Held(torch.tensor(sliced.numbers[i], dtype=dtype, device="cpu"), None, "a number")
             for i, dtype in zip(lifted, dtypes, strict=True)
         ]
         inputs, outputs = self._state_indices(optimizer, update, new_states)

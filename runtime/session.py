@@ -197,11 +197,7 @@ class Session:
         if member is None or not member.joined or self._unfrozen(optimizer):
             self.join(optimizer, late=True)
         member = self.members[id(optimizer)]
-        with (
-            self.recorder.paused(),
-            torch.autocast("cpu", enabled=False),
-            torch.autocast("cuda", enabled=False),
-        ):
+        with self.recorder.paused(), torch._C._DisableAutocast():
             self.networks.check()
             anomaly = torch.is_anomaly_enabled() and not self.recorder.symbolic
             if anomaly and not bool(torch.isfinite(loss)):
@@ -223,13 +219,12 @@ class Session:
         """
         for member in (m for m in self.members.values() if m.joined):
             for network in member.optimizer.whole_networks:
-                for name, p in network.named_parameters():
-                    if (among is None or id(p) in among) and self.networks.is_strange(p):
-                        raise WindowError(
-                            f"parameter {name!r} was put into the network of a {type(member.optimizer).__name__} inside the "
-                            "window, where inner steps would not train it; put it in before the window, or build an "
-                            "optimizer of its own for it inside"
-                        )
+                for name in self.networks.strange(network, among):
+                    raise WindowError(
+                        f"parameter {name!r} was put into the network of a {type(member.optimizer).__name__} inside the "
+                        "window, where inner steps would not train it; put it in before the window, or build an "
+                        "optimizer of its own for it inside"
+                    )
 
     def _unfrozen(self, optimizer: Any) -> bool:
         index_of = self.networks.index_of

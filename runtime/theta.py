@@ -243,10 +243,6 @@ class ThetaView:
         sliding = self.sliding
         return [(n, t) for n, t in self._metas.values() if sliding is None or sliding.reads(n)]
 
-    def unknown(self, metas: Sequence[Tensor]) -> list[Tensor]:
-        """Those among what a step reads that no step has read yet."""
-        return [t for t in metas if _meta_key(t) not in self._metas]
-
     # -- a step --------------------------------------------------------------------------------------------------
 
     def take(
@@ -269,7 +265,9 @@ class ThetaView:
             self._overlapping.clear()
             if self.sliding is None:
                 self._part()
-        keys = list(map(_meta_key, metas))
+        keys = [
+            (id(t), None if t.is_leaf else t._version) for t in metas
+        ]  # in-place calls change where it leads
         new = {key: t for key, t in zip(keys, metas, strict=True) if key not in self._metas}
         for key, t in new.items():
             self._metas[key] = (self._numbered, t)
@@ -404,7 +402,3 @@ class ThetaView:
         self.recorder.release()
         if self.sliding is not None:
             self.sliding.close()
-
-
-def _meta_key(t: Tensor) -> tuple:
-    return id(t), None if t.is_leaf else t._version  # in-place calls change where it leads
