@@ -126,7 +126,9 @@ class CompiledFunction:
         scene.key = ("step", window.options.backward_hook is not None, scene.key)
         window.look_at(scene.tensors)
         program = self._find(scene)
-        if program is not None and not program.step.fits(window):  # a layer is another one than in its last window
+        if program is not None and not program.step.fits(
+            window
+        ):  # a layer is another one than in its last window
             self._programs[scene.key].remove(program)
             program = None
         if program is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ class _Networks(Networks):
         super().__init__()
         self.tracer = tracer
 
-    def _copy_buffers(self, modules: list[nn.Module]) -> None:
+    def _copy_buffers(self, modules: Sequence[nn.Module]) -> None:
         storages: dict[int, Tensor] = {}
         for module in (m for root in modules for m in root.modules() if id(m) not in self._modules):
             for name, b in module._buffers.items():
@@ -93,7 +93,9 @@ class CapturedSession(Session):
         self._versions: dict[int, deque[Tensor]] = {}  # per parameter, what was shown, newest first
         self._lifts = True
         self._updates: dict[tuple, tuple[list[tuple], list[dict[str, tuple]]]] = {}
-        self._taken: dict[int, Entry] = {}  # the calls that take in parameters of which no optimizer has stepped
+        self._taken: dict[
+            int, Entry
+        ] = {}  # the calls that take in parameters of which no optimizer has stepped
         self._cut: list[tuple[int, Any]] = []  # overwritten parameters, and what had shown them
 
     def _own(self, value: Tensor) -> Tensor:

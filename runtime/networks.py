@@ -36,7 +36,9 @@ class Networks:
         self._buffers: list[tuple[nn.Module, str, Tensor]] = []  # with the user's own tensor
         self._copies: dict[int, Tensor] = {}  # id of a buffer of the user -> what the modules show
         # storage -> a parameter that no step trains, and the module it is in
-        self._beside: dict[int, list[Tensor]] = {}  # first ordinal adopted with others -> the copies that were made
+        self._beside: dict[
+            int, list[Tensor]
+        ] = {}  # first ordinal adopted with others -> the copies that were made
         self._frozen: dict[int, tuple[nn.Parameter, nn.Module]] = {}
         self._backups: list[tuple[nn.Parameter, nn.Module, Tensor]] = []
         self._read: dict[int, Tensor] = {}  # running statistics that autograd has saved
@@ -99,7 +101,8 @@ class Networks:
                     if b is not None and not b.requires_grad and not known:
                         self._buffers.append((module, name, b))
                         module._buffers[name] = self._copies[id(b)]
-        self._beside.update(dict.fromkeys(new[:1], [c for b, c in self._copies.items() if b not in before]))
+        if new:
+            self._beside[new[0]] = [c for b, c in self._copies.items() if b not in before]
         return new
 
     def join(self, modules: Sequence[nn.Module], parameters: Iterable[Tensor]) -> list[int]:

@@ -68,7 +68,9 @@ class RecordedSession(Session):
                 options.window is not None,
             )
         self.recorder = self.view.recorder
-        self._looked_at: dict[int, Tensor] = {}  # parameters that steps have read and that they do not train, by id
+        self._looked_at: dict[
+            int, Tensor
+        ] = {}  # parameters that steps have read and that they do not train, by id
         self._kept: list[Tensor] = []  # to put gradients and buffers back
         self._put_back = 0  # its bytes
         self._lifts = True  # whether hyper-parameters that are numbers may become inputs

@@ -221,8 +221,8 @@ class Session:
             for network in member.optimizer.whole_networks:
                 for name in self.networks.strange(network, among):
                     raise WindowError(
-                        f"parameter {name!r} was put into the network of a {type(member.optimizer).__name__} inside the "
-                        "window, where inner steps would not train it; put it in before the window, or build an "
+                        f"parameter {name!r} was put into the network of a {type(member.optimizer).__name__} inside "
+                        "the window, where inner steps would not train it; put it in before the window, or build an "
                         "optimizer of its own for it inside"
                     )
 

@@ -39,7 +39,9 @@ class ThetaView:
         self, options: Options, engine: Engine, networks: Networks, entering: Callable[[list[int]], None]
     ) -> None:
         self.offline, self.engine, self.networks = options.offline, engine, networks
-        self._entering = entering  # called with the ordinals of parameters that are about to be put on the tape
+        self._entering = (
+            entering  # called with the ordinals of parameters that are about to be put on the tape
+        )
         self.recorder = Recorder(self)
         self.recording = self.recorder.recording
         self.indices: list[int] = []
@@ -48,7 +50,9 @@ class ThetaView:
         self._versions: dict[int, object] = {}  # state index -> equal for all that is shown for one value
         self._since: dict[int, int] = {}  # state index -> the position from which on it is there
         self._beside: dict[int, list[int]] = {}  # ordinal that nothing has read -> those that enter with it
-        self._unlinked: list[tuple[int, tuple[int, ...], list[Tensor]]] = []  # position and indices of what entered
+        self._unlinked: list[
+            tuple[int, tuple[int, ...], list[Tensor]]
+        ] = []  # position and indices of what entered
         self._written: set[int] = set()  # ordinals that were overwritten before anything read them
         self.sliding = None if options.window is None else Sliding(engine, options.window)
         self._superstep = 0

@@ -149,9 +149,7 @@ def test_what_does_not_step_is_as_without_the_window(offline: bool, strategy: st
         old.linear.weight = new = nn.Parameter(torch.ones(2, 3))
         F.mse_loss(net(X), old(X)).backward()
     twin(X), twin(X)
-    assert old.linear.weight is new and all(
-        a is b for a, b in zip(old.buffers(), tensors[4:], strict=True)
-    )
+    assert old.linear.weight is new and all(a is b for a, b in zip(old.buffers(), tensors[4:], strict=True))
     torch.testing.assert_close(old.norm.running_mean, twin.norm.running_mean)
     assert old.norm.bias is tensors[1] and torch.equal(old.norm.bias, torch.ones(3))
     assert new.grad is not None and old.norm.weight.grad is not None and not another.state
@@ -243,9 +241,7 @@ def test_a_head_put_in_before_the_window_is_trained(form: str) -> None:
             inner.step(net(X).square().mean())
 
         def whole(net: nn.Module, lr: Tensor) -> Tensor:
-            with metaoptim.SlidingWindow(
-                offline=True, strategy="full_tape" if form == "tape" else "auto"
-            ):
+            with metaoptim.SlidingWindow(offline=True, strategy="full_tape" if form == "tape" else "auto"):
                 for _ in range(3):
                     step()
                 return net(X).sin().sum()

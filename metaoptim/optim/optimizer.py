@@ -75,6 +75,8 @@ class MetaOptimizer(Optimizer):
             self._add_network(network)
         if params is None and self._networks:
             params = list(self._networks)
+        if isinstance(params, dict) and "params" not in params:
+            params = list(params.items())  # named parameters
         given: list[Any] = [params] if isinstance(params, (nn.Module, dict)) else list(params or ())
         if not given:
             raise ValueError(
@@ -244,8 +246,8 @@ class MetaOptimizer(Optimizer):
         for name, module in network.named_modules():
             if isinstance(module, torch.jit.ScriptModule):
                 raise TypeError(
-                    f"{type(self).__name__}: {repr(name) if name else 'the network'} is scripted or traced by torch.jit, so "
-                    "that its parameters cannot be replaced; give the module it was made from"
+                    f"{type(self).__name__}: {repr(name) if name else 'the network'} is scripted or traced by torch.jit, "
+                    "so that its parameters cannot be replaced; give the module it was made from"
                 )
         if not any(n is network for n in self._networks):
             self._networks.append(network)
@@ -258,24 +260,22 @@ class MetaOptimizer(Optimizer):
         if whole is not None:
             self._add_network(whole)
             params = list(whole.parameters())
-        elif isinstance(params, Tensor):
-            params = [params]
         elif isinstance(params, dict):
             params = list(params.items())
-        elif isinstance(params, Iterable) and not isinstance(params, str):
+        elif isinstance(params, Iterable) and not isinstance(params, (Tensor, str, nn.Module)):
             params = list(params)
         else:
             params = [params]
         if whole is None and params and isinstance(params[0], tuple):
             group["param_names"] = [name for name, _ in params]
             params = [p for _, p in params]
-        bad = next((p for p in params if not isinstance(p, Tensor)), None)
-        if bad is not None or (whole is None and not self._networks):
-            cls, got = type(self).__name__, "parameters" if bad is None else type(bad).__name__
+        other = [type(p).__name__ for p in params if not isinstance(p, Tensor)]
+        if other or (whole is None and not self._networks):
+            cls = type(self).__name__
             raise TypeError(
-                f"{cls}: got {got}, expected networks: write {cls}([net]); to train some of its parameters, or each with "
-                f"options of its own, say which network they are in: {cls}([{{'params': [p, ...], 'lr': 0.1}}, ...], "
-                "networks=[net])"
+                f"{cls}: got {other[0] if other else 'parameters'}, expected networks: write {cls}([net]); to train some "
+                "of its parameters, or each with options of its own, say which network they are in: "
+                f"{cls}([{{'params': [p, ...], 'lr': 0.1}}, ...], networks=[net])"
             )
         names = {id(_own(p)): name for n in self._networks for name, p in n.named_parameters()}
         group["params"] = [_own(p) for p in params]
@@ -286,7 +286,8 @@ class MetaOptimizer(Optimizer):
                 )
             if not p.is_floating_point():
                 raise TypeError(
-                    f"{type(self).__name__}: parameter {names[id(p)]!r} is {p.dtype}, expected a real floating-point type"
+                    f"{type(self).__name__}: parameter {names[id(p)]!r} is {p.dtype}, expected a real floating-point "
+                    "type"
                 )
         seen = {id(p) for g in self.param_groups for p in g["params"]}
         for p in group["params"]:
@@ -323,8 +324,11 @@ class MetaOptimizer(Optimizer):
 
 def refresh_optimizers() -> bool:
     """`MetaOptimizer.refresh` of those alive that this thread has made; whether any has changed."""
-    here = threading.get_ident()
-    return any([o.refresh() for o in live_optimizers if o.thread == here and o.__dict__.get("_session") is None])
+    here, changed = threading.get_ident(), False
+    for o in live_optimizers:
+        if o.thread == here and o.__dict__.get("_session") is None:
+            changed |= o.refresh()
+    return changed
 
 
 def _own(p: Any) -> Any:
