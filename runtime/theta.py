@@ -88,7 +88,7 @@ class ThetaView:
         self._entering(ordinals)
         engine, epoch = self.engine, self.recording.epoch
         shown = [self.networks.shown[i] for i in ordinals]
-        own = [self.networks.originals[i] for i in ordinals]
+        own: list[Tensor] = [self.networks.originals[i] for i in ordinals]
         indices = tuple(range(len(engine.state), len(engine.state) + len(ordinals)))
         self._unlinked.append((engine.position, indices, own))
         with self.recorder.paused(), torch.no_grad():

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+
 import pytest
 import torch
 
+from metaoptim.optim.optimizer import live_optimizers
+
 torch.set_num_threads(1)
 torch.set_default_dtype(torch.float64)
+
+
+@pytest.fixture(autouse=True)
+def _no_optimizers_left() -> Iterator[None]:
+    """A window copies the networks of every optimizer that is alive: tests that count bytes want none left over."""
+    yield
+    if live_optimizers:
+        gc.collect()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -162,16 +162,16 @@ def test_bad_groups() -> None:
     for params in (net.parameters(), [{"params": list(net.parameters())}], net.named_parameters()):
         with pytest.raises(TypeError, match=point_there):
             metaoptim.MetaSGD(params)
-    with pytest.raises(ValueError, match="of shape .* is in none of the networks"):
+    with pytest.raises(ValueError, match=r"of shape .* is in none of the networks"):
         metaoptim.MetaSGD([{"params": [other[0].weight]}], networks=[net])
     for groups in (
         [{"params": [net[0].weight]}, {"params": [net[0].bias, net[0].weight]}],
         [{"params": [net[0].weight, net[0].weight]}],
         [net, {"params": [net[0].weight]}],
     ):
-        with pytest.raises(ValueError, match="'0.weight' is in more than one place"):
+        with pytest.raises(ValueError, match=r"'0\.weight' is in more than one place"):
             metaoptim.MetaSGD(groups, networks=[net])
     with pytest.raises(TypeError, match="got str, expected networks"):
         metaoptim.MetaSGD([{"params": ["0.weight"]}], networks=[net])
-    with pytest.raises(TypeError, match="got Tensor among the networks|got Parameter among"):
+    with pytest.raises(TypeError, match=r"got Tensor among the networks|got Parameter among"):
         metaoptim.MetaSGD([net], networks=list(net.parameters()))

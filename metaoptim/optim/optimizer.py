@@ -58,7 +58,7 @@ class MetaOptimizer(Optimizer):
 
     def __init__(
         self,
-        params: Params,
+        params: Any,
         defaults: dict[str, Any],
         *,
         networks: Iterable[nn.Module] | None = None,
@@ -246,8 +246,8 @@ class MetaOptimizer(Optimizer):
         for name, module in network.named_modules():
             if isinstance(module, torch.jit.ScriptModule):
                 raise TypeError(
-                    f"{type(self).__name__}: {repr(name) if name else 'the network'} is scripted or traced by torch.jit, "
-                    "so that its parameters cannot be replaced; give the module it was made from"
+                    f"{type(self).__name__}: {repr(name) if name else 'the network'} is scripted or traced by "
+                    "torch.jit, so that its parameters cannot be replaced; give the module it was made from"
                 )
         if not any(n is network for n in self._networks):
             self._networks.append(network)
@@ -255,7 +255,7 @@ class MetaOptimizer(Optimizer):
     def _group(self, group: Any) -> tuple[dict[str, Any], nn.Module | None]:
         """A parameter group of the user's own parameters, and the module all of whose parameters are in it."""
         group = dict(group) if isinstance(group, dict) else {"params": group}
-        params = group.get("params")
+        params: Any = group.get("params")
         whole = params if isinstance(params, nn.Module) else None
         if whole is not None:
             self._add_network(whole)
@@ -273,8 +273,8 @@ class MetaOptimizer(Optimizer):
         if other or (whole is None and not self._networks):
             cls = type(self).__name__
             raise TypeError(
-                f"{cls}: got {other[0] if other else 'parameters'}, expected networks: write {cls}([net]); to train some "
-                "of its parameters, or each with options of its own, say which network they are in: "
+                f"{cls}: got {other[0] if other else 'parameters'}, expected networks: write {cls}([net]); to train "
+                "some of its parameters, or each with options of its own, say which network they are in: "
                 f"{cls}([{{'params': [p, ...], 'lr': 0.1}}, ...], networks=[net])"
             )
         names = {id(_own(p)): name for n in self._networks for name, p in n.named_parameters()}
