@@ -26,11 +26,12 @@ from ..compiler.recorded_program import Program
 from ..compiler.recorded_step import StepSpec, build_step
 from ..compiler.update import UpdatePlan
 from . import bypass, first_use
+from .bridge import gradient_of_loss, stepped
 from .engine import Engine
 from .hyper import Hyper, hyper_of
 from .inputs import Held
 from .offload import check_device, tier_for
-from .session import Options, Session, refuse_overwritten
+from .session import Options, Session, gradient, refuse_overwritten
 from .streaming import Streaming
 from .theta import ThetaView
 
@@ -193,6 +194,7 @@ class RecordedSession(Session):
         for spy in call.spies:
             spy.taken = True
         self.view.take(call, changes, epoch, metas, update.ordinals)
+        self.view.leave(loss, call, sliced)
 
     # -- the update ----------------------------------------------------------------------------------------------
 
@@ -207,7 +209,10 @@ class RecordedSession(Session):
         ]
         ordinals = [i for i, _ in members]
         by = [read.get(indices[i], [shown[i]]) for i in ordinals]
-        grads, hooks = self.gradients(optimizer, ordinals, _sums_of_gradients(loss, by), False, allow_unused)
+        if self.view.stepped.behind:
+            self.view.stepped.check(loss, [shown[i] for i in ordinals])
+        found = _sums_of_gradients(loss, by) if stepped(loss) is None else self._again(loss, ordinals)
+        grads, hooks = self.gradients(optimizer, ordinals, found, False, allow_unused)
         used = [(i, k, g, h) for (i, k), g, h in zip(members, grads, hooks, strict=True) if g is not None]
         for i, *_ in used:
             if indices[i] not in read:
@@ -233,6 +238,12 @@ class RecordedSession(Session):
             plan,
             tuple(h for *_, h in used),
         )
+
+    def _again(self, loss: Tensor, ordinals: list[int]) -> list[Tensor | None]:
+        """The gradient of a loss that has been stepped by before, by the parameters as it has read them."""
+        node = stepped(loss)
+        sweep = gradient_of_loss(node.engine, node.position, torch.ones_like(loss))
+        return [sweep.cotangents.get(self.view.indices[i]) for i in ordinals]
 
     def _apply(self, update: _Update, slots: list[Any]) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
         """Υ, on copies the first time: an update that writes into its arguments must not reach the tape."""
@@ -412,7 +423,7 @@ def _check_requires_grad(sliced: Slice) -> None:
 def _sums_of_gradients(loss: Tensor, by: list[list[Tensor]]) -> list[Tensor | None]:
     """For each group of tensors, the sum of the gradients of ``loss`` by them."""
     flat = [t for group in by for t in group]
-    found = iter(torch.autograd.grad(loss, flat, retain_graph=True, allow_unused=True))
+    found = iter(gradient(loss, flat, retain_graph=True))
     sums: list[Tensor | None] = []
     for group in by:
         parts = [g for _, g in zip(group, found, strict=False) if g is not None]

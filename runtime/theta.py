@@ -15,7 +15,7 @@ from metaoptim.errors import CaptureError, WindowError
 from ..compiler.capture.entries import Epoch, Theta
 from ..compiler.capture.recorder import Recorder
 from ..compiler.capture.slicing import Slice
-from ..compiler.ir import Assign
+from ..compiler.ir import Assign, StepCall
 from ..compiler.program import memory_of
 from . import bypass
 from .bridge import Begin, InnerParameter, Life, Link, Read, Results, new_token
@@ -24,6 +24,7 @@ from .inputs import Held, Inputs
 from .networks import Networks
 from .session import Options
 from .sliding import Sliding
+from .stepped import Stepped
 
 
 class ThetaView:
@@ -55,6 +56,7 @@ class ThetaView:
         ] = []  # position and indices of what entered
         self._written: set[int] = set()  # ordinals that were overwritten before anything read them
         self.sliding = None if options.window is None else Sliding(engine, options.window)
+        self.stepped = Stepped(engine, self.sliding, self._versions)
         self._superstep = 0
         self._overlapping: set[int] = set()  # where rounds begin that this super-step has swallowed
         self._dirty: set[int] = set()
@@ -267,6 +269,7 @@ class ThetaView:
             self._keep_epochs([epoch])
             self.recording.keep_only(epoch)
             self._overlapping.clear()
+            self.stepped.settle(over=True)
             if self.sliding is None:
                 self._part()
         keys = [
@@ -287,6 +290,11 @@ class ThetaView:
                 self._token = Link.apply(engine, engine.position, numbers, (), self._token, *new.values())
         engine.append(call, changes)
         self._show(ordinals)
+        self.stepped.settle(over=False)
+
+    def leave(self, loss: Tensor, call: StepCall, sliced: Slice) -> None:
+        """``loss`` has been stepped by, in the ``call`` that was taken last: its gradient comes from the tape now."""
+        self.stepped.leave(loss, call, sliced, self._token)
 
     def results(self, indices: list[int]) -> tuple[Tensor, ...]:
         """State entries that a compiled step has just left, as tensors of the user's."""
@@ -396,6 +404,7 @@ class ThetaView:
 
     def close(self) -> None:
         """Drop every reference to the user's graph."""
+        self.stepped.settle(over=True)
         self._metas.clear()
         self._unlinked.clear()
         self._entering = lambda ordinals: None
