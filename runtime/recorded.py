@@ -31,6 +31,7 @@ from .engine import Engine
 from .hyper import Hyper, hyper_of
 from .inputs import Held
 from .offload import check_device, tier_for
+from .oversights import Ended, all_finite
 from .session import Options, Session, gradient, refuse_overwritten
 from .streaming import Streaming
 from .theta import ThetaView
@@ -131,6 +132,33 @@ class RecordedSession(Session):
             return error
         return None
 
+    def _since_when(self, steps: int) -> str:
+        """Between which of the states that are kept it began."""
+        last_good, first_bad = self.program.start, self.program.end
+        for position in reversed(self.engine.store.positions):
+            if all_finite(self.engine.store[position]):
+                last_good = position
+                break
+            first_bad = position
+        taken = [steps] * 2
+        for k, position in enumerate((last_good, first_bad)):
+            rest = range(position, self.program.end)
+            taken[k] -= sum(isinstance(call := self.program[q], StepCall) and call.step.steps for q in rest)
+        first, last = taken[0], taken[1] - 1
+        return (
+            f"after inner step {last}" if first >= last else f"after one of the inner steps {first} to {last}"
+        )
+
+    def _ended(self) -> Ended | None:
+        names = zip(self.networks.names, self.networks.originals, strict=True)
+        own = {n: p for i, (n, p) in enumerate(names) if i in self.networks.joined}
+        steps = sum(member.steps for member in self.members.values())
+        asked = self.engine.vjps > 0
+        ended = Ended(self.options.offline, own, asked, self.engine.reaches) if steps else None
+        if ended is not None and not asked:
+            bypass.watch_backward(ended)
+        return ended
+
     def close(self, failed: bool) -> None:
         """End; what was offloaded is removed if the block failed, else when nothing can ask for it any more."""
         ended = False
@@ -146,8 +174,8 @@ class RecordedSession(Session):
         root = self.view.recording.root_of(loss)
         if isinstance(root, External):
             raise LossError(
-                f"{type(optimizer).__name__}.step: the loss was not computed inside this window; compute it "
-                "inside the block, from the networks as they are now"
+                f"{type(optimizer).__name__}.step: the loss was not computed inside this window, or is left over from "
+                "before the last steps; compute it inside the block, from the networks as they are now"
             )
         hyper = hyper_of(optimizer, self.view.recording.value_of, self._lifts)
         sliced, epoch = self.view.slice([root, *hyper.roots])

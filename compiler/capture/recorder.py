@@ -45,6 +45,7 @@ class Recorder(TorchDispatchMode):
         self.guard: Any = guard
         self.record = record
         self.recording, self.taint = Recording(guard), Taint()
+        self.clipped = ""  # where `.grad` of theta was clipped since the last step
         self.depth = 0  # > 0: let everything through unrecorded
         self.loose: dict[int, weakref.ref[Tensor]] = {}  # tensors without a version counter of their memory
 
