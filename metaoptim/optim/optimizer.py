@@ -320,8 +320,8 @@ def check_non_negative(**hyper: Any) -> None:
 def safe_sqrt(x: Tensor) -> Tensor:
     """The square root, with derivative 0 at exactly 0.
 
-    There torch's derivative is infinite, and 0 · ∞ = NaN in what follows: the second moment of a parameter whose gradient
-    has always been zero would make every meta-gradient NaN. For updates of your own; `MetaAdam` and `MetaRMSprop` use it.
+    There torch's derivative is infinite, and 0 · ∞ = NaN in what follows: the second moment of a parameter whose
+    gradient has always been zero would make every meta-gradient NaN. `MetaAdam` and `MetaRMSprop` use this one.
 
     Args:
         x: not negative.
@@ -338,4 +338,4 @@ def safe_sqrt(x: Tensor) -> Tensor:
     if not (x.requires_grad and torch.is_grad_enabled()):
         return x.sqrt()
     zero = x == 0
-    return torch.where(zero, x, torch.where(zero, torch.ones_like(x), x).sqrt())
+    return torch.where(zero, torch.zeros_like(x), torch.where(zero, torch.ones_like(x), x).sqrt())
