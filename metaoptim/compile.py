@@ -24,6 +24,7 @@ from .compiler.waiting import waiting
 from .errors import WindowError, warn
 from .explain_function import report_of
 from .guards import Scene
+from .optim.optimizer import refresh_optimizers
 from .recapture import compare
 from .runtime.budget import check_budget, check_count, tell_default
 from .runtime.compiled import Call, Run
@@ -73,6 +74,10 @@ class CompiledFunction:
         scene = Scene(self._fn, args, kwargs, self._own)
         program = self._find(scene)
         if program is None:
+            if refresh_optimizers():
+                scene = Scene(self._fn, args, kwargs, self._own)
+                program = self._find(scene)
+        if program is None:
             program = self._compile(scene, args, kwargs)
         elif self._options.recapture:
             compare(_name(self._fn), program, capture(self._fn, self._options, scene, args, kwargs))
@@ -121,7 +126,13 @@ class CompiledFunction:
         with window.recorder.paused():
             scene = Scene(self._fn, args, kwargs, self._own)
         scene.key = ("step", window.options.backward_hook is not None, scene.key)
+        window.look_at(scene.tensors)
         program = self._find(scene)
+        if program is not None and not program.step.fits(
+            window
+        ):  # a layer is another one than in its last window
+            self._programs[scene.key].remove(program)
+            program = None
         if program is None:
             if self._options.memory_budget is not None:
                 raise WindowError(
