@@ -298,6 +298,8 @@ class CapturedSession(Session):
                 of = self._part(all_states, j)
                 for name, value in optimizer.state[networks.originals[i]].items():
                     tracer.bind(value, self._part(of, name))
+        if not optimizer.symbolic and optimizer not in tracer.stepped:
+            tracer.stepped.append(optimizer)
         tracer.trace.steps.append((len(tracer.trace.entries), user_location()))
 
     def _refuse_overwritten(self, root: Any, ordinals: list[int]) -> None:

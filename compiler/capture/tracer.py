@@ -53,6 +53,7 @@ class Tracer(TorchDispatchMode):
     Attributes:
         trace: what has been captured so far.
         given: storage -> the fake of a real tensor.
+        stepped: optimizers from outside that have taken a step.
         on_write: called with a tensor whose memory is about to be changed, and whether by its own name; what it
             returns, if anything, is called after the change.
     """
@@ -68,6 +69,7 @@ class Tracer(TorchDispatchMode):
         self._refs: dict[int, tuple[weakref.ref[Tensor], Any]] = {}
         self._at: dict[int, list[weakref.ref[Tensor]]] = {}  # storage -> the tensors that lie in it
         self.given: dict[int, Tensor] = {}
+        self.stepped: list[Any] = []
         self._hooks: list[tuple[Value, Any, Spy]] = []  # registered, not known yet to meet a gradient
 
     # -- the mode ------------------------------------------------------------------------------------------------
