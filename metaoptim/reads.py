@@ -7,6 +7,7 @@ function that is entered. Each place is looked at before the function can have c
 from __future__ import annotations
 
 import dis
+import functools
 import gc
 import logging
 import sys
@@ -15,7 +16,6 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import lru_cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -114,7 +114,8 @@ class Reads:
     Attributes:
         places: where it has read, once that is settled.
         found: what was there.
-        scene: what the call depends on, with names.
+        scene: what the call depends on, until then.
+        names: what that is called.
 
     Args:
         fn: the function.
@@ -137,14 +138,14 @@ class Reads:
         self._closed: set[int] = set()  # code of functions whose closures are described
         self._watches = self._busy = False
         glance = _Glance(self)
-        around = dict(surroundings(fn))
-        for path, value in (
-            *zip(argument_names(fn, args), args, strict=True),
-            *kwargs.items(),
-            *around.items(),
-        ):
+        named = zip(argument_names(fn, args), args, strict=True)
+        for path, value in (*named, *kwargs.items(), *surroundings(fn)):
             glance.describe(value, path)
-        self._given, self._own = around.keys(), getattr(fn, "__globals__", None)
+        while isinstance(fn, functools.partial):
+            fn = fn.func
+        fn = getattr(fn, "__func__", fn)
+        self._own, code = getattr(fn, "__globals__", None), getattr(fn, "__code__", None)
+        self._given = () if code is None else global_names(code)
 
     # -- what is known before ------------------------------------------------------------------------------------
 
@@ -342,14 +343,16 @@ class Reads:
             (facts,) = look(self.scene, [place])
             assert self.scene.paths is not None
             self._paths.append(self.scene.paths[len(self.scene.paths) - len(facts) :])
+        assert self.scene.paths is not None
+        self.names = self.scene.paths
+        del self.scene  # from here on it keeps nothing alive
         self._places.clear()
         self._counted.clear()
         self._known.clear()
 
     def change(self, now: Reads) -> Change | None:
         """What a later capture has found otherwise."""
-        assert now.scene.paths is not None
-        change = first_change(self._key, now._key, now.scene.paths)
+        change = first_change(self._key, now._key, now.names)
         if change is not None:
             return change
         was = {place.identity: facts for place, facts in zip(self.places, self.found, strict=True)}
@@ -360,7 +363,7 @@ class Reads:
         return None
 
 
-@lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=4096)
 def _only_counts(code: types.CodeType, at: int, name: str) -> bool:
     """Whether what is read there goes back to where it came from, and nowhere else: ``self.runs += 1``."""
     steps = [i for i in dis.get_instructions(code) if i.opname != "CACHE"]
