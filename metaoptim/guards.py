@@ -200,9 +200,7 @@ class Scene:
             )
         elif isinstance(getattr(value, "__dict__", None), dict):  # a SimpleNamespace
             self._dict(vars(value), path, "{}.{}")
-        elif (
-            kind.__eq__ is not object.__eq__ and kind.__hash__ is not None
-        ):  # a value: of numpy, a date, a pattern
+        elif kind.__eq__ is not object.__eq__ and _is_hashable(value):  # of numpy, a date, a pattern
             self.fact(path, (kind, value))
         else:
             self.object(value, "object", path)
@@ -308,6 +306,14 @@ def reference(o: Any) -> Callable[[], Any]:
 def is_python_class(kind: type) -> bool:
     """Whether a class is written in Python (and can be changed): its instances have attributes of their own."""
     return bool(kind.__flags__ & (1 << 9)) and not kind.__flags__ & (1 << 8)  # a heap type, not immutable
+
+
+def _is_hashable(value: Any) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
 
 
 def contents(cell: types.CellType) -> Any:
