@@ -20,6 +20,7 @@ from .compiler.lower import lowering
 from .compiler.passes.checkpoint import checkpoint
 from .compiler.passes.pipeline import Options
 from .compiler.program import Kept
+from .compiler.waiting import waiting
 from .errors import WindowError, warn
 from .explain_function import report_of
 from .guards import Fact, Scene
@@ -91,7 +92,8 @@ class CompiledFunction:
     def _compile(self, scene: Scene, args: tuple, kwargs: dict) -> Program:
         begun = time.perf_counter()
         key, reads = scene.key, Reads(self._fn, args, kwargs)
-        program = capture(self._fn, self._options, scene, args, kwargs, reads)
+        with waiting(f"capturing {_name(self._fn)} ..."):
+            program = capture(self._fn, self._options, scene, args, kwargs, reads)
         self._remember(key, reads, program, time.perf_counter() - begun)
         if _graphs.isEnabledFor(logging.INFO):
             text = program.rolled.text(operators=_graphs.isEnabledFor(logging.DEBUG))
@@ -136,7 +138,8 @@ class CompiledFunction:
             begun = time.perf_counter()
             with window.recorder.paused():
                 key, reads = scene.key, Reads(self._fn, args, kwargs, window)
-            program = self._captured_step(window, scene, args, kwargs, reads)
+            with waiting(f"capturing {_name(self._fn)} ..."):
+                program = self._captured_step(window, scene, args, kwargs, reads)
             self._remember(key, reads, program, time.perf_counter() - begun)
             _graphs.info("%s: %s", _name(self._fn), program.step.step)
         elif self._options.recapture:
@@ -152,7 +155,9 @@ class CompiledFunction:
             with window.recorder.paused():
                 reads.settle(scene)
         at = scene.place_of()
-        sources = {x: at.get(id(x.tensor), x.tensor) for x in step.given if isinstance(x, Input)}
+        sources = {
+            x: at.get(id(x.tensor), x.tensor) for x in (*step.given, *step.left) if isinstance(x, Input)
+        }
         return StepProgram(step, sources, scene.remembered(), traced)
 
     def _run(self, program: Program, scene: Scene) -> Any:
@@ -176,7 +181,8 @@ class CompiledFunction:
         rolled, how = program.rolled, self._options.lowering
         if rolled.kept is None:
             said = stated(rolled, self._options)
-            kept, program.plan = decide(rolled, how, said, _name(self._fn), tensors)
+            with waiting(f"planning what {_name(self._fn)} keeps ..."):
+                kept, program.plan = decide(rolled, how, said, _name(self._fn), tensors)
             checkpoint(rolled, kept, how.hvp)
             if program.plan is not None:
                 if said.memory_budget is None:

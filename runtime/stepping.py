@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from ..compiler.capture.trace import Input, Noise
 from ..compiler.capture.tracer import Tracer
 from ..compiler.ir import Lowering, Role, StepCall
 from ..compiler.lower import lowered
+from ..compiler.passes.lower import FEW
 from ..compiler.passes.pipeline import shaped
 from ..compiler.passes.roll import StepOf
 from ..compiler.segments import Roles, identity, ordered, whole
@@ -131,7 +133,10 @@ class CompiledStep:
         where = {id(own): (module, name) for module, name, own in captured.networks._buffers}
         self.buffers = [where[id(target)] for target, _ in kinds["buffer"]]
         current = [shown_in(v, captured.shown) for v in outputs]
-        trace.outputs = [v for kind in kinds.values() for _, v in kind] + outputs
+        input_of = {id(x.tensor): x for x in reversed(trace.inputs)}
+        self.left = [input_of[id(t)] for t, _ in trace.left]
+        trace.outputs = [v for kind in kinds.values() for _, v in kind]
+        trace.outputs += [*(v for _, v in trace.left), *outputs]
         draft = whole(trace)
         self.records = shaped(draft, texts)
         (unit,) = draft.units
@@ -164,6 +169,7 @@ class CompiledStep:
         self._buffers_given = [where.get(id(x.tensor)) if isinstance(x, Input) else None for x in self.given]
         self.taken = captured.taken
         self._fresh = True
+        self._runs = 0
 
     def _roles(self, segment: Any, body: Any, places: list, thetas: dict, states: dict) -> Roles:
         def role(at: int, x: Any) -> Role:
@@ -212,6 +218,11 @@ class CompiledStep:
                 self._forget()
             noise = iter(redrawn([x for x in self.given if isinstance(x, Noise)]))
             held: list[Any] = [next(noise) if t is None else view.hold(t) for t in given]
+            self._runs += 1
+            if (
+                self._runs <= FEW
+            ):  # many are never run again: the first step of all, with no optimizer state yet
+                how = replace(how, backend="eager")
             call = self._call(window, held, how)
             inputs = [engine.state[i] for i in (*call.theta, *call.opt_state_in)] + [h.get() for h in held]
             results = lowered(self.step, "replay", inputs, how)(*inputs)
@@ -228,7 +239,11 @@ class CompiledStep:
             view.take(call, changes, view.recording.epoch, metas, updated)
             for optimizer, steps in self.taken:
                 window.members[id(optimizer)].steps += steps
-        return self._results(window, call, results)
+        results = list(results[len(self.thetas) + len(self.states) + len(self.buffers) :])
+        with torch.no_grad():
+            for x, value in zip(self.left, results, strict=False):
+                tensor_of(x).copy_(value)
+        return self._results(window, call, results[len(self.left) :])
 
     def _given(self, x: Any, place: Any, tensor_of: Callable[[Input], Tensor]) -> Any:
         if isinstance(x, Noise):
@@ -238,7 +253,7 @@ class CompiledStep:
     def _forget(self) -> None:
         """Let go of the tensors seen at capture, with all that hangs on them: from now on each call brings its own."""
         self._fresh = False
-        for x in self.given:
+        for x in (*self.given, *self.left):
             if isinstance(x, Input):
                 x.tensor = None  # type: ignore[assignment]
 
@@ -274,7 +289,7 @@ class CompiledStep:
             if key not in known:
                 known[key], free = free, free + 1
             out.append(known[key])
-        out += [-1] * len(self.buffers)
+        out += [-1] * (len(self.buffers) + len(self.left))
         for k, live in enumerate(self.live):
             if live and (id(self), k) not in window.results:
                 window.results[id(self), k], free = free, free + 1
@@ -305,7 +320,7 @@ class CompiledStep:
                     m._buffers[n] = new
 
     def _results(self, window: RecordedSession, call: StepCall, results: Sequence[Tensor]) -> list[Tensor]:
-        found = list(results[len(results) - len(self.live) :])
+        found = list(results)
         at = [k for k, live in enumerate(self.live) if live]
         if at:
             indices = [window.results[id(self), k] for k in at]
