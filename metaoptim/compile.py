@@ -24,6 +24,7 @@ from .compiler.waiting import waiting
 from .errors import WindowError, warn
 from .explain_function import report_of
 from .guards import Fact, Scene
+from .optim.optimizer import refresh_optimizers
 from .reads import Place, Reads, look
 from .recapture import compare
 from .runtime.budget import check_budget, check_count, tell_default
@@ -75,17 +76,25 @@ class CompiledFunction:
         scene = Scene.of_call(self._fn, args, kwargs)
         program = self._find(scene)
         if program is None:
+            if refresh_optimizers():
+                scene = Scene.of_call(self._fn, args, kwargs)
+                program = self._find(scene)
+        if program is None:
             program = self._compile(scene, args, kwargs)
         elif self._options.recapture:
             compare(_name(self._fn), program, capture(self._fn, self._options, scene, args, kwargs))
         return self._run(program, scene)
 
-    def _find(self, scene: Scene) -> Any:
+    def _find(self, scene: Scene, window: RecordedSession | None = None) -> Any:
+        """The program for what ``scene`` and the places read look like now, with ``scene`` extended by these."""
         key, mark = scene.key, scene.mark()
         for i, places in enumerate(self._places.get(key, ())):
-            for program in self._programs.get((key, i, tuple(look(scene, places))), ()):
+            programs = self._programs.get((key, i, tuple(look(scene, places))), [])
+            for program in list(programs):
                 if all(ref() is o for ref, o in zip(program.remembered, scene.objects, strict=True)):
-                    return program
+                    if window is None or program.step.fits(window):
+                        return program
+                    programs.remove(program)  # a layer is another one than in its last window
             scene.back_to(mark)
         return None
 
@@ -123,7 +132,8 @@ class CompiledFunction:
         """One compiled inner step of the window that is open."""
         with window.recorder.paused():
             scene = Scene.of_call(self._fn, args, kwargs, window)
-            program = self._find(scene)
+            program = self._find(scene, window)
+        window.look_at(scene.tensors)
         if program is None:
             if self._options.memory_budget is not None:
                 raise WindowError(
