@@ -6,6 +6,7 @@ optimizer of torch are looked at once. Each mistake is told by a warning that po
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Iterable, Sequence
 from contextvars import ContextVar
@@ -55,8 +56,15 @@ class Notes:
         ref, where = self._differentiated.get(id(loss), (None, ""))
         return where if ref is not None and ref() is loss else ""
 
-    def before_step(self, name: str, loss: Tensor, clipped: str) -> None:
-        """Warn of what inner steps take no notice of; ``clipped``: where gradients were, if they were."""
+    def stepped(self, name: str, step: int, loss: Tensor, clipped: str) -> None:
+        """Warn of what the step just taken has taken no notice of.
+
+        Args:
+            name: of the optimizer.
+            step: its number.
+            loss: the inner loss. On the CPU, where nobody has to wait for its value, it is looked at.
+            clipped: where gradients of the window's parameters were clipped since the step before; "" if they were not.
+        """
         if clipped:
             warn(
                 f"the gradients of the window's parameters were clipped at {clipped}, which {name}.step takes no "
@@ -68,6 +76,12 @@ class Notes:
                 f"loss.backward() at {where} has added the gradient of an inner loss to .grad, where the meta-gradient "
                 f"goes; {name}.step(loss) takes the gradient itself. Take that backward out, or clone the loss if it "
                 "is an outer loss too"
+            )
+        if not self.loss_told and loss.device.type == "cpu" and not math.isfinite(loss.item()):
+            self.loss_told = True
+            warn(
+                f"{name}.step {step} (counted from 0): the inner loss is {loss.item()}; gradients through this step "
+                "mean nothing. SlidingWindow(check_finite=True) makes this an error"
             )
 
 

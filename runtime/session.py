@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Collection
 from contextvars import ContextVar
@@ -236,16 +235,14 @@ class Session:
                     f"{name}.step {member.steps} (counted from 0): the inner loss is {float(loss.detach())}, expected "
                     "a finite number; lower the learning rate, clip with reset_grad_normalizer(), or mend the loss"
                 )
-            if not self.recorder.symbolic:
-                if loss.device.type == "cpu" and not checked and not math.isfinite(loss.item()):
-                    self._tell_loss(name, member, loss)
-                self.notes.before_step(name, loss, self.recorder.clipped)
-                self.recorder.clipped = ""
             before = self._record_tape(optimizer, member) if self.options.record_grad_tape else []
             self._step(optimizer, loss, allow_unused)
             optimizer._tape = [*(optimizer._tape if member.steps else ()), *before]
             if member.steps == self.options.pickup_step:
                 self._pick(optimizer, member)
+            if not self.recorder.symbolic:
+                self.notes.stepped(name, member.steps, loss, self.recorder.clipped)
+                self.recorder.clipped = ""
             member.steps += 1
             if checked:
                 self._check_finite(optimizer, member)
@@ -373,14 +370,6 @@ class Session:
             warn(
                 f"the parameters are no longer finite {self._since_when(steps)}, so that gradients through this window "
                 "mean nothing; SlidingWindow(check_finite=True) raises at the step where that begins"
-            )
-
-    def _tell_loss(self, name: str, member: _Member, loss: Tensor) -> None:
-        if not self.notes.loss_told:
-            self.notes.loss_told = True
-            warn(
-                f"{name}.step {member.steps} (counted from 0): the inner loss is {float(loss.detach())}; gradients "
-                "through this step mean nothing. SlidingWindow(check_finite=True) makes this an error"
             )
 
     def _since_when(self, steps: int) -> str:

@@ -167,8 +167,7 @@ def torchs_habit() -> None:
 def backward_and_then_step() -> None:
     net = network()
     inner = MetaSGD([net])
-    with warnings.catch_warnings(), SlidingWindow(offline=True):
-        warnings.simplefilter("ignore")
+    with SlidingWindow(offline=True):
         loss = loss_of(net)
         loss.backward()
         inner.step(loss)
