@@ -207,7 +207,7 @@ class Found(NamedTuple):
     why: str = ""
 
     def __str__(self) -> str:
-        return f"{self.name:44} {self.form:5} {self.outcome:8} {self.why}".rstrip()
+        return f"{self.name:44} {self.form:5} {self.outcome:8} {' '.join(self.why.split())}".rstrip()
 
 
 def in_form(name: str, form: str, case: Case, expected: list[Tensor]) -> Found:
