@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, fx
 
 from .ambient import default_dtype, with_default_dtype
+from .capture.slicing import tensor_spec
 from .compile_graph import compiled
-from .differentiate import cotangent_outputs, replay_graph
+from .differentiate import cotangent_outputs, loss_graph, replay_graph
 from .hvp import derivative
 from .ir import EAGER, Lowering, StepGraph
 from .residuals import Split, split
@@ -41,18 +42,20 @@ def lowered(step: StepGraph, kind: str, inputs: Sequence[Tensor], how: Lowering 
 
     Args:
         step: the step.
-        kind: "replay" or "vjp"; or, where `residuals` has a split, its "forward" or "backward".
+        kind: "replay" or "vjp"; "loss", the VJP of its loss alone; or, where `residuals` has a split, "forward" or
+            "backward".
         inputs: what it will be called with first.
         how: it is lowered.
     """
     program = step.programs.get((kind, how))
     if program is None:
-        graph = _graph(step, kind, how.hvp, inputs if step.dynamic else None)
+        of = loss_of(step, inputs[-1]) if kind == "loss" else step
+        graph = _graph(of, "vjp" if kind == "loss" else kind, how.hvp, inputs if step.dynamic else None)
         backend = how.backend_of(kind)
         if backend == "eager":
             program = with_default_dtype(step.default_dtype, graph.forward)
         else:
-            cotangents = len(cotangent_outputs(step)) if kind in ("vjp", "backward") else 0
+            cotangents = 0 if kind in ("replay", "forward") else len(cotangent_outputs(of))
             with default_dtype(step.default_dtype):
                 program = compiled(graph, inputs, backend, cotangents, how.check)
             program = with_default_dtype(step.default_dtype, program)
@@ -74,6 +77,13 @@ def derived(step: StepGraph, hvp: str, example: Sequence[Tensor] | None = None) 
         with default_dtype(step.default_dtype):
             step.programs["vjp graph", hvp] = derivative(step, hvp, example)
     return step.programs["vjp graph", hvp]
+
+
+def loss_of(step: StepGraph, cotangent: Tensor) -> StepGraph:
+    """A step's loss, whose ``cotangent`` looks like it, as a graph of its own."""
+    if "loss" not in step.programs:
+        step.programs["loss"] = loss_graph(step, tensor_spec(cotangent))
+    return step.programs["loss"]
 
 
 def is_derived(step: StepGraph, hvp: str) -> bool:
