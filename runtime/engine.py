@@ -443,12 +443,8 @@ class Engine:
             self.vjps += 1
         try:
             vjp = self._lowered(call, kind, arguments)
-        except CaptureError:
-            raise
-        except RuntimeError as error:
-            raise CaptureError(
-                f"the inner step at {call.location} cannot be differentiated a second time: {error}"
-            ) from error
+        except CaptureError as error:
+            raise CaptureError(f"of the inner step at {call.location}: {error.reason}") from error
         state = iter(call.opt_state_in)
         indices = {
             Role.THETA: iter(call.theta),

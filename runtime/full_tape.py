@@ -17,7 +17,7 @@ from metaoptim.errors import WindowError
 from ..compiler.capture.recorder import Recorder
 from ..compiler.update import UpdatePlan, clip_gradients
 from .bridge import as_parameter
-from .session import Options, Session, refuse_overwritten
+from .session import Options, Session, gradient, refuse_overwritten
 
 # The fused attention kernels have no second derivative: none is taken while a full tape is open, in the whole process.
 _lock = Lock()
@@ -197,19 +197,16 @@ class FullTapeSession(Session):
             tensors = [shown[i] for i in members]
             if not members:
                 continue
-            grads = torch.autograd.grad(
-                loss, tensors, retain_graph=True, create_graph=create_graph, allow_unused=True
-            )
+            grads = gradient(loss, tensors, retain_graph=True, create_graph=create_graph)
             joints = [(t, g) for t, g in newer if t.grad_fn is not None]
             through: Sequence[Tensor | None] = [None] * len(members)
             if joints:
-                through = torch.autograd.grad(
+                through = gradient(
                     [t for t, _ in joints],
                     tensors,
                     [g for _, g in joints],
                     retain_graph=True,
                     create_graph=create_graph,
-                    allow_unused=True,
                 )
             for i, t, g, h in zip(members, tensors, grads, through, strict=True):
                 if g is None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from metaoptim.errors import WindowError
 
@@ -58,6 +59,10 @@ class Networks:
                 for name, p in module._parameters.items():
                     if p is None or (known and any(p is s for s in self.shown)):
                         continue
+                    if isinstance(
+                        p, UninitializedParameter
+                    ):  # of a lazy module, which makes it at its first call
+                        continue
                     if not p.requires_grad:
                         self._frozen[p.untyped_storage()._cdata] = p
                         continue
@@ -80,11 +85,21 @@ class Networks:
     def _copy_buffers(self, modules: list[nn.Module]) -> None:
         """Copies of the modules' buffers, sharing memory with one another as the buffers do."""
         storages: dict[int, Any] = {}
-        weights = {p.untyped_storage()._cdata: n for m in modules for n, p in m.named_parameters()}
+        weights = {
+            p.untyped_storage()._cdata: n
+            for m in modules
+            for n, p in m.named_parameters()
+            if not isinstance(p, UninitializedParameter)
+        }
         for module in (m for root in modules for m in root.modules() if id(m) not in self._modules):
             for name, b in module._buffers.items():
                 if b is None or b.requires_grad or id(b) in self._copies:  # a learnt one is a meta-parameter
                     continue
+                if isinstance(b, UninitializedBuffer):
+                    raise WindowError(
+                        f"buffer {name!r} of a {type(module).__name__} has no shape yet; run the network once before "
+                        "the window, under torch.no_grad()"
+                    )
                 if b.layout is not torch.strided:
                     self._copies[id(b)] = b.detach().clone()
                     continue
@@ -237,11 +252,7 @@ def _check_memory(modules: list[nn.Module]) -> None:
     seen: dict[int, list[tuple[Any, Any, str, Tensor]]] = {}
     for root in modules:
         for name, p in root.named_parameters():
-            if (
-                p.layout is not torch.strided
-                or not p.numel()
-                or isinstance(p, nn.parameter.UninitializedParameter)
-            ):
+            if isinstance(p, UninitializedParameter) or p.layout is not torch.strided or not p.numel():
                 continue
             start = p.storage_offset()
             end: Any = (

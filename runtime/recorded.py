@@ -30,7 +30,7 @@ from .engine import Engine
 from .hyper import Hyper, hyper_of
 from .inputs import Held
 from .offload import check_device, tier_for
-from .session import Options, Session, refuse_overwritten
+from .session import Options, Session, gradient, refuse_overwritten
 from .streaming import Streaming
 from .theta import ThetaView
 
@@ -401,7 +401,7 @@ def _check_requires_grad(sliced: Slice) -> None:
 def _sums_of_gradients(loss: Tensor, by: list[list[Tensor]]) -> list[Tensor | None]:
     """For each group of tensors, the sum of the gradients of ``loss`` by them."""
     flat = [t for group in by for t in group]
-    found = iter(torch.autograd.grad(loss, flat, retain_graph=True, allow_unused=True))
+    found = iter(gradient(loss, flat, retain_graph=True))
     sums: list[Tensor | None] = []
     for group in by:
         parts = [g for _, g in zip(group, found, strict=False) if g is not None]

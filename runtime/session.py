@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaoptim.errors import CaptureError, LossError, WindowError
+from metaoptim.errors import CaptureError, LossError, MetaOptimError, WindowError
 
 from ..compiler.build import GradientHooks
 from ..compiler.capture import intercept
@@ -65,6 +65,16 @@ def refuse_overwritten(name: str) -> None:
         f"parameter {name!r} was overwritten between its use in the loss and the step; change it before the loss or "
         "after the step"
     )
+
+
+def gradient(*args: Any, **options: Any) -> tuple[Tensor | None, ...]:
+    """`torch.autograd.grad` of an inner loss, whose errors tell that they are of it."""
+    try:
+        return torch.autograd.grad(*args, allow_unused=True, **options)
+    except (MetaOptimError, torch.OutOfMemoryError):
+        raise
+    except RuntimeError as error:
+        raise LossError(f"the gradient of the inner loss cannot be taken: {error}") from error
 
 
 class Session:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from ..compiler.capture.trace import Input, Noise
 from ..compiler.capture.tracer import Tracer
 from ..compiler.ir import Lowering, Role, StepCall
 from ..compiler.lower import lowered
+from ..compiler.passes.lower import FEW
 from ..compiler.passes.pipeline import shaped
 from ..compiler.passes.roll import StepOf
 from ..compiler.segments import Roles, identity, ordered, whole
@@ -169,6 +171,7 @@ class CompiledStep:
         self.taken = captured.taken
         self._premises = Premises([optimizer for optimizer, _ in self.taken], self.given)
         self._fresh = True
+        self._runs = 0
 
     def _roles(self, segment: Any, body: Any, places: list, thetas: dict, states: dict) -> Roles:
         def role(at: int, x: Any) -> Role:
@@ -218,6 +221,11 @@ class CompiledStep:
                 self._forget()
             noise = iter(redrawn([x for x in self.given if isinstance(x, Noise)]))
             held: list[Any] = [next(noise) if t is None else view.hold(t) for t in given]
+            self._runs += 1
+            if (
+                self._runs <= FEW
+            ):  # many are never run again: the first step of all, with no optimizer state yet
+                how = replace(how, backend="eager")
             call = self._call(window, held, how)
             inputs = [engine.state[i] for i in (*call.theta, *call.opt_state_in)] + [h.get() for h in held]
             results = lowered(self.step, "replay", inputs, how)(*inputs)

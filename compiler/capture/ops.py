@@ -82,6 +82,25 @@ BATCH_NORM = {
 }
 
 
+# Leaky ReLUs whose slopes are drawn in training mode, and fixed otherwise: operators of their own that say neither.
+RRELU = {
+    aten.rrelu_with_noise.default: (aten.leaky_relu.default, aten.mul.Tensor),
+    aten.rrelu_with_noise_.default: (aten.leaky_relu_.default, aten.mul_.Tensor),
+}
+
+
+def slopes_of(
+    x: Tensor,
+    noise: Tensor,
+    lower: float = 1 / 8,
+    upper: float = 1 / 3,
+    training: bool = False,
+    generator: Any = None,
+) -> float | None:
+    """The slope that such an operator, given these, has below zero; None where it is drawn for every element."""
+    return None if training else (lower + upper) / 2
+
+
 def without_running_stats(op: Any, args: tuple) -> tuple:
     """``args`` of a training-mode batch norm with its running statistics left out."""
     where = BATCH_NORM.get(op)

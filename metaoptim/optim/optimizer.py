@@ -121,13 +121,6 @@ class MetaOptimizer(Optimizer):
                 f"{type(self).__name__}.step was called outside a window; put the inner loop inside "
                 "`with metaoptim.SlidingWindow(...):`"
             )
-        for group in self.param_groups:
-            if "initial_lr" in group and _learned(group.get("lr")):
-                raise WindowError(
-                    "a torch scheduler writes into lr in place, which cuts a learnt learning rate off from its "
-                    "gradient; compute the schedule from the meta-parameter instead: "
-                    "inner.param_groups[0]['lr'] = base_lr * factor(t)"
-                )
         for hook in self._optimizer_step_pre_hooks.values():
             hook(self, (loss,), {})
         if closure is not None:
