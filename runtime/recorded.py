@@ -218,10 +218,7 @@ class RecordedSession(Session):
         """The gradient of a loss that has been stepped by before, by the parameters as it has read them."""
         node = stepped(loss)
         sweep = gradient_of_loss(node.engine, node.position, torch.ones_like(loss))
-        by_theta = [sweep.cotangents.get(self.view.indices[i]) for i in ordinals]
-        # parameters of networks that are no part of the window before this step were meta-parameters then
-        by_meta = [sweep.metas.get(self.view.number_of(self.networks.originals[i])) for i in ordinals]
-        return [m if t is None else t for t, m in zip(by_theta, by_meta, strict=True)]
+        return [sweep.cotangents.get(self.view.indices[i]) for i in ordinals]
 
     def _apply(self, update: _Update, slots: list[Any]) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
         """Υ, on copies the first time: an update that writes into its arguments must not reach the tape."""

@@ -195,10 +195,6 @@ class ThetaView:
         sliding = self.sliding
         return [(n, t) for n, t in self._metas.values() if sliding is None or sliding.reads(n)]
 
-    def number_of(self, meta: Tensor) -> int | None:
-        """The number of a leaf that a step has read as a meta-parameter."""
-        return self._metas.get((id(meta), None), (None, None))[0]
-
     # -- a step --------------------------------------------------------------------------------------------------
 
     def take(
