@@ -230,22 +230,33 @@ def in_form(name: str, form: str, case: Case, expected: list[Tensor]) -> Found:
     return Found(name, form, "equal")
 
 
+def _as_called(op: Any) -> Callable:
+    """An entry's function, found by its name at every call, as users find it."""
+    for home in (torch, torch.nn.functional, torch.linalg, torch.special, torch.fft):
+        attribute = getattr(op.op, "__name__", "")
+        if getattr(home, attribute, None) is op.op:
+            return lambda *args, **kwargs: getattr(home, attribute)(*args, **kwargs)
+    return op
+
+
 def variants(name: str) -> Iterator[tuple[str, Any, Callable]]:
     """The entries of an operator, as they are and in place: what to call each, the entry, the function."""
     for op in OPS[name]:
         full = f"{name}.{op.variant_test_name}" if op.variant_test_name else name
-        yield full, op, op
+        yield full, op, _as_called(op)
         if op.inplace_variant is not None:
             in_place = op.inplace_variant
             yield f"{full} in place", op, lambda x, *args, f=in_place, **kw: f(x.clone(), *args, **kw)
 
 
-def case_of(op: Any, call: Callable, forms: Iterable[str]) -> tuple[Case, dict[int, list[Tensor]]] | None:
+def case_of(
+    op: Any, call: Callable, in_place: bool, forms: Iterable[str]
+) -> tuple[Case, dict[int, list[Tensor]]] | None:
     """Samples of an entry that a plain tape can differentiate twice, and its gradients by the number of steps."""
     torch.manual_seed(0)
     try:
         samples = op.sample_inputs("cpu", torch.float64, requires_grad=True)
-        given = [s for s in itertools.islice(samples, _TRIED) if call is op or not s.broadcasts_input]
+        given = [s for s in itertools.islice(samples, _TRIED) if not in_place or not s.broadcasts_input]
     except Exception:  # a few need what is not installed
         return None
     taken: list[Sample] = []
@@ -274,7 +285,7 @@ def sweep(name: str, forms: Iterable[str] | None = None) -> Iterator[Found]:
     forms = forms_of(name) if forms is None else forms
     order = ["equal", "refused", "crashed", "wrong"]
     for full, op, call in variants(name):
-        made = case_of(op, call, forms)
+        made = case_of(op, call, full.endswith(" in place"), forms)
         for form in forms if made else ():
             case, expected = made  # type: ignore[misc]
             found = [in_form(full, form, case, expected[_STEPS[form]])]
