@@ -65,6 +65,8 @@ class Engine:
         self.streaming: Any = None  # what keeps a window to a memory budget
         self._refused = False  # a step, for want of room
         self.reaches = False  # whether anything can receive a gradient through its steps
+        self.thetas: dict[int, int] = {}  # state index -> id of the user's own parameter behind it
+        self.closed: set[int] = set()  # ids of those that no gradient reaches
         self._watch = watching() if type(self) is Engine else None  # not while it is run to plan
         self._ran = 0  # calls that `run` has run
         self.vjps = 0

@@ -29,7 +29,6 @@ from ..compiler.verify_step import verify_step
 from .capturing import CapturedSession
 from .dependence import depends_on, loss_inputs, mark, shown_in
 from .noise import redrawn
-from .premises import Premises
 from .recorded import RecordedSession
 from .session import Options, _current
 
@@ -73,8 +72,8 @@ class CapturedStep(CapturedSession):
         self.left.append((target, self.recorder.give(last)))
         return last
 
-    def _enter(self, ordinals: list[int], late: bool) -> None:
-        super()._enter(ordinals, late)
+    def _offer(self, ordinals: list[int]) -> None:
+        super()._offer(ordinals)
         tracer = self.recorder
         for p in (self.networks.originals[i] for i in ordinals):
             self.thetas[id(tracer.value_of(p))] = p
@@ -169,7 +168,6 @@ class CompiledStep:
         # by place: the tensor there is another one after every step, and in the next window
         self._buffers_given = [where.get(id(x.tensor)) if isinstance(x, Input) else None for x in self.given]
         self.taken = captured.taken
-        self._premises = Premises([optimizer for optimizer, _ in self.taken], self.given)
         self._fresh = True
         self._runs = 0
 
@@ -206,13 +204,14 @@ class CompiledStep:
                 "a compiled step inside a window with record_grad_tape or pickup_step; take either off"
             )
         for optimizer, _ in self.taken:
-            if id(optimizer) not in window.members:
-                window.adopt(optimizer)
+            member = window.members.get(id(optimizer))
+            if member is None or not member.joined:
+                window.join(optimizer)
         view, engine, networks = window.view, window.engine, window.networks
         with window.recorder.paused(), unaffected():
             networks.check()
-            self._premises.check(tensor_of)
             view.settle()
+            view.need(self._ordinal(window, p) for p in self.reads)
             for optimizer, _ in self.taken:
                 window.bring(optimizer, window.ordinals(optimizer))
             given = [self._given(x, place, tensor_of) for x, place in zip(self.given, self._buffers_given)]
@@ -247,6 +246,11 @@ class CompiledStep:
             for x, value in zip(self.left, results, strict=False):
                 tensor_of(x).copy_(value)
         return self._results(window, call, results[len(self.left) :])
+
+    def fits(self, window: RecordedSession) -> bool:
+        """Whether the parameters that it reads are those of the window's networks."""
+        index_of = window.networks.index_of
+        return all(index_of(p) is not None for p in (*self.reads, *self.thetas))
 
     def _given(self, x: Any, place: Any, tensor_of: Callable[[Input], Tensor]) -> Any:
         if isinstance(x, Noise):

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._inductor import config as inductor_config
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import metaoptim
 from forms import run_compiled, run_step
@@ -163,3 +164,21 @@ def test_autocast(dtype: torch.dtype) -> None:
     expected, _ = tuned(nn.GELU(), dtype, strategy="full_tape")
     got, _ = tuned(nn.GELU(), dtype, slots=2)
     torch.testing.assert_close(got, expected, rtol=2e-2, atol=0)
+
+
+class _SelfAttention(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        q = x.unflatten(-1, (2, -1)).transpose(0, 1)[None]
+        return F.scaled_dot_product_attention(q, q, q, is_causal=True)[0].transpose(0, 1).flatten(1)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize(
+    "kernel", [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
+)
+def test_fused_attention(kernel: SDPBackend, dtype: torch.dtype | None) -> None:
+    """Each kernel that serves the type is taken apart; where none does, plain attention is taken."""
+    expected, _ = tuned(_SelfAttention(), dtype, strategy="full_tape")
+    with sdpa_kernel([kernel, SDPBackend.MATH]):
+        got, _ = tuned(_SelfAttention(), dtype, slots=2)
+    torch.testing.assert_close(got, expected, rtol=5e-2 if dtype else 1e-4, atol=0)

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from metaoptim.errors import CaptureError
+
 aten = torch.ops.aten
 
 
@@ -123,8 +125,9 @@ def attention_by_math(
 ) -> tuple[Tensor, None]:
     """Scaled-dot-product attention from differentiable parts: the fused kernels have no second derivative."""
     if dropout_p:
-        raise NotImplementedError(
-            "dropout inside scaled_dot_product_attention; use SDPBackend.MATH, or dropout outside"
+        raise CaptureError(
+            "dropout inside a fused kernel of scaled_dot_product_attention cannot be repeated; call it within "
+            "torch.nn.attention.sdpa_kernel(SDPBackend.MATH), or put the dropout outside"
         )
     grouped = query.shape[-3] != key.shape[-3]  # several heads of the query share one of the key
     out = aten._scaled_dot_product_attention_math(
@@ -133,6 +136,37 @@ def attention_by_math(
     # laid out in memory like the query, as the fused kernel does it: the views taken of it depend on that
     order = sorted(range(query.dim()), key=query.stride, reverse=True)
     return out.permute(order).contiguous().permute([order.index(d) for d in range(query.dim())]), None
+
+
+def _cuda_flash(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    p: float = 0.0,
+    causal: bool = False,
+    _debug: bool = False,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    return attention_by_math(query, key, value, p, causal, **options)
+
+
+def _cuda_cudnn(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    _logsumexp: bool,
+    p: float = 0.0,
+    causal: bool = False,
+    _debug: bool = False,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    return attention_by_math(query, key, value, p, causal, attn_mask=bias, **options)
+
+
+def _cuda_efficient(*args: Any, **options: Any) -> tuple[Tensor, None]:
+    out = _cuda_cudnn(*args, **options)[0]
+    return out.transpose(1, 2).contiguous().transpose(1, 2), None  # however the query is laid out
 
 
 def lstm_by_parts(
@@ -179,6 +213,9 @@ def trace_by_sum(x: Tensor) -> Tensor:
 # Operators without a second derivative, or without one that can be traced, and what stands for them in a step graph.
 SUBSTITUTES: dict[Any, Any] = {
     aten._scaled_dot_product_flash_attention_for_cpu.default: attention_by_math,
+    aten._scaled_dot_product_flash_attention.default: _cuda_flash,
+    aten._scaled_dot_product_cudnn_attention.default: _cuda_cudnn,
+    aten._scaled_dot_product_efficient_attention.default: _cuda_efficient,
     aten.mkldnn_rnn_layer.default: lstm_by_parts,
     aten.trace.default: trace_by_sum,
 }
