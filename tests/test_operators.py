@@ -1,9 +1,11 @@
 """PyTorch's own operator database inside inner loops, in every form; docs/operators.md publishes what is refused.
 
-A share of the operators by default, all of them with ``--whole-sweep``.
+A share of the operators by default, with those that are refused; all of them with ``--whole-sweep``.
 """
 
 from __future__ import annotations
+
+import re
 
 import pytest
 
@@ -14,7 +16,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """``operator``: the name of one."""
     if "operator" in metafunc.fixturenames:
         whole = metafunc.config.getoption("--whole-sweep")
-        metafunc.parametrize("operator", [*OPS] if whole else [*OPS][::SHARE])
+        refused = set(re.findall(r"^\| `([\w.]+)", TABLE.read_text(), re.MULTILINE))
+        refused |= {name.rpartition(".")[0] for name in refused}
+        share = [*OPS][::SHARE]
+        metafunc.parametrize("operator", [n for n in OPS if whole or n in share or n in refused])
 
 
 @pytest.mark.filterwarnings("ignore")
