@@ -70,7 +70,8 @@ def tell_unreachable(session: Any, sliced: Slice) -> None:
     for x in sliced.externals:
         if x.grad:
             continue
-        for ref in taint.of(x.source).values():
+        source = x.source
+        for ref in taint.of(x.held.tensor if source is None else source).values():
             leaf = ref()
             if (
                 leaf is None

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from metaoptim.errors import WindowError
 
@@ -32,7 +33,7 @@ class Networks:
         self._copies: dict[int, Tensor] = {}  # id of a buffer of the user -> what the modules show
         self._frozen: dict[int, nn.Parameter] = {}  # storage -> a parameter that no step trains
         self._backups: list[tuple[nn.Parameter, Tensor]] = []
-        self._read: dict[int, Tensor] = {}  # running statistics that autograd has saved
+        self._read = WeakIdKeyDictionary()  # running statistics that autograd has saved
 
     def index_of(self, parameter: Tensor) -> int | None:
         """The ordinal of one of the user's own parameters."""
@@ -144,9 +145,9 @@ class Networks:
         """
         if not training:
             if torch.is_grad_enabled():
-                self._read.update((id(s), s) for s in stats)
+                self._read.update((s, None) for s in stats)
             return list(stats)
-        return [self._renew(s) if id(s) in self._read else s for s in stats]
+        return [self._renew(s) if s in self._read else s for s in stats]
 
     def _renew(self, buffer: Tensor) -> Tensor:
         places = [(m, name) for m, name, _ in self._buffers if m._buffers.get(name) is buffer]

@@ -7,6 +7,7 @@ the user drops, the recording drops, and a step costs a walk over the ancestors 
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
@@ -42,6 +43,16 @@ def mask_counts(args: tuple) -> tuple[int, ...]:
     return tuple(int(i.sum()) for i in args[1] if i is not None and i.dtype in (torch.bool, torch.uint8))
 
 
+class _Ref(weakref.ref):
+    """The tensor of a value, weakly.
+
+    Attributes:
+        key: its id.
+    """
+
+    __slots__ = ("key",)
+
+
 class Recording:
     """The calls that tensors still alive have come from.
 
@@ -56,15 +67,15 @@ class Recording:
         self.guard: Any = guard
         self.epoch = Epoch(0, 0, {})
         self.values: dict[int, Value] = {}
-        self.histories: list[weakref.ref[External]] = []
+        self.histories: weakref.WeakSet[External] = weakref.WeakSet()
         self._seq = 0
-        self._sweep_at = 4096
+        self._dead: deque[_Ref] = deque()  # of tensors that have died, in whichever thread
+        self._died = self._dead.append
 
     def keep_only(self, epoch: Epoch) -> None:
         """A super-step has begun that reads ``epoch``: nothing older will be part of a step."""
         self.forget([v for v in self.values.values() if v.entry.epoch is not epoch])
         self.values = {k: v for k, v in self.values.items() if v.entry.epoch is epoch and v.ref() is not None}
-        self.histories = [ref for ref in self.histories if ref() is not None]
 
     def forget(self, values: Iterable[Value]) -> None:
         """``values`` leave the recording: the guard is told of tensors that live on and that steps have read."""
@@ -133,7 +144,7 @@ class Recording:
                 or not self._reads_current_theta(found)
             ):
                 return external
-            if t.untyped_storage()._cdata in epoch.writes:
+            if t in epoch.writes:
                 raise CaptureError(
                     f"a tensor of shape {tuple(t.shape)} was changed in place before another optimizer's step and is "
                     "used again after it; clone it after the change"
@@ -189,21 +200,20 @@ class Recording:
             same = known.version == version_of(t) and known.grad == t.requires_grad
             if known.written or (same and known.held.is_current(t)):
                 return known
-        if t.requires_grad and not t.is_leaf and t.untyped_storage()._cdata in self.epoch.writes:
+        if t.requires_grad and not t.is_leaf and t in self.epoch.writes:
             raise CaptureError(
                 f"a tensor of shape {tuple(t.shape)} is read that shares memory with one changed in place in this "
                 "step, in a way that cannot be followed; clone one of them"
             )
         new = External(t, self.guard.hold(t))
-        self.epoch.externals[id(t)] = ref = weakref.ref(new)
+        self.epoch.externals[id(t)] = new
         if not t.is_leaf:
-            self.histories.append(ref)
+            self.histories.add(new)
         return new
 
     def external_of(self, t: Tensor) -> External | None:
         """``t`` as this epoch has read it last, if it has."""
-        ref = self.epoch.externals.get(id(t))
-        found = None if ref is None else ref()
+        found = self.epoch.externals.get(id(t))
         return found if found is not None and found.source is t else None
 
     def alias_of(self, t: Tensor, base: Tensor) -> Value:
@@ -226,9 +236,18 @@ class Recording:
 
     def bind(self, t: Tensor, value: Value) -> Value:
         """Let ``value`` stand for ``t``."""
-        value.ref = weakref.ref(t)
-        self.values[id(t)] = value
+        value.ref = ref = _Ref(t, self._died)
+        ref.key = key = id(t)
+        self.values[key] = value
         return value
+
+    def _bury(self) -> None:
+        """Forget what stood for tensors that have died, and with it what only their history holds."""
+        while self._dead:
+            ref = self._dead.popleft()
+            value = self.values.get(ref.key)
+            if value is not None and value.ref is ref:
+                del self.values[ref.key]
 
     def entry(self, op: Any, tokens: tuple, kwargs: dict, reads: Iterable, grad: bool) -> Entry:
         """A call of which ``reads`` are the tensors: it depends on what was written into their memory."""
@@ -237,7 +256,7 @@ class Recording:
         if writes:
             found: dict[int, Entry] = {}
             for t in reads:
-                for entry in writes.get(t.untyped_storage()._cdata, ()):
+                for entry in writes.get(t) or ():
                     found[entry.seq] = entry
             deps = tuple(found.values())
         self._seq += 1
@@ -251,11 +270,8 @@ class Recording:
             for i, o in enumerate(out):
                 if isinstance(o, Tensor):
                     self.bind(o, Value(entry, i))
-        if len(self.values) > self._sweep_at:
-            self.values = {k: v for k, v in self.values.items() if v.ref() is not None}
-            self._sweep_at = max(4096, 2 * len(self.values))
-            externals = self.epoch.externals
-            self.epoch.externals = {k: ref for k, ref in externals.items() if ref() is not None}
+        if self._dead:
+            self._bury()
 
     def record(self, op: Any, info: OpInfo, args: tuple, kwargs: dict, out: Any) -> None:
         """Write down a call that has been made."""
