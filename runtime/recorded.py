@@ -122,9 +122,9 @@ class RecordedSession(Session):
         root = self.view.recording.root_of(loss)
         if isinstance(root, External):
             raise LossError(
-                f"{type(optimizer).__name__}.step: the loss was not computed inside this window, or before the round of "
-                "losses at hand, which a step by a later loss has begun; compute it inside the block, from the networks "
-                "as they are now"
+                f"{type(optimizer).__name__}.step: the loss was not computed inside this window, or before the round "
+                "of losses at hand, which a step by a later loss has begun; compute it inside the block, from the "
+                "networks as they are now"
             )
         hyper = hyper_of(optimizer, self.view.recording.value_of, self._lifts)
         sliced, epoch = self.view.slice([root, *hyper.roots])

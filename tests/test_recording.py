@@ -119,7 +119,7 @@ def _objects(steps: int, between: Callable[[nn.Module], Any]) -> int:
 def _acted(net: nn.Module, rate: Tensor) -> None:
     with torch.no_grad():
         for _ in range(4):
-            net(torch.randn(1, 3)) * rate
+            (net(torch.randn(1, 3)) * rate).sum()
 
 
 def _normalized(net: nn.Module, _: Tensor) -> None:

@@ -45,7 +45,7 @@ class Epoch:
         superstep: ordinal of the super-step it was opened in.
         theta: id of a tensor the networks show -> its `Theta`.
         writes: memory -> in-place entries on it, oldest first.
-        externals: id of a tensor read from outside -> what stands for it, as long as anything refers to that.
+        externals: id of a tensor read from outside -> weak reference to what stands for it.
         apart: memory of values that are set apart (see `Value`).
         read: whether any theta has been read in it.
     """
@@ -55,7 +55,7 @@ class Epoch:
     def __init__(self, position: int, superstep: int, theta: dict[int, Theta]) -> None:
         self.position, self.superstep, self.theta = position, superstep, theta
         self.writes: ByStorage[list[Entry]] = ByStorage()
-        self.externals: weakref.WeakValueDictionary[int, External] = weakref.WeakValueDictionary()
+        self.externals: dict[int, weakref.ref[External]] = {}
         self.apart: ByStorage[bool] = ByStorage()
         self.read = False
 

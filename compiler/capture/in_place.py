@@ -108,8 +108,9 @@ def _adopt_target(recording: Recording, t: Tensor) -> list[External]:
         if recording.known(t) is None and base is not t:
             recording.alias_of(t, base)
         storage = t.untyped_storage()._cdata
-        read = [(x, x.source) for x in epoch.externals.values()]  # of which ``t`` may be a recorded view
-        touched = [x for x, s in read if s is not None and s.untyped_storage()._cdata == storage]
+        read = [x for ref in epoch.externals.values() if (x := ref()) is not None]
+        # of which ``t`` may be a recorded view
+        touched = [x for x in read if (s := x.source) is not None and s.untyped_storage()._cdata == storage]
     else:
         found = recording.value_of(base)
         external = found.external if isinstance(found, Carried) else found

@@ -79,7 +79,7 @@ def _suspect(recorder: Any, targets: list[Tensor]) -> None:
     if not storages or not recorder.record:
         return
     for epoch in (*recorder.guard.epochs, recorder.recording.epoch):
-        read = [(x, x.source) for x in epoch.externals.values()]
+        read = [(x, x.source) for ref in epoch.externals.values() if (x := ref()) is not None]
         read += [(theta, theta.tensor) for theta in epoch.theta.values()]
         for x, t in read:
             if t is not None and _storage(t) in storages:

@@ -7,7 +7,6 @@ the user drops, the recording drops, and a step costs a walk over the ancestors 
 from __future__ import annotations
 
 import weakref
-from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
@@ -21,6 +20,7 @@ from .ops import LIFTS, MASKED, OpInfo, without_running_stats
 
 aten = torch.ops.aten
 _DETACH = aten.detach.default
+_FEW = 16  # what the dead hold on to may be large, so they are looked for when there are twice as many as had lived
 
 
 def _written_by_view(t: Tensor) -> bool:
@@ -43,16 +43,6 @@ def mask_counts(args: tuple) -> tuple[int, ...]:
     return tuple(int(i.sum()) for i in args[1] if i is not None and i.dtype in (torch.bool, torch.uint8))
 
 
-class _Ref(weakref.ref):
-    """The tensor of a value, weakly.
-
-    Attributes:
-        key: its id.
-    """
-
-    __slots__ = ("key",)
-
-
 class Recording:
     """The calls that tensors still alive have come from.
 
@@ -69,8 +59,7 @@ class Recording:
         self.values: dict[int, Value] = {}
         self.histories: weakref.WeakSet[External] = weakref.WeakSet()
         self._seq = 0
-        self._dead: deque[_Ref] = deque()  # of tensors that have died, in whichever thread
-        self._died = self._dead.append
+        self._sweep_at = _FEW
 
     def keep_only(self, epoch: Epoch) -> None:
         """A super-step has begun that reads ``epoch``: nothing older will be part of a step."""
@@ -206,14 +195,15 @@ class Recording:
                 "step, in a way that cannot be followed; clone one of them"
             )
         new = External(t, self.guard.hold(t))
-        self.epoch.externals[id(t)] = new
+        self.epoch.externals[id(t)] = weakref.ref(new)
         if not t.is_leaf:
             self.histories.add(new)
         return new
 
     def external_of(self, t: Tensor) -> External | None:
         """``t`` as this epoch has read it last, if it has."""
-        found = self.epoch.externals.get(id(t))
+        ref = self.epoch.externals.get(id(t))
+        found = None if ref is None else ref()
         return found if found is not None and found.source is t else None
 
     def alias_of(self, t: Tensor, base: Tensor) -> Value:
@@ -236,18 +226,16 @@ class Recording:
 
     def bind(self, t: Tensor, value: Value) -> Value:
         """Let ``value`` stand for ``t``."""
-        value.ref = ref = _Ref(t, self._died)
-        ref.key = key = id(t)
-        self.values[key] = value
+        value.ref = weakref.ref(t)
+        self.values[id(t)] = value
         return value
 
-    def _bury(self) -> None:
+    def _sweep(self) -> None:
         """Forget what stood for tensors that have died, and with it what only their history holds."""
-        while self._dead:
-            ref = self._dead.popleft()
-            value = self.values.get(ref.key)
-            if value is not None and value.ref is ref:
-                del self.values[ref.key]
+        self.values = {k: v for k, v in self.values.items() if v.ref() is not None}
+        externals = self.epoch.externals
+        self.epoch.externals = {k: ref for k, ref in externals.items() if ref() is not None}
+        self._sweep_at = max(_FEW, 2 * (len(self.values) + len(self.epoch.externals)))
 
     def entry(self, op: Any, tokens: tuple, kwargs: dict, reads: Iterable, grad: bool) -> Entry:
         """A call of which ``reads`` are the tensors: it depends on what was written into their memory."""
@@ -270,8 +258,8 @@ class Recording:
             for i, o in enumerate(out):
                 if isinstance(o, Tensor):
                     self.bind(o, Value(entry, i))
-        if self._dead:
-            self._bury()
+        if len(self.values) + len(self.epoch.externals) > self._sweep_at:
+            self._sweep()
 
     def record(self, op: Any, info: OpInfo, args: tuple, kwargs: dict, out: Any) -> None:
         """Write down a call that has been made."""

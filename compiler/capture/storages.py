@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 T = TypeVar("T")
-_FEW = 4  # what they hold on to may be large
+_FEW = 4
 
 
 class ByStorage(Generic[T]):
