@@ -17,7 +17,7 @@ from .capture.ops import op_info
 from .cotangent_hook import call_cotangent_hook
 from .flat import flat_graph
 from .interpret import interpret
-from .ir import Role, StepGraph
+from .ir import Port, Role, StepGraph, gradient
 from .liveness import storages
 from .tracing import tracing
 
@@ -87,6 +87,20 @@ def cotangent_outputs(step: StepGraph) -> list[int]:
         for i, p in enumerate(step.outputs)
         if p.role in (Role.THETA, Role.OPT_STATE, Role.CARRY) and p.differentiable
     ]
+
+
+def loss_graph(step: StepGraph, spec: tuple) -> StepGraph:
+    """inputs -> loss, which has this ``spec``, for a step that takes one gradient."""
+    graph, env = fx.Graph(), dict[fx.Node, fx.Node]()
+    (taken,) = (n for n in step.graph.nodes if n.target is gradient)
+    for node in step.graph.nodes:
+        if node is taken:
+            break
+        env[node] = graph.node_copy(node, env.__getitem__)
+    graph.output((env[taken.args[0]],))
+    outputs = (Port(Role.CARRY, spec, "loss"),)
+    dtype = step.default_dtype
+    return StepGraph(graph, step.inputs, outputs, step.opaque, step.dynamic, default_dtype=dtype)
 
 
 def _as_leaves(step: StepGraph, inputs: Sequence[Tensor], roles: tuple[Role, ...]) -> list[Tensor]:

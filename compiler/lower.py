@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from .ambient import default_dtype, with_default_dtype
+from .capture.slicing import tensor_spec
 from .compile_graph import compiled
-from .differentiate import cotangent_outputs, replay_graph
+from .differentiate import cotangent_outputs, loss_graph, replay_graph
 from .hvp import derivative
 from .ir import EAGER, Lowering, StepGraph
 from .residuals import Split, split
@@ -40,19 +42,23 @@ def lowered(step: StepGraph, kind: str, inputs: Sequence[Tensor], how: Lowering 
 
     Args:
         step: the step.
-        kind: "replay" or "vjp"; or, where `residuals` has a split, its "forward" or "backward".
+        kind: "replay" or "vjp"; "loss", the VJP of its loss alone; or, where `residuals` has a split, "forward" or
+            "backward".
         inputs: what it will be called with first.
         how: it is lowered.
     """
     program = step.programs.get((kind, how))
     if program is None:
-        graph = _graph(step, kind, how.hvp, inputs if step.dynamic else None)
+        of = loss_of(step, inputs[-1]) if kind == "loss" else step
+        graph = _graph(of, "vjp" if kind == "loss" else kind, how.hvp, inputs if step.dynamic else None)
         backend = how.backend_of(kind)
         if backend == "eager":
-            program = graph.forward
+            program = with_default_dtype(step.default_dtype, graph.forward)
         else:
-            cotangents = len(cotangent_outputs(step)) if kind in ("vjp", "backward") else 0
-            program = compiled(graph, inputs, backend, cotangents, how.check)
+            cotangents = 0 if kind in ("replay", "forward") else len(cotangent_outputs(of))
+            with default_dtype(step.default_dtype):
+                program = compiled(graph, inputs, backend, cotangents, how.check)
+            program = with_default_dtype(step.default_dtype, program)
         step.programs[kind, how] = program
     return program
 
@@ -68,8 +74,16 @@ def _graph(step: StepGraph, kind: str, hvp: str, example: Sequence[Tensor] | Non
 def derived(step: StepGraph, hvp: str, example: Sequence[Tensor] | None = None) -> fx.GraphModule:
     """The flat graph of a step's VJP."""
     if not is_derived(step, hvp):
-        step.programs["vjp graph", hvp] = derivative(step, hvp, example)
+        with default_dtype(step.default_dtype):
+            step.programs["vjp graph", hvp] = derivative(step, hvp, example)
     return step.programs["vjp graph", hvp]
+
+
+def loss_of(step: StepGraph, cotangent: Tensor) -> StepGraph:
+    """A step's loss, whose ``cotangent`` looks like it, as a graph of its own."""
+    if "loss" not in step.programs:
+        step.programs["loss"] = loss_graph(step, tensor_spec(cotangent))
+    return step.programs["loss"]
 
 
 def is_derived(step: StepGraph, hvp: str) -> bool:
@@ -80,7 +94,8 @@ def is_derived(step: StepGraph, hvp: str) -> bool:
 def replayed(step: StepGraph, example: Sequence[Tensor] | None = None) -> fx.GraphModule:
     """The flat graph of a step's replay."""
     if "replay graph" not in step.programs:
-        step.programs["replay graph"] = replay_graph(step, example)
+        with default_dtype(step.default_dtype):
+            step.programs["replay graph"] = replay_graph(step, example)
     return step.programs["replay graph"]
 
 

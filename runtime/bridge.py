@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from metaoptim.errors import MetaOptimError, UnreachableWarning, WindowError, warn
 
 from .engine import Engine
-from .sweep import Sweep
+from .sweep import LOSS, Sweep
 
 
 def new_token() -> Tensor:
     """The empty tensor a chain of Links begins with."""
-    return torch.empty(0, requires_grad=True)
+    return torch.empty(0, device="cpu", requires_grad=True)
 
 
 class InnerParameter(nn.Parameter):
@@ -136,7 +136,7 @@ class Read(torch.autograd.Function):
         for index, grad in zip(ctx.indices, grads, strict=True):
             if grad is not None:
                 sweep.deposit(ctx.position, index, grad)
-        return *[None] * (len(ctx.needs_input_grad) - 1), torch.empty(0)
+        return *[None] * (len(ctx.needs_input_grad) - 1), torch.empty(0, device="cpu")
 
 
 class Results(torch.autograd.Function):
@@ -149,6 +149,22 @@ class Results(torch.autograd.Function):
         return tuple(engine.state[i].clone() for i in indices)
 
     backward = Read.backward  # type: ignore[assignment]
+
+
+class StepLoss(torch.autograd.Function):
+    """The loss of the step at ``position``, once that has been taken: its gradient comes out of the sweep."""
+
+    @staticmethod
+    def forward(ctx: Any, engine: Engine, position: int, loss: Tensor, token: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.engine, ctx.position = engine, position
+        return torch.Tensor._make_subclass(torch.Tensor, loss, False)  # type: ignore[return-value]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        refuse_third_order()
+        _tell_if_nothing_is_reached(ctx.engine)
+        ctx.engine.sweep_of(torch._C._current_graph_task_id()).deposit(ctx.position + 1, LOSS, grad)
+        return None, None, None, torch.empty(0, device="cpu")
 
 
 def _tell_if_nothing_is_reached(engine: Engine) -> None:
@@ -193,7 +209,7 @@ class Link(torch.autograd.Function):
     ) -> Tensor:
         ctx.engine, ctx.position, ctx.metas, ctx.thetas = engine, position, tuple(metas), tuple(thetas)
         ctx.hooked = hooked(tensors)
-        return torch.empty(0)
+        return torch.empty(0, device="cpu")
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
@@ -203,7 +219,7 @@ class Link(torch.autograd.Function):
         grads = [sweep.metas.pop(m, None) for m in ctx.metas] + [
             sweep.adopted.pop(i, None) for i in ctx.thetas
         ]
-        return None, None, None, None, torch.empty(0), *defined(grads, ctx.hooked)
+        return None, None, None, None, torch.empty(0, device="cpu"), *defined(grads, ctx.hooked)
 
 
 def hooked(tensors: Sequence[Tensor]) -> dict[int, Tensor]:
@@ -259,4 +275,50 @@ class WindowedRead(torch.autograd.Function):
         if ctx.on_cut is not None:
             ctx.on_cut()
         found = [sweep.metas.get(m) for m in ctx.metas] + [sweep.adopted.get(i) for i in ctx.thetas]
-        return *[None] * 9, torch.empty(0), *defined(found, ctx.hooked)
+        return *[None] * 9, torch.empty(0, device="cpu"), *defined(found, ctx.hooked)
+
+
+class WindowedLoss(torch.autograd.Function):
+    """The loss of the step at ``position``, behind the reads of theta that it has been computed from.
+
+    ``thetas`` are their state indices, ``metas`` the numbers of the meta-parameters that the step has read: those are
+    the ``tensors``. ``life`` as of a `WindowedRead`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        engine: Engine,
+        position: int,
+        loss: Tensor,
+        thetas: Sequence[int],  # type: ignore[override]
+        metas: Sequence[int],
+        life: Life,
+        *tensors: Tensor,
+    ) -> Tensor:
+        ctx.engine, ctx.position, ctx.life = engine, position, life
+        ctx.thetas, ctx.metas = tuple(thetas), tuple(metas)
+        return torch.Tensor._make_subclass(torch.Tensor, loss, False)  # type: ignore[return-value]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        refuse_third_order()
+        sweep = gradient_of_loss(ctx.engine, ctx.position, grad)
+        found = [sweep.cotangents.get(i) for i in ctx.thetas] + [sweep.metas.get(m) for m in ctx.metas]
+        return *[None] * 6, *found
+
+
+def gradient_of_loss(engine: Engine, position: int, cotangent: Tensor) -> Sweep:
+    """A sweep with the gradient of one step's loss alone, by the theta that it has read and by meta-parameters."""
+    sweep = Sweep()
+    sweep.deposit(position + 1, LOSS, cotangent)
+    engine.pull_back(sweep, position - engine.program[position].back)  # type: ignore[union-attr]
+    return sweep
+
+
+STEPPED = (StepLoss._backward_cls, WindowedLoss._backward_cls)  # type: ignore[attr-defined]  # pyright: ignore
+
+
+def stepped(tensor: Tensor) -> Any:
+    """The node of a loss that has been stepped by and has left its graph; None for any other tensor."""
+    return tensor.grad_fn if isinstance(tensor.grad_fn, STEPPED) else None
