@@ -1,8 +1,9 @@
 """Inner optimizers: `torch.optim` by name, numbers and state, differentiable by what they are given."""
 
+from . import schedulers as schedulers
 from .adam import MetaAdam
-from .optimizer import MetaOptimizer
+from .optimizer import MetaOptimizer, safe_sqrt
 from .rmsprop import MetaRMSprop
 from .sgd import MetaSGD
 
-__all__ = ["MetaAdam", "MetaOptimizer", "MetaRMSprop", "MetaSGD"]
+__all__ = ["MetaAdam", "MetaOptimizer", "MetaRMSprop", "MetaSGD", "safe_sqrt"]
