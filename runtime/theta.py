@@ -231,11 +231,7 @@ class ThetaView:
         else:
             return None
         oldest = self.epochs[0]
-        if (
-            self.sliding is None
-            and epoch is self.epochs[-1]
-            and all(self._is_of(t, oldest) for t in sliced.thetas)
-        ):
+        if self.sliding is None and epoch is self.epochs[-1] and all(_same(t, oldest) for t in sliced.thetas):
             return oldest  # the super-step goes on where it can: losses may be left that were computed before
         return epoch
 
@@ -256,9 +252,7 @@ class ThetaView:
     def _is_of(self, theta: Theta, epoch: Epoch) -> bool:
         if epoch.position < self._since[theta.index]:
             return False
-        if epoch.theta.get(id(theta.tensor)) is theta or id(theta.tensor) in self.late:
-            return True
-        return any(t.index == theta.index and t.version is theta.version for t in epoch.theta.values())
+        return id(theta.tensor) in self.late or _same(theta, epoch)
 
     def unchanged(self, theta: Theta) -> bool:
         """Whether this version is still the one shown."""
@@ -435,3 +429,10 @@ class ThetaView:
         self.recorder.release()
         if self.sliding is not None:
             self.sliding.close()
+
+
+def _same(theta: Theta, epoch: Epoch) -> bool:
+    """Whether the networks showed this version in ``epoch``, on the tape or not yet."""
+    if epoch.theta.get(id(theta.tensor)) is theta:
+        return True
+    return any(t.index == theta.index and t.version is theta.version for t in epoch.theta.values())
