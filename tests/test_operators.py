@@ -1,4 +1,4 @@
-"""PyTorch's own operator database inside inner loops, in every form.
+"""PyTorch's own operator database inside inner loops, in every form; docs/operators.md publishes what is refused.
 
 A share of the operators by default, all of them with ``--whole-sweep``.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-from operators import OPS, SHARE, sweep
+from operators import OPS, SHARE, TABLE, rows, sweep
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -21,3 +21,5 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def test_operator(operator: str) -> None:
     found = list(sweep(operator))
     assert not [str(f) for f in found if f.outcome in ("wrong", "crashed")]
+    names = tuple(f"| `{name}` |" for name in {f.name for f in found})
+    assert rows(found) == [line for line in TABLE.read_text().splitlines() if line.startswith(names)]
