@@ -175,7 +175,7 @@ class RecordedSession(Session):
         if isinstance(root, External):
             raise LossError(
                 f"{type(optimizer).__name__}.step: the loss was not computed inside this window, or is left over from "
-                "before the last steps; compute it inside the block, from the networks as they are now"
+                "before a step by a later loss; compute it inside the block, from the networks as they are now"
             )
         hyper = hyper_of(optimizer, self.view.recording.value_of, self._lifts)
         sliced, epoch = self.view.slice([root, *hyper.roots])
@@ -190,7 +190,7 @@ class RecordedSession(Session):
                 ordinal = self.view.indices.index(theta.index)
                 if theta.tensor is self.networks.shown[ordinal] and ordinal in self.ordinals(optimizer):
                     refuse_overwritten(self.networks.names[ordinal])
-        metas = [x.tensor for x in sliced.externals if x.grad]
+        metas = [x.tensor for x in sliced.externals if x.tensor is not None]
         self.look_at(metas)
         update = self._plan(optimizer, loss, sliced, hyper, allow_unused)
         if sliced.spies:  # only now have the hooks run
@@ -213,7 +213,7 @@ class RecordedSession(Session):
             *zip(call.update, new, strict=True),
             *zip(call.opt_state_out, (v for s in new_states for v in s.values()), strict=True),
         ]
-        metas = [x.tensor for x in sliced.externals if x.grad]  # after the hooks
+        metas = [x.tensor for x in sliced.externals if x.tensor is not None]  # after the hooks
         position = self.engine.position
         for value in sliced.values:
             if not value.steps or value.steps[-1] != position:
@@ -441,9 +441,12 @@ class RecordedSession(Session):
 def _check_requires_grad(sliced: Slice) -> None:
     for x in sliced.externals:
         # autograd looks at a saved leaf again in the backward: what it makes of it is neither the one nor the other
-        if not x.written and x.tensor is x.source and x.grad != x.source.requires_grad:
+        source = x.source
+        if source is None or x.written or (x.grad and x.tensor is not source):
+            continue
+        if x.grad != source.requires_grad:
             raise CaptureError(
-                f"requires_grad of a tensor of shape {tuple(x.source.shape)} changed between its use in the loss "
+                f"requires_grad of a tensor of shape {tuple(source.shape)} changed between its use in the loss "
                 "and the step; change it before the loss or after the step, or use tensor.detach() in a part of it"
             )
 

@@ -184,7 +184,7 @@ def inner_gradients_in_grad() -> None:
         loss_of(net).backward()
 
 
-@wrong(LossError, "left over from before", "inside the block")
+@wrong(LossError, "left over from before a step", "inside the block")
 def loss_of_long_ago() -> None:
     net = network()
     inner = MetaSGD([net])
