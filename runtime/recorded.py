@@ -89,6 +89,9 @@ class RecordedSession(Session):
     def _join(self, ordinals: list[int], late: list[int]) -> None:
         self.view.join(ordinals, late)
 
+    def _start(self, ordinals: list[int], values: list[Tensor]) -> None:
+        self.view.start(ordinals, values)
+
     def _entering(self, ordinals: list[int]) -> None:
         """Parameters are about to be put on the tape."""
         own = [self.networks.originals[i] for i in ordinals]
