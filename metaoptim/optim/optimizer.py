@@ -461,8 +461,24 @@ def check_non_negative(**hyper: Any) -> None:
 
 
 def safe_sqrt(x: Tensor) -> Tensor:
-    """sqrt(x) with derivative 0 at exactly 0, where torch's is infinite and makes 0 · ∞ = NaN of what follows."""
+    """The square root, with derivative 0 at exactly 0.
+
+    There torch's derivative is infinite, and 0 · ∞ = NaN in what follows: the second moment of a parameter whose
+    gradient has always been zero would make every meta-gradient NaN. `MetaAdam` and `MetaRMSprop` use this one.
+
+    Args:
+        x: not negative.
+
+    Returns:
+        √x; differentiable any number of times.
+
+    Example:
+        >>> x = torch.tensor([0.0, 4.0], requires_grad=True)
+        >>> metaoptim.safe_sqrt(x).sum().backward()
+        >>> x.grad.tolist()
+        [0.0, 0.25]
+    """
     if not (x.requires_grad and torch.is_grad_enabled()):
         return x.sqrt()
     zero = x == 0
-    return torch.where(zero, x, torch.where(zero, torch.ones_like(x), x).sqrt())
+    return torch.where(zero, torch.zeros_like(x), torch.where(zero, torch.ones_like(x), x).sqrt())
