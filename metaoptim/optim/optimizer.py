@@ -171,7 +171,7 @@ class MetaOptimizer(Optimizer):
                 f"{type(self).__name__}.start was called outside a window; call it in the block"
             )
         mine = {id(p) for g in self.param_groups for p in g["params"]}
-        named: dict[str, list[Tensor]] = {}
+        named: dict[Any, list[Tensor]] = {}
         for network in self._networks:
             for name, p in network.named_parameters():
                 if id(_own(p)) in mine:
