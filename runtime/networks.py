@@ -37,8 +37,6 @@ class Networks:
         self._buffers: list[tuple[nn.Module, str, Tensor]] = []  # with the user's own tensor
         self._copies: dict[int, Tensor] = {}  # id of a buffer of the user -> what the modules show
         # storage -> a parameter that no step trains, and the module it is in
-            int, list[Tensor]
-        ] = {}  # first ordinal adopted with others -> the copies that were made
         self._frozen: dict[int, tuple[nn.Parameter, nn.Module]] = {}
         self._lazy: dict[int, tuple[nn.Module, str]] = {}  # modules with a buffer that was not there at entry
         self._backups: list[tuple[nn.Parameter, nn.Module, Tensor]] = []
