@@ -67,6 +67,8 @@ class Engine:
         self.reaches = False  # whether anything can receive a gradient through its steps
         self.thetas: dict[int, int] = {}  # state index -> id of the user's own parameter behind it
         self.closed: set[int] = set()  # ids of those that no gradient reaches
+        # state indices of parameters that no optimizer steps: written into, they are the leaves that they were
+        self.untrained: set[int] = set()
         self._watch = watching() if type(self) is Engine else None  # not while it is run to plan
         self._ran = 0  # calls that `run` has run
         self.vjps = 0
@@ -365,6 +367,8 @@ class Engine:
                 call = self.program[position]
                 if isinstance(call, Assign):
                     for index in call.indices:
+                        if index in self.untrained and not call.adoption:
+                            continue
                         arrived = sweep.cotangents.pop(index, None)
                         if call.adoption and arrived is not None:
                             sweep.adopted[position, index] = arrived
