@@ -15,13 +15,14 @@ from metaoptim.errors import CaptureError, WindowError, user_location
 from ..compiler.build import build_segment
 from ..compiler.capture import intercept
 from ..compiler.capture.entries import Value
+from ..compiler.capture.owners import identity
 from ..compiler.capture.trace import Input, Noise
 from ..compiler.capture.tracer import Tracer
 from ..compiler.ir import Lowering, Role, StepCall
 from ..compiler.lower import lowered
 from ..compiler.passes.pipeline import shaped
 from ..compiler.passes.roll import StepOf
-from ..compiler.segments import Roles, identity, ordered, whole
+from ..compiler.segments import Roles, ordered, whole
 from ..compiler.verify_step import verify_step
 from .capturing import CapturedSession
 from .dependence import depends_on, loss_inputs, mark, shown_in

@@ -60,7 +60,7 @@ def write(recorder: Any, op: Any, info: OpInfo, args: tuple, kwargs: dict) -> An
         return out
     for t in targets:
         _adopt_target(recording, t)
-    tokens = tuple(recording.token(a) for a in args)
+    tokens = recording.tokens(op, info, args)
     kw = {k: recording.token(v) for k, v in kwargs.items()}
     entry = recording.entry(op, tokens, kw, tensors_in(reads), grad)
     if grad:
