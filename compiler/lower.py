@@ -8,12 +8,14 @@ from threading import RLock
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from .compile_graph import compiled
-from .differentiate import cotangent_outputs, replay_graph
-from .hvp import derivative
+from .differentiate import cotangent_outputs, derived_by_running, replay_graph
+from .flat import FlatGraph
+from .hvp import WORTH_SAVING, chosen, derivative
 from .ir import EAGER, Lowering, StepGraph
+from .liveness import peak_bytes
 from .residuals import Split, split
 
 Lowered = Callable[..., Sequence[Any]]
@@ -35,7 +37,9 @@ def lowering(backend: str, hvp: str, self_check: bool, replays: bool = True) -> 
     return Lowering(backend, self_check, hvp, replays)
 
 
-def lowered(step: StepGraph, kind: str, inputs: Sequence[Tensor], how: Lowering = EAGER) -> Lowered:
+def lowered(
+    step: StepGraph, kind: str, inputs: Sequence[Tensor], how: Lowering = EAGER, at_once: bool = False
+) -> Lowered:
     """The callable for one of a step's graphs, traced and compiled on first use.
 
     Args:
@@ -43,21 +47,27 @@ def lowered(step: StepGraph, kind: str, inputs: Sequence[Tensor], how: Lowering 
         kind: "replay" or "vjp"; or, where `residuals` has a split, its "forward" or "backward".
         inputs: what it will be called with first.
         how: it is lowered.
+        at_once: it will be called with ``inputs`` now, and with nothing else: a graph that is not there yet may then be
+            found by running the step, and has its results.
     """
     program = step.programs.get((kind, how))
     if program is None:
+        if at_once and how.backend_of(kind) == "eager":
+            results = _by_running(step, kind, inputs, how.hvp)
+            if results is not None:
+                return lambda *_: results
         graph = _graph(step, kind, how.hvp, inputs if step.dynamic else None)
         backend = how.backend_of(kind)
         if backend == "eager":
-            program = graph.forward
+            program = graph
         else:
             cotangents = len(cotangent_outputs(step)) if kind in ("vjp", "backward") else 0
-            program = compiled(graph, inputs, backend, cotangents, how.check)
+            program = compiled(graph.module, inputs, backend, cotangents, how.check)
         step.programs[kind, how] = program
     return program
 
 
-def _graph(step: StepGraph, kind: str, hvp: str, example: Sequence[Tensor] | None) -> fx.GraphModule:
+def _graph(step: StepGraph, kind: str, hvp: str, example: Sequence[Tensor] | None) -> FlatGraph:
     if kind in ("forward", "backward"):
         divided = residuals(step, hvp)
         assert divided is not None
@@ -65,7 +75,29 @@ def _graph(step: StepGraph, kind: str, hvp: str, example: Sequence[Tensor] | Non
     return derived(step, hvp, example) if kind == "vjp" else replayed(step, example)
 
 
-def derived(step: StepGraph, hvp: str, example: Sequence[Tensor] | None = None) -> fx.GraphModule:
+def _by_running(
+    step: StepGraph, kind: str, inputs: Sequence[Tensor], hvp: str
+) -> Sequence[Tensor | None] | None:
+    """What a replay or VJP gives that has not been traced yet; None where it has been, or must be traced by itself."""
+    if kind == "vjp":
+        # where reverse over reverse may take much memory, another derivative is looked for first
+        small = "replay graph" in step.programs and 4 * peak_bytes(replayed(step).graph) < WORTH_SAVING
+        if is_derived(step, hvp) or not (hvp == "reverse" or (hvp == "auto" and small)):
+            return None
+    elif kind != "replay" or "replay graph" in step.programs:
+        return None
+    found = derived_by_running(step, kind, inputs)
+    if found is None:
+        return None
+    graph, results = found
+    if kind == "vjp":
+        step.programs["vjp graph", hvp] = chosen(step, hvp, graph)
+    else:
+        step.programs["replay graph"] = graph
+    return results
+
+
+def derived(step: StepGraph, hvp: str, example: Sequence[Tensor] | None = None) -> FlatGraph:
     """The flat graph of a step's VJP."""
     if not is_derived(step, hvp):
         step.programs["vjp graph", hvp] = derivative(step, hvp, example)
@@ -77,7 +109,7 @@ def is_derived(step: StepGraph, hvp: str) -> bool:
     return ("vjp graph", hvp) in step.programs
 
 
-def replayed(step: StepGraph, example: Sequence[Tensor] | None = None) -> fx.GraphModule:
+def replayed(step: StepGraph, example: Sequence[Tensor] | None = None) -> FlatGraph:
     """The flat graph of a step's replay."""
     if "replay graph" not in step.programs:
         step.programs["replay graph"] = replay_graph(step, example)

@@ -23,6 +23,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 
 from .capture.ops import op_info
 from .differentiate import true_zeros
+from .flat import FlatGraph
 from .ir import StepGraph, gradient, show
 from .remat import rematerialised
 from .tracing import tracing
@@ -34,7 +35,7 @@ class NotMixed(Exception):
     """The step has no mixed-mode derivative; the message says why."""
 
 
-def mixed_vjp_graph(step: StepGraph, cotangents: Sequence[int]) -> fx.GraphModule:
+def mixed_vjp_graph(step: StepGraph, cotangents: Sequence[int]) -> FlatGraph:
     """inputs, cotangents of the outputs at ``cotangents`` -> a cotangent, or None, per input.
 
     Raises:
@@ -122,7 +123,7 @@ def _evaluate(wanted: fx.Node, env: dict[fx.Node, Any]) -> Any:
     return env[wanted]
 
 
-def _traced(step: StepGraph, cotangents: Sequence[int]) -> fx.GraphModule:
+def _traced(step: StepGraph, cotangents: Sequence[int]) -> FlatGraph:
     parts = _Parts(step)
     wanted = [i for i, p in enumerate(step.inputs) if p.differentiable]
     free = _is_linear(parts, cotangents)
@@ -153,7 +154,8 @@ def _traced(step: StepGraph, cotangents: Sequence[int]) -> fx.GraphModule:
     clean = fx_graph_cse(module.graph)
     for node in clean.nodes:
         node.meta["phase"] = phases.get(node.name)
-    return rematerialised(fx.GraphModule(module, clean))
+    constants = {str(n.target): getattr(module, str(n.target)) for n in clean.find_nodes(op="get_attr")}
+    return rematerialised(FlatGraph(clean, constants))
 
 
 def _is_linear(parts: _Parts, cotangents: Sequence[int]) -> bool:

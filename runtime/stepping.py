@@ -217,7 +217,7 @@ class CompiledStep:
             held: list[Any] = [next(noise) if t is None else view.hold(t) for t in given]
             call = self._call(window, held, how)
             inputs = [engine.state[i] for i in (*call.theta, *call.opt_state_in)] + [h.get() for h in held]
-            results = lowered(self.step, "replay", inputs, how)(*inputs)
+            results = lowered(self.step, "replay", inputs, how, at_once=True)(*inputs)
             del inputs  # under a budget, the engine may run the step's derivative now, on numbers drawn again
             changes = [
                 (i, v) for i, v in zip((*call.update, *call.opt_state_out), results, strict=True) if i >= 0

@@ -32,7 +32,10 @@ _TWO_OPERANDS = {
 INDEXING = {aten.select.int, aten.slice.Tensor}
 PARTING = {aten.unbind.int, aten.split.Tensor, aten.split_with_sizes.default}
 # Their results hold nothing yet.
-EMPTY = {aten.empty_like.default, aten.new_empty.default, aten.new_empty_strided.default}
+EMPTY = {
+    *(aten.empty_like.default, aten.new_empty.default, aten.new_empty_strided.default),
+    *(aten.empty.memory_format, aten.empty_strided.default),
+}
 
 
 def op_info(op: Any) -> OpInfo:
@@ -50,6 +53,14 @@ def op_info(op: Any) -> OpInfo:
             op in _TWO_OPERANDS,
         )
     return info
+
+
+@functools.cache
+def shapes_known(op: Any) -> bool:
+    """Whether what results are like follows from what arguments are like: it has a kernel without data."""
+    return torch.Tag.data_dependent_output not in op.tags and (
+        torch._C._dispatch_has_computed_kernel_for_dispatch_key(op.name(), "Meta")
+    )
 
 
 @functools.cache
