@@ -87,6 +87,7 @@ class StepGraph:
         opaque: holds custom Functions or hooks, so every use is checked against eager.
         dynamic: holds an operator whose output shape depends on values.
         first_order: g is taken as a constant (FOMAML).
+        default_dtype: torch's when it was captured: operators depend on it.
         programs: graphs and callables derived from this one, by kind; filled on first use.
         derivatives: which mode of differentiation was taken, by what was asked for.
         records: what the passes did that made it.
@@ -99,6 +100,7 @@ class StepGraph:
     dynamic: bool = False
     first_order: bool = False
     hooked: bool = False
+    default_dtype: torch.dtype = field(default_factory=torch.get_default_dtype)
     programs: dict[Any, Any] = field(default_factory=dict)
     derivatives: dict[str, str] = field(default_factory=dict)
     records: list[Any] = field(default_factory=list)

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .ambient import default_dtype, with_default_dtype
 from .compile_graph import compiled
 from .differentiate import cotangent_outputs, derived_by_running, replay_graph
 from .flat import FlatGraph
 from .hvp import WORTH_SAVING, chosen, derivative
 from .ir import EAGER, Lowering, StepGraph
 from .liveness import peak_bytes
+from .mixed import why_not_mixed
 from .residuals import Split, split
 
 Lowered = Callable[..., Sequence[Any]]
@@ -59,10 +61,12 @@ def lowered(
         graph = _graph(step, kind, how.hvp, inputs if step.dynamic else None)
         backend = how.backend_of(kind)
         if backend == "eager":
-            program = graph
+            program = with_default_dtype(step.default_dtype, graph)
         else:
             cotangents = len(cotangent_outputs(step)) if kind in ("vjp", "backward") else 0
-            program = compiled(graph.module, inputs, backend, cotangents, how.check)
+            with default_dtype(step.default_dtype):
+                program = compiled(graph.module, inputs, backend, cotangents, how.check)
+            program = with_default_dtype(step.default_dtype, program)
         step.programs[kind, how] = program
     return program
 
@@ -80,13 +84,12 @@ def _by_running(
 ) -> Sequence[Tensor | None] | None:
     """What a replay or VJP gives that has not been traced yet; None where it has been, or must be traced by itself."""
     if kind == "vjp":
-        # where reverse over reverse may take much memory, another derivative is looked for first
-        small = "replay graph" in step.programs and 4 * peak_bytes(replayed(step).graph) < WORTH_SAVING
-        if is_derived(step, hvp) or not (hvp == "reverse" or (hvp == "auto" and small)):
+        if is_derived(step, hvp) or not _reverse_will_do(step, hvp):
             return None
     elif kind != "replay" or "replay graph" in step.programs:
         return None
-    found = derived_by_running(step, kind, inputs)
+    with default_dtype(step.default_dtype):
+        found = derived_by_running(step, kind, inputs)
     if found is None:
         return None
     graph, results = found
@@ -97,10 +100,19 @@ def _by_running(
     return results
 
 
+def _reverse_will_do(step: StepGraph, hvp: str) -> bool:
+    """Whether reverse over reverse may run before it is known what it takes: where that is little, or all there is."""
+    if hvp != "auto":
+        return hvp == "reverse"
+    small = "replay graph" in step.programs and 4 * peak_bytes(replayed(step).graph) < WORTH_SAVING
+    return small or why_not_mixed(step) is not None
+
+
 def derived(step: StepGraph, hvp: str, example: Sequence[Tensor] | None = None) -> FlatGraph:
     """The flat graph of a step's VJP."""
     if not is_derived(step, hvp):
-        step.programs["vjp graph", hvp] = derivative(step, hvp, example)
+        with default_dtype(step.default_dtype):
+            step.programs["vjp graph", hvp] = derivative(step, hvp, example)
     return step.programs["vjp graph", hvp]
 
 
@@ -112,7 +124,8 @@ def is_derived(step: StepGraph, hvp: str) -> bool:
 def replayed(step: StepGraph, example: Sequence[Tensor] | None = None) -> FlatGraph:
     """The flat graph of a step's replay."""
     if "replay graph" not in step.programs:
-        step.programs["replay graph"] = replay_graph(step, example)
+        with default_dtype(step.default_dtype):
+            step.programs["replay graph"] = replay_graph(step, example)
     return step.programs["replay graph"]
 
 

@@ -42,7 +42,8 @@ def mixed_vjp_graph(step: StepGraph, cotangents: Sequence[int]) -> FlatGraph:
         NotMixed: for several gradients in one step, hooks, custom Functions, in-place operators, random shapes, or an
             operator without a forward derivative.
     """
-    _check(step)
+    if (reason := why_not_mixed(step)) is not None:
+        raise NotMixed(reason)
     result: list[Any] = []
 
     def work() -> None:  # a trace through jvp that fails can poison autograd for its whole thread
@@ -63,14 +64,16 @@ def mixed_vjp_graph(step: StepGraph, cotangents: Sequence[int]) -> FlatGraph:
     return result[0]
 
 
-def _check(step: StepGraph) -> None:
+def why_not_mixed(step: StepGraph) -> str | None:
+    """Why a step has no mixed-mode derivative, as far as that is seen without a trace."""
     if step.steps != 1:
-        raise NotMixed(f"it takes {step.steps} inner gradients")
+        return f"it takes {step.steps} inner gradients"
     if step.opaque or step.dynamic or step.hooked or step.first_order:
-        raise NotMixed("it holds hooks, custom Functions, or shapes that depend on values")
+        return "it holds hooks, custom Functions, or shapes that depend on values"
     for node in step.graph.nodes:
         if isinstance(node.target, torch._ops.OpOverload) and op_info(node.target).writes:
-            raise NotMixed(f"it writes in place ({node.target})")
+            return f"it writes in place ({node.target})"
+    return None
 
 
 class _Parts:

@@ -33,14 +33,14 @@ def uncollected() -> Iterator[None]:
 
 @contextmanager
 def tracing() -> Iterator[None]:
-    """One trace at a time, outside the window, the user's modes and autocast, with grad mode on."""
+    """One trace at a time, outside the window, the user's modes, autocast and inference mode, with grad mode on."""
     recorder = recording.set(None)
     with (
         _lock,
         _disable_current_modes(),
+        torch.inference_mode(False),
         torch.enable_grad(),
-        torch.autocast("cpu", enabled=False),
-        torch.autocast("cuda", enabled=False),
+        torch._C._DisableAutocast(),
         torch.autograd.set_detect_anomaly(False),
     ):
         try:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from .compiler.ambient import unaffected
 from .compiler.capture import intercept
 from .compiler.capture.refusals import refusing
 from .compiler.capture.trace import Input, Trace
@@ -126,9 +127,11 @@ def trace_of(
             token = intercept.recording.set(tracer)
             try:
                 session = None if window is None else CapturedStep(window, tracer)
-                with torch.enable_grad(), nullcontext() if session is None else session.stepping():
+                stepping = nullcontext() if session is None else session.stepping()
+                with torch.inference_mode(False), torch.enable_grad(), stepping:
                     leaves, spec = tree_flatten(fn(*args, **kwargs))
                     given = [tracer.give(t) for t in leaves if isinstance(t, Tensor)]
+                    tracer.trace.left = [(t, tracer.give(t)) for t, _ in tracer.written.values()]
             finally:
                 intercept.recording.reset(token)
     finally:
@@ -149,14 +152,17 @@ def captured_step(
     with aside(window):
         traced, tracer, session = trace_of(fn, args, kwargs, window)
     assert session is not None
-    return CompiledStep(session, traced.tensors, step_of, texts), tracer.trace, traced
+    with unaffected():
+        step = CompiledStep(session, traced.tensors, step_of, texts)
+    return step, tracer.trace, traced
 
 
 def capture(fn: Callable, options: Options, scene: Scene, args: tuple, kwargs: dict) -> Program:
     """Capture ``fn`` as it acts on these arguments, and take its trace through the passes."""
     traced, tracer, _ = trace_of(fn, args, kwargs)
     tracer.trace.outputs = traced.tensors
-    rolled, records = compile_trace(tracer.trace, options, step_of)
+    with unaffected():
+        rolled, records = compile_trace(tracer.trace, options, step_of)
     if tracer.trace.steps and not rolled.horizon:
         warn(
             f"nothing that {getattr(fn, '__qualname__', 'the function')} returns depends on its "
@@ -174,6 +180,7 @@ def stated(rolled: RolledProgram, options: Options) -> RolledProgram | Options:
 
 def step_of(key: tuple, build: Callable[[], StepGraph]) -> StepGraph:
     """The step graph of this structure, built if it is new."""
+    key = (*key, torch.get_default_dtype())
     step = _steps.get(key)
     if step is None:
         step = _steps[key] = build()

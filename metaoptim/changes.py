@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from .compiler.ambient import AMBIENT
 from .guards import Scene, surroundings
 from .naming import argument_names, module_parts
 from .optim.optimizer import MetaOptimizer
@@ -64,10 +65,9 @@ def _first_change(fn: Callable, args: tuple, kwargs: dict[str, Any], old: Any, n
         then, now = then[2], now[2]
     if then[:1] == ("step",) or now[:1] == ("step",):
         return Change("the call", "inside a window" if now[:1] == ("step",) else "outside any window")
-    if then[1] != now[1]:
-        return Change("torch.get_default_dtype()", f"was {then[1]}, is {now[1]}")
-    if then[2] != now[2]:
-        return Change("autocast", f"was {then[2]}, is {now[2]}")
+    for name, a, b in zip(AMBIENT, then[1], now[1], strict=True):
+        if a != b:
+            return Change(name, f"was {a}, is {b}")
     labels = argument_names(fn, args)
     parts: list[tuple[str, Any]] = [("", None), ("", None), *surroundings(fn)]
     for at, (a, b) in enumerate(zip(then[0], now[0], strict=False)):

@@ -26,7 +26,6 @@ from .guards import Scene
 from .recapture import compare
 from .runtime.budget import check_budget, check_count, tell_default
 from .runtime.compiled import Call, Run
-from .runtime.distributed import average_over_ranks
 from .runtime.offload import check_offload
 from .runtime.planner import decide
 from .runtime.recorded import RecordedSession
@@ -144,7 +143,9 @@ class CompiledFunction:
     def _captured_step(self, window: RecordedSession, scene: Scene, args: tuple, kwargs: dict) -> StepProgram:
         step, _, traced = captured_step(self._fn, window, args, kwargs)
         at = scene.place_of()
-        sources = {x: at.get(id(x.tensor), x.tensor) for x in step.given if isinstance(x, Input)}
+        sources = {
+            x: at.get(id(x.tensor), x.tensor) for x in (*step.given, *step.left) if isinstance(x, Input)
+        }
         return StepProgram(step, sources, scene.remembered(), traced)
 
     def _run(self, program: Program, scene: Scene) -> Any:
@@ -179,8 +180,7 @@ class CompiledFunction:
 
     @torch.no_grad()
     def _write(self, program: Program, scene: Scene, last: list[tuple[Any, Tensor]]) -> None:
-        values = average_over_ranks([value for _, value in last])
-        for target, value in zip(program.writes, values, strict=True):
+        for target, (_, value) in zip(program.writes, last, strict=True):
             if isinstance(target, tuple):
                 optimizer, p, name = target
                 optimizer.state[p][name] = value.clone()

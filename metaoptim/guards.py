@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from .compiler.ambient import ambient
 from .errors import CaptureError
 from .optim.optimizer import MetaOptimizer
 
@@ -50,14 +51,7 @@ class Scene:
         self._alive: list[Any] = []
         described = [self._describe(args), self._describe(kwargs)]
         described += [(name, self._describe(value)) for name, value in surroundings(fn)]
-        self.key: Any = (
-            tuple(described),
-            torch.get_default_dtype(),
-            tuple(
-                (torch.get_autocast_dtype(d) if torch.is_autocast_enabled(d) else None)
-                for d in ("cpu", "cuda")
-            ),
-        )
+        self.key: Any = (tuple(described), ambient())
 
     def place_of(self) -> dict[int, int]:
         """Id of a tensor -> its place in `tensors`."""

@@ -19,6 +19,7 @@ from .optim.optimizer import live_optimizers
 from .report import Report
 from .runtime.budget import check_budget, check_count
 from .runtime.capturing import CapturedSession
+from .runtime.distributed import check_sync
 from .runtime.full_tape import FullTapeSession
 from .runtime.offload import check_offload
 from .runtime.recorded import RecordedSession
@@ -50,6 +51,9 @@ class SlidingWindow:
         offload: where states go for which there is no room on the device, instead of being given up: ``"host"`` (memory
             of the host, for networks on another device), ``"disk"`` (files in the temporary directory), or the path of
             a directory. With ``slots`` or ``memory_budget``. A step is then replayed once at most.
+        sync: a process group of torch.distributed (``torch.distributed.group.WORLD``), online only: at the end of the
+            block the parameters become their mean over its ranks, which must all come there, with the same networks.
+            Nothing is shared otherwise.
         backend: what the derivatives of steps run on: ``"eager"`` (nothing is compiled, nothing to wait for), or a
             backend of torch.compile such as ``"inductor"``, which compiles one graph for each distinct step, at its
             first derivative. The forward is eager PyTorch's own in any case.
@@ -60,8 +64,8 @@ class SlidingWindow:
     Raises:
         WindowError: for windows inside windows, or pickup_step offline.
         TypeError: for an ``offline`` that is no bool, or an option of another type than said.
-        ValueError: for an unknown strategy, backend or hvp, a window or slots below 1, both slots and a budget, or an
-            ``offload`` that is no directory or has nothing to do.
+        ValueError: for an unknown strategy, backend or hvp, a window or slots below 1, both slots and a budget, an
+            ``offload`` that is no directory or has nothing to do, or ``sync`` offline or without a process group.
         BudgetError: from a step, for a budget in which not even one state can be kept.
         StoreError: from a step or a backward, where an offloaded state cannot be written, or is damaged.
 
@@ -98,6 +102,7 @@ class SlidingWindow:
         memory_budget: int | float | str | None = None,
         slots: int | None = None,
         offload: str | os.PathLike[str] | None = None,
+        sync: Any = False,
         backend: str = "eager",
         hvp: str = "auto",
         self_check: bool = True,
@@ -113,13 +118,23 @@ class SlidingWindow:
         check_offload(offload, slots, memory_budget)
         for name, value in (("window", window), ("slots", slots)):
             check_count(name, value)
+        check_sync(sync, offline)
         how = lowering(backend, hvp, self_check, replays=False)
         self._options = Options(
-            offline, backward_hook, record_grad_tape, pickup_step, window, slots, memory_budget, offload, how
+            offline,
+            backward_hook,
+            record_grad_tape,
+            pickup_step,
+            window,
+            slots,
+            memory_budget,
+            offload,
+            sync,
+            how,
         )
         if strategy == "full_tape":
             for name, value in self._said().items():
-                if name not in ("offline", "backward_hook", "record_grad_tape", "pickup_step"):
+                if name not in ("offline", "backward_hook", "record_grad_tape", "pickup_step", "sync"):
                     raise ValueError(
                         f"{name}={value!r}: a full_tape window keeps everything, on autograd's own tape; use "
                         "strategy='auto'"

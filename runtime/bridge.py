@@ -21,7 +21,7 @@ from .sweep import Sweep
 
 def new_token() -> Tensor:
     """The empty tensor a chain of Links begins with."""
-    return torch.empty(0, requires_grad=True)
+    return torch.empty(0, device="cpu", requires_grad=True)
 
 
 class InnerParameter(nn.Parameter):
@@ -136,7 +136,7 @@ class Read(torch.autograd.Function):
         for index, grad in zip(ctx.indices, grads, strict=True):
             if grad is not None:
                 sweep.deposit(ctx.position, index, grad)
-        return *[None] * (len(ctx.needs_input_grad) - 1), torch.empty(0)
+        return *[None] * (len(ctx.needs_input_grad) - 1), torch.empty(0, device="cpu")
 
 
 class Results(torch.autograd.Function):
@@ -193,7 +193,7 @@ class Link(torch.autograd.Function):
     ) -> Tensor:
         ctx.engine, ctx.position, ctx.metas, ctx.thetas = engine, position, tuple(metas), tuple(thetas)
         ctx.hooked = hooked(tensors)
-        return torch.empty(0)
+        return torch.empty(0, device="cpu")
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
@@ -203,7 +203,7 @@ class Link(torch.autograd.Function):
         grads = [sweep.metas.pop(m, None) for m in ctx.metas] + [
             sweep.adopted.pop(i, None) for i in ctx.thetas
         ]
-        return None, None, None, None, torch.empty(0), *defined(grads, ctx.hooked)
+        return None, None, None, None, torch.empty(0, device="cpu"), *defined(grads, ctx.hooked)
 
 
 def hooked(tensors: Sequence[Tensor]) -> dict[int, Tensor]:
@@ -259,4 +259,4 @@ class WindowedRead(torch.autograd.Function):
         if ctx.on_cut is not None:
             ctx.on_cut()
         found = [sweep.metas.get(m) for m in ctx.metas] + [sweep.adopted.get(i) for i in ctx.thetas]
-        return *[None] * 9, torch.empty(0), *defined(found, ctx.hooked)
+        return *[None] * 9, torch.empty(0, device="cpu"), *defined(found, ctx.hooked)

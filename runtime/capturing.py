@@ -68,6 +68,11 @@ class CapturedSession(Session):
                 "record_grad_tape and pickup_step need an ordinary window; take the decorator off, or compile the "
                 "inner step only"
             )
+        if options.sync is not False:
+            raise CaptureError(
+                "sync= of a window inside a compiled function, which waits for no other ranks; average the parameters "
+                "after the call (torch.distributed.all_reduce), or use an ordinary window"
+            )
         if options.lowering != WINDOW:
             raise WindowError(
                 "backend, hvp or self_check of a window inside a compiled function; give them to metaoptim.compile"

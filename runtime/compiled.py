@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..compiler.ambient import unaffected
 from ..compiler.capture.trace import Input
 from ..compiler.ir import Loop, Lowering, Role, StepCall, calls_of
 from ..compiler.program import Given, Kept, RolledProgram
@@ -205,7 +206,7 @@ class Run:
         state: list[Any] = [None] * (self.rolled.registers + 1)
         if self.generator is not None:
             state[-1] = self.generator.get_state()
-        with torch.no_grad():
+        with unaffected():
             self.engine.stream.first = not self.rehearsal
             try:
                 state = self.engine.run(state)

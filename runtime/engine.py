@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from metaoptim.errors import CaptureError, StaleInputError, WindowError
 
 from ..compiler import cotangent_hook
+from ..compiler.ambient import unaffected
 from ..compiler.differentiate import cotangent_outputs
 from ..compiler.ir import Assign, Role, StepCall
 from ..compiler.lower import Lowered, lowered, residuals
@@ -143,7 +144,7 @@ class Engine:
         if not self.streaming.acts:
             return
         self._refused = True
-        with _disable_current_modes(), torch.no_grad():
+        with _disable_current_modes(), unaffected():
             slots = self.streaming.slots_between(self, refusing)
         self._refused = False
         if slots is not None:
@@ -196,7 +197,7 @@ class Engine:
                 self._memory[copy.untyped_storage()._cdata] = copy
             return copies[id(t)]
 
-        with _disable_current_modes(), torch.no_grad():
+        with _disable_current_modes(), unaffected():
             for values in [
                 self.state,
                 *self.store.states,
@@ -212,7 +213,7 @@ class Engine:
             return
         base, state = self.store.nearest(needed), None
         if base == self.store.base and needed - base > max(16, self.program.end - needed):
-            with _disable_current_modes(), torch.no_grad():
+            with _disable_current_modes(), unaffected():
                 base, state = needed, self._walk(base, needed)
         elif base <= start:
             return
@@ -379,7 +380,7 @@ class Engine:
         """Circumstances of a sweep; the states it works on are dropped in the end."""
         if self.tier is not None:
             self.tier.settle()  # what waits to be written takes memory
-        with _disable_current_modes(), torch.no_grad(), cotangent_hook.active(self.backward_hook):
+        with _disable_current_modes(), unaffected(), cotangent_hook.active(self.backward_hook):
             try:
                 yield
             finally:

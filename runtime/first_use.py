@@ -12,6 +12,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from metaoptim.errors import CaptureError, UnreachableWarning, user_name_of, warn
 
+from ..compiler.ambient import unaffected
 from ..compiler.capture.slicing import Slice
 from ..compiler.ir import StepCall
 from ..compiler.lower import lowered
@@ -41,7 +42,7 @@ def check(
     inputs = [base[t.index] for t in sliced.thetas] + (update.old if stale else [])
     inputs += [v for s in update.states for v in s.values()]
     try:
-        with torch.no_grad():
+        with unaffected():
             inputs += [h.tensor for h in call.inputs]
             results = lowered(call.step, "replay", inputs, at_once=True)(*inputs)
     except CaptureError:

@@ -327,7 +327,7 @@ class RecordedSession(Session):
             )
         dtypes = [port.spec[1] for port in step.inputs[len(step.inputs) - len(lifted) :]]
         held += [
-            Held(torch.tensor(sliced.numbers[i], dtype=dtype), None, "a number")
+            Held(torch.tensor(sliced.numbers[i], dtype=dtype, device="cpu"), None, "a number")
             for i, dtype in zip(lifted, dtypes, strict=True)
         ]
         inputs, outputs = self._state_indices(optimizer, update, new_states)

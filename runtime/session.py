@@ -17,7 +17,7 @@ from ..compiler.build import GradientHooks
 from ..compiler.capture import intercept
 from ..compiler.capture.entries import Spy
 from ..compiler.ir import Lowering
-from .distributed import average_over_ranks
+from .distributed import average
 from .networks import Networks
 
 WINDOW = Lowering(hvp="auto", replays=False)  # of what an ordinary window records
@@ -41,6 +41,7 @@ class Options:
     slots: int | None = None
     memory_budget: int | float | str | None = None
     offload: str | os.PathLike[str] | None = None
+    sync: Any = False
     lowering: Lowering = WINDOW
 
 
@@ -146,11 +147,7 @@ class Session:
         if id(optimizer) not in self.members or self._unfrozen(optimizer):
             self.adopt(optimizer, late=True)
         member = self.members[id(optimizer)]
-        with (
-            self.recorder.paused(),
-            torch.autocast("cpu", enabled=False),
-            torch.autocast("cuda", enabled=False),
-        ):
+        with self.recorder.paused(), torch._C._DisableAutocast():
             self.networks.check()
             anomaly = torch.is_anomaly_enabled() and not self.recorder.symbolic
             if anomaly and not bool(torch.isfinite(loss)):
@@ -312,4 +309,4 @@ class Session:
             for state in member.optimizer.state.values():
                 for name, value in state.items():
                     state[name] = value.detach()
-        self.networks.commit(average_over_ranks(values))
+        self.networks.commit(average(values, self.options.sync))

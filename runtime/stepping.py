@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from metaoptim.errors import CaptureError, WindowError, user_location
 
+from ..compiler.ambient import unaffected
 from ..compiler.build import build_segment
 from ..compiler.capture import intercept
 from ..compiler.capture.entries import Value
@@ -132,7 +133,10 @@ class CompiledStep:
         where = {id(own): (module, name) for module, name, own in captured.networks._buffers}
         self.buffers = [where[id(target)] for target, _ in kinds["buffer"]]
         current = [shown_in(v, captured.shown) for v in outputs]
-        trace.outputs = [v for kind in kinds.values() for _, v in kind] + outputs
+        input_of = {id(x.tensor): x for x in reversed(trace.inputs)}
+        self.left = [input_of[id(t)] for t, _ in trace.left]
+        trace.outputs = [v for kind in kinds.values() for _, v in kind]
+        trace.outputs += [*(v for _, v in trace.left), *outputs]
         draft = whole(trace)
         self.records = shaped(draft, texts)
         (unit,) = draft.units
@@ -203,7 +207,7 @@ class CompiledStep:
             if id(optimizer) not in window.members:
                 window.adopt(optimizer)
         view, engine, networks = window.view, window.engine, window.networks
-        with window.recorder.paused(), torch.no_grad():
+        with window.recorder.paused(), unaffected():
             networks.check()
             self._premises.check(tensor_of)
             view.settle()
@@ -231,7 +235,11 @@ class CompiledStep:
             view.take(call, changes, view.recording.epoch, metas, updated)
             for optimizer, steps in self.taken:
                 window.members[id(optimizer)].steps += steps
-        return self._results(window, call, results)
+        results = list(results[len(self.thetas) + len(self.states) + len(self.buffers) :])
+        with torch.no_grad():
+            for x, value in zip(self.left, results, strict=False):
+                tensor_of(x).copy_(value)
+        return self._results(window, call, results[len(self.left) :])
 
     def _given(self, x: Any, place: Any, tensor_of: Callable[[Input], Tensor]) -> Any:
         if isinstance(x, Noise):
@@ -241,7 +249,7 @@ class CompiledStep:
     def _forget(self) -> None:
         """Let go of the tensors seen at capture, with all that hangs on them: from now on each call brings its own."""
         self._fresh = False
-        for x in self.given:
+        for x in (*self.given, *self.left):
             if isinstance(x, Input):
                 x.tensor = None  # type: ignore[assignment]
 
@@ -277,7 +285,7 @@ class CompiledStep:
             if key not in known:
                 known[key], free = free, free + 1
             out.append(known[key])
-        out += [-1] * len(self.buffers)
+        out += [-1] * (len(self.buffers) + len(self.left))
         for k, live in enumerate(self.live):
             if live and (id(self), k) not in window.results:
                 window.results[id(self), k], free = free, free + 1
@@ -308,7 +316,7 @@ class CompiledStep:
                     m._buffers[n] = new
 
     def _results(self, window: RecordedSession, call: StepCall, results: Sequence[Tensor]) -> list[Tensor]:
-        found = list(results[len(results) - len(self.live) :])
+        found = list(results)
         at = [k for k, live in enumerate(self.live) if live]
         if at:
             indices = [window.results[id(self), k] for k in at]

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from metaoptim.errors import BudgetError
 
 from ..compiler import cotangent_hook
+from ..compiler.ambient import unaffected
 from ..compiler.differentiate import cotangent_outputs
 from ..compiler.ir import Assign, Role, StepCall
 from ..compiler.lower import lowered
@@ -288,7 +289,7 @@ def _measure(engine: Engine, call: StepCall) -> None:
     """Derive a step that was not met before, on what it is given now, and run that once, to see what it takes."""
     if measured(call.step, "vjp", call.how) is not None:
         return
-    with _disable_current_modes(), torch.no_grad(), cotangent_hook.active(cotangent_hook.stand_in):
+    with _disable_current_modes(), unaffected(), cotangent_hook.active(cotangent_hook.stand_in):
         base = engine.state_at(engine.position - call.back) if call.back else engine.state
         inputs = engine.inputs_of(call, engine.state, base, engine.position)
         inputs += [call.step.outputs[i].empty().zero_() for i in cotangent_outputs(call.step)]

@@ -34,6 +34,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="all forms over the whole grid of networks, optimizers, modes, horizons and windows (about an hour)",
     )
+    parser.addoption(
+        "--whole-sweep",
+        action="store_true",
+        help="all operators of PyTorch's database in all forms (a quarter of an hour)",
+    )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

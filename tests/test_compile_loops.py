@@ -148,6 +148,24 @@ def accumulated_in_place(nets: list, window: Any, xs: Tensor, ys: Tensor, shift:
 
 
 @loop
+def constants_inside(nets: list, window: Any, xs: Tensor, ys: Tensor, shift: Tensor, w: Tensor) -> Tensor:
+    """Made anew in every iteration, of equal values; one is changed in place, one is empty, one requires grad."""
+    (net,) = nets
+    inner = metaoptim.MetaSGD([net], lr=0.1)
+    with window(offline=True) as win:
+        for x, y, s in win.scan(xs, ys, shift):
+            counter, direction = torch.tensor(0.5), torch.tensor([0.3, -0.2], requires_grad=True)
+            out = torch.cat([net(x).flatten(), torch.tensor([])]).view(5, 2) * x.new_tensor([1.0, 2.0])
+            (slope,) = torch.autograd.grad((out.detach() @ direction).sin().sum(), direction)
+            weights = torch.tensor([1.0, 2.0]) * counter.add_(1)
+            inner.step(
+                F.cross_entropy(out + slope, y.softmax(1), weight=weights)
+                + (s * w).square().mean() * out.mean()
+            )
+        return query(net)
+
+
+@loop
 def batch_norm(nets: list, window: Any, xs: Tensor, ys: Tensor, shift: Tensor, w: Tensor) -> Tensor:
     """Online: running statistics and the step count are carried too, and left in place."""
     (net,) = nets

@@ -33,6 +33,7 @@ class World:
             self.inner.step(F.mse_loss(self.net(X), Y))  # it has a state
         self.outer = torch.optim.Adam([self.log_lr], lr=0.1)
         self.data = X.clone()
+        self.alias = self.data[1:]
         self.net[0].weight.grad = torch.ones(4, 3)
 
     def loss(self) -> Tensor:
@@ -114,23 +115,27 @@ def nonzero(w: World, loss: Tensor, h: Tensor) -> Any:
 
 
 @refused("changed in place")
-def argument_changed(w: World, loss: Tensor, h: Tensor) -> Any:
+def argument_given_a_history(w: World, loss: Tensor, h: Tensor) -> Any:
+    w.data.mul_(h.sum())
+
+
+@refused("shares memory with one .* changed in place")
+def argument_changed_and_read_as_another(w: World, loss: Tensor, h: Tensor) -> Any:
     w.data.mul_(2.0)
+    return w.alias.sum()
 
 
 @refused("changed in place")
-def argument_changed_through_a_view(w: World, loss: Tensor, h: Tensor) -> Any:
-    w.data[0] += 1.0
+def argument_changed_after_a_view_of_it_was_read(w: World, loss: Tensor, h: Tensor) -> Any:
+    before = w.alias.sum()
+    w.data.mul_(2.0)
+    return before
 
 
 @refused("changed in place")
-def argument_filled_with_noise(w: World, loss: Tensor, h: Tensor) -> Any:
-    w.data.normal_()
-
-
-@refused("changed in place")
-def written_by_out(w: World, loss: Tensor, h: Tensor) -> Any:
-    torch.add(w.data, 1.0, out=w.data)
+def leaf_changed(w: World, loss: Tensor, h: Tensor) -> Any:
+    with torch.no_grad():
+        w.log_lr.add_(1.0)
 
 
 @refused("changed in place")

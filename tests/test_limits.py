@@ -128,28 +128,72 @@ def test_sparse_gradients_and_complex_parameters() -> None:
         metaoptim.MetaSGD([nn.Linear(2, 2, dtype=torch.complex64)])
 
 
-def _average(rank: int, store: str, results: Any) -> None:
+def _in_rank(rank: int, store: str, results: Any) -> None:
+    """Two ranks: windows that share what they are told to, and nothing else."""
     torch.set_default_dtype(torch.float64)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     torch.set_num_threads(1)
+    group = torch.distributed.group
+    with pytest.raises(ValueError, match="not initialised"):
+        metaoptim.SlidingWindow(sync=group.WORLD)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    with pytest.raises(ValueError, match="offline"):
+        metaoptim.SlidingWindow(offline=True, sync=group.WORLD)
+    with pytest.raises(TypeError, match="expected a process group"):
+        metaoptim.SlidingWindow(sync=True)
     net = network()
     inner = metaoptim.MetaSGD([net], lr=0.1)
-    with metaoptim.SlidingWindow():
-        inner.step(F.mse_loss(net(X), Y * (rank + 1)))
-    results[rank] = net[2].bias.detach().tolist()
+
+    def window(**options: Any) -> list[float]:
+        with metaoptim.SlidingWindow(**options):
+            inner.step(F.mse_loss(net(X), Y * (rank + 1)))
+        return net[2].bias.detach().tolist()
+
+    @metaoptim.compile(backend="eager")
+    def compiled(**options: Any) -> Tensor:
+        with metaoptim.SlidingWindow(**options):
+            inner.step(F.mse_loss(net(X), Y * (rank + 1)))
+            return net(X).sum()
+
+    alone = [window() for _ in range(1 + rank)]  # uneven counts: no rank waits for another one
+    compiled()
+    alone.append(net[2].bias.detach().tolist())
+    only = torch.distributed.new_group([1])
+    if rank:
+        alone.append(window(sync=only))
+    else:
+        with pytest.raises(ValueError, match="this rank is not in"):
+            window(sync=only)
+    with pytest.raises(metaoptim.CaptureError, match="sync="):
+        compiled(sync=group.WORLD)
+    last = {}
+    for strategy in ("auto", "full_tape"):
+        last[strategy] = window(sync=group.WORLD, strategy=strategy)
+    results[rank] = alone, last
     torch.distributed.destroy_process_group()
 
 
-def test_online_windows_average_over_ranks(tmp_path: Any) -> None:
-    alone = []
-    for rank in range(2):
-        net = network()
-        inner = metaoptim.MetaSGD([net], lr=0.1)
+def test_ranks_share_what_they_are_told_to(tmp_path: Any) -> None:
+    nets = [network() for _ in range(2)]
+    inners = [metaoptim.MetaSGD([net], lr=0.1) for net in nets]
+
+    def step(rank: int) -> Tensor:
         with metaoptim.SlidingWindow():
-            inner.step(F.mse_loss(net(X), Y * (rank + 1)))
-        alone.append(net[2].bias.detach())
+            inners[rank].step(F.mse_loss(nets[rank](X), Y * (rank + 1)))
+        return nets[rank][2].bias.detach().clone()
+
+    alone = [[step(rank) for _ in range(2 + 2 * rank)] for rank in range(2)]
     with mp.Manager() as manager:
         results = manager.dict()
-        mp.spawn(_average, args=(str(tmp_path / "store"), results), nprocs=2)
-        for rank in range(2):
-            torch.testing.assert_close(torch.tensor(results[rank]), (alone[0] + alone[1]) / 2)
+        mp.spawn(_in_rank, args=(str(tmp_path / "store"), results), nprocs=2)
+        for strategy in ("auto", "full_tape"):
+            for rank in range(2):
+                step(rank)
+            with torch.no_grad():
+                for ps in zip(*(net.parameters() for net in nets), strict=True):
+                    mean = sum(ps) / 2
+                    for p in ps:
+                        p.copy_(mean)
+            for rank in range(2):
+                own, last = results[rank]
+                torch.testing.assert_close(torch.tensor(own), torch.stack(alone[rank]))
+                torch.testing.assert_close(torch.tensor(last[strategy]), nets[rank][2].bias.detach())

@@ -38,6 +38,7 @@ class Inner:
         metas: the meta-parameters.
         outer: () -> the outer loss at the end.
         rtol: to what the forms agree with the full tape.
+        others: further tensors that it leaves changed.
     """
 
     nets: list[nn.Module]
@@ -45,6 +46,7 @@ class Inner:
     metas: list[Tensor]
     outer: Callable[[], Tensor]
     rtol: float = 1e-9
+    others: list[Tensor] = field(default_factory=list)
 
 
 @dataclass
@@ -197,6 +199,27 @@ def _learnable_data() -> Inner:
 
 construct("dropout", NETWORKS["dropout"])(plain)
 construct("batch norm", NETWORKS["conv_bn"])(plain)
+
+
+@made("tensors from outside, changed in place")
+def _others_changed() -> Inner:
+    net, teacher, w = mlp(), NETWORKS["conv_bn"](), leaf(0.8)
+    mean, var, average, noise = 0.1 * XS[0, 0, :2], 1 + YS[0, 0].abs(), 0.3 * YS[1], YS[2].clone()
+    inner = metaoptim.MetaSGD([net], lr=0.1)
+
+    def step(x: Tensor, y: Tensor, t: int) -> None:
+        with torch.no_grad():
+            wanted = teacher(x)
+        out = F.batch_norm(net(x), mean, var, training=True, momentum=0.3)
+        average.mul_(0.7).add_(out.detach(), alpha=0.3)
+        noise.normal_()
+        torch.add(average[0], 0.1, out=average[1])
+        inner.step(F.mse_loss(out, wanted + average * noise) * w + net(x).square().mean())
+
+    outer = lambda: F.mse_loss(net(XS[STEPS]) * average, YS[STEPS])
+    return Inner([net], step, [w], outer, others=[mean, var, average, noise, *teacher.buffers()])
+
+
 construct("LSTM", NETWORKS["lstm"])(plain)
 
 
@@ -325,7 +348,7 @@ def outcome(name: str, form: str, offline: bool, **window: Any) -> tuple[dict[st
     loss = (metaoptim.compile(of, backend="eager") if form == "C" else of)()
     grads = torch.autograd.grad(loss, [*inner.metas, *(thetas if offline else [])])
     names = [f"meta {i}" for i in range(len(inner.metas))] + [f"theta {i}" for i in range(len(thetas))]
-    left = [*thetas, *(b.double() for net in inner.nets for b in net.buffers())]
+    left = [*thetas, *(b.double() for net in inner.nets for b in net.buffers()), *inner.others]
     values = {"loss": loss, "random": torch.rand(2)} | {f"left {i}": v for i, v in enumerate(left)}
     return dict(zip(names, grads)) | {k: v.detach() for k, v in values.items()}, inner.rtol
 

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from metaoptim.errors import CaptureError
 
 from ..ir import again
 from .entries import Value
 from .ops import BATCH_NORM, OpInfo, functional, written
+from .recording import tensors_in
 from .slicing import tensor_spec
 
 aten = torch.ops.aten
@@ -21,15 +21,11 @@ _DETACH = aten.detach.default
 
 def write(tracer: Any, op: Any, info: OpInfo, args: tuple, kwargs: dict) -> Any:
     """Make a call that writes into some of its arguments: from there on other values stand for them."""
+    for t in written(info, args, kwargs):
+        if tracer.is_given(t):
+            tracer.take_over(t, op, tensors_in((*args, *kwargs.values())))
+    args, kwargs = tracer.taken_over(args), tracer.taken_over(kwargs)
     targets = written(info, args, kwargs)
-    for t in targets:
-        given = t.layout is torch.strided and t.untyped_storage()._cdata in tracer.given
-        if given or not isinstance(t, FakeTensor):
-            raise CaptureError(
-                f"a tensor of shape {tuple(t.shape)} that the compiled function was given is changed in place by "
-                f"{op}. Return the new value instead and copy it outside, or clone the tensor first; an outer "
-                "optimizer's step() belongs after the call"
-            )
     touched = {id(u): (u, any(u is t for t in targets)) for t in targets for u in (t, *tracer.sharing(t))}
     then = [tracer.on_write(*t) for t in touched.values()]
     out = _written(tracer, op, args, kwargs, targets)

@@ -118,6 +118,7 @@ class Trace:
         scans: loops of which only the first iterations are among the entries.
         windows: its windows.
         outputs: what stands for each tensor the function returns.
+        left: tensors that the function was given and that have another value after it, with what stands for it.
         hooks: id of a call -> its hooked outputs, each with the hooks that were there when a gradient passed.
         indexed: whether indices that may differ from step to step are `Number`s already.
         draws_on: the device that random numbers are drawn on; None if none are.
@@ -130,6 +131,7 @@ class Trace:
     scans: list[Scan] = field(default_factory=list)
     windows: list[WindowMark] = field(default_factory=list)
     outputs: list[Any] = field(default_factory=list)
+    left: list[tuple[Tensor, Value]] = field(default_factory=list)
     hooks: dict[int, dict[Any, list[Spy]]] = field(default_factory=dict)
     indexed: bool = False
     draws_on: torch.device | None = None

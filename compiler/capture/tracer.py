@@ -7,9 +7,10 @@ identity; nothing is computed and nothing outside changes.
 
 from __future__ import annotations
 
+import ctypes
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
+    unset_fake_temporarily,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -52,7 +54,8 @@ class Tracer(TorchDispatchMode):
 
     Attributes:
         trace: what has been captured so far.
-        given: storage -> the fake of a real tensor.
+        given: storage of the fake of a real tensor -> both; the fake is held, so that its storage remains its own.
+        written: id of a real tensor that has another value after the call -> the tensor, and its fake.
         on_write: called with a tensor whose memory is about to be changed, and whether by its own name; what it
             returns, if anything, is called after the change.
     """
@@ -67,7 +70,9 @@ class Tracer(TorchDispatchMode):
         self.on_write: Callable[[Tensor, bool], Callable[[], None] | None] = lambda t, directly: None
         self._refs: dict[int, tuple[weakref.ref[Tensor], Any]] = {}
         self._at: dict[int, list[weakref.ref[Tensor]]] = {}  # storage -> the tensors that lie in it
-        self.given: dict[int, Tensor] = {}
+        self.given: dict[int, tuple[Tensor, Tensor]] = {}
+        self.written: dict[int, tuple[Tensor, Tensor]] = {}
+        self._constants: dict[tuple, Tensor] = {}
         self._hooks: list[tuple[Value, Any, Spy]] = []  # registered, not known yet to meet a gradient
 
     # -- the mode ------------------------------------------------------------------------------------------------
@@ -79,9 +84,7 @@ class Tracer(TorchDispatchMode):
         if func in _ITEM:
             raise CaptureError(_NO_VALUE)
         if func in _LIFTED:
-            return self.record(
-                aten.clone.default, args, {}
-            )  # a constant made by torch.tensor, its maker's own
+            return self.record(aten.clone.default, (self._constant(args[0]),), {})  # its maker's own
         info = op_info(func)
         if info.random:
             return noise.draw(self, func, args, kwargs)
@@ -129,8 +132,8 @@ class Tracer(TorchDispatchMode):
             if isinstance(a, FakeTensor):
                 return a
             fake = self.fake.from_tensor(a, static_shapes=True)
-            if fake.layout is torch.strided:
-                self.given[fake.untyped_storage()._cdata] = fake
+            if fake.layout is torch.strided and id(a) not in self.written:
+                self.given[fake.untyped_storage()._cdata] = fake, a
             return fake
         if isinstance(a, (list, tuple)):
             return type(a)(self.faked(b) for b in a) if not hasattr(a, "_fields") else a
@@ -149,6 +152,11 @@ class Tracer(TorchDispatchMode):
                     f"a tensor of shape {tuple(t.shape)} comes from a call that cannot be captured (another thread, a "
                     "dispatch mode, or a C++ function); move it out of the compiled function"
                 )
+            if any(_same_memory(t, w) for w, _ in self.written.values()):
+                raise CaptureError(
+                    f"a tensor of shape {tuple(t.shape)} is read that shares memory with one that the compiled "
+                    "function was given and has changed in place; clone one of them before the call"
+                )
             return self.bind_input(t)
         while t.requires_grad and not t.is_leaf and isinstance(ref, Value) and ref.entry.op is _DETACH:
             ref = ref.entry.args[0]  # autograd hands saved outputs back through a detach: an alias, not a cut
@@ -156,11 +164,13 @@ class Tracer(TorchDispatchMode):
 
     def known(self, t: Tensor) -> Any:
         """What stands for the very tensor ``t``, if it was made or read by what is traced."""
+        t = self.taken_over(t)
         found = self._refs.get(id(t))
         return found[1] if found is not None and found[0]() is t else None
 
     def bind(self, t: Tensor, ref: Any) -> Any:
         """Let ``ref`` stand for ``t``."""
+        t = self.taken_over(t)
         weak = weakref.ref(t)
         if self.known(t) is None and t.layout is torch.strided:
             self._at.setdefault(t.untyped_storage()._cdata, []).append(weak)
@@ -192,6 +202,49 @@ class Tracer(TorchDispatchMode):
         alive = [w for w in self._at.get(storage, ()) if w() is not None]
         self._at[storage] = alive
         return [u for w in alive if (u := w()) is not None]
+
+    # -- tensors that the function was given and changes -----------------------------------------------------------
+
+    def is_given(self, t: Tensor) -> bool:
+        """Whether ``t`` is a real tensor, or a view of one, that nothing stands for yet."""
+        if not isinstance(t, FakeTensor):
+            return id(t) not in self.written
+        return t.layout is torch.strided and t.untyped_storage()._cdata in self.given
+
+    def take_over(self, t: Tensor, op: Any, reads: Iterable[Tensor]) -> None:
+        """Let a copy stand for the given tensor ``t``, which ``op`` is to change; it is left with what that becomes."""
+        real = t if not isinstance(t, FakeTensor) else self.given[t.untyped_storage()._cdata][1]
+        if (
+            real.layout is not torch.strided
+            or real.requires_grad
+            or isinstance(real, torch.nn.Parameter)
+            or real.nbytes != real.untyped_storage().nbytes()
+            or any(other is not real for other in self.sharing(real))
+            or (torch.is_grad_enabled() and any(a.requires_grad for a in reads))
+        ):
+            raise CaptureError(
+                f"a tensor of shape {tuple(t.shape)} that the compiled function was given is changed in place by {op}, "
+                "and requires grad, would get a history, or shares memory with others. Return the new value instead "
+                "and copy it outside, or clone the tensor first; an outer optimizer's step() belongs after the call"
+            )
+        source, fake = self.value_of(real), self.faked(real)
+        views = self.sharing(fake)
+        copy = Value(self.add(aten.clone.default, (source,), grad=True), None)
+        del self.given[fake.untyped_storage()._cdata]
+        self.written[id(real)] = real, fake
+        self.bind(fake, copy)
+        for view in views:
+            args = (copy, view.shape, view.stride(), view.storage_offset())
+            self.bind(view, Value(self.add(aten.as_strided.default, args, grad=True), None))
+
+    def taken_over(self, a: Any) -> Any:
+        """``a`` with what stands for the given tensors that have been changed."""
+        if isinstance(a, Tensor):
+            found = self.written.get(id(a))
+            return a if found is None else found[1]
+        if isinstance(a, (list, tuple)):
+            return type(a)(self.taken_over(b) for b in a) if not hasattr(a, "_fields") else a
+        return {k: self.taken_over(v) for k, v in a.items()} if isinstance(a, dict) else a
 
     # -- writing down --------------------------------------------------------------------------------------------
 
@@ -228,6 +281,15 @@ class Tracer(TorchDispatchMode):
         entry = self.add(op, self.tokens(op, args), self.token(kwargs))
         self.bind_outputs(entry, out)
         return out
+
+    def _constant(self, t: Tensor) -> Tensor:
+        """What `torch.tensor` has made, or what it made before of the same values: one input for all of them."""
+        if isinstance(t, FakeTensor):
+            return t
+        with unset_fake_temporarily():
+            here = t.cpu()
+        key = (tensor_spec(t), ctypes.string_at(here.data_ptr(), here.nbytes))
+        return self._constants.setdefault(key, t)
 
     # -- Python-level calls --------------------------------------------------------------------------------------
 
@@ -298,6 +360,10 @@ class Tracer(TorchDispatchMode):
             if not is_removed(handle):
                 self.trace.hooks.setdefault(id(value.entry), {}).setdefault(value.index, []).append(spy)
         self._hooks.clear()
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    return a.layout is torch.strided and a.untyped_storage()._cdata == b.untyped_storage()._cdata
 
 
 #: Called when a capture begins: what they return puts Python state back that the captured function may change.

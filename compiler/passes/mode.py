@@ -42,6 +42,7 @@ def mode(trace: Trace) -> tuple[list[tuple[Any, Value]], int | None, str]:
         for target, value in window.last:
             key = tuple(map(id, target[:2])) + target[2:] if isinstance(target, tuple) else id(target)
             writes[key] = (target, value)
+    writes.update((id(target), (target, value)) for target, value in trace.left)
     limit = limits.pop() if limits else None
     done = f"{cut} parameters cut off at entry, {len(writes)} tensors written back"
     return list(writes.values()), limit, done + (f", truncated to {limit} super-steps" if limit else "")

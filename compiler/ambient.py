@@ -1,0 +1,73 @@
+"""PyTorch's ambient modes: what a capture depends on, and how graphs run whatever the caller has switched on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+
+_AUTOCAST = ("cpu", "cuda", "xpu", "mps", "hpu", "mtia")
+
+
+def ambient() -> tuple[Any, ...]:
+    """What decides, beside its arguments, which operators a function calls; named in `AMBIENT`."""
+    modes = _get_current_function_mode_stack() if torch._C._len_torch_function_stack() else ()
+    return (
+        torch.get_default_dtype(),
+        tuple(torch.get_autocast_dtype(d) if torch.is_autocast_enabled(d) else None for d in _AUTOCAST)
+        if torch._C._is_any_autocast_enabled()
+        else None,
+        torch.are_deterministic_algorithms_enabled(),
+        torch.get_float32_matmul_precision(),
+        tuple(m.device if isinstance(m, DeviceContext) else type(m) for m in modes),
+    )
+
+
+AMBIENT = (
+    "torch.get_default_dtype()",
+    "autocast",
+    "torch.are_deterministic_algorithms_enabled()",
+    "torch.get_float32_matmul_precision()",
+    "the default device, or another torch function mode",
+)
+
+
+@contextmanager
+def unaffected() -> Iterator[None]:
+    """Below autograd, with no autocast, inference mode or default device: what a graph calls was decided at capture."""
+    with ExitStack() as stack:
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+        if torch._C._is_any_autocast_enabled():
+            stack.enter_context(torch._C._DisableAutocast())
+        if torch._C._len_torch_function_stack():
+            stack.enter_context(torch._C.DisableTorchFunction())
+        stack.enter_context(torch.no_grad())
+        yield
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """The default dtype is ``dtype`` inside the block."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def with_default_dtype(dtype: torch.dtype, program: Callable[..., Any]) -> Callable[..., Any]:
+    """``program``, run with that default dtype: integers become it where they meet a fraction, for instance."""
+
+    def run(*inputs: Any) -> Any:
+        if torch.get_default_dtype() is dtype:
+            return program(*inputs)
+        with default_dtype(dtype):
+            return program(*inputs)
+
+    return run
