@@ -129,11 +129,17 @@ def _sliced(
 def parts(op: Any, args: tuple) -> list[tuple[Any, tuple]]:
     """What gives one by one the parts that a call takes a tensor apart into: operators and their arguments."""
     if op is aten.unbind.int:
-        t, dim = (*args, 0)[:2]
-        return [(aten.select.int, (t, dim, i)) for i in range(t.shape[dim])]
-    t, sizes, dim = (*args, 0)[:3]
-    if op is aten.split.Tensor:
-        sizes = [sizes] * -(-t.shape[dim] // sizes) if sizes else [0]
+        return _rows(*args)
+    return _split(*args)
+
+
+def _rows(t: Tensor, dim: int = 0) -> list[tuple[Any, tuple]]:
+    return [(aten.select.int, (t, dim, i)) for i in range(t.shape[dim])]
+
+
+def _split(t: Tensor, sizes: int | list[int], dim: int = 0) -> list[tuple[Any, tuple]]:
+    if isinstance(sizes, int):
+        sizes = [sizes] * max(1, -(-t.shape[dim] // max(1, sizes)))
     ends = itertools.accumulate(sizes)
     return [(aten.slice.Tensor, (t, dim, end - size, end)) for size, end in zip(sizes, ends, strict=True)]
 
