@@ -16,8 +16,9 @@ from torch import Tensor, fx
 from torch._dynamo.backends.registry import lookup_backend
 from torch.utils._python_dispatch import _disable_current_modes
 
+from .rounding import agree, noise_of, precision_of, size_of
+
 _log = logging.getLogger("metaoptim.recompiles")
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 
 
 def compiled(
@@ -68,67 +69,21 @@ def _unasserted() -> Any:
 def difference(graph: fx.GraphModule, program: Callable[..., Any], inputs: Sequence[Tensor]) -> str | None:
     """What is wrong with ``program``, a compilation of ``graph``, on ``inputs``; None if nothing is found."""
     expected = graph(*[t.clone() for t in inputs])
-    largest = max((_size(t) for t in expected if t is not None), default=0.0)
+    largest = max((size_of(t) for t in expected if t is not None), default=0.0)
+    precision = precision_of(graph.graph, inputs)
     noise: list[float] = []
     for attempt in ("first", "second"):
         given = [t.clone() for t in inputs]
         for i, (got, want) in enumerate(zip(program(*given), expected, strict=True)):
             if (got is None) != (want is None):
                 return f"output {i} is {got!r}, expected {want!r}"
-            if want is not None and not agree(got, want, largest):
-                noise = noise or _noise(graph, inputs, expected)
-                if not agree(got, want, largest, noise[i]):
+            if want is not None and not agree(got, want, precision, largest):
+                noise = noise or noise_of(graph, inputs, expected, precision)
+                if not agree(got, want, precision, largest, noise[i]):
                     return f"output {i} differs in the {attempt} call"
         if not all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(given, inputs, strict=True)):
             return "an input is overwritten"
     return None
-
-
-def _noise(graph: fx.GraphModule, inputs: Sequence[Tensor], expected: Sequence[Tensor | None]) -> list[float]:
-    """How far each output moves when inputs move by a rounding error: as far may two right programs be apart.
-
-    Adam's second moments are next to zero in its first steps, and its derivative is as large as that.
-    """
-    generator = torch.Generator().manual_seed(0)
-    moved = [0.0] * len(expected)
-    for _ in range(4):
-        given = [
-            t * (1 + torch.finfo(t.dtype).eps * torch.randn(t.shape, generator=generator).to(t))
-            if t.is_floating_point()
-            else t
-            for t in inputs
-        ]
-        for i, (a, b) in enumerate(zip(graph(*given), expected, strict=True)):
-            if a is not None and b is not None and a.is_floating_point():
-                moved[i] = max(moved[i], _size(a - b))
-    return moved
-
-
-def _size(t: Tensor) -> float:
-    """The largest finite entry."""
-    finite = t[t.isfinite()] if t.is_floating_point() or t.is_complex() else t.new_empty(0)
-    return float(finite.abs().max()) if finite.numel() else 0.0
-
-
-def agree(got: Tensor, want: Tensor, largest: float, noise: float = 0.0) -> bool:
-    """Equal but for rounding.
-
-    Args:
-        got, want: one output.
-        largest: the size of all outputs together: some are zero but for rounding.
-        noise: what rounding errors of the inputs do to it.
-    """
-    if got.shape != want.shape or got.dtype != want.dtype:
-        return False
-    if not want.numel():
-        return True
-    if not (want.is_floating_point() or want.is_complex()):
-        return torch.equal(got, want)
-    finite = want.isfinite()
-    if not torch.equal(got.isfinite(), finite):
-        return False
-    worst = float((got[finite] - want[finite]).abs().max()) if bool(finite.any()) else 0.0
-    return worst <= _TOLERANCE.get(want.dtype, 1e-3) * (_size(want) + 1e-3 * largest) + 10 * noise + 1e-30
 
 
 def _random_like(t: Tensor) -> Tensor:

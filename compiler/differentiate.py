@@ -17,7 +17,7 @@ from .capture.slicing import tensor_spec
 from .cotangent_hook import call_cotangent_hook
 from .flat import FlatGraph, Traced, Unfollowed, drop_dead, flat_graph, merge_equal
 from .interpret import interpret
-from .ir import Port, Role, StepGraph
+from .ir import Port, Role, StepGraph, gradient
 from .liveness import results_of, storages
 from .tracing import tracing
 
@@ -128,6 +128,20 @@ def cotangent_outputs(step: StepGraph) -> list[int]:
         for i, p in enumerate(step.outputs)
         if p.role in (Role.THETA, Role.OPT_STATE, Role.CARRY) and p.differentiable
     ]
+
+
+def loss_graph(step: StepGraph, spec: tuple) -> StepGraph:
+    """inputs -> loss, which has this ``spec``, for a step that takes one gradient."""
+    graph, env = fx.Graph(), dict[fx.Node, fx.Node]()
+    (taken,) = (n for n in step.graph.nodes if n.target is gradient)
+    for node in step.graph.nodes:
+        if node is taken:
+            break
+        env[node] = graph.node_copy(node, env.__getitem__)
+    graph.output((env[taken.args[0]],))
+    outputs = (Port(Role.CARRY, spec, "loss"),)
+    dtype = step.default_dtype
+    return StepGraph(graph, step.inputs, outputs, step.opaque, step.dynamic, default_dtype=dtype)
 
 
 def _as_leaves(step: StepGraph, inputs: Sequence[Tensor], roles: tuple[Role, ...]) -> list[Tensor]:

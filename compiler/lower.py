@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from .ambient import default_dtype, with_default_dtype
+from .capture.slicing import tensor_spec
 from .compile_graph import compiled
-from .differentiate import cotangent_outputs, derived_by_running, replay_graph
+from .differentiate import cotangent_outputs, derived_by_running, loss_graph, replay_graph
 from .flat import FlatGraph
 from .hvp import WORTH_SAVING, chosen, derivative
 from .ir import EAGER, Lowering, StepGraph
@@ -46,7 +47,8 @@ def lowered(
 
     Args:
         step: the step.
-        kind: "replay" or "vjp"; or, where `residuals` has a split, its "forward" or "backward".
+        kind: "replay" or "vjp"; "loss", the VJP of its loss alone; or, where `residuals` has a split, "forward" or
+            "backward".
         inputs: what it will be called with first.
         how: it is lowered.
         at_once: it will be called with ``inputs`` now, and with nothing else: a graph that is not there yet may then be
@@ -54,16 +56,17 @@ def lowered(
     """
     program = step.programs.get((kind, how))
     if program is None:
-        if at_once and how.backend_of(kind) == "eager":
-            results = _by_running(step, kind, inputs, how.hvp)
+        of, what = (loss_of(step, inputs[-1]), "vjp") if kind == "loss" else (step, kind)
+        backend = how.backend_of(kind)
+        if at_once and backend == "eager":
+            results = _by_running(of, what, inputs, how.hvp)
             if results is not None:
                 return lambda *_: results
-        graph = _graph(step, kind, how.hvp, inputs if step.dynamic else None)
-        backend = how.backend_of(kind)
+        graph = _graph(of, what, how.hvp, inputs if step.dynamic else None)
         if backend == "eager":
             program = with_default_dtype(step.default_dtype, graph)
         else:
-            cotangents = len(cotangent_outputs(step)) if kind in ("vjp", "backward") else 0
+            cotangents = 0 if kind in ("replay", "forward") else len(cotangent_outputs(of))
             with default_dtype(step.default_dtype):
                 program = compiled(graph.module, inputs, backend, cotangents, how.check)
             program = with_default_dtype(step.default_dtype, program)
@@ -114,6 +117,13 @@ def derived(step: StepGraph, hvp: str, example: Sequence[Tensor] | None = None) 
         with default_dtype(step.default_dtype):
             step.programs["vjp graph", hvp] = derivative(step, hvp, example)
     return step.programs["vjp graph", hvp]
+
+
+def loss_of(step: StepGraph, cotangent: Tensor) -> StepGraph:
+    """A step's loss, whose ``cotangent`` looks like it, as a graph of its own."""
+    if "loss" not in step.programs:
+        step.programs["loss"] = loss_graph(step, tensor_spec(cotangent))
+    return step.programs["loss"]
 
 
 def is_derived(step: StepGraph, hvp: str) -> bool:

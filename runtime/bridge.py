@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from metaoptim.errors import MetaOptimError, UnreachableWarning, WindowError, warn
 
 from .engine import Engine
-from .sweep import Sweep
+from .sweep import LOSS, Sweep
 
 
 def new_token() -> Tensor:
@@ -151,6 +151,22 @@ class Results(torch.autograd.Function):
     backward = Read.backward  # type: ignore[assignment]
 
 
+class StepLoss(torch.autograd.Function):
+    """The loss of the step at ``position``, once that has been taken: its gradient comes out of the sweep."""
+
+    @staticmethod
+    def forward(ctx: Any, engine: Engine, position: int, loss: Tensor, token: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.engine, ctx.position = engine, position
+        return torch.Tensor._make_subclass(torch.Tensor, loss, False)  # type: ignore[return-value]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        refuse_third_order()
+        _tell_if_nothing_is_reached(ctx.engine)
+        ctx.engine.sweep_of(torch._C._current_graph_task_id()).deposit(ctx.position + 1, LOSS, grad)
+        return None, None, None, torch.empty(0, device="cpu")
+
+
 def _tell_if_nothing_is_reached(engine: Engine) -> None:
     if engine.program.begun and not engine.reaches:
         engine.reaches = True  # once
@@ -260,3 +276,49 @@ class WindowedRead(torch.autograd.Function):
             ctx.on_cut()
         found = [sweep.metas.get(m) for m in ctx.metas] + [sweep.adopted.get(i) for i in ctx.thetas]
         return *[None] * 9, torch.empty(0, device="cpu"), *defined(found, ctx.hooked)
+
+
+class WindowedLoss(torch.autograd.Function):
+    """The loss of the step at ``position``, behind the reads of theta that it has been computed from.
+
+    ``thetas`` are their state indices, ``metas`` the numbers of the meta-parameters that the step has read: those are
+    the ``tensors``. ``life`` as of a `WindowedRead`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        engine: Engine,
+        position: int,
+        loss: Tensor,
+        thetas: Sequence[int],  # type: ignore[override]
+        metas: Sequence[int],
+        life: Life,
+        *tensors: Tensor,
+    ) -> Tensor:
+        ctx.engine, ctx.position, ctx.life = engine, position, life
+        ctx.thetas, ctx.metas = tuple(thetas), tuple(metas)
+        return torch.Tensor._make_subclass(torch.Tensor, loss, False)  # type: ignore[return-value]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        refuse_third_order()
+        sweep = gradient_of_loss(ctx.engine, ctx.position, grad)
+        found = [sweep.cotangents.get(i) for i in ctx.thetas] + [sweep.metas.get(m) for m in ctx.metas]
+        return *[None] * 6, *found
+
+
+def gradient_of_loss(engine: Engine, position: int, cotangent: Tensor) -> Sweep:
+    """A sweep with the gradient of one step's loss alone, by the theta that it has read and by meta-parameters."""
+    sweep = Sweep()
+    sweep.deposit(position + 1, LOSS, cotangent)
+    engine.pull_back(sweep, position - engine.program[position].back)  # type: ignore[union-attr]
+    return sweep
+
+
+STEPPED = (StepLoss._backward_cls, WindowedLoss._backward_cls)  # type: ignore[attr-defined]  # pyright: ignore
+
+
+def stepped(tensor: Tensor) -> Any:
+    """The node of a loss that has been stepped by and has left its graph; None for any other tensor."""
+    return tensor.grad_fn if isinstance(tensor.grad_fn, STEPPED) else None

@@ -23,7 +23,7 @@ from ..compiler.capture.entries import Value
 from ..compiler.capture.intercept import recording
 from ..compiler.ir import Assign
 from ..compiler.recorded_program import Program
-from .bridge import InnerParameter, Read, WindowedRead
+from .bridge import STEPPED, InnerParameter, Read, StepLoss, WindowedRead
 from .engine import Engine
 
 
@@ -44,6 +44,7 @@ class _Mark:
 
 _marks = WeakIdKeyDictionary()
 _READS = (Read._backward_cls, WindowedRead._backward_cls)  # type: ignore[attr-defined]  # pyright: ignore
+_UNREAD = StepLoss._backward_cls  # type: ignore[attr-defined]  # pyright: ignore
 
 
 def note_theta(t: Tensor, engine: Engine, position: int, index: int) -> None:
@@ -87,12 +88,12 @@ def check(outputs: Iterable[Tensor], inputs: Iterable[Any], recorder: Any) -> No
         if reads is None:
             reads = _reads_below(outputs)
         for node in reads:
-            if node.engine is engine and _affects(engine.program, mark, node):
-                raise _passed_by(t, mark)
+            if node.engine is engine and node is not t.grad_fn and _affects(engine.program, mark, node):
+                raise _passed_by(t, mark, isinstance(node, STEPPED))
 
 
 def _reads_below(outputs: Iterable[Tensor]) -> list[Any]:
-    """The nodes of theta that ``outputs`` depend on."""
+    """The nodes of theta, and of losses that have been stepped by, that ``outputs`` depend on."""
     stack = [t.grad_fn for t in outputs if isinstance(t, Tensor)]
     seen: set[Any] = set()
     found = []
@@ -101,17 +102,27 @@ def _reads_below(outputs: Iterable[Tensor]) -> list[Any]:
         if node is None or node in seen:
             continue
         seen.add(node)
-        if isinstance(node, _READS):
+        if isinstance(node, (*_READS, *STEPPED)):
             found.append(node)
         stack.extend(next_node for next_node, _ in node.next_functions)
     return found
 
 
 def _affects(program: Program, mark: _Mark, node: Any) -> bool:
-    """Whether what ``node`` shows depends on what is marked through the steps between."""
+    """Whether what ``node`` shows depends on what is marked through the steps between, or by being replayed."""
     start, end = min(mark.steps), node.position
     bottom = max(program.start, getattr(node, "bottom", 0))
-    if start >= end or (mark.index is not None and start < bottom):
+    if isinstance(node, STEPPED):
+        if mark.index is None and node.position in mark.steps:
+            return True
+        if not isinstance(node, _UNREAD):  # the other hangs on reads, which are looked at by themselves
+            return False
+        call: Any = program[node.position]
+        end, wanted = node.position - call.back, call.theta
+        outside = start > end
+    else:
+        wanted, outside = node.indices, start >= end
+    if outside or (mark.index is not None and start < bottom):
         return False
     reached: set[int] = set() if mark.index is None else {mark.index}
     at: dict[int, set[int]] = {}
@@ -128,11 +139,17 @@ def _affects(program: Program, mark: _Mark, node: Any) -> bool:
             or not reached.isdisjoint((*call.update, *call.opt_state_in))
         )
         reached = reached | results if affected else reached - results
-    return not reached.isdisjoint(node.indices)
+    return not reached.isdisjoint(wanted)
 
 
-def _passed_by(t: Tensor, mark: _Mark) -> CaptureError:
+def _passed_by(t: Tensor, mark: _Mark, stepped: bool) -> CaptureError:
     shape = tuple(t.shape)
+    if stepped:
+        return CaptureError(
+            f"a gradient of a loss was asked for, after its inner step, by a tensor of shape {shape} that was computed "
+            "inside the window. After its step a loss has given up its graph, and its gradient comes out of the steps, "
+            "by initial parameters and meta-parameters. Ask before the step, or keep loss.clone() from before it."
+        )
     if mark.index is not None:
         return CaptureError(
             f"a gradient was asked for by a parameter of shape {shape} as it was before later inner steps: what flows "

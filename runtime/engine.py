@@ -9,6 +9,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from .offload import TieredStore
 from .progress import watching
 from .schedule import Marks
 from .store import SlotStore, State
-from .sweep import Sweep
+from .sweep import LOSS, Sweep
 from .tier import Tier
 
 
@@ -389,8 +390,12 @@ class Engine:
                     self.tier.rest()
 
     def _pull(self, call: StepCall, position: int, sweep: Sweep) -> None:
+        of_loss = sweep.cotangents.pop(LOSS, None)
         received = {k: sweep.cotangents.pop(index, None) for k, index in call.changed()}
-        for role, index, grad in self.vjp(call, position, received):
+        found = self.vjp(call, position, received)
+        if of_loss is not None:
+            found = chain(found, self._through(call, position, "loss", {0: of_loss}))
+        for role, index, grad in found:
             if role is Role.META:
                 sweep.meta(index, grad)
             elif role is Role.THETA and call.back:
@@ -411,8 +416,13 @@ class Engine:
         Yields:
             For each input that has a gradient: its role, its state index or meta-parameter, the gradient.
         """
-        if all(c is None for c in received.values()):
-            return
+        if any(c is not None for c in received.values()):
+            yield from self._through(call, position, "vjp", received)
+
+    def _through(
+        self, call: StepCall, position: int, kind: str, received: dict[int, Tensor | None]
+    ) -> Iterator[tuple[Role, Any, Tensor]]:
+        """The same through one of a call's graphs: its "vjp", or that of its "loss" alone, then the only output."""
         step = call.step
         if any(spy.removed for spy in call.spies):
             raise CaptureError(
@@ -422,13 +432,17 @@ class Engine:
         base = position - call.back
         self._load(sorted({base, position}))
         arguments = self.inputs_of(call, self._at(position), self._at(base), position)
-        saved = self._residuals.pop(position, None)
-        arguments += saved or ()
-        for i in cotangent_outputs(step):
-            arguments.append(self._cotangent(step.outputs[i].spec, received.pop(i, None)))
-        self.vjps += 1
+        if kind == "loss":
+            arguments += [c.new_empty(c.shape).copy_(c) for c in received.values() if c is not None]
+        else:
+            saved = self._residuals.pop(position, None)
+            kind = "vjp" if saved is None else "backward"
+            arguments += saved or ()
+            for i in cotangent_outputs(step):
+                arguments.append(self._cotangent(step.outputs[i].spec, received.pop(i, None)))
+            self.vjps += 1
         try:
-            vjp = self._lowered(call, "vjp" if saved is None else "backward", arguments)
+            vjp = self._lowered(call, kind, arguments)
         except CaptureError:
             raise
         except RuntimeError as error:

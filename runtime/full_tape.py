@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
+from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import enable_reentrant_dispatch
 
 from metaoptim.errors import WindowError
@@ -15,6 +18,23 @@ from ..compiler.capture.recorder import Recorder
 from ..compiler.update import UpdatePlan, clip_gradients
 from .bridge import as_parameter
 from .session import Options, Session, refuse_overwritten
+
+# The fused attention kernels have no second derivative: none is taken while a full tape is open, in the whole process.
+_lock = Lock()
+_open = 0
+_unfused = ExitStack()
+
+
+def _open_tapes(more: int) -> None:
+    """``more`` full tapes are open now: the first of them sets torch's switches, the last puts them back."""
+    global _open
+    with _lock:
+        if not _open:
+            _unfused.enter_context(sdpa_kernel(SDPBackend.MATH))
+        _open += more
+        if not _open:
+            _unfused.close()
+
 
 # How many versions back a loss may have read: steps that other optimizers took since it was computed.
 _LOOK_BACK = 8
@@ -72,6 +92,11 @@ class FullTapeSession(Session):
         self._values: list[list[int]] = []  # beside it: numbers that are equal where the values are
         self._count = 0
         self._cut: list[tuple[int, Any]] = []  # overwritten parameters, and what had shown them
+
+    def open(self) -> None:
+        """Begin: from here on the calling thread's code is the window's."""
+        _open_tapes(+1)
+        super().open()
 
     def _enter(self, ordinals: list[int], late: bool) -> None:
         for i in ordinals:
@@ -198,6 +223,7 @@ class FullTapeSession(Session):
         return [found[i][1] if i in found else None for i in ordinals]
 
     def _close(self) -> None:
+        _open_tapes(-1)
         self._versions.clear()
         self._values.clear()
         self._cut.clear()

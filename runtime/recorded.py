@@ -25,6 +25,7 @@ from ..compiler.recorded_program import Program
 from ..compiler.recorded_step import StepSpec, build_step
 from ..compiler.update import UpdatePlan
 from . import bypass, first_use
+from .bridge import gradient_of_loss, stepped
 from .engine import Engine
 from .hyper import Hyper, hyper_of
 from .inputs import Held
@@ -168,6 +169,7 @@ class RecordedSession(Session):
         for spy in call.spies:
             spy.taken = True
         self.view.take(call, changes, epoch, metas, update.ordinals)
+        self.view.leave(loss, call, sliced)
 
     # -- the update ----------------------------------------------------------------------------------------------
 
@@ -182,7 +184,10 @@ class RecordedSession(Session):
         ]
         ordinals = [i for i, _ in members]
         by = [read.get(indices[i], [shown[i]]) for i in ordinals]
-        grads, hooks = self.gradients(optimizer, ordinals, _sums_of_gradients(loss, by), False, allow_unused)
+        if self.view.stepped.behind:
+            self.view.stepped.check(loss, [shown[i] for i in ordinals])
+        found = _sums_of_gradients(loss, by) if stepped(loss) is None else self._again(loss, ordinals)
+        grads, hooks = self.gradients(optimizer, ordinals, found, False, allow_unused)
         used = [(i, k, g, h) for (i, k), g, h in zip(members, grads, hooks, strict=True) if g is not None]
         for i, *_ in used:
             if indices[i] not in read:
@@ -208,6 +213,15 @@ class RecordedSession(Session):
             plan,
             tuple(h for *_, h in used),
         )
+
+    def _again(self, loss: Tensor, ordinals: list[int]) -> list[Tensor | None]:
+        """The gradient of a loss that has been stepped by before, by the parameters as it has read them."""
+        node = stepped(loss)
+        sweep = gradient_of_loss(node.engine, node.position, torch.ones_like(loss))
+        by_theta = [sweep.cotangents.get(self.view.indices[i]) for i in ordinals]
+        # parameters of networks that are no part of the window before this step were meta-parameters then
+        by_meta = [sweep.metas.get(self.view.number_of(self.networks.originals[i])) for i in ordinals]
+        return [m if t is None else t for t, m in zip(by_theta, by_meta, strict=True)]
 
     def _apply(self, update: _Update, slots: list[Any]) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
         """Υ, on copies the first time: an update that writes into its arguments must not reach the tape."""

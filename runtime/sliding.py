@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from metaoptim.errors import UnreachableWarning, warn
 
-from .bridge import Alias, Life, WindowedRead, new_token
+from ..compiler.capture.slicing import Slice
+from ..compiler.ir import StepCall
+from .bridge import Alias, Life, WindowedLoss, WindowedRead, new_token
 from .engine import Engine
 
 
@@ -83,6 +85,21 @@ class Sliding:
         self._lives.add(life)
         engine.trim(min(oldest, *(life.at for life in self._lives)))
         return shown
+
+    def loss(self, loss: Tensor, position: int, call: StepCall, sliced: Slice) -> Tensor | None:
+        """``loss``, which the step ``call`` at ``position`` was taken by, with what it has read for its history.
+
+        None where that history is not known: theta that was written into since, or was read by two tensors.
+        """
+        thetas = [theta.tensor for theta in sliced.thetas]
+        if sliced.twins or (call.back and any(t.is_leaf for t in thetas)):
+            return None
+        life = Life(position - call.back)
+        self._lives.add(life)
+        metas = [x.tensor for x in sliced.externals if x.grad]
+        return WindowedLoss.apply(
+            self.engine, position, loss.detach(), call.theta, call.metas, life, *thetas, *metas
+        )
 
     def _cut(self) -> None:
         if not self._warned:

@@ -6,6 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
+LOSS = (
+    -2
+)  # in the place of a state index, at the position after a step: the loss of that step (-1 stands for none)
+
 
 class Sweep:
     """Cotangents on their way back through the tape.
@@ -27,7 +31,7 @@ class Sweep:
         self.adopted: dict[int, Tensor] = {}
 
     def deposit(self, position: int, index: int, grad: Tensor) -> None:
-        """Let a cotangent of state entry ``index`` join at ``position``."""
+        """Let a cotangent of state entry ``index``, or of the `LOSS` of the step before, join at ``position``."""
         self.deposits.setdefault(position, []).append((index, grad))
 
     def add(self, index: int, grad: Tensor) -> None:

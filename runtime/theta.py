@@ -15,7 +15,7 @@ from metaoptim.errors import CaptureError, WindowError
 from ..compiler.capture.entries import Epoch, Theta
 from ..compiler.capture.recorder import Recorder
 from ..compiler.capture.slicing import Slice
-from ..compiler.ir import Assign
+from ..compiler.ir import Assign, StepCall
 from ..compiler.program import memory_of
 from . import bypass
 from .bridge import InnerParameter, Life, Link, Read, Results, as_parameter, new_token
@@ -24,6 +24,7 @@ from .inputs import Held, Inputs
 from .networks import Networks
 from .session import Options
 from .sliding import Sliding
+from .stepped import Stepped
 
 
 class ThetaView:
@@ -44,6 +45,7 @@ class ThetaView:
         self.late: dict[int, Theta] = {}
         self._versions: dict[int, object] = {}  # state index -> equal for all that is shown for one value
         self.sliding = None if options.window is None else Sliding(engine, options.window)
+        self.stepped = Stepped(engine, self.sliding, self._versions)
         self._superstep = 0
         self._overlapping: set[int] = set()  # where rounds begin that this super-step has swallowed
         self._dirty: set[int] = set()
@@ -193,6 +195,10 @@ class ThetaView:
         sliding = self.sliding
         return [(n, t) for n, t in self._metas.values() if sliding is None or sliding.reads(n)]
 
+    def number_of(self, meta: Tensor) -> int | None:
+        """The number of a leaf that a step has read as a meta-parameter."""
+        return self._metas.get((id(meta), None), (None, None))[0]
+
     # -- a step --------------------------------------------------------------------------------------------------
 
     def take(
@@ -212,6 +218,7 @@ class ThetaView:
             self._keep_epochs([epoch])
             self.recording.keep_only(epoch)
             self._overlapping.clear()
+            self.stepped.settle(over=True)
             if self.sliding is None:
                 self._part()
         keys = [
@@ -232,6 +239,11 @@ class ThetaView:
                 self._token = Link.apply(engine, engine.position, numbers, (), self._token, *new.values())
         engine.append(call, changes)
         self._show(ordinals)
+        self.stepped.settle(over=False)
+
+    def leave(self, loss: Tensor, call: StepCall, sliced: Slice) -> None:
+        """``loss`` has been stepped by, in the ``call`` that was taken last: its gradient comes from the tape now."""
+        self.stepped.leave(loss, call, sliced, self._token)
 
     def results(self, indices: list[int]) -> tuple[Tensor, ...]:
         """State entries that a compiled step has just left, as tensors of the user's."""
@@ -339,6 +351,7 @@ class ThetaView:
 
     def close(self) -> None:
         """Drop every reference to the user's graph."""
+        self.stepped.settle(over=True)
         self._metas.clear()
         self.inputs.clear()
         self._keep_epochs([])

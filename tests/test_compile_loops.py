@@ -166,6 +166,20 @@ def constants_inside(nets: list, window: Any, xs: Tensor, ys: Tensor, shift: Ten
 
 
 @loop
+def narrowed(nets: list, window: Any, xs: Tensor, ys: Tensor, shift: Tensor, w: Tensor) -> Tensor:
+    """From where tensors say."""
+    (net,) = nets
+    inner = metaoptim.MetaSGD([net], lr=0.1)
+    numbers = torch.arange(len(xs))
+    at = numbers % 4 - 5 * (numbers % 2)
+    with window(offline=True) as win:
+        for x, s, start in win.scan(xs, shift, at):
+            out = torch.narrow(net(x), dim=0, start=start, length=2) + x.narrow(1, torch.tensor(1), 2)[:2]
+            inner.step((out - s * w).square().mean())
+        return query(net)
+
+
+@loop
 def batch_norm(nets: list, window: Any, xs: Tensor, ys: Tensor, shift: Tensor, w: Tensor) -> Tensor:
     """Online: running statistics and the step count are carried too, and left in place."""
     (net,) = nets

@@ -312,3 +312,14 @@ def test_an_ill_conditioned_derivative_is_not_taken_for_a_wrong_one() -> None:
     assert compile_graph.difference(graph, lambda x: graph(moved), [x]) is None
     wrong = lambda x: (graph(x)[0], graph(x)[1] * 1.06)
     assert compile_graph.difference(graph, wrong, [x]) == "output 1 differs in the first call"
+
+
+def test_a_compiled_graph_is_held_to_the_precision_that_it_computes_in() -> None:
+    """Compilers leave out roundings between operators in bfloat16, whatever the type of the results."""
+    graph = fx.symbolic_trace(lambda x: ((x.to(dtype=torch.bfloat16) * 3).sin().to(dtype=torch.float32),))
+    x = torch.linspace(0.1, 1, 50, dtype=torch.float32)
+    assert compile_graph.difference(graph, lambda x: ((x.bfloat16().float() * 3).sin(),), [x]) is None
+    assert (
+        compile_graph.difference(graph, lambda x: ((x * 4).sin(),), [x])
+        == "output 0 differs in the first call"
+    )

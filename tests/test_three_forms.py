@@ -357,8 +357,7 @@ def outcome(name: str, form: str, offline: bool, **window: Any) -> tuple[dict[st
 @pytest.mark.parametrize("name", CONSTRUCTS)
 def test_construct(name: str, offline: bool) -> None:
     refused = CONSTRUCTS[name].refused
-    with sdpa_kernel(SDPBackend.MATH):  # the fused kernel has no second derivative for a tape
-        expected, rtol = outcome(name, "tape", offline)
+    expected, rtol = outcome(name, "tape", offline)
     assert all(float(v.abs().max()) > 1e-6 for k, v in expected.items() if "meta" in k)  # type: ignore[union-attr]
     for form in "ABC":
         for slots in (None, 2) if form == "A" else (2,):

@@ -164,8 +164,9 @@ def attention_by_math(
         raise NotImplementedError(
             "dropout inside scaled_dot_product_attention; use SDPBackend.MATH, or dropout outside"
         )
+    grouped = query.shape[-3] != key.shape[-3]  # several heads of the query share one of the key
     out = aten._scaled_dot_product_attention_math(
-        query, key, value, attn_mask, dropout_p, is_causal, scale=scale
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=grouped
     )[0]
     # laid out in memory like the query, as the fused kernel does it: the views taken of it depend on that
     order = sorted(range(query.dim()), key=query.stride, reverse=True)
@@ -190,7 +191,7 @@ def lstm_by_parts(
     batch_first: bool,
     train: bool,
 ) -> tuple[Tensor, Tensor, Tensor, None]:
-    """One LSTM layer, step by step: oneDNN's fused layer has no second derivative.
+    """One LSTM layer, step by step: the derivative of oneDNN's fused layer cannot be traced.
 
     i, f, g, o = split(x W_ih^T + b_ih + h W_hh^T + b_hh); c' = σ(f) c + σ(i) tanh(g); h' = σ(o) tanh(c').
     """
@@ -208,7 +209,7 @@ def lstm_by_parts(
     return torch.stack(outputs), h.reshape(hx.shape), c.reshape(cx.shape), None
 
 
-# Operators without a second derivative, and what stands for them in a step graph.
+# Operators without a second derivative, or without one that can be traced, and what stands for them in a step graph.
 SUBSTITUTES: dict[Any, Any] = {
     aten._scaled_dot_product_flash_attention_for_cpu.default: attention_by_math,
     aten.mkldnn_rnn_layer.default: lstm_by_parts,

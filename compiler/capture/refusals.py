@@ -84,6 +84,15 @@ def _format(t: Tensor, spec: str) -> str:
 
 _DATA: Any = torch.Tensor.data
 _FORMAT = torch.Tensor.__format__
+_NARROW = torch.Tensor.narrow
+
+
+def _narrow(input: Tensor, dim: int, start: Any, length: int) -> Tensor:
+    """``narrow``, which looks at the value of a ``start`` that is a tensor although no shape depends on it."""
+    if not isinstance(start, Tensor) or not _capturing():
+        return _NARROW(input, dim, start, length)
+    start = torch.where(start < 0, start + input.shape[dim], start)
+    return input.index_select(dim, start + torch.arange(length, device=start.device))
 
 
 def _no_step(optimizer: Any, args: Any, kwargs: Any) -> None:
@@ -112,6 +121,8 @@ def _install(stack: ExitStack) -> None:
     stack.enter_context(patch.object(torch.Tensor, "__repr__", _symbolic))
     stack.enter_context(patch.object(torch.Tensor, "__format__", _format))
     stack.enter_context(patch.object(torch.Tensor, "data", property(_DATA.__get__, _set_data)))
+    stack.enter_context(patch.object(torch.Tensor, "narrow", _narrow))
+    stack.enter_context(patch.object(torch, "narrow", _narrow))
     # their checks of arguments look at values
     stack.enter_context(patch.object(torch.distributions.Distribution, "_validate_args", False))
     handle = register_optimizer_step_pre_hook(_no_step)

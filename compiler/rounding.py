@@ -1,0 +1,90 @@
+"""Whether two ways to compute the same tensors agree but for rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from math import isfinite
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
+
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+_TRIALS = 4
+
+
+def _coarser(a: torch.dtype, b: torch.dtype) -> torch.dtype:
+    return a if torch.finfo(a).eps >= torch.finfo(b).eps else b
+
+
+def _is_real(dtype: Any) -> bool:
+    return isinstance(dtype, torch.dtype) and (dtype.is_floating_point or dtype.is_complex)
+
+
+def precision_of(graph: fx.Graph, inputs: Iterable[Tensor]) -> torch.dtype:
+    """The coarsest type in which ``graph`` computes on ``inputs``: autocast's casts are calls like others."""
+    found = torch.float64
+    named = (a for n in graph.nodes for a in tree_leaves((n.args, n.kwargs)) if isinstance(a, torch.dtype))
+    for dtype in (*(t.dtype for t in inputs), *named):
+        if _is_real(dtype):
+            found = _coarser(found, dtype.to_real())
+    return found
+
+
+def size_of(t: Tensor) -> float:
+    """The largest finite entry."""
+    finite = t[t.isfinite()] if _is_real(t.dtype) else t.new_empty(0)
+    return float(finite.abs().max()) if finite.numel() else 0.0
+
+
+def agree(
+    got: Tensor, want: Tensor, precision: torch.dtype, largest: float = 0.0, noise: float = 0.0
+) -> bool:
+    """Equal but for rounding.
+
+    Args:
+        got, want: one result.
+        precision: the coarsest type in which they have been computed.
+        largest: the size of all results together: some are zero but for rounding, such as the gradient by a key's bias.
+        noise: what rounding errors of the inputs do to it.
+    """
+    if got.shape != want.shape or got.dtype != want.dtype:
+        return False
+    if not want.numel():
+        return True
+    if not _is_real(want.dtype):
+        return torch.equal(got, want)
+    worst, size = float((got - want).abs().max()), float(want.abs().max())
+    if not (isfinite(worst) and isfinite(size)):
+        finite = want.isfinite()
+        if not torch.equal(got.isfinite(), finite):
+            return False
+        worst, size = size_of(got[finite] - want[finite]), size_of(want)
+    tolerance = _TOLERANCE.get(_coarser(precision, want.dtype.to_real()), 5e-2)
+    return worst <= tolerance * (size + 1e-3 * largest) + 10 * noise + 1e-30
+
+
+def noise_of(
+    run: Callable[..., Sequence[Tensor | None]],
+    inputs: Sequence[Tensor],
+    expected: Sequence[Tensor | None],
+    precision: torch.dtype,
+) -> list[float]:
+    """How far each result moves when inputs move by a rounding error: as far may two right programs be apart.
+
+    Adam's second moments are next to zero in its first steps, and its derivative is as large as that; what cancels
+    altogether is nothing but such errors.
+    """
+    generator = torch.Generator().manual_seed(0)
+    eps = torch.finfo(precision).eps
+    moved = [0.0] * len(expected)
+    for _ in range(_TRIALS):
+        given = [
+            t * (1 + eps * torch.randn(t.shape, generator=generator).to(t)) if t.is_floating_point() else t
+            for t in inputs
+        ]
+        for i, (a, b) in enumerate(zip(run(*given), expected, strict=True)):
+            if a is not None and b is not None and a.is_floating_point():
+                moved[i] = max(moved[i], size_of(a - b))
+    return moved
