@@ -1,6 +1,6 @@
 # Everything is installed into .venv; a stamp file per extra keeps repeated runs from installing again.
 .NOTPARALLEL:
-.PHONY: help demo demo-long demo-rl test lint format bench clean distclean
+.PHONY: help demo demo-long demo-rl test lint format bench gpu-check clean distclean
 
 PYTHON ?= python3
 JOBS ?= 2
@@ -18,6 +18,7 @@ help:
 	@echo "make test       run the whole test suite   (ARGS='-k window -x', JOBS=4)"
 	@echo "make lint       ruff and pyright           (make format: let ruff fix and format)"
 	@echo "make bench      run every benchmarks/bench_*.py"
+	@echo "make gpu-check  tests and figures on a GPU, in minutes (without one: a rehearsal on the CPU)"
 	@echo "make clean      remove builds and caches   (make distclean: $(VENV) too)"
 
 demo: $(VENV)/.examples
@@ -29,7 +30,7 @@ demo-rl: $(VENV)/.examples
 demo-long: $(VENV)/.examples
 	$(BIN)/python examples/long-horizon/learn-weights.py --preset demo $(ARGS)
 
-test: $(VENV)/.test,examples
+test: $(VENV)/.test,examples,models
 	$(THREADS) $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
 lint: $(VENV)/.lint
@@ -41,10 +42,13 @@ format: $(VENV)/.lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.test,examples
+bench: $(VENV)/.test,examples,models
 	@set -e; for script in benchmarks/bench_*.py; do \
 	  echo "== $$script"; $(BIN)/python "$$script" $(ARGS); \
 	done
+
+gpu-check: $(VENV)/.test,examples
+	$(BIN)/python benchmarks/gpu_check.py $(ARGS)
 
 $(VENV)/.made:
 	$(PYTHON) -m venv $(VENV)

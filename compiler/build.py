@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .capture.ops import SUBSTITUTES
 from .capture.slicing import hook_key, restored
 from .ir import Port, Role, StepGraph
 from .segments import Body, Roles, Segment, roles_of, spec_of
+from .substitutes import stand_in
 from .update import UpdatePlan
 
 aten = torch.ops.aten
@@ -152,9 +152,12 @@ class _Builder:
             if isinstance(a, tuple) and a[:1] == ("n",) and a[1] in self.lifted:
                 # a wrapped number takes the dtype of the tensor it meets
                 values[at] = self.graph.call_function(aten.type_as.default, (values[at], values[0]))
-        return self.graph.call_function(
-            SUBSTITUTES.get(op, op), tuple(values), {k: self.value(v) for k, v in key[2]}
-        )
+        call, kwargs = self.graph.call_function, {k: self.value(v) for k, v in key[2]}
+        if not isinstance(op, torch._ops.OpOverload):
+            return call(op, tuple(values), kwargs)
+        function, in_place = stand_in(op)
+        node = call(function, tuple(values), kwargs)
+        return call(aten.copy_.default, (values[0], node)) if in_place else node
 
     def _select(self, source: Any, dim: Any, at: tuple) -> fx.Node:
         call, source, dim = self.graph.call_function, self.value(source), self.value(dim)

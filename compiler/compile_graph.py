@@ -11,12 +11,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch._inductor.config
 from torch import Tensor, fx
-from torch._dynamo.backends.registry import lookup_backend
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .rounding import agree, noise_of, precision_of, size_of
+from .waiting import waiting
 
 _log = logging.getLogger("metaoptim.recompiles")
 
@@ -36,13 +35,19 @@ def compiled(
         cotangents: how many of the last inputs are cotangents; the check uses random ones.
         check: whether to compare the compiled graph with the graph itself, output by output, on these inputs.
     """
+    from . import backends  # takes a second, which windows that compile nothing do not wait for
+
     begun = time.perf_counter()
-    with _disable_current_modes(), torch.no_grad(), _unasserted():
-        program = lookup_backend(backend)(_copied(graph), [t.detach() for t in inputs])
+    with _disable_current_modes(), torch.no_grad(), backends.options():
+        size = len(graph.graph.nodes)
+        with waiting(
+            f"{backend} compiles a graph of {size} nodes; the next process finds it in the cache ..."
+        ):
+            program = backends.call_backend(backend, _copied(graph), inputs)
         _log.info(
             "%s compiled a graph of %d nodes in %.1f s",
             backend,
-            len(graph.graph.nodes),
+            size,
             time.perf_counter() - begun,
         )
         if not check:
@@ -59,11 +64,6 @@ def compiled(
         stacklevel=2,
     )
     return graph.forward
-
-
-def _unasserted() -> Any:
-    """Compiled graphs are compared once, instead of asserting every buffer's shape and alignment in every call."""
-    return torch._inductor.config.patch(size_asserts=False, alignment_asserts=False)
 
 
 def difference(graph: fx.GraphModule, program: Callable[..., Any], inputs: Sequence[Tensor]) -> str | None:

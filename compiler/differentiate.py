@@ -8,9 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 
-from metaoptim.errors import CaptureError
+from metaoptim.errors import CaptureError, MetaOptimError
 
 from .capture.ops import op_info
 from .capture.slicing import tensor_spec
@@ -155,13 +159,33 @@ def _trace(kind: str, step: StepGraph, example: Sequence[Tensor] | None) -> Flat
     """The flat graph over fake tensors, or over ``example`` where shapes depend on values."""
     fn, ports = _FUNCTIONS[kind](step), step.inputs if kind == "replay" else _taken(step)
     with tracing():
-        if step.dynamic:
-            if example is None:
-                raise ValueError("a step whose shapes depend on values is traced over real inputs")
-            return _cleaned(kind, flat_graph(fn, [t.detach().clone() for t in example]))
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            found = flat_graph(fn, [p.empty() for p in ports], true_zeros(step))
-        return _cleaned(kind, found)
+        try:
+            if step.dynamic:
+                if example is None:
+                    raise ValueError("a step whose shapes depend on values is traced over real inputs")
+                return _cleaned(kind, flat_graph(fn, [t.detach().clone() for t in example]))
+            with FakeTensorMode(allow_non_fake_inputs=True):
+                found = flat_graph(fn, [p.empty() for p in ports], true_zeros(step))
+            return _cleaned(kind, found)
+        except (MetaOptimError, torch.OutOfMemoryError):
+            raise
+        except RuntimeError as error:
+            raise CaptureError(_without_derivative(error)) from error
+
+
+def _without_derivative(error: RuntimeError) -> str:
+    """What to say where torch cannot differentiate a step, once or twice."""
+    if isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)):
+        return (
+            f"an inner step cannot be differentiated by a graph: a derivative in it looks at values ({error.func}). "
+            "Use torch.where in place of selecting or counting, or a window with strategy='full_tape'"
+        )
+    reason = str(error).rstrip(".")
+    return (
+        f"an inner step cannot be differentiated: {reason}. Where plain PyTorch can, with create_graph=True, so can a "
+        "window with strategy='full_tape'; where it cannot, write the loss with operators that have second "
+        "derivatives, or give the inner optimizer first_order=True"
+    )
 
 
 def true_zeros(step: StepGraph) -> dict[Any, Callable]:

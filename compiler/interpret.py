@@ -14,6 +14,7 @@ from .ir import StepGraph, gradient, show
 class _Interpreter(fx.Interpreter):
     def __init__(self, step: StepGraph, create_graph: bool, cotangent_hook: Callable | None) -> None:
         super().__init__(torch.nn.Module(), graph=step.graph)
+        self.extra_traceback = False  # a user's error is hers, without the names of our nodes
         self.create_graph, self.cotangent_hook = create_graph, cotangent_hook
         self.first_order = step.first_order
         self.several = step.steps > 1

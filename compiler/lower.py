@@ -22,6 +22,7 @@ from .mixed import why_not_mixed
 from .residuals import Split, split
 
 Lowered = Callable[..., Sequence[Any]]
+_USUAL = ("eager", "aot_eager", "inductor")  # known without loading dynamo
 
 
 def lowering(backend: str, hvp: str, self_check: bool, replays: bool = True) -> Lowering:
@@ -32,8 +33,8 @@ def lowering(backend: str, hvp: str, self_check: bool, replays: bool = True) -> 
     """
     if hvp not in ("auto", "reverse", "mixed"):
         raise ValueError(f"hvp: got {hvp!r}, expected 'auto', 'reverse' or 'mixed'")
-    if backend != "eager" and backend not in torch.compiler.list_backends(exclude_tags=()):
-        usual = {"eager", "aot_eager", *torch.compiler.list_backends()}
+    if backend not in _USUAL and backend not in torch.compiler.list_backends(exclude_tags=()):
+        usual = {*_USUAL, *torch.compiler.list_backends()}
         raise ValueError(
             f"backend: got {backend!r}, expected one of {', '.join(sorted(usual))}, or another backend of torch.compile"
         )

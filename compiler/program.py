@@ -6,14 +6,14 @@ import operator
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from .capture.trace import Input
-from .ir import Loop, Port, Role, StepCall, StepGraph, calls_of
+from .ir import Loop, Lowering, Port, Role, StepCall, StepGraph, calls_of
 
 _MOST_SHAPES = 6  # of one role and dtype that are written out
 _STATE = (Role.THETA, Role.OPT_STATE, Role.CARRY)
@@ -104,6 +104,7 @@ class RolledProgram(Calls):
         dead: places of the outputs that carry no gradient.
         slots, memory_budget, offload, backward_hook: options of its windows.
         kept: what the pass checkpoint has decided on.
+        compiled: ids of the step graphs that go through the compiler, as the pass lower has decided; None for all.
         limit: W, where gradients are truncated.
         offline: whether a window's own parameters receive a gradient.
     """
@@ -118,8 +119,15 @@ class RolledProgram(Calls):
     offload: str | os.PathLike[str] | None = None
     backward_hook: Callable | None = None
     kept: Kept | None = None
+    compiled: frozenset[int] | None = None
     limit: int | None = None
     offline: bool = False
+
+    def lowering_of(self, step: StepGraph, stated: Lowering) -> Lowering:
+        """The lowering of one of its step graphs, where ``stated`` is asked for."""
+        if self.compiled is None or id(step) in self.compiled:
+            return stated
+        return replace(stated, backend="eager")
 
     @property
     def positions(self) -> int:

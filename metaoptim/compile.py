@@ -20,9 +20,11 @@ from .compiler.lower import lowering
 from .compiler.passes.checkpoint import checkpoint
 from .compiler.passes.pipeline import Options
 from .compiler.program import Kept
+from .compiler.waiting import waiting
 from .errors import WindowError, warn
 from .explain_function import report_of
 from .guards import Scene
+from .optim.optimizer import refresh_optimizers
 from .recapture import compare
 from .runtime.budget import check_budget, check_count, tell_default
 from .runtime.compiled import Call, Run
@@ -72,6 +74,10 @@ class CompiledFunction:
         scene = Scene(self._fn, args, kwargs, self._own)
         program = self._find(scene)
         if program is None:
+            if refresh_optimizers():
+                scene = Scene(self._fn, args, kwargs, self._own)
+                program = self._find(scene)
+        if program is None:
             program = self._compile(scene, args, kwargs)
         elif self._options.recapture:
             compare(_name(self._fn), program, capture(self._fn, self._options, scene, args, kwargs))
@@ -85,7 +91,8 @@ class CompiledFunction:
 
     def _compile(self, scene: Scene, args: tuple, kwargs: dict) -> Program:
         begun = time.perf_counter()
-        program = capture(self._fn, self._options, scene, args, kwargs)
+        with waiting(f"capturing {_name(self._fn)} ..."):
+            program = capture(self._fn, self._options, scene, args, kwargs)
         self._remember(scene, program, args, kwargs, time.perf_counter() - begun)
         if _graphs.isEnabledFor(logging.INFO):
             text = program.rolled.text(operators=_graphs.isEnabledFor(logging.DEBUG))
@@ -119,7 +126,13 @@ class CompiledFunction:
         with window.recorder.paused():
             scene = Scene(self._fn, args, kwargs, self._own)
         scene.key = ("step", window.options.backward_hook is not None, scene.key)
+        window.look_at(scene.tensors)
         program = self._find(scene)
+        if program is not None and not program.step.fits(
+            window
+        ):  # a layer is another one than in its last window
+            self._programs[scene.key].remove(program)
+            program = None
         if program is None:
             if self._options.memory_budget is not None:
                 raise WindowError(
@@ -132,7 +145,8 @@ class CompiledFunction:
                     "it is called in decides what is kept; give offload to SlidingWindow"
                 )
             begun = time.perf_counter()
-            program = self._captured_step(window, scene, args, kwargs)
+            with waiting(f"capturing {_name(self._fn)} ..."):
+                program = self._captured_step(window, scene, args, kwargs)
             self._remember(scene, program, args, kwargs, time.perf_counter() - begun)
             _graphs.info("%s: %s", _name(self._fn), program.step.step)
         elif self._options.recapture:
@@ -169,7 +183,8 @@ class CompiledFunction:
         rolled, how = program.rolled, self._options.lowering
         if rolled.kept is None:
             said = stated(rolled, self._options)
-            kept, program.plan = decide(rolled, how, said, _name(self._fn), tensors)
+            with waiting(f"planning what {_name(self._fn)} keeps ..."):
+                kept, program.plan = decide(rolled, how, said, _name(self._fn), tensors)
             checkpoint(rolled, kept, how.hvp)
             if program.plan is not None:
                 if said.memory_budget is None:

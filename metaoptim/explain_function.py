@@ -80,7 +80,7 @@ def report_of(
     read = {id(x.tensor) for x in trace.inputs}
     paths |= {name: "not read" for name, t in scene.items() if id(t) not in read and name not in paths}
     order = [*(n for n in scene if n in paths), *(n for n in paths if n not in scene)]
-    costs = {id(g): step_cost(g, how) for g in program.step_graphs}
+    costs = {id(g): step_cost(g, program.lowering_of(g, how)) for g in program.step_graphs}
     forward = program.positions
     return Report(
         function=_title(fn),
@@ -247,4 +247,4 @@ def _shapes(program: RolledProgram, how: Lowering) -> dict[str, dict[str, Any]]:
     for call, count in program.counted():
         calls[id(call.step)] = calls.get(id(call.step), 0) + count
     names = program.names()
-    return {names[id(g)]: shape_of(g, calls[id(g)], how) for g in program.step_graphs}
+    return {names[id(g)]: shape_of(g, calls[id(g)], program.lowering_of(g, how)) for g in program.step_graphs}

@@ -146,9 +146,11 @@ def _paths(session: RecordedSession, program: Program) -> tuple[dict[str, str], 
             if beyond
             else "what the inner steps begin with"
         )
-    for name, shown in zip(own.names, own.shown, strict=True):
-        name = called.get(id(shown), name)
-        paths[name] = reason
-        if options.offline and not beyond:
+    for i, shown in enumerate(own.shown):
+        if session.view.indices[i] < 0:
+            continue  # no loss has read it
+        name, joined = called.get(id(shown), own.names[i]), i in own.joined
+        paths[name] = reason if joined else "no optimizer has stepped it, losses read it"
+        if not joined or (options.offline and not beyond):
             targets.add(name)
     return paths, targets

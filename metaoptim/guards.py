@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.parameter import is_lazy
 
 from .compiler.ambient import ambient
 from .errors import CaptureError
@@ -102,6 +103,11 @@ class Scene:
             raise CaptureError(
                 f"a symbolic tensor of shape {tuple(t.shape)} is among what the compiled function depends on: an "
                 "earlier capture has stored it in a list, a dict or an attribute. Return it from the function instead"
+            )
+        if is_lazy(t):
+            raise CaptureError(
+                "a parameter or buffer of a lazy module has no shape yet, which a compiled function must know; run the "
+                "network once before, under torch.no_grad()"
             )
         at = self._seen.get(id(t))
         if at is not None:

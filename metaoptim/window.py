@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
@@ -15,7 +16,7 @@ from .compiler.capture.intercept import recording
 from .compiler.lower import lowering
 from .errors import WindowError, warn
 from .explain_window import explain_window
-from .optim.optimizer import live_optimizers
+from .optim.optimizer import live_optimizers, refresh_optimizers
 from .report import Report
 from .runtime.budget import check_budget, check_count
 from .runtime.capturing import CapturedSession
@@ -170,12 +171,14 @@ class SlidingWindow:
                 "a window was opened inside a window; close the first one, or use one window with several "
                 "optimizers"
             )
+        refresh_optimizers()
         session = self._session = self._new_session()
         session.open()
         try:
-            for optimizer in list(live_optimizers):
+            for optimizer in sorted(live_optimizers, key=lambda o: o.number):  # the same order on every rank
                 if optimizer.thread == threading.get_ident() and optimizer.__dict__.get("_session") is None:
-                    session.adopt(optimizer)
+                    with suppress(WindowError):  # raised where it steps, if it does
+                        session.adopt(optimizer)
         except BaseException:
             session.close(failed=True)
             raise

@@ -32,6 +32,8 @@ class InnerParameter(nn.Parameter):
     """
 
     own: nn.Parameter
+    #: Freezes it, where no optimizer that trains it has stepped; raises otherwise.
+    freeze: Callable[[], None] | None = None
 
     def _own_grad(self) -> Tensor | None:
         return self.own.grad
@@ -63,8 +65,11 @@ class InnerParameter(nn.Parameter):
         )
 
     def requires_grad_(self, requires_grad: bool = True) -> Tensor:  # type: ignore[override]
-        """Refused for False: what inner steps train is fixed while they can be differentiated."""
+        """Refused for False where inner steps train it: that is fixed while they can be differentiated."""
         if not requires_grad:
+            if self.freeze is not None:
+                self.freeze()
+                return self
             raise WindowError(
                 "a parameter was frozen inside a window; freeze it before the window, or give its network a group "
                 "of its own with lr=0"
@@ -95,6 +100,29 @@ def refuse_third_order() -> None:
             "backward through a window with create_graph=True: metaoptim gives meta-gradients, not their "
             "derivatives. Drop create_graph, or open the window with strategy='full_tape'."
         )
+
+
+class Begin(torch.autograd.Function):
+    """The user's own parameters, as networks show them from the entry of the window on.
+
+    Its backward gives them their gradient unless they are ``closed`` by then: an online window cuts them off once their
+    optimizer steps in it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, closed: set[int], values: list[Tensor], *own: nn.Parameter) -> tuple[Tensor, ...]:  # type: ignore[override]
+        ctx.set_materialize_grads(False)
+        ctx.closed, ctx.ids, ctx.hooked = closed, tuple(map(id, own)), hooked(own)
+        return tuple(as_parameter(value, p) for value, p in zip(values, own, strict=True))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+        return None, None, *defined(opened(grads, ctx.ids, ctx.closed), ctx.hooked)
+
+
+def opened(grads: Sequence[Tensor | None], ids: Sequence[int], closed: set[int]) -> list[Tensor | None]:
+    """Gradients of tensors with these ids, without those of ``closed`` ones."""
+    return [None if i in closed else g for g, i in zip(grads, ids, strict=True)]
 
 
 class Life:
@@ -170,6 +198,9 @@ class StepLoss(torch.autograd.Function):
 def _tell_if_nothing_is_reached(engine: Engine) -> None:
     if engine.program.begun and not engine.reaches:
         engine.reaches = True  # once
+        opened = {i for i, own in engine.thetas.items() if own not in engine.closed}
+        if any(not opened.isdisjoint(c.theta) for c, _ in engine.program.counted()):
+            return  # networks of optimizers that do not step here
         warn(
             "the backward goes through inner steps of an online window, none of which has read a tensor that requires "
             "grad: nothing receives a gradient from them. For a gradient of the initial parameters (MAML) open the "
@@ -208,17 +239,19 @@ class Link(torch.autograd.Function):
         *tensors: Tensor,
     ) -> Tensor:
         ctx.engine, ctx.position, ctx.metas, ctx.thetas = engine, position, tuple(metas), tuple(thetas)
-        ctx.hooked = hooked(tensors)
+        ctx.hooked, ctx.ids = hooked(tensors), tuple(map(id, tensors[len(ctx.metas) :]))
         return torch.empty(0, device="cpu")
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         refuse_third_order()
+        closed = ctx.engine.closed
+        if ctx.thetas and closed.issuperset(ctx.ids):
+            return *[None] * 4, torch.empty(0, device="cpu"), *[None] * len(ctx.ids)
         sweep = ctx.engine.sweep_of(torch._C._current_graph_task_id())
         ctx.engine.pull_back(sweep, ctx.position)
-        grads = [sweep.metas.pop(m, None) for m in ctx.metas] + [
-            sweep.adopted.pop(i, None) for i in ctx.thetas
-        ]
+        grads = [sweep.metas.pop(m, None) for m in ctx.metas]
+        grads += opened([sweep.adopted.pop(i, None) for i in ctx.thetas], ctx.ids, closed)
         return None, None, None, None, torch.empty(0, device="cpu"), *defined(grads, ctx.hooked)
 
 
@@ -260,7 +293,7 @@ class WindowedRead(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.engine, ctx.position, ctx.indices, ctx.bottom = engine, position, tuple(indices), bottom
         ctx.metas, ctx.thetas, ctx.life, ctx.on_cut = tuple(metas), tuple(thetas), life, on_cut
-        ctx.hooked = hooked(tensors)
+        ctx.hooked, ctx.ids = hooked(tensors), tuple(map(id, tensors[len(ctx.metas) :]))
         return tuple(as_parameter(engine.state[i], p) for i, p in zip(indices, own, strict=True))
 
     @staticmethod
@@ -274,7 +307,9 @@ class WindowedRead(torch.autograd.Function):
         ctx.engine.pull_back(sweep, ctx.bottom)
         if ctx.on_cut is not None:
             ctx.on_cut()
-        found = [sweep.metas.get(m) for m in ctx.metas] + [sweep.adopted.get(i) for i in ctx.thetas]
+        found = [sweep.metas.get(m) for m in ctx.metas]
+        first = [sweep.adopted.get(i, sweep.cotangents.get(i)) for i in ctx.thetas]
+        found += opened(first, ctx.ids, ctx.engine.closed)
         return *[None] * 9, torch.empty(0, device="cpu"), *defined(found, ctx.hooked)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from metaoptim.errors import CaptureError, WindowError, user_location
 
 from ..compiler.build import GradientHooks
 from ..compiler.capture import intercept
-from ..compiler.capture.entries import Value
+from ..compiler.capture.entries import Entry, Value
 from ..compiler.capture.ops import LIFTS
 from ..compiler.capture.slicing import closed_over, tensor_spec
 from ..compiler.capture.trace import Input, Scan, ScanItem, WindowMark
@@ -42,7 +42,7 @@ class _Networks(Networks):
         super().__init__()
         self.tracer = tracer
 
-    def _copy_buffers(self, modules: list[nn.Module]) -> None:
+    def _copy_buffers(self, modules: Sequence[nn.Module]) -> None:
         storages: dict[int, Tensor] = {}
         for module in (m for root in modules for m in root.modules() if id(m) not in self._modules):
             for name, b in module._buffers.items():
@@ -93,6 +93,9 @@ class CapturedSession(Session):
         self._versions: dict[int, deque[Tensor]] = {}  # per parameter, what was shown, newest first
         self._lifts = True
         self._updates: dict[tuple, tuple[list[tuple], list[dict[str, tuple]]]] = {}
+        self._taken: dict[
+            int, Entry
+        ] = {}  # the calls that take in parameters of which no optimizer has stepped
         self._cut: list[tuple[int, Any]] = []  # overwritten parameters, and what had shown them
 
     def _own(self, value: Tensor) -> Tensor:
@@ -133,6 +136,7 @@ class CapturedSession(Session):
     def _keep(self) -> None:
         """Parameters, buffers and optimizer states have a last value; from here on the trace reads that, detached."""
         tracer, networks = self.recorder, self.networks
+        self._let_go()
         for p, shown in zip(networks.originals, networks.shown, strict=True):
             self._last(p, p, shown)
         for module, name, own in networks._buffers:
@@ -150,6 +154,23 @@ class CapturedSession(Session):
                     if value is not known.get(name) and self.keeps_state:
                         state[name] = self._last_state((optimizer, p, name), value)
         tracer.trace.windows.append(self.mark)
+
+    def _let_go(self) -> None:
+        """Who has read parameters of which no optimizer has stepped has read an input, as without the optimizer."""
+        own: dict[int, Any] = {id(taken): taken.args[0] for taken in self._taken.values()}
+
+        def read(a: Any) -> Any:
+            if isinstance(a, Value):
+                return own.get(id(a.entry), a)
+            if isinstance(a, tuple):
+                return tuple(map(read, a))
+            return {k: read(v) for k, v in a.items()} if isinstance(a, dict) else a
+
+        for entry in self.recorder.trace.entries if own else ():
+            if entry.op is show and id(entry.args[0].entry) in own:  # it was not overwritten
+                own[id(entry)] = own[id(entry.args[0].entry)]
+            else:
+                entry.args, entry.kwargs = read(entry.args), read(entry.kwargs)
 
     def _last_state(self, target: tuple, last: Tensor) -> Tensor:
         """What an optimizer has in a later window of the function."""
@@ -179,16 +200,19 @@ class CapturedSession(Session):
         if own is not None and not self.options.offline:
             self.recorder.bind(own, detached)
 
-    def _enter(self, ordinals: list[int], late: bool) -> None:
-        if late:
-            raise CaptureError("build the optimizer before the loss of its first step is computed")
+    def _offer(self, ordinals: list[int]) -> None:
         tracer = self.recorder
         self._lifts = all(p.dtype in LIFTS for p in self.networks.originals)
         for i in ordinals:
             p = self.networks.originals[i]
             taken = tracer.add(aten.alias.default, (tracer.value_of(p),), grad=True)
-            self.mark.adopted.append(taken)
+            self._taken[i] = taken
             self._show(i, tensor_spec(p), Value(taken, None))
+
+    def _join(self, ordinals: list[int], late: list[int]) -> None:
+        if late:
+            raise CaptureError("build the optimizer before the loss of its first step is computed")
+        self.mark.adopted += [self._taken.pop(i) for i in ordinals if i in self._taken]
 
     def _show(self, i: int, spec: tuple, value: Any) -> None:
         shown = self.recorder.fakes.empty(spec).requires_grad_()
@@ -234,6 +258,7 @@ class CapturedSession(Session):
 
     def _step(self, optimizer: Any, loss: Tensor, allow_unused: bool) -> None:
         tracer, networks = self.recorder, self.networks
+        self.refuse_strangers()
         if optimizer._normalizer is not None and optimizer._normalizer[2]:
             raise CaptureError(
                 "error_if_nonfinite needs a value while the function is captured; use an ordinary window"
@@ -298,6 +323,12 @@ class CapturedSession(Session):
                 of = self._part(all_states, j)
                 for name, value in optimizer.state[networks.originals[i]].items():
                     tracer.bind(value, self._part(of, name))
+        # An inner gradient is the derivative at the state it is taken at: what this step has read of other networks is
+        # shown anew, so that their own steps do not look back through it.
+        for i in set(range(len(networks.shown))) - set(ordinals):
+            t = networks.shown[i]
+            if id(t) in leaves:
+                self._show(i, tensor_spec(t), tracer.value_of(t))
         tracer.trace.steps.append((len(tracer.trace.entries), user_location()))
 
     def _refuse_overwritten(self, root: Any, ordinals: list[int]) -> None:

@@ -114,7 +114,7 @@ class BoundProgram:
             inputs=[self._input(g, port) for g, port in zip(given, ports, strict=True)],
             metas=tuple(metas),
             rng=rng,
-            how=self.how,
+            how=self.rolled.lowering_of(call.step, self.how),
         )
         self._first[at, k] = first, moving
         return first, moving

@@ -36,9 +36,7 @@ def check_sync(group: Any, offline: bool) -> None:
 
 
 def average(values: list[Tensor], group: Any) -> list[Tensor]:
-    """The mean of each tensor over the ranks of ``group``; ``values`` themselves if it is False."""
-    if group is False:
-        return values
+    """The mean of each tensor over the ranks of ``group``."""
     means = [v.clone() for v in values]
     for mean in means:
         dist.all_reduce(mean, group=group)

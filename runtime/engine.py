@@ -65,6 +65,8 @@ class Engine:
         self.streaming: Any = None  # what keeps a window to a memory budget
         self._refused = False  # a step, for want of room
         self.reaches = False  # whether anything can receive a gradient through its steps
+        self.thetas: dict[int, int] = {}  # state index -> id of the user's own parameter behind it
+        self.closed: set[int] = set()  # ids of those that no gradient reaches
         self._watch = watching() if type(self) is Engine else None  # not while it is run to plan
         self._ran = 0  # calls that `run` has run
         self.vjps = 0
@@ -443,12 +445,8 @@ class Engine:
             self.vjps += 1
         try:
             vjp = self._lowered(call, kind, arguments)
-        except CaptureError:
-            raise
-        except RuntimeError as error:
-            raise CaptureError(
-                f"the inner step at {call.location} cannot be differentiated a second time: {error}"
-            ) from error
+        except CaptureError as error:
+            raise CaptureError(f"of the inner step at {call.location}: {error.reason}") from error
         state = iter(call.opt_state_in)
         indices = {
             Role.THETA: iter(call.theta),

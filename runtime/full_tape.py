@@ -16,8 +16,8 @@ from metaoptim.errors import WindowError
 
 from ..compiler.capture.recorder import Recorder
 from ..compiler.update import UpdatePlan, clip_gradients
-from .bridge import as_parameter
-from .session import Options, Session, refuse_overwritten
+from .bridge import Begin, as_parameter
+from .session import Options, Session, gradient, refuse_overwritten
 
 # The fused attention kernels have no second derivative: none is taken while a full tape is open, in the whole process.
 _lock = Lock()
@@ -62,6 +62,9 @@ def _own(hyper: Any) -> Any:
     return hyper.clone() if isinstance(hyper, Tensor) and not hyper.requires_grad else hyper
 
 
+_SHOWN = (Begin._backward_cls, _Show._backward_cls)  # type: ignore[attr-defined]  # pyright: ignore
+
+
 def _key(t: Tensor) -> Any:
     return id(t) if t.grad_fn is None else t.grad_fn
 
@@ -77,7 +80,7 @@ def _shown_below(loss: Tensor) -> set[Any]:
         seen.add(node)
         if hasattr(node, "variable"):
             seen.add(id(node.variable))
-        if not isinstance(node, _Show._backward_cls):  # type: ignore[attr-defined]  # pyright: ignore
+        if not isinstance(node, _SHOWN):
             stack.extend(before for before, _ in node.next_functions)
     return seen
 
@@ -91,6 +94,7 @@ class FullTapeSession(Session):
         self._versions: list[list[Tensor]] = []  # what the networks have shown, oldest first
         self._values: list[list[int]] = []  # beside it: numbers that are equal where the values are
         self._count = 0
+        self._written: set[int] = set()  # ordinals that were overwritten before an optimizer stepped them
         self._cut: list[tuple[int, Any]] = []  # overwritten parameters, and what had shown them
 
     def open(self) -> None:
@@ -98,22 +102,22 @@ class FullTapeSession(Session):
         _open_tapes(+1)
         super().open()
 
-    def _enter(self, ordinals: list[int], late: bool) -> None:
+    def _offer(self, ordinals: list[int]) -> None:
         for i in ordinals:
             p = self.networks.originals[i]
             with torch.enable_grad():
-                shown = (
-                    _show(p, p)
-                    if self.options.offline
-                    else as_parameter(p.detach().clone(), p).requires_grad_()
-                )
+                (shown,) = Begin.apply(self.closed, [p.detach().clone()], p)
             self.networks.show(i, shown)
-        shown = self.networks.shown
-        if late:  # the loss at hand has read the user's own
-            own = self.networks.originals
-            self._shown_anew(ordinals)
-            self._versions[-1] = [own[i] if i in ordinals else shown[i] for i in range(len(shown))]
         self._shown_anew(ordinals)
+
+    def _join(self, ordinals: list[int], late: list[int]) -> None:
+        own = self.networks.originals
+        self.closed.update(id(own[i]) for i in ordinals if i in self._written)
+        self._written.difference_update(ordinals)
+        if late:
+            before = [own[i] if i in late else shown for i, shown in enumerate(self.networks.shown)]
+            self._versions.insert(-1, before)
+            self._values.insert(-1, list(self._values[-1]))
 
     def _shown_anew(self, changed: Sequence[int]) -> None:
         """Note what the networks show, where ``changed`` are new values."""
@@ -126,6 +130,7 @@ class FullTapeSession(Session):
         self._values.append(values)
 
     def _step(self, optimizer: Any, loss: Tensor, allow_unused: bool) -> None:
+        self.refuse_strangers()
         ordinals = self.ordinals(optimizer)
         create_graph = not optimizer.first_order
         found = self._inner_gradient(loss, ordinals, create_graph)
@@ -197,19 +202,16 @@ class FullTapeSession(Session):
             tensors = [shown[i] for i in members]
             if not members:
                 continue
-            grads = torch.autograd.grad(
-                loss, tensors, retain_graph=True, create_graph=create_graph, allow_unused=True
-            )
+            grads = gradient(loss, tensors, retain_graph=True, create_graph=create_graph)
             joints = [(t, g) for t, g in newer if t.grad_fn is not None]
             through: Sequence[Tensor | None] = [None] * len(members)
             if joints:
-                through = torch.autograd.grad(
+                through = gradient(
                     [t for t, _ in joints],
                     tensors,
                     [g for _, g in joints],
                     retain_graph=True,
                     create_graph=create_graph,
-                    allow_unused=True,
                 )
             for i, t, g, h in zip(members, tensors, grads, through, strict=True):
                 if g is None:
@@ -257,7 +259,9 @@ class FullTapeSession(Session):
                 self._count += 1
                 self._values[-1][i] = self._count
                 shown = self.networks.shown[i]
-                if not shown.is_leaf:
+                if i not in self.networks.joined:
+                    self._written.add(i)
+                elif not shown.is_leaf:
                     self._cut.append((i, shown.grad_fn))
                     Tensor.detach_(shown)
                     shown.requires_grad_()

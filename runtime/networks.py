@@ -2,36 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import functools
+import weakref
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from metaoptim.errors import WindowError
 
 
 class Networks:
-    """The modules a window has adopted.
+    """The modules of optimizers that may step in a window, and of those that do (`join`).
 
     Attributes:
         originals: the user's own parameters, in order of adoption.
         names: a readable name for each.
         shown: what the modules show instead, in the same order.
+        joined: ordinals of the parameters of optimizers that belong to the window.
     """
 
     def __init__(self) -> None:
         self.originals: list[nn.Parameter] = []
         self.names: list[str] = []
         self.shown: list[Tensor] = []
+        self.joined: set[int] = set()
         self._index: dict[int, int] = {}
         self._places: list[list[tuple[nn.Module, str]]] = []
         self._modules: dict[int, nn.Module] = {}
+        self._inner: set[int] = set()  # ids of modules of optimizers that belong to the window
         self._buffers: list[tuple[nn.Module, str, Tensor]] = []  # with the user's own tensor
         self._copies: dict[int, Tensor] = {}  # id of a buffer of the user -> what the modules show
-        self._frozen: dict[int, nn.Parameter] = {}  # storage -> a parameter that no step trains
-        self._backups: list[tuple[nn.Parameter, Tensor]] = []
+        # storage -> a parameter that no step trains, and the module it is in
+        self._beside: dict[
+            int, list[Tensor]
+        ] = {}  # first ordinal adopted with others -> the copies that were made
+        self._frozen: dict[int, tuple[nn.Parameter, nn.Module]] = {}
+        self._backups: list[tuple[nn.Parameter, nn.Module, Tensor]] = []
         self._read: dict[int, Tensor] = {}  # running statistics that autograd has saved
 
     def index_of(self, parameter: Tensor) -> int | None:
@@ -45,11 +55,26 @@ class Networks:
                 return self.originals[i]
         return parameter
 
-    def adopt(self, modules: Iterable[nn.Module]) -> list[int]:
-        """Take modules in: their buffers are swapped for copies; the ordinals of parameters not known before."""
+    def strange(self, network: nn.Module, among: Collection[int] | None = None) -> Iterator[str]:
+        """Names of trainable parameters (``among`` these ids) that the window neither shows nor has adopted."""
+        known = {*self._index, *map(id, self.shown)}
+        for name, p in network.named_parameters():
+            if p.requires_grad and id(p) not in known and (among is None or id(p) in among):
+                yield name
+
+    def adopt(self, modules: Sequence[nn.Module], trained: Collection[int]) -> list[int]:
+        """Take modules in: their buffers are swapped for copies; the ordinals of parameters not known before.
+
+        Args:
+            modules: networks of an optimizer.
+            trained: ids of the parameters that it trains.
+
+        Raises:
+            WindowError: for what inner steps cannot keep; nothing has been taken in then.
+        """
         new: list[int] = []
-        modules = list(modules)
         _check_memory(modules)
+        before = set(self._copies)
         self._copy_buffers(modules)
         for root in modules:
             for prefix, module in root.named_modules():
@@ -58,8 +83,14 @@ class Networks:
                 for name, p in module._parameters.items():
                     if p is None or (known and any(p is s for s in self.shown)):
                         continue
+                    if isinstance(
+                        p, UninitializedParameter
+                    ):  # of a lazy module, which makes it at its first call
+                        continue
                     if not p.requires_grad:
-                        self._frozen[p.untyped_storage()._cdata] = p
+                        self._frozen[p.untyped_storage()._cdata] = p, module
+                        continue
+                    if id(p) not in trained:
                         continue
                     i = self._index.get(id(p))
                     if i is None:
@@ -75,16 +106,48 @@ class Networks:
                     if b is not None and not b.requires_grad and not known:
                         self._buffers.append((module, name, b))
                         module._buffers[name] = self._copies[id(b)]
+        if new:
+            self._beside[new[0]] = [c for b, c in self._copies.items() if b not in before]
         return new
 
-    def _copy_buffers(self, modules: list[nn.Module]) -> None:
+    def join(self, modules: Sequence[nn.Module], parameters: Iterable[Tensor]) -> list[int]:
+        """An optimizer belongs to the window from now on; the ordinals of its ``parameters`` that are adopted."""
+        self._inner.update(id(m) for root in modules for m in root.modules())
+        found = (self._index.get(id(p)) for p in parameters)
+        ordinals = [i for i in found if i is not None]
+        self.joined.update(ordinals)
+        for i in ordinals:
+            self.shown[i].freeze = None  # type: ignore[attr-defined]
+        return ordinals
+
+    def _freeze(self, i: int) -> None:
+        """Parameter ``i``, of no optimizer that belongs to the window, is frozen: it is the user's own again."""
+        own = self.originals[i]
+        own.requires_grad_(False)
+        for module, name in self._places[i]:
+            module._parameters[name] = own
+            self._frozen[own.untyped_storage()._cdata] = own, module
+        self._places[i] = []
+        del self._index[id(own)]
+
+    def _copy_buffers(self, modules: Sequence[nn.Module]) -> None:
         """Copies of the modules' buffers, sharing memory with one another as the buffers do."""
         storages: dict[int, Any] = {}
-        weights = {p.untyped_storage()._cdata: n for m in modules for n, p in m.named_parameters()}
+        weights = {
+            p.untyped_storage()._cdata: n
+            for m in modules
+            for n, p in m.named_parameters()
+            if not isinstance(p, UninitializedParameter)
+        }
         for module in (m for root in modules for m in root.modules() if id(m) not in self._modules):
             for name, b in module._buffers.items():
                 if b is None or b.requires_grad or id(b) in self._copies:  # a learnt one is a meta-parameter
                     continue
+                if isinstance(b, UninitializedBuffer):
+                    raise WindowError(
+                        f"buffer {name!r} of a {type(module).__name__} has no shape yet; run the network once before "
+                        "the window, under torch.no_grad()"
+                    )
                 if b.layout is not torch.strided:
                     self._copies[id(b)] = b.detach().clone()
                     continue
@@ -105,6 +168,8 @@ class Networks:
     def show(self, i: int, value: Tensor) -> None:
         """Let the modules show ``value`` as parameter ``i``."""
         self.shown[i] = value
+        if i not in self.joined:
+            value.freeze = functools.partial(_freeze, weakref.ref(self), i)  # type: ignore[attr-defined]
         for module, name in self._places[i]:
             module._parameters[name] = value  # type: ignore[assignment]
 
@@ -161,10 +226,10 @@ class Networks:
         return new
 
     def check(self) -> None:
-        """Raise if a parameter was replaced behind our back."""
-        for i, places in enumerate(self._places):
+        """Raise if a parameter that inner steps train was replaced behind our back."""
+        for i in self.joined:
             shown = self.shown[i]
-            for module, name in places:
+            for module, name in self._places[i]:
                 if module._parameters.get(name) is not shown:
                     raise WindowError(
                         f"parameter {self.names[i]!r} was bound to another tensor inside the window; change its values "
@@ -177,35 +242,54 @@ class Networks:
         for module, name, own in self._buffers:
             module._buffers[name] = own
 
-    @property
-    def copies(self) -> list[Tensor]:
-        """The buffers that modules show in the place of the user's."""
-        return list(self._copies.values())
+    def copies_beside(self, ordinals: Sequence[int]) -> list[Tensor]:
+        """The buffers that modules show in the place of the user's, of networks with these parameters."""
+        return [copy for i in ordinals for copy in self._beside.get(i, ())]
 
     def back_up(self, targets: list[Tensor]) -> list[Tensor]:
         """``targets`` are about to be overwritten: copies, kept, of frozen parameters that `undo` must put back."""
         copies = []
         for t in targets if self._frozen else ():
-            p = self._frozen.pop(t.untyped_storage()._cdata, None) if t.layout is torch.strided else None
-            if p is not None:
-                copies.append(p.detach().clone())
-                self._backups.append((p, copies[-1]))
+            found = self._frozen.pop(t.untyped_storage()._cdata, None) if t.layout is torch.strided else None
+            if found is not None:
+                copies.append(found[0].detach().clone())
+                self._backups.append((*found, copies[-1]))
         return copies
 
     @torch.no_grad()
     def undo(self) -> None:
         """Put frozen parameters back that were written into."""
-        for p, value in self._backups:
+        for p, _, value in self._backups:
             p.copy_(value)
 
     @torch.no_grad()
-    def commit(self, values: list[Tensor]) -> None:
-        """Restore, with ``values`` and the last buffers copied into the user's own tensors."""
+    def commit(self, values: Sequence[Tensor], offline: bool) -> None:
+        """Restore, with ``values`` and the last buffers copied into the user's own tensors.
+
+        Args:
+            values: of the parameters.
+            offline: whether networks that belong to the window are put back as they were at entry instead.
+        """
+        back = self._inner if offline else set()
         last = [(module, name, own, module._buffers.get(name)) for module, name, own in self._buffers]
+        bound = [
+            (module, name, value)
+            for i, places in enumerate(self._places)
+            for module, name in places
+            if (value := module._parameters.get(name)) is not self.shown[i]
+        ]
         self.restore()
-        for p, value in zip(self.originals, values, strict=True):
-            p.copy_(value)
+        for module, name, value in bound:  # by the user, in a network that is none of this window's
+            module._parameters[name] = value
+        for i, (p, value) in enumerate(zip(self.originals, values, strict=True)):
+            if self._places[i] and not (offline and i in self.joined):
+                p.copy_(value)
+        for p, module, value in self._backups:
+            if id(module) in back:
+                p.copy_(value)
         for module, name, own, value in last:
+            if id(module) in back:
+                continue
             if value is None or (value.shape, value.dtype) != (own.shape, own.dtype):
                 module._buffers[name] = None if value is None else value.detach()  # as rebinding it would
             else:
@@ -232,16 +316,18 @@ class Networks:
         return bound
 
 
-def _check_memory(modules: list[nn.Module]) -> None:
+def _freeze(networks: weakref.ref[Networks], ordinal: int) -> None:
+    found = networks()
+    if found is not None:
+        found._freeze(ordinal)
+
+
+def _check_memory(modules: Sequence[nn.Module]) -> None:
     """Raise if two parameters overlap in memory: inner steps would tear them apart."""
     seen: dict[int, list[tuple[Any, Any, str, Tensor]]] = {}
     for root in modules:
         for name, p in root.named_parameters():
-            if (
-                p.layout is not torch.strided
-                or not p.numel()
-                or isinstance(p, nn.parameter.UninitializedParameter)
-            ):
+            if isinstance(p, UninitializedParameter) or p.layout is not torch.strided or not p.numel():
                 continue
             start = p.storage_offset()
             end: Any = (

@@ -317,13 +317,13 @@ def with_residuals(
 def residuals_from(program: RolledProgram, how: Lowering) -> int:
     """The room that a rehearsal with residuals needs, and the check of their graphs; 0 where there are none."""
     _, few = saved_calls(shortened(program, _FEW), how)
-    costs = [step_cost(g, how) for g in program.step_graphs]
+    costs = [step_cost(g, program.lowering_of(g, how)) for g in program.step_graphs]
     return few + 4 * max(c.replay_bytes + c.vjp_bytes for c in costs) if few else 0
 
 
 def saved_calls(program: RolledProgram, how: Lowering, room: int | None = None) -> tuple[int, int]:
     """Over how many of the last calls residuals can be saved in ``room`` bytes (None: endless), and what they take."""
-    costs = {id(g): residual_cost(g, how) for g in program.step_graphs}
+    costs = {id(g): residual_cost(g, program.lowering_of(g, how)) for g in program.step_graphs}
     if not any(costs[id(g)][0] for g in program.step_graphs if g.steps):
         return 0, 0
     taken = max(more for _, more in costs.values())
@@ -340,5 +340,9 @@ def saved_calls(program: RolledProgram, how: Lowering, room: int | None = None) 
 
 def _first_use(program: RolledProgram, how: Lowering) -> int:
     """Bytes that compiling and checking a graph takes beyond what running it does."""
-    found = [measured(g, kind, how) for g in program.step_graphs for kind in ("replay", "vjp")]
+    found = [
+        measured(g, kind, program.lowering_of(g, how))
+        for g in program.step_graphs
+        for kind in ("replay", "vjp")
+    ]
     return max([0, *(m.first_bytes - m.peak_bytes for m in found if m is not None)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +31,7 @@ from .engine import Engine
 from .hyper import Hyper, hyper_of
 from .inputs import Held
 from .offload import check_device, tier_for
-from .session import Options, Session, refuse_overwritten
+from .session import Options, Session, gradient, refuse_overwritten
 from .streaming import Streaming
 from .theta import ThetaView
 
@@ -57,8 +58,9 @@ class RecordedSession(Session):
     def __init__(self, options: Options) -> None:
         super().__init__(options)
         self.engine = Engine(options.slots, options.backward_hook, tier=tier_for(options.offload))
+        self.engine.closed = self.closed
         bypass.watch_backward(self.engine)
-        self.view = ThetaView(options, self.engine, self.networks)
+        self.view = ThetaView(options, self.engine, self.networks, self._entering)
         if options.slots is None:
             self.engine.streaming = Streaming(
                 options.memory_budget,
@@ -67,7 +69,11 @@ class RecordedSession(Session):
                 options.window is not None,
             )
         self.recorder = self.view.recorder
-        self._put_back = 0  # bytes that are kept to put gradients and buffers back
+        self._looked_at: dict[
+            int, Tensor
+        ] = {}  # parameters that steps have read and that they do not train, by id
+        self._kept: list[Tensor] = []  # to put gradients and buffers back
+        self._put_back = 0  # its bytes
         self._lifts = True  # whether hyper-parameters that are numbers may become inputs
         self.opt_state: dict[tuple[int, int, str], int] = {}  # (optimizer, ordinal, name) -> state index
         self.results: dict[tuple[int, int], int] = {}  # (compiled step, number of its result) -> state index
@@ -77,17 +83,34 @@ class RecordedSession(Session):
         """What has been recorded."""
         return self.engine.program
 
-    def _enter(self, ordinals: list[int], late: bool) -> None:
-        check_device(self.options.offload, [p.device for p in self.networks.originals])
-        self._lifts = all(p.dtype in LIFTS for p in self.networks.originals)
+    def _offer(self, ordinals: list[int]) -> None:
+        self.view.offer(ordinals)
+
+    def _join(self, ordinals: list[int], late: list[int]) -> None:
+        self.view.join(ordinals, late)
+
+    def _entering(self, ordinals: list[int]) -> None:
+        """Parameters are about to be put on the tape."""
+        own = [self.networks.originals[i] for i in ordinals]
+        check_device(self.options.offload, [p.device for p in own])
+        self._lifts = self._lifts and all(p.dtype in LIFTS for p in own)
         if self.engine.streaming is not None:
-            kept = memory_of([g for g in self._grads if g is not None] + self.networks.copies)
+            self._kept += [g for i in ordinals if (g := self._grads[i]) is not None]
+            self._kept += self.networks.copies_beside(ordinals)
+            kept = memory_of(self._kept)
             self.engine.streaming.aside += kept - self._put_back
             self._put_back = kept
-        self.view.enter(ordinals, late)
+
+    def look_at(self, tensors: Iterable[Tensor]) -> None:
+        """Raise if a step is about to read a parameter that a network got inside the window."""
+        new = [t for t in tensors if type(t) is torch.nn.Parameter and id(t) not in self._looked_at]
+        if new:
+            self.refuse_strangers(set(map(id, new)))
+            self._looked_at.update((id(t), t) for t in new)
 
     def _close(self) -> None:
         self.view.close()
+        self._looked_at.clear()
 
     def _record_tape(self, optimizer: Any, member: Any) -> list[tuple[str, Tensor]]:
         tape = super()._record_tape(optimizer, member)
@@ -139,6 +162,8 @@ class RecordedSession(Session):
                 ordinal = self.view.indices.index(theta.index)
                 if theta.tensor is self.networks.shown[ordinal] and ordinal in self.ordinals(optimizer):
                     refuse_overwritten(self.networks.names[ordinal])
+        metas = [x.tensor for x in sliced.externals if x.grad]
+        self.look_at(metas)
         update = self._plan(optimizer, loss, sliced, hyper, allow_unused)
         if sliced.spies:  # only now have the hooks run
             if any(spy.mutated for spy in sliced.spies):
@@ -160,7 +185,7 @@ class RecordedSession(Session):
             *zip(call.update, new, strict=True),
             *zip(call.opt_state_out, (v for s in new_states for v in s.values()), strict=True),
         ]
-        metas = [x.tensor for x in sliced.externals if x.grad]
+        metas = [x.tensor for x in sliced.externals if x.grad]  # after the hooks
         position = self.engine.position
         for value in sliced.values:
             if not value.steps or value.steps[-1] != position:
@@ -218,10 +243,7 @@ class RecordedSession(Session):
         """The gradient of a loss that has been stepped by before, by the parameters as it has read them."""
         node = stepped(loss)
         sweep = gradient_of_loss(node.engine, node.position, torch.ones_like(loss))
-        by_theta = [sweep.cotangents.get(self.view.indices[i]) for i in ordinals]
-        # parameters of networks that are no part of the window before this step were meta-parameters then
-        by_meta = [sweep.metas.get(self.view.number_of(self.networks.originals[i])) for i in ordinals]
-        return [m if t is None else t for t, m in zip(by_theta, by_meta, strict=True)]
+        return [sweep.cotangents.get(self.view.indices[i]) for i in ordinals]
 
     def _apply(self, update: _Update, slots: list[Any]) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
         """Υ, on copies the first time: an update that writes into its arguments must not reach the tape."""
@@ -401,7 +423,7 @@ def _check_requires_grad(sliced: Slice) -> None:
 def _sums_of_gradients(loss: Tensor, by: list[list[Tensor]]) -> list[Tensor | None]:
     """For each group of tensors, the sum of the gradients of ``loss`` by them."""
     flat = [t for group in by for t in group]
-    found = iter(torch.autograd.grad(loss, flat, retain_graph=True, allow_unused=True))
+    found = iter(gradient(loss, flat, retain_graph=True))
     sums: list[Tensor | None] = []
     for group in by:
         parts = [g for _, g in zip(group, found, strict=False) if g is not None]

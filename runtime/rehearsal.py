@@ -53,7 +53,7 @@ def rehearse(
     """
     kinds = ("forward", "backward") if saving else ("replay", "vjp")
     graphs = [g for g in program.step_graphs if not saving or residuals(g, how.hvp) is not None]
-    if all(measured(g, kind, how) for g in graphs for kind in kinds):
+    if all(measured(g, kind, program.lowering_of(g, how)) for g in graphs for kind in kinds):
         return
     short = shortened(program, _ITERATIONS)
     kept = Kept(None, short.positions) if saving else Kept(1)

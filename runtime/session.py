@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaoptim.errors import CaptureError, LossError, WindowError
+from metaoptim.errors import CaptureError, LossError, MetaOptimError, WindowError
 
 from ..compiler.build import GradientHooks
 from ..compiler.capture import intercept
@@ -46,17 +46,29 @@ class Options:
 
 
 class _Member:
-    """An optimizer of the window: its state at entry, its steps so far, and what pickup_step asked to keep."""
+    """An optimizer that may step in the window, and belongs to it (`joined`) from its first step on.
 
-    def __init__(self, optimizer: Any, own: Callable[[Tensor], Tensor]) -> None:
-        self.optimizer = optimizer
+    It has its state at entry, its steps so far, and what pickup_step asked to keep.
+    """
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer, self.joined = optimizer, False
         self.entry = {p: dict(s) for p, s in optimizer.state.items()}
-        for p, state in self.entry.items():  # what the window shows is its own: the user may write into it
-            optimizer.state[p] = {
-                k: own(v) if isinstance(v, Tensor) and not v.requires_grad else v for k, v in state.items()
-            }
         self.steps = 0
         self.picked: tuple[dict[int, Tensor], dict[Any, dict], list[tuple]] | None = None
+
+    def join(self, own: Callable[[Tensor], Tensor]) -> None:
+        """Belong to the window; the state that it shows is its own: the user may write into it."""
+        self.joined = True
+        for p, state in self.optimizer.state.items():
+            self.optimizer.state[p] = {
+                k: own(v) if isinstance(v, Tensor) and not v.requires_grad else v for k, v in state.items()
+            }
+
+    def restore(self) -> None:
+        """Give the optimizer its state at entry back."""
+        self.optimizer.state.clear()
+        self.optimizer.state.update(self.entry)
 
 
 def refuse_overwritten(name: str) -> None:
@@ -67,8 +79,27 @@ def refuse_overwritten(name: str) -> None:
     )
 
 
+def gradient(*args: Any, **options: Any) -> tuple[Tensor | None, ...]:
+    """`torch.autograd.grad` of an inner loss, whose errors tell that they are of it."""
+    try:
+        return torch.autograd.grad(*args, allow_unused=True, **options)
+    except (MetaOptimError, torch.OutOfMemoryError):
+        raise
+    except RuntimeError as error:
+        raise LossError(f"the gradient of the inner loss cannot be taken: {error}") from error
+
+
 class Session:
-    """Base of the strategies. A strategy shows parameters (`_enter`) and takes steps (`_step`)."""
+    """Base of the strategies. A strategy shows parameters (`_offer`, `_join`) and takes steps (`_step`).
+
+    Optimizers that are alive when the window opens may step in it, and their networks are kept from the entry on. Those
+    that never do leave no trace: what they have is what it would be without the window. One that is made inside belongs
+    to the window at once.
+
+    Attributes:
+        closed: ids of the user's own parameters that no gradient reaches: online, those of optimizers that belong to
+            the window.
+    """
 
     recorder: Any  # a Recorder, or the Tracer of a capture
 
@@ -76,12 +107,17 @@ class Session:
         self.options = options
         self.networks = Networks()
         self.members: dict[int, _Member] = {}
+        self.closed: set[int] = set()
         self._grads: list[Tensor | None] = []
 
     # -- what a strategy states ----------------------------------------------------------------------------------
 
-    def _enter(self, ordinals: list[int], late: bool) -> None:
-        """Show newly adopted parameters; ``late``: the loss at hand has read the user's own."""
+    def _offer(self, ordinals: list[int]) -> None:
+        """Show newly adopted parameters, of an optimizer that may step."""
+        raise NotImplementedError
+
+    def _join(self, ordinals: list[int], late: list[int]) -> None:
+        """An optimizer of these parameters steps from now on; of ``late`` its loss has read the user's own."""
         raise NotImplementedError
 
     def _step(self, optimizer: Any, loss: Tensor, allow_unused: bool) -> None:
@@ -105,8 +141,12 @@ class Session:
         intercept.binding.set(self.networks.bind)
         self.recorder.__enter__()
 
-    def adopt(self, optimizer: Any, late: bool = False) -> None:
-        """Take an optimizer and its networks into the window (again, when it has got a new group)."""
+    def adopt(self, optimizer: Any) -> list[int]:
+        """Keep an optimizer and its networks as they are at entry; the ordinals of parameters not known before.
+
+        Raises:
+            WindowError: for networks that inner steps cannot train; nothing has changed then.
+        """
         owner = optimizer.__dict__.get("_session")
         if owner is not None and owner is not self:
             raise WindowError(
@@ -114,15 +154,34 @@ class Session:
                 "an optimizer and a network of its own"
             )
         with self.recorder.paused():
+            trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            new = self.networks.adopt(optimizer.networks, trained)
             if id(optimizer) not in self.members:
-                self.members[id(optimizer)] = _Member(optimizer, self._own)
+                self.members[id(optimizer)] = _Member(optimizer)
                 optimizer._session = self
-            new = self.networks.adopt(optimizer.networks)
             for i in new:
                 grad = self.networks.originals[i].grad
                 self._grads.append(None if grad is None else grad.detach().clone())
             if new:
-                self._enter(new, late)
+                self._offer(new)
+        return new
+
+    def join(self, optimizer: Any, late: bool = False) -> None:
+        """Let an optimizer belong to the window; ``late``: the loss of its first step has been computed."""
+        if id(optimizer) not in self.members:
+            optimizer.refresh()
+        new = self.adopt(optimizer)
+        member = self.members[id(optimizer)]
+        with self.recorder.paused():
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            ordinals = self.networks.join(optimizer.networks, parameters)
+            if not self.options.offline:
+                self.closed.update(map(id, parameters))
+            if not member.joined:
+                member.join(self._own)
+            self.networks.check()
+            self.refuse_strangers()
+            self._join(ordinals, new if late else [])
 
     # -- steps ---------------------------------------------------------------------------------------------------
 
@@ -144,8 +203,9 @@ class Session:
                 f"{name}.step: the loss has no graph (it does not require grad); compute it from the network "
                 "outside torch.no_grad() and without .detach() or .item()"
             )
-        if id(optimizer) not in self.members or self._unfrozen(optimizer):
-            self.adopt(optimizer, late=True)
+        member = self.members.get(id(optimizer))
+        if member is None or not member.joined or self._unfrozen(optimizer):
+            self.join(optimizer, late=True)
         member = self.members[id(optimizer)]
         with self.recorder.paused(), torch._C._DisableAutocast():
             self.networks.check()
@@ -160,6 +220,21 @@ class Session:
             member.steps += 1
             if anomaly:
                 self._check_finite(optimizer, member)
+
+    def refuse_strangers(self, among: Collection[int] | None = None) -> None:
+        """Raise for a parameter that a network got inside the window, which its optimizer would not train.
+
+        Args:
+            among: ids of tensors that are looked for; None looks for all.
+        """
+        for member in (m for m in self.members.values() if m.joined):
+            for network in member.optimizer.whole_networks:
+                for name in self.networks.strange(network, among):
+                    raise WindowError(
+                        f"parameter {name!r} was put into the network of a {type(member.optimizer).__name__} inside "
+                        "the window, where inner steps would not train it; put it in before the window, or build an "
+                        "optimizer of its own for it inside"
+                    )
 
     def _unfrozen(self, optimizer: Any) -> bool:
         index_of = self.networks.index_of
@@ -251,15 +326,13 @@ class Session:
         try:
             error = (self._rebinding() or self._unsettled()) if not failed else None
             late = self._missing_pickup() if not failed and error is None else None
-            if failed or error or late or self.options.offline:
+            if failed or error or late:
                 self.networks.restore()
                 self.networks.undo()
                 for member in self.members.values():
-                    member.optimizer.state.clear()
-                    member.optimizer.state.update(member.entry)
-                if failed or error or late:
-                    for p, grad in zip(self.networks.originals, self._grads, strict=True):
-                        p.grad = grad
+                    member.restore()
+                for p, grad in zip(self.networks.originals, self._grads, strict=True):
+                    p.grad = grad
             else:
                 self._commit()
             if error or late:
@@ -298,7 +371,10 @@ class Session:
 
     def _commit(self) -> None:
         values = [shown.detach() for shown in self.networks.shown]
-        for member in self.members.values():
+        for member in (m for m in self.members.values() if m.joined):
+            if self.options.offline:
+                member.restore()
+                continue
             if member.picked is not None:
                 for i, value in member.picked[0].items():
                     values[i] = value
@@ -309,4 +385,8 @@ class Session:
             for state in member.optimizer.state.values():
                 for name, value in state.items():
                     state[name] = value.detach()
-        self.networks.commit(average(values, self.options.sync))
+        if self.options.sync is not False:
+            joined = sorted(self.networks.joined)
+            for i, mean in zip(joined, average([values[i] for i in joined], self.options.sync), strict=True):
+                values[i] = mean
+        self.networks.commit(values, self.options.offline)

@@ -51,7 +51,12 @@ class Sliding:
         return number in self._metas
 
     def read(
-        self, indices: Sequence[int], originals: Sequence[nn.Parameter], offline: bool, oldest: int
+        self,
+        indices: Sequence[int],
+        originals: Sequence[nn.Parameter],
+        offline: bool,
+        constant: Sequence[int],
+        oldest: int,
     ) -> tuple[Tensor, ...]:
         """Theta now.
 
@@ -59,13 +64,14 @@ class Sliding:
             indices: its state indices.
             originals: the parameters behind them, which receive a gradient offline.
             offline: whether they do.
+            constant: places of those that no optimizer steps: they do in any case.
             oldest: position whose theta a pending loss may have read.
         """
         engine = self.engine
         self._metas = {n: (t, last) for n, (t, last) in self._metas.items() if last > self.count - self.limit}
         whole = self.count <= self.limit
         bottom = engine.program.start if whole else self._starts[0]
-        reached = originals if whole and offline else ()
+        reached = range(len(indices)) if whole and offline else constant
         life = Life(bottom)
         with torch.enable_grad():
             shown = WindowedRead.apply(
@@ -75,12 +81,12 @@ class Sliding:
                 originals,
                 bottom,
                 tuple(self._metas),
-                tuple(indices) if reached else (),
+                tuple(indices[k] for k in reached),
                 life,
                 self._cut if offline and not whole else None,
                 new_token(),
                 *(t for t, _ in self._metas.values()),
-                *reached,
+                *(originals[k] for k in reached),
             )
         self._lives.add(life)
         engine.trim(min(oldest, *(life.at for life in self._lives)))

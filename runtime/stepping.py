@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from ..compiler.capture.trace import Input, Noise
 from ..compiler.capture.tracer import Tracer
 from ..compiler.ir import Lowering, Role, StepCall
 from ..compiler.lower import lowered
+from ..compiler.passes.lower import FEW
 from ..compiler.passes.pipeline import shaped
 from ..compiler.passes.roll import StepOf
 from ..compiler.segments import Roles, ordered, whole
@@ -72,8 +74,8 @@ class CapturedStep(CapturedSession):
         self.left.append((target, self.recorder.give(last)))
         return last
 
-    def _enter(self, ordinals: list[int], late: bool) -> None:
-        super()._enter(ordinals, late)
+    def _offer(self, ordinals: list[int]) -> None:
+        super()._offer(ordinals)
         tracer = self.recorder
         for p in (self.networks.originals[i] for i in ordinals):
             self.thetas[id(tracer.value_of(p))] = p
@@ -170,6 +172,7 @@ class CompiledStep:
         self.taken = captured.taken
         self._premises = Premises([optimizer for optimizer, _ in self.taken], self.given)
         self._fresh = True
+        self._runs = 0
 
     def _roles(self, segment: Any, body: Any, places: list, thetas: dict, states: dict) -> Roles:
         def role(at: int, x: Any) -> Role:
@@ -204,13 +207,15 @@ class CompiledStep:
                 "a compiled step inside a window with record_grad_tape or pickup_step; take either off"
             )
         for optimizer, _ in self.taken:
-            if id(optimizer) not in window.members:
-                window.adopt(optimizer)
+            member = window.members.get(id(optimizer))
+            if member is None or not member.joined:
+                window.join(optimizer)
         view, engine, networks = window.view, window.engine, window.networks
         with window.recorder.paused(), unaffected():
             networks.check()
             self._premises.check(tensor_of)
             view.settle()
+            view.need(self._ordinal(window, p) for p in self.reads)
             for optimizer, _ in self.taken:
                 window.bring(optimizer, window.ordinals(optimizer))
             given = [self._given(x, place, tensor_of) for x, place in zip(self.given, self._buffers_given)]
@@ -219,6 +224,11 @@ class CompiledStep:
                 self._forget()
             noise = iter(redrawn([x for x in self.given if isinstance(x, Noise)]))
             held: list[Any] = [next(noise) if t is None else view.hold(t) for t in given]
+            self._runs += 1
+            if (
+                self._runs <= FEW
+            ):  # many are never run again: the first step of all, with no optimizer state yet
+                how = replace(how, backend="eager")
             call = self._call(window, held, how)
             inputs = [engine.state[i] for i in (*call.theta, *call.opt_state_in)] + [h.get() for h in held]
             results = lowered(self.step, "replay", inputs, how, at_once=True)(*inputs)
@@ -240,6 +250,11 @@ class CompiledStep:
             for x, value in zip(self.left, results, strict=False):
                 tensor_of(x).copy_(value)
         return self._results(window, call, results[len(self.left) :])
+
+    def fits(self, window: RecordedSession) -> bool:
+        """Whether the parameters that it reads are those of the window's networks."""
+        index_of = window.networks.index_of
+        return all(index_of(p) is not None for p in (*self.reads, *self.thetas))
 
     def _given(self, x: Any, place: Any, tensor_of: Callable[[Input], Tensor]) -> Any:
         if isinstance(x, Noise):

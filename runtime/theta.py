@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from ..compiler.capture.slicing import Slice
 from ..compiler.ir import Assign, StepCall
 from ..compiler.program import memory_of
 from . import bypass
-from .bridge import InnerParameter, Life, Link, Read, Results, as_parameter, new_token
+from .bridge import Begin, InnerParameter, Life, Link, Read, Results, new_token
 from .engine import Engine
 from .inputs import Held, Inputs
 from .networks import Networks
@@ -31,19 +31,30 @@ class ThetaView:
     """Shows the engine's theta through the networks; the recorder's guard against writes behind the tape's back.
 
     Attributes:
-        indices: ordinal of a parameter -> its state index.
+        indices: ordinal of a parameter -> its state index, -1 while nothing has read it.
         epochs: the epochs of the super-step at hand, oldest first.
         late: id of the user's own parameter -> its theta, while the loss at hand may have read it itself.
     """
 
-    def __init__(self, options: Options, engine: Engine, networks: Networks) -> None:
+    def __init__(
+        self, options: Options, engine: Engine, networks: Networks, entering: Callable[[list[int]], None]
+    ) -> None:
         self.offline, self.engine, self.networks = options.offline, engine, networks
+        self._entering = (
+            entering  # called with the ordinals of parameters that are about to be put on the tape
+        )
         self.recorder = Recorder(self)
         self.recording = self.recorder.recording
         self.indices: list[int] = []
-        self.epochs: list[Epoch] = []
+        self.epochs: list[Epoch] = [self.recording.epoch]
         self.late: dict[int, Theta] = {}
         self._versions: dict[int, object] = {}  # state index -> equal for all that is shown for one value
+        self._since: dict[int, int] = {}  # state index -> the position from which on it is there
+        self._beside: dict[int, list[int]] = {}  # ordinal that nothing has read -> those that enter with it
+        self._unlinked: list[
+            tuple[int, tuple[int, ...], list[Tensor]]
+        ] = []  # position and indices of what entered
+        self._written: set[int] = set()  # ordinals that were overwritten before anything read them
         self.sliding = None if options.window is None else Sliding(engine, options.window)
         self.stepped = Stepped(engine, self.sliding, self._versions)
         self._superstep = 0
@@ -58,39 +69,80 @@ class ThetaView:
 
     # -- showing -------------------------------------------------------------------------------------------------
 
-    def enter(self, ordinals: list[int], late: bool) -> None:
-        """Put newly adopted parameters on the tape and show them."""
-        engine = self.engine
-        originals = [self.networks.originals[i] for i in ordinals]
-        values = [p.detach().clone() for p in originals]
-        first = len(engine.state)
-        indices = tuple(range(first, first + len(values)))
-        self.indices += indices
-        position = engine.position
-        changes = list(zip(indices, values, strict=True))
-        engine.append(Assign(indices, values, adoption=True), changes, read=self.read)
+    def offer(self, ordinals: list[int]) -> None:
+        """Show parameters of an optimizer that may step. They are put on the tape when a loss first reads them."""
+        own = [self.networks.originals[i] for i in ordinals]
+        with torch.enable_grad():
+            shown = Begin.apply(self.engine.closed, [p.detach().clone() for p in own], *own)
+        for i, t in zip(ordinals, shown, strict=True):
+            self.indices.append(-1)
+            self._beside[i] = ordinals
+            self.networks.show(i, t)
+            self.recording.epoch.theta[id(t)] = Theta(-1, t, object())
+        self._storages = None
+
+    def enter(self, theta: Theta) -> None:
+        """A loss reads parameters for the first time (the recording asks)."""
+        i = next(i for i, t in enumerate(self.networks.shown) if t is theta.tensor)
+        self._enter(self._beside[i])
+
+    def _enter(self, ordinals: list[int]) -> None:
+        self._entering(ordinals)
+        engine, epoch = self.engine, self.recording.epoch
+        shown = [self.networks.shown[i] for i in ordinals]
+        own: list[Tensor] = [self.networks.originals[i] for i in ordinals]
+        indices = tuple(range(len(engine.state), len(engine.state) + len(ordinals)))
+        self._unlinked.append((engine.position, indices, own))
+        with self.recorder.paused(), torch.no_grad():
+            values = [t.detach() for t in shown]
+            changes = list(zip(indices, values, strict=True))
+            # what was read in an only epoch is still there after it
+            read = self.read and len(self.epochs) > 1
+            engine.append(Assign(indices, values, adoption=True), changes, read=read)
+        epoch.position = engine.position  # theta is the same here
         engine.reaches |= self.offline
-        if self.offline and self.sliding is None:
-            with torch.enable_grad():
-                self._token = Link.apply(engine, position, (), indices, self._token, *originals)
-        if len(self.epochs) == 1:
-            self._keep_epochs([])
-        self._show(ordinals)
+        for i, t, p, index in zip(ordinals, shown, own, indices, strict=True):
+            theta = epoch.theta[id(t)]
+            self.indices[i] = theta.index = index
+            self._versions[index], self._since[index] = theta.version, engine.position
+            engine.thetas[index] = id(p)
+            bypass.note_theta(t, engine, engine.position, index)
+
+    def need(self, ordinals: Iterable[int]) -> None:
+        """Put those of these parameters on the tape that are not there yet."""
+        for i in ordinals:
+            if self.indices[i] < 0:
+                self._enter(self._beside[i])
+
+    def join(self, ordinals: list[int], late: list[int]) -> None:
+        """An optimizer of these parameters steps from now on; of ``late`` its loss has read the user's own."""
+        self.need(ordinals)
+        own = self.networks.originals
+        self.engine.closed.update(id(own[i]) for i in ordinals if i in self._written)
         if late:
-            self.late = {id(p): Theta(i, p, object()) for p, i in zip(originals, indices, strict=True)}
+            indices = [self.indices[i] for i in late]
+            self.late = {
+                id(own[i]): Theta(x, own[i], self._versions[x]) for i, x in zip(late, indices, strict=True)
+            }
+
+    def _link(self) -> None:
+        """Link what has entered: not before a step, since losses may be computed where autograd does not look."""
+        for position, indices, own in self._unlinked:
+            if self.sliding is None:
+                with torch.enable_grad():
+                    self._token = Link.apply(self.engine, position, (), indices, self._token, *own)
+        self._unlinked.clear()
 
     def _show(self, ordinals: Sequence[int]) -> None:
         engine, own = self.engine, self.networks.originals
         self._versions.update((self.indices[i], object()) for i in ordinals)
         if self.sliding is not None:
-            ordinals = range(len(self.indices))
+            ordinals = [i for i, index in enumerate(self.indices) if index >= 0]
             oldest = min((e.position for e in self.epochs if e.read), default=engine.position)
-            shown = self.sliding.read(self.indices, list(own), self.offline, oldest)
-        elif not self.offline and not engine.program.begun:
-            shown = tuple(
-                as_parameter(engine.state[self.indices[i]], own[i]).requires_grad_() for i in ordinals
+            open_ = [k for k, i in enumerate(ordinals) if i not in self.networks.joined]
+            shown = self.sliding.read(
+                [self.indices[i] for i in ordinals], [own[i] for i in ordinals], self.offline, open_, oldest
             )
-            self._note_leaves(ordinals, shown)
         else:
             life = Life(self._superstep)
             self._lives.add(life)
@@ -123,7 +175,7 @@ class ThetaView:
             with torch.enable_grad():
                 self._token = Link.apply(engine, engine.position, (), (), self._token)
             if engine.streaming is not None:
-                theta = memory_of(engine.state[i] for i in self.indices)
+                theta = memory_of(engine.state[i] for i in self.indices if i >= 0)
                 engine.streaming.waiting = max(engine.streaming.waiting, (1 + len(self._lives)) * theta)
             self._lives.clear()
 
@@ -182,6 +234,8 @@ class ThetaView:
         )
 
     def _is_of(self, theta: Theta, epoch: Epoch) -> bool:
+        if epoch.position < self._since[theta.index]:
+            return False
         if epoch.theta.get(id(theta.tensor)) is theta or id(theta.tensor) in self.late:
             return True
         return any(t.index == theta.index and t.version is theta.version for t in epoch.theta.values())
@@ -195,10 +249,6 @@ class ThetaView:
         sliding = self.sliding
         return [(n, t) for n, t in self._metas.values() if sliding is None or sliding.reads(n)]
 
-    def number_of(self, meta: Tensor) -> int | None:
-        """The number of a leaf that a step has read as a meta-parameter."""
-        return self._metas.get((id(meta), None), (None, None))[0]
-
     # -- a step --------------------------------------------------------------------------------------------------
 
     def take(
@@ -211,6 +261,7 @@ class ThetaView:
     ) -> None:
         """Append a step that read ``epoch`` and ``metas``, and show the new values of ``ordinals``."""
         engine = self.engine
+        self._link()
         fresh = epoch is self.epochs[-1] or not self._superstep
         if fresh:
             self._superstep += 1
@@ -318,6 +369,8 @@ class ThetaView:
                 )
             if ordinal not in self._dirty:
                 self.engine.protect(storage)
+            if self.indices[ordinal] < 0:
+                self._written.add(ordinal)
             hit.append(ordinal)
         return hit
 
@@ -326,10 +379,10 @@ class ThetaView:
         with self.recorder.paused(), enable_reentrant_dispatch():
             for ordinal in hit:
                 shown = self.networks.shown[ordinal]
-                if not shown.is_leaf:
+                if self.indices[ordinal] >= 0 and not shown.is_leaf:
                     Tensor.detach_(shown)
                     shown.requires_grad_()
-        self._dirty.update(hit)
+        self._dirty.update(i for i in hit if self.indices[i] >= 0)
 
     def settle(self) -> None:
         """Put overwritten parameters on the tape before theta is read again."""
@@ -353,6 +406,8 @@ class ThetaView:
         """Drop every reference to the user's graph."""
         self.stepped.settle(over=True)
         self._metas.clear()
+        self._unlinked.clear()
+        self._entering = lambda ordinals: None
         self.inputs.clear()
         self._keep_epochs([])
         self.late = {}

@@ -16,7 +16,7 @@ torch.set_default_dtype(torch.float64)
 
 @pytest.fixture(autouse=True)
 def _no_optimizers_left() -> Iterator[None]:
-    """A window takes in every optimizer that is alive: one test's must not get into the next one's."""
+    """A window copies the networks of every optimizer that is alive: tests that count bytes want none left over."""
     yield
     if live_optimizers:
         gc.collect()

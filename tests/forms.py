@@ -85,7 +85,7 @@ def run_step(problem: Problem, *, backend: str = "eager", **window: Any) -> dict
     torch.manual_seed(3)
     net, metas = problem.build(), leaves(problem.metas)
     weight = metas["weight"]
-    xs, ys = (t.to(weight.dtype) for t in data(problem.steps))
+    xs, ys = (t.to(weight) for t in data(problem.steps))
     inner = problem.optimizer_class([net], **problem.hyper(metas), **problem.options)
 
     @metaoptim.compile(backend=backend)
@@ -94,7 +94,7 @@ def run_step(problem: Problem, *, backend: str = "eager", **window: Any) -> dict
         inner.step(loss, allow_unused=problem.allow_unused)
 
     def at(t: int) -> None:
-        step(xs[t], ys[t], metas["shift"][t % 3], torch.tensor(1 + 0.1 * t, dtype=weight.dtype))
+        step(xs[t], ys[t], metas["shift"][t % 3], torch.tensor(1 + 0.1 * t).to(weight))
 
     return _in_window(problem, net, metas, at, **window)
 

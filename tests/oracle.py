@@ -132,8 +132,11 @@ class _Tape:
         self.rng: dict[Any, Tensor] = {}
         self.states: list[tuple[dict, dict, dict]] = []  # theta, optimizer state, buffers: with whole history
         torch.manual_seed(11)
+        ordinary = (
+            problem.offline or not problem.steps
+        )  # no optimizer steps: the network is one like any other
         theta = {
-            n: (p * 1.0 if problem.offline else p.detach().clone().requires_grad_())
+            n: (p * 1.0 if ordinary else p.detach().clone().requires_grad_())
             for n, p in net.named_parameters()
         }
         buffers = {n: b.detach().clone() for n, b in net.named_buffers()}

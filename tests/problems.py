@@ -84,9 +84,10 @@ def problem(
     per_step: bool = False,
     carry: bool = False,
     dtype: torch.dtype = torch.float64,
+    device: torch.device | str = "cpu",
 ) -> Problem:
     """A regression inner loop with a learnt learning rate, a learnt loss weight and learnt, step-indexed targets."""
-    xs, ys = (t.to(dtype) for t in data(steps))
+    xs, ys = (t.to(device, dtype) for t in data(steps))
     name, options = OPTIMIZERS[optimizer]
 
     def loss(net: Any, t: int, metas: dict[str, Tensor], carried: dict) -> Tensor:
@@ -106,7 +107,7 @@ def problem(
         return (0.3 + 0.1 * t) * F.mse_loss(net(xs[steps]), ys[t])
 
     return Problem(
-        build=lambda: NETWORKS[network]().to(dtype),
+        build=lambda: NETWORKS[network]().to(device, dtype),
         optimizer=name,
         steps=steps,
         offline=offline,
@@ -115,9 +116,9 @@ def problem(
         per_step=term if per_step else None,
         hyper=lambda metas: {"lr": metas["log_lr"].exp()},
         metas={
-            "log_lr": torch.tensor(-2.6, dtype=dtype),
-            "weight": torch.tensor(0.3, dtype=dtype),
-            "shift": torch.tensor([[0.2, -0.1], [0.05, 0.3], [-0.2, 0.1]], dtype=dtype),
+            "log_lr": torch.tensor(-2.6, dtype=dtype, device=device),
+            "weight": torch.tensor(0.3, dtype=dtype, device=device),
+            "shift": torch.tensor([[0.2, -0.1], [0.05, 0.3], [-0.2, 0.1]], dtype=dtype, device=device),
         },
         window=window,
         allow_unused=network == "unused",

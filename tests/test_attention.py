@@ -11,8 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import metaoptim
+from metaoptim.compiler.capture.ops import SUBSTITUTES
 from metaoptim.runtime.recorded import step_cache
 
 STEPS = 2
@@ -232,3 +234,22 @@ def test_a_full_tape_puts_torchs_switches_back() -> None:
         left.set()
         thread.join()
     assert enabled()
+
+
+@pytest.mark.parametrize("kernel", ["flash", "efficient", "cudnn"])
+def test_what_stands_for_the_fused_kernels_of_a_gpu(kernel: str) -> None:
+    """Laid out in memory as torch says of theirs, and the numbers of plain attention."""
+    fused = getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}_attention").default
+    parts, more = SUBSTITUTES[fused], () if kernel == "flash" else (None, True)
+    for axes in ((0, 1, 2, 3), (0, 2, 1, 3)):
+        shape = [(2, 4, 5, 8)[a] for a in axes]
+        with FakeTensorMode():
+            q = torch.empty(shape, device="cuda", dtype=torch.float16).permute(axes)
+            expected = fused(q, q, q, *more)[0].stride()
+        q = torch.empty(shape, device="meta").permute(axes)
+        assert parts(q, q, q, *more)[0].stride() == expected
+    q, k, v = random(3, 2, 4, 5, 8)
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3)
+    torch.testing.assert_close(parts(q, k, v, *more, 0.0, True, scale=0.3)[0], expected)
+    with pytest.raises(metaoptim.CaptureError, match="dropout inside a fused kernel"):
+        parts(q, k, v, *more, 0.1)

@@ -99,6 +99,7 @@ def test_rebound_parameter(strategy: str) -> None:
         pytest.raises(metaoptim.WindowError, match=r"'2\.bias' was bound"),
         metaoptim.SlidingWindow(strategy=strategy),
     ):
+        inner.step(F.mse_loss(net(X), Y))
         net[2].bias = nn.Parameter(torch.ones(2))
 
 

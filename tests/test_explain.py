@@ -378,8 +378,8 @@ def test_programs_show_every_stage_once(report: Report) -> None:
     assert text.count("program of 12 inner steps") == 1 and "what runs" not in text
     assert str(replace(report, verbose=True)).endswith(text)
     assert [p["name"] for p in report.passes] == [
-        "capture", "mode", "rows", "split", "canonicalize", "prune", "roll", "loop", "differentiate", "verify",
-        "checkpoint",
+        "capture", "mode", "rows", "split", "canonicalize", "prune", "roll", "loop", "differentiate", "lower",
+        "verify", "checkpoint",
     ]  # fmt: skip
     texts = {p["name"]: p["text"] for p in report.to_dict()["passes"]}
     assert texts["capture"] == texts["mode"] != texts["roll"] == texts["differentiate"] == report.program

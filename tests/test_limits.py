@@ -197,3 +197,71 @@ def test_ranks_share_what_they_are_told_to(tmp_path: Any) -> None:
                 own, last = results[rank]
                 torch.testing.assert_close(torch.tensor(own), torch.stack(alone[rank]))
                 torch.testing.assert_close(torch.tensor(last[strategy]), nets[rank][2].bias.detach())
+
+
+def _with_ddp(rank: int, store: str, results: Any) -> None:
+    """Two ranks with a network inside DistributedDataParallel, in every form."""
+    torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+
+    def outcome(form: str, buffers: bool, static: bool) -> list[Any]:
+        torch.manual_seed(0)
+        norm = nn.BatchNorm1d(4) if buffers else nn.Identity()
+        net = nn.parallel.DistributedDataParallel(
+            nn.Sequential(nn.Linear(3, 4), norm, nn.Tanh(), nn.Linear(4, 1)), static_graph=static
+        )
+        lr = torch.tensor(0.1, requires_grad=True)
+
+        def step() -> None:
+            inner.step(F.mse_loss(net(X), Y * (rank + 1)))
+
+        @metaoptim.compile(backend="eager")
+        def compiled_step() -> None:
+            step()
+
+        @metaoptim.compile(backend="eager")
+        def compiled(net: nn.Module, lr: Tensor) -> Tensor:
+            inner = metaoptim.MetaSGD([net], lr=lr)
+            with metaoptim.SlidingWindow(offline=True):
+                for _ in range(2):
+                    inner.step(F.mse_loss(net(X), Y * (rank + 1)))
+                return net(X).sum()
+
+        if form == "C":
+            compiled(net, lr).backward()
+        else:
+            inner = metaoptim.MetaSGD([net], lr=lr)
+            how: Any = {"strategy": "full_tape"} if form == "tape" else {"slots": 1}
+            with metaoptim.SlidingWindow(offline=True, **how):
+                for _ in range(2):
+                    (compiled_step if form == "B" else step)()
+                net(X).sum().backward()
+        return [g.tolist() for g in (lr.grad, *(p.grad for p in net.parameters())) if g is not None]
+
+    found = {}
+    for buffers, static in ((False, False), (False, True), (True, False)):
+        for form in ("tape", "A", "B", "C"):
+            if form in "BC" and (buffers or static):
+                with pytest.raises(metaoptim.CaptureError, match=r"other ranks.*ddp\.module"):
+                    outcome(form, buffers, static)
+            else:
+                found[form, buffers, static] = outcome(form, buffers, static)
+    results[rank] = found
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_networks_in_distributed_data_parallel(tmp_path: Any) -> None:
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.spawn(_with_ddp, args=(str(tmp_path / "store"), results), nprocs=2)
+        for rank in range(2):
+            found = results[rank]
+            for (form, buffers, static), got in found.items():
+                for g, e in zip(got, found["tape", buffers, static], strict=True):
+                    torch.testing.assert_close(torch.tensor(g), torch.tensor(e), msg=form)
+        first, second = (results[r]["A", False, False] for r in range(2))
+        assert (
+            first[0] != second[0] and first[1:] == second[1:]
+        )  # the network's own are averaged, as in any backward

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 
 import metaoptim
 from metaoptim import logs
+from metaoptim.compiler import waiting
 
 
 @pytest.fixture(autouse=True)
@@ -204,6 +207,7 @@ def test_artifacts_and_levels(capsys: pytest.CaptureFixture[str]) -> None:
         "roll",
         "loop",
         "differentiate",
+        "lower",
         "verify",
     ]
     graphs, operators = lines("graphs"), lines("+graphs")
@@ -237,3 +241,27 @@ def test_the_environment_variable() -> None:
     first, second = (line for line in done.stderr.splitlines() if line.startswith("[recompiles]"))
     assert "<lambda> compiled in" in first
     assert second.endswith("since a guard failed: k: was 1.0, is 2.0")
+
+
+# -- whoever waits is told --------------------------------------------------------------------------------------------
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("stderr, told", [(Terminal(), True), (io.StringIO(), False)])
+def test_a_terminal_is_told_what_takes_long_while_it_does(
+    monkeypatch: pytest.MonkeyPatch, stderr: io.StringIO, told: bool
+) -> None:
+    monkeypatch.setattr(waiting, "SECONDS", 0.01)
+    monkeypatch.setattr(sys, "stderr", stderr)
+    with waiting.waiting("compiling ..."):
+        end = time.monotonic() + (20 if told else 0.2)
+        while not stderr.getvalue() and time.monotonic() < end:
+            time.sleep(0.01)
+        assert stderr.getvalue() == ("metaoptim: compiling ...\n" if told else "")
+    with waiting.waiting("nothing that takes long"):
+        pass
+    assert "nothing" not in stderr.getvalue()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -12,11 +13,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch._dynamo.utils import counters
 from torch._inductor import config as inductor_config
+from torch._inductor.utils import fresh_cache
 
 import metaoptim
 from forms import full_tape, run_compiled, run_step
-from metaoptim.compiler import compile_graph
+from metaoptim.compiler import backends, compile_graph
 from metaoptim.compiler.differentiate import cotangent_outputs
 from metaoptim.compiler.liveness import peak_bytes
 from metaoptim.compiler.lower import derived
@@ -238,8 +241,8 @@ def test_a_broken_lowering_is_caught_and_not_used(monkeypatch: pytest.MonkeyPatc
         graph.recompile()
         return graph.forward
 
-    monkeypatch.setattr(compile_graph, "lookup_backend", lambda name: broken)
-    case = problem("linear", "rmsprop", 3, True)
+    monkeypatch.setattr(backends, "lookup_backend", lambda name: broken)
+    case = problem("linear", "rmsprop", 5, True)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         got, _ = gradients(case, backend="aot_eager", hvp="reverse")
@@ -279,7 +282,7 @@ def _unbound_rates(form: str) -> dict[str, Tensor]:
         inner = metaoptim.MetaSGD([{"params": first, "lr": rates[0]}, {"params": second, "lr": rates[1]}])
         step = metaoptim.compile(one_step, backend="aot_eager") if form == "B" else one_step
         with metaoptim.SlidingWindow(offline=True, strategy="full_tape" if form == "oracle" else "auto"):
-            for _ in range(2):
+            for _ in range(4):
                 step(inner, weights)
             return F.cross_entropy(net(x), y)
 
@@ -297,6 +300,55 @@ def test_learning_rates_that_are_views_of_each_other(form: str) -> None:
     expected = _unbound_rates("oracle")
     agree(_unbound_rates(form), expected)  # type: ignore[arg-type]
     assert all(float(v.abs().max()) > 1e-4 for v in expected.values()) and len(expected) == 3
+
+
+# -- what is compiled -------------------------------------------------------------------------------------------------
+
+
+def backends_of(step: Any) -> set[str]:
+    """What the graphs of a step run on."""
+    return {key[1].backend_of(key[0]) for key in step.programs if key[0] in ("replay", "vjp")}
+
+
+def test_what_runs_once_or_twice_a_call_is_not_compiled() -> None:
+    _, fn = gradients(problem("linear", "momentum", 6, True), backend="aot_eager", hvp="reverse")
+    (program,) = next(iter(fn._programs.values()))
+    counts: Counter[int] = Counter()
+    for call, count in program.rolled.counted():
+        counts[id(call.step)] += count
+    ran = {n: backends_of(s) for s in program.rolled.step_graphs if (n := counts[id(s)])}
+    assert ran == {n: {"eager" if n <= 2 else "aot_eager"} for n in ran} and len(ran) > 1
+    assert any("1 of" in r.done and r.name == "lower" for r in program.records)
+    # where nothing repeats, there is no loop to prefer
+    _, fn = gradients(problem("linear", "sgd", 1, True), backend="aot_eager", hvp="reverse")
+    assert all(backends_of(s) == {"aot_eager"} for s in steps_of(fn))
+
+
+def test_a_compiled_step_is_compiled_when_it_runs_a_third_time() -> None:
+    net, x = nn.Linear(3, 2), torch.randn(4, 3)
+    inner = metaoptim.MetaSGD([net], lr=0.1)
+    step = metaoptim.compile(lambda: inner.step(net(x).square().mean()), backend="aot_eager")
+    with metaoptim.SlidingWindow(offline=True):
+        for _ in range(4):
+            step()
+        net(x).square().mean().backward()
+    ((program,),) = step._programs.values()
+    assert backends_of(program.step.step) == {"eager", "aot_eager"}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_second_process_finds_compiled_graphs_in_the_cache() -> None:
+    graph = fx.symbolic_trace(lambda x, y: (torch.ops.aten.mul.Tensor(x, y),))
+    inputs = [torch.rand(3), torch.rand(3)]
+    found = []
+    with fresh_cache(), inductor_config.patch({"cpp.simdlen": 1, "compile_threads": 1}):
+        for _ in range(2):
+            counters.clear()
+            torch.compiler.reset()
+            program = compile_graph.compiled(graph, inputs, "inductor", 0, True)
+            assert torch.equal(program(*inputs)[0], inputs[0] * inputs[1])
+            found.append([counters["inductor"][f"fxgraph_cache_{k}"] for k in ("miss", "hit", "bypass")])
+    assert found == [[1, 0, 0], [0, 1, 0]]
 
 
 def test_an_ill_conditioned_derivative_is_not_taken_for_a_wrong_one() -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import lr_scheduler
 
 import metaoptim
 
@@ -215,14 +218,62 @@ def test_torch_schedulers_drive_them(scheduler: str) -> None:
         torch.testing.assert_close(q, p)
 
 
-def test_scheduler_on_a_learnt_rate_is_refused() -> None:
-    a, b = two_networks()
-    log_lr = torch.tensor(-1.0, dtype=torch.float64, requires_grad=True)
-    inner = metaoptim.MetaSGD([a, b], lr=log_lr.exp())
-    scheduler = torch.optim.lr_scheduler.StepLR(inner, 1)
-    with pytest.raises(metaoptim.WindowError, match="scheduler"), metaoptim.SlidingWindow():
-        inner.step(loss_of(a, b, 0))
-        scheduler.step()
+SCHEDULES: dict[str, Callable[[Any], Any]] = {
+    "StepLR": lambda o: lr_scheduler.StepLR(o, 2, 0.3),
+    "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, 5, eta_min=0.05),
+    "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda t: 1 / (1 + t)),
+    "SequentialLR": lambda o: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.LinearLR(o, 0.2, total_iters=2), lr_scheduler.ExponentialLR(o, 0.7)], [2]
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
+@pytest.mark.parametrize("leaf", [True, False])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedulers_on_a_learnt_rate(name: str, leaf: bool) -> None:
+    """Every rate is computed from the learnt one, and the gradient goes back to it."""
+
+    def trained(optimizer: Any, networks: Any, take: Callable) -> Tensor:
+        scheduler = SCHEDULES[name](optimizer)
+        for t in range(5):
+            take(loss_of(*networks, t))
+            scheduler.step()
+        return loss_of(*networks, 9)
+
+    def at(lr: float) -> float:
+        networks = two_networks()
+        reference = torch.optim.SGD([p for m in networks for p in m.parameters()], lr=lr)
+
+        def take(loss: Tensor) -> None:
+            reference.zero_grad()
+            loss.backward()
+            reference.step()
+
+        return float(trained(reference, networks, take).detach())
+
+    raw = torch.tensor(0.2 if leaf else math.log(0.2), dtype=torch.float64, requires_grad=True)
+    for window in ({"slots": 1}, {"strategy": "full_tape"}):
+        networks = two_networks()
+        inner = metaoptim.MetaSGD(networks, lr=raw if leaf else raw.exp())
+        with metaoptim.SlidingWindow(offline=True, **window):
+            outer = trained(inner, networks, inner.step)
+            (found,) = torch.autograd.grad(outer, raw)
+        assert float(outer.detach()) == pytest.approx(at(0.2), rel=1e-9)
+        expected = (at(0.2 + 1e-5) - at(0.2 - 1e-5)) / 2e-5
+        assert float(found) == pytest.approx(expected * (1 if leaf else 0.2), rel=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad")
+def test_schedulers_that_put_numbers_in_place_of_a_learnt_rate() -> None:
+    networks = two_networks()
+    inner = metaoptim.MetaSGD(networks, lr=torch.tensor(0.2, dtype=torch.float64, requires_grad=True))
+    with pytest.raises(metaoptim.WindowError, match=r"learnt 'lr'.*OneCycleLR.*compute the schedule"):
+        lr_scheduler.OneCycleLR(inner, 0.3, total_steps=10)
+    plateau = lr_scheduler.ReduceLROnPlateau(inner, patience=0)
+    plateau.step(1.0)
+    with pytest.raises(metaoptim.WindowError, match="compute the schedule"):
+        plateau.step(2.0)
 
 
 @pytest.mark.parametrize("strategy", ["auto", "full_tape"])

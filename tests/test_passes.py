@@ -308,7 +308,18 @@ def test_passes_are_idempotent(name: str) -> None:
 def test_every_pass_leaves_a_record() -> None:
     _, records = compile_trace(traced("mlp"), Options(lowering=EAGER), step_of, texts={})
     *passes, check = records
-    names = ["capture", "mode", "rows", "split", "canonicalize", "prune", "roll", "loop", "differentiate"]
+    names = [
+        "capture",
+        "mode",
+        "rows",
+        "split",
+        "canonicalize",
+        "prune",
+        "roll",
+        "loop",
+        "differentiate",
+        "lower",
+    ]
     assert [r.name for r in passes] == names and check.name == "verify"
     assert all(r.done and r.milliseconds >= 0 and r.text and r.after for r in passes)
     by_name = {r.name: r for r in records}

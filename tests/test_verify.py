@@ -421,7 +421,7 @@ def test_a_real_function_passes_at_every_stage() -> None:
     verify_draft(draft)
     rolled, records = compile_trace(traced(), Options(lowering=EAGER), step_of)
     verify_program(rolled)
-    names = ["mode", "rows", "split", "canonicalize", "prune", "roll", "loop", "differentiate"]
+    names = ["mode", "rows", "split", "canonicalize", "prune", "roll", "loop", "differentiate", "lower"]
     assert [r.name for r in records] == ["capture", *names, "verify"]
 
 

@@ -94,15 +94,24 @@ def test_online_keeps_everything(options: dict) -> None:
 
 
 @STRATEGIES
-def test_online_with_no_steps_still_detaches(options: dict) -> None:
+def test_online_cuts_off_what_its_optimizers_step(options: dict) -> None:
+    """From the entry of the window on, once one has stepped; without a step, from its construction inside."""
     net = network()
-    inner = metaoptim.MetaSGD([net])
+    inner = metaoptim.MetaSGD([net], lr=leaf(0.1))
     with metaoptim.SlidingWindow(**options):
+        first = loss_of(net, 0)
+        inner.step(loss_of(net, 1))
+        (first + loss_of(net, 2)).backward()
+    assert all(p.grad is None for p in net.parameters())
+    with metaoptim.SlidingWindow(**options):
+        inside = metaoptim.MetaSGD([net])
         loss_of(net, 0).backward()
-    assert inner is not None and all(p.grad is None for p in net.parameters())
-    with metaoptim.SlidingWindow(offline=True, **options):
-        loss_of(net, 0).backward()
-    assert all(p.grad is not None for p in net.parameters())
+    assert inside is not None and all(p.grad is None for p in net.parameters())
+    for offline in (False, True):  # no step: an ordinary network
+        net.zero_grad()
+        with metaoptim.SlidingWindow(offline=offline, **options):
+            loss_of(net, 0).backward()
+        assert all(p.grad is not None for p in net.parameters())
 
 
 @STRATEGIES

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import metaoptim
 from budget_cases import Case
 from metaoptim.captured import trace_of
-from metaoptim.compiler import compile_graph
+from metaoptim.compiler import backends
 from metaoptim.compiler.lower import lowered, lowering
 from metaoptim.compiler.passes.pipeline import Options, compile_trace
 from metaoptim.compiler.stepcost import check_bytes, measured
@@ -91,10 +91,8 @@ def test_a_broken_backend_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(graph: Any, inputs: Any) -> Any:
         return lambda *args: [None if g is None else 1.01 * g for g in graph(*args)]
 
-    real = compile_graph.lookup_backend
-    monkeypatch.setattr(
-        compile_graph, "lookup_backend", lambda name: broken if name == "aot_ts" else real(name)
-    )
+    real = backends.lookup_backend
+    monkeypatch.setattr(backends, "lookup_backend", lambda name: broken if name == "aot_ts" else real(name))
     _, loss, expected, _ = looped()
     loss.backward()
     _, loss, lr, _ = looped(backend="aot_ts")

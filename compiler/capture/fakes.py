@@ -6,12 +6,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, disable_fake_tensor_cache
 
 from .ops import op_info
 from .slicing import tensor_spec
 
 aten = torch.ops.aten
+# Room for the tangent of a view, in a storage as large as its base's: torch's own memory of fake results forgets that.
+_TANGENT = aten._new_zeros_with_same_feature_meta.default
 _PLAIN = (str, torch.dtype, torch.device, torch.layout, torch.memory_format, type(None))
 
 
@@ -42,6 +44,9 @@ class FakeCalls:
 
     def __call__(self, op: Any, args: tuple, kwargs: dict) -> Any:
         """``op(*args, **kwargs)``."""
+        if op is _TANGENT:
+            with disable_fake_tensor_cache(self.fake):
+                return op(*args, **kwargs)
         parts: list[Any] = [op, torch.get_default_dtype()]
         operands: list[Tensor] = []
         if not _remembers(op) or not _describe((args, kwargs), parts, operands) or not operands:

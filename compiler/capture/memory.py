@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from metaoptim.errors import CaptureError
 
@@ -38,6 +39,8 @@ def before_write(recorder: Any, targets: Iterable[Tensor]) -> None:
 
 def before_swap(recorder: Any, t: Tensor) -> None:
     """Refuse ``t.data = value`` where the recording says what ``t`` holds."""
+    if is_lazy(t):
+        return
     if recorder.record and (
         isinstance(recorder.recording.known(t), Value) or (t.requires_grad and not t.is_leaf)
     ):

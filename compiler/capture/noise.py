@@ -11,7 +11,7 @@ from torch import Tensor
 from metaoptim.errors import CaptureError
 
 from .entries import Value
-from .ops import op_info, written
+from .ops import op_info, slopes_of, written
 from .slicing import tensor_spec
 from .trace import Noise
 
@@ -26,8 +26,9 @@ _FILL = {
     "rand_like": aten.uniform_.default,
     "randn_like": aten.normal_.default,
     "randint_like": getattr(aten.random_, "from"),
+    "bernoulli": aten.bernoulli_.float,
 }
-_ALSO_SHAPES_ONLY = (aten.bernoulli_.float, aten.normal.float_float)
+_ALSO_SHAPES_ONLY = (aten.bernoulli_.float, aten.bernoulli.p, aten.normal.float_float)
 _NORMAL = (aten.normal.Tensor_Tensor, aten.normal.Tensor_float, aten.normal.float_Tensor)
 
 
@@ -76,13 +77,25 @@ def draw(tracer: Any, op: Any, args: tuple, kwargs: dict) -> Any:
         return target
     out = tracer.run(op, args, kwargs)
     if name in _FILL:
-        bounds = (0, *args[1:])[-2:] if name == "randint_like" else ()
-        noise = Noise(_FILL[name], bounds, {}, tensor_spec(out))
+        numbers = (0, *args[1:])[-2:] if name == "randint_like" else args[1:] if name == "bernoulli" else ()
+        noise = Noise(_FILL[name], numbers, {}, tensor_spec(out))
     else:
         kw |= {"dtype": out.dtype, "device": out.device}  # whatever the defaults are when it is drawn
         noise = Noise(_with_generator(op), _numbers(args), kw, tensor_spec(out))
     _drawn(tracer, out, noise)
     return out
+
+
+def fixed_slope(args: tuple, kwargs: dict) -> float:
+    """The slope of a leaky ReLU that draws slopes in training mode; refused in that."""
+    slope = slopes_of(*args, **kwargs)
+    if slope is None:
+        raise CaptureError(
+            "rrelu in training mode draws a slope for every element that is negative, as many as the values decide, "
+            "which a compiled function cannot repeat; use an ordinary window, or leaky_relu with slopes drawn by "
+            "torch.rand_like"
+        )
+    return slope
 
 
 @functools.cache

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from metaoptim.errors import CaptureError
+
 aten = torch.ops.aten
 
 
@@ -102,6 +104,25 @@ BATCH_NORM = {
 }
 
 
+# Leaky ReLUs whose slopes are drawn in training mode, and fixed otherwise: operators of their own that say neither.
+RRELU = {
+    aten.rrelu_with_noise.default: (aten.leaky_relu.default, aten.mul.Tensor),
+    aten.rrelu_with_noise_.default: (aten.leaky_relu_.default, aten.mul_.Tensor),
+}
+
+
+def slopes_of(
+    x: Tensor,
+    noise: Tensor,
+    lower: float = 1 / 8,
+    upper: float = 1 / 3,
+    training: bool = False,
+    generator: Any = None,
+) -> float | None:
+    """The slope that such an operator, given these, has below zero; None where it is drawn for every element."""
+    return None if training else (lower + upper) / 2
+
+
 def without_running_stats(op: Any, args: tuple) -> tuple:
     """``args`` of a training-mode batch norm with its running statistics left out."""
     where = BATCH_NORM.get(op)
@@ -161,8 +182,9 @@ def attention_by_math(
 ) -> tuple[Tensor, None]:
     """Scaled-dot-product attention from differentiable parts: the fused kernels have no second derivative."""
     if dropout_p:
-        raise NotImplementedError(
-            "dropout inside scaled_dot_product_attention; use SDPBackend.MATH, or dropout outside"
+        raise CaptureError(
+            "dropout inside a fused kernel of scaled_dot_product_attention cannot be repeated; call it within "
+            "torch.nn.attention.sdpa_kernel(SDPBackend.MATH), or put the dropout outside"
         )
     grouped = query.shape[-3] != key.shape[-3]  # several heads of the query share one of the key
     out = aten._scaled_dot_product_attention_math(
@@ -171,6 +193,37 @@ def attention_by_math(
     # laid out in memory like the query, as the fused kernel does it: the views taken of it depend on that
     order = sorted(range(query.dim()), key=query.stride, reverse=True)
     return out.permute(order).contiguous().permute([order.index(d) for d in range(query.dim())]), None
+
+
+def _cuda_flash(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    p: float = 0.0,
+    causal: bool = False,
+    _debug: bool = False,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    return attention_by_math(query, key, value, p, causal, **options)
+
+
+def _cuda_cudnn(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    _logsumexp: bool,
+    p: float = 0.0,
+    causal: bool = False,
+    _debug: bool = False,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    return attention_by_math(query, key, value, p, causal, attn_mask=bias, **options)
+
+
+def _cuda_efficient(*args: Any, **options: Any) -> tuple[Tensor, None]:
+    out = _cuda_cudnn(*args, **options)[0]
+    return out.transpose(1, 2).contiguous().transpose(1, 2), None  # however the query is laid out
 
 
 def lstm_by_parts(
@@ -212,5 +265,8 @@ def lstm_by_parts(
 # Operators without a second derivative, or without one that can be traced, and what stands for them in a step graph.
 SUBSTITUTES: dict[Any, Any] = {
     aten._scaled_dot_product_flash_attention_for_cpu.default: attention_by_math,
+    aten._scaled_dot_product_flash_attention.default: _cuda_flash,
+    aten._scaled_dot_product_cudnn_attention.default: _cuda_cudnn,
+    aten._scaled_dot_product_efficient_attention.default: _cuda_efficient,
     aten.mkldnn_rnn_layer.default: lstm_by_parts,
 }

@@ -19,7 +19,7 @@ from . import in_place
 from .entries import Spy, Value, reaches_theta
 from .functions import Function, flattened
 from .modes import leave, paused
-from .ops import BATCH_NORM, op_info
+from .ops import BATCH_NORM, RRELU, op_info, slopes_of
 from .recording import Recording
 from .taint import Taint
 
@@ -56,6 +56,8 @@ class Recorder(TorchDispatchMode):
             return func(*args, **kwargs)
         if func in BATCH_NORM:
             args = self._fresh_statistics(func, args)
+        if func in RRELU:
+            return self._leaky(func, types, args, kwargs)
         info = op_info(func)
         if info.writes:
             return in_place.write(self, func, info, args, kwargs)
@@ -101,6 +103,18 @@ class Recorder(TorchDispatchMode):
             return args
         fresh = self.guard.statistics(args[mean : mean + 2], training=args[training])
         return (*args[:mean], *fresh, *args[mean + 2 :])
+
+    def _leaky(self, op: Any, types: Any, args: tuple, kwargs: dict) -> Any:
+        """A leaky ReLU with slopes that are drawn, or fixed, is a product with them."""
+        leaky, times = RRELU[op]
+        slope = slopes_of(*args, **kwargs)
+        if slope is not None:
+            return self.__torch_dispatch__(leaky, types, (args[0], slope))
+        x, slopes = args[:2]  # which are 1 above zero
+        with self.paused():
+            aten.rrelu_with_noise(x.detach(), *args[1:], **kwargs)
+        self.recording.values.pop(id(slopes), None)  # made in the loss, drawn out of its sight
+        return self.__torch_dispatch__(times, types, (x, slopes))
 
     # -- Python-level calls --------------------------------------------------------------------------------------
 

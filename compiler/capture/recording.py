@@ -118,6 +118,8 @@ class Recording:
         """What stands for ``t`` in the recording."""
         found = self.known(t)
         if isinstance(found, Theta):
+            if found.index < 0:
+                self.guard.enter(found)
             self.epoch.read = True
             return found
         if found is not None:

@@ -84,6 +84,7 @@ def _format(t: Tensor, spec: str) -> str:
 
 _DATA: Any = torch.Tensor.data
 _FORMAT = torch.Tensor.__format__
+_GAUSSIAN = torch.nn.functional.gaussian_nll_loss
 _NARROW = torch.Tensor.narrow
 
 
@@ -98,6 +99,18 @@ def _narrow(input: Tensor, dim: int, start: Any, length: int) -> Tensor:
 def _no_step(optimizer: Any, args: Any, kwargs: Any) -> None:
     if _capturing():
         raise CaptureError(_NO_STEP)
+
+
+def _gaussian_nll_loss(*args: Any, **kwargs: Any) -> Tensor:
+    """The loss, whose check that no variance is negative looks at values."""
+    if not _capturing():
+        return _GAUSSIAN(*args, **kwargs)
+    tracer = recording.get()
+    tracer.supposed = False
+    try:
+        return _GAUSSIAN(*args, **kwargs)
+    finally:
+        tracer.supposed = None
 
 
 def _install(stack: ExitStack) -> None:
@@ -124,6 +137,7 @@ def _install(stack: ExitStack) -> None:
     stack.enter_context(patch.object(torch.Tensor, "narrow", _narrow))
     stack.enter_context(patch.object(torch, "narrow", _narrow))
     # their checks of arguments look at values
+    stack.enter_context(patch.object(torch.nn.functional, "gaussian_nll_loss", _gaussian_nll_loss))
     stack.enter_context(patch.object(torch.distributions.Distribution, "_validate_args", False))
     handle = register_optimizer_step_pre_hook(_no_step)
     stack.callback(handle.remove)

@@ -7,7 +7,6 @@ identity; nothing is computed and nothing outside changes.
 
 from __future__ import annotations
 
-import ctypes
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -21,20 +20,21 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
-    unset_fake_temporarily,
 )
+from torch.nn.parallel.distributed import _DDPSink
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from metaoptim.errors import CaptureError
 
 from ..ir import gradient
 from . import functionalize, noise
+from .constants import Constants
 from .entries import Entry, Number, Spy, Value
 from .fakes import FakeCalls
 from .functions import Function, flattened
 from .intercept import is_removed
 from .modes import leave, paused
-from .ops import BATCH_NORM, INDEXING, PARTING, from_the_front, lifts, op_info, parts
+from .ops import BATCH_NORM, INDEXING, PARTING, RRELU, from_the_front, lifts, op_info, parts
 from .slicing import closed_over, tensor_spec
 from .trace import Input, Trace
 
@@ -47,6 +47,11 @@ _NO_VALUE = (
     "there are only symbolic tensors. Hoist it out of the compiled function, pass it as a Python argument, or use "
     "torch.where; to step an environment, compile the inner step and keep the loop in an ordinary window"
 )
+_COLLECTIVES = ("c10d", "_c10d_functional", "_c10d_functional_autograd")
+_NO_COLLECTIVE = (
+    "talks to other ranks, which a compiled function would do again in every replay. Give it the module inside "
+    "DistributedDataParallel (ddp.module) and average gradients after backward(), or use an ordinary window"
+)
 
 
 class Tracer(TorchDispatchMode):
@@ -58,6 +63,7 @@ class Tracer(TorchDispatchMode):
         written: id of a real tensor that has another value after the call -> the tensor, and its fake.
         on_write: called with a tensor whose memory is about to be changed, and whether by its own name; what it
             returns, if anything, is called after the change.
+        supposed: what is taken for the value of a condition that depends on inputs; None to refuse it.
     """
 
     symbolic = True
@@ -72,7 +78,8 @@ class Tracer(TorchDispatchMode):
         self._at: dict[int, list[weakref.ref[Tensor]]] = {}  # storage -> the tensors that lie in it
         self.given: dict[int, tuple[Tensor, Tensor]] = {}
         self.written: dict[int, tuple[Tensor, Tensor]] = {}
-        self._constants: dict[tuple, Tensor] = {}
+        self.constants = Constants()
+        self.supposed: bool | None = None
         self._hooks: list[tuple[Value, Any, Spy]] = []  # registered, not known yet to meet a gradient
 
     # -- the mode ------------------------------------------------------------------------------------------------
@@ -82,9 +89,13 @@ class Tracer(TorchDispatchMode):
         if self.depth or func.namespace == "prim":
             return func(*args, **kwargs)
         if func in _ITEM:
-            raise CaptureError(_NO_VALUE)
+            return self._item(func, args)
+        if func.namespace in _COLLECTIVES:
+            raise CaptureError(f"{func} {_NO_COLLECTIVE}")
         if func in _LIFTED:
-            return self.record(aten.clone.default, (self._constant(args[0]),), {})  # its maker's own
+            return self._constant(args[0])
+        if func in RRELU:
+            return self.__torch_dispatch__(RRELU[func][0], types, (args[0], noise.fixed_slope(args, kwargs)))
         info = op_info(func)
         if info.random:
             return noise.draw(self, func, args, kwargs)
@@ -92,6 +103,10 @@ class Tracer(TorchDispatchMode):
             return functionalize.batch_norm(self, func, args)
         if info.writes:
             return functionalize.write(self, func, info, args, kwargs)
+        if info.dynamic:
+            found = self.constants.call(func, self.token(args), self.token(kwargs))
+            if isinstance(found, Tensor):
+                return self._constant(found)
         return self.record(func, args, kwargs)
 
     def paused(self) -> Any:
@@ -140,6 +155,23 @@ class Tracer(TorchDispatchMode):
         if isinstance(a, dict):
             return {k: self.faked(v) for k, v in a.items()}
         return a
+
+    def _constant(self, t: Tensor) -> Tensor:
+        """What `torch.tensor` has made, its maker's own."""
+        shared = self.constants.shared(t)
+        out = self.record(aten.clone.default, (shared,), {})
+        if not isinstance(shared, FakeTensor):
+            self.constants.add(self.value_of(out), shared)
+        return out
+
+    def _item(self, func: Any, args: tuple) -> Any:
+        """A value, where it does not depend on what the function is given."""
+        value = self.constants.call(func, self.token(args), {})
+        if value is not None:
+            return value
+        if self.supposed is not None:
+            return self.supposed
+        raise CaptureError(_NO_VALUE)
 
     # -- looking up ----------------------------------------------------------------------------------------------
 
@@ -282,19 +314,12 @@ class Tracer(TorchDispatchMode):
         self.bind_outputs(entry, out)
         return out
 
-    def _constant(self, t: Tensor) -> Tensor:
-        """What `torch.tensor` has made, or what it made before of the same values: one input for all of them."""
-        if isinstance(t, FakeTensor):
-            return t
-        with unset_fake_temporarily():
-            here = t.cpu()
-        key = (tensor_spec(t), ctypes.string_at(here.data_ptr(), here.nbytes))
-        return self._constants.setdefault(key, t)
-
     # -- Python-level calls --------------------------------------------------------------------------------------
 
     def apply_function(self, cls: Any, apply: Callable, args: tuple, kwargs: dict) -> Any:
         """Record a custom `autograd.Function` as one call: its backward is the user's."""
+        if cls is _DDPSink:
+            raise CaptureError(f"DistributedDataParallel with static_graph=True {_NO_COLLECTIVE}")
         leaves, spec = flattened(args, kwargs)
         function = Function(cls, leaves, spec)
         tensors = [a for a in leaves if isinstance(a, Tensor)]

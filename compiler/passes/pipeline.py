@@ -20,6 +20,7 @@ from ..verify import verify_draft, verify_program
 from .canonicalize import canonicalize, outline
 from .differentiate import differentiate
 from .loop import loop
+from .lower import lower
 from .mode import mode
 from .prune import keep_all, prune
 from .roll import StepOf, roll
@@ -183,6 +184,7 @@ def compile_trace(
             program,
             lambda _: program,
         )
+    recorder.run("lower", lambda: lower(program, options.lowering), program, lambda _: program)
     return program, recorder.end()
 
 

@@ -1,5 +1,6 @@
 """Inner optimizers: `torch.optim` by name, numbers and state, differentiable by what they are given."""
 
+from . import schedulers as schedulers
 from .adam import MetaAdam
 from .optimizer import MetaOptimizer
 from .rmsprop import MetaRMSprop

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .optimizer import MetaOptimizer, Number, active, check_non_negative, is_symbolic, safe_sqrt
+from .optimizer import MetaOptimizer, Number, Params, active, check_non_negative, is_symbolic, safe_sqrt
 
 
 class MetaAdam(MetaOptimizer):
@@ -19,7 +19,8 @@ class MetaAdam(MetaOptimizer):
     gradient has always been zero.
 
     Args:
-        networks: list of `nn.Module` (one parameter group each), or of dicts ``{"params": module, "lr": ...}``.
+        params: list of `nn.Module` (one parameter group each), or of dicts ``{"params": module, "lr": ...}``; with
+            ``networks``, dicts may list parameters of these. The others are meta-parameters.
         lr: learning rate η. Like every number here it may be a tensor, and then receives a meta-gradient.
         betas: (β₁, β₂), each in [0, 1).
         eps: added to the denominator.
@@ -27,6 +28,7 @@ class MetaAdam(MetaOptimizer):
         amsgrad: use the running maximum of v' (Reddi et al. 2018).
         maximize: ascend instead of descend.
         eps_root: added under the square root; 0 gives the trajectories of `torch.optim.Adam`.
+        networks: modules that the parameters belong to; alone, all of their parameters, one group each.
         first_order: take the inner gradient as a constant in the meta-backward.
 
     Raises:
@@ -46,13 +48,14 @@ class MetaAdam(MetaOptimizer):
 
     def __init__(
         self,
-        networks: Iterable[nn.Module | dict[str, Any]],
+        params: Params = None,
         lr: Number = 1e-3,
         betas: tuple[Number, Number] = (0.9, 0.999),
         eps: Number = 1e-8,
         weight_decay: Number = 0,
         amsgrad: bool = False,
         *,
+        networks: Iterable[nn.Module] | None = None,
         maximize: bool = False,
         eps_root: Number = 0.0,
         first_order: bool = False,
@@ -73,7 +76,7 @@ class MetaAdam(MetaOptimizer):
             maximize=maximize,
             eps_root=eps_root,
         )
-        super().__init__(networks, defaults, first_order=first_order)
+        super().__init__(params, defaults, networks=networks, first_order=first_order)
 
     @staticmethod
     def init_state(param: Tensor, hyper: dict[str, Any]) -> dict[str, Tensor]:

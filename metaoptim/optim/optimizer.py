@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -17,17 +18,23 @@ from metaoptim.errors import WindowError
 from metaoptim.runtime.session import current_session
 
 Number: TypeAlias = float | Tensor
+#: What an optimizer trains: networks, or groups (see `MetaOptimizer`).
+Params: TypeAlias = Iterable[nn.Module | dict[str, Any] | Tensor | tuple[str, Tensor]] | None
 
-#: Optimizers alive, with the thread that made them: a window adopts those of its own thread when it opens.
+#: Optimizers alive, with the thread that made them: those of its own thread may step in a window.
 live_optimizers: weakref.WeakSet[MetaOptimizer] = weakref.WeakSet()
+_numbers = itertools.count()
 
 
 class MetaOptimizer(Optimizer):
     """Base class: a subclass states `init_state` and `update`, both pure, and passes its defaults on.
 
     Args:
-        networks: list of `nn.Module`, one parameter group each, or of dicts ``{"params": module, **options}``.
+        params: list of `nn.Module`, one parameter group each, or of dicts ``{"params": module, **options}``; with
+            ``networks``, dicts may list parameters of these instead, as in `torch.optim`. The others are not trained:
+            in a window they are meta-parameters.
         defaults: options of groups that do not set them.
+        networks: modules that the parameters belong to; alone, all of their parameters, one group each.
         first_order: take the inner gradient as a constant in the meta-backward.
 
     Example:
@@ -51,32 +58,37 @@ class MetaOptimizer(Optimizer):
 
     def __init__(
         self,
-        networks: Iterable[nn.Module | dict[str, Any]],
+        params: Any,
         defaults: dict[str, Any],
         *,
+        networks: Iterable[nn.Module] | None = None,
         first_order: bool = False,
     ) -> None:
         self._networks: list[nn.Module] = []
+        self._whole: list[nn.Module | None] = []  # per group, the module all of whose parameters are in it
         self._normalizer: tuple[Any, float, bool] | None = None
         self._tape: list[tuple[str, Tensor]] = []
         self.first_order = first_order
         self.symbolic = is_symbolic()  # made while a function is captured: it ends with the capture
-        self.thread = threading.get_ident()
-        given: list[Any] = [networks] if isinstance(networks, (nn.Module, dict)) else list(networks or ())
+        self.thread, self.number = threading.get_ident(), next(_numbers)
+        for network in [networks] if isinstance(networks, nn.Module) else networks or ():
+            self._add_network(network)
+        if params is None and self._networks:
+            params = list(self._networks)
+        if isinstance(params, dict) and "params" not in params:
+            params = list(params.items())  # named parameters
+        given: list[Any] = [params] if isinstance(params, (nn.Module, dict)) else list(params or ())
         if not given:
             raise ValueError(
-                f"{type(self).__name__}: got {networks!r}, expected networks, as in {type(self).__name__}([net])"
+                f"{type(self).__name__}: got {params!r}, expected networks, as in {type(self).__name__}([net])"
             )
-        if given and isinstance(given[0], Tensor):
-            raise TypeError(
-                f"{type(self).__name__} takes networks, not parameters: write {type(self).__name__}([net]) "
-                "instead of passing net.parameters()"
-            )
+        if isinstance(given[0], (Tensor, tuple)):
+            given = [{"params": given}]
         super().__init__([n if isinstance(n, dict) else {"params": n} for n in given], defaults)
         live_optimizers.add(self)
         session = current_session()
         if session is not None:
-            session.adopt(self)
+            session.join(self)
 
     # -- what a subclass states ----------------------------------------------------------------------------------
 
@@ -121,13 +133,6 @@ class MetaOptimizer(Optimizer):
                 f"{type(self).__name__}.step was called outside a window; put the inner loop inside "
                 "`with metaoptim.SlidingWindow(...):`"
             )
-        for group in self.param_groups:
-            if "initial_lr" in group and _learned(group.get("lr")):
-                raise WindowError(
-                    "a torch scheduler writes into lr in place, which cuts a learnt learning rate off from its "
-                    "gradient; compute the schedule from the meta-parameter instead: "
-                    "inner.param_groups[0]['lr'] = base_lr * factor(t)"
-                )
         for hook in self._optimizer_step_pre_hooks.values():
             hook(self, (loss,), {})
         if closure is not None:
@@ -146,19 +151,13 @@ class MetaOptimizer(Optimizer):
         super().zero_grad(set_to_none)
 
     def add_param_group(self, param_group: nn.Module | dict[str, Any]) -> None:  # type: ignore[override]
-        """Add a network: a module, or ``{"params": module, **options}``."""
-        group = self._group(param_group)
-        known = {id(p) for g in self.param_groups for p in g["params"]}
-        for p in group["params"]:
-            if id(p) in known:
-                raise ValueError(
-                    f"{type(self).__name__}: a parameter of shape {tuple(p.shape)} is in more than one "
-                    "group; list each network once"
-                )
+        """Add a network, or parameters of those that are known: as one element of the constructor's list."""
+        group, whole = self._group(param_group)
         super().add_param_group(group)
+        self._whole.append(whole)
         session = current_session()
         if session is not None and self in live_optimizers:
-            session.adopt(self)
+            session.join(self)
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError(
@@ -224,28 +223,111 @@ class MetaOptimizer(Optimizer):
 
     @property
     def networks(self) -> list[nn.Module]:
-        """The networks, in order of their groups."""
+        """The networks, in the order they were given."""
         return list(self._networks)
 
-    def _group(self, network: Any) -> dict[str, Any]:
-        options: dict[str, Any] = {}
-        if isinstance(network, dict):
-            options = {k: v for k, v in network.items() if k != "params"}
-            network = network.get("params")
+    @property
+    def whole_networks(self) -> list[nn.Module]:
+        """Those that are groups of their own, with all of their parameters."""
+        return [network for network in self._whole if network is not None]
+
+    def _add_network(self, network: Any) -> None:
         if not isinstance(network, nn.Module):
             raise TypeError(
-                f"{type(self).__name__}: got {type(network).__name__}, expected an nn.Module; write "
-                f"{type(self).__name__}([net]), networks instead of parameters"
+                f"{type(self).__name__}: got {type(network).__name__} among the networks, expected an nn.Module"
             )
-        for name, p in network.named_parameters():
+        for name, module in network.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                raise TypeError(
+                    f"{type(self).__name__}: {repr(name) if name else 'the network'} is scripted or traced by "
+                    "torch.jit, so that its parameters cannot be replaced; give the module it was made from"
+                )
+        if not any(n is network for n in self._networks):
+            self._networks.append(network)
+
+    def _group(self, group: Any) -> tuple[dict[str, Any], nn.Module | None]:
+        """A parameter group of the user's own parameters, and the module all of whose parameters are in it."""
+        group = dict(group) if isinstance(group, dict) else {"params": group}
+        params: Any = group.get("params")
+        whole = params if isinstance(params, nn.Module) else None
+        if whole is not None:
+            self._add_network(whole)
+            params = list(whole.parameters())
+        elif isinstance(params, dict):
+            params = list(params.items())
+        elif isinstance(params, Iterable) and not isinstance(params, (Tensor, str, nn.Module)):
+            params = list(params)
+        else:
+            params = [params]
+        if whole is None and params and isinstance(params[0], tuple):
+            group["param_names"] = [name for name, _ in params]
+            params = [p for _, p in params]
+        other = [type(p).__name__ for p in params if not isinstance(p, Tensor)]
+        if other or (whole is None and not self._networks):
+            cls = type(self).__name__
+            raise TypeError(
+                f"{cls}: got {other[0] if other else 'parameters'}, expected networks: write {cls}([net]); to train "
+                "some of its parameters, or each with options of its own, say which network they are in: "
+                f"{cls}([{{'params': [p, ...], 'lr': 0.1}}, ...], networks=[net])"
+            )
+        names = {id(_own(p)): name for n in self._networks for name, p in n.named_parameters()}
+        group["params"] = [_own(p) for p in params]
+        for p in group["params"]:
+            if id(p) not in names:
+                raise ValueError(
+                    f"{type(self).__name__}: a parameter of shape {tuple(p.shape)} is in none of the networks"
+                )
             if not p.is_floating_point():
                 raise TypeError(
-                    f"{type(self).__name__}: parameter {name!r} is {p.dtype}, expected a real floating-point type"
+                    f"{type(self).__name__}: parameter {names[id(p)]!r} is {p.dtype}, expected a real floating-point "
+                    "type"
                 )
-        session = current_session()
-        own = session.networks.original if session is not None else _same
-        self._networks.append(network)
-        return {"params": [own(p) for p in network.parameters()], **options}
+        seen = {id(p) for g in self.param_groups for p in g["params"]}
+        for p in group["params"]:
+            if id(p) in seen:
+                raise ValueError(
+                    f"{type(self).__name__}: parameter {names[id(p)]!r} is in more than one place of the groups; list "
+                    "each network, and each parameter, once"
+                )
+            seen.add(id(p))
+        return group, whole
+
+    def refresh(self) -> bool:
+        """Look again at networks that are groups of their own; whether their parameters are others than they were.
+
+        What was put in (a new head, adapters) is trained from now on, what was taken out is forgotten.
+        """
+        changed = False
+        for group, whole in zip(self.param_groups, self._whole, strict=True):
+            if whole is None:
+                continue
+            others = {id(p) for g in self.param_groups if g is not group for p in g["params"]}
+            now = [p for p in map(_own, whole.parameters()) if id(p) not in others]
+            if len(now) != len(group["params"]) or any(
+                p is not q for p, q in zip(now, group["params"], strict=True)
+            ):
+                changed = True
+                group["params"][:] = now
+        if changed:
+            known = {id(p) for g in self.param_groups for p in g["params"]}
+            for p in [p for p in self.state if id(p) not in known]:
+                del self.state[p]
+        return changed
+
+
+def refresh_optimizers() -> bool:
+    """`MetaOptimizer.refresh` of those alive that this thread has made; whether any has changed."""
+    here, changed = threading.get_ident(), False
+    for o in live_optimizers:
+        if o.thread == here and o.__dict__.get("_session") is None:
+            changed |= o.refresh()
+    return changed
+
+
+def _own(p: Any) -> Any:
+    """The user's own parameter behind one that a window shows."""
+    session = current_session()
+    return p if session is None else session.networks.original(p)
 
 
 def _preserve() -> Callable[[], None]:
@@ -258,6 +340,7 @@ def _preserve() -> Callable[[], None]:
             rest = {
                 "_normalizer": o._normalizer,
                 "_networks": list(o._networks),
+                "_whole": list(o._whole),
                 "defaults": dict(o.defaults),
             }
             kept.append((o, o.param_groups, groups, o.state, states, rest))
@@ -283,10 +366,6 @@ def _preserve() -> Callable[[], None]:
 
 
 preserving.append(_preserve)
-
-
-def _same(p: Any) -> Any:
-    return p
 
 
 def _detached(value: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .optimizer import MetaOptimizer, Number, active, check_non_negative, safe_sqrt
+from .optimizer import MetaOptimizer, Number, Params, active, check_non_negative, safe_sqrt
 
 
 class MetaRMSprop(MetaOptimizer):
@@ -19,7 +19,8 @@ class MetaRMSprop(MetaOptimizer):
     exactly 0 is taken as 0.
 
     Args:
-        networks: list of `nn.Module` (one parameter group each), or of dicts ``{"params": module, "lr": ...}``.
+        params: list of `nn.Module` (one parameter group each), or of dicts ``{"params": module, "lr": ...}``; with
+            ``networks``, dicts may list parameters of these. The others are meta-parameters.
         lr: learning rate η. Like every number here it may be a tensor, and then receives a meta-gradient.
         alpha: smoothing constant α.
         eps: added to the denominator.
@@ -27,6 +28,7 @@ class MetaRMSprop(MetaOptimizer):
         momentum: μ.
         centered: normalise by an estimate of the variance.
         maximize: ascend instead of descend.
+        networks: modules that the parameters belong to; alone, all of their parameters, one group each.
         first_order: take the inner gradient as a constant in the meta-backward.
 
     Raises:
@@ -44,7 +46,7 @@ class MetaRMSprop(MetaOptimizer):
 
     def __init__(
         self,
-        networks: Iterable[nn.Module | dict[str, Any]],
+        params: Params = None,
         lr: Number = 1e-2,
         alpha: Number = 0.99,
         eps: Number = 1e-8,
@@ -52,6 +54,7 @@ class MetaRMSprop(MetaOptimizer):
         momentum: Number = 0,
         centered: bool = False,
         *,
+        networks: Iterable[nn.Module] | None = None,
         maximize: bool = False,
         first_order: bool = False,
     ) -> None:
@@ -65,7 +68,7 @@ class MetaRMSprop(MetaOptimizer):
             centered=centered,
             maximize=maximize,
         )
-        super().__init__(networks, defaults, first_order=first_order)
+        super().__init__(params, defaults, networks=networks, first_order=first_order)
 
     @staticmethod
     def init_state(param: Tensor, hyper: dict[str, Any]) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .optimizer import MetaOptimizer, Number, active, check_non_negative
+from .optimizer import MetaOptimizer, Number, Params, active, check_non_negative
 
 
 class MetaSGD(MetaOptimizer):
@@ -17,13 +17,15 @@ class MetaSGD(MetaOptimizer):
     of b' under Nesterov momentum.
 
     Args:
-        networks: list of `nn.Module` (one parameter group each), or of dicts ``{"params": module, "lr": ...}``.
+        params: list of `nn.Module` (one parameter group each), or of dicts ``{"params": module, "lr": ...}``; with
+            ``networks``, dicts may list parameters of these. The others are meta-parameters.
         lr: learning rate η. Like every number here it may be a tensor, and then receives a meta-gradient.
         momentum: μ.
         dampening: d.
         weight_decay: λ.
         nesterov: use Nesterov momentum.
         maximize: ascend instead of descend.
+        networks: modules that the parameters belong to; alone, all of their parameters, one group each.
         first_order: take the inner gradient as a constant in the meta-backward (FOMAML; Nichol et al. 2018,
             arXiv 1803.02999, section 2).
 
@@ -42,13 +44,14 @@ class MetaSGD(MetaOptimizer):
 
     def __init__(
         self,
-        networks: Iterable[nn.Module | dict[str, Any]],
+        params: Params = None,
         lr: Number = 1e-3,
         momentum: Number = 0,
         dampening: Number = 0,
         weight_decay: Number = 0,
         nesterov: bool = False,
         *,
+        networks: Iterable[nn.Module] | None = None,
         maximize: bool = False,
         first_order: bool = False,
     ) -> None:
@@ -63,7 +66,7 @@ class MetaSGD(MetaOptimizer):
             nesterov=nesterov,
             maximize=maximize,
         )
-        super().__init__(networks, defaults, first_order=first_order)
+        super().__init__(params, defaults, networks=networks, first_order=first_order)
 
     @staticmethod
     def init_state(param: Tensor, hyper: dict[str, Any]) -> dict[str, Tensor]:
