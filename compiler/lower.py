@@ -59,10 +59,7 @@ def lowered(
     if program is None:
         of, what = (loss_of(step, inputs[-1]), "vjp") if kind == "loss" else (step, kind)
         backend = how.backend_of(kind)
-        if at_once and backend == "eager":
-            results = _by_running(of, what, inputs, how.hvp)
-            if results is not None:
-                return lambda *_: results
+        results = _by_running(of, what, inputs, how.hvp) if at_once and backend == "eager" else None
         graph = _graph(of, what, how.hvp, inputs if step.dynamic else None)
         if backend == "eager":
             program = with_default_dtype(step.default_dtype, graph)
@@ -72,6 +69,8 @@ def lowered(
                 program = compiled(graph.module, inputs, backend, cotangents, how.check)
             program = with_default_dtype(step.default_dtype, program)
         step.programs[kind, how] = program
+        if results is not None:
+            return lambda *_: results
     return program
 
 
