@@ -14,7 +14,7 @@ from .errors import (
     WindowError,
 )
 from .explain import explain
-from .optim import MetaAdam, MetaOptimizer, MetaRMSprop, MetaSGD
+from .optim import MetaAdam, MetaOptimizer, MetaRMSprop, MetaSGD, safe_sqrt
 from .plan import plan
 from .runtime.progress import progress
 from .window import SlidingWindow, zero_nan_hook
@@ -40,6 +40,7 @@ __all__ = [
     "explain",
     "plan",
     "progress",
+    "safe_sqrt",
     "zero_nan_hook",
 ]
 

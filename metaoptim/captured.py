@@ -27,6 +27,7 @@ from .compiler.program import Given, RolledProgram, operator_count, plural
 from .compiler.tracing import uncollected
 from .errors import UnreachableWarning, warn
 from .guards import Scene
+from .reads import Reads
 from .runtime.planner import Plan
 from .runtime.recorded import RecordedSession
 from .runtime.stepping import CapturedStep, CompiledStep, aside
@@ -117,9 +118,13 @@ class StepProgram:
 
 
 def trace_of(
-    fn: Callable, args: tuple, kwargs: dict, window: RecordedSession | None = None
+    fn: Callable,
+    args: tuple,
+    kwargs: dict,
+    window: RecordedSession | None = None,
+    reads: Reads | None = None,
 ) -> tuple[Traced, Tracer, CapturedStep | None]:
-    """Run ``fn`` on these arguments, symbolically; inside ``window``, as one of its steps."""
+    """Run ``fn`` on these arguments, symbolically; inside ``window``, as one of its steps; ``reads`` watches."""
     begun = time.perf_counter()
     intercept.install()
     try:
@@ -129,13 +134,18 @@ def trace_of(
                 session = None if window is None else CapturedStep(window, tracer)
                 stepping = nullcontext() if session is None else session.stepping()
                 with torch.inference_mode(False), torch.enable_grad(), stepping:
-                    leaves, spec = tree_flatten(fn(*args, **kwargs))
+                    with nullcontext() if reads is None else reads.watching():
+                        result = fn(*args, **kwargs)
+                    leaves, spec = tree_flatten(result)
                     given = [tracer.give(t) for t in leaves if isinstance(t, Tensor)]
                     tracer.trace.left = [(t, tracer.give(t)) for t, _ in tracer.written.values()]
             finally:
                 intercept.recording.reset(token)
     finally:
         intercept.uninstall()
+    if reads is not None:
+        for optimizer in tracer.stepped:
+            reads.meet(optimizer, type(optimizer).__name__)
     tracer.trace.milliseconds = 1e3 * (time.perf_counter() - begun)
     kept = [_TENSOR if isinstance(x, Tensor) else x for x in leaves]
     return Traced(given, kept, spec), tracer, session
@@ -147,19 +157,27 @@ def captured_step(
     args: tuple,
     kwargs: dict,
     texts: Mapping[Input, str] | None = None,
+    reads: Reads | None = None,
 ) -> tuple[CompiledStep, Trace, Traced]:
-    """Capture ``fn`` as a step of ``window``, which is left as it is; ``texts`` is as of `compile_trace`."""
+    """Capture ``fn`` as a step of ``window``, which is left as it is; the rest as of `compile_trace` and `trace_of`."""
     with aside(window):
-        traced, tracer, session = trace_of(fn, args, kwargs, window)
+        traced, tracer, session = trace_of(fn, args, kwargs, window, reads)
     assert session is not None
     with unaffected():
         step = CompiledStep(session, traced.tensors, step_of, texts)
     return step, tracer.trace, traced
 
 
-def capture(fn: Callable, options: Options, scene: Scene, args: tuple, kwargs: dict) -> Program:
-    """Capture ``fn`` as it acts on these arguments, and take its trace through the passes."""
-    traced, tracer, _ = trace_of(fn, args, kwargs)
+def capture(
+    fn: Callable, options: Options, scene: Scene, args: tuple, kwargs: dict, reads: Reads | None = None
+) -> Program:
+    """Capture ``fn`` as it acts on these arguments, and take its trace through the passes.
+
+    What it ``reads`` comes to ``scene``.
+    """
+    traced, tracer, _ = trace_of(fn, args, kwargs, reads=reads)
+    if reads is not None:
+        reads.settle(scene)
     tracer.trace.outputs = traced.tensors
     with unaffected():
         rolled, records = compile_trace(tracer.trace, options, step_of)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .captured import Program, StepProgram, capture, captured_step, stated
-from .changes import first_change
+from .changes import Change
 from .compiler.capture import intercept
 from .compiler.capture.trace import Input
 from .compiler.lower import lowering
@@ -23,8 +23,9 @@ from .compiler.program import Kept
 from .compiler.waiting import waiting
 from .errors import WindowError, warn
 from .explain_function import report_of
-from .guards import Scene
+from .guards import Fact, Scene
 from .optim.optimizer import refresh_optimizers
+from .reads import Place, Reads, look
 from .recapture import compare
 from .runtime.budget import check_budget, check_count, tell_default
 from .runtime.compiled import Call, Run
@@ -50,9 +51,10 @@ class CompiledFunction:
     def __init__(self, fn: Callable, options: Options) -> None:
         functools.update_wrapper(self, fn)
         self._fn, self._options = fn, options
-        self._programs: dict[Any, list[Any]] = {}
-        self._last: Any = None  # the key last compiled for
-        self._own: set[tuple[int, str]] = set()  # attributes of modules that the function itself writes
+        # (what a call depends on by itself, which of `_places`, what was found there) -> programs
+        self._programs: dict[tuple[Any, int, Any], list[Any]] = {}
+        self._places: dict[tuple[Fact, ...], list[list[Place]]] = {}  # of which programs have read
+        self._last: Reads | None = None  # of the program that was compiled last
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         return self if instance is None else BoundFunction(self, instance)
@@ -71,11 +73,11 @@ class CompiledFunction:
             return self._step(session, args, kwargs)
         if session is not None:
             return self._fn(*args, **kwargs)  # full_tape: the oracle is not compiled
-        scene = Scene(self._fn, args, kwargs, self._own)
+        scene = Scene.of_call(self._fn, args, kwargs)
         program = self._find(scene)
         if program is None:
             if refresh_optimizers():
-                scene = Scene(self._fn, args, kwargs, self._own)
+                scene = Scene.of_call(self._fn, args, kwargs)
                 program = self._find(scene)
         if program is None:
             program = self._compile(scene, args, kwargs)
@@ -83,56 +85,55 @@ class CompiledFunction:
             compare(_name(self._fn), program, capture(self._fn, self._options, scene, args, kwargs))
         return self._run(program, scene)
 
-    def _find(self, scene: Scene) -> Any:
-        for program in self._programs.get(scene.key, ()):
-            if all(ref() is o for ref, o in zip(program.remembered, scene.objects, strict=True)):
-                return program
+    def _find(self, scene: Scene, window: RecordedSession | None = None) -> Any:
+        """The program for what ``scene`` and the places read look like now, with ``scene`` extended by these."""
+        key, mark = scene.key, scene.mark()
+        for i, places in enumerate(self._places.get(key, ())):
+            programs = self._programs.get((key, i, tuple(look(scene, places))), [])
+            for program in list(programs):
+                if all(ref() is o for ref, o in zip(program.remembered, scene.objects, strict=True)):
+                    if window is None or program.step.fits(window):
+                        return program
+                    programs.remove(program)  # a layer is another one than in its last window
+            scene.back_to(mark)
         return None
 
     def _compile(self, scene: Scene, args: tuple, kwargs: dict) -> Program:
         begun = time.perf_counter()
+        key, reads = scene.key, Reads(self._fn, args, kwargs)
         with waiting(f"capturing {_name(self._fn)} ..."):
-            program = capture(self._fn, self._options, scene, args, kwargs)
-        self._remember(scene, program, args, kwargs, time.perf_counter() - begun)
+            program = capture(self._fn, self._options, scene, args, kwargs, reads)
+        self._remember(key, reads, program, time.perf_counter() - begun)
         if _graphs.isEnabledFor(logging.INFO):
             text = program.rolled.text(operators=_graphs.isEnabledFor(logging.DEBUG))
             _graphs.info("%s: %s", _name(self._fn), text)
         return program
 
-    def _remember(self, scene: Scene, program: Any, args: tuple, kwargs: dict, seconds: float) -> None:
+    def _remember(self, key: tuple[Fact, ...], reads: Reads, program: Any, seconds: float) -> None:
         """Keep a new program; say why it was needed, if another one was there."""
-        written = scene.written() - self._own
-        if written:
-            self._own |= written
-            key = Scene(self._fn, args, kwargs, self._own).key
-            scene.key = (*scene.key[:2], key) if scene.key[:1] == ("step",) else key
-        name = _name(self._fn)
-        recompilations = sum(map(len, self._programs.values()))
-        if not recompilations:
+        name, recompilations = _name(self._fn), sum(map(len, self._programs.values()))
+        if self._last is None:
             _recompiles.info("%s compiled in %.2f s", name, seconds)
         elif _recompiles.isEnabledFor(logging.INFO) or recompilations == RECOMPILE_LIMIT:
-            change = first_change(self._fn, args, kwargs, self._last, scene)
+            change = self._last.change(reads) or Change("an object", "is another one than before")
             _recompiles.info("%s recompiled in %.2f s, since a guard failed: %s", name, seconds, change)
             if recompilations == RECOMPILE_LIMIT:
                 warn(
                     f"{name} has been recompiled {RECOMPILE_LIMIT} times, the last time since a guard failed: "
                     f"{change}. {change.advice}"
                 )
-        self._programs.setdefault(scene.key, []).append(program)
-        self._last = scene.key
+        self._last = reads
+        known, at = self._places.setdefault(key, []), [place.identity for place in reads.places]
+        i = next((i for i, places in enumerate(known) if [p.identity for p in places] == at), len(known))
+        known[i:] = known[i:] or [reads.places]
+        self._programs.setdefault((key, i, tuple(reads.found)), []).append(program)
 
     def _step(self, window: RecordedSession, args: tuple, kwargs: dict) -> Any:
         """One compiled inner step of the window that is open."""
         with window.recorder.paused():
-            scene = Scene(self._fn, args, kwargs, self._own)
-        scene.key = ("step", window.options.backward_hook is not None, scene.key)
+            scene = Scene.of_call(self._fn, args, kwargs, window)
+            program = self._find(scene, window)
         window.look_at(scene.tensors)
-        program = self._find(scene)
-        if program is not None and not program.step.fits(
-            window
-        ):  # a layer is another one than in its last window
-            self._programs[scene.key].remove(program)
-            program = None
         if program is None:
             if self._options.memory_budget is not None:
                 raise WindowError(
@@ -145,17 +146,24 @@ class CompiledFunction:
                     "it is called in decides what is kept; give offload to SlidingWindow"
                 )
             begun = time.perf_counter()
+            with window.recorder.paused():
+                key, reads = scene.key, Reads(self._fn, args, kwargs, window)
             with waiting(f"capturing {_name(self._fn)} ..."):
-                program = self._captured_step(window, scene, args, kwargs)
-            self._remember(scene, program, args, kwargs, time.perf_counter() - begun)
+                program = self._captured_step(window, scene, args, kwargs, reads)
+            self._remember(key, reads, program, time.perf_counter() - begun)
             _graphs.info("%s: %s", _name(self._fn), program.step.step)
         elif self._options.recapture:
             compare(_name(self._fn), program, self._captured_step(window, scene, args, kwargs))
         results = program.step.run(window, lambda x: program.tensor(x, scene), self._options.lowering)
         return program.traced.restored(results)
 
-    def _captured_step(self, window: RecordedSession, scene: Scene, args: tuple, kwargs: dict) -> StepProgram:
-        step, _, traced = captured_step(self._fn, window, args, kwargs)
+    def _captured_step(
+        self, window: RecordedSession, scene: Scene, args: tuple, kwargs: dict, reads: Reads | None = None
+    ) -> StepProgram:
+        step, _, traced = captured_step(self._fn, window, args, kwargs, reads=reads)
+        if reads is not None:
+            with window.recorder.paused():
+                reads.settle(scene)
         at = scene.place_of()
         sources = {
             x: at.get(id(x.tensor), x.tensor) for x in (*step.given, *step.left) if isinstance(x, Input)

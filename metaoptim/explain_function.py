@@ -222,7 +222,7 @@ def _why_not(x: Input, program: RolledProgram, adopted: set[int], whole: frozens
 
 
 def _learnable(names: Mapping[int, str], fn: Callable, args: tuple, kwargs: dict) -> dict[str, Tensor]:
-    scene = Scene(fn, args, kwargs)
+    scene = Scene.of_call(fn, args, kwargs)
     return {names[id(t)]: t for t in scene.tensors if t.requires_grad and id(t) in names}
 
 

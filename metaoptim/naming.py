@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
-from .guards import surroundings
+from .guards import argument_names, surroundings
 from .optim.optimizer import MetaOptimizer
-
-
-def argument_names(fn: Callable, args: tuple) -> list[str]:
-    """The names of positional arguments, in order."""
-    try:
-        parameters = list(inspect.signature(fn).parameters.values())
-    except (TypeError, ValueError):
-        parameters = []
-    plain = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    rest = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), "args")
-    return [plain[i] if i < len(plain) else f"{rest}[{i - len(plain)}]" for i in range(len(args))]
 
 
 def tensor_names(fn: Callable, args: tuple, kwargs: dict[str, Any]) -> dict[int, str]:

@@ -33,8 +33,8 @@ def compare(name: str, known: Any, again: Any) -> None:
         return
     raise CaptureError(
         f"recapture=True: {name} is not what it was when it was captured, although its guards hold: {where}. It "
-        "depends on something that is frozen at capture (an attribute of an object, a global of a function it calls); "
-        "pass that as an argument, as a tensor if it changes often"
+        "depends on something that is frozen at capture (the time of day, a file, what only Python's own functions "
+        "give away); pass that as an argument, as a tensor if it changes often"
     )
 
 

@@ -329,6 +329,8 @@ class CapturedSession(Session):
             t = networks.shown[i]
             if id(t) in leaves:
                 self._show(i, tensor_spec(t), tracer.value_of(t))
+        if not optimizer.symbolic and optimizer not in tracer.stepped:
+            tracer.stepped.append(optimizer)
         tracer.trace.steps.append((len(tracer.trace.entries), user_location()))
 
     def _refuse_overwritten(self, root: Any, ordinals: list[int]) -> None:

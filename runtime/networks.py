@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.nn.parameter import UninitializedParameter, is_lazy
+from torch.utils.weak import WeakIdKeyDictionary
 
 from metaoptim.errors import WindowError
 
@@ -41,8 +42,9 @@ class Networks:
             int, list[Tensor]
         ] = {}  # first ordinal adopted with others -> the copies that were made
         self._frozen: dict[int, tuple[nn.Parameter, nn.Module]] = {}
+        self._lazy: dict[int, tuple[nn.Module, str]] = {}  # modules with a buffer that was not there at entry
         self._backups: list[tuple[nn.Parameter, nn.Module, Tensor]] = []
-        self._read: dict[int, Tensor] = {}  # running statistics that autograd has saved
+        self._read = WeakIdKeyDictionary()  # running statistics that autograd has saved
 
     def index_of(self, parameter: Tensor) -> int | None:
         """The ordinal of one of the user's own parameters."""
@@ -83,9 +85,7 @@ class Networks:
                 for name, p in module._parameters.items():
                     if p is None or (known and any(p is s for s in self.shown)):
                         continue
-                    if isinstance(
-                        p, UninitializedParameter
-                    ):  # of a lazy module, which makes it at its first call
+                    if isinstance(p, UninitializedParameter):  # a lazy module makes it at its first call
                         continue
                     if not p.requires_grad:
                         self._frozen[p.untyped_storage()._cdata] = p, module
@@ -103,7 +103,7 @@ class Networks:
                     self._places[i].append((module, name))
                     module._parameters[name] = self.shown[i]  # type: ignore[assignment]
                 for name, b in module._buffers.items():
-                    if b is not None and not b.requires_grad and not known:
+                    if b is not None and not b.requires_grad and not known and not is_lazy(b):
                         self._buffers.append((module, name, b))
                         module._buffers[name] = self._copies[id(b)]
         if new:
@@ -111,7 +111,18 @@ class Networks:
         return new
 
     def join(self, modules: Sequence[nn.Module], parameters: Iterable[Tensor]) -> list[int]:
-        """An optimizer belongs to the window from now on; the ordinals of its ``parameters`` that are adopted."""
+        """An optimizer belongs to the window from now on; the ordinals of its ``parameters`` that are adopted.
+
+        Raises:
+            WindowError: for a module with a buffer that was not there at entry, so that it cannot be put back.
+        """
+        for module, name in (
+            self._lazy[id(m)] for root in modules for m in root.modules() if id(m) in self._lazy
+        ):
+            raise WindowError(
+                f"buffer {name!r} of a {type(module).__name__} had no shape when the window opened; run the network "
+                "once before the window, under torch.no_grad()"
+            )
         self._inner.update(id(m) for root in modules for m in root.modules())
         found = (self._index.get(id(p)) for p in parameters)
         ordinals = [i for i in found if i is not None]
@@ -143,11 +154,9 @@ class Networks:
             for name, b in module._buffers.items():
                 if b is None or b.requires_grad or id(b) in self._copies:  # a learnt one is a meta-parameter
                     continue
-                if isinstance(b, UninitializedBuffer):
-                    raise WindowError(
-                        f"buffer {name!r} of a {type(module).__name__} has no shape yet; run the network once before "
-                        "the window, under torch.no_grad()"
-                    )
+                if is_lazy(b):
+                    self._lazy.setdefault(id(module), (module, name))
+                    continue
                 if b.layout is not torch.strided:
                     self._copies[id(b)] = b.detach().clone()
                     continue
@@ -209,9 +218,9 @@ class Networks:
         """
         if not training:
             if torch.is_grad_enabled():
-                self._read.update((id(s), s) for s in stats)
+                self._read.update((s, None) for s in stats)
             return list(stats)
-        return [self._renew(s) if id(s) in self._read else s for s in stats]
+        return [self._renew(s) if s in self._read else s for s in stats]
 
     def _renew(self, buffer: Tensor) -> Tensor:
         places = [(m, name) for m, name, _ in self._buffers if m._buffers.get(name) is buffer]

@@ -30,7 +30,6 @@ from ..compiler.verify_step import verify_step
 from .capturing import CapturedSession
 from .dependence import depends_on, loss_inputs, mark, shown_in
 from .noise import redrawn
-from .premises import Premises
 from .recorded import RecordedSession
 from .session import Options, _current
 
@@ -170,7 +169,6 @@ class CompiledStep:
         # by place: the tensor there is another one after every step, and in the next window
         self._buffers_given = [where.get(id(x.tensor)) if isinstance(x, Input) else None for x in self.given]
         self.taken = captured.taken
-        self._premises = Premises([optimizer for optimizer, _ in self.taken], self.given)
         self._fresh = True
         self._runs = 0
 
@@ -213,7 +211,6 @@ class CompiledStep:
         view, engine, networks = window.view, window.engine, window.networks
         with window.recorder.paused(), unaffected():
             networks.check()
-            self._premises.check(tensor_of)
             view.settle()
             view.need(self._ordinal(window, p) for p in self.reads)
             for optimizer, _ in self.taken:

@@ -392,33 +392,36 @@ def test_arguments_that_depend_on_the_parameters_are_refused(where: str, offline
 
 
 @pytest.mark.parametrize("change", ["state", "lr", "learnt lr", "training", "clipping"])
-def test_changes_that_guards_cannot_see_are_refused(change: str) -> None:
+def test_changes_behind_an_object(change: str) -> None:
     class Agent:
         pass
 
-    b = Bench(plain, "conv_bn", "MetaAdam" if change == "state" else "MetaSGD")
-    agent: Any = Agent()
-    agent.net, agent.inner = b.net, b.inner
-    agent.inner.param_groups[0]["lr"] = b.log_lr.exp() if change == "learnt lr" else 0.1
+    def run(wrap: Wrap, **window: Any) -> list[Tensor | None]:
+        b = Bench(wrap, "conv_bn", "MetaAdam" if change == "state" else "MetaSGD")
+        agent: Any = Agent()
+        agent.net, agent.inner = b.net, b.inner
+        agent.inner.param_groups[0]["lr"] = b.log_lr.exp() if change == "learnt lr" else 0.1
 
-    @compiled
-    def step(x: Tensor, y: Tensor) -> None:
-        agent.inner.step(F.mse_loss(agent.net(x), y))
+        @wrap
+        def step(x: Tensor, y: Tensor) -> None:
+            agent.inner.step(F.mse_loss(agent.net(x), y))
 
-    with metaoptim.SlidingWindow():
-        step(XS[0], YS[0])
-        if change != "state":
-            step(XS[1], YS[1])  # nothing has changed
-        if change == "lr":
-            agent.inner.param_groups[0]["lr"] = 0.2
-        elif change == "learnt lr":
-            agent.inner.param_groups[0]["lr"] = b.log_lr.exp()
-        elif change == "training":
-            agent.net.eval()
-        elif change == "clipping":
-            agent.inner.reset_grad_normalizer(1.0)
-        with pytest.raises(metaoptim.errors.CaptureError, match="guards do not see it"):
-            step(XS[1], YS[1])
+        with metaoptim.SlidingWindow(**window):
+            for t in range(2):
+                step(XS[t], YS[t])
+            if change == "lr":
+                agent.inner.param_groups[0]["lr"] = 0.2
+            elif change == "learnt lr":
+                agent.inner.param_groups[0]["lr"] = 2 * b.log_lr.exp()
+            elif change == "training":
+                agent.net.eval()
+            elif change == "clipping":
+                agent.inner.reset_grad_normalizer(0.01)
+            step(XS[2], YS[2])
+            b.outer().backward()
+        return b.left()
+
+    same(run, offline=True)
 
 
 def test_buffers_behind_an_object_are_those_of_the_window() -> None:

@@ -84,12 +84,12 @@ CHANGES: dict[str, tuple[Callable[[World], Any], str]] = {
     ),
     "activation": (
         lambda w: w.net.__setitem__(1, nn.Sigmoid()),
-        "net.1: its class, options or hooks are others than before",
+        "net.1: its class, or its hooks, are others than before",
     ),
     "training": (lambda w: w.net[1].eval(), "net.1.training: was True, is False"),
     "state": (
         lambda w: w.inner.state[w.net[2].bias].update(momentum_buffer=torch.zeros(2)),
-        "inner: has more or fewer parameters, buffers or states than before",
+        "inner's state of 2.bias: others than before, or in another order",
     ),
     "dtype of a state": (
         lambda w: w.inner.state[w.net[0].weight].update(momentum_buffer=torch.zeros(4, 3).float()),

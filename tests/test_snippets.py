@@ -213,10 +213,30 @@ def test_meta_gradient_rl_corrected_equals_the_oracle() -> None:
         torch.testing.assert_close(v, w.detach())
 
 
-def test_readme_code_runs() -> None:
-    """Every Python block of the README that is complete is run as it stands."""
-    text = (Path(__file__).parent.parent / "README.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) >= 2
-    for block in blocks:
-        compile(block, "README.md", "exec")
+ROOT = Path(__file__).parent.parent
+PAGES = {
+    path.relative_to(ROOT).as_posix(): re.findall(r"```python\n(.*?)```", path.read_text("utf-8"), re.DOTALL)
+    for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))
+}
+
+
+@pytest.mark.parametrize("page", [page for page, blocks in PAGES.items() if blocks])
+def test_a_page_runs_as_a_reader_would_paste_it(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its Python blocks, one after the other in a new interpreter's namespace, with nothing defined besides."""
+    blocks = PAGES[page]
+    monkeypatch.chdir(tmp_path)
+    if any(".plot()" in block for block in blocks):
+        pytest.importorskip("matplotlib").use("agg")
+    torch.manual_seed(0)
+    scope: dict[str, Any] = {"__name__": "__main__"}
+    torch.set_default_dtype(torch.float32)
+    try:
+        for number, block in enumerate(blocks):
+            exec(compile(block, f"{page}, block {number}", "exec"), scope)
+    finally:
+        torch.set_default_dtype(torch.float64)
+    if page == "README.md":
+        gamma, outer = scope["gamma"], scope["outer_optim"]
+        assert float(gamma.detach()) != 0.99 and outer.state  # the patterns have learnt something

@@ -164,7 +164,7 @@ class Slice(Keyed):
         if isinstance(a, Value) and a.apart is not None:
             a = a.apart
         if isinstance(a, External) and self.aliases:
-            return self.aliases.get(id(a.source), a)
+            return self.aliases.get(id(a.tensor), a)
         return a
 
     def token(self, a: Any) -> Any:
@@ -197,9 +197,9 @@ class Slice(Keyed):
         """Equal for what may share memory: tensors from outside are seen to."""
         while isinstance(ref := self._resolved(ref), Value) and (of := origin(ref.entry)) is not None:
             ref = of
-        if isinstance(ref, Value):
+        t = None if isinstance(ref, Value) else ref.source if isinstance(ref, External) else ref.tensor
+        if t is None:  # one from outside that is gone is written into by this name alone
             return identity(ref)
-        t = ref.source if isinstance(ref, External) else ref.tensor
         return t.untyped_storage()._cdata if t.layout is torch.strided else id(t)
 
 

@@ -61,6 +61,7 @@ class Tracer(TorchDispatchMode):
         trace: what has been captured so far.
         given: storage of the fake of a real tensor -> both; the fake is held, so that its storage remains its own.
         written: id of a real tensor that has another value after the call -> the tensor, and its fake.
+        stepped: optimizers from outside that have taken a step.
         on_write: called with a tensor whose memory is about to be changed, and whether by its own name; what it
             returns, if anything, is called after the change.
         supposed: what is taken for the value of a condition that depends on inputs; None to refuse it.
@@ -80,6 +81,7 @@ class Tracer(TorchDispatchMode):
         self.written: dict[int, tuple[Tensor, Tensor]] = {}
         self.constants = Constants()
         self.supposed: bool | None = None
+        self.stepped: list[Any] = []
         self._hooks: list[tuple[Value, Any, Spy]] = []  # registered, not known yet to meet a gradient
 
     # -- the mode ------------------------------------------------------------------------------------------------

@@ -2,8 +2,8 @@
 
 from . import schedulers as schedulers
 from .adam import MetaAdam
-from .optimizer import MetaOptimizer
+from .optimizer import MetaOptimizer, safe_sqrt
 from .rmsprop import MetaRMSprop
 from .sgd import MetaSGD
 
-__all__ = ["MetaAdam", "MetaOptimizer", "MetaRMSprop", "MetaSGD"]
+__all__ = ["MetaAdam", "MetaOptimizer", "MetaRMSprop", "MetaSGD", "safe_sqrt"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import threading
 import weakref
@@ -24,6 +25,13 @@ Params: TypeAlias = Iterable[nn.Module | dict[str, Any] | Tensor | tuple[str, Te
 #: Optimizers alive, with the thread that made them: those of its own thread may step in a window.
 live_optimizers: weakref.WeakSet[MetaOptimizer] = weakref.WeakSet()
 _numbers = itertools.count()
+_NO_OPTIONS = {
+    "params",
+    "param_names",
+    "name",
+    "initial_lr",
+}  # of a group: torch's own, and a name for the user
+_ALSO = {"learning_rate": "lr", "wd": "weight_decay", "beta": "betas", "alpha": "lr"}
 
 
 class MetaOptimizer(Optimizer):
@@ -248,6 +256,13 @@ class MetaOptimizer(Optimizer):
     def _group(self, group: Any) -> tuple[dict[str, Any], nn.Module | None]:
         """A parameter group of the user's own parameters, and the module all of whose parameters are in it."""
         group = dict(group) if isinstance(group, dict) else {"params": group}
+        for key in group.keys() - self.defaults.keys() - _NO_OPTIONS:
+            close = difflib.get_close_matches(key, self.defaults, 1) or [_ALSO.get(key)]
+            raise TypeError(
+                f"{type(self).__name__}: got the group option {key!r}, expected some of "
+                f"{', '.join(map(repr, self.defaults))}"
+                + (f"; did you mean {close[0]!r}?" if close[0] else "")
+            )
         params: Any = group.get("params")
         whole = params if isinstance(params, nn.Module) else None
         if whole is not None:
@@ -404,8 +419,24 @@ def check_non_negative(**hyper: Any) -> None:
 
 
 def safe_sqrt(x: Tensor) -> Tensor:
-    """sqrt(x) with derivative 0 at exactly 0, where torch's is infinite and makes 0 · ∞ = NaN of what follows."""
+    """The square root, with derivative 0 at exactly 0.
+
+    There torch's derivative is infinite, and 0 · ∞ = NaN in what follows: the second moment of a parameter whose
+    gradient has always been zero would make every meta-gradient NaN. `MetaAdam` and `MetaRMSprop` use this one.
+
+    Args:
+        x: not negative.
+
+    Returns:
+        √x; differentiable any number of times.
+
+    Example:
+        >>> x = torch.tensor([0.0, 4.0], requires_grad=True)
+        >>> metaoptim.safe_sqrt(x).sum().backward()
+        >>> x.grad.tolist()
+        [0.0, 0.25]
+    """
     if not (x.requires_grad and torch.is_grad_enabled()):
         return x.sqrt()
     zero = x == 0
-    return torch.where(zero, x, torch.where(zero, torch.ones_like(x), x).sqrt())
+    return torch.where(zero, torch.zeros_like(x), torch.where(zero, torch.ones_like(x), x).sqrt())
