@@ -153,8 +153,11 @@ class _Builder:
         if not isinstance(op, torch._ops.OpOverload):
             return call(op, tuple(values), kwargs)
         function, in_place = stand_in(op)
-        node = call(function, tuple(values), kwargs)
-        return call(aten.copy_.default, (values[0], node)) if in_place else node
+        if not in_place:
+            return call(function, tuple(values), kwargs)
+        # it may keep what it is given for its derivative
+        made = call(function, (call(aten.clone.default, (values[0],)), *values[1:]), kwargs)
+        return call(aten.copy_.default, (values[0], made))
 
     def _select(self, source: Any, dim: Any, at: tuple) -> fx.Node:
         call, source, dim = self.graph.call_function, self.value(source), self.value(dim)

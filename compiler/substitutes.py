@@ -87,8 +87,11 @@ def index_reduced(
     x: Tensor, dim: int, index: Tensor, source: Tensor, reduce: str, *, include_self: bool = True
 ) -> Tensor:
     """`index_reduce`, whose derivative of a product counts zeros."""
-    if reduce != "prod" or not index.numel() or not x.dim():
+    if reduce != "prod" or not index.numel():
         return aten.index_reduce(x, dim, index, source, reduce, include_self=include_self)
+    if not x.dim():
+        x, source = x.reshape(1), source.reshape(1)
+        return index_reduced(x, 0, index, source, reduce, include_self=include_self).reshape(())
     target = _places(x).index_select(dim, index)
     return _multiplied(x, target, source, include_self, index.numel())
 

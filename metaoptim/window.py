@@ -52,6 +52,9 @@ class SlidingWindow:
         offload: where states go for which there is no room on the device, instead of being given up: ``"host"`` (memory
             of the host, for networks on another device), ``"disk"`` (files in the temporary directory), or the path of
             a directory. With ``slots`` or ``memory_budget``. A step is then replayed once at most.
+        check_finite: raise at the step whose loss, or whose new parameters, are not finite (anomaly mode does so too).
+            Each step then waits for the device. Without, a warning at the end of the block names the steps after which
+            the parameters are no longer finite.
         sync: a process group of torch.distributed (``torch.distributed.group.WORLD``), online only: at the end of the
             block the parameters become their mean over its ranks, which must all come there, with the same networks.
             Nothing is shared otherwise.
@@ -67,6 +70,7 @@ class SlidingWindow:
         TypeError: for an ``offline`` that is no bool, or an option of another type than said.
         ValueError: for an unknown strategy, backend or hvp, a window or slots below 1, both slots and a budget, an
             ``offload`` that is no directory or has nothing to do, or ``sync`` offline or without a process group.
+        LossError: from a step, with ``check_finite``.
         BudgetError: from a step, for a budget in which not even one state can be kept.
         StoreError: from a step or a backward, where an offloaded state cannot be written, or is damaged.
 
@@ -103,6 +107,7 @@ class SlidingWindow:
         memory_budget: int | float | str | None = None,
         slots: int | None = None,
         offload: str | os.PathLike[str] | None = None,
+        check_finite: bool = False,
         sync: Any = False,
         backend: str = "eager",
         hvp: str = "auto",
@@ -130,12 +135,20 @@ class SlidingWindow:
             slots,
             memory_budget,
             offload,
+            check_finite,
             sync,
             how,
         )
         if strategy == "full_tape":
             for name, value in self._said().items():
-                if name not in ("offline", "backward_hook", "record_grad_tape", "pickup_step", "sync"):
+                if name not in (
+                    "offline",
+                    "backward_hook",
+                    "record_grad_tape",
+                    "pickup_step",
+                    "sync",
+                    "check_finite",
+                ):
                     raise ValueError(
                         f"{name}={value!r}: a full_tape window keeps everything, on autograd's own tape; use "
                         "strategy='auto'"

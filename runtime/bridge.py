@@ -50,8 +50,9 @@ class InnerParameter(nn.Parameter):
         # what the tape knows of this parameter is its memory: copy into it (a history cut), never swap it
         if (value.shape, value.dtype, value.device) != (self.shape, self.dtype, self.device):
             raise WindowError(
-                f"p.data = ... inside a window: got {tuple(value.shape)} of {value.dtype} on {value.device}, expected "
-                f"{tuple(self.shape)} of {self.dtype} on {self.device}; convert the network outside the window"
+                f"net.to(...), or p.data = ..., inside a window: got {tuple(value.shape)} of {value.dtype} on "
+                f"{value.device}, expected {tuple(self.shape)} of {self.dtype} on {self.device}; convert the "
+                "network outside the window"
             )
         with torch.no_grad():
             self.copy_(value)

@@ -23,8 +23,10 @@ from ..compiler.capture.entries import Value
 from ..compiler.capture.intercept import recording
 from ..compiler.ir import Assign
 from ..compiler.recorded_program import Program
-from .bridge import STEPPED, InnerParameter, Read, StepLoss, WindowedRead
+from .bridge import STEPPED, InnerParameter, Link, Read, Results, StepLoss, WindowedLoss, WindowedRead
 from .engine import Engine
+from .oversights import Ended, last_ended
+from .session import current_session
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class _Mark:
 
 
 _marks = WeakIdKeyDictionary()
+_OURS = tuple(f._backward_cls for f in (Read, WindowedRead, Results, StepLoss, WindowedLoss, Link))  # type: ignore[attr-defined]  # pyright: ignore
 _READS = (Read._backward_cls, WindowedRead._backward_cls)  # type: ignore[attr-defined]  # pyright: ignore
 _UNREAD = StepLoss._backward_cls  # type: ignore[attr-defined]  # pyright: ignore
 
@@ -178,15 +181,19 @@ def _run_backward(outputs: Any, *args: Any, **kwargs: Any) -> Any:
         recorder = recording.get()
         if recorder is None or not recorder.depth:
             check(outputs, inputs, recorder)
+    elif (session := current_session()) is not None:
+        session.notes.backward(outputs)
+    elif (ended := last_ended()) is not None:
+        ended.backward(outputs, _OURS)
     return _original(outputs, *args, **kwargs)
 
 
-def watch_backward(engine: Engine) -> None:
-    """Look at the ``inputs`` of every backward for as long as the tape of ``engine`` lives."""
+def watch_backward(of: Engine | Ended) -> None:
+    """Look at every backward for as long as a tape, or the memory of a window that has ended, lives."""
     global _installed, _original
     with _lock:
-        _tapes.add(id(engine))
-        weakref.finalize(engine, _release, id(engine)).atexit = False
+        _tapes.add(id(of))
+        weakref.finalize(of, _release, id(of)).atexit = False
         if not _installed:
             _original = _autograd._engine_run_backward
             _autograd._engine_run_backward = _run_backward

@@ -93,7 +93,8 @@ def tell_unreachable(session: Any, sliced: Slice) -> None:
     for x in sliced.externals:
         if x.grad:
             continue
-        for ref in taint.of(x.source).values():
+        source = x.source
+        for ref in taint.of(x.held.tensor if source is None else source).values():
             leaf = ref()
             if (
                 leaf is None
@@ -105,7 +106,7 @@ def tell_unreachable(session: Any, sliced: Slice) -> None:
             _told[leaf] = True
             name = user_name_of(leaf)
             if name is not None and not any(
-                leaf is x for y in sliced.externals if y.grad for x in leaves_of(y.tensor)
+                leaf is x for y in sliced.externals if y.tensor is not None for x in leaves_of(y.tensor)
             ):
                 session.engine.reaches = True  # there is a better explanation
                 warn(

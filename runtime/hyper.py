@@ -10,6 +10,8 @@ from torch import Tensor
 from ..compiler.capture.entries import Number
 from ..compiler.update import Clip, Slot
 
+_NUMBERS = (int, float, Tensor)
+
 
 class Hyper(NamedTuple):
     """The plan's groups and clipping, the slots' values, and what stands for these in the recording."""
@@ -43,6 +45,13 @@ def hyper_of(optimizer: Any, value_of: Callable[[Tensor], Any], lifts: bool) -> 
         slots.append(value)
         return Slot(len(slots) - 1)
 
+    for k, group in enumerate(optimizer.param_groups):
+        for name, default in optimizer.defaults.items():
+            if type(default) in _NUMBERS and not isinstance(group[name], (int, float, Tensor)):
+                raise TypeError(
+                    f"{type(optimizer).__name__}: param_groups[{k}][{name!r}] is {group[name]!r}, expected a number or "
+                    "a tensor"
+                )
     groups = tuple(
         tuple((name, template(group[name])) for name in optimizer.defaults)
         for group in optimizer.param_groups

@@ -158,11 +158,15 @@ class Watch(weakref.ref):
 class Ledger:
     """What counts of a window's holds, without any of them: objects that die at any moment, and in any thread.
 
+    Args:
+        counted: whether anybody asks; otherwise nothing is noted.
+
     Attributes:
         let_go: memory held by reference that the user seems to have let go of, or has overwritten.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, counted: bool) -> None:
+        self.counted = counted
         self.let_go: deque[Watch] = deque()
         self._watches: dict[int, Watch] = {}
         self._let_go = self.let_go.append
@@ -173,6 +177,8 @@ class Ledger:
 
     def watch(self, tensor: Tensor, key: int) -> None:
         """Look out for the death of the tensor that the user has: ``tensor`` may be a view made for a moment."""
+        if not self.counted:
+            return
         base = tensor._base
         watch = self._watches[key] = Watch(tensor if base is None else base, self._let_go)
         watch.key = key
@@ -188,6 +194,8 @@ class Ledger:
 
     def add(self, copy: Memory) -> None:
         """A copy was made."""
+        if not self.counted:
+            return
         ref = _Copy(copy, self._died)
         ref.size = memory_bytes(copy.tensor)
         self._alive.add(ref)
@@ -208,10 +216,13 @@ class _Holds:
 
     __slots__ = ("again", "holds", "memory")
 
-    def __init__(self, memory: Memory) -> None:
-        self.memory = weakref.ref(memory)
+    def __init__(self) -> None:
+        self.memory: weakref.ref[Memory]  # of which views are kept as places in it
         self.holds: list[weakref.ref[Held]] = []
         self.again = 64  # when so many are listed, the dead are looked for
+
+    def __bool__(self) -> bool:
+        return self.memory() is not None or any(ref() is not None for ref in self.holds)
 
     def add(self, held: Held) -> None:
         if len(self.holds) >= self.again:
@@ -234,18 +245,19 @@ class Inputs:
 
     Args:
         is_buffer: whether a tensor is a buffer of the inner networks.
+        counted: whether anybody asks what they come to.
 
     Attributes:
         ledger: what they come to.
     """
 
-    def __init__(self, is_buffer: Callable[[Tensor], bool]) -> None:
+    def __init__(self, is_buffer: Callable[[Tensor], bool], counted: bool = False) -> None:
         self.is_buffer = is_buffer
-        self.ledger = Ledger()
+        self.ledger = Ledger(counted)
         self._copies = WeakIdKeyDictionary()  # tensor -> its version then, the copy
         self._at: dict[int, _Holds] = {}  # storage -> holds by reference
         self._layouts: dict[tuple, tuple] = {}  # to itself
-        self._prune_at = 256
+        self._prune_at = 64
 
     def hold(self, tensor: Tensor) -> Held:
         """``tensor`` as it is now."""
@@ -261,11 +273,13 @@ class Inputs:
         memory = None if holds is None else holds.memory()
         if holds is None or memory is None:
             held = Held(tensor.detach(), checksum(tensor), label)
-            if len(self._at) >= self._prune_at:
-                self._at = {k: v for k, v in self._at.items() if v.memory() is not None}
-                self.ledger.watch_only(self._at)
-                self._prune_at = max(256, 2 * len(self._at))
-            holds = self._at[storage] = _Holds(held.memory)
+            if holds is None:
+                if len(self._at) >= self._prune_at:
+                    self._at = {k: v for k, v in self._at.items() if v}
+                    self.ledger.watch_only(self._at)
+                    self._prune_at = max(64, 2 * len(self._at))
+                holds = self._at[storage] = _Holds()
+            holds.memory = weakref.ref(held.memory)
             self.ledger.watch(tensor, storage)
         elif _lie_alike(memory.tensor, tensor):
             held = Held(memory, checksum(tensor), label)

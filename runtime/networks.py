@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter, is_lazy
+from torch.utils.weak import WeakIdKeyDictionary
 
 from metaoptim.errors import WindowError
 
@@ -40,7 +41,7 @@ class Networks:
         self._frozen: dict[int, tuple[nn.Parameter, nn.Module]] = {}
         self._lazy: dict[int, tuple[nn.Module, str]] = {}  # modules with a buffer that was not there at entry
         self._backups: list[tuple[nn.Parameter, nn.Module, Tensor]] = []
-        self._read: dict[int, Tensor] = {}  # running statistics that autograd has saved
+        self._read = WeakIdKeyDictionary()  # running statistics that autograd has saved
 
     def index_of(self, parameter: Tensor) -> int | None:
         """The ordinal of one of the user's own parameters."""
@@ -211,9 +212,9 @@ class Networks:
         """
         if not training:
             if torch.is_grad_enabled():
-                self._read.update((id(s), s) for s in stats)
+                self._read.update((s, None) for s in stats)
             return list(stats)
-        return [self._renew(s) if id(s) in self._read else s for s in stats]
+        return [self._renew(s) if s in self._read else s for s in stats]
 
     def _renew(self, buffer: Tensor) -> Tensor:
         places = [(m, name) for m, name, _ in self._buffers if m._buffers.get(name) is buffer]

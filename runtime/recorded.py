@@ -31,6 +31,7 @@ from .engine import Engine
 from .hyper import Hyper, hyper_of
 from .inputs import Held
 from .offload import check_device, tier_for
+from .oversights import Ended, all_finite
 from .session import Options, Session, gradient, refuse_overwritten
 from .streaming import Streaming
 from .theta import ThetaView
@@ -140,6 +141,33 @@ class RecordedSession(Session):
             return error
         return None
 
+    def _since_when(self, steps: int) -> str:
+        """Between which of the states that are kept it began."""
+        last_good, first_bad = self.program.start, self.program.end
+        for position in reversed(self.engine.store.positions):
+            if all_finite(self.engine.store[position]):
+                last_good = position
+                break
+            first_bad = position
+        taken = [steps] * 2
+        for k, position in enumerate((last_good, first_bad)):
+            rest = range(position, self.program.end)
+            taken[k] -= sum(isinstance(call := self.program[q], StepCall) and call.step.steps for q in rest)
+        first, last = taken[0], taken[1] - 1
+        return (
+            f"after inner step {last}" if first >= last else f"after one of the inner steps {first} to {last}"
+        )
+
+    def _ended(self) -> Ended | None:
+        names = zip(self.networks.names, self.networks.originals, strict=True)
+        own = {n: p for i, (n, p) in enumerate(names) if i in self.networks.joined}
+        steps = sum(member.steps for member in self.members.values())
+        asked = self.engine.vjps > 0
+        ended = Ended(self.options.offline, own, asked, self.engine.reaches) if steps else None
+        if ended is not None and not asked:
+            bypass.watch_backward(ended)
+        return ended
+
     def close(self, failed: bool) -> None:
         """End; what was offloaded is removed if the block failed, else when nothing can ask for it any more."""
         ended = False
@@ -155,8 +183,8 @@ class RecordedSession(Session):
         root = self.view.recording.root_of(loss)
         if isinstance(root, External):
             raise LossError(
-                f"{type(optimizer).__name__}.step: the loss was not computed inside this window; compute it "
-                "inside the block, from the networks as they are now"
+                f"{type(optimizer).__name__}.step: the loss was not computed inside this window, or is left over from "
+                "before a step by a later loss; compute it inside the block, from the networks as they are now"
             )
         hyper = hyper_of(optimizer, self.view.recording.value_of, self._lifts)
         sliced, epoch = self.view.slice([root, *hyper.roots])
@@ -171,7 +199,7 @@ class RecordedSession(Session):
                 ordinal = self.view.indices.index(theta.index)
                 if theta.tensor is self.networks.shown[ordinal] and ordinal in self.ordinals(optimizer):
                     refuse_overwritten(self.networks.names[ordinal])
-        metas = [x.tensor for x in sliced.externals if x.grad]
+        metas = [x.tensor for x in sliced.externals if x.tensor is not None]
         self.look_at(metas)
         update = self._plan(optimizer, loss, sliced, hyper, allow_unused)
         if sliced.spies:  # only now have the hooks run
@@ -194,7 +222,7 @@ class RecordedSession(Session):
             *zip(call.update, new, strict=True),
             *zip(call.opt_state_out, (v for s in new_states for v in s.values()), strict=True),
         ]
-        metas = [x.tensor for x in sliced.externals if x.grad]  # after the hooks
+        metas = [x.tensor for x in sliced.externals if x.tensor is not None]  # after the hooks
         position = self.engine.position
         for value in sliced.values:
             if not value.steps or value.steps[-1] != position:
@@ -422,9 +450,12 @@ class RecordedSession(Session):
 def _check_requires_grad(sliced: Slice) -> None:
     for x in sliced.externals:
         # autograd looks at a saved leaf again in the backward: what it makes of it is neither the one nor the other
-        if not x.written and x.tensor is x.source and x.grad != x.source.requires_grad:
+        source = x.source
+        if source is None or x.written or (x.grad and x.tensor is not source):
+            continue
+        if x.grad != source.requires_grad:
             raise CaptureError(
-                f"requires_grad of a tensor of shape {tuple(x.source.shape)} changed between its use in the loss "
+                f"requires_grad of a tensor of shape {tuple(source.shape)} changed between its use in the loss "
                 "and the step; change it before the loss or after the step, or use tensor.detach() in a part of it"
             )
 

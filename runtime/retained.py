@@ -2,42 +2,34 @@
 
 from __future__ import annotations
 
-import weakref
 from collections import deque
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ..compiler.program import memory_bytes
 from .inputs import Held, Memory, Watch
 from .noise import GENERATOR_BYTES
-
-_NONE: frozenset[int] = frozenset()
 
 
 class _Kept:
     """What is held of one piece of memory.
 
     Attributes:
-        memories: ids of what refers to it, each by one tensor.
-        last: the one that came last, weakly.
+        memories: what refers to it, each by one tensor.
         sure: bytes of it that count.
         recent: likewise, until the next step.
     """
 
-    __slots__ = ("last", "memories", "recent", "sure")
+    __slots__ = ("memories", "recent", "sure")
 
     def __init__(self, memory: Memory) -> None:
-        self.memories: Set[int] = {id(memory)}
-        self.last = weakref.ref(memory)
+        self.memories = WeakSet([memory])
         self.sure = self.recent = 0
-
-    def add(self, memory: Memory) -> None:
-        if not self.sure:
-            self.memories |= {id(memory)}
-        self.last = weakref.ref(memory)
 
     def others(self, tensor: Tensor) -> int:
         """How many tensors of somebody else's refer to it, of which ``tensor`` is one of ours."""
@@ -62,7 +54,7 @@ class Retained:
         self._memories: dict[int, _Kept] = {}
         # step -> what to look at, and for how many steps nobody has looked
         self._due: dict[int, list[tuple[int, _Kept, int]]] = {}
-        self._sparse: set[int] = set()
+        self._sparse = WeakIdKeyDictionary()
 
     @property
     def bytes(self) -> int:
@@ -88,14 +80,14 @@ class Retained:
                 continue
             key = tensor.untyped_storage()._cdata
             kept = self._memories.get(key)
-            if kept is not None and kept.last() is None:  # other memory in the same place
+            if kept is not None and not kept.memories:  # other memory in the same place
                 self._forget(key, kept)
                 kept = None
             if kept is None:
                 kept = self._memories[key] = _Kept(held.memory)
                 self._look(key, kept, 1)
             else:
-                kept.add(held.memory)
+                kept.memories.add(held.memory)
 
     def look(self) -> None:
         """Look at what seems to have been dropped."""
@@ -107,7 +99,7 @@ class Retained:
     def _look(self, key: int, kept: _Kept, age: int = 0) -> None:
         if self._memories.get(key) is not kept:
             return
-        memory = kept.last()
+        memory = next(iter(kept.memories), None)
         if memory is None:
             self._forget(key, kept)
             return
@@ -115,7 +107,7 @@ class Retained:
             return
         size, others = memory.tensor.untyped_storage().nbytes(), kept.others(memory.tensor)
         if not others:
-            kept.sure, kept.memories = size, _NONE
+            kept.sure = size
             self._sure += size
             if kept.recent == self._step:
                 self._recent -= size
@@ -132,6 +124,6 @@ class Retained:
 
     def _take_sparse(self, tensor: Tensor) -> None:
         """Nobody can tell who refers to the parts of it."""
-        if id(tensor) not in self._sparse:
-            self._sparse.add(id(tensor))
+        if tensor not in self._sparse:
+            self._sparse[tensor] = True
             self._sure += memory_bytes(tensor)

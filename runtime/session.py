@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaoptim.errors import CaptureError, LossError, MetaOptimError, WindowError
+from metaoptim.errors import CaptureError, LossError, MetaOptimError, WindowError, user_location, warn
 
 from ..compiler.build import GradientHooks
 from ..compiler.capture import intercept
 from ..compiler.capture.entries import Spy
 from ..compiler.ir import Lowering
+from . import oversights
 from .distributed import average
 from .networks import Networks
 
@@ -41,6 +42,7 @@ class Options:
     slots: int | None = None
     memory_budget: int | float | str | None = None
     offload: str | os.PathLike[str] | None = None
+    check_finite: bool = False
     sync: Any = False
     lowering: Lowering = WINDOW
 
@@ -92,7 +94,13 @@ def gradient(*args: Any, **options: Any) -> tuple[Tensor | None, ...]:
     except (MetaOptimError, torch.OutOfMemoryError):
         raise
     except RuntimeError as error:
-        raise LossError(f"the gradient of the inner loss cannot be taken: {error}") from error
+        freed = "second time" in str(error)
+        raise LossError(
+            "the graph of the inner loss has been freed by a backward: inner.step(loss) takes the gradient of the loss "
+            "itself. Take loss.backward() before it out, or, if it is an outer loss too, say retain_graph=True"
+            if freed
+            else f"the gradient of the inner loss cannot be taken: {error}"
+        ) from error
 
 
 class Session:
@@ -115,6 +123,7 @@ class Session:
         self.members: dict[int, _Member] = {}
         self.closed: set[int] = set()
         self._grads: list[Tensor | None] = []
+        self.notes = oversights.Notes()
 
     # -- what a strategy states ----------------------------------------------------------------------------------
 
@@ -146,6 +155,7 @@ class Session:
     def open(self) -> None:
         """Begin: from here on the calling thread's code is the window's."""
         intercept.install()
+        oversights.remember(None)
         _current.set(self)
         intercept.recording.set(self.recorder)
         intercept.binding.set(self.networks.bind)
@@ -198,6 +208,11 @@ class Session:
     def step(self, optimizer: Any, loss: Any, allow_unused: bool) -> None:
         """One inner step; nothing changes if it raises."""
         name = type(optimizer).__name__
+        if loss is None:
+            raise LossError(
+                f"{name}.step: got no loss, expected {name}.step(loss): the step takes the gradient of the inner loss "
+                "itself. Take loss.backward() and zero_grad() out"
+            )
         if not isinstance(loss, Tensor):
             raise LossError(
                 f"{name}.step: got {type(loss).__name__}, expected the inner loss as a tensor"
@@ -219,16 +234,27 @@ class Session:
         member = self.members[id(optimizer)]
         with self.recorder.paused(), torch._C._DisableAutocast():
             self.networks.check()
-            anomaly = torch.is_anomaly_enabled() and not self.recorder.symbolic
-            if anomaly and not bool(torch.isfinite(loss)):
-                raise LossError(f"{name}.step {member.steps}: the inner loss is {float(loss.detach())}")
+            if not self.ordinals(optimizer):
+                raise LossError(
+                    f"{name}.step: none of its networks' parameters requires grad, so there is nothing to train; "
+                    "unfreeze some with requires_grad_(True)"
+                )
+            checked = (self.options.check_finite or torch.is_anomaly_enabled()) and not self.recorder.symbolic
+            if checked and not bool(torch.isfinite(loss)):
+                raise LossError(
+                    f"{name}.step {member.steps} (counted from 0): the inner loss is {float(loss.detach())}, expected "
+                    "a finite number; lower the learning rate, clip with reset_grad_normalizer(), or mend the loss"
+                )
             before = self._record_tape(optimizer, member) if self.options.record_grad_tape else []
             self._step(optimizer, loss, allow_unused)
             optimizer._tape = [*(optimizer._tape if member.steps else ()), *before]
             if member.steps == self.options.pickup_step:
                 self._pick(optimizer, member)
+            if not self.recorder.symbolic:
+                self.notes.stepped(name, member.steps, loss, self.recorder.clipped)
+                self.recorder.clipped = ""
             member.steps += 1
-            if anomaly:
+            if checked:
                 self._check_finite(optimizer, member)
 
     def refuse_strangers(self, among: Collection[int] | None = None) -> None:
@@ -336,16 +362,55 @@ class Session:
         for i in self.ordinals(optimizer):
             if not bool(torch.isfinite(self.networks.shown[i].detach()).all()):
                 raise LossError(
-                    f"{type(optimizer).__name__}.step {member.steps - 1} made parameter "
-                    f"{self.networks.names[i]!r} non-finite"
+                    f"{type(optimizer).__name__}.step {member.steps - 1} (counted from 0) made parameter "
+                    f"{self.networks.names[i]!r} non-finite: its gradient or the update overflows; lower the learning "
+                    "rate, or clip with reset_grad_normalizer()"
                 )
+
+    # -- oversights ----------------------------------------------------------------------------------------------
+
+    def note_step_of(self, optimizer: torch.optim.Optimizer) -> None:
+        """An optimizer of torch steps inside the block."""
+        what = f"{type(optimizer).__name__}.step at {user_location()}"
+        own = {id(p): name for p, name in zip(self.networks.originals, self.networks.names, strict=True)}
+        moved = [p for group in optimizer.param_groups for p in group["params"]]
+        self.notes.steps_of_others.update((own[id(p)], what) for p in moved if id(p) in own)
+
+    def _tell_oversights(self) -> None:
+        """Warn of what the whole block shows."""
+        if self.recorder.symbolic:
+            return
+        steps = sum(member.steps for member in self.members.values())
+        if not steps and self.notes.steps_of_others:
+            names, what = [*self.notes.steps_of_others], next(iter(self.notes.steps_of_others.values()))
+            warn(
+                f"{what} moved {oversights.names_text(names)} in a window in which no inner optimizer has stepped, so "
+                "nothing in it was differentiated or put back; take inner steps by inner.step(loss)"
+            )
+        shown = [self.networks.shown[i].detach() for i in self.networks.joined] if steps else []
+        if not self.notes.loss_told and not oversights.all_finite(shown):
+            warn(
+                f"the parameters are no longer finite {self._since_when(steps)}, so that gradients through this window "
+                "mean nothing; SlidingWindow(check_finite=True) raises at the step where that begins"
+            )
+
+    def _since_when(self, steps: int) -> str:
+        return f"after {steps} inner steps"
+
+    def _ended(self) -> oversights.Ended | None:
+        """What is to be looked at afterwards."""
+        return None
 
     # -- exit ----------------------------------------------------------------------------------------------------
 
     def close(self, failed: bool) -> None:
         """End: networks, buffers and optimizers as the mode says, or as at entry if the block failed."""
         self.recorder.depth += 1  # from here on nothing is the window's any more
+        ended = None
         try:
+            if not failed:
+                self._tell_oversights()
+                ended = self._ended()
             error = (self._rebinding() or self._unsettled()) if not failed else None
             late = self._missing_pickup() if not failed and error is None else None
             if failed or error or late:
@@ -367,6 +432,7 @@ class Session:
             intercept.binding.set(None)
             _current.set(None)
             intercept.uninstall()
+            oversights.remember(ended)
             self._close()
             self.members.clear()
 

@@ -48,6 +48,11 @@ class SlotStore:
         return self._positions[0]
 
     @property
+    def positions(self) -> list[int]:
+        """The positions held, ascending."""
+        return list(self._positions)
+
+    @property
     def states(self) -> list[State]:
         """All states held."""
         return list(self._states.values())

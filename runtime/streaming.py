@@ -139,13 +139,15 @@ class Streaming:
         at = (
             f"at inner step {engine.program.horizon + 1}" if more else f"after {engine.program.horizon} steps"
         )
+        grown = (
+            f"; {readable_bytes(self._grown)} of it grow with the steps (inputs that only the window holds: keep the "
+            "batches in one tensor and pass slices of it)"
+            if self._grown
+            else ""
+        )
         raise BudgetError(
-            f"memory_budget: {readable_bytes(self.budget)} ({self.budget} bytes) is too small {at}: up to here the "
-            f"smallest feasible budget is {minimum} bytes ({readable_bytes(minimum)}), of which "
-            f"{readable_bytes(self._grown)} are inputs of inner steps, copies of those that were overwritten, values "
-            "written into parameters, or gradients of what single steps have read, that only the window holds, or may "
-            "hold once you let go of them; keep the batches in one tensor of yours and pass slices of it, or raise the "
-            "budget",
+            f"memory_budget: {readable_bytes(self.budget)} ({self.budget} bytes) is too small {at}: the smallest "
+            f"feasible budget so far is {minimum} bytes ({readable_bytes(minimum)}){grown}",
             minimum,
         )
 

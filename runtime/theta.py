@@ -63,7 +63,7 @@ class ThetaView:
         self._storages: dict[int, int] | None = None
         self._token = new_token()
         self._lives: weakref.WeakSet[Life] = weakref.WeakSet()  # of reads since a Link, at their super-steps
-        self.inputs = Inputs(networks.is_buffer)
+        self.inputs = Inputs(networks.is_buffer, counted=options.slots is None)
         self._metas: dict[tuple, tuple[int, Tensor]] = {}  # identity -> number, the tensor
         self._numbered = 0
 
@@ -234,15 +234,31 @@ class ThetaView:
         loss, *others = roots
         for carry in (True, False):
             sliced = Slice([loss, *others], self.late, carry)
-            if sliced.consistent:
-                for epoch in (self.epochs[0], *reversed(self.epochs)):
-                    if all(self._is_of(t, epoch) for t in sliced.thetas):
-                        self._check_parted(epoch)
-                        return sliced, epoch
+            epoch = self._epoch_of(sliced) if sliced.consistent else None
+            if epoch is not None:
+                self._check_parted(epoch)
+                return sliced, epoch
         raise CaptureError(
             "the loss reads parameters of several inner steps in a way that cannot be told apart; compute "
             "each loss from the networks as they are at one step"
         )
+
+    def _epoch_of(self, sliced: Slice) -> Epoch | None:
+        """The epoch in which a loss first read theta, or a later one if what it read there was not yet the same.
+
+        So a compiled function divides its steps, too.
+        """
+        first = sliced.entries[0].epoch
+        begun = self.epochs.index(first) if first in self.epochs else 0
+        for epoch in self.epochs[begun:]:
+            if all(self._is_of(t, epoch) for t in sliced.thetas):
+                break
+        else:
+            return None
+        oldest = self.epochs[0]
+        if self.sliding is None and epoch is self.epochs[-1] and all(_same(t, oldest) for t in sliced.thetas):
+            return oldest  # the super-step goes on where it can: losses may be left that were computed before
+        return epoch
 
     def _check_parted(self, epoch: Epoch) -> None:
         """Raise where a sliding window finds no end of a super-step that has swallowed more than W rounds."""
@@ -261,9 +277,7 @@ class ThetaView:
     def _is_of(self, theta: Theta, epoch: Epoch) -> bool:
         if epoch.position < self._since[theta.index]:
             return False
-        if epoch.theta.get(id(theta.tensor)) is theta or id(theta.tensor) in self.late:
-            return True
-        return any(t.index == theta.index and t.version is theta.version for t in epoch.theta.values())
+        return id(theta.tensor) in self.late or _same(theta, epoch)
 
     def unchanged(self, theta: Theta) -> bool:
         """Whether this version is still the one shown."""
@@ -440,3 +454,10 @@ class ThetaView:
         self.recorder.release()
         if self.sliding is not None:
             self.sliding.close()
+
+
+def _same(theta: Theta, epoch: Epoch) -> bool:
+    """Whether the networks showed this version in ``epoch``, on the tape or not yet."""
+    if epoch.theta.get(id(theta.tensor)) is theta:
+        return True
+    return any(t.index == theta.index and t.version is theta.version for t in epoch.theta.values())

@@ -1,23 +1,30 @@
-"""PyTorch's own operator database inside inner loops, in every form.
+"""PyTorch's own operator database inside inner loops, in every form; docs/operators.md publishes what is refused.
 
-A share of the operators by default, all of them with ``--whole-sweep``.
+A share of the operators by default, with those that are refused; all of them with ``--whole-sweep``.
 """
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
-from operators import OPS, SHARE, sweep
+from operators import OPS, SHARE, TABLE, rows, sweep
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """``operator``: the name of one."""
     if "operator" in metafunc.fixturenames:
         whole = metafunc.config.getoption("--whole-sweep")
-        metafunc.parametrize("operator", [*OPS] if whole else [*OPS][::SHARE])
+        refused = set(re.findall(r"^\| `([\w.]+)", TABLE.read_text(), re.MULTILINE))
+        refused |= {name.rpartition(".")[0] for name in refused}
+        share = [*OPS][::SHARE]
+        metafunc.parametrize("operator", [n for n in OPS if whole or n in share or n in refused])
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_operator(operator: str) -> None:
     found = list(sweep(operator))
     assert not [str(f) for f in found if f.outcome in ("wrong", "crashed")]
+    names = tuple(f"| `{name}` |" for name in {f.name for f in found})
+    assert rows(found) == [line for line in TABLE.read_text().splitlines() if line.startswith(names)]

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import metaoptim
-from forms import Made, compare, full_tape, leaf, mlp
+from forms import Made, compare, full_tape, leaf, mlp, outcome
 from metaoptim.compiler.ir import Loop
 from metaoptim.compiler.passes.loop import loop
 from metaoptim.compiler.program import RolledProgram
@@ -329,6 +329,59 @@ def test_a_round_is_not_parted_when_a_sliding_window_forgets() -> None:
     for more in range(13_600, 22_440, 680):
         found = run(memory_budget=caught.value.minimum + more)
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=0)
+
+
+def _independent(kind: str, **window: Any) -> Made:
+    """Networks that do not read one another, with steps of their own before, between or after losses of a round."""
+    nets, rate = [mlp(seed) for seed in range(3)], leaf(0.1)
+    xs = numbers(5, 3)
+
+    def of(make: Any) -> Tensor:
+        first, second, third = (metaoptim.MetaSGD([net], lr=rate) for net in nets)
+        with make(**window):
+            for x in xs:
+                if kind == "by turns":
+                    first.step(nets[0](x).square().mean())
+                    second.step(nets[1](x).sin().mean())
+                elif kind == "one more step before":
+                    first.step(nets[0](x).square().mean())
+                    losses = [nets[0](x).tanh().mean(), nets[1](x).sin().mean(), nets[2](x).cos().mean()]
+                    second.step(losses[1])
+                    first.step(losses[0])
+                    third.step(losses[2])
+                else:
+                    losses = [nets[0](x).tanh().mean(), nets[2](x).cos().mean()]
+                    first.step(losses[0])
+                    second.step(nets[1](x).sin().mean())
+                    third.step(losses[1])
+            return (nets[0](xs[0]) * nets[1](xs[1]) * nets[2](xs[2])).square().mean()
+
+    if window.get("offline"):
+        return Made(of, [rate, *(p for net in nets for p in net.parameters())])
+    return Made(of, [rate])
+
+
+@pytest.mark.parametrize("kind", ["by turns", "one more step before", "one more step between"])
+def test_steps_of_independent_networks(kind: str) -> None:
+    """A loss belongs to the parameters that it was computed from, whatever has not changed since others."""
+    expected = dict(outcome(made := _independent(kind, offline=True), made.of, full_tape))
+    for options in ({}, {"slots": 2}):
+        made = _independent(kind, offline=True, **options)
+        for name, found in outcome(made, made.of, metaoptim.SlidingWindow):
+            torch.testing.assert_close(found, expected[name], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("window", [1, 2, 3])
+@pytest.mark.parametrize("kind", ["by turns", "one more step before"])
+def test_sliding_windows_and_functions_count_the_same_super_steps(kind: str, window: int) -> None:
+    compare(lambda: _independent(kind, window=window), metaoptim.SlidingWindow)
+
+
+def test_a_sliding_window_refuses_a_loss_from_before_the_super_step() -> None:
+    """A compiled function, which sees the whole loop, counts such a round as one."""
+    made = _independent("one more step between", window=2)
+    with pytest.raises(metaoptim.LossError, match="before the round"):
+        made.of(metaoptim.SlidingWindow)
 
 
 @pytest.mark.parametrize("late", [True, False])

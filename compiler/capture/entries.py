@@ -11,6 +11,8 @@ from torch import Tensor
 
 from metaoptim.errors import CaptureError
 
+from .storages import ByStorage
+
 _DETACH = torch.ops.aten.detach.default
 
 
@@ -42,21 +44,19 @@ class Epoch:
         position: the tape position whose state the networks show.
         superstep: ordinal of the super-step it was opened in.
         theta: id of a tensor the networks show -> its `Theta`.
-        writes: storage -> in-place entries on it, oldest first.
+        writes: memory -> in-place entries on it, oldest first.
         externals: id of a tensor read from outside -> weak reference to what stands for it.
-        written: those that recorded in-place calls go into.
-        apart: storages of values that are set apart (see `Value`).
+        apart: memory of values that are set apart (see `Value`).
         read: whether any theta has been read in it.
     """
 
-    __slots__ = ("position", "superstep", "theta", "writes", "externals", "written", "apart", "read")
+    __slots__ = ("position", "superstep", "theta", "writes", "externals", "apart", "read")
 
     def __init__(self, position: int, superstep: int, theta: dict[int, Theta]) -> None:
         self.position, self.superstep, self.theta = position, superstep, theta
-        self.writes: dict[int, list[Entry]] = {}
+        self.writes: ByStorage[list[Entry]] = ByStorage()
         self.externals: dict[int, weakref.ref[External]] = {}
-        self.written: list[External] = []
-        self.apart: set[int] = set()
+        self.apart: ByStorage[bool] = ByStorage()
         self.read = False
 
 
@@ -99,20 +99,26 @@ class External:
     """A tensor that came from outside what is recorded, as it was read.
 
     Attributes:
-        source: the tensor object that was read.
-        tensor: where its gradient goes: the source, or a copy with the history that the source had when it was read.
+        tensor: where its gradient goes, if it could carry one: the source, or a copy with the history that the source
+            had when it was read.
         grad: whether it could carry a gradient then.
         held: the guard's hold on its value.
         written: whether recorded in-place calls go into it, so that it is read anew from the recording.
         suspect: whether its memory may have changed since behind autograd's back, which may have saved it.
     """
 
-    __slots__ = ("source", "tensor", "version", "grad", "held", "written", "suspect", "__weakref__")
+    __slots__ = ("_source", "tensor", "version", "grad", "held", "written", "suspect", "__weakref__")
 
     def __init__(self, tensor: Tensor, held: Any) -> None:
-        self.source = self.tensor = tensor
+        self._source = weakref.ref(tensor)  # calls that write into it would keep it alive, and it them
         self.version, self.grad = version_of(tensor), tensor.requires_grad
+        self.tensor = tensor if self.grad else None
         self.held, self.written, self.suspect = held, False, False
+
+    @property
+    def source(self) -> Tensor | None:
+        """The tensor object that was read, if it is alive."""
+        return self._source()
 
 
 class Carried:

@@ -24,7 +24,7 @@ def write(recorder: Any, op: Any, info: OpInfo, args: tuple, kwargs: dict) -> An
     targets = written(info, args, kwargs)
     guard, recording = recorder.guard, recorder.recording
     grad, epoch = torch.is_grad_enabled(), recording.epoch
-    if epoch.apart and any(t.untyped_storage()._cdata in epoch.apart for t in targets):
+    if epoch.apart and any(t in epoch.apart for t in targets):
         raise CaptureError(
             "a tensor with a hook or retain_grad() was changed in place; clone it before the change"
         )
@@ -58,11 +58,11 @@ def write(recorder: Any, op: Any, info: OpInfo, args: tuple, kwargs: dict) -> An
         if not grad or recorder.taint.of_storage:
             recorder.taint.note(reads, targets, epoch.theta)
         return out
-    for t in targets:
-        _adopt_target(recording, t)
+    adopted = [_adopt_target(recording, t) for t in targets]  # alive until the call refers to them
     tokens = tuple(recording.token(a) for a in args)
     kw = {k: recording.token(v) for k, v in kwargs.items()}
     entry = recording.entry(op, tokens, kw, tensors_in(reads), grad)
+    del adopted
     if grad:
         keep_histories(recorder, targets)
     if op in MASKED:
@@ -79,7 +79,11 @@ def write(recorder: Any, op: Any, info: OpInfo, args: tuple, kwargs: dict) -> An
             {},
         )
     for t in targets:
-        epoch.writes.setdefault(t.untyped_storage()._cdata, []).append(entry)
+        known = epoch.writes.get(t)
+        if known is None:
+            epoch.writes[t] = [entry]
+        else:
+            known.append(entry)
     recording.bind_outputs(entry, out)
     return out
 
@@ -96,7 +100,7 @@ def _sharing(recording: Recording, targets: list[Tensor]) -> list[tuple[int, Val
     return found
 
 
-def _adopt_target(recording: Recording, t: Tensor) -> None:
+def _adopt_target(recording: Recording, t: Tensor) -> list[External]:
     """From now on what ``t`` holds is what the recording says: it is about to be written by a recorded call."""
     epoch = recording.epoch
     base = t._base if t._is_view() and t._base is not None else t
@@ -104,8 +108,9 @@ def _adopt_target(recording: Recording, t: Tensor) -> None:
         if recording.known(t) is None and base is not t:
             recording.alias_of(t, base)
         storage = t.untyped_storage()._cdata
-        read = [ref() for ref in epoch.externals.values()]  # of which ``t`` may be a recorded view
-        touched = [x for x in read if x is not None and x.source.untyped_storage()._cdata == storage]
+        read = [x for ref in epoch.externals.values() if (x := ref()) is not None]
+        # of which ``t`` may be a recorded view
+        touched = [x for x in read if (s := x.source) is not None and s.untyped_storage()._cdata == storage]
     else:
         found = recording.value_of(base)
         external = found.external if isinstance(found, Carried) else found
@@ -113,20 +118,18 @@ def _adopt_target(recording: Recording, t: Tensor) -> None:
             raise CaptureError("a tensor that autograd has saved was changed in place; clone it first")
         touched = [external]
     for x in touched:
-        if not x.written:
-            x.written = True
-            epoch.written.append(x)
+        x.written = True
+    return touched
 
 
 def keep_histories(recorder: Any, targets: list[Tensor], dispatching: bool = True) -> None:
     """An in-place call gives its target a new history: what was read of it keeps the old one."""
     recording = recorder.recording
     storages = {t.untyped_storage()._cdata for t in targets}
-    recording.histories = [ref for ref in recording.histories if ref() is not None]
-    for ref in recording.histories:
-        x = ref()
-        if x is not None and x.tensor is x.source and x.source.untyped_storage()._cdata in storages:
+    for x in recording.histories:
+        source = x.source
+        if source is not None and x.tensor is source and source.untyped_storage()._cdata in storages:
             # within an operator's dispatch autograd is off until it is asked back
             again = enable_reentrant_dispatch() if dispatching else nullcontext()
             with recorder.paused(), again, torch.enable_grad():
-                x.tensor = x.source.clone()
+                x.tensor = source.clone()

@@ -14,12 +14,13 @@ import torch
 import torch.utils.checkpoint as checkpointing
 from torch import Tensor
 from torch.autograd.function import _SingleLevelFunction
+from torch.nn.utils import clip_grad
 from torch.utils.hooks import RemovableHandle
 
-from metaoptim.errors import CaptureError
+from metaoptim.errors import CaptureError, WindowError, user_location
 
 from . import memory
-from .entries import Spy
+from .entries import Spy, Theta
 
 recording: ContextVar[Any] = ContextVar("metaoptim_recorder", default=None)
 # Called with the function handed to checkpoint; returns one that recomputes with the parameters of now.
@@ -132,6 +133,35 @@ def _as_dlpack(self: Tensor, **kwargs: Any) -> Any:
     return _original["__dlpack__"](self, **kwargs)
 
 
+# -- torch's optimizers and clipping, which do not act on inner steps --------------------------------------------------
+
+
+def _add_param_group(self: Any, param_group: dict[str, Any]) -> None:
+    recorder, given = _recorder(), param_group.get("params")
+    if recorder is not None and not recorder.symbolic and given is not None:
+        given = [given] if isinstance(given, Tensor) else list(given)
+        if _has_theta(recorder, given):
+            raise WindowError(
+                f"{type(self).__name__} was built inside a window, where the networks show parameters of the step at "
+                "hand; build it before the block, from the networks' own parameters"
+            )
+        param_group = {**param_group, "params": given}
+    _original["add_param_group"](self, param_group)
+
+
+def _has_theta(recorder: Any, tensors: list[Any]) -> bool:
+    return any(isinstance(t, Tensor) and isinstance(recorder.recording.known(t), Theta) for t in tensors)
+
+
+def _clip(parameters: Any, *args: Any, **kwargs: Any) -> Any:
+    recorder = _recorder()
+    if recorder is not None and not recorder.symbolic:
+        parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        if _has_theta(recorder, parameters):
+            recorder.clipped = user_location()
+    return _original["_clip_grads_with_norm_"](parameters, *args, **kwargs)
+
+
 # -- installing -------------------------------------------------------------------------------------------------------
 
 _WRAPPERS: tuple[tuple[Any, str, Any], ...] = (
@@ -144,6 +174,8 @@ _WRAPPERS: tuple[tuple[Any, str, Any], ...] = (
     (Tensor, "data", property(_get_data, _set_data)),
     (Tensor, "numpy", _as_numpy),
     (Tensor, "__dlpack__", _as_dlpack),
+    (torch.optim.Optimizer, "add_param_group", _add_param_group),
+    (clip_grad, "_clip_grads_with_norm_", _clip),
 )
 _MISSING = object()
 _saved: list[Any] = []

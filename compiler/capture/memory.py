@@ -6,7 +6,6 @@ of neither value. Such tensors are `suspect`: the gradient of a step on them is 
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable
 from typing import Any
 
@@ -25,10 +24,7 @@ def _storage(t: Tensor) -> int:
 
 def note_loose(recorder: Any, t: Tensor) -> None:
     """``t`` shares memory with another tensor, and no version counter (``.data``)."""
-    loose = recorder.loose
-    if len(loose) >= 256 and len(loose) & (len(loose) - 1) == 0:  # at powers of two
-        recorder.loose = loose = {k: ref for k, ref in loose.items() if ref() is not None}
-    loose[id(t)] = weakref.ref(t)
+    recorder.loose[id(t)] = t
 
 
 def before_write(recorder: Any, targets: Iterable[Tensor]) -> None:
@@ -77,11 +73,8 @@ def relies_on(recorder: Any, t: Tensor) -> bool:
 
 
 def _is_loose(recorder: Any, t: Tensor) -> bool:
-    for x in (t, t._base if t._is_view() else None):
-        ref = None if x is None else recorder.loose.get(id(x))
-        if ref is not None and ref() is x:
-            return True
-    return False
+    base = t._base if t._is_view() else None
+    return any(x is not None and recorder.loose.get(id(x)) is x for x in (t, base))
 
 
 def _suspect(recorder: Any, targets: list[Tensor]) -> None:
@@ -92,7 +85,7 @@ def _suspect(recorder: Any, targets: list[Tensor]) -> None:
         read = [(x, x.source) for ref in epoch.externals.values() if (x := ref()) is not None]
         read += [(theta, theta.tensor) for theta in epoch.theta.values()]
         for x, t in read:
-            if _storage(t) in storages:
+            if t is not None and _storage(t) in storages:
                 x.suspect = True
     for value in recorder.recording.values.values():
         t = value.ref()
@@ -110,4 +103,7 @@ def _is_outside(value: Value, storage: int) -> bool:
     found: Any = value
     while isinstance(found, (Value, Carried)):
         found = found.value if isinstance(found, Carried) else next(iter(found.entry.args), None)
-    return isinstance(found, External) and not found.written and _storage(found.source) == storage
+    if not isinstance(found, External) or found.written:
+        return False
+    source = found.source
+    return source is not None and _storage(source) == storage

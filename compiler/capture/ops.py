@@ -205,6 +205,11 @@ def lstm_by_parts(
     return torch.stack(outputs), h.reshape(hx.shape), c.reshape(cx.shape), None
 
 
+def trace_by_sum(x: Tensor) -> Tensor:
+    """The trace: the second derivative of torch's own looks at values."""
+    return x.diagonal().sum()
+
+
 # Operators without a second derivative, or without one that can be traced, and what stands for them in a step graph.
 SUBSTITUTES: dict[Any, Any] = {
     aten._scaled_dot_product_flash_attention_for_cpu.default: attention_by_math,
@@ -212,4 +217,5 @@ SUBSTITUTES: dict[Any, Any] = {
     aten._scaled_dot_product_cudnn_attention.default: _cuda_cudnn,
     aten._scaled_dot_product_efficient_attention.default: _cuda_efficient,
     aten.mkldnn_rnn_layer.default: lstm_by_parts,
+    aten.trace.default: trace_by_sum,
 }

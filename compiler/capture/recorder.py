@@ -45,8 +45,10 @@ class Recorder(TorchDispatchMode):
         self.guard: Any = guard
         self.record = record
         self.recording, self.taint = Recording(guard), Taint()
+        self.clipped = ""  # where `.grad` of theta was clipped since the last step
         self.depth = 0  # > 0: let everything through unrecorded
-        self.loose: dict[int, weakref.ref[Tensor]] = {}  # tensors without a version counter of their memory
+        # tensors without a version counter of their memory, by id
+        self.loose: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
 
     # -- the mode ------------------------------------------------------------------------------------------------
 
@@ -154,14 +156,13 @@ class Recorder(TorchDispatchMode):
         if not isinstance(found, Value) or not t.requires_grad or t.is_leaf or reaches_theta(found):
             return False
         if found.apart is None:
-            storage = t.untyped_storage()._cdata
-            if storage in found.entry.epoch.writes:
+            if t in found.entry.epoch.writes:
                 raise CaptureError(
                     f"{what} on a tensor of shape {tuple(t.shape)} that was changed in place; call it on a clone of "
                     "it and use that"
                 )
             found.apart = self.recording.external(t)
-            self.recording.epoch.apart.add(storage)
+            self.recording.epoch.apart[t] = True
         return True
 
     def add_hook(self, t: Tensor, spy: Spy, handle: Any) -> None:

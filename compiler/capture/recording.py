@@ -20,6 +20,7 @@ from .ops import LIFTS, MASKED, OpInfo, without_running_stats
 
 aten = torch.ops.aten
 _DETACH = aten.detach.default
+_FEW = 16  # what the dead hold on to may be large, so they are looked for when there are twice as many as had lived
 
 
 def _written_by_view(t: Tensor) -> bool:
@@ -56,15 +57,14 @@ class Recording:
         self.guard: Any = guard
         self.epoch = Epoch(0, 0, {})
         self.values: dict[int, Value] = {}
-        self.histories: list[weakref.ref[External]] = []
+        self.histories: weakref.WeakSet[External] = weakref.WeakSet()
         self._seq = 0
-        self._sweep_at = 4096
+        self._sweep_at = _FEW
 
     def keep_only(self, epoch: Epoch) -> None:
         """A super-step has begun that reads ``epoch``: nothing older will be part of a step."""
         self.forget([v for v in self.values.values() if v.entry.epoch is not epoch])
         self.values = {k: v for k, v in self.values.items() if v.entry.epoch is epoch and v.ref() is not None}
-        self.histories = [ref for ref in self.histories if ref() is not None]
 
     def forget(self, values: Iterable[Value]) -> None:
         """``values`` leave the recording: the guard is told of tensors that live on and that steps have read."""
@@ -135,7 +135,7 @@ class Recording:
                 or not self._reads_current_theta(found)
             ):
                 return external
-            if t.untyped_storage()._cdata in epoch.writes:
+            if t in epoch.writes:
                 raise CaptureError(
                     f"a tensor of shape {tuple(t.shape)} was changed in place before another optimizer's step and is "
                     "used again after it; clone it after the change"
@@ -191,15 +191,15 @@ class Recording:
             same = known.version == version_of(t) and known.grad == t.requires_grad
             if known.written or (same and known.held.is_current(t)):
                 return known
-        if t.requires_grad and not t.is_leaf and t.untyped_storage()._cdata in self.epoch.writes:
+        if t.requires_grad and not t.is_leaf and t in self.epoch.writes:
             raise CaptureError(
                 f"a tensor of shape {tuple(t.shape)} is read that shares memory with one changed in place in this "
                 "step, in a way that cannot be followed; clone one of them"
             )
         new = External(t, self.guard.hold(t))
-        self.epoch.externals[id(t)] = ref = weakref.ref(new)
+        self.epoch.externals[id(t)] = weakref.ref(new)
         if not t.is_leaf:
-            self.histories.append(ref)
+            self.histories.add(new)
         return new
 
     def external_of(self, t: Tensor) -> External | None:
@@ -232,6 +232,13 @@ class Recording:
         self.values[id(t)] = value
         return value
 
+    def _sweep(self) -> None:
+        """Forget what stood for tensors that have died, and with it what only their history holds."""
+        self.values = {k: v for k, v in self.values.items() if v.ref() is not None}
+        externals = self.epoch.externals
+        self.epoch.externals = {k: ref for k, ref in externals.items() if ref() is not None}
+        self._sweep_at = max(_FEW, 2 * (len(self.values) + len(self.epoch.externals)))
+
     def entry(self, op: Any, tokens: tuple, kwargs: dict, reads: Iterable, grad: bool) -> Entry:
         """A call of which ``reads`` are the tensors: it depends on what was written into their memory."""
         writes = self.epoch.writes
@@ -239,7 +246,7 @@ class Recording:
         if writes:
             found: dict[int, Entry] = {}
             for t in reads:
-                for entry in writes.get(t.untyped_storage()._cdata, ()):
+                for entry in writes.get(t) or ():
                     found[entry.seq] = entry
             deps = tuple(found.values())
         self._seq += 1
@@ -253,11 +260,8 @@ class Recording:
             for i, o in enumerate(out):
                 if isinstance(o, Tensor):
                     self.bind(o, Value(entry, i))
-        if len(self.values) > self._sweep_at:
-            self.values = {k: v for k, v in self.values.items() if v.ref() is not None}
-            self._sweep_at = max(4096, 2 * len(self.values))
-            externals = self.epoch.externals
-            self.epoch.externals = {k: ref for k, ref in externals.items() if ref() is not None}
+        if len(self.values) + len(self.epoch.externals) > self._sweep_at:
+            self._sweep()
 
     def record(self, op: Any, info: OpInfo, args: tuple, kwargs: dict, out: Any) -> None:
         """Write down a call that has been made."""

@@ -61,6 +61,11 @@ _NO_SEED = (
     "a random generator is seeded or set inside a compiled function, which would happen once and never again; do it "
     "before the call"
 )
+_NO_LOADER = (
+    "a DataLoader is read inside a compiled function, which is captured once for all batches; stack the batches into "
+    "tensors and pass these (window.scan(xs, ys)), or compile the inner step and keep the loop over the DataLoader in "
+    "an ordinary window"
+)
 _NO_DATA = (
     "tensor.data = ... while the function is captured cannot be followed; use tensor.copy_(...) under torch.no_grad(), "
     "or compute a new tensor"
@@ -122,6 +127,7 @@ def _install(stack: ExitStack) -> None:
         (torch.autograd, "backward", _NO_BACKWARD),
         (torch.nn.Module, "zero_grad", _NO_ZERO_GRAD),
         (torch.optim.Optimizer, "zero_grad", _NO_ZERO_GRAD),
+        (torch.utils.data.DataLoader, "__iter__", _NO_LOADER),
         (torch, "manual_seed", _NO_SEED),
         (torch, "seed", _NO_SEED),
         (torch, "set_rng_state", _NO_SEED),

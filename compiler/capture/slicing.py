@@ -168,7 +168,7 @@ class Slice(Keyed):
         if isinstance(a, Value) and a.apart is not None:
             a = a.apart
         if isinstance(a, External):
-            theta = self.aliases.get(id(a.source)) if self.aliases else None
+            theta = self.aliases.get(id(a.tensor)) if self.aliases else None
             if theta is None:
                 at = self._external_at.get(id(a))
                 if at is None:

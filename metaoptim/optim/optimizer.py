@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import threading
 import weakref
@@ -24,6 +25,13 @@ Params: TypeAlias = Iterable[nn.Module | dict[str, Any] | Tensor | tuple[str, Te
 #: Optimizers alive, with the thread that made them: those of its own thread may step in a window.
 live_optimizers: weakref.WeakSet[MetaOptimizer] = weakref.WeakSet()
 _numbers = itertools.count()
+_NO_OPTIONS = {
+    "params",
+    "param_names",
+    "name",
+    "initial_lr",
+}  # of a group: torch's own, and a name for the user
+_ALSO = {"learning_rate": "lr", "wd": "weight_decay", "beta": "betas", "alpha": "lr"}
 
 
 class MetaOptimizer(Optimizer):
@@ -305,6 +313,13 @@ class MetaOptimizer(Optimizer):
     def _group(self, group: Any) -> tuple[dict[str, Any], nn.Module | None]:
         """A parameter group of the user's own parameters, and the module all of whose parameters are in it."""
         group = dict(group) if isinstance(group, dict) else {"params": group}
+        for key in group.keys() - self.defaults.keys() - _NO_OPTIONS:
+            close = difflib.get_close_matches(key, self.defaults, 1) or [_ALSO.get(key)]
+            raise TypeError(
+                f"{type(self).__name__}: got the group option {key!r}, expected some of "
+                f"{', '.join(map(repr, self.defaults))}"
+                + (f"; did you mean {close[0]!r}?" if close[0] else "")
+            )
         params: Any = group.get("params")
         whole = params if isinstance(params, nn.Module) else None
         if whole is not None:
