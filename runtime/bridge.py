@@ -252,7 +252,8 @@ class Link(torch.autograd.Function):
         sweep = ctx.engine.sweep_of(torch._C._current_graph_task_id())
         ctx.engine.pull_back(sweep, ctx.position)
         grads = [sweep.metas.pop(m, None) for m in ctx.metas]
-        grads += opened([sweep.adopted.pop(i, None) for i in ctx.thetas], ctx.ids, closed)
+        first = [sweep.adopted.pop((ctx.position, i), None) for i in ctx.thetas]
+        grads += opened(first, ctx.ids, closed)
         return None, None, None, None, torch.empty(0, device="cpu"), *defined(grads, ctx.hooked)
 
 
@@ -309,7 +310,9 @@ class WindowedRead(torch.autograd.Function):
         if ctx.on_cut is not None:
             ctx.on_cut()
         found = [sweep.metas.get(m) for m in ctx.metas]
-        first = [sweep.adopted.get(i, sweep.cotangents.get(i)) for i in ctx.thetas]
+        first = [
+            sweep.adopted.get((p, i)) if p >= ctx.bottom else sweep.cotangents.get(i) for p, i in ctx.thetas
+        ]
         found += opened(first, ctx.ids, ctx.engine.closed)
         return *[None] * 9, torch.empty(0, device="cpu"), *defined(found, ctx.hooked)
 

@@ -26,7 +26,7 @@ from .dependence import leaves_of
 from .hyper import hyper_of
 from .iteration import Iteration
 from .networks import Networks
-from .session import WINDOW, Options, Session, _current, refuse_overwritten
+from .session import AS_GRADIENT, WINDOW, Options, Session, _current, refuse_overwritten
 
 aten = torch.ops.aten
 # Iterations of a scan that are captured: one may differ (state is created), the others show what is carried from one to
@@ -221,6 +221,15 @@ class CapturedSession(Session):
         self.networks.show(i, shown)
         self._versions.setdefault(i, deque(maxlen=_REMEMBERED)).appendleft(shown)
 
+    def _start(self, ordinals: list[int], values: list[Tensor]) -> None:
+        for i, v in zip(ordinals, values, strict=True):
+            self._show(i, tensor_spec(v), self.recorder.value_of(v))
+        for i in set(range(len(self.networks.shown))) - set(
+            ordinals
+        ):  # what the values were computed from, maybe
+            shown = self.networks.shown[i]
+            self._show(i, tensor_spec(shown), self.recorder.value_of(shown))
+
     # -- loops ---------------------------------------------------------------------------------------------------
 
     def scan(self, tensors: tuple[Tensor, ...], count: int) -> Iterator[tuple[int, list[Tensor]]]:
@@ -392,8 +401,7 @@ class CapturedSession(Session):
             return None
         if directly and torch.is_grad_enabled():
             raise WindowError(
-                f"parameter {self.networks.names[i]!r} was changed in place with grad mode on; wrap the change in "
-                "torch.no_grad()"
+                f"parameter {self.networks.names[i]!r} was changed in place with grad mode on; {AS_GRADIENT}"
             )
         tracer = self.recorder
 

@@ -367,7 +367,7 @@ class Engine:
                     for index in call.indices:
                         arrived = sweep.cotangents.pop(index, None)
                         if call.adoption and arrived is not None:
-                            sweep.adopted[index] = arrived
+                            sweep.adopted[position, index] = arrived
                 else:
                     self._pull(call, position, sweep)
                 sweep.arrive(position)

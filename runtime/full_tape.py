@@ -17,7 +17,7 @@ from metaoptim.errors import WindowError
 from ..compiler.capture.recorder import Recorder
 from ..compiler.update import UpdatePlan, clip_gradients
 from .bridge import Begin, as_parameter
-from .session import Options, Session, gradient, refuse_overwritten
+from .session import AS_GRADIENT, Options, Session, gradient, refuse_overwritten
 
 # The fused attention kernels have no second derivative: none is taken while a full tape is open, in the whole process.
 _lock = Lock()
@@ -118,6 +118,16 @@ class FullTapeSession(Session):
             before = [own[i] if i in late else shown for i, shown in enumerate(self.networks.shown)]
             self._versions.insert(-1, before)
             self._values.insert(-1, list(self._values[-1]))
+
+    def _start(self, ordinals: list[int], values: list[Tensor]) -> None:
+        own = self.networks.originals
+        with torch.enable_grad():
+            for i, v in zip(ordinals, values, strict=True):
+                shown = _show(v, own[i])
+                self.networks.show(i, shown if v.requires_grad else shown.requires_grad_())
+            for i in set(range(len(own))) - set(ordinals):  # as after a step
+                self.networks.show(i, _show(self.networks.shown[i], own[i]))
+        self._shown_anew(ordinals)
 
     def _shown_anew(self, changed: Sequence[int]) -> None:
         """Note what the networks show, where ``changed`` are new values."""
@@ -248,7 +258,7 @@ class FullTapeSession(Session):
         if hit and torch.is_grad_enabled() and any(t.requires_grad for t in targets):
             raise WindowError(
                 f"parameter {self.networks.names[hit[0]]!r} was changed in place by {op} with grad mode on; "
-                "wrap the change in torch.no_grad()"
+                + AS_GRADIENT
             )
         return hit
 

@@ -38,9 +38,6 @@ class Networks:
         self._buffers: list[tuple[nn.Module, str, Tensor]] = []  # with the user's own tensor
         self._copies: dict[int, Tensor] = {}  # id of a buffer of the user -> what the modules show
         # storage -> a parameter that no step trains, and the module it is in
-        self._beside: dict[
-            int, list[Tensor]
-        ] = {}  # first ordinal adopted with others -> the copies that were made
         self._frozen: dict[int, tuple[nn.Parameter, nn.Module]] = {}
         self._lazy: dict[int, tuple[nn.Module, str]] = {}  # modules with a buffer that was not there at entry
         self._backups: list[tuple[nn.Parameter, nn.Module, Tensor]] = []
@@ -76,7 +73,6 @@ class Networks:
         """
         new: list[int] = []
         _check_memory(modules)
-        before = set(self._copies)
         self._copy_buffers(modules)
         for root in modules:
             for prefix, module in root.named_modules():
@@ -106,8 +102,6 @@ class Networks:
                     if b is not None and not b.requires_grad and not known and not is_lazy(b):
                         self._buffers.append((module, name, b))
                         module._buffers[name] = self._copies[id(b)]
-        if new:
-            self._beside[new[0]] = [c for b, c in self._copies.items() if b not in before]
         return new
 
     def join(self, modules: Sequence[nn.Module], parameters: Iterable[Tensor]) -> list[int]:
@@ -251,9 +245,10 @@ class Networks:
         for module, name, own in self._buffers:
             module._buffers[name] = own
 
-    def copies_beside(self, ordinals: Sequence[int]) -> list[Tensor]:
-        """The buffers that modules show in the place of the user's, of networks with these parameters."""
-        return [copy for i in ordinals for copy in self._beside.get(i, ())]
+    @property
+    def copies(self) -> list[Tensor]:
+        """The buffers that modules show in the place of the user's."""
+        return list(self._copies.values())
 
     def back_up(self, targets: list[Tensor]) -> list[Tensor]:
         """``targets`` are about to be overwritten: copies, kept, of frozen parameters that `undo` must put back."""

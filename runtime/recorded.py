@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -73,8 +73,9 @@ class RecordedSession(Session):
         self._looked_at: dict[
             int, Tensor
         ] = {}  # parameters that steps have read and that they do not train, by id
-        self._kept: list[Tensor] = []  # to put gradients and buffers back
-        self._put_back = 0  # its bytes
+        self._put_back = (
+            0  # bytes that are kept to put gradients and buffers back, and of copies that nothing has read
+        )
         self._lifts = True  # whether hyper-parameters that are numbers may become inputs
         self.opt_state: dict[tuple[int, int, str], int] = {}  # (optimizer, ordinal, name) -> state index
         self.results: dict[tuple[int, int], int] = {}  # (compiled step, number of its result) -> state index
@@ -86,19 +87,27 @@ class RecordedSession(Session):
 
     def _offer(self, ordinals: list[int]) -> None:
         self.view.offer(ordinals)
+        self._weigh()
 
     def _join(self, ordinals: list[int], late: list[int]) -> None:
         self.view.join(ordinals, late)
+
+    def _start(self, ordinals: list[int], values: list[Tensor]) -> None:
+        self.view.start(ordinals, values)
 
     def _entering(self, ordinals: list[int]) -> None:
         """Parameters are about to be put on the tape."""
         own = [self.networks.originals[i] for i in ordinals]
         check_device(self.options.offload, [p.device for p in own])
         self._lifts = self._lifts and all(p.dtype in LIFTS for p in own)
+        self._weigh(set(ordinals))
+
+    def _weigh(self, entering: Collection[int] = ()) -> None:
+        """Count what is kept beside the tape: to put gradients and buffers back, and copies that nothing has read."""
         if self.engine.streaming is not None:
-            self._kept += [g for i in ordinals if (g := self._grads[i]) is not None]
-            self._kept += self.networks.copies_beside(ordinals)
-            kept = memory_of(self._kept)
+            indices, shown = self.view.indices, self.networks.shown
+            unread = [t for i, t in enumerate(shown) if indices[i] < 0 and i not in entering]
+            kept = memory_of([*(g for g in self._grads if g is not None), *self.networks.copies, *unread])
             self.engine.streaming.aside += kept - self._put_back
             self._put_back = kept
 

@@ -73,6 +73,12 @@ class _Member:
         self.optimizer.state.update(self.entry)
 
 
+AS_GRADIENT = (
+    "wrap the change in torch.no_grad(), or, to begin at values that are to receive a gradient, call "
+    "inner.start({name: values})"
+)
+
+
 def refuse_overwritten(name: str) -> None:
     """Raise for a parameter that was changed in place between its use in a loss and the step by that loss."""
     raise CaptureError(
@@ -127,6 +133,10 @@ class Session:
 
     def _join(self, ordinals: list[int], late: list[int]) -> None:
         """An optimizer of these parameters steps from now on; of ``late`` its loss has read the user's own."""
+        raise NotImplementedError
+
+    def _start(self, ordinals: list[int], values: list[Tensor]) -> None:
+        """Show ``values``, with their history, as these parameters."""
         raise NotImplementedError
 
     def _step(self, optimizer: Any, loss: Tensor, allow_unused: bool) -> None:
@@ -261,6 +271,18 @@ class Session:
                         "the window, where inner steps would not train it; put it in before the window, or build an "
                         "optimizer of its own for it inside"
                     )
+
+    def start(self, optimizer: Any, parameters: list[Tensor], values: list[Tensor]) -> None:
+        """Let an optimizer's parameters (the user's own) go on from ``values``."""
+        if id(optimizer) not in self.members or not self.members[id(optimizer)].joined:
+            self.join(optimizer)
+        with self.recorder.paused():
+            self.networks.check()
+            ordinals = [self.networks.index_of(p) for p in parameters]
+            known = [(i, v) for i, v in zip(ordinals, values, strict=True) if i is not None]
+            if len(known) < len(values):
+                raise WindowError("start: a frozen parameter was given a value; unfreeze it before")
+            self._start([i for i, _ in known], [v for _, v in known])
 
     def _unfrozen(self, optimizer: Any) -> bool:
         index_of = self.networks.index_of

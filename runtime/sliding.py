@@ -32,6 +32,8 @@ class Sliding:
         self._metas: dict[
             int, tuple[Tensor, int]
         ] = {}  # number -> the tensor, the last super-step that read it
+        # position, state index -> the tensor that theta was started from there, and how many super-steps were before
+        self._started: dict[tuple[int, int], tuple[Tensor, int]] = {}
         self._lives: weakref.WeakSet[Life] = weakref.WeakSet()  # at the lowest position each goes back to
         self._warned = False
 
@@ -46,6 +48,13 @@ class Sliding:
                 tensor = tensor if tensor.is_leaf else Alias.apply(tensor) if known is None else known[0]
             self._metas[number] = (tensor, self.count)
 
+    def start(self, indices: Sequence[int], tensors: Sequence[Tensor]) -> None:
+        """Theta at ``indices`` has the values of ``tensors`` now, which receive its gradient."""
+        position = self.engine.position - 1
+        for index, tensor in zip(indices, tensors, strict=True):
+            if tensor.requires_grad:
+                self._started[position, index] = tensor, self.count
+
     def reads(self, number: int) -> bool:
         """Whether a step that reads of now will see has read this meta-parameter."""
         return number in self._metas
@@ -53,6 +62,7 @@ class Sliding:
     def read(
         self,
         indices: Sequence[int],
+        since: Sequence[int],
         originals: Sequence[nn.Parameter],
         offline: bool,
         constant: Sequence[int],
@@ -62,6 +72,7 @@ class Sliding:
 
         Args:
             indices: its state indices.
+            since: the positions at which they were adopted.
             originals: the parameters behind them, which receive a gradient offline.
             offline: whether they do.
             constant: places of those that no optimizer steps: they do in any case.
@@ -72,6 +83,10 @@ class Sliding:
         whole = self.count <= self.limit
         bottom = engine.program.start if whole else self._starts[0]
         reached = range(len(indices)) if whole and offline else constant
+        first: dict[tuple[int, int], Tensor] = {(since[k], indices[k]): originals[k] for k in reached}
+        recent = {k: (t, n) for k, (t, n) in self._started.items() if self.count - n <= self.limit}
+        self._started = recent
+        first.update((key, tensor) for key, (tensor, _) in recent.items())
         life = Life(bottom)
         with torch.enable_grad():
             shown = WindowedRead.apply(
@@ -81,12 +96,12 @@ class Sliding:
                 originals,
                 bottom,
                 tuple(self._metas),
-                tuple(indices[k] for k in reached),
+                tuple(first),
                 life,
                 self._cut if offline and not whole else None,
                 new_token(),
                 *(t for t, _ in self._metas.values()),
-                *(originals[k] for k in reached),
+                *first.values(),
             )
         self._lives.add(life)
         engine.trim(min(oldest, *(life.at for life in self._lives)))
@@ -119,3 +134,4 @@ class Sliding:
     def close(self) -> None:
         """Drop the user's tensors."""
         self._metas.clear()
+        self._started.clear()

@@ -20,7 +20,7 @@ class Sweep:
         cotangents: state index -> cotangent at `position`.
         deposits: tape position -> cotangents that join there.
         metas: meta-parameter (its number, or what else stands for it) -> its gradient so far.
-        adopted: state index -> cotangent that arrived at the adoption of that parameter.
+        adopted: position, state index -> cotangent that arrived where that parameter was adopted, or started anew.
     """
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class Sweep:
         self.cotangents: dict[int, Tensor] = {}
         self.deposits: dict[int, list[tuple[int, Tensor]]] = {}
         self.metas: dict[Any, Tensor] = {}
-        self.adopted: dict[int, Tensor] = {}
+        self.adopted: dict[tuple[int, int], Tensor] = {}
 
     def deposit(self, position: int, index: int, grad: Tensor) -> None:
         """Let a cotangent of state entry ``index``, or of the `LOSS` of the step before, join at ``position``."""

@@ -22,7 +22,7 @@ from .bridge import Begin, InnerParameter, Life, Link, Read, Results, new_token
 from .engine import Engine
 from .inputs import Held, Inputs
 from .networks import Networks
-from .session import Options
+from .session import AS_GRADIENT, Options
 from .sliding import Sliding
 from .stepped import Stepped
 
@@ -125,6 +125,26 @@ class ThetaView:
                 id(own[i]): Theta(x, own[i], self._versions[x]) for i, x in zip(late, indices, strict=True)
             }
 
+    def start(self, ordinals: list[int], values: list[Tensor]) -> None:
+        """Let theta go on from ``values``, which receive its gradient from here on."""
+        engine = self.engine
+        self.settle()
+        self._link()
+        indices = tuple(self.indices[i] for i in ordinals)
+        copies = [v.detach().clone() for v in values]
+        position = engine.position
+        engine.append(
+            Assign(indices, copies, adoption=True), list(zip(indices, copies, strict=True)), read=self.read
+        )
+        engine.reaches |= any(v.requires_grad for v in values)
+        if self.sliding is None:
+            with torch.enable_grad():
+                self._token = Link.apply(engine, position, (), indices, self._token, *values)
+        else:
+            self.sliding.start(indices, values)
+        # all, so that no inner gradient goes by way of the values to what they were computed from
+        self._show([i for i, index in enumerate(self.indices) if index >= 0])
+
     def _link(self) -> None:
         """Link what has entered: not before a step, since losses may be computed where autograd does not look."""
         for position, indices, own in self._unlinked:
@@ -141,7 +161,12 @@ class ThetaView:
             oldest = min((e.position for e in self.epochs if e.read), default=engine.position)
             open_ = [k for k, i in enumerate(ordinals) if i not in self.networks.joined]
             shown = self.sliding.read(
-                [self.indices[i] for i in ordinals], [own[i] for i in ordinals], self.offline, open_, oldest
+                [self.indices[i] for i in ordinals],
+                [self._since[self.indices[i]] - 1 for i in ordinals],
+                [own[i] for i in ordinals],
+                self.offline,
+                open_,
+                oldest,
             )
         else:
             life = Life(self._superstep)
@@ -379,7 +404,7 @@ class ThetaView:
             if torch.is_grad_enabled() and t.requires_grad:
                 raise WindowError(
                     f"parameter {self.networks.names[ordinal]!r} was changed in place by {op} with grad mode "
-                    "on; wrap the change in torch.no_grad()"
+                    f"on; {AS_GRADIENT}"
                 )
             if ordinal not in self._dirty:
                 self.engine.protect(storage)

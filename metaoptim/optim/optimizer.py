@@ -6,7 +6,7 @@ import difflib
 import itertools
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -150,6 +150,63 @@ class MetaOptimizer(Optimizer):
         for hook in self._optimizer_step_post_hooks.values():
             hook(self, (loss,), {})
         return loss  # type: ignore[return-value]
+
+    def start(self, values: Mapping[Any, Tensor]) -> None:
+        """Begin at given values, or go on from them: parameters computed from meta-parameters, which get the gradient.
+
+        Args:
+            values: by the parameter's name in its network (or the parameter itself), a tensor like it. Parameters that
+                are not named keep their values.
+
+        Raises:
+            WindowError: outside a window.
+            KeyError: for a name that no network has, or more than one.
+            ValueError: for a tensor of another shape or dtype, or on another device.
+
+        Example:
+            >>> net, prototypes = torch.nn.Linear(2, 3, bias=False), torch.ones(3, 2, requires_grad=True)
+            >>> inner = metaoptim.MetaSGD([net], lr=0.1)
+            >>> with metaoptim.SlidingWindow(offline=True):
+            ...     inner.start({"weight": 2 * prototypes})
+            ...     inner.step(net(torch.ones(1, 2)).square().sum())
+            ...     net(torch.ones(1, 2)).square().sum().backward()
+            >>> prototypes.grad.shape, net.weight.grad
+            (torch.Size([3, 2]), None)
+        """
+        session = current_session()
+        if session is None:
+            raise WindowError(
+                f"{type(self).__name__}.start was called outside a window; call it in the block"
+            )
+        mine = {id(p) for g in self.param_groups for p in g["params"]}
+        named: dict[Any, list[Tensor]] = {}
+        for network in self._networks:
+            for name, p in network.named_parameters():
+                if id(_own(p)) in mine:
+                    named.setdefault(name, []).append(_own(p))
+        parameters = []
+        for key, value in values.items():
+            found = [_own(key)] if isinstance(key, Tensor) and id(_own(key)) in mine else named.get(key, [])
+            if len(found) != 1:
+                what = "more than one parameter" if found else "no parameter"
+                raise KeyError(
+                    f"{type(self).__name__}.start: {key!r} is {what} that this optimizer trains, of "
+                    f"{', '.join(named)}; use the parameter itself where a name is not enough"
+                )
+            (p,) = found
+            like = (p.shape, p.dtype, p.device)
+            if not isinstance(value, Tensor) or (value.shape, value.dtype, value.device) != like:
+                got = (
+                    f"{tuple(value.shape)} of {value.dtype}"
+                    if isinstance(value, Tensor)
+                    else type(value).__name__
+                )
+                raise ValueError(
+                    f"{type(self).__name__}.start: {key!r} got {got}, expected a tensor of shape {tuple(p.shape)} and "
+                    f"{p.dtype}, on {p.device}"
+                )
+            parameters.append(p)
+        session.start(self, parameters, list(values.values()))
 
     # torch's wrapper would open a profiler range per step, which costs more than the step's own bookkeeping
     step.hooked = True  # type: ignore[attr-defined]
