@@ -308,7 +308,7 @@ class Engine:
         return torch.empty_strided(shape, stride, dtype=dtype, device=device).copy_(cotangent)
 
     def _lowered(self, call: StepCall, kind: str, inputs: Sequence[Tensor]) -> Lowered:
-        return lowered(call.step, kind, inputs, call.how)
+        return lowered(call.step, kind, inputs, call.how, at_once=True)
 
     def state_at(self, position: int) -> State:
         """The state at a position, replayed if it was not kept."""
