@@ -109,6 +109,11 @@ class TieredStore:
         return min([self._near.base, *self._far[:1]])
 
     @property
+    def positions(self) -> list[int]:
+        """The positions held on the device, ascending."""
+        return self._near.positions
+
+    @property
     def states(self) -> list[State]:
         """All states held on the device."""
         return self._near.states

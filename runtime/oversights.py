@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -95,7 +95,7 @@ class Ended:
         learns: whether anything besides its networks can receive one.
     """
 
-    def __init__(self, offline: bool, own: dict[str, Tensor], asked: bool, learns: bool) -> None:
+    def __init__(self, offline: bool, own: Mapping[str, Tensor], asked: bool, learns: bool) -> None:
         self.offline, self.asked, self.learns = offline, asked, learns
         self._own = {id(p): (weakref.ref(p), name) for name, p in own.items()}
         self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
