@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -188,16 +188,22 @@ def _run_backward(outputs: Any, *args: Any, **kwargs: Any) -> Any:
     return _original(outputs, *args, **kwargs)
 
 
-def watch_backward(of: Engine | Ended) -> None:
-    """Look at every backward for as long as a tape, or the memory of a window that has ended, lives."""
+def watch_backward(of: Engine | Ended) -> Callable[[], Any]:
+    """Look at every backward for as long as a tape, or the memory of a window that has ended, lives.
+
+    Returns:
+        What ends that before.
+    """
     global _installed, _original
     with _lock:
         _tapes.add(id(of))
-        weakref.finalize(of, _release, id(of)).atexit = False
+        release = weakref.finalize(of, _release, id(of))
+        release.atexit = False
         if not _installed:
             _original = _autograd._engine_run_backward
             _autograd._engine_run_backward = _run_backward
             _installed = True
+    return release
 
 
 def _release(tape: int) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -97,6 +97,7 @@ class Ended:
 
     def __init__(self, offline: bool, own: Mapping[str, Tensor], asked: bool, learns: bool) -> None:
         self.offline, self.asked, self.learns = offline, asked, learns
+        self.unwatch: Callable[[], object] = lambda: None  # the next backward need not be looked at any more
         self._own = {id(p): (weakref.ref(p), name) for name, p in own.items()}
         self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
@@ -110,6 +111,7 @@ class Ended:
         if self.asked:
             return
         self.asked = True
+        self.unwatch()
         leaves = _leaves_below(outputs, ours)
         if leaves is None or not (self.offline or self.learns):
             return

@@ -165,7 +165,7 @@ class RecordedSession(Session):
         asked = self.engine.vjps > 0
         ended = Ended(self.options.offline, own, asked, self.engine.reaches) if steps else None
         if ended is not None and not asked:
-            bypass.watch_backward(ended)
+            ended.unwatch = bypass.watch_backward(ended)
         return ended
 
     def close(self, failed: bool) -> None:

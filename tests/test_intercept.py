@@ -511,6 +511,8 @@ def test_torch_is_its_own_again_when_the_tape_is_gone() -> None:
         outer = loss_of(net, 1)
     assert torch.autograd._engine_run_backward is not before
     del outer
+    with pytest.warns(metaoptim.UnreachableWarning, match="inside the window's block"):
+        loss_of(net, 1).backward()  # looked at, since nobody has asked the window for a gradient
     assert torch.autograd._engine_run_backward is before
 
 
