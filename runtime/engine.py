@@ -66,6 +66,9 @@ class Engine:
         self._refused = False  # a step, for want of room
         self.reaches = False  # whether anything can receive a gradient through its steps
         self.thetas: dict[int, int] = {}  # state index -> id of the user's own parameter behind it
+        self.ordinary: set[int] = (
+            set()
+        )  # state indices of those that no optimizer steps: a write does not cut them
         self.closed: set[int] = set()  # ids of those that no gradient reaches
         self._watch = watching() if type(self) is Engine else None  # not while it is run to plan
         self._ran = 0  # calls that `run` has run
@@ -365,6 +368,8 @@ class Engine:
                 call = self.program[position]
                 if isinstance(call, Assign):
                     for index in call.indices:
+                        if index in self.ordinary and not call.adoption:
+                            continue
                         arrived = sweep.cotangents.pop(index, None)
                         if call.adoption and arrived is not None:
                             sweep.adopted[position, index] = arrived

@@ -106,6 +106,8 @@ class ThetaView:
             self.indices[i] = theta.index = index
             self._versions[index], self._since[index] = theta.version, engine.position
             engine.thetas[index] = id(p)
+            if i not in self.networks.joined:
+                engine.ordinary.add(index)
             bypass.note_theta(t, engine, engine.position, index)
 
     def need(self, ordinals: Iterable[int]) -> None:
@@ -119,6 +121,7 @@ class ThetaView:
         self.need(ordinals)
         own = self.networks.originals
         self.engine.closed.update(id(own[i]) for i in ordinals if i in self._written)
+        self.engine.ordinary.difference_update(self.indices[i] for i in ordinals)
         if late:
             indices = [self.indices[i] for i in late]
             self.late = {
@@ -418,7 +421,7 @@ class ThetaView:
         with self.recorder.paused(), enable_reentrant_dispatch():
             for ordinal in hit:
                 shown = self.networks.shown[ordinal]
-                if self.indices[ordinal] >= 0 and not shown.is_leaf:
+                if ordinal in self.networks.joined and not shown.is_leaf:
                     Tensor.detach_(shown)
                     shown.requires_grad_()
         self._dirty.update(i for i in hit if self.indices[i] >= 0)
