@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .capture.ops import op_info
 from .capture.slicing import hook_key, restored
 from .ir import Port, Role, StepGraph
 from .segments import Body, Roles, Segment, roles_of, spec_of
@@ -115,11 +114,13 @@ class _Builder:
         return self.input(Role.SCAN, ((), dtype, (), torch.device("cpu")), f"number_{i}")
 
     def body(self, inputs: list[fx.Node], numbers: dict[int, fx.Node]) -> None:
-        if any(
-            isinstance(e.op, torch._ops.OpOverload) and op_info(e.op).writes for e in self.segment.entries
-        ):
-            # in-place operators must not reach what the tape holds
-            inputs = [self.graph.call_function(aten.clone.default, (x,)) for x in inputs]
+        # in-place operators must not reach what the tape holds
+        inputs = [
+            self.graph.call_function(aten.clone.default, (x,))
+            if self.segment.memory_of(ref) in self.segment.written
+            else x
+            for ref, x in zip(self.segment.inputs, inputs, strict=True)
+        ]
         self.given, self.numbers = inputs, numbers
         for k, node in enumerate(inputs):
             self._hook(("x", k), node)
@@ -144,6 +145,8 @@ class _Builder:
             return self._select(*args)
         if op is aten.slice.Tensor and len(args) > 3 and isinstance(args[2], tuple) and args[2][0] == "n":
             return self._slice(*args)
+        if op is aten.rsub.Scalar and args[1][0] == "n" and args[1][1] in self.lifted:
+            op = aten.rsub.Tensor
         values = [self.value(a) for a in args]
         for at, a in enumerate(args):
             if isinstance(a, tuple) and a[:1] == ("n",) and a[1] in self.lifted:
@@ -171,10 +174,7 @@ class _Builder:
         dim, length, stride = map(self.value, (dim, length, stride))
         start = self.segment.numbers[at[1]]
         if at[1] not in self.lifted:
-            return call(
-                aten.slice.Tensor,
-                (source, dim, start, start + (length - 1) * stride + 1 if length else start, stride),
-            )
+            return call(aten.slice.Tensor, (source, dim, start, start + length * stride, stride))
         offsets = call(aten.arange.default, (length,))
         index = call(aten.add.Tensor, (call(aten.mul.Tensor, (offsets, stride)), self.numbers[at[1]]))
         return call(aten.index_select.default, (source, dim, index))

@@ -9,11 +9,12 @@ from math import comb, floor
 from typing import Any
 
 import sympy
-from torch import Tensor, fx
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from .differentiate import cotangent_outputs
+from .flat import FlatGraph
 from .ir import Lowering, StepGraph
 from .lower import derived, replayed, residuals
 
@@ -227,7 +228,7 @@ def step_flops(step: StepGraph, how: Lowering) -> tuple[int, int, int]:
     return replay, vjp, max(0, replay + vjp - forward - backward)
 
 
-def _counted(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> tuple[Sequence[Any], int]:
+def _counted(graph: FlatGraph, inputs: Sequence[Tensor]) -> tuple[Sequence[Any], int]:
     with FlopCounterMode(display=False) as counter:
         results = graph(*inputs)
     return results, counter.get_total_flops()

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._functorch.compile_utils import fx_graph_cse
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -18,49 +17,67 @@ from torch._subclasses.fake_tensor import (
 from metaoptim.errors import CaptureError, MetaOptimError
 
 from .capture.ops import op_info
+from .capture.slicing import tensor_spec
 from .cotangent_hook import call_cotangent_hook
-from .flat import flat_graph
+from .flat import FlatGraph, Traced, Unfollowed, drop_dead, flat_graph, merge_equal
 from .interpret import interpret
 from .ir import Port, Role, StepGraph, gradient
-from .liveness import storages
+from .liveness import results_of, storages
 from .tracing import tracing
 
 aten = torch.ops.aten
 _DIFFERENTIATED = (Role.THETA, Role.THETA_NOW, Role.OPT_STATE, Role.CARRY, Role.META)
 
 
-def replay_graph(step: StepGraph, example: Sequence[Tensor] | None = None) -> fx.GraphModule:
+def replay_graph(step: StepGraph, example: Sequence[Tensor] | None = None) -> FlatGraph:
     """inputs -> outputs, without autograd."""
+    return _trace("replay", step, example)
 
+
+def vjp_graph(step: StepGraph, example: Sequence[Tensor] | None = None) -> FlatGraph:
+    """inputs, cotangents of (theta', float opt_state') -> a cotangent, or None, per input."""
+    return _trace("vjp", step, example)
+
+
+def derived_by_running(
+    step: StepGraph, kind: str, inputs: Sequence[Tensor]
+) -> tuple[FlatGraph, Sequence[Tensor | None]] | None:
+    """The flat graph of a step's "replay" or "vjp", and what it gives for ``inputs``, by one run of the step.
+
+    None where the graph might not hold for other values, and where the user's own Python is part of the step: there it
+    takes a trace over fake tensors.
+    """
+    ports = step.inputs if kind == "replay" else _taken(step)
+    strided = [t for t in inputs if t.layout is torch.strided]
+    apart = len({t.untyped_storage()._cdata for t in strided}) == len(inputs)
+    if step.opaque or step.dynamic or step.hooked or not apart:
+        return None
+    if any(tensor_spec(t) != p.spec for t, p in zip(inputs, ports, strict=True)):
+        return None
+    with tracing():
+        try:
+            found = flat_graph(
+                _FUNCTIONS[kind](step), [t.detach() for t in inputs], true_zeros(step), real=True
+            )
+        except (Unfollowed, RuntimeError):
+            return None
+        results, seen = [], set()
+        for t, node in zip(found.results, results_of(found.graph), strict=True):
+            again = isinstance(node, fx.Node) and node in seen
+            seen.add(node)
+            results.append(t if t is None else t.detach().clone() if again else t.detach())
+        return _cleaned(kind, found), results
+
+
+def _replay(step: StepGraph) -> Callable[..., tuple]:
     def replay(*inputs: Tensor) -> tuple:
         held = _as_leaves(step, inputs, (Role.THETA,))
         return interpret(step, held, create_graph=False)
 
-    graph, constants = _trace(replay, step, (), example)
-    distinct(graph)
-    return fx.GraphModule(constants, graph)
+    return replay
 
 
-def distinct(graph: fx.Graph) -> None:
-    """A tensor of its own for every result: equal ones have become one, and the user will see two states."""
-    (output,) = graph.find_nodes(op="output")
-    seen: set[fx.Node] = set()
-    results = []
-    with graph.inserting_before(output):
-        for node in output.args[0]:  # type: ignore[union-attr]
-            if node in seen:
-                original, node = node, graph.call_function(aten.clone.default, (node,))
-                node.meta = {
-                    **original.meta,
-                    "memory": tuple((("again", id(node)), n) for _, n in storages(original)),
-                }
-            seen.add(node)
-            results.append(node)
-    output.args = (tuple(results),)
-
-
-def vjp_graph(step: StepGraph, example: Sequence[Tensor] | None = None) -> fx.GraphModule:
-    """inputs, cotangents of (theta', float opt_state') -> a cotangent, or None, per input."""
+def _vjp(step: StepGraph) -> Callable[..., tuple]:
     hook = call_cotangent_hook if step.hooked else None
 
     def vjp(*args: Tensor) -> tuple:
@@ -79,9 +96,33 @@ def vjp_graph(step: StepGraph, example: Sequence[Tensor] | None = None) -> fx.Gr
                 grads[i] = g
         return tuple(grads)
 
-    extra = [step.outputs[i].empty for i in cotangent_outputs(step)]
-    graph, constants = _trace(vjp, step, extra, example)
-    return fx.GraphModule(constants, graph)
+    return vjp
+
+
+_FUNCTIONS = {"replay": _replay, "vjp": _vjp}
+
+
+def _taken(step: StepGraph) -> list[Port]:
+    """What the VJP takes: the inputs, then the cotangents."""
+    return [*step.inputs, *(step.outputs[i] for i in cotangent_outputs(step))]
+
+
+def distinct(graph: fx.Graph) -> None:
+    """A tensor of its own for every result: equal ones have become one, and the user will see two states."""
+    (output,) = graph.find_nodes(op="output")
+    seen: set[fx.Node] = set()
+    results = []
+    with graph.inserting_before(output):
+        for node in output.args[0]:  # type: ignore[union-attr]
+            if node in seen:
+                original, node = node, graph.call_function(aten.clone.default, (node,))
+                node.meta = {
+                    **original.meta,
+                    "memory": tuple((("again", id(node)), n) for _, n in storages(original)),
+                }
+            seen.add(node)
+            results.append(node)
+    output.args = (tuple(results),)
 
 
 def cotangent_outputs(step: StepGraph) -> list[int]:
@@ -114,20 +155,18 @@ def _as_leaves(step: StepGraph, inputs: Sequence[Tensor], roles: tuple[Role, ...
     ]
 
 
-def _trace(
-    fn: Callable, step: StepGraph, extra: Sequence[Callable[[], Tensor]], example: Sequence[Tensor] | None
-) -> tuple[fx.Graph, dict[str, Tensor]]:
-    """The graph of ``fn``, and its constants; over fake tensors, or ``example`` where shapes depend on values."""
+def _trace(kind: str, step: StepGraph, example: Sequence[Tensor] | None) -> FlatGraph:
+    """The flat graph over fake tensors, or over ``example`` where shapes depend on values."""
+    fn, ports = _FUNCTIONS[kind](step), step.inputs if kind == "replay" else _taken(step)
     with tracing():
         try:
             if step.dynamic:
                 if example is None:
                     raise ValueError("a step whose shapes depend on values is traced over real inputs")
-                return _clean(*flat_graph(fn, [t.detach().clone() for t in example]))
+                return _cleaned(kind, flat_graph(fn, [t.detach().clone() for t in example]))
             with FakeTensorMode(allow_non_fake_inputs=True):
-                given = [*(p.empty() for p in step.inputs), *(make() for make in extra)]
-                found = flat_graph(fn, given, true_zeros(step))
-            return _clean(*found)
+                found = flat_graph(fn, [p.empty() for p in ports], true_zeros(step))
+            return _cleaned(kind, found)
         except (MetaOptimError, torch.OutOfMemoryError):
             raise
         except RuntimeError as error:
@@ -160,17 +199,20 @@ def _zeros(home: torch.device, size: Any, *, device: Any = None, **options: Any)
     return torch.zeros(size, device=home if device.type == "meta" else device, dtype=options.get("dtype"))
 
 
-def _clean(graph: fx.Graph, constants: dict[str, Tensor]) -> tuple[fx.Graph, dict[str, Tensor]]:
+def _cleaned(kind: str, traced: Traced) -> FlatGraph:
     """Without dead nodes and duplicates.
 
     In-place operators may remain: they write into what the graph itself made, never into its inputs.
     """
-    graph.eliminate_dead_code()
+    graph, constants = traced.graph, traced.constants
+    drop_dead(graph)
     _check(graph, constants)
     if not any(mutates(n) for n in graph.nodes):
-        graph = fx_graph_cse(graph)
+        merge_equal(graph)
+    if kind == "replay":
+        distinct(graph)
     used = {str(n.target) for n in graph.find_nodes(op="get_attr")}
-    return graph, {name: constants[name].clone() for name in used}
+    return FlatGraph(graph, {name: constants[name].clone() for name in used})
 
 
 def _check(graph: fx.Graph, constants: dict[str, Tensor]) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor, fx
+from torch import Tensor
 
 from metaoptim.errors import CaptureError
 
 from .differentiate import cotangent_outputs, vjp_graph
+from .flat import FlatGraph
 from .ir import StepGraph
 from .liveness import peak_bytes
 from .mixed import NotMixed, mixed_vjp_graph
@@ -18,7 +19,7 @@ from .program import readable_bytes
 WORTH_SAVING = 64 << 20
 
 
-def derivative(step: StepGraph, hvp: str, example: Sequence[Tensor] | None = None) -> fx.GraphModule:
+def derivative(step: StepGraph, hvp: str, example: Sequence[Tensor] | None = None) -> FlatGraph:
     """The VJP of a step, by the mode ``hvp`` asks for; what was chosen and why is noted in ``step.derivatives``.
 
     Args:
@@ -39,7 +40,11 @@ def derivative(step: StepGraph, hvp: str, example: Sequence[Tensor] | None = Non
             ) from error
         step.derivatives[hvp] = f"mixed, {readable_bytes(peak_bytes(graph.graph))} alive"
         return graph
-    graph = vjp_graph(step, example)
+    return chosen(step, hvp, vjp_graph(step, example))
+
+
+def chosen(step: StepGraph, hvp: str, graph: FlatGraph) -> FlatGraph:
+    """What `derivative` takes, given reverse over reverse."""
     peak = peak_bytes(graph.graph)
     step.derivatives[hvp] = f"reverse, {readable_bytes(peak)} alive"
     if hvp == "auto" and step.steps and peak > WORTH_SAVING:

@@ -22,11 +22,11 @@ class _Interpreter(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         if n.op != "call_function":
             return super().run_node(n)
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
         if n.target is gradient:
-            args, _ = self.fetch_args_kwargs_from_env(n)
             return self.gradient(*args)
         if n.target is show:
-            (theta,), _ = self.fetch_args_kwargs_from_env(n)
+            (theta,) = args
             with torch.enable_grad():
                 return (
                     theta.view_as(theta)
@@ -37,7 +37,7 @@ class _Interpreter(fx.Interpreter):
         with torch.set_grad_enabled(
             n.meta.get("grad", True) and (self.create_graph or not n.meta.get("update", False))
         ):
-            return super().run_node(n)
+            return n.target(*args, **kwargs)  # type: ignore[operator]
 
     def gradient(self, loss: Tensor, thetas: Sequence[Tensor]) -> tuple[Tensor, ...]:
         create = self.create_graph and not self.first_order

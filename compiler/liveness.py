@@ -26,6 +26,13 @@ def storages(node: fx.Node) -> Iterator[tuple[Any, int]]:
             yield copies.get(storage._cdata, storage._cdata), storage.nbytes()
 
 
+def results_of(graph: fx.Graph) -> Sequence[Any]:
+    """What a flat graph returns."""
+    (output,) = graph.find_nodes(op="output")
+    found = output.args[0]
+    return found if isinstance(found, (tuple, list)) else (found,)
+
+
 def peak_bytes(graph: fx.Graph, order: Sequence[fx.Node] | None = None) -> int:
     """Most bytes alive at once of what ``graph`` allocates; see `alive_bytes`."""
     return max(alive_bytes(graph, order), default=0)

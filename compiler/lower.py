@@ -8,14 +8,17 @@ from threading import RLock
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from .ambient import default_dtype, with_default_dtype
 from .capture.slicing import tensor_spec
 from .compile_graph import compiled
-from .differentiate import cotangent_outputs, loss_graph, replay_graph
-from .hvp import derivative
+from .differentiate import cotangent_outputs, derived_by_running, loss_graph, replay_graph
+from .flat import FlatGraph
+from .hvp import WORTH_SAVING, chosen, derivative
 from .ir import EAGER, Lowering, StepGraph
+from .liveness import peak_bytes
+from .mixed import why_not_mixed
 from .residuals import Split, split
 
 Lowered = Callable[..., Sequence[Any]]
@@ -38,7 +41,9 @@ def lowering(backend: str, hvp: str, self_check: bool, replays: bool = True) -> 
     return Lowering(backend, self_check, hvp, replays)
 
 
-def lowered(step: StepGraph, kind: str, inputs: Sequence[Tensor], how: Lowering = EAGER) -> Lowered:
+def lowered(
+    step: StepGraph, kind: str, inputs: Sequence[Tensor], how: Lowering = EAGER, at_once: bool = False
+) -> Lowered:
     """The callable for one of a step's graphs, traced and compiled on first use.
 
     Args:
@@ -47,24 +52,29 @@ def lowered(step: StepGraph, kind: str, inputs: Sequence[Tensor], how: Lowering 
             "backward".
         inputs: what it will be called with first.
         how: it is lowered.
+        at_once: it will be called with ``inputs`` now, and with nothing else: a graph that is not there yet may then be
+            found by running the step, and has its results.
     """
     program = step.programs.get((kind, how))
     if program is None:
-        of = loss_of(step, inputs[-1]) if kind == "loss" else step
-        graph = _graph(of, "vjp" if kind == "loss" else kind, how.hvp, inputs if step.dynamic else None)
+        of, what = (loss_of(step, inputs[-1]), "vjp") if kind == "loss" else (step, kind)
         backend = how.backend_of(kind)
+        results = _by_running(of, what, inputs, how.hvp) if at_once and backend == "eager" else None
+        graph = _graph(of, what, how.hvp, inputs if step.dynamic else None)
         if backend == "eager":
-            program = with_default_dtype(step.default_dtype, graph.forward)
+            program = with_default_dtype(step.default_dtype, graph)
         else:
             cotangents = 0 if kind in ("replay", "forward") else len(cotangent_outputs(of))
             with default_dtype(step.default_dtype):
-                program = compiled(graph, inputs, backend, cotangents, how.check)
+                program = compiled(graph.module, inputs, backend, cotangents, how.check)
             program = with_default_dtype(step.default_dtype, program)
         step.programs[kind, how] = program
+        if results is not None:
+            return lambda *_: results
     return program
 
 
-def _graph(step: StepGraph, kind: str, hvp: str, example: Sequence[Tensor] | None) -> fx.GraphModule:
+def _graph(step: StepGraph, kind: str, hvp: str, example: Sequence[Tensor] | None) -> FlatGraph:
     if kind in ("forward", "backward"):
         divided = residuals(step, hvp)
         assert divided is not None
@@ -72,7 +82,36 @@ def _graph(step: StepGraph, kind: str, hvp: str, example: Sequence[Tensor] | Non
     return derived(step, hvp, example) if kind == "vjp" else replayed(step, example)
 
 
-def derived(step: StepGraph, hvp: str, example: Sequence[Tensor] | None = None) -> fx.GraphModule:
+def _by_running(
+    step: StepGraph, kind: str, inputs: Sequence[Tensor], hvp: str
+) -> Sequence[Tensor | None] | None:
+    """What a replay or VJP gives that has not been traced yet; None where it has been, or must be traced by itself."""
+    if kind == "vjp":
+        if is_derived(step, hvp) or not _reverse_will_do(step, hvp):
+            return None
+    elif kind != "replay" or "replay graph" in step.programs:
+        return None
+    with default_dtype(step.default_dtype):
+        found = derived_by_running(step, kind, inputs)
+    if found is None:
+        return None
+    graph, results = found
+    if kind == "vjp":
+        step.programs["vjp graph", hvp] = chosen(step, hvp, graph)
+    else:
+        step.programs["replay graph"] = graph
+    return results
+
+
+def _reverse_will_do(step: StepGraph, hvp: str) -> bool:
+    """Whether reverse over reverse may run before it is known what it takes: where that is little, or all there is."""
+    if hvp != "auto":
+        return hvp == "reverse"
+    small = "replay graph" in step.programs and 4 * peak_bytes(replayed(step).graph) < WORTH_SAVING
+    return small or why_not_mixed(step) is not None
+
+
+def derived(step: StepGraph, hvp: str, example: Sequence[Tensor] | None = None) -> FlatGraph:
     """The flat graph of a step's VJP."""
     if not is_derived(step, hvp):
         with default_dtype(step.default_dtype):
@@ -92,7 +131,7 @@ def is_derived(step: StepGraph, hvp: str) -> bool:
     return ("vjp graph", hvp) in step.programs
 
 
-def replayed(step: StepGraph, example: Sequence[Tensor] | None = None) -> fx.GraphModule:
+def replayed(step: StepGraph, example: Sequence[Tensor] | None = None) -> FlatGraph:
     """The flat graph of a step's replay."""
     if "replay graph" not in step.programs:
         with default_dtype(step.default_dtype):

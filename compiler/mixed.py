@@ -23,6 +23,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 
 from .capture.ops import op_info
 from .differentiate import true_zeros
+from .flat import FlatGraph
 from .ir import StepGraph, gradient, show
 from .remat import rematerialised
 from .tracing import tracing
@@ -34,14 +35,15 @@ class NotMixed(Exception):
     """The step has no mixed-mode derivative; the message says why."""
 
 
-def mixed_vjp_graph(step: StepGraph, cotangents: Sequence[int]) -> fx.GraphModule:
+def mixed_vjp_graph(step: StepGraph, cotangents: Sequence[int]) -> FlatGraph:
     """inputs, cotangents of the outputs at ``cotangents`` -> a cotangent, or None, per input.
 
     Raises:
         NotMixed: for several gradients in one step, hooks, custom Functions, in-place operators, random shapes, or an
             operator without a forward derivative.
     """
-    _check(step)
+    if (reason := why_not_mixed(step)) is not None:
+        raise NotMixed(reason)
     result: list[Any] = []
 
     def work() -> None:  # a trace through jvp that fails can poison autograd for its whole thread
@@ -62,14 +64,16 @@ def mixed_vjp_graph(step: StepGraph, cotangents: Sequence[int]) -> fx.GraphModul
     return result[0]
 
 
-def _check(step: StepGraph) -> None:
+def why_not_mixed(step: StepGraph) -> str | None:
+    """Why a step has no mixed-mode derivative, as far as that is seen without a trace."""
     if step.steps != 1:
-        raise NotMixed(f"it takes {step.steps} inner gradients")
+        return f"it takes {step.steps} inner gradients"
     if step.opaque or step.dynamic or step.hooked or step.first_order:
-        raise NotMixed("it holds hooks, custom Functions, or shapes that depend on values")
+        return "it holds hooks, custom Functions, or shapes that depend on values"
     for node in step.graph.nodes:
         if isinstance(node.target, torch._ops.OpOverload) and op_info(node.target).writes:
-            raise NotMixed(f"it writes in place ({node.target})")
+            return f"it writes in place ({node.target})"
+    return None
 
 
 class _Parts:
@@ -122,7 +126,7 @@ def _evaluate(wanted: fx.Node, env: dict[fx.Node, Any]) -> Any:
     return env[wanted]
 
 
-def _traced(step: StepGraph, cotangents: Sequence[int]) -> fx.GraphModule:
+def _traced(step: StepGraph, cotangents: Sequence[int]) -> FlatGraph:
     parts = _Parts(step)
     wanted = [i for i, p in enumerate(step.inputs) if p.differentiable]
     free = _is_linear(parts, cotangents)
@@ -153,7 +157,8 @@ def _traced(step: StepGraph, cotangents: Sequence[int]) -> fx.GraphModule:
     clean = fx_graph_cse(module.graph)
     for node in clean.nodes:
         node.meta["phase"] = phases.get(node.name)
-    return rematerialised(fx.GraphModule(module, clean))
+    constants = {str(n.target): getattr(module, str(n.target)) for n in clean.find_nodes(op="get_attr")}
+    return rematerialised(FlatGraph(clean, constants))
 
 
 def _is_linear(parts: _Parts, cotangents: Sequence[int]) -> bool:

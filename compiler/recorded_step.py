@@ -15,6 +15,7 @@ from .capture.trace import Input, Trace
 from .ir import Role, StepGraph, gradient
 from .passes.pipeline import shaped
 from .segments import Hooks, Roles, ordered, single
+from .tracing import uncollected
 from .update import UpdatePlan
 from .verify_step import verify_step
 
@@ -63,7 +64,11 @@ def build_step(
         lifted: which of the slice's numbers are inputs.
         hooks: for each updated parameter, the hooks behind ``spec.grad_hooks``.
     """
-    step = _Step(sliced, spec, new_states, hooks)
+    with uncollected():
+        return _built(_Step(sliced, spec, new_states, hooks), spec, lifted, any(hooks))
+
+
+def _built(step: _Step, spec: StepSpec, lifted: Sequence[int], hooked: bool) -> StepGraph:
     draft = single(step.trace, Hooks(step.trace, step.hooked_inputs))
     records = shaped(draft)
     (unit,) = draft.units
@@ -72,7 +77,7 @@ def build_step(
     places = [(segment.number_of[id(v.entry)], v.index) for v in step.trace.outputs]
     roles = Roles(inputs, ordered(inputs), dict(zip(places, step.output_roles, strict=True)))
     graph = build_segment(segment, unit.body, lifted, spec.hooked, roles, spec.first_order)
-    graph.opaque |= any(hooks)
+    graph.opaque |= hooked
     graph.records = records
     verify_step(graph)
     return graph

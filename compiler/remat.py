@@ -12,17 +12,18 @@ from typing import Any
 
 from torch import fx
 
+from .flat import FlatGraph
 from .liveness import peak_bytes, storages
 
 _WIDTHS = 6  # how many widths of cuts are tried
 
 
-def rematerialised(module: fx.GraphModule) -> fx.GraphModule:
-    """``module`` with the nodes of a forward phase made again, part by part, for those of its backward phase.
+def rematerialised(flat: FlatGraph) -> FlatGraph:
+    """``flat`` with the nodes of a forward phase made again, part by part, for those of its backward phase.
 
     Nodes say in ``meta["phase"]`` where they belong; both pairs of phases are looked at.
     """
-    best, least = module.graph, peak_bytes(module.graph)
+    best, least = flat.graph, peak_bytes(flat.graph)
     for forward, backward in (("first forward", "first backward"), ("forward", "backward")):
         graph = best
         for cuts in _proposals(graph, forward):
@@ -30,7 +31,7 @@ def rematerialised(module: fx.GraphModule) -> fx.GraphModule:
             peak = peak_bytes(tried)
             if peak < 0.95 * least:
                 best, least = tried, peak
-    return fx.GraphModule(module, best)
+    return FlatGraph(best, flat.constants)
 
 
 def _proposals(graph: fx.Graph, phase: str) -> list[list[int]]:

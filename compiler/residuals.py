@@ -16,9 +16,9 @@ from typing import Any
 import networkx as nx
 import torch
 from torch import fx
-from torch._functorch.compile_utils import fx_graph_cse
 
 from .differentiate import distinct, mutates
+from .flat import FlatGraph, drop_dead, merge_equal
 from .ir import StepGraph
 from .liveness import storages
 
@@ -37,14 +37,14 @@ class Split:
         saves: operators that the backward does not run again.
     """
 
-    forward: fx.GraphModule
-    backward: fx.GraphModule
+    forward: FlatGraph
+    backward: FlatGraph
     residuals: tuple[int, ...]
     fresh: int
     saves: int
 
 
-def split(step: StepGraph, replay: fx.GraphModule, vjp: fx.GraphModule) -> Split | None:
+def split(step: StepGraph, replay: FlatGraph, vjp: FlatGraph) -> Split | None:
     """Divide the work of a step's replay and VJP anew; None where nothing is to be saved.
 
     Args:
@@ -52,7 +52,7 @@ def split(step: StepGraph, replay: fx.GraphModule, vjp: fx.GraphModule) -> Split
         replay: its replay, flat.
         vjp: its VJP, flat.
     """
-    if any(mutates(n) for module in (replay, vjp) for n in module.graph.nodes):
+    if any(mutates(n) for flat in (replay, vjp) for n in flat.graph.nodes):
         return None
     placeholders = list(vjp.graph.find_nodes(op="placeholder"))
     inputs, cotangents = placeholders[: len(step.inputs)], placeholders[len(step.inputs) :]
@@ -112,8 +112,8 @@ def _cheap(node: fx.Node) -> bool:
 
 
 def _backward(
-    vjp: fx.GraphModule, inputs: list[fx.Node], cotangents: list[fx.Node], saved: list[fx.Node]
-) -> tuple[fx.GraphModule, int]:
+    vjp: FlatGraph, inputs: list[fx.Node], cotangents: list[fx.Node], saved: list[fx.Node]
+) -> tuple[FlatGraph, int]:
     """The VJP with ``saved`` for inputs, and how many operators it runs."""
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
@@ -124,44 +124,41 @@ def _backward(
     _copy(vjp.graph, graph, env)
     (output,) = vjp.graph.find_nodes(op="output")
     graph.output(fx.map_arg(output.args[0], env.__getitem__))
-    graph.eliminate_dead_code()
+    drop_dead(graph)
     run = sum(n.op == "call_function" and n.target is not getitem for n in graph.nodes)
-    return fx.GraphModule(vjp, graph), run
+    return FlatGraph(graph, vjp.constants), run
 
 
 def _forward(
-    replay: fx.GraphModule, vjp: fx.GraphModule, saved: list[fx.Node]
-) -> tuple[fx.GraphModule, tuple[int, ...], int]:
+    replay: FlatGraph, vjp: FlatGraph, saved: list[fx.Node]
+) -> tuple[FlatGraph, tuple[int, ...], int]:
     """The replay, and what gives ``saved`` in the VJP; what both compute is computed once.
 
     Returns:
-        The module; where among its results those of ``saved`` are; how many results are not the replay's.
+        The graph; where among its results those of ``saved`` are; how many results are not the replay's.
     """
     graph = fx.Graph()
     constants: dict[str, Any] = {}
     given = [graph.placeholder(n.name) for n in replay.graph.find_nodes(op="placeholder")]
     results: list[Any] = []
     outputs = next(iter(replay.graph.find_nodes(op="output"))).args[0]
-    for module, prefix, wanted in ((replay, "replay", outputs), (vjp, "vjp", saved)):
-        env = dict(zip(module.graph.find_nodes(op="placeholder"), given, strict=False))
-        same: dict[Any, Any] = {}  # memory in the trace of this module -> memory in the graph
+    for flat, prefix, wanted in ((replay, "replay", outputs), (vjp, "vjp", saved)):
+        env = dict(zip(flat.graph.find_nodes(op="placeholder"), given, strict=False))
+        same: dict[Any, Any] = {}  # memory in the trace -> memory in the graph
         for old, new in env.items():
-            if module is replay:
+            if flat is replay:
                 new.meta = dict(old.meta)
             same |= {s: t for (s, _), (t, _) in zip(storages(old), storages(new), strict=False)}
-        _copy(module.graph, graph, env, lambda name, p=prefix: f"{p}{name}")
+        _copy(flat.graph, graph, env, lambda name, p=prefix: f"{p}{name}")
         for old, new in env.items():
             if old.op != "placeholder":  # two traces may have had memory in the same place
                 memory = tuple((same.get(s, (prefix, s)), size) for s, size in storages(old))
                 new.meta = {**new.meta, "memory": memory}
-        constants |= {
-            f"{prefix}{n.target}": getattr(module, str(n.target))
-            for n in module.graph.find_nodes(op="get_attr")
-        }
+        constants |= {f"{prefix}{name}": t for name, t in flat.constants.items()}
         results += [env[n] for n in wanted]  # type: ignore[union-attr]
     graph.output(tuple(results))
-    graph.eliminate_dead_code()
-    graph = fx_graph_cse(graph)
+    drop_dead(graph)
+    merge_equal(graph)
     (output,) = graph.find_nodes(op="output")
     found: list[Any] = list(output.args[0])
     made = found[: len(outputs)]  # type: ignore[arg-type]
@@ -169,7 +166,7 @@ def _forward(
     places = tuple((made + fresh).index(n) for n in found[len(made) :])
     output.args = (tuple(made + fresh),)
     distinct(graph)
-    return fx.GraphModule(constants, graph), places, len(fresh)
+    return FlatGraph(graph, constants), places, len(fresh)
 
 
 def _copy(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from math import isfinite
 from typing import Any
 
 import torch
@@ -54,12 +55,14 @@ def agree(
         return True
     if not _is_real(want.dtype):
         return torch.equal(got, want)
-    finite = want.isfinite()
-    if not torch.equal(got.isfinite(), finite):
-        return False
-    worst = float((got[finite] - want[finite]).abs().max()) if bool(finite.any()) else 0.0
+    worst, size = float((got - want).abs().max()), float(want.abs().max())
+    if not (isfinite(worst) and isfinite(size)):
+        finite = want.isfinite()
+        if not torch.equal(got.isfinite(), finite):
+            return False
+        worst, size = size_of(got[finite] - want[finite]), size_of(want)
     tolerance = _TOLERANCE.get(_coarser(precision, want.dtype.to_real()), 5e-2)
-    return worst <= tolerance * (size_of(want) + 1e-3 * largest) + 10 * noise + 1e-30
+    return worst <= tolerance * (size + 1e-3 * largest) + 10 * noise + 1e-30
 
 
 def noise_of(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import operator
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,20 +14,13 @@ import torch
 from metaoptim.errors import CaptureError, user_location
 
 from .capture.entries import Entry, Number, Value
-from .capture.ops import op_info
+from .capture.owners import changed, identity, owner
 from .capture.slicing import Keyed, hook_key
 from .capture.trace import Input, Noise, ScanItem, Trace
-from .ir import Role, again, gradient, show
+from .ir import Role, gradient, show
 from .update import UpdatePlan
 
 aten = torch.ops.aten
-# Views that autograd takes for tensors of their own.
-_SHARING = {
-    aten.unsafe_split.Tensor,
-    aten.unsafe_split_with_sizes.default,
-    aten.unsafe_chunk.default,
-    aten._unsafe_view.default,
-}
 
 
 def leaves(a: Any) -> Iterator[Any]:
@@ -49,14 +42,6 @@ def arguments(entry: Entry) -> Iterator[Any]:
         yield from leaves(entry.kwargs)
 
 
-def changed(entry: Entry) -> Iterator[Any]:
-    """What a call changes in place."""
-    if isinstance(entry.op, torch._ops.OpOverload):
-        for where in op_info(entry.op).writes:
-            found = entry.kwargs.get(where) if isinstance(where, str) else entry.args[where]
-            yield from leaves(found)
-
-
 def sources(entry: Entry) -> Iterator[Any]:
     """Where a gradient that reaches the outputs of a call goes on to."""
     if entry.op is aten.detach.default:
@@ -66,24 +51,6 @@ def sources(entry: Entry) -> Iterator[Any]:
         yield from (Value(write, None) for write in entry.deps)
     else:  # under no_grad a tensor that is changed in place keeps its history
         yield from changed(entry)
-
-
-def identity(ref: Any) -> Any:
-    """Equal for what stands for the same tensor."""
-    return (id(ref.entry), ref.index) if isinstance(ref, Value) else id(ref)
-
-
-def owner(ref: Any, inside: Callable[[Entry], bool] = lambda entry: True) -> Any:
-    """What made the memory that ``ref`` lies in, as far back as calls are ``inside``."""
-    while isinstance(ref, Value) and inside(ref.entry):
-        entry, written = ref.entry, list(changed(ref.entry))
-        if len(written) == 1:
-            ref = written[0]
-        elif entry.op is again or entry.op in _SHARING or getattr(entry.op, "is_view", False):
-            ref = entry.args[0]
-        else:
-            break
-    return ref
 
 
 class Hooks:
@@ -114,8 +81,7 @@ class Segment(Keyed):
 
     def __init__(self, entries: list[Entry], hooks: Hooks) -> None:
         super().__init__(entries)
-        self._indexed = hooks.indexed
-        self._written = {self.memory_of(ref) for e in entries for ref in changed(e)}
+        self.indexed = hooks.indexed
         self.inputs: list[Any] = []
         self._input_at: dict[Any, int] = {}
         body = tuple(self._entry_key(e) for e in entries)
@@ -153,14 +119,6 @@ class Segment(Keyed):
     def memory_of(self, ref: Any) -> Any:
         """The call or input that made the memory of ``ref``, as far back as these calls go."""
         return identity(owner(ref, lambda entry: id(entry) in self.number_of))
-
-    def _unchanged(self, a: Any) -> bool:
-        return not self._indexed and self.memory_of(a) not in self._written
-
-    def _input_shape(self, a: Any) -> tuple | None:
-        if isinstance(a, Value) and id(a.entry) in self.number_of:
-            return None
-        return tuple(spec_of(a)[0]) if isinstance(a, (Value, Input, ScanItem)) else None
 
 
 def spec_of(ref: Any) -> tuple:

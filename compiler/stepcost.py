@@ -10,7 +10,7 @@ from torch import fx
 
 from .differentiate import cotangent_outputs
 from .ir import Lowering, StepGraph
-from .liveness import peak_bytes, storages
+from .liveness import peak_bytes, results_of, storages
 from .lower import derived, replayed, residuals
 from .program import nbytes, operator_count
 
@@ -123,13 +123,6 @@ def _static_cost(step: StepGraph, hvp: str) -> StepCost:
             _depends(step, vjp),
         )
     return found
-
-
-def results_of(graph: fx.Graph) -> Sequence[Any]:
-    """What a flat graph returns."""
-    (output,) = graph.find_nodes(op="output")
-    found = output.args[0]
-    return found if isinstance(found, (tuple, list)) else (found,)
 
 
 def _made(graph: fx.Graph) -> list[Made | None]:

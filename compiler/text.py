@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from .capture.entries import Value
+from .capture.owners import identity
 from .capture.trace import Input, Noise, ScanItem, Trace
 from .ir import gradient, show
 from .program import nbytes, plural, readable_bytes
-from .segments import Draft, Unit, arguments, identity
+from .segments import Draft, Unit, arguments
 from .update import UpdatePlan
 
 _MOST_LINES = 40

@@ -36,6 +36,7 @@ def tracing() -> Iterator[None]:
     """One trace at a time, outside the window, the user's modes, autocast and inference mode, with grad mode on."""
     recorder = recording.set(None)
     with (
+        uncollected(),
         _lock,
         _disable_current_modes(),
         torch.inference_mode(False),

@@ -20,10 +20,10 @@ from .compiler.capture.trace import Input, Trace
 from .compiler.capture.tracer import Tracer, capturing
 from .compiler.differentiate import cotangent_outputs
 from .compiler.ir import Role, StepCall, StepGraph
+from .compiler.liveness import results_of
 from .compiler.lower import derived
 from .compiler.passes.pipeline import Options, Record, compile_trace
 from .compiler.program import Given, RolledProgram, operator_count, plural
-from .compiler.stepcost import results_of
 from .compiler.tracing import uncollected
 from .errors import UnreachableWarning, warn
 from .guards import Scene

@@ -8,12 +8,13 @@ from collections import Counter
 from dataclasses import asdict, replace
 
 from .compiler.ir import Loop, Lowering, Role, StepGraph
+from .compiler.liveness import results_of
 from .compiler.lower import derived, is_derived
 from .compiler.passes.differentiate import differentiate
 from .compiler.passes.pipeline import Record
 from .compiler.program import Given, memory_of, plural
 from .compiler.recorded_program import Program
-from .compiler.stepcost import results_of, step_cost
+from .compiler.stepcost import step_cost
 from .errors import WindowError, user_scope
 from .naming import names_in
 from .report import Report, calls_text, shape_of

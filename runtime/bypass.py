@@ -133,7 +133,7 @@ def _affects(program: Program, mark: _Mark, node: Any) -> bool:
         at[position] = reached
         call = program[position]
         if isinstance(call, Assign):
-            reached = reached - set(call.indices)
+            reached = reached - (set(call.indices) - node.engine.untrained)
             continue
         results = {*call.update, *call.opt_state_out}
         affected = (

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ..compiler.capture.entries import Entry, Value
+from ..compiler.capture.owners import identity
 from ..compiler.ir import gradient, show
-from ..compiler.segments import arguments, identity
+from ..compiler.segments import arguments
 from .engine import Engine
 
 aten = torch.ops.aten

@@ -66,10 +66,9 @@ class Engine:
         self._refused = False  # a step, for want of room
         self.reaches = False  # whether anything can receive a gradient through its steps
         self.thetas: dict[int, int] = {}  # state index -> id of the user's own parameter behind it
-        self.ordinary: set[int] = (
-            set()
-        )  # state indices of those that no optimizer steps: a write does not cut them
         self.closed: set[int] = set()  # ids of those that no gradient reaches
+        # state indices of parameters that no optimizer steps: written into, they are the leaves that they were
+        self.untrained: set[int] = set()
         self._watch = watching() if type(self) is Engine else None  # not while it is run to plan
         self._ran = 0  # calls that `run` has run
         self.vjps = 0
@@ -309,7 +308,7 @@ class Engine:
         return torch.empty_strided(shape, stride, dtype=dtype, device=device).copy_(cotangent)
 
     def _lowered(self, call: StepCall, kind: str, inputs: Sequence[Tensor]) -> Lowered:
-        return lowered(call.step, kind, inputs, call.how)
+        return lowered(call.step, kind, inputs, call.how, at_once=True)
 
     def state_at(self, position: int) -> State:
         """The state at a position, replayed if it was not kept."""
@@ -368,7 +367,7 @@ class Engine:
                 call = self.program[position]
                 if isinstance(call, Assign):
                     for index in call.indices:
-                        if index in self.ordinary and not call.adoption:
+                        if index in self.untrained and not call.adoption:
                             continue
                         arrived = sweep.cotangents.pop(index, None)
                         if call.adoption and arrived is not None:

@@ -17,7 +17,7 @@ from metaoptim.errors import UnreachableWarning
 from ..compiler.capture.trace import Input
 from ..compiler.cotangent_hook import stand_in
 from ..compiler.ir import Loop, Lowering, StepCall
-from ..compiler.lower import residuals
+from ..compiler.lower import lowered, residuals
 from ..compiler.program import Kept, RolledProgram
 from ..compiler.stepcost import Measured, made_of, measured
 from .compiled import Run
@@ -106,7 +106,7 @@ class _MeteredEngine(Engine):
         if profiling():
             return super()._lowered(call, kind, inputs)
         with AllocatorMeter() as first:
-            program = super()._lowered(call, kind, inputs)
+            program = lowered(call.step, kind, inputs, call.how)
         return lambda *inputs: metered(program, call, kind, inputs, first.peak)
 
 

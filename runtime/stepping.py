@@ -17,6 +17,7 @@ from ..compiler.ambient import unaffected
 from ..compiler.build import build_segment
 from ..compiler.capture import intercept
 from ..compiler.capture.entries import Value
+from ..compiler.capture.owners import identity
 from ..compiler.capture.trace import Input, Noise
 from ..compiler.capture.tracer import Tracer
 from ..compiler.ir import Lowering, Role, StepCall
@@ -24,7 +25,7 @@ from ..compiler.lower import lowered
 from ..compiler.passes.lower import FEW
 from ..compiler.passes.pipeline import shaped
 from ..compiler.passes.roll import StepOf
-from ..compiler.segments import Roles, identity, ordered, whole
+from ..compiler.segments import Roles, ordered, whole
 from ..compiler.verify_step import verify_step
 from .capturing import CapturedSession
 from .dependence import depends_on, loss_inputs, mark, shown_in
@@ -233,7 +234,7 @@ class CompiledStep:
                 how = replace(how, backend="eager")
             call = self._call(window, held, how)
             inputs = [engine.state[i] for i in (*call.theta, *call.opt_state_in)] + [h.get() for h in held]
-            results = lowered(self.step, "replay", inputs, how)(*inputs)
+            results = lowered(self.step, "replay", inputs, how, at_once=True)(*inputs)
             del inputs  # under a budget, the engine may run the step's derivative now, on numbers drawn again
             changes = [
                 (i, v) for i, v in zip((*call.update, *call.opt_state_out), results, strict=True) if i >= 0

@@ -104,10 +104,10 @@ class ThetaView:
         for i, t, p, index in zip(ordinals, shown, own, indices, strict=True):
             theta = epoch.theta[id(t)]
             self.indices[i] = theta.index = index
+            if i not in self.networks.joined:
+                engine.untrained.add(index)
             self._versions[index], self._since[index] = theta.version, engine.position
             engine.thetas[index] = id(p)
-            if i not in self.networks.joined:
-                engine.ordinary.add(index)
             bypass.note_theta(t, engine, engine.position, index)
 
     def need(self, ordinals: Iterable[int]) -> None:
@@ -120,8 +120,8 @@ class ThetaView:
         """An optimizer of these parameters steps from now on; of ``late`` its loss has read the user's own."""
         self.need(ordinals)
         own = self.networks.originals
+        self.engine.untrained.difference_update(self.indices[i] for i in ordinals)
         self.engine.closed.update(id(own[i]) for i in ordinals if i in self._written)
-        self.engine.ordinary.difference_update(self.indices[i] for i in ordinals)
         if late:
             indices = [self.indices[i] for i in late]
             self.late = {
@@ -417,11 +417,11 @@ class ThetaView:
         return hit
 
     def after_write(self, hit: list[int]) -> None:
-        """Overwritten parameters are leaves from now on: a history cut."""
+        """Overwritten parameters are leaves from now on: a history cut, for those that an optimizer steps."""
         with self.recorder.paused(), enable_reentrant_dispatch():
             for ordinal in hit:
                 shown = self.networks.shown[ordinal]
-                if ordinal in self.networks.joined and not shown.is_leaf:
+                if self.indices[ordinal] >= 0 and ordinal in self.networks.joined and not shown.is_leaf:
                     Tensor.detach_(shown)
                     shown.requires_grad_()
         self._dirty.update(i for i in hit if self.indices[i] >= 0)
@@ -437,7 +437,8 @@ class ThetaView:
             values = [self.networks.shown[i].detach() for i in ordinals]
             changes = list(zip(indices, values, strict=True))
             self.engine.append(Assign(indices, values), changes, read=self.read)
-        self._note_leaves(ordinals, [self.networks.shown[i] for i in ordinals])
+        cut = [i for i in ordinals if i in self.networks.joined]
+        self._note_leaves(cut, [self.networks.shown[i] for i in cut])
         theta = dict(self.recording.epoch.theta)
         for i in ordinals:
             version = self._versions[self.indices[i]] = object()

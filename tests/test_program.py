@@ -220,7 +220,7 @@ def test_corrupting_a_derivative_changes_the_gradient(form: str) -> None:
     assert len(nodes) >= 20
     lowered = [key for key in step.programs if key[0] == "vjp"]
     for node in corruptions(graph.graph, nodes):
-        graph.recompile()
+        graph.module.recompile()
         for key in lowered:
             step.programs.pop(key, None)
         assert differ(honest, torch.autograd.grad(total, own, retain_graph=True)), node
@@ -242,10 +242,10 @@ def test_no_backward_builds_a_graph_over_more_than_one_step(monkeypatch: pytest.
 
     real, seen = engine_module.lowered, []
 
-    def spy(step: Any, kind: str, inputs: Any, how: Any) -> Any:
+    def spy(step: Any, kind: str, inputs: Any, how: Any, at_once: bool) -> Any:
         seen.append(kind)
         assert not torch.is_grad_enabled() and all(t.grad_fn is None for t in inputs)
-        return real(step, kind, inputs, how)
+        return real(step, kind, inputs, how, at_once)
 
     monkeypatch.setattr(engine_module, "lowered", spy)
     engine, total, _ = loop(6, slots=2)

@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 import metaoptim
 from forms import in_form_c, mlp
 from metaoptim.compiler import lower
 from metaoptim.compiler.differentiate import cotangent_outputs
+from metaoptim.compiler.flat import FlatGraph
 from metaoptim.compiler.ir import StepGraph
 from metaoptim.compiler.lower import derived, replayed, residuals
 from metaoptim.runtime.meter import AllocatorMeter
@@ -45,7 +46,7 @@ def arguments(step: StepGraph, seed: int = 0) -> tuple[list[Tensor], list[Tensor
     ]
 
 
-def operators(module: fx.GraphModule) -> int:
+def operators(module: FlatGraph) -> int:
     return sum(n.op == "call_function" for n in module.graph.nodes)
 
 
@@ -174,7 +175,7 @@ def test_residuals_are_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         if found is not None:
             node = next(n for n in found.backward.graph.nodes if n.target is torch.ops.aten.mul.Tensor)
             node.target = torch.ops.aten.add.Tensor
-            found.backward.recompile()
+            found.backward.module.recompile()
         return found
 
     monkeypatch.setattr(lower, "split", corrupted)

@@ -298,7 +298,7 @@ def test_parameters_unfrozen_in_the_window_train(options: dict) -> None:
 def test_groups_take_networks() -> None:
     net, other = network(), network()
     inner = metaoptim.MetaSGD([net])
-    with pytest.raises(ValueError, match="in none of the networks"):
+    with pytest.raises(ValueError, match="in none of the networks; give the network"):
         inner.add_param_group({"params": list(other.parameters())})
     with metaoptim.SlidingWindow(offline=True):
         inner.step(loss_of(net, 0))

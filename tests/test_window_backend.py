@@ -72,9 +72,9 @@ def test_the_forward_and_its_replay_stay_eager() -> None:
     """A state that is made again is the same to the bit, whatever the derivatives run on."""
     kinds: list[tuple[str, str]] = []
 
-    def seen(step: Any, kind: str, inputs: Any, how: Any = None) -> Any:
+    def seen(step: Any, kind: str, inputs: Any, how: Any = None, **options: Any) -> Any:
         kinds.append((kind, how.backend_of(kind)))
-        return lowered(step, kind, inputs, how)
+        return lowered(step, kind, inputs, how, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("metaoptim.runtime.engine.lowered", seen)

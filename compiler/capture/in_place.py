@@ -59,7 +59,7 @@ def write(recorder: Any, op: Any, info: OpInfo, args: tuple, kwargs: dict) -> An
             recorder.taint.note(reads, targets, epoch.theta)
         return out
     adopted = [_adopt_target(recording, t) for t in targets]  # alive until the call refers to them
-    tokens = tuple(recording.token(a) for a in args)
+    tokens = recording.tokens(op, info, args)
     kw = {k: recording.token(v) for k, v in kwargs.items()}
     entry = recording.entry(op, tokens, kw, tensors_in(reads), grad)
     del adopted

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +26,18 @@ class OpInfo(NamedTuple):
 _INFO: dict[Any, OpInfo] = {}
 # Python numbers become inputs beside these; elsewhere one counts more digits than a tensor would.
 LIFTS = (torch.float32, torch.float64)
-_TWO_OPERANDS = {aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor}
+_TWO_OPERANDS = {
+    *(aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.rsub.Scalar),
+    *(aten.add_.Tensor, aten.sub_.Tensor, aten.mul_.Tensor, aten.div_.Tensor),
+}
+# What takes a part that a number says out of a tensor.
+INDEXING = {aten.select.int, aten.slice.Tensor}
+PARTING = {aten.unbind.int, aten.split.Tensor, aten.split_with_sizes.default}
+# Their results hold nothing yet.
+EMPTY = {
+    *(aten.empty_like.default, aten.new_empty.default, aten.new_empty_strided.default),
+    *(aten.empty.memory_format, aten.empty_strided.default),
+}
 
 
 def op_info(op: Any) -> OpInfo:
@@ -43,6 +55,14 @@ def op_info(op: Any) -> OpInfo:
             op in _TWO_OPERANDS,
         )
     return info
+
+
+@functools.cache
+def shapes_known(op: Any) -> bool:
+    """Whether what results are like follows from what arguments are like: it has a kernel without data."""
+    return torch.Tag.data_dependent_output not in op.tags and (
+        torch._C._dispatch_has_computed_kernel_for_dispatch_key(op.name(), "Meta")
+    )
 
 
 @functools.cache
@@ -111,6 +131,43 @@ def without_running_stats(op: Any, args: tuple) -> tuple:
     args_list = list(args)
     args_list[where[0]] = args_list[where[1]] = None
     return tuple(args_list)
+
+
+def from_the_front(op: Any, args: tuple) -> tuple:
+    """All arguments of an index, counted from the front: (tensor, dim, index) or (tensor, dim, start, end, step)."""
+    if op is aten.select.int:
+        t, dim, index = args
+        return t, dim, index % t.shape[dim]
+    return _sliced(*args)
+
+
+def _sliced(
+    t: Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> tuple:
+    return t, dim, *slice(start, end, step).indices(t.shape[dim])
+
+
+def parts(op: Any, args: tuple) -> list[tuple[Any, tuple]]:
+    """What gives one by one the parts that a call takes a tensor apart into: operators and their arguments."""
+    if op is aten.unbind.int:
+        return _rows(*args)
+    return _split(*args)
+
+
+def _rows(t: Tensor, dim: int = 0) -> list[tuple[Any, tuple]]:
+    return [(aten.select.int, (t, dim, i)) for i in range(t.shape[dim])]
+
+
+def _split(t: Tensor, sizes: int | list[int], dim: int = 0) -> list[tuple[Any, tuple]]:
+    if isinstance(sizes, int):
+        sizes = [sizes] * max(1, -(-t.shape[dim] // max(1, sizes)))
+    ends = itertools.accumulate(sizes)
+    return [(aten.slice.Tensor, (t, dim, end - size, end)) for size, end in zip(sizes, ends, strict=True)]
+
+
+def lifts(info: OpInfo, args: tuple) -> bool:
+    """Whether the second argument of a call is a Python number that may be another in otherwise equal steps."""
+    return info.lifts_number and type(args[1]) in (int, float) and args[0].dtype in LIFTS
 
 
 def attention_by_math(

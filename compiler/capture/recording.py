@@ -16,7 +16,18 @@ from torch import Tensor
 from metaoptim.errors import CaptureError
 
 from .entries import Carried, Entry, Epoch, External, Number, Theta, Value, version_of
-from .ops import LIFTS, MASKED, OpInfo, without_running_stats
+from .ops import (
+    EMPTY,
+    INDEXING,
+    MASKED,
+    PARTING,
+    OpInfo,
+    from_the_front,
+    lifts,
+    op_info,
+    parts,
+    without_running_stats,
+)
 
 aten = torch.ops.aten
 _DETACH = aten.detach.default
@@ -226,6 +237,13 @@ class Recording:
             return tuple([self.token(b) for b in a])
         return a
 
+    def tokens(self, op: Any, info: OpInfo, args: tuple) -> tuple:
+        """The arguments of a call, with what stands for tensors and for numbers that may differ."""
+        if op in INDEXING:
+            args = from_the_front(op, args)
+        tokens = tuple([self.token(a) for a in without_running_stats(op, args)])
+        return (tokens[0], Number(float(args[1])), *tokens[2:]) if lifts(info, args) else tokens
+
     def bind(self, t: Tensor, value: Value) -> Value:
         """Let ``value`` stand for ``t``."""
         value.ref = weakref.ref(t)
@@ -269,9 +287,15 @@ class Recording:
         if op is aten.native_dropout.default:
             self._record_dropout(args, out)
             return
-        tokens = tuple([self.token(a) for a in without_running_stats(op, args)])
-        if info.lifts_number and type(args[1]) in (int, float) and args[0].dtype in LIFTS:
-            tokens = (tokens[0], Number(float(args[1])), *tokens[2:])
+        if op in EMPTY:
+            return
+        if op in PARTING and isinstance(
+            self.value_of(args[0]), External
+        ):  # data: each part as an index gives it
+            for t, (one, given) in zip(out, parts(op, args), strict=True):
+                self.record(one, op_info(one), given, {}, t)
+            return
+        tokens = self.tokens(op, info, args)
         kw = {k: self.token(v) for k, v in kwargs.items()} if kwargs else kwargs
         entry = self.entry(op, tokens, kw, tensors_in(args), True)
         if info.dynamic:

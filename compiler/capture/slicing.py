@@ -12,8 +12,8 @@ from torch import Tensor
 from .entries import Carried, Entry, External, Number, Spy, Theta, Value
 from .functions import Function
 from .intercept import is_removed
-
-aten = torch.ops.aten
+from .ops import INDEXING
+from .owners import changed, identity, origin
 
 
 def tensor_spec(t: Tensor) -> tuple:
@@ -32,7 +32,10 @@ class Keyed:
         spies: all hooks met.
         values: all values met.
         opaque: whether custom Functions or hooks occur (the step is then checked every time).
+        indexed: whether indices that may differ from step to step are `Number`s already.
     """
+
+    indexed = False
 
     def __init__(self, entries: list[Entry]) -> None:
         self.entries = entries
@@ -42,7 +45,6 @@ class Keyed:
         self.spies: list[Spy] = []
         self.values: list[Value] = []
         self.opaque = False
-        self._plain = not any(e.deps for e in entries)
 
     def token(self, a: Any) -> Any:
         """A hashable stand-in for one argument: ("v", entry, output), ("n", k), ("()", ...) or a constant."""
@@ -64,9 +66,14 @@ class Keyed:
             return ("c", type(a), a)
         return a
 
-    def _input_shape(self, a: Any) -> tuple | None:
-        """The shape of ``a``, if it comes from outside these calls."""
+    def memory_of(self, ref: Any) -> Any:
+        """Equal for what may share memory, as far back as these calls go."""
         raise NotImplementedError
+
+    @functools.cached_property
+    def written(self) -> dict[Any, int]:
+        """Memory that is written -> the place of the last call that does."""
+        return {self.memory_of(ref): i for i, e in enumerate(self.entries) for ref in changed(e)}
 
     def _note_hooks(self, where: tuple, hooks: Any) -> None:
         if hooks and where not in self.hooks:
@@ -85,31 +92,20 @@ class Keyed:
         kwargs = tuple((k, self.token(v)) for k, v in entry.kwargs.items()) if entry.kwargs else ()
         return (entry.op, args, kwargs, entry.grad, entry.shape)
 
-    def _unchanged(self, a: Any) -> bool:
-        """Whether nothing writes into the memory of ``a``: a copy of a part of it will do for a view."""
-        return self._plain
-
     def _lift_index(self, entry: Entry) -> tuple | None:
-        # data indexed by the step: the index is a number of the step, not of its program
-        if entry.op not in (aten.select.int, aten.slice.Tensor) or not self._unchanged(entry.args[0]):
+        """The arguments of an index that is a number of the step, not of its program: it may be another in each step.
+
+        In the place of the view there is then a copy, which will do where nobody writes into its memory after it.
+        """
+        if entry.op not in INDEXING or self.indexed:
             return None
-        if entry.op is aten.select.int and isinstance(entry.args[2], int):
-            source, dim, index = entry.args
-            shape = self._input_shape(source)
-            if shape is not None:
-                token = self.token(source)
-                self.numbers.append(index % shape[dim])
-                return (token, dim, ("n", len(self.numbers) - 1))
-        if entry.op is aten.slice.Tensor and len(entry.args) >= 4:
-            source, dim, start, end = entry.args[:4]
-            shape = self._input_shape(source)
-            if shape is not None:
-                step = entry.args[4] if len(entry.args) > 4 else 1
-                start, end, stride = slice(start, end, step).indices(shape[dim])
-                token = self.token(source)
-                self.numbers.append(start)
-                return (token, dim, ("n", len(self.numbers) - 1), len(range(start, end, stride)), stride)
-        return None
+        source, dim, start, *end = entry.args
+        if self.written.get(self.memory_of(source), -1) > self.number_of[id(entry)]:
+            return None
+        token = self.token(source)
+        self.numbers.append(start)
+        where = (token, dim, ("n", len(self.numbers) - 1))
+        return (*where, len(range(start, *end)), end[1]) if end else where
 
 
 def restored(token: Any, found: Callable[[tuple], Any]) -> Any:
@@ -161,21 +157,25 @@ class Slice(Keyed):
             self.opaque = True
         self.key = (body, self.roots, specs, hooks)
 
-    def token(self, a: Any) -> Any:
-        """A hashable stand-in for one argument: ("v", entry, output), ("t", k), ("x", k), ("n", k) or a constant."""
+    def _resolved(self, a: Any) -> Any:
+        """What stands for ``a`` in this very step."""
         if isinstance(a, Carried):
             a = a.value if self.carry else a.external
         if isinstance(a, Value) and a.apart is not None:
             a = a.apart
+        if isinstance(a, External) and self.aliases:
+            return self.aliases.get(id(a.tensor), a)
+        return a
+
+    def token(self, a: Any) -> Any:
+        """A hashable stand-in for one argument: ("v", entry, output), ("t", k), ("x", k), ("n", k) or a constant."""
+        a = self._resolved(a)
         if isinstance(a, External):
-            theta = self.aliases.get(id(a.tensor)) if self.aliases else None
-            if theta is None:
-                at = self._external_at.get(id(a))
-                if at is None:
-                    at = self._external_at[id(a)] = len(self.externals)
-                    self.externals.append(a)
-                return ("x", at)
-            a = theta
+            at = self._external_at.get(id(a))
+            if at is None:
+                at = self._external_at[id(a)] = len(self.externals)
+                self.externals.append(a)
+            return ("x", at)
         if isinstance(a, Theta):
             at = self._theta_at.get(a.index)
             if at is None:
@@ -193,8 +193,14 @@ class Slice(Keyed):
             return where
         return super().token(a)
 
-    def _input_shape(self, a: Any) -> tuple | None:
-        return a.held.spec[0] if isinstance(a, External) else None
+    def memory_of(self, ref: Any) -> Any:
+        """Equal for what may share memory: tensors from outside are seen to."""
+        while isinstance(ref := self._resolved(ref), Value) and (of := origin(ref.entry)) is not None:
+            ref = of
+        t = None if isinstance(ref, Value) else ref.source if isinstance(ref, External) else ref.tensor
+        if t is None:  # one from outside that is gone is written into by this name alone
+            return identity(ref)
+        return t.untyped_storage()._cdata if t.layout is torch.strided else id(t)
 
 
 def _ancestors(roots: list[Any], carry: bool) -> list[Entry]:

@@ -34,7 +34,7 @@ from .fakes import FakeCalls
 from .functions import Function, flattened
 from .intercept import is_removed
 from .modes import leave, paused
-from .ops import BATCH_NORM, LIFTS, RRELU, op_info
+from .ops import BATCH_NORM, INDEXING, PARTING, RRELU, from_the_front, lifts, op_info, parts
 from .slicing import closed_over, tensor_spec
 from .trace import Input, Trace
 
@@ -300,14 +300,18 @@ class Tracer(TorchDispatchMode):
 
     def tokens(self, op: Any, args: tuple) -> tuple:
         """The arguments of a call of ``op``, with what stands for tensors and for numbers that may differ."""
-        tokens = self.token(args)
-        if op_info(op).lifts_number and type(args[1]) in (int, float) and args[0].dtype in LIFTS:
-            tokens = (tokens[0], Number(float(args[1])), *tokens[2:])
-        return tokens
+        tokens = self.token(from_the_front(op, args) if op in INDEXING else args)
+        return (tokens[0], Number(float(args[1])), *tokens[2:]) if lifts(op_info(op), args) else tokens
 
     def record(self, op: Any, args: tuple, kwargs: dict) -> Any:
         """Make a call and append it."""
         out = self.run(op, args, kwargs)
+        if op in PARTING and isinstance(
+            self.value_of(args[0]), Input
+        ):  # data: each part as an index gives it
+            for t, (one, given) in zip(out, parts(op, args), strict=True):
+                self.bind(t, Value(self.add(one, self.tokens(one, given)), None))
+            return out
         entry = self.add(op, self.tokens(op, args), self.token(kwargs))
         self.bind_outputs(entry, out)
         return out

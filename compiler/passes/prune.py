@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from ..capture.entries import Value
+from ..capture.owners import identity
 from ..capture.trace import Noise
-from ..segments import Draft, Unit, identity, sources
+from ..segments import Draft, Unit, sources
 
 
 def prune(draft: Draft) -> str:

@@ -10,10 +10,11 @@ from metaoptim.errors import CaptureError
 
 from ..build import build_segment
 from ..capture.entries import Value
+from ..capture.owners import identity
 from ..capture.trace import Input, Noise, ScanItem
 from ..ir import Loop, StepCall, StepGraph
 from ..program import Given, RolledProgram, plural
-from ..segments import Body, Draft, Unit, identity, roles_of
+from ..segments import Body, Draft, Unit, roles_of
 
 StepOf = Callable[[tuple, Callable[[], StepGraph]], StepGraph]
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from ..capture.entries import Entry, Value
+from ..capture.owners import changed, owner
 from ..capture.trace import Input, ScanItem, Trace
 from ..ir import gradient
-from ..segments import changed, owner
 
 aten = torch.ops.aten
 
@@ -49,23 +49,20 @@ class _Rows:
         """``a`` with rows in the place of values that are some."""
         if isinstance(a, tuple):
             return tuple(self.replaced(b) for b in a)
-        item = self._item(a.entry, a.index) if isinstance(a, Value) else None
+        item = self._item(a.entry) if isinstance(a, Value) else None
         self.reads += item is not None
         return a if item is None else item
 
-    def _item(self, entry: Entry, index: int | None) -> ScanItem | None:
-        if entry.op not in (aten.select.int, aten.unbind.int) or id(entry) in self._apart:
+    def _item(self, entry: Entry) -> ScanItem | None:
+        if entry.op is not aten.select.int or id(entry) in self._apart:
             return None
-        source, *where = entry.args
-        if not isinstance(source, Input) or id(source) in self._written or (where and where[0] != 0):
+        source, dim, at = entry.args
+        if not isinstance(source, Input) or id(source) in self._written or dim != 0:
             return None
         if source.grad and not entry.grad:  # taken under no_grad
             return None
         shape, dtype, stride, device = source.spec
         if len(stride) != len(shape):
-            return None
-        at = index if entry.op is aten.unbind.int else where[1] % shape[0]
-        if not isinstance(at, int):
             return None
         if (id(source), at) not in self.items:
             self.items[id(source), at] = ScanItem(source, at, (shape[1:], dtype, stride[1:], device))

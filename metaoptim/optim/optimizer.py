@@ -347,8 +347,8 @@ class MetaOptimizer(Optimizer):
         for p in group["params"]:
             if id(p) not in names:
                 raise ValueError(
-                    f"{type(self).__name__}: a parameter of shape {tuple(p.shape)} is in none of the networks; name "
-                    "the one that it is in in networks=[...], or give that instead of its parameters"
+                    f"{type(self).__name__}: a parameter of shape {tuple(p.shape)} is in none of the networks; give "
+                    "the network it is in, as a group of its own or among networks=[...]"
                 )
             if not p.is_floating_point():
                 raise TypeError(

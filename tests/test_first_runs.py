@@ -1,0 +1,105 @@
+"""Graphs that are found by running a step: they are those that a trace over fake tensors gives, and hold for others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import metaoptim
+from metaoptim.compiler import lower
+from metaoptim.compiler.flat import Unfollowed, flat_graph
+from metaoptim.compiler.tracing import tracing
+from metaoptim.runtime.recorded import step_cache
+from oracle import agree, run_oracle, run_window
+from problems import NETWORKS, problem
+
+
+@pytest.fixture
+def by_running(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The graphs that were found by running a step."""
+    found: list[str] = []
+    derive = lower.derived_by_running
+
+    def noted(step: object, kind: str, inputs: object) -> object:
+        made = derive(step, kind, inputs)  # type: ignore[arg-type]
+        found.extend([] if made is None else [kind])
+        return made
+
+    monkeypatch.setattr(lower, "derived_by_running", noted)
+    step_cache.clear()
+    yield found
+    step_cache.clear()
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_first_and_later_runs_give_the_tape(network: str, by_running: list[str]) -> None:
+    case = problem(network, "adam", 4, True)
+    agree(run_window(case), run_oracle(case))
+    assert {"replay", "vjp"} <= set(by_running) or network == "dropout"
+
+
+def test_a_second_backward_is_the_first_to_the_bit(by_running: list[str]) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(48, 2)
+    )
+    lr = torch.tensor(0.1, requires_grad=True)
+    x = torch.randn(5, 2, 6, 6)
+    inner = metaoptim.MetaAdam([net], lr=lr)
+    with metaoptim.SlidingWindow(offline=True):
+        inner.step(net(x).square().mean())
+        loss = net(x).square().mean()
+        first = torch.autograd.grad(loss, [lr, x] if x.requires_grad else [lr], retain_graph=True)
+        assert "vjp" in by_running
+        for _ in range(2):  # the graph as it is, then its code
+            torch.testing.assert_close(
+                torch.autograd.grad(loss, [lr], retain_graph=True), first, rtol=0, atol=0
+            )
+
+
+def test_branches_on_values_are_not_frozen(by_running: list[str]) -> None:
+    """The derivative of a product has another formula where a factor is 0, which the first step has none of."""
+
+    def gradients(strategy: str) -> list[Tensor | None]:
+        torch.manual_seed(0)
+        net, xs = nn.Linear(4, 3).double(), torch.rand(3, 5, 4).double() + 0.5
+        xs[1:] = 0.0
+        w = torch.tensor([1.0, 0.0, 0.0]).double().requires_grad_()
+        inner = metaoptim.MetaSGD([net], lr=0.1)
+        with metaoptim.SlidingWindow(offline=True, strategy=strategy):
+            for k in range(3):
+                inner.step(
+                    ((net(xs[k]) * w[k] + 0.1).cumprod(1) + (net(xs[k]) * w[k]).prod(1, keepdim=True)).mean()
+                )
+            net(xs[0]).square().mean().backward()
+        return [w.grad, *(p.grad for p in net.parameters())]
+
+    for a, b in zip(gradients("auto"), gradients("full_tape"), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_what_looks_at_values_is_left_to_a_trace() -> None:
+    x, outside = torch.randn(3), torch.randn(3)
+    for fn in (
+        lambda t: (t * t.sum().item(),),
+        lambda t: (t[t > 0],),
+        lambda t: (t + outside,),
+        torch.rand_like,
+    ):
+        with tracing(), pytest.raises(Unfollowed):
+            flat_graph(fn, [x], real=True)  # type: ignore[arg-type]
+
+
+def test_a_budget_measures_the_graph_itself(by_running: list[str]) -> None:
+    torch.manual_seed(0)
+    net, xs = nn.Linear(64, 64), torch.randn(6, 8, 64)
+    inner = metaoptim.MetaSGD([net], lr=0.1)
+    with metaoptim.SlidingWindow(offline=True, memory_budget="2MiB"):
+        for x in xs:
+            inner.step(F.mse_loss(net(x), x))
+        net(xs[0]).square().mean().backward()
+    assert "vjp" not in by_running
