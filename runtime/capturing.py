@@ -93,6 +93,7 @@ class CapturedSession(Session):
         self._versions: dict[int, deque[Tensor]] = {}  # per parameter, what was shown, newest first
         self._lifts = True
         self._updates: dict[tuple, tuple[list[tuple], list[dict[str, tuple]]]] = {}
+        self._overwritten: set[int] = set()
         self._taken: dict[
             int, Entry
         ] = {}  # the calls that take in parameters of which no optimizer has stepped
@@ -155,8 +156,17 @@ class CapturedSession(Session):
                         state[name] = self._last_state((optimizer, p, name), value)
         tracer.trace.windows.append(self.mark)
 
+    def _is_ordinary(self, i: int) -> bool:
+        """Whether no optimizer of parameter ``i`` has stepped."""
+        return i in self._taken
+
     def _let_go(self) -> None:
         """Who has read parameters of which no optimizer has stepped has read an input, as without the optimizer."""
+        for i in filter(self._is_ordinary, self._overwritten):
+            raise CaptureError(
+                f"parameter {self.networks.names[i]!r} was changed in place, and its optimizer takes no step in this "
+                "window of a compiled function; use an ordinary window, or delete that optimizer"
+            )
         own: dict[int, Any] = {id(taken): taken.args[0] for taken in self._taken.values()}
 
         def read(a: Any) -> Any:
@@ -409,6 +419,7 @@ class CapturedSession(Session):
 
         def cut() -> None:
             self._cut.append((i, before))
+            self._overwritten.add(i)
             value = Value(tracer.add(aten.detach.default, (tracer.value_of(t),), grad=True), None)
             tracer.bind(t, Value(tracer.add(show, (value,), grad=True), None))
 

@@ -94,7 +94,9 @@ class FullTapeSession(Session):
         self._versions: list[list[Tensor]] = []  # what the networks have shown, oldest first
         self._values: list[list[int]] = []  # beside it: numbers that are equal where the values are
         self._count = 0
-        self._written: set[int] = set()  # ordinals that were overwritten before an optimizer stepped them
+        self._cuts: set[int] = (
+            set()
+        )  # ids of parameters that optimizers step: a write before that was a cut too
         self._cut: list[tuple[int, Any]] = []  # overwritten parameters, and what had shown them
 
     def open(self) -> None:
@@ -112,8 +114,7 @@ class FullTapeSession(Session):
 
     def _join(self, ordinals: list[int], late: list[int]) -> None:
         own = self.networks.originals
-        self.closed.update(id(own[i]) for i in ordinals if i in self._written)
-        self._written.difference_update(ordinals)
+        self._cuts.update(id(own[i]) for i in ordinals)
         if late:
             before = [own[i] if i in late else shown for i, shown in enumerate(self.networks.shown)]
             self._versions.insert(-1, before)
@@ -270,7 +271,10 @@ class FullTapeSession(Session):
                 self._values[-1][i] = self._count
                 shown = self.networks.shown[i]
                 if i not in self.networks.joined:
-                    self._written.add(i)
+                    with torch.enable_grad():  # an ordinary network's, so far
+                        (anew,) = Begin.apply(self._cuts, [shown.detach()], self.networks.originals[i])
+                    self.networks.show(i, anew)
+                    self._versions[-1][i] = anew
                 elif not shown.is_leaf:
                     self._cut.append((i, shown.grad_fn))
                     Tensor.detach_(shown)

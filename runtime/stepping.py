@@ -73,6 +73,12 @@ class CapturedStep(CapturedSession):
         self.left.append((target, self.recorder.give(last)))
         return last
 
+    def _is_ordinary(self, i: int) -> bool:
+        networks = self.window.networks
+        return (
+            super()._is_ordinary(i) and networks.index_of(self.networks.originals[i]) not in networks.joined
+        )
+
     def _offer(self, ordinals: list[int]) -> None:
         super()._offer(ordinals)
         tracer = self.recorder

@@ -309,3 +309,41 @@ def test_what_has_been_frozen_tied_and_taken_out_between_windows() -> None:
         net(X).square().mean().backward()
     assert torch.equal(net[0].bias, before) and len(inner.state) == 3 == len(inner.state_dict()["state"])
     assert [p.shape for p in inner.param_groups[0]["params"]] == [p.shape for p in net.parameters()]
+
+
+@pytest.mark.parametrize("joins", [False, True])
+def test_writing_into_a_network_before_its_optimizer_steps(joins: bool) -> None:
+    """An ordinary network's gradient is by what was written; one that is stepped later has its history cut there."""
+
+    def run(form: str, alive: bool = True, **options: Any) -> list[Tensor]:
+        a, b, lr = mlp(3), mlp(4), leaf(0.1)
+        first = metaoptim.MetaSGD([a], lr=lr) if alive else None
+        second = metaoptim.MetaSGD([b], lr=lr)
+
+        def whole(a: nn.Module, b: nn.Module, lr: Tensor) -> Tensor:
+            with metaoptim.SlidingWindow(offline=True, **options):
+                second.step(F.mse_loss(a(X) + b(X), Y))
+                with torch.no_grad():
+                    a[2].bias.mul_(0.9)
+                for _ in range(2):
+                    second.step(F.mse_loss(a(X) + b(X), Y))
+                    if joins:
+                        first.step(F.mse_loss(a(X) * b(X), Y))
+                return F.mse_loss(a(X) + b(X), Y)
+
+        if form == "C":
+            whole = metaoptim.compile(whole, backend="eager")
+        whole(a, b, lr).backward()
+        return gradients(*a.parameters(), *b.parameters(), lr)
+
+    expected = run("A", joins, strategy="full_tape")
+    for options in ({}, {"slots": 2}, {"window": 9}):
+        equal(run("A", **options), expected)
+    equal(run("A", strategy="full_tape"), expected)
+    if joins:
+        equal(run("C"), expected)
+    else:
+        with pytest.raises(
+            metaoptim.CaptureError, match=r"'2\.bias' was changed in place, and its optimizer"
+        ):
+            run("C")
