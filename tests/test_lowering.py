@@ -19,6 +19,7 @@ from torch._inductor.utils import fresh_cache
 
 import metaoptim
 from forms import full_tape, run_compiled, run_step
+from metaoptim import captured
 from metaoptim.compiler import backends, compile_graph
 from metaoptim.compiler.differentiate import cotangent_outputs
 from metaoptim.compiler.liveness import peak_bytes
@@ -311,6 +312,7 @@ def backends_of(step: Any) -> set[str]:
 
 
 def test_what_runs_once_or_twice_a_call_is_not_compiled() -> None:
+    captured._steps.clear()  # step graphs are shared, also with other tests' functions
     _, fn = gradients(problem("linear", "momentum", 6, True), backend="aot_eager", hvp="reverse")
     (program,) = next(iter(fn._programs.values()))
     counts: Counter[int] = Counter()
