@@ -11,8 +11,9 @@ import random
 import sys
 import types
 import weakref
+from array import array
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -153,7 +154,7 @@ class Scene:
         return False
 
     def _compound(self, value: Any, kind: type, path: str) -> None:
-        if isinstance(value, dict):
+        if isinstance(value, (dict, types.MappingProxyType)):
             self._dict(value, path)
         elif isinstance(value, (list, tuple, deque)):
             self.fact(f"the length of {path}" if path else "", (kind, len(value)))
@@ -161,6 +162,8 @@ class Scene:
                 self.describe(v, path and f"{path}[{i}]")
         elif isinstance(value, (set, bytearray)):
             self.fact(path, (kind, frozenset(value) if isinstance(value, set) else bytes(value)))
+        elif isinstance(value, (array, memoryview)):
+            self.fact(path, (kind, memoryview(value).format, memoryview(value).tobytes()))
         elif isinstance(value, nn.Module):
             self.module(value, path)
         elif isinstance(value, MetaOptimizer):
@@ -211,7 +214,7 @@ class Scene:
         self.objects.append(value)
         self.fact(path, (kind, id(value)))
 
-    def _dict(self, value: dict, path: str, form: str = "{}[{!r}]") -> None:
+    def _dict(self, value: Mapping, path: str, form: str = "{}[{!r}]") -> None:
         keys = tuple([(type(k), k if type(k) in _ATOMS else id(k)) for k in value])
         if any(type(k) not in _ATOMS for k in value):
             self.objects += [k for k in value if type(k) not in _ATOMS]
@@ -223,6 +226,7 @@ class Scene:
         self.object(fn, "object", path)
         if is_library(fn.__module__):
             return
+        self.object(fn.__code__, "object", path)  # reloading puts another one into the same function
         for name in ("__defaults__", "__kwdefaults__", "__dict__"):
             held = getattr(fn, name)
             if held:

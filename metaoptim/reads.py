@@ -64,6 +64,10 @@ class Place:
         if self.kind == "cell":
             return contents(self.holder)
         holder = self.holder()
+        if self.kind == "own":
+            return _dict_of(holder).get(self.name, _MISSING)
+        if self.kind == "names":
+            return tuple(_dict_of(holder))
         if self.kind == "attribute":
             try:
                 return object.__getattribute__(holder, self.name)
@@ -203,6 +207,7 @@ class Reads:
         frame = sys._getframe(2)
         if name[:2] == "__":
             if name in _WHOLE and frame.f_globals.get("__name__") != "torch.nn.modules.module":
+                self._note("names", o, "", f"the attributes of {self._known[id(o)][1]}")
                 for each in list(_dict_of(o)):
                     self.attribute(o, each)
             return
@@ -226,6 +231,8 @@ class Reads:
         if isinstance(value, (types.FunctionType, property)):
             if not is_library(cls.__module__):
                 self._note("class", cls, name, path)
+                if isinstance(value, types.FunctionType):
+                    self._note("own", o, name, path)  # one object may get a method of its own
         elif isinstance(value, types.MemberDescriptorType) or not hasattr(type(value), "__get__"):
             self._note("attribute", o, name, path)
 
@@ -269,7 +276,7 @@ class Reads:
                             self._note("cell", cell, "", name)
 
     def _globals(self, code: types.CodeType, names: dict[str, Any]) -> None:
-        for name in global_names(code):
+        for name in (*global_names(code), *_texts(code, "globals")):
             if name in names:
                 value = names[name]
                 if isinstance(value, types.ModuleType):
@@ -284,7 +291,7 @@ class Reads:
     def _module(self, module: types.ModuleType, code: types.CodeType, path: str) -> None:
         if is_library(module.__name__):
             return
-        for name in code.co_names:
+        for name in (*code.co_names, *_texts(code, "getattr")):
             value = vars(module).get(name)
             if isinstance(value, types.ModuleType):
                 if value is not module:
@@ -377,6 +384,11 @@ def _only_counts(code: types.CodeType, at: int, name: str) -> bool:
         and add.opname.startswith(("BINARY", "INPLACE"))
         for add, swap, i in zip(steps[k:], steps[k + 1 :], steps[k + 2 :])
     )
+
+
+def _texts(code: types.CodeType, by: str) -> list[str]:
+    """Texts in code that are names for a function called ``by``."""
+    return [c for c in code.co_consts if isinstance(c, str)] if by in code.co_names else []
 
 
 def _dict_of(o: Any) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Each case is taken through calls between which something changes, and compared w
 
 from __future__ import annotations
 
+import array
 import collections
 import dataclasses
 import enum
@@ -367,6 +368,92 @@ class AnotherModule(Case):
 
     def change(self) -> None:
         changing.SCALE, changing.Config.scale = changing.SCALE + 1, changing.Config.scale + 2
+
+
+@case
+class AViewOfADict(Case):
+    def set_up(self) -> None:
+        self.values = {"k": 1.0}
+        self.view = types.MappingProxyType(self.values)
+
+    def factor(self) -> Any:
+        return self.view["k"]
+
+    def change(self) -> None:
+        self.values["k"] += 1
+
+
+@case
+class Arrays(Case):
+    def set_up(self) -> None:
+        self.array = array.array("d", [1.0, 2.0])
+        self.view = memoryview(array.array("d", [3.0]))
+
+    def factor(self) -> Any:
+        return self.array[1] + self.view[0]
+
+    def change(self) -> None:
+        self.array[1] += 1
+        self.view[0] += 2
+
+
+@case
+class AMethodOfItsOwn(Case):
+    def scale(self) -> float:
+        return 1.0
+
+    def factor(self) -> Any:
+        return self.scale()
+
+    def change(self) -> None:
+        scale = self.scale() + 1
+        self.scale = lambda: scale
+
+
+@case
+class NamesOfAttributes(Case):
+    def set_up(self) -> None:
+        self.more = Empty()
+
+    def factor(self) -> Any:
+        return 1.0 + len(vars(self.more))
+
+    def change(self) -> None:
+        setattr(self.more, f"k{len(vars(self.more))}", 0)
+
+
+class Empty:
+    """Whatever a test puts there."""
+
+
+@case
+class NamesAsText(Case):
+    def set_up(self) -> None:
+        changing.SCALE = 1.0
+        globals()["SCALE"] = 1.0
+
+    def factor(self) -> Any:
+        return getattr(changing, "SCALE") + globals()["SCALE"]  # noqa: B009
+
+    def change(self) -> None:
+        changing.SCALE += 1
+        globals()["SCALE"] += 2
+
+
+@case
+class ReloadedCode(Case):
+    def set_up(self) -> None:
+        def helper() -> float:
+            return 1.0
+
+        self.helper = helper
+
+    def factor(self) -> Any:
+        return self.helper()
+
+    def change(self) -> None:
+        value = self.helper() + 1
+        self.helper.__code__ = self.helper.__code__.replace(co_consts=(None, value))
 
 
 @case
