@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import dis
 import enum
 import functools
@@ -12,7 +13,7 @@ import sys
 import types
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -153,7 +154,7 @@ class Scene:
         return False
 
     def _compound(self, value: Any, kind: type, path: str) -> None:
-        if isinstance(value, dict):
+        if isinstance(value, (dict, types.MappingProxyType)):
             self._dict(value, path)
         elif isinstance(value, (list, tuple, deque)):
             self.fact(f"the length of {path}" if path else "", (kind, len(value)))
@@ -201,6 +202,8 @@ class Scene:
             )
         elif isinstance(getattr(value, "__dict__", None), dict):  # a SimpleNamespace
             self._dict(vars(value), path, "{}.{}")
+        elif isinstance(value, (memoryview, array.array)):
+            self.fact(path, (kind, value.tobytes()))
         elif kind.__eq__ is not object.__eq__ and _is_hashable(value):  # of numpy, a date, a pattern
             self.fact(path, (kind, value))
         else:
@@ -211,7 +214,7 @@ class Scene:
         self.objects.append(value)
         self.fact(path, (kind, id(value)))
 
-    def _dict(self, value: dict, path: str, form: str = "{}[{!r}]") -> None:
+    def _dict(self, value: Mapping[Any, Any], path: str, form: str = "{}[{!r}]") -> None:
         keys = tuple([(type(k), k if type(k) in _ATOMS else id(k)) for k in value])
         if any(type(k) not in _ATOMS for k in value):
             self.objects += [k for k in value if type(k) not in _ATOMS]
