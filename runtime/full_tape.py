@@ -15,7 +15,7 @@ from torch.overrides import enable_reentrant_dispatch
 from metaoptim.errors import WindowError
 
 from ..compiler.capture.recorder import Recorder
-from ..compiler.update import UpdatePlan, clip_gradients
+from ..compiler.update import UpdatePlan, clip_gradients, initial_state
 from .bridge import Begin, as_parameter
 from .graph import nodes_below
 from .session import AS_GRADIENT, Options, Session, gradient, refuse_overwritten
@@ -156,9 +156,8 @@ class FullTapeSession(Session):
             for (i, _), p in zip(used, originals, strict=True):
                 state = optimizer.state[p]
                 if not state:
-                    state.update(
-                        optimizer.init_state(self.networks.shown[i], optimizer.param_groups[group_of[id(p)]])
-                    )
+                    group = optimizer.param_groups[group_of[id(p)]]
+                    state.update(initial_state(optimizer.init_state, self.networks.shown[i], group))
                 states.append(dict(state))
             if optimizer._normalizer is not None:
                 inner = clip_gradients(inner, *optimizer._normalizer[:2])

@@ -189,6 +189,9 @@ def test_dlpack() -> None:
         h = net(XS[0])
         with pytest.raises(metaoptim.CaptureError, match=r"DLPack.*clone"):
             torch.from_dlpack(h.detach())
+        for hand_out in (torch.to_dlpack, torch.utils.dlpack.to_dlpack):
+            with pytest.raises(metaoptim.CaptureError, match=r"DLPack.*clone"):
+                hand_out(h.detach())
         with torch.no_grad():
             torch.testing.assert_close(torch.from_dlpack(h.clone()), h)
         torch.from_dlpack(XS[0])
