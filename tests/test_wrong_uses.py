@@ -559,3 +559,8 @@ def rate_that_makes_parameters_grow() -> None:
     inner = MetaSGD([net[0]], lr=torch.full((4, 1), 0.1))
     with SlidingWindow(offline=True):
         inner.step(loss_of(net))
+
+
+@wrong(ValueError, "max_norm: got a tensor of shape (3,)", "expected one number")
+def norm_for_each_column() -> None:
+    MetaSGD([network()]).reset_grad_normalizer(torch.ones(3))

@@ -294,6 +294,11 @@ class MetaOptimizer(Optimizer):
         """
         if max_norm is not None:
             check_non_negative(max_norm=max_norm)
+        if isinstance(max_norm, Tensor) and max_norm.numel() != 1:
+            raise ValueError(
+                f"max_norm: got a tensor of shape {tuple(max_norm.shape)}, expected one number: the norm is that of "
+                "all parameters together"
+            )
         self._normalizer = None if max_norm is None else (max_norm, float(norm_type), error_if_nonfinite)
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
