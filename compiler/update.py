@@ -9,7 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metaoptim.errors import WindowError
+
 State = dict[str, Tensor]
+
+_fitting: set[Callable[..., Any]] = set()  # updates whose results have been looked at
 
 
 @dataclass(frozen=True)
@@ -68,14 +72,64 @@ class UpdatePlan:
         if self.clip is not None:
             grads = clip_gradients(grads, _fill(self.clip.max_norm, slots), self.clip.norm_type)
         new_thetas, new_states = [], []
+        known = self.update in _fitting
         for theta, grad, state, group in zip(thetas, grads, states, self.group_of, strict=True):
             hyper = _matching(groups[group], theta)
             if self.init is not None and not state:
-                state = self.init(theta, hyper)
-            new, new_state = self.update(theta, grad, state, hyper)
+                state = initial_state(self.init, theta, hyper)
+            result = self.update(theta, grad, state, hyper)
+            if not known:
+                _check_result(self.__name__, theta, result)
+            new, new_state = result
+            if new.shape != theta.shape:  # at every step: hyper-parameters of one optimizer are not another's
+                raise _grown(self.__name__, new, theta, hyper)
             new_thetas.append(new if new.dtype == theta.dtype else new.to(theta.dtype))
             new_states.append(new_state)
+        _fitting.add(self.update)
         return new_thetas, new_states
+
+
+def initial_state(init: Callable[..., State], param: Tensor, hyper: dict[str, Any]) -> State:
+    """What ``init`` gives, which must be tensors by name."""
+    state = init(param, hyper)
+    if not _is_state(state):
+        raise TypeError(
+            f"{init.__qualname__}: got {_outline(state)}, expected a dictionary of tensors by name, such as "
+            "{'sum': torch.zeros_like(param)}; {} for no state, torch.zeros(()) for a count"
+        )
+    return state
+
+
+def _check_result(name: str, theta: Tensor, result: Any) -> None:
+    fits = isinstance(result, (tuple, list)) and len(result) == 2 and isinstance(result[0], Tensor)
+    if not fits or not _is_state(result[1]):
+        raise TypeError(
+            f"{name}: got {_outline(result)}, expected two results: the new parameter, and its new state as a "
+            "dictionary of tensors by name ({} for none)"
+        )
+
+
+def _grown(name: str, new: Tensor, theta: Tensor, hyper: dict[str, Any]) -> WindowError:
+    shapes = [f"{k} {tuple(v.shape)}" for k, v in hyper.items() if isinstance(v, Tensor)]
+    return WindowError(
+        f"{name}: a parameter of shape {tuple(theta.shape)} would become one of shape {tuple(new.shape)}; a "
+        "hyper-parameter that is a tensor must be a scalar, or broadcast to the shape of every parameter of its group "
+        f"(tensors among them: {', '.join(shapes) or 'none'})"
+    )
+
+
+def _is_state(state: Any) -> bool:
+    return isinstance(state, dict) and all(isinstance(v, Tensor) for v in state.values())
+
+
+def _outline(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    if isinstance(value, (tuple, list)):
+        return f"({', '.join(map(_outline, value))})"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{k!r}: {_outline(v)}' for k, v in value.items())}}}"
+    return repr(value)
 
 
 def _fill(value: Any, slots: Sequence[Any]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import dis
 import enum
 import functools
@@ -11,7 +12,6 @@ import random
 import sys
 import types
 import weakref
-from array import array
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -162,8 +162,6 @@ class Scene:
                 self.describe(v, path and f"{path}[{i}]")
         elif isinstance(value, (set, bytearray)):
             self.fact(path, (kind, frozenset(value) if isinstance(value, set) else bytes(value)))
-        elif isinstance(value, (array, memoryview)):
-            self.fact(path, (kind, memoryview(value).format, memoryview(value).tobytes()))
         elif isinstance(value, nn.Module):
             self.module(value, path)
         elif isinstance(value, MetaOptimizer):
@@ -204,6 +202,8 @@ class Scene:
             )
         elif isinstance(getattr(value, "__dict__", None), dict):  # a SimpleNamespace
             self._dict(vars(value), path, "{}.{}")
+        elif isinstance(value, (memoryview, array.array)):
+            self.fact(path, (kind, value.tobytes()))
         elif kind.__eq__ is not object.__eq__ and _is_hashable(value):  # of numpy, a date, a pattern
             self.fact(path, (kind, value))
         else:
@@ -214,7 +214,7 @@ class Scene:
         self.objects.append(value)
         self.fact(path, (kind, id(value)))
 
-    def _dict(self, value: Mapping, path: str, form: str = "{}[{!r}]") -> None:
+    def _dict(self, value: Mapping[Any, Any], path: str, form: str = "{}[{!r}]") -> None:
         keys = tuple([(type(k), k if type(k) in _ATOMS else id(k)) for k in value])
         if any(type(k) not in _ATOMS for k in value):
             self.objects += [k for k in value if type(k) not in _ATOMS]

@@ -16,6 +16,7 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from importlib.util import resolve_name
 from typing import Any
 
 from torch import Tensor, nn
@@ -38,6 +39,8 @@ from .optim.optimizer import MetaOptimizer
 
 _MISSING = object()
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
+_METHODS = (types.FunctionType, staticmethod, classmethod)
+_FIELDS = (types.MemberDescriptorType, types.GetSetDescriptorType)  # of slots, of classes in C
 _OF_MODULES = {*vars(nn.Module()), "_compiled_call_impl"}  # described with the module
 _WHOLE = ("__dict__", "__reduce_ex__", "__getstate__")  # by them, all attributes are read
 _reading: ContextVar[Reads | None] = ContextVar("metaoptim_reads", default=None)
@@ -233,7 +236,7 @@ class Reads:
                 self._note("class", cls, name, path)
                 if isinstance(value, types.FunctionType):
                     self._note("own", o, name, path)  # one object may get a method of its own
-        elif isinstance(value, types.MemberDescriptorType) or not hasattr(type(value), "__get__"):
+        elif isinstance(value, _FIELDS) or not hasattr(type(value), "__get__"):
             self._note("attribute", o, name, path)
 
     def wrote(self, o: Any, name: str) -> None:
@@ -287,6 +290,8 @@ class Reads:
                     continue  # told by itself
                 elif not isinstance(value, _FUNCTIONS) or not is_library(value.__module__):
                     self._note("global", names, name, name)
+        for module in _imports(code, names):
+            self._module(module, code, module.__name__)
 
     def _module(self, module: types.ModuleType, code: types.CodeType, path: str) -> None:
         if is_library(module.__name__):
@@ -304,10 +309,15 @@ class Reads:
     def _class(self, cls: type, code: types.CodeType) -> None:
         if is_library(cls.__module__):
             return
-        for name in code.co_names:
-            value = getattr(cls, name, _MISSING)
-            if value is not _MISSING and name[:2] != "__" and not hasattr(type(value), "__get__"):
-                self._note("class", cls, name, f"{cls.__qualname__}.{name}")
+        for owner in (type(cls), *cls.__mro__):  # super() finds what cls hides
+            if is_library(owner.__module__):
+                continue
+            for name in code.co_names:
+                value = vars(owner).get(name, _MISSING)
+                if value is _MISSING or name[:2] == "__":
+                    continue
+                if isinstance(value, _METHODS) or not hasattr(type(value), "__get__"):
+                    self._note("class", owner, name, f"{owner.__qualname__}.{name}")
 
     # -- at work -------------------------------------------------------------------------------------------------
 
@@ -389,6 +399,16 @@ def _only_counts(code: types.CodeType, at: int, name: str) -> bool:
 def _texts(code: types.CodeType, by: str) -> list[str]:
     """Texts in code that are names for a function called ``by``."""
     return [c for c in code.co_consts if isinstance(c, str)] if by in code.co_names else []
+
+
+def _imports(code: types.CodeType, names: dict[str, Any]) -> Iterator[types.ModuleType]:
+    """The modules that a function imports from, where they have been imported before."""
+    steps = [i for i in dis.get_instructions(code) if i.opname not in ("CACHE", "EXTENDED_ARG")]
+    for level, _, step in zip(steps, steps[1:], steps[2:]):
+        if step.opname == "IMPORT_NAME":
+            name = resolve_name("." * level.argval + step.argval, names.get("__package__"))
+            if name in sys.modules:
+                yield sys.modules[name]
 
 
 def _dict_of(o: Any) -> dict[str, Any]:

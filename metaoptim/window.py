@@ -220,6 +220,7 @@ class SlidingWindow:
             A slice of the tensor, or a tuple with one slice of each, T times.
 
         Raises:
+            TypeError: for something else than tensors.
             ValueError: for no tensors, or leading sizes that differ.
             CaptureError: in a compiled function, when iterations differ or reach back more than one.
 
@@ -230,6 +231,12 @@ class SlidingWindow:
             ...     for x, y in window.scan(torch.ones(4, 2, 3), torch.zeros(4, 2, 1)):
             ...         inner.step((net(x) - y).square().mean())
         """
+        for given in tensors:
+            if not isinstance(given, Tensor):
+                raise TypeError(
+                    f"window.scan: got {type(given).__name__}, expected tensors with one row for each step, as in "
+                    "window.scan(xs, ys); make one of a list by torch.stack"
+                )
         sizes = {t.shape[0] if t.dim() else None for t in tensors}
         if len(sizes) != 1 or None in sizes:
             raise ValueError(

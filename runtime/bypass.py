@@ -25,6 +25,7 @@ from ..compiler.ir import Assign
 from ..compiler.recorded_program import Program
 from .bridge import STEPPED, InnerParameter, Link, Read, Results, StepLoss, WindowedLoss, WindowedRead
 from .engine import Engine
+from .graph import nodes_below
 from .oversights import Ended, last_ended
 from .session import current_session
 
@@ -97,18 +98,7 @@ def check(outputs: Iterable[Tensor], inputs: Iterable[Any], recorder: Any) -> No
 
 def _reads_below(outputs: Iterable[Tensor]) -> list[Any]:
     """The nodes of theta, and of losses that have been stepped by, that ``outputs`` depend on."""
-    stack = [t.grad_fn for t in outputs if isinstance(t, Tensor)]
-    seen: set[Any] = set()
-    found = []
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if isinstance(node, (*_READS, *STEPPED)):
-            found.append(node)
-        stack.extend(next_node for next_node, _ in node.next_functions)
-    return found
+    return [node for node in nodes_below(outputs) if isinstance(node, (*_READS, *STEPPED))]
 
 
 def _affects(program: Program, mark: _Mark, node: Any) -> bool:

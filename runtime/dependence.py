@@ -18,6 +18,7 @@ from ..compiler.capture.owners import identity
 from ..compiler.ir import gradient, show
 from ..compiler.segments import arguments
 from .engine import Engine
+from .graph import nodes_below
 
 aten = torch.ops.aten
 
@@ -26,16 +27,9 @@ def leaves_of(tensor: Tensor) -> Iterator[Tensor]:
     """The leaves that a gradient of ``tensor`` goes to; itself, if it is one."""
     if tensor.is_leaf:
         yield tensor
-    stack: list[Any] = [tensor.grad_fn]
-    seen: set[Any] = set()
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
+    for node in nodes_below([tensor]):
         if isinstance(variable := getattr(node, "variable", None), Tensor):
             yield variable
-        stack += [before for before, _ in node.next_functions]
 
 
 def depends_on(tensor: Tensor, shown: Sequence[Tensor]) -> bool:

@@ -15,8 +15,9 @@ from torch.overrides import enable_reentrant_dispatch
 from metaoptim.errors import WindowError
 
 from ..compiler.capture.recorder import Recorder
-from ..compiler.update import UpdatePlan, clip_gradients
+from ..compiler.update import UpdatePlan, clip_gradients, initial_state
 from .bridge import Begin, as_parameter
+from .graph import nodes_below
 from .session import AS_GRADIENT, Options, Session, gradient, refuse_overwritten
 
 # The fused attention kernels have no second derivative: none is taken while a full tape is open, in the whole process.
@@ -71,18 +72,12 @@ def _key(t: Tensor) -> Any:
 
 def _shown_below(loss: Tensor) -> set[Any]:
     """What ``loss`` has read of what was shown, itself and not by way of later steps: nodes, and ids of leaves."""
-    stack: list[Any] = [loss.grad_fn]
-    seen: set[Any] = set()
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
+    found: set[Any] = set()
+    for node in nodes_below([loss], lambda node: isinstance(node, _SHOWN)):
+        found.add(node)
         if hasattr(node, "variable"):
-            seen.add(id(node.variable))
-        if not isinstance(node, _SHOWN):
-            stack.extend(before for before, _ in node.next_functions)
-    return seen
+            found.add(id(node.variable))
+    return found
 
 
 class FullTapeSession(Session):
@@ -161,9 +156,8 @@ class FullTapeSession(Session):
             for (i, _), p in zip(used, originals, strict=True):
                 state = optimizer.state[p]
                 if not state:
-                    state.update(
-                        optimizer.init_state(self.networks.shown[i], optimizer.param_groups[group_of[id(p)]])
-                    )
+                    group = optimizer.param_groups[group_of[id(p)]]
+                    state.update(initial_state(optimizer.init_state, self.networks.shown[i], group))
                 states.append(dict(state))
             if optimizer._normalizer is not None:
                 inner = clip_gradients(inner, *optimizer._normalizer[:2])

@@ -20,6 +20,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from metaoptim.errors import UnreachableWarning, user_location, user_name_of, warn
 
+from .graph import nodes_below
+
 _SHOWN = 3  # names that a message lists
 _told: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensors that a warning has named
 _ended: ContextVar[Ended | None] = ContextVar("metaoptim_ended", default=None)
@@ -160,19 +162,12 @@ class Ended:
 
 def _leaves_below(outputs: Iterable[Tensor], ours: tuple[type, ...]) -> list[Tensor] | None:
     """The leaves that ``outputs`` depend on; None if they depend on nodes of ``ours``."""
-    stack: list[Any] = [t.grad_fn for t in outputs if isinstance(t, Tensor)]
-    seen: set[Any] = set()
     leaves = []
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
+    for node in nodes_below(outputs):
         if isinstance(node, ours):
             return None
         if hasattr(node, "variable"):
             leaves.append(node.variable)
-        stack.extend(child for child, _ in node.next_functions)
     return leaves
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from metaoptim.errors import (
     CaptureError,
     LossError,
+    MetaOptimError,
     WindowError,
     user_location,
 )
@@ -24,7 +25,7 @@ from ..compiler.lower import StepCache
 from ..compiler.program import memory_of
 from ..compiler.recorded_program import Program
 from ..compiler.recorded_step import StepSpec, build_step
-from ..compiler.update import UpdatePlan
+from ..compiler.update import UpdatePlan, initial_state
 from . import bypass, first_use
 from .bridge import gradient_of_loss, stepped
 from .engine import Engine
@@ -294,6 +295,8 @@ class RecordedSession(Session):
             versions = [t._version for t in given]
             try:
                 results = plan(old, grads, states, slots)
+            except MetaOptimError:
+                raise
             except RuntimeError as error:
                 shapes = ", ".join(str(tuple(s.shape)) for s in slots if isinstance(s, Tensor)) or "none"
                 raise WindowError(
@@ -317,8 +320,10 @@ class RecordedSession(Session):
             if not state:
                 group = next(g for g in optimizer.param_groups if any(q is p for q in g["params"]))
                 with torch.enable_grad():
-                    initial = optimizer.init_state(
-                        engine.state[self.view.indices[i]].detach().requires_grad_(), group
+                    initial = initial_state(
+                        optimizer.init_state,
+                        engine.state[self.view.indices[i]].detach().requires_grad_(),
+                        group,
                     )
                 if any(v.requires_grad for v in initial.values()):
                     inside = True

@@ -20,6 +20,7 @@ from ..compiler.capture.slicing import Slice
 from ..compiler.ir import StepCall
 from .bridge import STEPPED, StepLoss, stepped
 from .engine import Engine
+from .graph import nodes_below
 from .sliding import Sliding
 
 
@@ -101,12 +102,8 @@ class Stepped:
 
         Eager's graph would have given the inner gradient that path; the step has it as a tensor from outside.
         """
-        stack, seen, current = [loss.grad_fn], set(), {id(t) for t in shown}
-        while stack:
-            node: Any = stack.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
+        current = {id(t) for t in shown}
+        for node in nodes_below([loss], lambda node: isinstance(getattr(node, "engine", None), Engine)):
             left = isinstance(node, STEPPED)
             if left and any(id(ref()) in current for ref in getattr(node, "current", {}).get(0, ())):
                 raise CaptureError(
@@ -114,5 +111,3 @@ class Stepped:
                     "step trains and that have not changed since: the inner gradient would miss that path. Compute it "
                     "anew, or detach it"
                 )
-            if not isinstance(getattr(node, "engine", None), Engine):
-                stack += [before for before, _ in node.next_functions]

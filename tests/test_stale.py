@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import array
 import collections
+import ctypes
 import dataclasses
 import enum
 import functools
@@ -249,6 +250,82 @@ class Values(Case):
 
 
 @case
+class Buffers(Case):
+    """What has its values in memory of its own, or shows another's: nothing of it is an attribute."""
+
+    def set_up(self) -> None:
+        self.array, self.number, self.table = array.array("d", [1.0]), ctypes.c_double(1.0), {"k": 1.0}
+        self.view, self.shown = memoryview(bytearray([1])), types.MappingProxyType(self.table)
+
+    def factor(self) -> Any:
+        return self.array[0] + 3 * self.number.value + 5 * self.view[0] + 7 * self.shown["k"]
+
+    def change(self) -> None:
+        if self.array[0] == 1.0:
+            self.array[0] = 2.0
+        elif self.number.value == 1.0:
+            self.number.value = 2.0
+        elif self.view[0] == 1:
+            self.view[0] = 2
+        else:
+            self.table["k"] += 1
+
+
+class Hidden:
+    k = 1.0
+
+    def factor(self) -> Any:
+        return 1.0
+
+    @staticmethod
+    def fixed() -> Any:
+        return 1.0
+
+
+class Hiding(Hidden):
+    k = 100.0
+
+    def factor(self) -> Any:
+        return super().factor() + 3 * super().k + 5 * Hidden.fixed()
+
+
+@case
+class Classes(Case):
+    """What a class hides and ``super()`` finds, and a function that is called by way of its class."""
+
+    def set_up(self) -> None:
+        self.settings, self.calls = Hiding(), 0
+        Hidden.k, Hidden.factor, Hidden.fixed = 1.0, lambda self: 1.0, staticmethod(lambda: 1.0)
+
+    def factor(self) -> Any:
+        return self.settings.factor()
+
+    def change(self) -> None:
+        self.calls += 1
+        if self.calls == 1:
+            Hidden.k = 2.0
+        elif self.calls == 2:
+            Hidden.factor = lambda self: 2.0
+        else:
+            Hidden.fixed = staticmethod(lambda: 2.0)
+
+
+@case
+class ImportedInside(Case):
+    def set_up(self) -> None:
+        changing.SCALE = changing.Config.scale = 1.0
+
+    def factor(self) -> Any:
+        import changing as module
+        from changing import SCALE as scale
+
+        return scale + module.Config.scale
+
+    def change(self) -> None:
+        changing.SCALE, changing.Config.scale = 2 * changing.Config.scale, changing.SCALE
+
+
+@case
 class Weak(Case):
     def set_up(self) -> None:
         self.held = Settings()
@@ -368,33 +445,6 @@ class AnotherModule(Case):
 
     def change(self) -> None:
         changing.SCALE, changing.Config.scale = changing.SCALE + 1, changing.Config.scale + 2
-
-
-@case
-class AViewOfADict(Case):
-    def set_up(self) -> None:
-        self.values = {"k": 1.0}
-        self.view = types.MappingProxyType(self.values)
-
-    def factor(self) -> Any:
-        return self.view["k"]
-
-    def change(self) -> None:
-        self.values["k"] += 1
-
-
-@case
-class Arrays(Case):
-    def set_up(self) -> None:
-        self.array = array.array("d", [1.0, 2.0])
-        self.view = memoryview(array.array("d", [3.0]))
-
-    def factor(self) -> Any:
-        return self.array[1] + self.view[0]
-
-    def change(self) -> None:
-        self.array[1] += 1
-        self.view[0] += 2
 
 
 @case

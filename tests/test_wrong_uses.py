@@ -476,3 +476,91 @@ def outer_loss_after_the_block_of_a_compiled_function() -> None:
         return loss_of(net)
 
     meta_loss(network()).backward()
+
+
+# -- containers, and optimizers of one's own ---------------------------------------------------------------------------
+
+
+@wrong(TypeError, "window.scan: got list", "window.scan(xs, ys)", "torch.stack")
+def list_for_a_scan() -> None:
+    with SlidingWindow() as window:
+        list(window.scan([X, X], X))  # type: ignore[arg-type]
+
+
+@wrong(TypeError, "MetaSGD.start: got list", "name of a parameter")
+def list_for_a_start() -> None:
+    inner = MetaSGD([network()])
+    with SlidingWindow():
+        inner.start([X])  # type: ignore[arg-type]
+
+
+class Own(metaoptim.MetaOptimizer):
+    def __init__(self, networks: list[nn.Module], lr: Any = 0.1) -> None:
+        super().__init__(networks, dict(lr=lr))
+
+    @staticmethod
+    def init_state(param: Tensor, hyper: dict[str, Any]) -> dict[str, Tensor]:
+        return {}
+
+    @staticmethod
+    def update(param: Tensor, grad: Tensor, state: dict[str, Tensor], hyper: dict[str, Any]) -> Any:
+        return param - hyper["lr"] * grad, state
+
+
+def step_by(kind: Callable[..., Any], **options: Any) -> None:
+    net = network()
+    inner = kind([net], **options)
+    with SlidingWindow(offline=True):
+        inner.step(loss_of(net))
+
+
+@wrong(TypeError, "Method.update: got a method", "@staticmethod")
+def update_with_self() -> None:
+    class Method(Own):
+        def update(self, param: Tensor, grad: Tensor, state: Any, hyper: Any) -> Any:  # type: ignore[override]
+            return param, state
+
+
+@wrong(TypeError, "Half states no init_state", "write it")
+def optimizer_without_init_state() -> None:
+    class Half(metaoptim.MetaOptimizer):
+        update = staticmethod(Own.update)
+
+    Half([network()], {})
+
+
+@wrong(
+    TypeError, "Counter.init_state: got {'count': 0}", "expected a dictionary of tensors", "torch.zeros(())"
+)
+def state_that_is_a_number() -> None:
+    class Counter(Own):
+        @staticmethod
+        def init_state(param: Tensor, hyper: dict[str, Any]) -> Any:
+            return {"count": 0}
+
+    step_by(Counter)
+
+
+@wrong(TypeError, "Single.update: got a tensor of shape (4, 3)", "expected two results")
+def update_without_state() -> None:
+    class Single(Own):
+        @staticmethod
+        def update(param: Tensor, grad: Tensor, state: Any, hyper: Any) -> Any:
+            return param - grad
+
+    step_by(Single)
+
+
+@wrong(WindowError, "MetaSGD.update: a parameter of shape (4,)", "of shape (4, 4)", "lr (4, 1)")
+def rate_that_makes_parameters_grow() -> None:
+    """Weights of a layer take a rate for each row; its biases would become a matrix."""
+    step_by(MetaSGD)
+    net = network()
+    inner = MetaSGD([net[0]], lr=torch.full((4, 1), 0.1))
+    with SlidingWindow(offline=True):
+        inner.step(loss_of(net))
+
+
+@wrong(ValueError, "max_norm: got a tensor of shape (3,)", "expected one number")
+def norm_for_each_column() -> None:
+    MetaSGD([network()]).reset_grad_normalizer(torch.ones(3))

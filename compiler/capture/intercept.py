@@ -15,6 +15,7 @@ import torch.utils.checkpoint as checkpointing
 from torch import Tensor
 from torch.autograd.function import _SingleLevelFunction
 from torch.nn.utils import clip_grad
+from torch.utils import dlpack
 from torch.utils.hooks import RemovableHandle
 
 from metaoptim.errors import CaptureError, WindowError, user_location
@@ -120,17 +121,23 @@ def _as_numpy(self: Tensor, *, force: bool = False) -> Any:
 
 
 def _as_dlpack(self: Tensor, **kwargs: Any) -> Any:
+    if not kwargs.get("copy"):
+        _refuse_dlpack(self)
+    return _original["__dlpack__"](self, **kwargs)
+
+
+def _to_dlpack(tensor: Tensor) -> Any:
+    _refuse_dlpack(tensor)
+    return _original["to_dlpack"](tensor)
+
+
+def _refuse_dlpack(tensor: Tensor) -> None:
     recorder = _recorder()
-    if (
-        recorder is not None
-        and not (recorder.symbolic or kwargs.get("copy"))
-        and memory.relies_on(recorder, self)
-    ):
+    if recorder is not None and not recorder.symbolic and memory.relies_on(recorder, tensor):
         raise CaptureError(
-            f"a tensor of shape {tuple(self.shape)} that inner steps rely on was handed out through DLPack, where "
+            f"a tensor of shape {tuple(tensor.shape)} that inner steps rely on was handed out through DLPack, where "
             "writes cannot be seen; hand out a clone made under torch.no_grad()"
         )
-    return _original["__dlpack__"](self, **kwargs)
 
 
 # -- torch's optimizers and clipping, which do not act on inner steps --------------------------------------------------
@@ -174,6 +181,8 @@ _WRAPPERS: tuple[tuple[Any, str, Any], ...] = (
     (Tensor, "data", property(_get_data, _set_data)),
     (Tensor, "numpy", _as_numpy),
     (Tensor, "__dlpack__", _as_dlpack),
+    (dlpack, "to_dlpack", _to_dlpack),
+    (torch, "to_dlpack", _to_dlpack),
     (torch.optim.Optimizer, "add_param_group", _add_param_group),
     (clip_grad, "_clip_grads_with_norm_", _clip),
 )

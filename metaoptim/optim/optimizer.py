@@ -7,6 +7,7 @@ import itertools
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import FunctionType
 from typing import Any, TypeAlias
 
 import torch
@@ -64,6 +65,15 @@ class MetaOptimizer(Optimizer):
         torch.Size([])
     """
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for name in ("init_state", "update"):
+            if isinstance(cls.__dict__.get(name), FunctionType):
+                raise TypeError(
+                    f"{cls.__name__}.{name}: got a method, expected a function without self; write @staticmethod "
+                    "above it, and read hyper-parameters from its argument hyper"
+                )
+
     def __init__(
         self,
         params: Any,
@@ -72,6 +82,9 @@ class MetaOptimizer(Optimizer):
         networks: Iterable[nn.Module] | None = None,
         first_order: bool = False,
     ) -> None:
+        for name in ("init_state", "update"):
+            if getattr(type(self), name) is getattr(MetaOptimizer, name):
+                raise TypeError(f"{type(self).__name__} states no {name}; write it, as in docs/optimizers.md")
         self._networks: list[nn.Module] = []
         self._whole: list[nn.Module | None] = []  # per group, the module all of whose parameters are in it
         self._normalizer: tuple[Any, float, bool] | None = None
@@ -160,6 +173,7 @@ class MetaOptimizer(Optimizer):
 
         Raises:
             WindowError: outside a window.
+            TypeError: for something else than a dictionary.
             KeyError: for a name that no network has, or more than one.
             ValueError: for a tensor of another shape or dtype, or on another device.
 
@@ -178,6 +192,11 @@ class MetaOptimizer(Optimizer):
             raise WindowError(
                 f"{type(self).__name__}.start was called outside a window; call it in the block"
             )
+        if not isinstance(values, Mapping):
+            raise TypeError(
+                f"{type(self).__name__}.start: got {type(values).__name__}, expected a dictionary "
+                "{name of a parameter: tensor}"
+            )
         mine = {id(p) for g in self.param_groups for p in g["params"]}
         named: dict[Any, list[Tensor]] = {}
         for network in self._networks:
@@ -191,7 +210,7 @@ class MetaOptimizer(Optimizer):
                 what = "more than one parameter" if found else "no parameter"
                 raise KeyError(
                     f"{type(self).__name__}.start: {key!r} is {what} that this optimizer trains, of "
-                    f"{', '.join(named)}; use the parameter itself where a name is not enough"
+                    f"{', '.join(named)}; the key may also be the parameter itself"
                 )
             (p,) = found
             like = (p.shape, p.dtype, p.device)
@@ -275,6 +294,11 @@ class MetaOptimizer(Optimizer):
         """
         if max_norm is not None:
             check_non_negative(max_norm=max_norm)
+        if isinstance(max_norm, Tensor) and max_norm.numel() != 1:
+            raise ValueError(
+                f"max_norm: got a tensor of shape {tuple(max_norm.shape)}, expected one number: the norm is that of "
+                "all parameters together"
+            )
         self._normalizer = None if max_norm is None else (max_norm, float(norm_type), error_if_nonfinite)
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
