@@ -434,7 +434,7 @@ def _watch(cls: type) -> None:
             or (cls is not nn.Module and issubclass(cls, nn.Module))
         ):
             return
-        _changed[cls] = {name: vars(cls).get(name, _MISSING) for name in ("__getattribute__", "__setattr__")}
+        own = {name: vars(cls).get(name, _MISSING) for name in ("__getattribute__", "__setattr__")}
         read: Any = cls.__getattribute__
         write: Any = cls.__setattr__
 
@@ -450,7 +450,11 @@ def _watch(cls: type) -> None:
                 reads.wrote(self, name)
             write(self, name, value)
 
-        type.__setattr__(cls, "__getattribute__", get)  # whatever the metaclass thinks of it
+        try:
+            type.__setattr__(cls, "__getattribute__", get)  # whatever the metaclass thinks of it
+        except TypeError:  # it is of an extension module (pybind11), whose classes cannot be changed
+            return
+        _changed[cls] = own
         type.__setattr__(cls, "__setattr__", put)
 
 
