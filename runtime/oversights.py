@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -95,10 +95,13 @@ class Ended:
         own: its networks' parameters, by name.
         asked: whether a gradient through its steps was asked for inside the block.
         learns: whether anything besides its networks can receive one.
+        reads: of its networks, behind losses that are still there and that no step was taken by.
     """
 
-    def __init__(self, offline: bool, own: Mapping[str, Tensor], asked: bool, learns: bool) -> None:
-        self.offline, self.asked, self.learns = offline, asked, learns
+    def __init__(
+        self, offline: bool, own: Mapping[str, Tensor], asked: bool, learns: bool, reads: Collection[Any]
+    ) -> None:
+        self.offline, self.asked, self.learns, self._reads = offline, asked, learns, reads
         self.unwatch: Callable[[], object] = lambda: None  # the next backward need not be looked at any more
         self._own = {id(p): (weakref.ref(p), name) for name, p in own.items()}
         self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
@@ -114,6 +117,8 @@ class Ended:
             return
         self.asked = True
         self.unwatch()
+        if self._reads:  # a loss of the block waits for its backward, which may come next
+            return
         leaves = _leaves_below(outputs, ours)
         if leaves is None or not (self.offline or self.learns):
             return

@@ -164,7 +164,9 @@ class RecordedSession(Session):
         own = {n: p for i, (n, p) in enumerate(names) if i in self.networks.joined}
         steps = sum(member.steps for member in self.members.values())
         asked = self.engine.vjps > 0
-        ended = Ended(self.options.offline, own, asked, self.engine.reaches) if steps else None
+        ended = (
+            Ended(self.options.offline, own, asked, self.engine.reaches, self.view.reads) if steps else None
+        )
         if ended is not None and not asked:
             ended.unwatch = bypass.watch_backward(ended)
         return ended

@@ -62,7 +62,7 @@ class ThetaView:
         self._dirty: set[int] = set()
         self._storages: dict[int, int] | None = None
         self._token = new_token()
-        self._lives: weakref.WeakSet[Life] = weakref.WeakSet()  # of reads since a Link, at their super-steps
+        self.reads: weakref.WeakSet[Life] = weakref.WeakSet()  # that live, since a Link, at their super-steps
         self.inputs = Inputs(networks.is_buffer, counted=options.slots is None)
         self._metas: dict[tuple, tuple[int, Tensor]] = {}  # identity -> number, the tensor
         self._numbered = 0
@@ -173,7 +173,7 @@ class ThetaView:
             )
         else:
             life = Life(self._superstep)
-            self._lives.add(life)
+            self.reads.add(life)
             with torch.enable_grad():
                 shown = Read.apply(
                     engine,
@@ -199,13 +199,13 @@ class ThetaView:
         makes some states once for all its steps.
         """
         engine, older = self.engine, self._superstep - 3  # the last losses are there in any case
-        if any(life.at < older for life in self._lives):
+        if any(life.at < older for life in self.reads):
             with torch.enable_grad():
                 self._token = Link.apply(engine, engine.position, (), (), self._token)
             if engine.streaming is not None:
                 theta = memory_of(engine.state[i] for i in self.indices if i >= 0)
-                engine.streaming.waiting = max(engine.streaming.waiting, (1 + len(self._lives)) * theta)
-            self._lives.clear()
+                engine.streaming.waiting = max(engine.streaming.waiting, (1 + len(self.reads)) * theta)
+            self.reads.clear()
 
     def _note_leaves(self, ordinals: Sequence[int], shown: Sequence[Tensor]) -> None:
         """Parameters shown without a Read: `bypass` must know what they are."""

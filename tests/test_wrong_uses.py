@@ -76,6 +76,21 @@ def test_wrong_use(use: Callable[[], Any], kind: type, parts: tuple[str, ...]) -
         where = at_part + len(part)
 
 
+@pytest.mark.parametrize("first", ["before", "grad"])
+def test_a_loss_of_the_block_may_wait_for_another(first: str) -> None:
+    """A loss of the network as it is has its backward first; or another one later, after `torch.autograd.grad`."""
+    net = network()
+    inner, own = MetaSGD([net], lr=0.1), list(net.parameters())
+    with SlidingWindow(offline=True):
+        inner.step(loss_of(net))
+        adapted = loss_of(net)
+    if first == "grad":
+        assert all(g is not None for g in torch.autograd.grad(adapted, own))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss_of(net).backward()
+
+
 def test_there_are_forty() -> None:
     assert len(USES) >= 40
 
