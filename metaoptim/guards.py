@@ -226,6 +226,7 @@ class Scene:
         self.object(fn, "object", path)
         if is_library(fn.__module__):
             return
+        self.object(fn.__code__, "object", path)  # reloading puts another one into the same function
         for name in ("__defaults__", "__kwdefaults__", "__dict__"):
             held = getattr(fn, name)
             if held:

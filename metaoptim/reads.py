@@ -67,6 +67,10 @@ class Place:
         if self.kind == "cell":
             return contents(self.holder)
         holder = self.holder()
+        if self.kind == "own":
+            return _dict_of(holder).get(self.name, _MISSING)
+        if self.kind == "names":
+            return tuple(_dict_of(holder))
         if self.kind == "attribute":
             try:
                 return object.__getattribute__(holder, self.name)
@@ -206,6 +210,7 @@ class Reads:
         frame = sys._getframe(2)
         if name[:2] == "__":
             if name in _WHOLE and frame.f_globals.get("__name__") != "torch.nn.modules.module":
+                self._note("names", o, "", f"the attributes of {self._known[id(o)][1]}")
                 for each in list(_dict_of(o)):
                     self.attribute(o, each)
             return
@@ -229,6 +234,8 @@ class Reads:
         if isinstance(value, (types.FunctionType, property)):
             if not is_library(cls.__module__):
                 self._note("class", cls, name, path)
+                if isinstance(value, types.FunctionType):
+                    self._note("own", o, name, path)  # one object may get a method of its own
         elif isinstance(value, _FIELDS) or not hasattr(type(value), "__get__"):
             self._note("attribute", o, name, path)
 
@@ -272,7 +279,7 @@ class Reads:
                             self._note("cell", cell, "", name)
 
     def _globals(self, code: types.CodeType, names: dict[str, Any]) -> None:
-        for name in global_names(code):
+        for name in (*global_names(code), *_texts(code, "globals")):
             if name in names:
                 value = names[name]
                 if isinstance(value, types.ModuleType):
@@ -289,7 +296,7 @@ class Reads:
     def _module(self, module: types.ModuleType, code: types.CodeType, path: str) -> None:
         if is_library(module.__name__):
             return
-        for name in code.co_names:
+        for name in (*code.co_names, *_texts(code, "getattr")):
             value = vars(module).get(name)
             if isinstance(value, types.ModuleType):
                 if value is not module:
@@ -389,6 +396,11 @@ def _only_counts(code: types.CodeType, at: int, name: str) -> bool:
     )
 
 
+def _texts(code: types.CodeType, by: str) -> list[str]:
+    """Texts in code that are names for a function called ``by``."""
+    return [c for c in code.co_consts if isinstance(c, str)] if by in code.co_names else []
+
+
 def _imports(code: types.CodeType, names: dict[str, Any]) -> Iterator[types.ModuleType]:
     """The modules that a function imports from, where they have been imported before."""
     steps = [i for i in dis.get_instructions(code) if i.opname not in ("CACHE", "EXTENDED_ARG")]
@@ -422,7 +434,7 @@ def _watch(cls: type) -> None:
             or (cls is not nn.Module and issubclass(cls, nn.Module))
         ):
             return
-        _changed[cls] = {name: vars(cls).get(name, _MISSING) for name in ("__getattribute__", "__setattr__")}
+        own = {name: vars(cls).get(name, _MISSING) for name in ("__getattribute__", "__setattr__")}
         read: Any = cls.__getattribute__
         write: Any = cls.__setattr__
 
@@ -438,7 +450,11 @@ def _watch(cls: type) -> None:
                 reads.wrote(self, name)
             write(self, name, value)
 
-        type.__setattr__(cls, "__getattribute__", get)  # whatever the metaclass thinks of it
+        try:
+            type.__setattr__(cls, "__getattribute__", get)  # whatever the metaclass thinks of it
+        except TypeError:  # it is of an extension module (pybind11), whose classes cannot be changed
+            return
+        _changed[cls] = own
         type.__setattr__(cls, "__setattr__", put)
 
 

@@ -140,8 +140,8 @@ class Streaming:
             f"at inner step {engine.program.horizon + 1}" if more else f"after {engine.program.horizon} steps"
         )
         grown = (
-            f"; {readable_bytes(self._grown)} of it grow with the steps (inputs that only the window holds: keep the "
-            "batches in one tensor and pass slices of it)"
+            f"; {readable_bytes(self._grown)} of it grow with the steps (values written into parameters, inputs that "
+            "only the window holds: keep the batches in one tensor and pass slices of it)"
             if self._grown
             else ""
         )

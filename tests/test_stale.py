@@ -448,6 +448,65 @@ class AnotherModule(Case):
 
 
 @case
+class AMethodOfItsOwn(Case):
+    def scale(self) -> float:
+        return 1.0
+
+    def factor(self) -> Any:
+        return self.scale()
+
+    def change(self) -> None:
+        scale = self.scale() + 1
+        self.scale = lambda: scale
+
+
+@case
+class NamesOfAttributes(Case):
+    def set_up(self) -> None:
+        self.more = Empty()
+
+    def factor(self) -> Any:
+        return 1.0 + len(vars(self.more))
+
+    def change(self) -> None:
+        setattr(self.more, f"k{len(vars(self.more))}", 0)
+
+
+class Empty:
+    """Whatever a test puts there."""
+
+
+@case
+class NamesAsText(Case):
+    def set_up(self) -> None:
+        changing.SCALE = 1.0
+        globals()["SCALE"] = 1.0
+
+    def factor(self) -> Any:
+        return getattr(changing, "SCALE") + globals()["SCALE"]  # noqa: B009
+
+    def change(self) -> None:
+        changing.SCALE += 1
+        globals()["SCALE"] += 2
+
+
+@case
+class ReloadedCode(Case):
+    def set_up(self) -> None:
+        def helper() -> float:
+            return 1.0
+
+        self.helper = helper
+
+    def factor(self) -> Any:
+        return self.helper()
+
+    def change(self) -> None:
+        value = self.helper() + 1
+        self.helper.__code__ = self.helper.__code__.replace(co_consts=(None, value))
+
+
+@case
 class ClosureOfAHelper(Case):
     def set_up(self) -> None:
         k = 1.0
