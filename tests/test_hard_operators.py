@@ -138,6 +138,13 @@ OPERATORS: dict[str, Callable[[nn.Module, Tensor, Tensor], Tensor]] = {
     "gaussian_nll_loss": lambda net, x, w: F.gaussian_nll_loss(net(x), x.sum() * w, net(x).exp()),
     "a constant's value": lambda net, x, w: net(x) * w * torch.arange(5).sum().div(3).item(),
     "as many as a constant says": lambda net, x, w: net(x).repeat_interleave(torch.tensor([2, 0, 1, 1, 3]), 1) * w,
+    "columns of a constant mask": lambda net, x, w: net(x)[:, torch.tensor([True, False, True, True, False])] * w,
+    "a constant mask of entries": lambda net, x, w: net(x)[torch.ones(x.shape[0], 5).tril() > 0] * w,
+    "entries of a constant mask selected": lambda net, x, w: (net(x) * w).masked_select(torch.ones(x.shape[0], 5) > 0),
+    "rows of a constant mask set": lambda net, x, w: written(
+        net(x), lambda h: h.__setitem__(torch.arange(x.shape[0]) > 1, net(x)[2:] * w)
+    ),
+    "unique": lambda net, x, w: net(x)[:, torch.unique(torch.tensor([3, 0, 3]))] * w,
     "vmapped dropout": lambda net, x, w: torch.vmap(lambda r: F.dropout(r, 0.4), randomness="different")(net(x) * w),
     "bernoulli with a number": lambda net, x, w: net(x) * w * torch.bernoulli(net(x).detach(), p=0.3),
     "forward mode": forward_mode,

@@ -69,6 +69,12 @@ class Constants:
                 self._results[id(entry)] = self._run(entry.op, entry.args, entry.kwargs)
             return self._run(op, args, kwargs)
 
+    def places(self, mask: Any) -> list[Tensor] | None:
+        """Where a mask holds, by dimension, or None if that depends on an input."""
+        found = self.call(torch.ops.aten.nonzero.default, (mask,), {})
+        with unset_fake_temporarily():
+            return None if found is None else [places.clone() for places in found.unbind(1)]
+
     def _run(self, op: Any, args: tuple, kwargs: dict) -> Any:
         return op(*self._given(args), **{k: self._given(v) for k, v in kwargs.items()})
 

@@ -41,6 +41,7 @@ from .trace import Input, Trace
 aten = torch.ops.aten
 _DETACH = aten.detach.default
 _ITEM = (aten._local_scalar_dense.default, aten.item.default, aten.equal.default, aten.is_nonzero.default)
+_BY_PLACE = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default)
 _LIFTED = (aten.lift_fresh.default, aten.lift.default)
 _NO_VALUE = (
     "a value is needed while the function is captured (.item(), bool(), a data-dependent `if`, tolist or numpy), but "
@@ -98,6 +99,12 @@ class Tracer(TorchDispatchMode):
             return self._constant(args[0])
         if func in RRELU:
             return self.__torch_dispatch__(RRELU[func][0], types, (args[0], noise.fixed_slope(args, kwargs)))
+        if func in _BY_PLACE:
+            args = (args[0], self._places(args[1]), *args[2:])
+        elif func is aten.masked_select.default and args[0].shape == args[1].shape:
+            places = self._places([args[1]])
+            if places[0] is not args[1]:
+                func, args = aten.index.Tensor, (args[0], places)
         info = op_info(func)
         if info.random:
             return noise.draw(self, func, args, kwargs)
@@ -107,8 +114,10 @@ class Tracer(TorchDispatchMode):
             return functionalize.write(self, func, info, args, kwargs)
         if info.dynamic:
             found = self.constants.call(func, self.token(args), self.token(kwargs))
-            if isinstance(found, Tensor):
-                return self._constant(found)
+            if found is not None:
+                return (
+                    self._constant(found) if isinstance(found, Tensor) else tuple(map(self._constant, found))
+                )
         return self.record(func, args, kwargs)
 
     def paused(self) -> Any:
@@ -165,6 +174,16 @@ class Tracer(TorchDispatchMode):
         if not isinstance(shared, FakeTensor):
             self.constants.add(self.value_of(out), shared)
         return out
+
+    def _places(self, indices: Iterable[Tensor | None]) -> list[Tensor | None]:
+        """Indices, with the places where masks hold in place of masks whose values are known."""
+        places: list[Tensor | None] = []
+        for index in indices:
+            known = None
+            if index is not None and index.dtype is torch.bool:
+                known = self.constants.places(self.token(index))
+            places += [index] if known is None else map(self._constant, known)
+        return places
 
     def _item(self, func: Any, args: tuple) -> Any:
         """A value, where it does not depend on what the function is given."""
