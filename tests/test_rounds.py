@@ -380,7 +380,7 @@ def test_sliding_windows_and_functions_count_the_same_super_steps(kind: str, win
 def test_a_sliding_window_refuses_a_loss_from_before_the_super_step() -> None:
     """A compiled function, which sees the whole loop, counts such a round as one."""
     made = _independent("one more step between", window=2)
-    with pytest.raises(metaoptim.LossError, match="before the round"):
+    with pytest.raises(metaoptim.LossError, match="left over from before a step by a later loss"):
         made.of(metaoptim.SlidingWindow)
 
 
