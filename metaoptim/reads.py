@@ -19,6 +19,7 @@ from contextvars import ContextVar
 from importlib.util import resolve_name
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -336,7 +337,9 @@ class Reads:
                 _watch(type(value))
         sys.settrace(self._trace(previous))
         try:
-            yield
+            # modules under torch.compile run eagerly here; dynamo must not look into what reports their reads
+            with torch.compiler.set_stance("force_eager"):
+                yield
         finally:
             sys.settrace(previous)
             self._watches = False
