@@ -97,14 +97,19 @@ def _cheapest(graph: fx.Graph, after: set[fx.Node]) -> list[fx.Node]:
 
 def _shares(node: fx.Node) -> bool:
     """Whether saving this value means to save another one: a view, or several values."""
+    return len({s for s, _ in storages(node)}) != 1 or _is_alias(node)
+
+
+def _is_alias(node: fx.Node) -> bool:
+    """Whether this value lies in the memory of one that it is computed from (a view, ``_unsafe_view``)."""
     memory = {s for s, _ in storages(node)}
-    return len(memory) != 1 or any(memory & {s for s, _ in storages(n)} for n in node.all_input_nodes)
+    return any(memory & {s for s, _ in storages(n)} for n in node.all_input_nodes)
 
 
 def _cheap(node: fx.Node) -> bool:
     """Whether to run it again costs next to nothing."""
     target: Any = node.target
-    if target is getitem or not node.all_input_nodes:
+    if target is getitem or not node.all_input_nodes or _is_alias(node):
         return True
     return isinstance(target, torch._ops.OpOverload) and (
         torch.Tag.pointwise in target.tags or target.is_view or target is torch.ops.aten.expand.default

@@ -191,3 +191,28 @@ def test_residuals_are_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         for key in [k for k in step.programs if k[0] in ("residuals", "backward", "measured")]:
             del step.programs[key]
     assert abs(float(got - expected)) > 1e-3 * abs(float(expected))
+
+
+def test_views_that_no_operator_calls_one() -> None:
+    """A linear layer on three dimensions gives its result another shape by `_unsafe_view`: it is no value to save."""
+
+    def gradient(**options: Any) -> tuple[Tensor | None, Any]:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 2))
+        log_lr, xs = torch.tensor(-1.0, requires_grad=True), torch.randint(7, (5, 2, 6))
+
+        @metaoptim.compile(backend="eager", **options)
+        def meta_loss(net: nn.Module, log_lr: Tensor, xs: Tensor) -> Tensor:
+            inner = metaoptim.MetaAdam([net], lr=log_lr.exp())
+            with metaoptim.SlidingWindow(offline=True) as window:
+                for x in window.scan(xs):
+                    inner.step(F.cross_entropy(net(x).flatten(0, 1), torch.arange(12) % 2))
+                return net(xs[0]).square().mean()
+
+        meta_loss(net, log_lr, xs).backward()
+        ((program,),) = meta_loss._programs.values()
+        return log_lr.grad, program.rolled.kept.saved
+
+    (got, saved), (expected, none) = gradient(memory_budget=MUCH), gradient()
+    assert saved and not none
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
