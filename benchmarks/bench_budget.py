@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import metaoptim
-from metaoptim.runtime.meter import AllocatorMeter
-from metaoptim.runtime.schedule import extra_forwards
+from metaoptim.runtime.budget.meter import AllocatorMeter
+from metaoptim.runtime.states.schedule import extra_forwards
 
 SLOTS = 64
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import metaoptim
-from metaoptim.runtime.meter import AllocatorMeter
+from metaoptim.runtime.budget.meter import AllocatorMeter
 
 OPTIMIZERS: dict[str, tuple[Any, dict[str, Any], float]] = {
     "SGD momentum": (metaoptim.MetaSGD, {"momentum": 0.9}, 1.0),

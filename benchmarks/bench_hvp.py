@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import metaoptim
-from metaoptim.compiler.differentiate import cotangent_outputs
-from metaoptim.compiler.ir import Port, StepGraph
-from metaoptim.compiler.liveness import peak_bytes
-from metaoptim.compiler.lower import derived
-from metaoptim.runtime.meter import AllocatorMeter
+from metaoptim.compiler.derive.liveness import peak_bytes
+from metaoptim.compiler.derive.reverse import cotangent_outputs
+from metaoptim.compiler.ir.step import Port, StepGraph
+from metaoptim.compiler.lower.derivatives import derived
+from metaoptim.runtime.budget.meter import AllocatorMeter
 
 
 class Block(nn.Module):

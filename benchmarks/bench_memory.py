@@ -23,7 +23,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import metaoptim
-from metaoptim.runtime.meter import AllocatorMeter
+from metaoptim.runtime.budget.meter import AllocatorMeter
 
 HORIZONS = (50, 100, 200, 400, 800)
 STRATEGIES: dict[str, dict[str, Any]] = {

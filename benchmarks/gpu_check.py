@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import metaoptim
-from metaoptim.runtime.meter import AllocatorMeter
+from metaoptim.runtime.budget.meter import AllocatorMeter
 
 ROOT = Path(__file__).resolve().parent.parent
 MiB = 2**20

@@ -16,7 +16,7 @@ from .errors import (
 from .explain import explain
 from .optim import MetaAdam, MetaOptimizer, MetaRMSprop, MetaSGD, safe_sqrt
 from .plan import plan
-from .runtime.progress import progress
+from .runtime.engine.progress import progress
 from .window import SlidingWindow, zero_nan_hook
 
 __version__ = "0.1.0"

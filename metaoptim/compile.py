@@ -12,27 +12,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .captured import Program, StepProgram, capture, captured_step, stated
-from .changes import Change
 from .compiler.capture import intercept
-from .compiler.capture.trace import Input
-from .compiler.lower import lowering
+from .compiler.ir.program import Kept
+from .compiler.ir.trace import Input
+from .compiler.lower.derivatives import lowering
+from .compiler.lower.waiting import waiting
 from .compiler.passes.checkpoint import checkpoint
 from .compiler.passes.pipeline import Options
-from .compiler.program import Kept
-from .compiler.waiting import waiting
 from .errors import WindowError, warn
-from .explain_function import report_of
-from .guards import Fact, Scene
+from .functions.captured import Program, StepProgram, capture, captured_step, stated
+from .functions.changes import Change
+from .functions.guards import Fact, Scene
+from .functions.reads import Place, Reads, look
+from .functions.recapture import compare
 from .optim.optimizer import refresh_optimizers
-from .reads import Place, Reads, look
-from .recapture import compare
-from .runtime.budget import check_budget, check_count, tell_default
-from .runtime.compiled import Call, Run
-from .runtime.offload import check_offload
-from .runtime.planner import decide
-from .runtime.recorded import RecordedSession
-from .runtime.session import current_session
+from .report.of_function import report_of
+from .runtime.budget.amounts import check_budget, check_count, tell_default
+from .runtime.budget.planner import decide
+from .runtime.engine.function import Call, Run
+from .runtime.states.tiered import check_offload
+from .runtime.windows.recording_session import RecordedSession
+from .runtime.windows.session import current_session
 
 _recompiles = logging.getLogger("metaoptim.recompiles")
 _graphs = logging.getLogger("metaoptim.graphs")

@@ -9,8 +9,8 @@ from typing import Any
 
 from .compile import BoundFunction, CompiledFunction
 from .compiler.passes.pipeline import Options
-from .explain_function import report_of
-from .report import Report
+from .report.of_function import report_of
+from .report.report import Report
 
 
 def explain(fn: Callable, *, measure: bool = False, verbose: bool = False) -> Callable[..., Report]:

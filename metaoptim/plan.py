@@ -8,21 +8,21 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from .batch import Batch
-from .captured import stated, step_of, trace_of
 from .compile import BoundFunction, CompiledFunction
-from .compiler.ir import Loop, StepGraph
+from .compiler.cost.polynomials import TIMES
+from .compiler.ir.program import RolledProgram, nbytes
+from .compiler.ir.step import Loop, StepGraph
 from .compiler.passes.pipeline import Options, compile_trace
 from .compiler.passes.roll import StepOf
-from .compiler.polynomials import TIMES
-from .compiler.program import RolledProgram, nbytes
-from .cost import Cost, Setting
 from .errors import WindowError
-from .formulas import by_batch, model_of
-from .runtime.budget import budget_bytes, check_budget
-from .runtime.offload import check_offload
-from .runtime.planner import Planner, default_plan, device_of, residuals_from
-from .runtime.session import current_session
+from .functions.captured import stated, step_of, trace_of
+from .planning.batch import Batch
+from .planning.cost import Cost, Setting
+from .planning.formulas import by_batch, model_of
+from .runtime.budget.amounts import budget_bytes, check_budget
+from .runtime.budget.planner import Planner, default_plan, device_of, residuals_from
+from .runtime.states.tiered import check_offload
+from .runtime.windows.session import current_session
 
 
 def plan(

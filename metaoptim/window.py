@@ -13,18 +13,18 @@ import torch
 from torch import Tensor
 
 from .compiler.capture.intercept import recording
-from .compiler.lower import lowering
+from .compiler.lower.derivatives import lowering
 from .errors import WindowError, warn
-from .explain_window import explain_window
 from .optim.optimizer import live_optimizers, refresh_optimizers
-from .report import Report
-from .runtime.budget import check_budget, check_count
-from .runtime.capturing import CapturedSession
-from .runtime.distributed import check_sync
-from .runtime.full_tape import FullTapeSession
-from .runtime.offload import check_offload
-from .runtime.recorded import RecordedSession
-from .runtime.session import Options, Session, current_session
+from .report.of_window import explain_window
+from .report.report import Report
+from .runtime.budget.amounts import check_budget, check_count
+from .runtime.functions.symbolic_session import CapturedSession
+from .runtime.states.tiered import check_offload
+from .runtime.windows.distributed import check_sync
+from .runtime.windows.full_tape import FullTapeSession
+from .runtime.windows.recording_session import RecordedSession
+from .runtime.windows.session import Options, Session, current_session
 
 _STRATEGIES: dict[str, type[Session]] = {"auto": RecordedSession, "full_tape": FullTapeSession}
 

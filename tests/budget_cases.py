@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import metaoptim
-from metaoptim.runtime.meter import AllocatorMeter
+from metaoptim.runtime.budget.meter import AllocatorMeter
 
 Gradients = dict[str, Tensor | None]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import metaoptim
 from forms import mlp
-from metaoptim.runtime.files import Files
+from metaoptim.runtime.states.files import Files
 from problems import data
 
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import metaoptim
-from metaoptim.compiler.capture.ops import SUBSTITUTES
-from metaoptim.runtime.recorded import step_cache
+from metaoptim.compiler.ir.operators import SUBSTITUTES
+from metaoptim.runtime.windows.recording_session import step_cache
 
 STEPS = 2
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 0.03, torch.bfloat16: 0.1}

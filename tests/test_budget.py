@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 import metaoptim
 from budget_cases import Case, state_bytes
-from metaoptim.captured import step_of, trace_of
-from metaoptim.compiler.ir import EAGER
+from metaoptim.compiler.ir.step import EAGER
 from metaoptim.compiler.passes.pipeline import Options, compile_trace
-from metaoptim.runtime import schedule
-from metaoptim.runtime.dry_run import predict
-from metaoptim.runtime.meter import AllocatorMeter
-from metaoptim.runtime.planner import peaks_of
-from metaoptim.runtime.store import SlotStore
+from metaoptim.functions.captured import step_of, trace_of
+from metaoptim.runtime.budget.meter import AllocatorMeter
+from metaoptim.runtime.budget.planner import peaks_of
+from metaoptim.runtime.budget.simulate import predict
+from metaoptim.runtime.states import schedule
+from metaoptim.runtime.states.slots import SlotStore
 
 # -- the plan --------------------------------------------------------------------------------------------------------
 
@@ -157,7 +157,7 @@ def test_plan_of_a_compiled_method() -> None:
 
 
 def test_amounts() -> None:
-    from metaoptim.runtime.budget import budget_bytes, free_bytes
+    from metaoptim.runtime.budget.amounts import budget_bytes, free_bytes
 
     cpu = torch.device("cpu")
     assert budget_bytes("512MiB", cpu) == 512 * 2**20

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import metaoptim
-from metaoptim.runtime.inputs import checksum
-from metaoptim.runtime.meter import AllocatorMeter
-from metaoptim.runtime.store import SlotStore
+from metaoptim.runtime.budget.meter import AllocatorMeter
+from metaoptim.runtime.engine.inputs import checksum
+from metaoptim.runtime.states.slots import SlotStore
 
 Loop = Callable[[nn.Module, Tensor, dict[str, Any]], int]
 

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 import metaoptim
 from budget_cases import Case
-from metaoptim.runtime import budget, recorded, window_peaks
-from metaoptim.runtime.meter import AllocatorMeter
-from metaoptim.runtime.store import SlotStore
+from metaoptim.runtime.budget import amounts, peaks
+from metaoptim.runtime.budget.meter import AllocatorMeter
+from metaoptim.runtime.states.slots import SlotStore
+from metaoptim.runtime.windows import recording_session
 
 STATE = 8 * (20 * 10 + 10)
 
@@ -39,7 +40,7 @@ def gradient(steps: int, step: Any = None, **options: Any) -> Tensor:
 
 
 def free(monkeypatch: pytest.MonkeyPatch, bytes_: int | None) -> None:
-    monkeypatch.setattr(budget, "free_bytes", lambda device: bytes_)
+    monkeypatch.setattr(amounts, "free_bytes", lambda device: bytes_)
 
 
 def test_a_window_takes_half_of_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,9 +100,9 @@ def test_a_compiled_function_takes_half_of_the_free_memory(
 
 def test_a_roomy_budget_is_planned_when_half_of_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     planned: list[int] = []
-    real = window_peaks._peaks
-    monkeypatch.setattr(window_peaks, "_known", type(window_peaks._known)())
-    monkeypatch.setattr(window_peaks, "_peaks", lambda *a: planned.append(1) or real(*a))
+    real = peaks._peaks
+    monkeypatch.setattr(peaks, "_known", type(peaks._known)())
+    monkeypatch.setattr(peaks, "_peaks", lambda *a: planned.append(1) or real(*a))
     limits: list[int] = []
     limit = SlotStore.limit
     monkeypatch.setattr(SlotStore, "limit", lambda self, *n: limits.append(len(self)) or limit(self, *n))
@@ -140,7 +141,7 @@ def test_values_written_into_parameters_count() -> None:
 
 def test_steps_whose_shapes_depend_on_values(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(explain: bool = False, **options: Any) -> Tensor | None:
-        recorded.step_cache.clear()
+        recording_session.step_cache.clear()
         torch.manual_seed(2)
         net, lr, xs = nn.Linear(4, 2), torch.tensor(0.05, requires_grad=True), torch.randn(12, 5, 4)
         inner = metaoptim.MetaSGD([net], lr=lr)

@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import metaoptim
-from metaoptim.report import Report
-from metaoptim.runtime import compiled as runtime
-from metaoptim.runtime.meter import AllocatorMeter
-from metaoptim.runtime.schedule import extra_forwards
+from metaoptim.report.report import Report
+from metaoptim.runtime.budget.meter import AllocatorMeter
+from metaoptim.runtime.engine import function as runtime
+from metaoptim.runtime.states.schedule import extra_forwards
 
 KEYS = {
     "function", "form", "horizon", "calls", "num_programs", "window", "offline", "slots",

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import metaoptim
-from metaoptim.runtime.meter import AllocatorMeter
+from metaoptim.runtime.budget.meter import AllocatorMeter
 
 T = 24
 XS, YS = torch.linspace(-1, 2, T * 6 * 5).view(T, 6, 5), torch.linspace(1, -1, T * 6 * 3).view(T, 6, 3)

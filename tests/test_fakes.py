@@ -15,9 +15,9 @@ from torch.testing._internal.common_methods_invocations import op_db
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from metaoptim.compiler.capture.fakes import FakeCalls
-from metaoptim.compiler.capture.ops import op_info
-from metaoptim.compiler.capture.slicing import tensor_spec
+from metaoptim.compiler.capture.symbolic.fakes import FakeCalls
+from metaoptim.compiler.ir.operators import op_info
+from metaoptim.compiler.ir.slices import tensor_spec
 
 
 def layout(out: Any, given: list[Tensor]) -> list[Any]:

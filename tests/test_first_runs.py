@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import metaoptim
-from metaoptim.compiler import lower
-from metaoptim.compiler.flat import Unfollowed, flat_graph
-from metaoptim.compiler.tracing import tracing
-from metaoptim.runtime.recorded import step_cache
+from metaoptim.compiler.derive.flat import Unfollowed, flat_graph
+from metaoptim.compiler.derive.tracing import tracing
+from metaoptim.compiler.lower import derivatives
+from metaoptim.runtime.windows.recording_session import step_cache
 from oracle import agree, run_oracle, run_window
 from problems import NETWORKS, problem
 
@@ -22,14 +22,14 @@ from problems import NETWORKS, problem
 def by_running(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The graphs that were found by running a step."""
     found: list[str] = []
-    derive = lower.derived_by_running
+    derive = derivatives.derived_by_running
 
     def noted(step: object, kind: str, inputs: object) -> object:
         made = derive(step, kind, inputs)  # type: ignore[arg-type]
         found.extend([] if made is None else [kind])
         return made
 
-    monkeypatch.setattr(lower, "derived_by_running", noted)
+    monkeypatch.setattr(derivatives, "derived_by_running", noted)
     step_cache.clear()
     yield found
     step_cache.clear()

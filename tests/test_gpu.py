@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import metaoptim
 from forms import run_compiled, run_step
-from metaoptim.runtime.meter import AllocatorMeter
+from metaoptim.runtime.budget.meter import AllocatorMeter
 from oracle import Problem, agree, run_oracle, run_window
 from problems import NETWORKS, OPTIMIZERS, problem
 

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import metaoptim
-from metaoptim.runtime import oversights
-from metaoptim.runtime.recorded import step_cache
+from metaoptim.runtime.windows import oversights
+from metaoptim.runtime.windows.recording_session import step_cache
 from problems import data
 
 STEPS = 3

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import metaoptim
-from metaoptim.runtime.recorded import step_cache
+from metaoptim.runtime.windows.recording_session import step_cache
 
 X = torch.randn(6, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 Y = torch.randn(6, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64)

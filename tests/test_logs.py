@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import metaoptim
 from metaoptim import logs
-from metaoptim.compiler import waiting
+from metaoptim.compiler.lower import waiting
 
 
 @pytest.fixture(autouse=True)

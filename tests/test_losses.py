@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import metaoptim
 from forms import full_tape, leaf, mlp
-from metaoptim.runtime.bridge import stepped
-from metaoptim.runtime.meter import AllocatorMeter
+from metaoptim.runtime.budget.meter import AllocatorMeter
+from metaoptim.runtime.engine.nodes import stepped
 from oracle import agree
 
 STEPS = 6

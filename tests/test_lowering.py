@@ -19,12 +19,12 @@ from torch._inductor.utils import fresh_cache
 
 import metaoptim
 from forms import full_tape, run_compiled, run_step
-from metaoptim import captured
-from metaoptim.compiler import backends, compile_graph
-from metaoptim.compiler.differentiate import cotangent_outputs
-from metaoptim.compiler.liveness import peak_bytes
-from metaoptim.compiler.lower import derived
-from metaoptim.compiler.mixed import NotMixed, mixed_vjp_graph
+from metaoptim.compiler.derive.liveness import peak_bytes
+from metaoptim.compiler.derive.mixed import NotMixed, mixed_vjp_graph
+from metaoptim.compiler.derive.reverse import cotangent_outputs
+from metaoptim.compiler.lower import backends, compile_graph
+from metaoptim.compiler.lower.derivatives import derived
+from metaoptim.functions import captured
 from oracle import Problem, agree, leaves, run_oracle
 from problems import OPTIMIZERS, data, problem
 
@@ -112,7 +112,7 @@ class Residual(nn.Module):
 
 def test_mixed_mode_with_rematerialisation_takes_less_memory() -> None:
     """Live bytes, and what the allocator measures: the layers of a deep step are not all alive at once."""
-    from metaoptim.runtime.meter import AllocatorMeter
+    from metaoptim.runtime.budget.meter import AllocatorMeter
 
     torch.manual_seed(0)
     net = nn.Sequential(*[Residual(8) for _ in range(6)], nn.Linear(8, 3))

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import metaoptim
-from metaoptim.runtime.engine import Engine
-from metaoptim.runtime.inputs import Inputs
-from metaoptim.runtime.meter import AllocatorMeter
+from metaoptim.runtime.budget.meter import AllocatorMeter
+from metaoptim.runtime.engine.engine import Engine
+from metaoptim.runtime.engine.inputs import Inputs
 
 BATCHES = [
     (torch.randn(16, 8, generator=torch.Generator().manual_seed(t)), torch.arange(16) % 4) for t in range(120)

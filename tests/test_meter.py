@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from metaoptim.runtime.meter import AllocatorMeter, profiling
+from metaoptim.runtime.budget.meter import AllocatorMeter, profiling
 
 KIB, MIB = 2**10, 2**20
 

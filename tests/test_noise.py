@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import metaoptim
-from metaoptim.runtime import noise
+from metaoptim.runtime.engine import noise
 
 Draw = Callable[[Tensor], Tensor]
 

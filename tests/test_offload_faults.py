@@ -19,8 +19,8 @@ from torch import Tensor
 
 import metaoptim
 from forms import mlp
-from metaoptim.runtime.files import Files, _machine, began, clean
-from metaoptim.runtime.offload import TieredStore
+from metaoptim.runtime.states.files import Files, _machine, began, clean
+from metaoptim.runtime.states.tiered import TieredStore
 from offloading import files, loop
 from problems import data
 

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import metaoptim
-from metaoptim.runtime import offload
-from metaoptim.runtime.files import Files
-from metaoptim.runtime.host import HostTier
-from metaoptim.runtime.offload import TieredStore
+from metaoptim.runtime.states import tiered
+from metaoptim.runtime.states.files import Files
+from metaoptim.runtime.states.host import HostTier
+from metaoptim.runtime.states.tiered import TieredStore
 from offloading import files, watch_writes
 
 
@@ -26,7 +26,7 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def tier_of(tmp_path: Path, kind: str) -> Any:
-    return HostTier() if kind == "host" else offload.tier_for(tmp_path)
+    return HostTier() if kind == "host" else tiered.tier_for(tmp_path)
 
 
 def form(t: Any) -> Any:

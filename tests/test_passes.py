@@ -13,23 +13,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import metaoptim
-from metaoptim.captured import step_of, trace_of
 from metaoptim.compile import CompiledFunction
-from metaoptim.compiler.capture.trace import Trace
-from metaoptim.compiler.ir import EAGER
-from metaoptim.compiler.lower import derived, replayed, residuals
+from metaoptim.compiler.cost.step import step_cost
+from metaoptim.compiler.ir.fold import loop
+from metaoptim.compiler.ir.program import Kept, RolledProgram
+from metaoptim.compiler.ir.segments import Draft, split
+from metaoptim.compiler.ir.step import EAGER
+from metaoptim.compiler.ir.trace import Trace
+from metaoptim.compiler.lower.derivatives import derived, replayed, residuals
 from metaoptim.compiler.passes.canonicalize import canonicalize
 from metaoptim.compiler.passes.checkpoint import checkpoint
-from metaoptim.compiler.passes.loop import loop
 from metaoptim.compiler.passes.mode import mode
 from metaoptim.compiler.passes.pipeline import Options, compile_trace, sizes_of
 from metaoptim.compiler.passes.prune import prune
 from metaoptim.compiler.passes.roll import roll
 from metaoptim.compiler.passes.rows import rows
-from metaoptim.compiler.program import Kept, RolledProgram
-from metaoptim.compiler.segments import Draft, split
-from metaoptim.compiler.stepcost import step_cost
-from metaoptim.runtime.dry_run import predict
+from metaoptim.functions.captured import step_of, trace_of
+from metaoptim.runtime.budget.simulate import predict
 
 T = 3
 

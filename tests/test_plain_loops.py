@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import metaoptim
 from forms import Made, compare, leaf, mlp
-from metaoptim.compiler.ir import Loop
-from metaoptim.compiler.passes.loop import loop
-from metaoptim.compiler.program import RolledProgram
+from metaoptim.compiler.ir.fold import loop
+from metaoptim.compiler.ir.program import RolledProgram
+from metaoptim.compiler.ir.step import Loop
 
 Data = Callable[[Tensor, Tensor], Iterable[tuple[Tensor, Tensor]]]
 

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import metaoptim
-from metaoptim.runtime import schedule
-from metaoptim.runtime.engine import Engine
-from metaoptim.runtime.meter import AllocatorMeter
+from metaoptim.runtime.budget.meter import AllocatorMeter
+from metaoptim.runtime.engine.engine import Engine
+from metaoptim.runtime.states import schedule
 from offloading import watch_writes
 
 STEPS = 60

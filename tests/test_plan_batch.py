@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import metaoptim
-from metaoptim import captured
-from metaoptim.compiler.cost import A, B, D, E, H, K, R, S, T, b, c
-from metaoptim.compiler.cost import F as FLOPS
-from metaoptim.compiler.polynomials import difference, formula, largest, largest_difference, size_text
-from metaoptim.compiler.stepcost import Measured, measured
-from metaoptim.runtime.meter import AllocatorMeter
-from metaoptim.runtime.planner import FEW_SLOTS, lengths
+from metaoptim.compiler.cost.model import A, B, D, E, H, K, R, S, T, b, c
+from metaoptim.compiler.cost.model import F as FLOPS
+from metaoptim.compiler.cost.polynomials import difference, formula, largest, largest_difference, size_text
+from metaoptim.compiler.cost.step import Measured, measured
+from metaoptim.functions import captured
+from metaoptim.runtime.budget.meter import AllocatorMeter
+from metaoptim.runtime.budget.planner import FEW_SLOTS, lengths
 
 STEPS, SIZE = 8, 5
 

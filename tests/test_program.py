@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import metaoptim
-from metaoptim.compiler.ir import gradient
-from metaoptim.runtime.recorded import step_cache
+from metaoptim.compiler.ir.step import gradient
+from metaoptim.runtime.windows.recording_session import step_cache
 from oracle import agree, run_oracle, run_window
 from problems import problem
 
@@ -238,7 +238,7 @@ def test_every_step_graph_has_one_gradient_node_and_complete_roles() -> None:
 
 def test_no_backward_builds_a_graph_over_more_than_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sweeps run without grad mode, on tensors without history."""
-    from metaoptim.runtime import engine as engine_module
+    from metaoptim.runtime.engine import engine as engine_module
 
     real, seen = engine_module.lowered, []
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 import metaoptim
 from budget_cases import Case, same, state_bytes
-from metaoptim.runtime import schedule
-from metaoptim.runtime.store import SlotStore
+from metaoptim.runtime.states import schedule
+from metaoptim.runtime.states.slots import SlotStore
 
 _EVERY_TIME = 6  # cases that are short
 _ONE_SLOT = 40  # steps run with a single state kept: they take time that is quadratic in them

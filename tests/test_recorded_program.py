@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 import metaoptim
-from metaoptim.compiler.ir import Assign, Loop, StepCall, StepGraph, gradient
-from metaoptim.compiler.recorded_program import Program
+from metaoptim.compiler.ir.step import Assign, Loop, StepCall, StepGraph, gradient
+from metaoptim.compiler.ir.tape import Program
 from tests.oracle import agree
 
 

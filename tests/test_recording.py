@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import metaoptim
 from forms import full_tape, leaf, mlp
-from metaoptim.runtime.inputs import Inputs
-from metaoptim.runtime.meter import AllocatorMeter
+from metaoptim.runtime.budget.meter import AllocatorMeter
+from metaoptim.runtime.engine.inputs import Inputs
 
 X = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
 

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 import metaoptim
 from forms import in_form_c, mlp
-from metaoptim.compiler import lower
-from metaoptim.compiler.differentiate import cotangent_outputs
-from metaoptim.compiler.flat import FlatGraph
-from metaoptim.compiler.ir import StepGraph
-from metaoptim.compiler.lower import derived, replayed, residuals
-from metaoptim.runtime.meter import AllocatorMeter
+from metaoptim.compiler.derive.flat import FlatGraph
+from metaoptim.compiler.derive.reverse import cotangent_outputs
+from metaoptim.compiler.ir.step import StepGraph
+from metaoptim.compiler.lower import derivatives
+from metaoptim.compiler.lower.derivatives import derived, replayed, residuals
+from metaoptim.runtime.budget.meter import AllocatorMeter
 from oracle import Problem, agree, leaves, run_oracle
 from problems import OPTIMIZERS, problem
 
@@ -168,7 +168,7 @@ def test_residuals_are_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """With one operator of a backward changed, the gradient is another."""
     net, log_lr, xs = setting(8)
     (expected,) = torch.autograd.grad(compiled(memory_budget=MUCH)(net, log_lr, xs), log_lr)
-    real = lower.split
+    real = derivatives.split
 
     def corrupted(*given: Any) -> Any:
         found = real(*given)
@@ -178,7 +178,7 @@ def test_residuals_are_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
             found.backward.module.recompile()
         return found
 
-    monkeypatch.setattr(lower, "split", corrupted)
+    monkeypatch.setattr(derivatives, "split", corrupted)
     meta_loss = compiled(memory_budget=MUCH)
     with torch.no_grad():
         meta_loss(net, log_lr, xs)

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 import metaoptim
 from forms import Made, compare, full_tape, leaf, mlp, outcome
-from metaoptim.compiler.ir import Loop
-from metaoptim.compiler.passes.loop import loop
-from metaoptim.compiler.program import RolledProgram
-from metaoptim.runtime.meter import AllocatorMeter
+from metaoptim.compiler.ir.fold import loop
+from metaoptim.compiler.ir.program import RolledProgram
+from metaoptim.compiler.ir.step import Loop
+from metaoptim.runtime.budget.meter import AllocatorMeter
 
 ROUNDS = 6  # enough for what each round leaves to have found its place
 

@@ -19,14 +19,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import metaoptim
-from metaoptim.runtime.schedule import (
-    Marks,
-    advances,
-    crowded_out,
-    extra_forwards,
-    minimal_slots,
-)
-from metaoptim.runtime.store import SlotStore
+from metaoptim.runtime.states.schedule import Marks, advances, crowded_out, extra_forwards, minimal_slots
+from metaoptim.runtime.states.slots import SlotStore
 
 # -- references ------------------------------------------------------------------------------------------------------
 

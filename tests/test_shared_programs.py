@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import metaoptim
-from metaoptim.runtime.recorded import step_cache
+from metaoptim.runtime.windows.recording_session import step_cache
 from oracle import agree, leaves
 
 T = 6

@@ -12,17 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import metaoptim
-from metaoptim.captured import step_of, trace_of
-from metaoptim.compiler.capture.trace import Input, Noise
-from metaoptim.compiler.ir import EAGER, Loop, Port, Role, StepCall, StepGraph
+from metaoptim.compiler.ir.program import Given, RolledProgram
+from metaoptim.compiler.ir.segments import Draft, split
+from metaoptim.compiler.ir.step import EAGER, Loop, Port, Role, StepCall, StepGraph
+from metaoptim.compiler.ir.trace import Input, Noise
+from metaoptim.compiler.ir.verify import verify_draft, verify_program
+from metaoptim.compiler.ir.verify_step import verify_step
 from metaoptim.compiler.passes.canonicalize import canonicalize
 from metaoptim.compiler.passes.pipeline import Options, compile_trace
 from metaoptim.compiler.passes.prune import prune
-from metaoptim.compiler.program import Given, RolledProgram
-from metaoptim.compiler.segments import Draft, split
-from metaoptim.compiler.verify import verify_draft, verify_program
-from metaoptim.compiler.verify_step import verify_step
 from metaoptim.errors import ProgramError
+from metaoptim.functions.captured import step_of, trace_of
 from oracle import leaves
 from problems import NETWORKS, problem
 

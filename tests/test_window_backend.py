@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 import metaoptim
 from budget_cases import Case
-from metaoptim.captured import trace_of
-from metaoptim.compiler import backends
-from metaoptim.compiler.lower import lowered, lowering
+from metaoptim.compiler.cost.step import check_bytes, measured
+from metaoptim.compiler.lower import backends
+from metaoptim.compiler.lower.derivatives import lowered, lowering
 from metaoptim.compiler.passes.pipeline import Options, compile_trace
-from metaoptim.compiler.stepcost import check_bytes, measured
-from metaoptim.runtime import recorded
-from metaoptim.runtime.rehearsal import rehearse
+from metaoptim.functions.captured import trace_of
+from metaoptim.runtime.budget.measure import rehearse
+from metaoptim.runtime.windows import recording_session
 from oracle import agree, run_oracle, run_window
 from problems import NETWORKS, OPTIMIZERS, problem
 
@@ -34,12 +34,12 @@ def test_compiled_derivatives_are_those_of_the_tape(network: str, optimizer: str
 
 @pytest.mark.parametrize("network", ["linear", "tied"])
 def test_mixed_mode_derivatives_are_those_of_the_tape(network: str) -> None:
-    recorded.step_cache.clear()
+    recording_session.step_cache.clear()
     case = problem(network, "adam", 5, True, None)
     agree(run_window(case, hvp="mixed"), run_oracle(case))
     used = {
         how.hvp
-        for f in recorded.step_cache._families.values()
+        for f in recording_session.step_cache._families.values()
         for s, _ in f.steps.values()
         for kind, how in (k for k in s.programs if k[0] == "vjp")
         if kind == "vjp"
@@ -77,7 +77,7 @@ def test_the_forward_and_its_replay_stay_eager() -> None:
         return lowered(step, kind, inputs, how, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("metaoptim.runtime.engine.lowered", seen)
+        patch.setattr("metaoptim.runtime.engine.engine.lowered", seen)
         _, loss, lr, theta = looped(backend="aot_eager", slots=2)
         loss.backward()
     assert {("replay", "eager"), ("vjp", "aot_eager")} == set(kinds)
@@ -120,7 +120,7 @@ def test_under_a_budget_the_check_counts() -> None:
     """States are given up for it where a step comes late."""
 
     def run(**options: Any) -> tuple[Tensor | None, list[int]]:
-        recorded.step_cache.clear()
+        recording_session.step_cache.clear()
         torch.manual_seed(2)
         net, lr, xs = nn.Linear(40, 20), torch.tensor(0.05, requires_grad=True), torch.randn(30, 2, 40)
         inner, kept = metaoptim.MetaSGD([net], lr=lr), []

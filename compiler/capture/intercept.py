@@ -20,8 +20,8 @@ from torch.utils.hooks import RemovableHandle
 
 from metaoptim.errors import CaptureError, WindowError, user_location
 
+from ..ir.values import Spy, Theta
 from . import memory
-from .entries import Spy, Theta
 
 recording: ContextVar[Any] = ContextVar("metaoptim_recorder", default=None)
 # Called with the function handed to checkpoint; returns one that recomputes with the parameters of now.
@@ -215,9 +215,3 @@ def uninstall() -> None:
                 else:
                     setattr(owner, name, before)
             _saved.clear()
-
-
-def is_removed(handle: Any) -> bool:
-    """Whether a tensor hook's handle has been removed since."""
-    hooks = handle.hooks_dict_ref()
-    return hooks is None or handle.id not in hooks

@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from metaoptim.errors import CaptureError
 
-from .entries import Carried, External, Theta, Value
+from ..ir.values import Carried, External, Theta, Value
 
 
 def _storage(t: Tensor) -> int:

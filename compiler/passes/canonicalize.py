@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from ..capture.entries import Value
-from ..capture.trace import Noise
-from ..program import plural
-from ..segments import Body, Draft, Segment, Unit, arguments, group
+from ..ir.program import plural
+from ..ir.segments import Body, Draft, Segment, Unit, arguments, group
+from ..ir.trace import Noise
+from ..ir.values import Value
 
 
 def canonicalize(draft: Draft) -> str:

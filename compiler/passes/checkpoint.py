@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..lower import residuals
-from ..program import Kept, RolledProgram
+from ..ir.program import Kept, RolledProgram
+from ..lower.derivatives import residuals
 
 
 def checkpoint(program: RolledProgram, kept: Kept, hvp: str) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..ir import StepGraph
-from ..lower import derived
+from ..ir.step import StepGraph
+from ..lower.derivatives import derived
 
 
 def differentiate(graphs: Sequence[StepGraph], hvp: str) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
-from ..ir import Lowering
-from ..program import RolledProgram, plural
+from ..ir.program import RolledProgram, plural
+from ..ir.step import Lowering
 
 #: A step graph that a call runs no more often than this runs as it is.
 FEW = 2

@@ -8,8 +8,8 @@ import torch
 
 from metaoptim.errors import CaptureError
 
-from ..capture.entries import Value
-from ..capture.trace import Trace
+from ..ir.trace import Trace
+from ..ir.values import Value
 
 aten = torch.ops.aten
 

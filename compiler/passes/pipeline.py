@@ -10,16 +10,16 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from ..capture.trace import Input, Trace
-from ..ir import Lowering
-from ..program import RolledProgram, operator_count
-from ..segments import Draft, split
-from ..text import draft_text, trace_text
-from ..tracing import uncollected
-from ..verify import verify_draft, verify_program
+from ..derive.tracing import uncollected
+from ..ir.fold import loop
+from ..ir.program import RolledProgram, operator_count
+from ..ir.segments import Draft, split
+from ..ir.step import Lowering
+from ..ir.text import draft_text, trace_text
+from ..ir.trace import Input, Trace
+from ..ir.verify import verify_draft, verify_program
 from .canonicalize import canonicalize, outline
 from .differentiate import differentiate
-from .loop import loop
 from .lower import lower
 from .mode import mode
 from .prune import keep_all, prune

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from ..capture.entries import Value
-from ..capture.owners import identity
-from ..capture.trace import Noise
-from ..segments import Draft, Unit, sources
+from ..ir.owners import identity
+from ..ir.segments import Draft, Unit, sources
+from ..ir.trace import Noise
+from ..ir.values import Value
 
 
 def prune(draft: Draft) -> str:

@@ -8,13 +8,13 @@ from typing import Any
 
 from metaoptim.errors import CaptureError
 
-from ..build import build_segment
-from ..capture.entries import Value
-from ..capture.owners import identity
-from ..capture.trace import Input, Noise, ScanItem
-from ..ir import Loop, StepCall, StepGraph
-from ..program import Given, RolledProgram, plural
-from ..segments import Body, Draft, Unit, roles_of
+from ..ir.owners import identity
+from ..ir.program import Given, RolledProgram, plural
+from ..ir.segments import Body, Draft, Unit, roles_of
+from ..ir.step import Loop, StepCall, StepGraph
+from ..ir.trace import Input, Noise, ScanItem
+from ..ir.values import Value
+from .build import build_segment
 
 StepOf = Callable[[tuple, Callable[[], StepGraph]], StepGraph]
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from ..capture.entries import Entry, Value
-from ..capture.owners import changed, owner
-from ..capture.trace import Input, ScanItem, Trace
-from ..ir import gradient
+from ..ir.owners import changed, owner
+from ..ir.step import gradient
+from ..ir.trace import Input, ScanItem, Trace
+from ..ir.values import Entry, Value
 
 aten = torch.ops.aten
 

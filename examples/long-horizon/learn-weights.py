@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 import metaoptim
 from digits import corrupted_digits
-from metaoptim.runtime.meter import AllocatorMeter
+from metaoptim.runtime.budget.meter import AllocatorMeter
 from plots import plot_learnt
 from training import accuracy, batches, layers, network, reset, retrain, train, weights_of
 

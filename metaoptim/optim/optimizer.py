@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from metaoptim.compiler.capture.intercept import recording
-from metaoptim.compiler.capture.tracer import preserving
+from metaoptim.compiler.capture.symbolic.tracer import preserving
 from metaoptim.errors import WindowError
-from metaoptim.runtime.session import current_session
+from metaoptim.runtime.windows.session import current_session
 
 Number: TypeAlias = float | Tensor
 #: What an optimizer trains: networks, or groups (see `MetaOptimizer`).

@@ -1,0 +1,315 @@
+"""What a window has recorded: the call behind each live tensor, and what stands for tensors from outside.
+
+An `Entry` refers to the entries it depends on; tensors refer to entries through a table of weak references. So whatever
+the user drops, the recording drops, and a step costs a walk over the ancestors of its loss.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metaoptim.errors import CaptureError
+
+from ...ir.operators import (
+    EMPTY,
+    INDEXING,
+    MASKED,
+    PARTING,
+    OpInfo,
+    from_the_front,
+    lifts,
+    op_info,
+    parts,
+    without_running_stats,
+)
+from ...ir.values import Carried, Entry, Epoch, External, Number, Theta, Value, version_of
+
+aten = torch.ops.aten
+_DETACH = aten.detach.default
+_FEW = 16  # what the dead hold on to may be large, so they are looked for when there are twice as many as had lived
+
+
+def _written_by_view(t: Tensor) -> bool:
+    return t.grad_fn is not None and t.grad_fn.name().endswith("CopySlices")
+
+
+def tensors_in(args: Iterable) -> Iterable[Tensor]:
+    """The tensors among an operator's arguments."""
+    for a in args:
+        if isinstance(a, Tensor):
+            yield a
+        elif isinstance(a, (list, tuple)):
+            for b in a:
+                if isinstance(b, Tensor):
+                    yield b
+
+
+def mask_counts(args: tuple) -> tuple[int, ...]:
+    """How many elements the boolean masks among the indices choose: the derivative's shapes depend on it."""
+    return tuple(int(i.sum()) for i in args[1] if i is not None and i.dtype in (torch.bool, torch.uint8))
+
+
+class Recording:
+    """The calls that tensors still alive have come from.
+
+    Attributes:
+        guard: as of a `Recorder`.
+        epoch: the stretch of user code at hand.
+        values: id of a tensor -> what it is; its weak reference tells whether it is that tensor still.
+        histories: what was read of differentiable tensors that are no leaves.
+    """
+
+    def __init__(self, guard: Any) -> None:
+        self.guard: Any = guard
+        self.epoch = Epoch(0, 0, {})
+        self.values: dict[int, Value] = {}
+        self.histories: weakref.WeakSet[External] = weakref.WeakSet()
+        self._seq = 0
+        self._sweep_at = _FEW
+
+    def keep_only(self, epoch: Epoch) -> None:
+        """A super-step has begun that reads ``epoch``: nothing older will be part of a step."""
+        self.forget([v for v in self.values.values() if v.entry.epoch is not epoch])
+        self.values = {k: v for k, v in self.values.items() if v.entry.epoch is epoch and v.ref() is not None}
+
+    def forget(self, values: Iterable[Value]) -> None:
+        """``values`` leave the recording: the guard is told of tensors that live on and that steps have read."""
+        for value in values:
+            t = value.ref() if value.steps else None
+            if t is not None and t.requires_grad:
+                self.guard.outlived(t, value.steps)
+
+    def close(self) -> None:
+        """The window has ended: forget everything, in no cycle that would wait for the collector."""
+        self.forget(self.values.values())
+        self.epoch, self.guard = Epoch(0, 0, {}), None
+        self.values.clear()
+
+    # -- looking up ----------------------------------------------------------------------------------------------
+
+    def known(self, t: Tensor) -> Theta | Value | None:
+        """What the recording has for the very tensor ``t``."""
+        theta = self.epoch.theta.get(id(t))
+        if theta is not None:
+            return theta
+        value = self.values.get(id(t))
+        return value if value is not None and value.ref() is t else None
+
+    def current(self, t: Tensor) -> Theta | Value | None:
+        """The same, of the epoch at hand only."""
+        found = self.known(t)
+        return None if isinstance(found, Value) and found.entry.epoch is not self.epoch else found
+
+    def touches(self, args: Iterable) -> bool:
+        """Whether a gradient may flow through a call with these arguments."""
+        for t in tensors_in(args):  # a plain loop: this runs for every operator
+            if t.requires_grad:
+                return True
+            if id(t) in self.values and self.current(t) is not None:
+                return True
+        return False
+
+    def value_of(self, t: Tensor) -> Theta | Value | Carried | External:
+        """What stands for ``t`` in the recording."""
+        found = self.known(t)
+        if isinstance(found, Theta):
+            if found.index < 0:
+                self.guard.enter(found)
+            self.epoch.read = True
+            return found
+        if found is not None:
+            if t.requires_grad:
+                if t.is_leaf and found.entry.grad:
+                    return self.external(t)  # `requires_grad_()` made it the user's own leaf
+                # autograd hands saved outputs back through a detach: an alias, not a cut; unlike one that requires grad
+                # since a view of it was written into
+                resolved: Any = found
+                while (
+                    isinstance(resolved, Value) and resolved.entry.op is _DETACH and not _written_by_view(t)
+                ):
+                    resolved = resolved.entry.args[0]
+                if not isinstance(resolved, Value):
+                    return resolved
+                found = resolved
+            epoch = found.entry.epoch
+            if epoch is self.epoch and found.apart is None:
+                return found
+            external = self.external(t)
+            if (
+                found.apart is not None
+                or epoch.superstep != self.epoch.superstep
+                or not self._reads_current_theta(found)
+            ):
+                return external
+            if t in epoch.writes:
+                raise CaptureError(
+                    f"a tensor of shape {tuple(t.shape)} was changed in place before another optimizer's step and is "
+                    "used again after it; clone it after the change"
+                )
+            return Carried(found, external)
+        if t._is_view() and t._base is not None and not (t.requires_grad and t.is_leaf):
+            if self.is_recorded(t._base) and not isinstance(self.known(t._base), Theta):
+                return self.alias_of(t, t._base)
+        if isinstance(t, torch.nn.Parameter) and (theta := self.guard.still_shown(t)) is not None:
+            return theta
+        return self.external(t)
+
+    def is_recorded(self, t: Tensor) -> bool:
+        """Whether what ``t`` holds is part of the recording of this epoch, so that a write into it must be too."""
+        base = t._base if t._is_view() else None
+        for x in (t,) if base is None else (t, base):
+            external = self.external_of(x)
+            if self.current(x) is not None or (external is not None and external.written):
+                return True
+        return False
+
+    def root_of(self, loss: Tensor) -> Any:
+        """What stands for the loss of a step, which may have been computed before another step."""
+        found = self.known(loss)
+        mine = isinstance(found, Value) and found.entry.epoch.superstep == self.epoch.superstep
+        return found if mine else self.value_of(loss)
+
+    def _reads_current_theta(self, value: Value) -> bool:
+        """Whether an older value depends on parameters that no step has changed since (the same super-step's)."""
+        current = {c.index: c.tensor.untyped_storage()._cdata for c in self.epoch.theta.values()}
+        stack: list[Any] = [value]
+        seen: set[int] = set()
+        while stack:
+            a = stack.pop()
+            if isinstance(a, Theta):
+                if current.get(a.index) == a.tensor.untyped_storage()._cdata:
+                    return True
+            elif isinstance(a, tuple):
+                stack.extend(a)
+            elif isinstance(a, Carried):
+                stack.append(a.value)
+            elif isinstance(a, (Value, Entry)):
+                entry = a.entry if isinstance(a, Value) else a
+                if id(entry) not in seen and not (isinstance(a, Value) and a.apart is not None):
+                    seen.add(id(entry))
+                    stack += [*entry.args, *entry.deps, *entry.kwargs.values()]
+        return False
+
+    def external(self, t: Tensor) -> External:
+        """``t``, read from outside as it is now."""
+        known = self.external_of(t)
+        if known is not None:
+            same = known.version == version_of(t) and known.grad == t.requires_grad
+            if known.written or (same and known.held.is_current(t)):
+                return known
+        if t.requires_grad and not t.is_leaf and t in self.epoch.writes:
+            raise CaptureError(
+                f"a tensor of shape {tuple(t.shape)} is read that shares memory with one changed in place in this "
+                "step, in a way that cannot be followed; clone one of them"
+            )
+        new = External(t, self.guard.hold(t))
+        self.epoch.externals[id(t)] = weakref.ref(new)
+        if not t.is_leaf:
+            self.histories.add(new)
+        return new
+
+    def external_of(self, t: Tensor) -> External | None:
+        """``t`` as this epoch has read it last, if it has."""
+        ref = self.epoch.externals.get(id(t))
+        found = None if ref is None else ref()
+        return found if found is not None and found.source is t else None
+
+    def alias_of(self, t: Tensor, base: Tensor) -> Value:
+        """``t``, which shares the memory of ``base``, as a view of it."""
+        shift = t.storage_offset() - base.storage_offset()
+        args = (self.value_of(base), t.shape, t.stride(), shift)
+        # a view made under no_grad is a leaf; an alias that requires no grad is detached
+        grad = not t.is_leaf if t.requires_grad else not base.requires_grad
+        return self.bind(t, Value(self.entry(aten.as_strided.default, args, {}, (base,), grad), None))
+
+    # -- writing down --------------------------------------------------------------------------------------------
+
+    def token(self, a: Any) -> Any:
+        """``a`` with tensors replaced by what stands for them."""
+        if isinstance(a, Tensor):
+            return self.value_of(a)
+        if isinstance(a, (list, tuple)):
+            return tuple([self.token(b) for b in a])
+        return a
+
+    def tokens(self, op: Any, info: OpInfo, args: tuple) -> tuple:
+        """The arguments of a call, with what stands for tensors and for numbers that may differ."""
+        if op in INDEXING:
+            args = from_the_front(op, args)
+        tokens = tuple([self.token(a) for a in without_running_stats(op, args)])
+        return (tokens[0], Number(float(args[1])), *tokens[2:]) if lifts(info, args) else tokens
+
+    def bind(self, t: Tensor, value: Value) -> Value:
+        """Let ``value`` stand for ``t``."""
+        value.ref = weakref.ref(t)
+        self.values[id(t)] = value
+        return value
+
+    def _sweep(self) -> None:
+        """Forget what stood for tensors that have died, and with it what only their history holds."""
+        self.values = {k: v for k, v in self.values.items() if v.ref() is not None}
+        externals = self.epoch.externals
+        self.epoch.externals = {k: ref for k, ref in externals.items() if ref() is not None}
+        self._sweep_at = max(_FEW, 2 * (len(self.values) + len(self.epoch.externals)))
+
+    def entry(self, op: Any, tokens: tuple, kwargs: dict, reads: Iterable, grad: bool) -> Entry:
+        """A call of which ``reads`` are the tensors: it depends on what was written into their memory."""
+        writes = self.epoch.writes
+        deps: tuple = ()
+        if writes:
+            found: dict[int, Entry] = {}
+            for t in reads:
+                for entry in writes.get(t) or ():
+                    found[entry.seq] = entry
+            deps = tuple(found.values())
+        self._seq += 1
+        return Entry(op, tokens, kwargs, self.epoch, self._seq, deps, grad)
+
+    def bind_outputs(self, entry: Entry, out: Any) -> None:
+        """Let the outputs of ``entry`` stand for the tensors in ``out``."""
+        if isinstance(out, Tensor):
+            self.bind(out, Value(entry, None))
+        elif isinstance(out, (list, tuple)):
+            for i, o in enumerate(out):
+                if isinstance(o, Tensor):
+                    self.bind(o, Value(entry, i))
+        if len(self.values) + len(self.epoch.externals) > self._sweep_at:
+            self._sweep()
+
+    def record(self, op: Any, info: OpInfo, args: tuple, kwargs: dict, out: Any) -> None:
+        """Write down a call that has been made."""
+        self.guard.settle()
+        if op is aten.native_dropout.default:
+            self._record_dropout(args, out)
+            return
+        if op in EMPTY:
+            return
+        if op in PARTING and isinstance(
+            self.value_of(args[0]), External
+        ):  # data: each part as an index gives it
+            for t, (one, given) in zip(out, parts(op, args), strict=True):
+                self.record(one, op_info(one), given, {}, t)
+            return
+        tokens = self.tokens(op, info, args)
+        kw = {k: self.token(v) for k, v in kwargs.items()} if kwargs else kwargs
+        entry = self.entry(op, tokens, kw, tensors_in(args), True)
+        if info.dynamic:
+            entry.shape = tuple(tuple(o.shape) for o in tensors_in(out if isinstance(out, tuple) else (out,)))
+        elif op in MASKED:
+            entry.shape = mask_counts(args) or None
+        self.bind_outputs(entry, out)
+
+    def _record_dropout(self, args: tuple, out: tuple[Tensor, Tensor]) -> None:
+        result, mask = out
+        p = args[1]
+        drawn = External(mask, self.guard.hold(mask))
+        kept = self.entry(aten.mul.Tensor, (self.value_of(args[0]), drawn), {}, (args[0],), True)
+        scaled = self.entry(
+            aten.mul.Tensor, (Value(kept, None), 0.0 if p == 1 else 1.0 / (1.0 - p)), {}, (), True
+        )
+        self.bind(result, Value(scaled, None))

@@ -1,0 +1,132 @@
+"""Random operators in a captured function: what they draw is noise, an input that is drawn anew in every run."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metaoptim.errors import CaptureError
+
+from ...ir.operators import op_info, slopes_of, written
+from ...ir.slices import tensor_spec
+from ...ir.trace import Noise
+from ...ir.values import Value
+
+aten = torch.ops.aten
+# Random operators that look at nothing of their tensor arguments but shape, dtype and device.
+_SHAPES_ONLY = {
+    "rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "native_dropout", "uniform_",
+    "normal_", "random_", "exponential_", "geometric_", "cauchy_", "log_normal_",
+}  # fmt: skip
+# How torch makes what is like another tensor: room of the result's layout, filled.
+_FILL = {
+    "rand_like": aten.uniform_.default,
+    "randn_like": aten.normal_.default,
+    "randint_like": getattr(aten.random_, "from"),
+    "bernoulli": aten.bernoulli_.float,
+}
+_ALSO_SHAPES_ONLY = (aten.bernoulli_.float, aten.bernoulli.p, aten.normal.float_float)
+_NORMAL = (aten.normal.Tensor_Tensor, aten.normal.Tensor_float, aten.normal.float_Tensor)
+
+
+def draw(tracer: Any, op: Any, args: tuple, kwargs: dict) -> Any:
+    """Let what a random operator gives be noise of the trace, or refuse it."""
+    name = op._schema.name.split("::")[1]
+    own = kwargs.get("generator") is not None
+    if op in _NORMAL and not own:  # mean + std z, as torch computes it; no gradient passes
+        mean, std = args[:2]
+        with tracer, torch.no_grad():
+            like = torch.as_tensor(mean) + torch.as_tensor(std)
+            return torch.empty_like(like).normal_() * std + mean
+    shapes_only = name in _SHAPES_ONLY or op in _ALSO_SHAPES_ONLY
+    if own or not shapes_only or any(isinstance(a, Tensor) for a in args[1:]):
+        why = "from a generator of its own" if own else "whose distribution depends on a tensor"
+        raise CaptureError(
+            f"{op} draws random numbers {why}, which a compiled function cannot repeat; draw them outside and pass "
+            "them in, or use an ordinary window"
+        )
+    if "out" in kwargs:
+        raise CaptureError(
+            f"{op} draws random numbers into the tensor given as `out`, which a compiled function cannot follow; use "
+            "what it returns without `out`, or an in-place operator (normal_, uniform_, random_)"
+        )
+    kw = {k: v for k, v in kwargs.items() if v is not None}
+    if op is aten.native_dropout.default:
+        if args[2] is not None and not args[2]:
+            return tracer.record(op, args, kwargs)
+        out = tracer.run(op, args, kwargs)
+        # on the CPU its mask is what bernoulli_ draws, and that takes a generator
+        drawn = _drawn(
+            tracer, out[1], Noise(aten.bernoulli_.float, (1.0 - args[1],), {}, tensor_spec(out[1]))
+        )
+        kept = tracer.add(aten.mul.Tensor, (tracer.value_of(args[0]), drawn))
+        p = args[1]
+        scaled = tracer.add(aten.mul.Tensor, (Value(kept, None), 0.0 if p == 1 else 1.0 / (1.0 - p)))
+        tracer.bind(out[0], Value(scaled, None))
+        return out
+    if op_info(op).writes:
+        (target,) = written(op_info(op), args, kwargs)
+        with tracer.paused():
+            fresh = tracer.faked(target).detach().clone(memory_format=torch.preserve_format)
+        _drawn(tracer, fresh, Noise(op, _numbers(args[1:]), kw, tensor_spec(target)))
+        with tracer, torch.no_grad():
+            target.copy_(fresh)
+        return target
+    out = tracer.run(op, args, kwargs)
+    if name in _FILL:
+        numbers = (0, *args[1:])[-2:] if name == "randint_like" else args[1:] if name == "bernoulli" else ()
+        noise = Noise(_FILL[name], numbers, {}, tensor_spec(out))
+    else:
+        kw |= {"dtype": out.dtype, "device": out.device}  # whatever the defaults are when it is drawn
+        noise = Noise(_with_generator(op), _numbers(args), kw, tensor_spec(out))
+    _drawn(tracer, out, noise)
+    return out
+
+
+def fixed_slope(args: tuple, kwargs: dict) -> float:
+    """The slope of a leaky ReLU that draws slopes in training mode; refused in that."""
+    slope = slopes_of(*args, **kwargs)
+    if slope is None:
+        raise CaptureError(
+            "rrelu in training mode draws a slope for every element that is negative, as many as the values decide, "
+            "which a compiled function cannot repeat; use an ordinary window, or leaky_relu with slopes drawn by "
+            "torch.rand_like"
+        )
+    return slope
+
+
+@functools.cache
+def _with_generator(op: Any) -> Any:
+    """The overload that draws the same from a generator it is given."""
+    wanted = [(a.name, str(a.type)) for a in op._schema.arguments]
+    if any(name == "generator" for name, _ in wanted):
+        return op
+    for overload in op.overloadpacket.overloads():
+        found = getattr(op.overloadpacket, overload)
+        arguments = [(a.name, str(a.type)) for a in found._schema.arguments]
+        if len(arguments) > len(wanted) and [a for a in arguments if a[0] != "generator"] == wanted:
+            return found
+    raise CaptureError(
+        f"{op} draws random numbers and takes no generator, so a compiled function cannot repeat them; draw them "
+        "outside and pass them in, or use an ordinary window"
+    )
+
+
+def _drawn(tracer: Any, t: Tensor, noise: Noise) -> Any:
+    """Let ``t`` be what ``noise`` gives at this place of the program, once, whoever reads it later."""
+    device, before = noise.spec[3], tracer.trace.draws_on
+    if before not in (None, device):
+        raise CaptureError(
+            f"a compiled function draws random numbers on {before} and on {device}, where only one generator's are "
+            "drawn again; draw all of them on one device and move them, or draw outside and pass them in"
+        )
+    tracer.trace.draws_on = device
+    return tracer.bind(t, Value(tracer.add(aten.alias.default, (noise,), grad=True), None))
+
+
+def _numbers(args: Any) -> tuple:
+    """Arguments as part of a key."""
+    return tuple(_numbers(a) if isinstance(a, (list, tuple)) else a for a in args)

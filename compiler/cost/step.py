@@ -1,0 +1,172 @@
+"""What one call of a step graph costs and depends on: bytes, shared memory, derivatives; by its graphs, or measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import fx
+
+from ..derive.liveness import peak_bytes, results_of, storages
+from ..derive.reverse import cotangent_outputs
+from ..ir.program import nbytes, operator_count
+from ..ir.step import Lowering, StepGraph
+from ..lower.derivatives import derived, replayed, residuals
+
+
+@dataclass(frozen=True)
+class Made:
+    """One result of a flat graph.
+
+    Attributes:
+        size: bytes of memory of its own; 0 where it shares some.
+        of_input: which argument of the graph it lies in the memory of; -1 for none.
+        of_result: which earlier result; -1 for none.
+    """
+
+    size: int
+    of_input: int = -1
+    of_result: int = -1
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Of one step graph.
+
+    Attributes:
+        replay_bytes, vjp_bytes: most that a call of either allocates, its results included.
+        replay_operators, vjp_operators: how many operators they call.
+        outputs: memory of the replay's results, in the order of the step's outputs without the loss.
+        gradients: for each input, memory of its gradient, or None where it has none. Arguments of the VJP are the
+            inputs, then the cotangents.
+        depends: for each input, the outputs whose cotangents its gradient depends on.
+    """
+
+    replay_bytes: int
+    vjp_bytes: int
+    replay_operators: int
+    vjp_operators: int
+    outputs: tuple[Made, ...]
+    gradients: tuple[Made | None, ...]
+    depends: tuple[frozenset[int], ...]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the lowered program of a step graph was seen to take.
+
+    Attributes:
+        peak_bytes: most that a call allocates, its results included.
+        first_bytes: likewise of its compilation and first-use check.
+        made: memory of its results.
+    """
+
+    peak_bytes: int
+    first_bytes: int
+    made: tuple[Made | None, ...]
+
+
+def measured(step: StepGraph, kind: str, how: Lowering) -> Measured | None:
+    """What was measured of a step graph's program, if anything."""
+    return step.programs.get(("measured", kind, how))
+
+
+def step_cost(step: StepGraph, how: Lowering) -> StepCost:
+    """What calls of ``step`` cost: as measured where its programs were, else as its graphs say, traced if need be."""
+    found = _static_cost(step, how.hvp)
+    replay, vjp = measured(step, "replay", how), measured(step, "vjp", how)
+    if replay is not None:
+        made = tuple(m for m in replay.made if m is not None)
+        found = replace(found, replay_bytes=replay.peak_bytes, outputs=made)
+    return found if vjp is None else replace(found, vjp_bytes=vjp.peak_bytes, gradients=vjp.made)
+
+
+def check_bytes(step: StepGraph, how: Lowering) -> int:
+    """Bytes that comparing a compiled derivative with the graph it is compiled from takes, at most."""
+    given = sum(nbytes(p.spec) for p in (*step.inputs, *step.outputs))
+    # copies of what it is given, which results may lie in; both results; one of the two at work; random generators
+    return 4 * given + 3 * step_cost(step, how).vjp_bytes + (16 << 10)
+
+
+def residual_cost(step: StepGraph, how: Lowering) -> tuple[int, int]:
+    """Bytes that saving a call's residuals takes until its derivative, and how much more either takes while it runs.
+
+    As measured, else as the graphs say; (0, 0) where there are none.
+    """
+    divided = residuals(step, how.hvp)
+    if divided is None:
+        return 0, 0
+    forward, backward = measured(step, "forward", how), measured(step, "backward", how)
+    made = _made(divided.forward.graph) if forward is None else forward.made
+    kept = sum(m.size for m in made[len(made) - divided.fresh :] if m is not None)
+    peaks = [
+        peak_bytes(graph.graph) if seen is None else seen.peak_bytes
+        for graph, seen in ((divided.forward, forward), (divided.backward, backward))
+    ]
+    cost = step_cost(step, how)
+    return kept, max(0, peaks[0] - kept - cost.replay_bytes, peaks[1] - cost.vjp_bytes)
+
+
+def _static_cost(step: StepGraph, hvp: str) -> StepCost:
+    key = ("cost", hvp)
+    found = step.programs.get(key)
+    if found is None:
+        replay, vjp = replayed(step).graph, derived(step, hvp).graph
+        found = step.programs[key] = StepCost(
+            peak_bytes(replay),
+            peak_bytes(vjp),
+            operator_count(replay),
+            operator_count(vjp),
+            tuple(m for m in _made(replay) if m is not None),
+            tuple(_made(vjp)),
+            _depends(step, vjp),
+        )
+    return found
+
+
+def _made(graph: fx.Graph) -> list[Made | None]:
+    given = {s: i for i, n in enumerate(graph.find_nodes(op="placeholder")) for s, _ in storages(n)}
+    constant = {s for node in graph.find_nodes(op="get_attr") for s, _ in storages(node)}
+
+    def memory(node: fx.Node) -> tuple[Any, int] | None:
+        found = next(iter(storages(node)), None)
+        return None if found is None or found[0] in constant else found
+
+    return made_of([memory(n) if isinstance(n, fx.Node) else () for n in results_of(graph)], given)
+
+
+def made_of(results: Sequence[Any], given: dict[Any, int]) -> list[Made | None]:
+    """Whose memory results lie in.
+
+    Args:
+        results: for each the identity and the bytes of its memory, None if it has none of its own, () for no result.
+        given: identity of an argument's memory -> which argument.
+    """
+    first: dict[Any, int] = {}
+    found: list[Made | None] = []
+    for k, memory in enumerate(results):
+        if memory is None:
+            found.append(Made(0))
+        elif not memory:
+            found.append(None)
+        elif memory[0] in given:
+            found.append(Made(0, of_input=given[memory[0]]))
+        elif memory[0] in first:
+            found.append(Made(0, of_result=first[memory[0]]))
+        else:
+            first[memory[0]] = k
+            found.append(Made(memory[1]))
+    return found
+
+
+def _depends(step: StepGraph, vjp: fx.Graph) -> tuple[frozenset[int], ...]:
+    reached: dict[fx.Node, frozenset[int]] = {}
+    cotangents = dict(enumerate(cotangent_outputs(step), start=len(step.inputs)))
+    placeholders = {node: i for i, node in enumerate(vjp.find_nodes(op="placeholder"))}
+    none: frozenset[int] = frozenset()
+    for node in vjp.nodes:
+        at = placeholders.get(node, -1)
+        own = frozenset({cotangents[at]}) if at in cotangents else none
+        reached[node] = own.union(*(reached[n] for n in node.all_input_nodes))
+    return tuple(reached[n] if isinstance(n, fx.Node) else none for n in results_of(vjp))

@@ -1,0 +1,298 @@
+"""A function of tensors, written down as a flat fx graph of the operators it calls."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from operator import getitem
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from metaoptim.errors import CaptureError
+
+from ..ir.operators import EMPTY, functional, op_info, shapes_known
+from ..ir.slices import tensor_spec
+
+aten = torch.ops.aten
+_LIFTED = (aten.lift_fresh.default, aten.lift.default)
+_NONE: Mapping[str, Any] = {}
+
+
+class FlatGraph:
+    """A flat graph and its constants. It becomes code when it is called again: many are called once, or never.
+
+    Attributes:
+        graph: inputs -> a tuple of results.
+        constants: by the names of its attributes.
+    """
+
+    def __init__(self, graph: fx.Graph, constants: Mapping[str, Any]) -> None:
+        self.graph, self.constants = graph, dict(constants)
+        self._called = False
+
+    @cached_property
+    def module(self) -> fx.GraphModule:
+        """It as a module."""
+        return fx.GraphModule(self.constants, self.graph)
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        if self._called:
+            return self.module.forward(*inputs)
+        self._called = True
+        nodes, given = list(self.graph.nodes), iter(inputs)
+        last = {used: node for node in nodes for used in (node, *node.all_input_nodes)}
+        values: dict[fx.Node, Any] = {}
+        for node in nodes:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+            if node.op == "output":
+                return args[0]
+            if node.op == "call_function":
+                values[node] = node.target(*args, **kwargs)
+            else:
+                values[node] = next(given) if node.op == "placeholder" else self.constants[str(node.target)]
+            del args, kwargs
+            for used in {node, *node.all_input_nodes}:
+                if last[used] is node:
+                    del values[used]
+        raise AssertionError("a graph without an output")
+
+
+class Unfollowed(Exception):
+    """A trace over real tensors has met what only one over fake tensors understands, or refuses."""
+
+
+class Traced(NamedTuple):
+    """The operators a function has called.
+
+    Attributes:
+        graph: of them.
+        constants: what it has used besides its arguments.
+        results: what it has returned.
+    """
+
+    graph: fx.Graph
+    constants: dict[str, Tensor]
+    results: tuple
+
+
+def flat_graph(
+    fn: Callable[..., tuple],
+    inputs: Sequence[Tensor],
+    instead: Mapping[Any, Callable] | None = None,
+    real: bool = False,
+) -> Traced:
+    """The operators that ``fn(*inputs)`` calls below autograd, those of its backward passes included.
+
+    What torch's own make_fx gives for static shapes, in less time: no proxies, no functorch, no symbolic numbers; and
+    without detaches, which mean nothing there, and in-place operators whose memory nobody shares.
+
+    Args:
+        fn: returns a tuple of tensors and None.
+        inputs: distinct tensors, fake ones under the caller's `FakeTensorMode` or real ones. Every other tensor that
+            ``fn`` uses becomes a constant of the graph.
+        instead: operator -> what to call in its place.
+        real: whether the results are wanted: the graph must then hold for other values too.
+
+    Raises:
+        Unfollowed: with ``real``, where an operator looks at values, draws random numbers, or reads a tensor from
+            elsewhere.
+    """
+    graph = fx.Graph()
+    writer = _Writer(graph, instead or {}, real)
+    for i, t in enumerate(inputs):
+        writer.bind(t, graph.placeholder(f"input_{i}"))
+    with writer:
+        results = fn(*inputs)
+    graph.output(tuple(writer.token(r) for r in results))
+    return Traced(graph, writer.constants, results)
+
+
+class _Memory:
+    """A stretch of memory.
+
+    Attributes:
+        key: what nodes call it; another one since it was to be written into.
+        held: keeps another storage from being born at its address.
+        within: the tensors in it, with what stands for them.
+    """
+
+    __slots__ = ("key", "held", "within")
+
+    def __init__(self, key: Any, held: StorageWeakRef) -> None:
+        self.key, self.held = key, held
+        self.within: list[tuple[weakref.ref[Tensor], fx.Node]] = []
+
+
+class _Writer(TorchDispatchMode):
+    """Writes down every operator that reaches it."""
+
+    def __init__(self, graph: fx.Graph, instead: Mapping[Any, Callable], real: bool) -> None:
+        super().__init__()
+        self.graph, self.instead, self.real = graph, instead, real
+        self.constants: dict[str, Tensor] = {}
+        self._nodes: dict[int, tuple[weakref.ref[Tensor], fx.Node]] = {}
+        self._memory: dict[int, _Memory] = {}  # by storage
+        self._keys = itertools.count()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func in self.instead:
+            with self:
+                return self.instead[func](*args, **kwargs)
+        if func.namespace != "prim":
+            if self.real:
+                self._check(func, args, kwargs)
+            elif self._is_constant(func, args, kwargs):
+                with unset_fake_temporarily():
+                    return func(*args, **kwargs)
+            if self._instead_of_writing(func, args, kwargs):
+                return args[0]
+        out = func(*args, **kwargs)
+        if func.namespace == "prim":
+            return out
+        if func is aten.detach.default:
+            self.bind(out, self.token(args[0]), made=False)
+            return out
+        target = aten.lift_fresh_copy.default if func in _LIFTED else func
+        node = self._write(target, args, kwargs)
+        if isinstance(out, Tensor):
+            self.bind(out, node)
+        elif isinstance(out, (list, tuple)):
+            for i, o in enumerate(out):
+                if isinstance(o, Tensor):
+                    self.bind(o, self._write(getitem, (node, i)))
+        return out
+
+    def _write(self, target: Any, args: tuple, kwargs: Mapping[str, Any] = _NONE) -> fx.Node:
+        # fx would look through given arguments for symbolic numbers, for longer than all else takes
+        node = self.graph.create_node("call_function", target, None, None, target.__name__.split(".")[0])
+        node.args = self.token(args)
+        if kwargs:
+            node.kwargs = self.token(kwargs)
+        return node
+
+    def _check(self, func: Any, args: tuple, kwargs: dict) -> None:
+        """That a call on real tensors says what calls on others will be."""
+        info = op_info(func)
+        if info.random or info.dynamic or not shapes_known(func):
+            raise Unfollowed(func)
+        for a in (*args, *kwargs.values()):
+            for t in a if isinstance(a, (list, tuple)) else (a,):
+                if isinstance(t, Tensor) and self.known(t) is None:
+                    raise Unfollowed(func)
+
+    def _is_constant(self, func: Any, args: tuple, kwargs: dict) -> bool:
+        """Whether a call has tensors for arguments, and all of them are constants, whose values are known."""
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        if not given or any(isinstance(t, FakeTensor) or self.known(t) is not None for t in given):
+            return False
+        return not (op_info(func).writes or op_info(func).random or func in _LIFTED)
+
+    def _instead_of_writing(self, func: Any, args: tuple, kwargs: dict) -> bool:
+        """Make a new tensor where an operator would change one that nobody else sees; whether it was so."""
+        if op_info(func).writes != (0,):
+            return False
+        pure, written = functional(func), args[0]
+        node = self.known(written)
+        if pure is None or node is None or node.op != "call_function" or written.layout is not torch.strided:
+            return False
+        memory = self._memory[written.untyped_storage()._cdata]
+        memory.within = [(ref, n) for ref, n in memory.within if ref() is not None]
+        if any(n is not node for _, n in memory.within):
+            return False
+        new = pure(*args, **kwargs)
+        if tensor_spec(new) != tensor_spec(written):
+            return False
+        node = self._write(pure, args, kwargs)
+        func(*args, **kwargs)
+        memory.key, sharing = next(self._keys), memory.within
+        memory.within = []
+        for ref, _ in sharing:
+            if (t := ref()) is not None:
+                self.bind(t, node)
+        return True
+
+    def known(self, t: Tensor) -> fx.Node | None:
+        """What stands for the very tensor ``t``."""
+        found = self._nodes.get(id(t))
+        return found[1] if found is not None and found[0]() is t else None
+
+    def bind(self, t: Tensor, node: fx.Node, made: bool = True) -> None:
+        """Let ``node``, which has made it or another tensor like it, stand for ``t``."""
+        ref = weakref.ref(t)
+        self._nodes[id(t)] = ref, node
+        if t.layout is torch.strided:
+            storage = t.untyped_storage()
+            memory = self._memory.get(storage._cdata)
+            if memory is None:
+                memory = _Memory(next(self._keys), StorageWeakRef(storage))
+                self._memory[storage._cdata] = memory
+            memory.within.append((ref, node))
+            if made:
+                node.meta["memory"] = ((memory.key, storage.nbytes()),)
+
+    def token(self, a: Any) -> Any:
+        """``a`` with nodes in the place of tensors."""
+        if isinstance(a, Tensor):
+            node = self.known(a)
+            return self._constant(a) if node is None else node
+        if isinstance(a, (list, tuple)):
+            return type(a)(self.token(b) for b in a)
+        return {k: self.token(v) for k, v in a.items()} if isinstance(a, dict) else a
+
+    def _constant(self, t: Tensor) -> fx.Node:
+        if isinstance(t, FakeTensor):
+            raise CaptureError(
+                f"a tensor of shape {tuple(t.shape)} is used that is no argument: a custom Function is given an object "
+                "with tensors in it, or a hook or update has kept one; pass tensors by themselves, or in a list, a "
+                "tuple, a named tuple or a dict"
+            )
+        if self.real:
+            raise Unfollowed("a constant")
+        name = f"_tensor_constant{len(self.constants)}"
+        self.constants[name] = t
+        with self.graph.inserting_before(next(iter(self.graph.nodes))):
+            node = self.graph.get_attr(name)
+        self.bind(t, node)
+        return node
+
+
+def merge_equal(graph: fx.Graph) -> None:
+    """One node for all that compute the same. For graphs in which nothing is written in place."""
+    first: dict[Any, fx.Node] = {}
+    for node in list(graph.nodes):
+        target: Any = node.target
+        if node.op != "call_function" or target in EMPTY:
+            continue
+        if isinstance(target, torch._ops.OpOverload) and op_info(target).random:
+            continue
+        same = first.setdefault((target, _frozen(node.args), _frozen(node.kwargs)), node)
+        if same is not node:
+            node.replace_all_uses_with(same)
+            graph.erase_node(node)
+
+
+def drop_dead(graph: fx.Graph) -> None:
+    """Drop what nothing needs. What writes in place stays."""
+    for node in reversed(list(graph.nodes)):
+        target: Any = node.target
+        writes = isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+        if node.op in ("call_function", "get_attr") and not node.users and not writes:
+            graph.erase_node(node)
+
+
+def _frozen(a: Any) -> Any:
+    """Equal for equal arguments, to the bit."""
+    if isinstance(a, (list, tuple)):
+        return tuple(map(_frozen, a))
+    if isinstance(a, (dict, slice)):
+        return tuple((k, _frozen(v)) for k, v in sorted(a.items())) if isinstance(a, dict) else repr(a)
+    return (type(a), repr(a)) if isinstance(a, (int, float, complex)) else a

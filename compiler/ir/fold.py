@@ -1,0 +1,143 @@
+"""loop: a run of calls that differ by what advances from one to the next becomes a Loop, and so do rounds of several.
+
+A window records its program step by step, and folds it so every now and then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+from .program import Given, RolledProgram, plural
+from .step import Assign, Loop, StepCall
+
+LONGEST = 32  # calls in a round
+Item = StepCall | Assign | Loop
+
+
+def loop(rolled: RolledProgram) -> str:
+    """Fold rounds of calls that leave their results where the next round looks for them.
+
+    A plain ``for`` leaves many: of one call each, or of several where optimizers step by turns. What calls are given
+    besides is the same in every round, or a row or a whole number that moves on by as much every time, or listed.
+    """
+    before = len(rolled.calls)
+    rolled.calls = folded(rolled.calls)
+    loops = sum(isinstance(item, Loop) for item in rolled.calls)
+    return f"{plural(before, 'entry')} now {len(rolled.calls)}, {plural(loops, 'loop')} among them"
+
+
+def folded(calls: Sequence[Any]) -> list[Any]:
+    """``calls`` with Loops in the place of rounds that repeat."""
+    alike = _repeats(list(map(_key, calls)))
+    found: list[Item] = []
+    at = 0
+    while at < len(calls):
+        # the round that covers most: the shortest, of those that cover as much
+        length = max(alike, key=lambda p: (alike[p][at] >= p) * (alike[p][at] // p + 1) * p, default=0)
+        count = 1 + alike[length][at] // length if length else 1
+        if count == 1:
+            found.append(calls[at])
+            at += 1
+            continue
+        rounds = [calls[at + k * length : at + (k + 1) * length] for k in range(count)]
+        found.append(_loop(rounds))
+        at += length * count
+    return found
+
+
+def extended(known: Loop, calls: Sequence[Item]) -> int:
+    """Let a Loop of recorded calls go on with those of ``calls`` that do as its own; how many they are."""
+    length = len(known.calls)
+    count = 0
+    while (count + 1) * length <= len(calls) and all(
+        _key(own) == _key(call)
+        for own, call in zip(known.calls, calls[count * length : (count + 1) * length], strict=True)
+    ):
+        count += 1
+    for k, own in enumerate(known.calls):
+        more: list[Any] = list(calls[k : count * length : length])
+        own.inputs = [_longer(x, known.count, [c.inputs[i] for c in more]) for i, x in enumerate(own.inputs)]
+        own.metas = tuple(
+            _longer(m, known.count, [c.metas[i] for c in more]) for i, m in enumerate(own.metas)
+        )
+    known.count += count
+    known.strides = tuple(tuple(int(isinstance(x, Given)) for x in c.inputs) for c in known.calls)
+    return count * length
+
+
+def _longer(column: Any, count: int, more: list[Any]) -> Any:
+    if isinstance(column, Given):
+        column.of.extend(more)
+        return column
+    if all(_same(x, column) for x in more):
+        return column
+    return Given("each", [column] * count + more)
+
+
+def _key(item: Item) -> tuple:
+    """Equal for calls that may be one and the same of a loop."""
+    if not isinstance(item, StepCall) or item.spies:
+        return (id(item),)
+    return (
+        id(item.step),
+        item.theta,
+        item.update,
+        item.opt_state_in,
+        item.opt_state_out,
+        item.back,
+        item.how,
+        item.location,
+    )
+
+
+def _repeats(keys: list[tuple]) -> dict[int, list[int]]:
+    """Length of a round -> for each place, how many places from there on are like the one a round later."""
+    found = {}
+    for length in range(1, min(LONGEST, len(keys) // 2) + 1):
+        counts = [0] * len(keys)
+        for at in range(len(keys) - length - 1, -1, -1):
+            counts[at] = counts[at + 1] + 1 if keys[at] == keys[at + length] else 0
+        found[length] = counts
+    return found
+
+
+def _loop(rounds: list[Any]) -> Loop:
+    calls, strides = [], []
+    for call, *others in zip(*rounds, strict=True):
+        columns = _columns([call.inputs, *(other.inputs for other in others)])
+        metas = _columns([call.metas, *(other.metas for other in others)])
+        calls.append(replace(call, inputs=[first for first, _ in columns], metas=tuple(m for m, _ in metas)))
+        strides.append(tuple(stride for _, stride in columns))
+    return Loop(tuple(calls), len(rounds), tuple(strides))
+
+
+def _columns(rows: list[Any]) -> list[tuple[Any, int]]:
+    return [_column(column) for column in zip(*rows, strict=True)]
+
+
+def _column(given: Sequence[Any]) -> tuple[Any, int]:
+    """What stands for one input of a call in all rounds, and its stride."""
+    first, second, *_ = given
+    if not isinstance(first, Given):  # of a recorded call
+        return (first, 0) if all(_same(g, first) for g in given) else (Given("each", list(given)), 1)
+    if first.kind == "noise" or all(
+        g.kind == first.kind and g.at == first.at and _same(g.of, first.of) for g in given
+    ):
+        return first, 0
+    if first.kind == "scan" and all(g.kind == "scan" and g.of is first.of for g in given):
+        stride = second.at - first.at
+        if all(b.at - a.at == stride for a, b in pairwise(given)):
+            return first, stride
+    if all(g.kind == "number" and type(g.of) is int for g in given):
+        stride = second.of - first.of
+        if all(b.of - a.of == stride for a, b in pairwise(given)):
+            return first, stride
+    return Given("each", tuple(given)), 1
+
+
+def _same(a: object, b: object) -> bool:
+    """One tensor, or numbers alike to the last bit: -0.0 is not 0.0."""
+    return a is b or (isinstance(a, (int, float)) and type(a) is type(b) and repr(a) == repr(b))

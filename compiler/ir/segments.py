@@ -1,0 +1,344 @@
+"""A trace cut into segments, the parts of a compiled program: one per super-step, and what comes before and after."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from metaoptim.errors import CaptureError, user_location
+
+from .owners import changed, identity, owner
+from .slices import Keyed, hook_key
+from .step import Role, gradient, show
+from .trace import Input, Noise, ScanItem, Trace
+from .update import UpdatePlan
+from .values import Entry, Number, Value
+
+aten = torch.ops.aten
+
+
+def leaves(a: Any) -> Iterator[Any]:
+    """The values, inputs and numbers in an argument."""
+    if isinstance(a, tuple):
+        for b in a:
+            yield from leaves(b)
+    elif isinstance(a, dict):
+        for b in a.values():
+            yield from leaves(b)
+    elif isinstance(a, (Value, Input, Noise, ScanItem, Number)):
+        yield a
+
+
+def arguments(entry: Entry) -> Iterator[Any]:
+    """What a call reads."""
+    yield from leaves(entry.args)
+    if entry.kwargs:
+        yield from leaves(entry.kwargs)
+
+
+def sources(entry: Entry) -> Iterator[Any]:
+    """Where a gradient that reaches the outputs of a call goes on to."""
+    if entry.op is aten.detach.default:
+        return
+    if entry.grad:
+        yield from arguments(entry)
+        yield from (Value(write, None) for write in entry.deps)
+    else:  # under no_grad a tensor that is changed in place keeps its history
+        yield from changed(entry)
+
+
+class Hooks:
+    """The tensor hooks of a trace.
+
+    Attributes:
+        of: id of a call -> its hooked outputs, each with its hooks.
+        inputs: id of an `Input` -> its hooks.
+        thetas: ids of the calls that show parameters by which an inner gradient is taken.
+        indexed: as of a `Trace`.
+    """
+
+    def __init__(self, trace: Trace, inputs: dict[int, list] | None = None) -> None:
+        self.of, self.inputs, self.indexed = trace.hooks, inputs or {}, trace.indexed
+        self.thetas = _shown(trace.entries)
+
+
+class Segment(Keyed):
+    """Consecutive calls of a trace.
+
+    A hook acts where its tensor is made, on the whole of its gradient. One on a parameter acts in the step that takes
+    the gradient by it.
+
+    Attributes:
+        inputs: what they read from outside, in the order they are met.
+        key: their structure.
+    """
+
+    def __init__(self, entries: list[Entry], hooks: Hooks) -> None:
+        super().__init__(entries)
+        self.indexed = hooks.indexed
+        self.inputs: list[Any] = []
+        self._input_at: dict[Any, int] = {}
+        body = tuple(self._entry_key(e) for e in entries)
+        inner = _shown(entries)
+        for number, entry in enumerate(entries):
+            if id(entry) in inner or id(entry) not in hooks.thetas:
+                for index, spies in hooks.of.get(id(entry), {}).items():
+                    self.hooks["v", number, index] = spies
+        for at in sorted(thetas_of(self)):
+            if isinstance(self.inputs[at], Value):
+                for spies in hooks.of.get(id(self.inputs[at].entry), {}).values():
+                    self.hooks["x", at] = spies
+        for at, x in enumerate(self.inputs):
+            if id(x) in hooks.inputs:
+                self.hooks["x", at] = hooks.inputs[id(x)]
+        acting = tuple((at, tuple(hook_key(s.hook) for s in spies)) for at, spies in self.hooks.items())
+        self.opaque = self.opaque or bool(acting)
+        kinds = tuple(_kind(x) for x in self.inputs)
+        self.key = (body, kinds, acting)
+
+    def token(self, a: Any) -> Any:
+        """A hashable stand-in: ("v", entry, output), ("x", k), ("n", k) or a constant."""
+        inside = isinstance(a, Value) and id(a.entry) in self.number_of
+        if isinstance(a, (Input, Noise, ScanItem, Value)) and not inside:
+            at = self._input_at.setdefault(identity(a), len(self.inputs))
+            if at == len(self.inputs):
+                self.inputs.append(a)
+            return ("x", at)
+        return super().token(a)
+
+    def place_of(self, ref: Any) -> int | None:
+        """The place of ``ref`` among the inputs."""
+        return self._input_at.get(identity(ref))
+
+    def memory_of(self, ref: Any) -> Any:
+        """The call or input that made the memory of ``ref``, as far back as these calls go."""
+        return identity(owner(ref, lambda entry: id(entry) in self.number_of))
+
+
+def spec_of(ref: Any) -> tuple:
+    """Shape, dtype, strides and device of what ``ref`` stands for."""
+    return ref.ref if isinstance(ref, Value) else ref.spec
+
+
+def is_inner_state(ref: Value) -> bool:
+    """Whether a value is theta or optimizer state, which a truncated gradient does not flow through for long."""
+    entry = ref.entry
+    if entry.op is show:
+        return True
+    while entry.op is operator.getitem:
+        entry = entry.args[0].entry
+    return isinstance(entry.op, UpdatePlan)
+
+
+def _kind(ref: Any) -> tuple:
+    if isinstance(ref, Value):
+        return ("value", ref.ref, is_inner_state(ref))
+    if isinstance(ref, Noise):
+        return ("noise", ref.spec, ref.key)
+    return ("scan" if isinstance(ref, ScanItem) else "input", ref.spec, ref.grad)
+
+
+@dataclass
+class Body:
+    """What equal segments have in common.
+
+    Attributes:
+        outputs: (entry, output) places that anything later reads, with their specs.
+        active: places of the inputs that depend on something that requires grad; of the outputs likewise.
+    """
+
+    units: list[Unit] = field(default_factory=list)
+    outputs: dict[tuple, tuple] = field(default_factory=dict)
+    active: set[int] = field(default_factory=set)
+    active_outputs: set[tuple] = field(default_factory=set)
+
+
+@dataclass
+class Unit:
+    """One segment in its place in the program.
+
+    Attributes:
+        steps: how many inner steps it holds.
+        scan: (which scan, which captured iteration) it is, or None.
+    """
+
+    segment: Segment
+    steps: int
+    location: str
+    scan: tuple[int, int] | None
+    body: Body = field(default_factory=Body)
+
+
+@dataclass
+class Draft:
+    """A program in the making: what the passes rewrite."""
+
+    trace: Trace
+    hooks: Hooks
+    units: list[Unit] = field(default_factory=list)
+    bodies: list[Body] = field(default_factory=list)
+    unit_of: dict[int, int] = field(default_factory=dict)  # id of an entry -> its unit
+    writes: list[tuple[Any, Value]] = field(default_factory=list)  # tensors that keep a new value, and which
+    limit: int | None = None  # W, where meta-gradients are truncated
+
+    def finals(self) -> list[Any]:
+        """Values that are wanted at the end."""
+        return [*self.trace.outputs, *(v for _, v in self.writes)]
+
+
+def _shown(entries: list[Entry]) -> set[int]:
+    """Ids of the calls that show the parameters by which ``entries`` take inner gradients."""
+    thetas = (theta for e in entries if e.op is gradient for theta in e.args[1])
+    return {id(theta.entry) for theta in thetas if isinstance(theta, Value)}
+
+
+def thetas_of(segment: Segment) -> set[int]:
+    """Places of the inputs by which inner gradients are taken."""
+    found = {segment.place_of(theta) for e in segment.entries if e.op is gradient for theta in e.args[1]}
+    return {at for at in found if at is not None}
+
+
+@dataclass
+class Roles:
+    """What the inputs and outputs of a segment are to the inner loop.
+
+    Attributes:
+        inputs: by place.
+        order: the places in the order of a step graph's inputs.
+        outputs: by (entry, output), in order.
+    """
+
+    inputs: list[Role]
+    order: list[int]
+    outputs: dict[tuple, Role]
+
+
+_RANK = {Role.THETA: 0, Role.THETA_NOW: 1, Role.OPT_STATE: 2, Role.CARRY: 2}
+
+
+def ordered(inputs: list[Role]) -> list[int]:
+    """Places of the inputs in the order of a step graph's: theta, other values passed on, the rest."""
+    return sorted(range(len(inputs)), key=lambda at: (_RANK.get(inputs[at], 3), at))
+
+
+def roles_of(segment: Segment, body: Body) -> Roles:
+    """Roles in a part of a compiled function."""
+    thetas = thetas_of(segment)
+    inputs = []
+    for at, ref in enumerate(segment.inputs):
+        if isinstance(ref, Value):
+            inner = Role.OPT_STATE if is_inner_state(ref) else Role.CARRY
+            inputs.append(Role.THETA if at in thetas else inner)
+        else:
+            given = Role.NOISE if isinstance(ref, Noise) else Role.SCAN
+            inputs.append(Role.META if at in body.active else given)
+    outputs = {}
+    for number, index in body.outputs:
+        inner = is_inner_state(Value(segment.entries[number], index))
+        outputs[number, index] = Role.OPT_STATE if inner else Role.CARRY
+    return Roles(inputs, ordered(inputs), outputs)
+
+
+def whole(trace: Trace) -> Draft:
+    """A trace as one part."""
+    draft = single(trace, Hooks(trace))
+    _refuse_aliases_across(draft)
+    return draft
+
+
+def single(trace: Trace, hooks: Hooks) -> Draft:
+    """A trace as one part, of a recording: there, what shares memory has been seen."""
+    draft = Draft(trace, hooks)
+    draft.units.append(Unit(Segment(trace.entries, hooks), len(trace.steps), user_location(), None))
+    draft.unit_of.update((id(e), 0) for e in trace.entries)
+    group(draft)
+    return draft
+
+
+def split(trace: Trace) -> Draft:
+    """Cut a trace after every super-step, and around every iteration of a scan."""
+    draft = Draft(trace, Hooks(trace))
+    cuts = _cuts(trace)
+    starts = {begin: (s, k) for s, scan in enumerate(trace.scans) for k, begin in enumerate(scan.begins)}
+    ends = [end for end, _ in trace.steps]
+    for begin, end in itertools.pairwise(cuts):
+        first, last = bisect_right(ends, begin), bisect_right(ends, end)
+        location = trace.steps[last - 1][1] if last > first else ""
+        entries = trace.entries[begin:end]
+        number = len(draft.units)
+        draft.unit_of.update((id(e), number) for e in entries)
+        draft.units.append(Unit(Segment(entries, draft.hooks), last - first, location, starts.get(begin)))
+    _refuse_aliases_across(draft)
+    group(draft)
+    return draft
+
+
+def group(draft: Draft) -> None:
+    """Let equal segments share a body."""
+    bodies: dict[Any, Body] = {}
+    draft.bodies = []
+    for unit in draft.units:
+        key = (unit.segment.key, unit.steps > 0)
+        if key not in bodies:
+            bodies[key] = Body()
+            draft.bodies.append(bodies[key])
+        unit.body = bodies[key]
+        unit.body.units.append(unit)
+
+
+def _cuts(trace: Trace) -> list[int]:
+    inside = [(scan.begins[0], scan.end) for scan in trace.scans]
+    cuts = {0, len(trace.entries)}
+    cuts.update(end for end, _ in trace.steps if not any(a < end <= b for a, b in inside))
+    fixed = {at for scan in trace.scans for at in (*scan.begins, scan.end)}
+    joined: set[int] = set()
+    every = sorted(cuts | fixed)
+    for entry in trace.entries:
+        if entry.op is gradient:
+            first = _first_use_of_theta(entry)
+            crossed = set(every[bisect_right(every, first) : bisect_right(every, entry.seq)])
+            if crossed & fixed:
+                raise CaptureError(
+                    "the loss of an inner step inside a scan depends on the parameters through a value from outside "
+                    "the iteration; compute it inside, or use a plain `for`"
+                )
+            joined |= crossed
+    return sorted((cuts - joined) | fixed)
+
+
+def _first_use_of_theta(taken: Entry) -> int:
+    """The first call on a path from the parameters to the loss of a `gradient` entry."""
+    loss, thetas = taken.args
+    shown = {id(t.entry) for t in thetas}
+    oldest = min(t.entry.seq for t in thetas)
+    visited: dict[int, Entry] = {}
+    stack = [loss.entry] if isinstance(loss, Value) else []
+    while stack:
+        entry = stack.pop()
+        if entry.seq <= oldest or entry.seq in visited or id(entry) in shown:
+            continue
+        visited[entry.seq] = entry
+        stack += [a.entry for a in sources(entry) if isinstance(a, Value)]
+    reached = set(shown)
+    for seq in sorted(visited):
+        entry = visited[seq]
+        if any(isinstance(a, Value) and id(a.entry) in reached for a in sources(entry)):
+            reached.add(id(entry))
+    return min((seq for seq, e in visited.items() if id(e) in reached), default=taken.seq)
+
+
+def _refuse_aliases_across(draft: Draft) -> None:
+    for entry in draft.trace.entries:
+        for write in entry.deps:
+            inside = draft.units[draft.unit_of[id(write)]].segment
+            if inside.memory_of(entry.args[0]) not in map(inside.memory_of, changed(write)):
+                raise CaptureError(
+                    "a tensor is changed in place in one inner step while another that shares its memory, made before "
+                    "that step, is read later; clone one of them"
+                )

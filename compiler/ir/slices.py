@@ -1,0 +1,269 @@
+"""From a loss to the part of the recording it depends on, and to the signature equal steps share."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .functions import Function
+from .operators import INDEXING
+from .owners import changed, identity, origin
+from .values import Carried, Entry, External, Number, Spy, Theta, Value, is_removed
+
+
+def tensor_spec(t: Tensor) -> tuple:
+    """What must be equal for one program to serve both tensors."""
+    return (tuple(t.shape), t.dtype, t.stride(), t.device)
+
+
+class Keyed:
+    """Calls and their structure: what equal steps share.
+
+    Attributes:
+        entries: calls, in the order they were made.
+        number_of: id of an entry -> its place.
+        numbers: values of the numbers that may be lifted.
+        hooks: for each hooked value, the hooks that changed their gradient (known once they have run).
+        spies: all hooks met.
+        values: all values met.
+        opaque: whether custom Functions or hooks occur (the step is then checked every time).
+        indexed: whether indices that may differ from step to step are `Number`s already.
+    """
+
+    indexed = False
+
+    def __init__(self, entries: list[Entry]) -> None:
+        self.entries = entries
+        self.number_of = {id(e): i for i, e in enumerate(entries)}
+        self.numbers: list[float] = []
+        self.hooks: dict[tuple, list[Spy]] = {}
+        self.spies: list[Spy] = []
+        self.values: list[Value] = []
+        self.opaque = False
+
+    def token(self, a: Any) -> Any:
+        """A hashable stand-in for one argument: ("v", entry, output), ("n", k), ("()", ...) or a constant."""
+        if isinstance(a, Value):
+            where = ("v", self.number_of[id(a.entry)], a.index)
+            self.values.append(a)
+            self._note_hooks(where, a.hooks)
+            return where
+        if isinstance(a, Number):
+            self.numbers.append(a.value)
+            return ("n", len(self.numbers) - 1)
+        if isinstance(a, tuple):
+            return ("()", *map(self.token, a))
+        if isinstance(a, dict):
+            return ("d", tuple((k, self.token(v)) for k, v in a.items()))
+        if isinstance(a, float):
+            return ("c", a.hex())  # -0.0 is not 0.0, and nan is nan
+        if isinstance(a, int):
+            return ("c", type(a), a)
+        return a
+
+    def memory_of(self, ref: Any) -> Any:
+        """Equal for what may share memory, as far back as these calls go."""
+        raise NotImplementedError
+
+    @functools.cached_property
+    def written(self) -> dict[Any, int]:
+        """Memory that is written -> the place of the last call that does."""
+        return {self.memory_of(ref): i for i, e in enumerate(self.entries) for ref in changed(e)}
+
+    def _note_hooks(self, where: tuple, hooks: Any) -> None:
+        if hooks and where not in self.hooks:
+            spies = [spy for handle, spy in hooks if not is_removed(handle)]
+            self.spies += spies
+            # one that has not run lies where only the meta-gradient passes
+            changing = [spy for spy in spies if spy.returned or not spy.ran]
+            if changing:
+                self.hooks[where] = changing
+
+    def _entry_key(self, entry: Entry) -> tuple:
+        self.opaque |= isinstance(entry.op, Function)
+        args = self._lift_index(entry)
+        if args is None:
+            args = tuple(self.token(a) for a in entry.args)
+        kwargs = tuple((k, self.token(v)) for k, v in entry.kwargs.items()) if entry.kwargs else ()
+        return (entry.op, args, kwargs, entry.grad, entry.shape)
+
+    def _lift_index(self, entry: Entry) -> tuple | None:
+        """The arguments of an index that is a number of the step, not of its program: it may be another in each step.
+
+        In the place of the view there is then a copy, which will do where nobody writes into its memory after it.
+        """
+        if entry.op not in INDEXING or self.indexed:
+            return None
+        source, dim, start, *end = entry.args
+        if self.written.get(self.memory_of(source), -1) > self.number_of[id(entry)]:
+            return None
+        token = self.token(source)
+        self.numbers.append(start)
+        where = (token, dim, ("n", len(self.numbers) - 1))
+        return (*where, len(range(start, *end)), end[1]) if end else where
+
+
+def restored(token: Any, found: Callable[[tuple], Any]) -> Any:
+    """The argument that `Keyed.token` has made ``token`` of; ``found``: values, inputs and numbers by their tokens."""
+    if not isinstance(token, tuple):
+        return token
+    kind = token[0]
+    if kind == "()":
+        return tuple([restored(t, found) for t in token[1:]])
+    if kind == "d":
+        return {k: restored(t, found) for k, t in token[1]}
+    if kind == "c":
+        return float.fromhex(token[1]) if len(token) == 2 else token[2]
+    return found(token)
+
+
+class Slice(Keyed):
+    """The ancestor slice of some roots, its leaves numbered in the order they are met.
+
+    Attributes:
+        thetas: versions of theta tensors read.
+        consistent: whether no theta tensor was read in two versions.
+        twins: place among the thetas -> other tensors that were shown for the same version and read.
+        externals: tensors read from outside (differentiable or not).
+        key: structure of the slice: everything but `numbers`.
+    """
+
+    def __init__(self, roots: list[Any], aliases: dict[int, Theta], carry: bool) -> None:
+        """Slice back from ``roots``.
+
+        Args:
+            roots: values, externals and numbers.
+            aliases: id of a tensor -> the theta it stands for (parameters of a network adopted by this very step).
+            carry: whether values carried over from before another step of the super-step are followed.
+        """
+        super().__init__(_ancestors(roots, carry))
+        self.aliases, self.carry = aliases, carry
+        self.thetas: list[Theta] = []
+        self.consistent = True
+        self.twins: dict[int, list[Tensor]] = {}
+        self.externals: list[External] = []
+        self._theta_at: dict[int, int] = {}
+        self._external_at: dict[int, int] = {}
+        body = tuple(self._entry_key(e) for e in self.entries)
+        self.roots = tuple(self.token(r) for r in roots)
+        specs = tuple((x.held.spec, x.grad) for x in self.externals)
+        hooks = tuple((at, tuple(hook_key(s.hook) for s in spies)) for at, spies in self.hooks.items())
+        if hooks:
+            self.opaque = True
+        self.key = (body, self.roots, specs, hooks)
+
+    def _resolved(self, a: Any) -> Any:
+        """What stands for ``a`` in this very step."""
+        if isinstance(a, Carried):
+            a = a.value if self.carry else a.external
+        if isinstance(a, Value) and a.apart is not None:
+            a = a.apart
+        if isinstance(a, External) and self.aliases:
+            return self.aliases.get(id(a.tensor), a)
+        return a
+
+    def token(self, a: Any) -> Any:
+        """A hashable stand-in for one argument: ("v", entry, output), ("t", k), ("x", k), ("n", k) or a constant."""
+        a = self._resolved(a)
+        if isinstance(a, External):
+            at = self._external_at.get(id(a))
+            if at is None:
+                at = self._external_at[id(a)] = len(self.externals)
+                self.externals.append(a)
+            return ("x", at)
+        if isinstance(a, Theta):
+            at = self._theta_at.get(a.index)
+            if at is None:
+                at = self._theta_at[a.index] = len(self.thetas)
+                self.thetas.append(a)
+            elif (known := self.thetas[at]).tensor is not a.tensor:
+                if known.version is not a.version or known.hooks or a.hooks:
+                    self.consistent = False
+                else:
+                    twins = self.twins.setdefault(at, [])
+                    if not any(t is a.tensor for t in twins):
+                        twins.append(a.tensor)
+            where = ("t", at)
+            self._note_hooks(where, a.hooks)
+            return where
+        return super().token(a)
+
+    def memory_of(self, ref: Any) -> Any:
+        """Equal for what may share memory: tensors from outside are seen to."""
+        while isinstance(ref := self._resolved(ref), Value) and (of := origin(ref.entry)) is not None:
+            ref = of
+        t = None if isinstance(ref, Value) else ref.source if isinstance(ref, External) else ref.tensor
+        if t is None:  # one from outside that is gone is written into by this name alone
+            return identity(ref)
+        return t.untyped_storage()._cdata if t.layout is torch.strided else id(t)
+
+
+def _ancestors(roots: list[Any], carry: bool) -> list[Entry]:
+    seen: set[int] = set()
+    found: list[Entry] = []
+    stack: list[Any] = list(roots)
+    while stack:
+        a = stack.pop()
+        if isinstance(a, Carried):
+            if not carry:
+                continue
+            a = a.value
+        if isinstance(a, Value):
+            if a.apart is not None:
+                continue
+            entry = a.entry
+        elif isinstance(a, Entry):
+            entry = a
+        elif isinstance(a, tuple):
+            stack.extend(a)
+            continue
+        else:
+            continue
+        if id(entry) in seen:
+            continue
+        seen.add(id(entry))
+        found.append(entry)
+        stack.extend(entry.args)
+        stack.extend(entry.deps)
+        if entry.kwargs:
+            stack.extend(entry.kwargs.values())
+    found.sort(key=lambda e: e.seq)
+    return found
+
+
+def closed_over(hook: Any) -> list[Any]:
+    """What a hook refers to besides its argument and globals."""
+    found: list[Any] = []
+    if isinstance(hook, functools.partial):
+        found += [*closed_over(hook.func), *hook.args, *hook.keywords.values()]
+    code = getattr(hook, "__func__", hook)
+    found += [c.cell_contents for c in getattr(code, "__closure__", None) or ()]
+    found += getattr(code, "__defaults__", None) or ()
+    return found
+
+
+def hook_key(hook: Any) -> Any:
+    """What must be equal for two hooks to do the same: code, defaults, and what they close over."""
+    if isinstance(hook, functools.partial):
+        return (hook_key(hook.func), tuple(map(_cell_key, hook.args)), tuple(sorted(hook.keywords.items())))
+    if hasattr(hook, "__self__"):
+        return (hook_key(hook.__func__), id(hook.__self__)) if hasattr(hook, "__func__") else id(hook)
+    code = getattr(hook, "__code__", None)
+    if code is None:
+        return id(hook)
+    cells = tuple(_cell_key(c.cell_contents) for c in hook.__closure__ or ())
+    return (code, cells, tuple(map(_cell_key, hook.__defaults__ or ())))
+
+
+def _cell_key(value: Any) -> Any:
+    if isinstance(value, (int, float, str, bytes, bool, type(None))):
+        return (type(value), value)
+    if isinstance(value, Tensor):
+        return ("tensor", id(value), value._version)
+    if callable(value) and hasattr(value, "__code__"):
+        return hook_key(value)
+    return ("object", id(value))

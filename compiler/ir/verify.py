@@ -1,0 +1,253 @@
+"""The verifier: what holds of every program, between passes and after them. A failure is a defect of a pass.
+
+It reads and computes nothing but structure, in time linear in the program's text: a loop counts as two iterations.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from metaoptim.errors import ProgramError
+
+from .program import Given, RolledProgram, given_ports, registers_text, state_ports
+from .segments import Draft, arguments
+from .slices import tensor_spec
+from .step import Loop, Port, Role, StepCall, calls_of
+from .trace import Noise
+from .values import Value
+from .verify_step import op_text, role_text, spec_text, verify_step
+
+_INNER = (Role.THETA, Role.OPT_STATE)
+
+
+# -- a program -------------------------------------------------------------------------------------------------------
+
+
+def verify_program(program: RolledProgram, *, pruned: bool = True, folded: bool = False) -> None:
+    """Check a program and its step graphs.
+
+    Args:
+        program: what roll made.
+        pruned: see `verify_step`.
+        folded: whether its loops may be folded calls, which are alike by themselves. The loop of a scan must go on from
+            where the captured iteration before it leaves its results.
+
+    Raises:
+        ProgramError: it names the call and the register.
+    """
+    names = program.names()
+    for step in program.step_graphs:
+        verify_step(step, names[id(step)], pruned=pruned)
+    held: dict[int, Port] = {}
+    done: list[StepCall] = []
+    for n, item in enumerate(program.calls):
+        calls = calls_of(item)
+        if not calls:
+            raise ProgramError(f"call {n}: a loop of no calls")
+        places = [f"{n}.{k}" if len(calls) > 1 else f"{n}" for k in range(len(calls))]
+        named = [
+            f"call {place} ({names[id(c.step)]}{f', {c.location}' if c.location else ''})"
+            for place, c in zip(places, calls, strict=True)
+        ]
+        for call, name in zip(calls, named, strict=True):
+            _verify_arguments(call, name, program.registers)
+        if isinstance(item, Loop):
+            _verify_loop(item, named)
+            if done and not folded:
+                _verify_closed(item, named[0], done[-1])
+        # in a second iteration of a loop what the first has left must do as well
+        for again in (False, True) if isinstance(item, Loop) else (False,):
+            for call, name in zip(calls, named, strict=True):
+                _verify_reads(call, name + (" in its second iteration" if again else ""), held)
+                for k, register in call.changed():
+                    if register >= 0:
+                        held[register] = call.step.outputs[k]
+        done += calls
+    _verify_results(program, held)
+
+
+def _verify_arguments(call: StepCall, name: str, registers: int) -> None:
+    states, given = state_ports(call.step), given_ports(call.step)
+    for what, got, expected in (
+        ("registers read", call.opt_state_in, states),
+        ("inputs from outside", call.inputs, given),
+        ("registers written", call.opt_state_out, call.step.outputs),
+    ):
+        if len(got) != len(expected):
+            raise ProgramError(f"{name}: got {len(got)} {what}, the step graph has {len(expected)}")
+    for r in (*call.opt_state_in, *call.opt_state_out):
+        if not -1 <= r < registers or (r < 0 and r in call.opt_state_in):
+            raise ProgramError(f"{name}: got register r{r}, expected one of r0 to r{registers - 1}")
+    kept = [r for r in call.opt_state_out if r >= 0]
+    twice = sorted({r for r in kept if kept.count(r) > 1}) if len(set(kept)) < len(kept) else []
+    if twice:
+        raise ProgramError(f"{name}: two outputs go to one register, {registers_text(twice)}")
+    for g, port in zip(call.inputs, given, strict=True):
+        _verify_given(g, port, name)
+
+
+def _verify_given(given: Given, port: Port, name: str) -> None:
+    where = f"{name}: input {port.name}"
+    if given.kind == "each":
+        for one in given.of:
+            _verify_given(one, port, name)
+        return
+    if (given.kind == "noise") != (port.role is Role.NOISE):
+        raise ProgramError(f"{where} has the role {role_text(port)}, but is given as {given.kind}")
+    if given.kind == "number":
+        if port.spec[0] or not isinstance(given.of, (int, float)):
+            raise ProgramError(f"{where}: got the number {given.of!r} for {spec_text(port.spec)}")
+        return
+    if given.kind == "scan":
+        shape, dtype, stride, device = given.of.spec
+        if not shape or not 0 <= given.at < shape[0]:
+            raise ProgramError(f"{where}: slice {given.at} of {spec_text(given.of.spec)} does not exist")
+        spec = (tuple(shape[1:]), dtype, tuple(stride[1:]), device)
+    else:
+        spec = given.of.spec
+    if tuple(spec) != tuple(port.spec):
+        raise ProgramError(f"{where}: got {spec_text(spec)}, expected {spec_text(port.spec)}")
+    if not isinstance(given.of, Noise) and given.of.grad and port.role is not Role.META:
+        raise ProgramError(
+            f"{where} requires grad, but has the role {role_text(port)}: it would receive no gradient"
+        )
+
+
+def _verify_reads(call: StepCall, name: str, held: dict[int, Port]) -> None:
+    for register, port in zip(call.opt_state_in, state_ports(call.step), strict=True):
+        writer = held.get(register)
+        where = f"{name}: input {port.name} reads r{register}"
+        if writer is None:
+            raise ProgramError(f"{where}, which nothing has been written to before")
+        if tuple(writer.spec) != tuple(port.spec):
+            raise ProgramError(
+                f"{where}, which holds {writer.name}, {spec_text(writer.spec)}; expected {spec_text(port.spec)}"
+            )
+        if (port.role in _INNER) != (writer.role in _INNER):
+            raise ProgramError(
+                f"{where} as {role_text(port)}, which holds {writer.name} as {role_text(writer)}"
+            )
+        if writer.differentiable and not port.differentiable:
+            raise ProgramError(
+                f"{where}, which holds {writer.name} and its gradient, but passes no gradient on"
+            )
+
+
+def _verify_loop(loop: Loop, named: list[str]) -> None:
+    if loop.count < 1:
+        raise ProgramError(f"{named[0]}: a loop of {loop.count} iterations")
+    if len(loop.strides) != len(loop.calls):
+        raise ProgramError(
+            f"{named[0]}: got the strides of {len(loop.strides)} calls for {len(loop.calls)} of them"
+        )
+    for call, strides, name in zip(loop.calls, loop.strides, named, strict=True):
+        if len(strides) != len(call.inputs):
+            raise ProgramError(
+                f"{name}: got {len(strides)} strides for {len(call.inputs)} inputs from outside"
+            )
+        for given, stride, port in zip(call.inputs, strides, given_ports(call.step), strict=True):
+            if stride and given.kind not in ("scan", "number", "each"):
+                raise ProgramError(
+                    f"{name}: input {port.name} is the same for every iteration, but has stride {stride}"
+                )
+            if given.kind == "each" and not 0 <= given.at + stride * (loop.count - 1) < len(given.of):
+                raise ProgramError(
+                    f"{name}: input {port.name}: {len(given.of)} are listed for {loop.count} iterations"
+                )
+            if stride and given.kind == "scan":
+                _verify_given(
+                    given.advanced(stride * (loop.count - 1)), port, f"{name} in its last iteration"
+                )
+
+
+def _verify_closed(loop: Loop, name: str, before: StepCall) -> None:
+    call = loop.calls[0]
+    if before.step is not call.step:
+        return
+    # The iteration before the loop is of the same kind: what this one reads of it, the next one reads of this one.
+    for port, was, now in zip(call.step.outputs, before.opt_state_out, call.opt_state_out, strict=True):
+        if was >= 0 and was in call.opt_state_in and now != was:
+            raise ProgramError(
+                f"{name}: the loop is not closed: an iteration reads {port.name} of the one before it from r{was}, but "
+                f"leaves its own in {registers_text([now])}"
+            )
+
+
+def _verify_results(program: RolledProgram, held: dict[int, Port]) -> None:
+    for kind, places in (
+        ("output", list(enumerate(program.outputs))),
+        ("value left in a tensor", [(i, where) for i, (_, where) in enumerate(program.writes)]),
+    ):
+        for i, where in places:
+            if isinstance(where, int) and where not in held:
+                raise ProgramError(f"{kind} {i} is read from r{where}, which nothing has been written to")
+    for i, where in enumerate(program.outputs):
+        if i in program.dead and isinstance(where, int) and held[where].differentiable:
+            raise ProgramError(
+                f"output {i} is declared to carry no gradient, but r{where} holds {held[where].name}, which does"
+            )
+    for i, (target, where) in enumerate(program.writes):
+        spec = held[where].spec if isinstance(where, int) else where.spec
+        if isinstance(target, Tensor) and tuple(tensor_spec(target)[:2]) != tuple(spec[:2]):
+            raise ProgramError(
+                f"value {i} left in a tensor is {spec_text(spec)}, the tensor is {spec_text(tensor_spec(target))}"
+            )
+
+
+# -- a draft ---------------------------------------------------------------------------------------------------------
+
+
+def verify_draft(draft: Draft, *, outlined: bool = True) -> None:
+    """Check a program in the making.
+
+    Args:
+        draft: parts, between two passes.
+        outlined: whether what is passed between parts is known, as it is from canonicalize on.
+
+    Raises:
+        ProgramError: it names the part and the call.
+    """
+    bodies = {id(b): b for b in draft.bodies}
+    for n, unit in enumerate(draft.units):
+        name = f"part {n}"
+        first = unit.body.units[0] if id(unit.body) in bodies and unit.body.units else None
+        if first is None or (first is not unit and first.segment.key != unit.segment.key):
+            raise ProgramError(f"{name} shares its body with a part of another structure")
+        for k, entry in enumerate(unit.segment.entries):
+            if draft.unit_of.get(id(entry)) != n:
+                raise ProgramError(
+                    f"{name}: call {k} ({op_text(entry.op)}) is listed in part {draft.unit_of.get(id(entry))}"
+                )
+            for a in arguments(entry):
+                wrong = _wrong(draft, a, n, k, outlined) if isinstance(a, Value) else ""
+                if wrong:
+                    raise ProgramError(f"{name}: call {k} ({op_text(entry.op)}) reads {wrong}")
+            for write in entry.deps:
+                if unit.segment.number_of.get(id(write), k) >= k:
+                    raise ProgramError(
+                        f"{name}: call {k} ({op_text(entry.op)}) depends on a write that is not before it"
+                    )
+    for i, value in enumerate(draft.finals()):
+        wrong = _wrong(draft, value, len(draft.units), 0, outlined) if isinstance(value, Value) else ""
+        if wrong:
+            raise ProgramError(f"result {i} is {wrong}")
+
+
+def _wrong(draft: Draft, value: Value, n: int, k: int, outlined: bool) -> str:
+    """What is wrong with reading ``value`` in call ``k`` of part ``n``; nothing is the rule, and costs no text."""
+    at = draft.unit_of.get(id(value.entry))
+    if at is None:
+        return f"an output of {op_text(value.entry.op)}, which is part of the program no more"
+    unit = draft.units[at]
+    number = unit.segment.number_of[id(value.entry)]
+    if (at, number) >= (n, k):
+        return f"an output of {op_text(value.entry.op)} in part {at}, which comes later"
+    if not outlined or at == n:
+        return ""
+    spec = unit.body.outputs.get((number, value.index))
+    if spec is not None and tuple(spec) == tuple(value.ref):
+        return ""
+    what = f"an output of {op_text(value.entry.op)} in part {at}"
+    if spec is None:
+        return f"{what}, which that part does not give"
+    return f"{what}: got {spec_text(spec)}, expected {spec_text(value.ref)}"

@@ -1,0 +1,1 @@
+"""Specializations of compiled functions: what they were captured for, and when they are captured again."""

@@ -1,0 +1,384 @@
+"""What a compiled function depends on: flat facts, equal for calls that one program serves, and a list of tensors."""
+
+from __future__ import annotations
+
+import array
+import dis
+import enum
+import functools
+import inspect
+import io
+import random
+import sys
+import types
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.parameter import is_lazy
+
+from ..compiler.lower.ambient import AMBIENT, ambient
+from ..errors import CaptureError
+from ..optim.optimizer import MetaOptimizer
+
+Fact = tuple[Any, ...]
+
+_NONE = type(None)
+_ATOMS = {int, bool, str, bytes, _NONE, range, torch.dtype, torch.device, torch.Size, torch.layout, type(...)}
+_LIBRARIES = {*sys.stdlib_module_names, "typing_extensions", "torch", "numpy", "metaoptim"} - {"__main__"}
+_LRU: type = type(functools.lru_cache(lambda: None))
+
+
+def is_library(module: str | None) -> bool:
+    """Whether a module is Python's, torch's or our own, where nothing changes that a function depends on."""
+    return module is not None and (module.partition(".")[0] in _LIBRARIES or module.startswith("namedtuple_"))
+
+
+class Scene:
+    """One look at everything a call depends on.
+
+    Attributes:
+        facts: equal for two calls that one program serves.
+        paths: what each fact is about, as the caller calls it; only on demand, for it takes time.
+        tensors: those found, in the order they are met; the same order for equal facts.
+        objects: what the facts know by identity.
+
+    Args:
+        named: whether to keep `paths`.
+    """
+
+    def __init__(self, named: bool = False) -> None:
+        self.facts: list[Fact] = []
+        self.paths: list[str] | None = [] if named else None
+        self.tensors: list[Tensor] = []
+        self.objects: list[Any] = []
+        self._seen: dict[int, int] = {}
+        self._alive: list[Any] = []
+        self._late: list[tuple[nn.Module, str]] | None = (
+            None  # networks of optimizers, which may have better names
+        )
+
+    @classmethod
+    def of_call(
+        cls, fn: Callable, args: tuple, kwargs: dict[str, Any], window: Any = None, named: bool = False
+    ) -> Scene:
+        """What a call of ``fn`` depends on, inside an ordinary window or outside of one."""
+        scene = cls(named)
+        scene._late = []
+        scene.fact("the call", ("is", "outside any window" if window is None else "inside a window"))
+        if window is not None:
+            hooked = window.options.backward_hook is not None
+            scene.fact("the window", ("is", "with a backward_hook" if hooked else "without a backward_hook"))
+        for path, mode in zip(AMBIENT, ambient(), strict=True):
+            scene.fact(path, ("mode", mode))
+        labels = argument_names(fn, args) if named else ()
+        scene.fact("the number of positional arguments", (int, len(args)))
+        for i, value in enumerate(args):
+            scene.describe(value, labels[i] if labels else "")
+        scene.fact("the keyword arguments", ("keys", tuple(kwargs)))
+        for name, value in kwargs.items():
+            scene.describe(value, name)
+        for name, value in surroundings(fn):
+            scene.fact("what the function refers to", ("name", name))
+            scene.describe(value, name)
+        late, scene._late = scene._late, None
+        for network, path in late:
+            scene.describe(network, path)
+        return scene
+
+    @property
+    def key(self) -> tuple[Fact, ...]:
+        """The facts."""
+        return tuple(self.facts)
+
+    def place_of(self) -> dict[int, int]:
+        """Id of a tensor -> its place in `tensors`."""
+        return {id(t): i for i, t in reversed(list(enumerate(self.tensors)))}
+
+    def remembered(self) -> list[Any]:
+        """References to `objects`."""
+        return list(map(reference, self.objects))
+
+    def mark(self) -> tuple[int, ...]:
+        """How far it has come, for `back_to`."""
+        return len(self.facts), len(self.tensors), len(self.objects), len(self._alive)
+
+    def back_to(self, mark: tuple[int, ...]) -> None:
+        """Forget what was described since."""
+        facts, tensors, objects, alive = mark
+        del self.facts[facts:], self.tensors[tensors:], self.objects[objects:]
+        if self.paths is not None:
+            del self.paths[facts:]
+        for value in self._alive[alive:]:
+            del self._seen[id(value)]
+        del self._alive[alive:]
+
+    def since(self, mark: tuple[int, ...]) -> tuple[Fact, ...]:
+        """The facts found since."""
+        return tuple(self.facts[mark[0] :])
+
+    def fact(self, path: str, fact: Fact) -> None:
+        """Note one."""
+        self.facts.append(fact)
+        if self.paths is not None:
+            self.paths.append(path)
+
+    def describe(self, value: Any, path: str = "") -> None:
+        """Note all that ``value`` is."""
+        kind = type(value)
+        if kind in _ATOMS:
+            self.fact(path, (kind, value))
+        elif kind is float:
+            self.fact(path, (kind, value.hex()))  # -0.0 is not 0.0, and nan is nan
+        elif kind is slice or kind is complex:
+            self.fact(path, (kind, repr(value)))
+        elif isinstance(value, enum.Enum):
+            self.fact(path, (kind, value.name))
+        elif not self._again(value, path):
+            if isinstance(value, Tensor):
+                self._tensor(value, path)
+            else:
+                self._compound(value, kind, path)
+
+    def _again(self, value: Any, path: str) -> bool:
+        at = self._seen.get(id(value))
+        if at is not None:
+            self.fact(path, ("again", at))
+            return True
+        self._seen[id(value)] = len(self._seen)
+        self._alive.append(value)  # or another might get its id
+        return False
+
+    def _compound(self, value: Any, kind: type, path: str) -> None:
+        if isinstance(value, (dict, types.MappingProxyType)):
+            self._dict(value, path)
+        elif isinstance(value, (list, tuple, deque)):
+            self.fact(f"the length of {path}" if path else "", (kind, len(value)))
+            for i, v in enumerate(value):
+                self.describe(v, path and f"{path}[{i}]")
+        elif isinstance(value, (set, bytearray)):
+            self.fact(path, (kind, frozenset(value) if isinstance(value, set) else bytes(value)))
+        elif isinstance(value, nn.Module):
+            self.module(value, path)
+        elif isinstance(value, MetaOptimizer):
+            self.optimizer(value, path)
+        elif isinstance(value, types.FunctionType):
+            self._function(value, path)
+        elif isinstance(value, types.MethodType):
+            self.describe(value.__func__, path)
+            self.describe(value.__self__, path and f"{path}.__self__")
+        elif isinstance(value, functools.partial):
+            for name in ("func", "args", "keywords"):
+                self.describe(getattr(value, name), path and f"{path}.{name}")
+        elif isinstance(value, weakref.ref):
+            self.describe(value(), path and f"{path}()")
+        elif isinstance(value, (type, types.ModuleType)):
+            self.object(value, "object", path)
+        else:
+            self._other(value, kind, path)
+
+    def _other(self, value: Any, kind: type, path: str) -> None:
+        numpy = sys.modules.get("numpy")
+        if numpy is not None and isinstance(value, numpy.ndarray):
+            self.fact(path, (kind, value.dtype.str, value.shape, hash(value.tobytes())))
+        elif isinstance(value, random.Random) or (
+            numpy is not None and isinstance(value, (numpy.random.Generator, numpy.random.RandomState))
+        ):
+            raise CaptureError(
+                f"{path or 'what a compiled function depends on'} is a random generator ({kind.__name__}), whose "
+                "numbers would be the same in every call. Draw them outside and pass them in (torch.rand and the like "
+                "inside are fine)"
+            )
+        elif is_python_class(kind):
+            self.object(value, "object", path)
+        elif hasattr(kind, "__next__") and not isinstance(value, io.IOBase):
+            raise CaptureError(
+                f"{path or 'what a compiled function depends on'} is an iterator ({kind.__name__}), which would move "
+                "on when the function is captured and never again. Call next() outside and pass what it gives"
+            )
+        elif isinstance(getattr(value, "__dict__", None), dict):  # a SimpleNamespace
+            self._dict(vars(value), path, "{}.{}")
+        elif isinstance(value, (memoryview, array.array)):
+            self.fact(path, (kind, value.tobytes()))
+        elif kind.__eq__ is not object.__eq__ and _is_hashable(value):  # of numpy, a date, a pattern
+            self.fact(path, (kind, value))
+        else:
+            self.object(value, "object", path)
+
+    def object(self, value: Any, kind: str, path: str) -> None:
+        """Note which object it is."""
+        self.objects.append(value)
+        self.fact(path, (kind, id(value)))
+
+    def _dict(self, value: Mapping[Any, Any], path: str, form: str = "{}[{!r}]") -> None:
+        keys = tuple([(type(k), k if type(k) in _ATOMS else id(k)) for k in value])
+        if any(type(k) not in _ATOMS for k in value):
+            self.objects += [k for k in value if type(k) not in _ATOMS]
+        self.fact(f"the keys of {path}" if path else "", ("keys", keys))
+        for k, v in value.items():
+            self.describe(v, path and form.format(path, k))
+
+    def _function(self, fn: types.FunctionType, path: str) -> None:
+        self.object(fn, "object", path)
+        if is_library(fn.__module__):
+            return
+        self.object(fn.__code__, "object", path)  # reloading puts another one into the same function
+        for name in ("__defaults__", "__kwdefaults__", "__dict__"):
+            held = getattr(fn, name)
+            if held:
+                self.describe(held, path and f"{path}.{name}")
+        for name, cell in zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True):
+            if name != "__class__":
+                self.describe(contents(cell), name)
+
+    def _tensor(self, t: Tensor, path: str) -> None:
+        if isinstance(t, FakeTensor):
+            raise CaptureError(
+                f"{path + ': ' if path else ''}a symbolic tensor of shape {tuple(t.shape)} is among what the compiled "
+                "function depends on: an earlier capture has stored it in a list, a dict or an attribute. Return it "
+                "from the function instead"
+            )
+        if is_lazy(t):
+            raise CaptureError(
+                "a parameter or buffer of a lazy module has no shape yet, which a compiled function must know; run the "
+                "network once before, under torch.no_grad()"
+            )
+        self.tensors.append(t)
+        stride = t.stride() if t.layout is torch.strided else ()
+        hooks: Any = ()
+        if t._backward_hooks and isinstance(t, nn.Parameter):  # they act on inner gradients
+            self.objects += t._backward_hooks.values()
+            hooks = tuple(map(id, t._backward_hooks.values()))
+        self.fact(path, ("tensor", t.shape, t.dtype, stride, t.device, t.requires_grad, hooks))
+
+    def module(self, module: nn.Module, path: str) -> None:
+        """Note which module it is, and of it and each module inside what runs, and its tensors."""
+        self.object(module, "module", path)
+        self._inside(module, path)
+
+    def _inside(self, m: nn.Module, path: str) -> None:
+        acting: tuple = ()
+        forward = m.__dict__.get("forward")
+        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or forward is not None:
+            hooks = (m._forward_pre_hooks, m._forward_hooks, m._backward_hooks)
+            held = [*(hook for of in hooks for hook in of.values()), forward]
+            self.objects += held
+            acting = tuple(map(id, held))
+        self.fact(path, ("kind", type(m), m.training, acting))
+        for tensors in (m._parameters, m._buffers):
+            for name, t in tensors.items():
+                self.describe(t, path and f"{path}.{name}")
+        for name, inner in m._modules.items():
+            if inner is not None and not self._again(inner, path and f"{path}.{name}"):
+                self._inside(inner, path and f"{path}.{name}")
+
+    def optimizer(self, optimizer: MetaOptimizer, path: str) -> None:
+        """Note which optimizer it is, its hyper-parameters, the state it has, and its networks."""
+        self.object(optimizer, "optimizer", path)
+        self.describe(optimizer.first_order, path and f"{path}.first_order")
+        self.describe(optimizer._normalizer, path and f"{path}'s gradient normalizer")
+        names: dict[int, str] = {}
+        if path:
+            names = {id(p): n for net in optimizer.networks for n, p in net.named_parameters()}
+        for i, group in enumerate(optimizer.param_groups):
+            whole = path and f"{path}.param_groups[{i}]"
+            self.fact(whole and f"the keys of {whole}", ("keys", tuple(group)))
+            for key, value in group.items():
+                if key != "params":
+                    self.describe(value, whole and f"{whole}[{key!r}]")
+            for k, p in enumerate(group["params"]):
+                label = path and names.get(id(p), f"param_groups[{i}]['params'][{k}]")
+                self.describe(p, path and f"{path}'s parameter {label}")
+                state = optimizer.state.get(p, {})
+                self.fact(f"{path}'s state of {label}" if path else "", ("keys", tuple(state)))
+                for name, value in state.items():
+                    self.describe(value, path and f"{path}'s {name} of {label}")
+        for k, network in enumerate(optimizer.networks):
+            label = path and f"{path}.networks[{k}]"
+            if self._late is None:
+                self.describe(network, label)
+            else:
+                self._late.append((network, label))
+
+
+def reference(o: Any) -> Callable[[], Any]:
+    """What gives ``o``, without keeping it alive where that can be had."""
+    try:
+        return weakref.ref(o)
+    except TypeError:
+        return lambda: o
+
+
+def is_python_class(kind: type) -> bool:
+    """Whether a class is written in Python (and can be changed): its instances have attributes of their own."""
+    return bool(kind.__flags__ & (1 << 9)) and not kind.__flags__ & (1 << 8)  # a heap type, not immutable
+
+
+def _is_hashable(value: Any) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
+
+
+def contents(cell: types.CellType) -> Any:
+    """What a closure's variable is bound to; None before it is."""
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return None
+
+
+def argument_names(fn: Callable, args: tuple) -> list[str]:
+    """The names of positional arguments, in order."""
+    try:
+        parameters = list(inspect.signature(fn).parameters.values())
+    except (TypeError, ValueError):
+        parameters = []
+    plain = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    rest = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), "args")
+    return [plain[i] if i < len(plain) else f"{rest}[{i - len(plain)}]" for i in range(len(args))]
+
+
+def surroundings(fn: Callable) -> Iterator[tuple[str, Any]]:
+    """What a function refers to directly: its free variables, its globals and its defaults."""
+    while isinstance(fn, functools.partial):
+        yield "arguments", (fn.args, fn.keywords)
+        fn = fn.func
+    if isinstance(fn, types.MethodType):
+        yield "self", fn.__self__
+        fn = fn.__func__
+    code = getattr(fn, "__code__", None)
+    if code is None:  # an object that can be called
+        yield type(fn).__name__, fn
+        return
+    yield "defaults", (getattr(fn, "__defaults__", None), getattr(fn, "__kwdefaults__", None))
+    for name, cell in zip(code.co_freevars, fn.__closure__ or (), strict=True):
+        try:
+            yield name, cell.cell_contents
+        except ValueError:  # not bound yet
+            continue
+    for name in global_names(code):
+        value = fn.__globals__.get(name)
+        if value is not None and not isinstance(value, (types.ModuleType, type)):
+            yield name, value
+
+
+_globals: dict[int, tuple[types.CodeType, tuple[str, ...]]] = {}
+
+
+def global_names(code: types.CodeType) -> tuple[str, ...]:
+    """Names of globals that a function, and those made in it, refer to, each once."""
+    known = _globals.get(id(code))
+    if known is None:
+        names = [i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")]
+        for inner in code.co_consts:
+            if isinstance(inner, types.CodeType):
+                names += global_names(inner)
+        known = _globals[id(code)] = code, tuple(dict.fromkeys(names))
+    return known[1]

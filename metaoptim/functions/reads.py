@@ -1,0 +1,471 @@
+"""What a captured function has read by way of objects: attributes, globals of functions it calls, their closures.
+
+While it is captured, the classes of the objects it is given tell of every attribute that is read, and Python of every
+function that is entered. Each place is looked at before the function can have changed it, and again in later calls.
+"""
+
+from __future__ import annotations
+
+import dis
+import functools
+import gc
+import logging
+import sys
+import threading
+import types
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from importlib.util import resolve_name
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from ..optim.optimizer import MetaOptimizer
+from .changes import Change, first_change
+from .guards import (
+    _LRU,
+    Fact,
+    Scene,
+    argument_names,
+    contents,
+    global_names,
+    is_library,
+    is_python_class,
+    reference,
+    surroundings,
+)
+
+_MISSING = object()
+_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
+_METHODS = (types.FunctionType, staticmethod, classmethod)
+_FIELDS = (types.MemberDescriptorType, types.GetSetDescriptorType)  # of slots, of classes in C
+_OF_MODULES = {*vars(nn.Module()), "_compiled_call_impl"}  # described with the module
+_WHOLE = ("__dict__", "__reduce_ex__", "__getstate__")  # by them, all attributes are read
+_reading: ContextVar[Reads | None] = ContextVar("metaoptim_reads", default=None)
+
+
+class Place:
+    """Where something was read: an attribute, a name in a dict of globals, a closure's variable; or an object."""
+
+    __slots__ = ("kind", "holder", "name", "path")
+
+    def __init__(self, kind: str, holder: Any, name: str, path: str) -> None:
+        self.kind, self.name, self.path = kind, name, path
+        self.holder: Any = holder if kind in ("global", "cell") else reference(holder)
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """Equal for two places that are one."""
+        return self.kind, id(self.holder) if self.kind in ("global", "cell") else id(self.holder()), self.name
+
+    def value(self) -> Any:
+        """What is there now."""
+        if self.kind == "global":
+            return self.holder.get(self.name, _MISSING)
+        if self.kind == "cell":
+            return contents(self.holder)
+        holder = self.holder()
+        if self.kind == "own":
+            return _dict_of(holder).get(self.name, _MISSING)
+        if self.kind == "names":
+            return tuple(_dict_of(holder))
+        if self.kind == "attribute":
+            try:
+                return object.__getattribute__(holder, self.name)
+            except AttributeError:
+                return _MISSING
+        return getattr(holder, self.name, _MISSING) if self.kind == "class" else holder
+
+
+def look(scene: Scene, places: Sequence[Place]) -> Iterator[tuple[Fact, ...]]:
+    """What is at each of the places now, as facts; ``scene`` is extended by them."""
+    for place in places:
+        value, mark = place.value(), scene.mark()
+        if value is _MISSING:
+            scene.fact(place.path, ("missing",))
+        else:
+            scene.describe(value, place.path)
+        yield scene.since(mark)
+
+
+class _Glance(Scene):
+    """What a place held when it was read, but for what is inside modules, optimizers and tensors.
+
+    A capture shows other tensors for a while.
+    """
+
+    def __init__(self, reads: Reads) -> None:
+        super().__init__(named=True)
+        self.reads, self.symbolic = reads, False
+
+    def _again(self, value: Any, path: str) -> bool:
+        self.reads.know(value, path)
+        return super()._again(value, path)
+
+    def _tensor(self, t: Any, path: str) -> None:
+        self.symbolic = self.symbolic or isinstance(t, FakeTensor)
+        self.object(t, "tensor", path)
+
+    def module(self, module: nn.Module, path: str) -> None:
+        self.object(module, "module", path)
+
+    def optimizer(self, optimizer: Any, path: str) -> None:
+        self.object(optimizer, "optimizer", path)
+
+
+class Reads:
+    """Watches one capture.
+
+    Attributes:
+        places: where it has read, once that is settled.
+        found: what was there.
+        scene: what the call depends on, until then.
+        names: what that is called.
+
+    Args:
+        fn: the function.
+        args: it is called with.
+        kwargs: likewise.
+        window: the ordinary window that it is called in, if it is a step.
+    """
+
+    def __init__(self, fn: Callable, args: tuple, kwargs: dict[str, Any], window: Any = None) -> None:
+        self.scene = Scene.of_call(fn, args, kwargs, window, named=True)
+        self._key, self._paths = self.scene.key, list[list[str]]()
+        self.places: list[Place] = []
+        self.found: list[tuple[Fact, ...]] = []
+        self._places: dict[tuple[int, str], tuple[Place, Any, tuple[Fact, ...]]] = {}
+        self._counted: dict[tuple[int, str], tuple[Place, Any, tuple[Fact, ...]]] = {}
+        self._written: set[tuple[int, str]] = set()
+        self._known: dict[int, tuple[Any, str]] = {}
+        self._entered: dict[int, types.CodeType] = {}
+        self._inner: set[int] = set()  # code of functions that are made while the function runs
+        self._closed: set[int] = set()  # code of functions whose closures are described
+        self._watches = self._busy = False
+        glance = _Glance(self)
+        named = zip(argument_names(fn, args), args, strict=True)
+        for path, value in (*named, *kwargs.items(), *surroundings(fn)):
+            glance.describe(value, path)
+        while isinstance(fn, functools.partial):
+            fn = fn.func
+        fn = getattr(fn, "__func__", fn)
+        self._own, code = getattr(fn, "__globals__", None), getattr(fn, "__code__", None)
+        self._given = () if code is None else global_names(code)
+
+    # -- what is known before ------------------------------------------------------------------------------------
+
+    def know(self, value: Any, path: str) -> None:
+        """``value`` was there before the capture: what is read of it counts."""
+        if id(value) in self._known or isinstance(value, (Tensor, MetaOptimizer, logging.Logger)):
+            return
+        self._known[id(value)] = value, path
+        if isinstance(value, nn.Module):
+            for name, inner in value.named_modules():
+                self._known.setdefault(id(inner), (inner, f"{path}.{name}" if name else path))
+        elif isinstance(value, types.FunctionType):
+            self._closed.add(id(value.__code__))
+        elif isinstance(value, _LRU):
+            inner = getattr(value, "__wrapped__", None)  # what it has found before does not run it
+            if isinstance(inner, types.FunctionType):
+                self._globals(inner.__code__, inner.__globals__)
+                self._note("object", inner, "", path)
+        elif self._watches and not isinstance(value, type):
+            _watch(type(value))
+
+    def meet(self, value: Any, path: str) -> None:
+        """An object that the function depends on, however it came by it."""
+        self._note("object", value, "", path)
+
+    # -- what is read --------------------------------------------------------------------------------------------
+
+    def _note(self, kind: str, holder: Any, name: str, path: str, counted: bool = False) -> None:
+        key = (id(holder), name)
+        if key in self._places or (counted and key in self._counted):
+            return
+        if key in self._counted:
+            self._places[key] = self._counted.pop(key)
+            return
+        if key in self._written:
+            return
+        place = Place(kind, holder, name, path)
+        busy, self._busy = self._busy, True
+        try:
+            glance, value = _Glance(self), place.value()
+            if value is _MISSING:
+                glance.fact(path, ("missing",))
+            else:
+                glance.describe(value, path)
+        finally:
+            self._busy = busy
+        if not glance.symbolic:
+            (self._counted if counted else self._places)[key] = place, holder, glance.key
+
+    def attribute(self, o: Any, name: str) -> None:
+        """An attribute of ``o`` is about to be read."""
+        key = (id(o), name)
+        if key in self._places or id(o) not in self._known:
+            return
+        frame = sys._getframe(2)
+        if name[:2] == "__":
+            if name in _WHOLE and frame.f_globals.get("__name__") != "torch.nn.modules.module":
+                self._note("names", o, "", f"the attributes of {self._known[id(o)][1]}")
+                for each in list(_dict_of(o)):
+                    self.attribute(o, each)
+            return
+        of_module = isinstance(o, nn.Module)
+        if of_module and name in _OF_MODULES:
+            return
+        path = f"{self._known[id(o)][1]}.{name}"
+        own = _dict_of(o)
+        if name not in own:
+            for cls in type(o).__mro__:
+                if name in vars(cls):
+                    self._of_class(cls, vars(cls)[name], o, name, path)
+                    return
+            if of_module and any(name in own[kind] for kind in ("_parameters", "_buffers", "_modules")):
+                return
+        self._note("attribute", o, name, path, _only_counts(frame.f_code, frame.f_lasti, name))
+
+    def _of_class(self, cls: type, value: Any, o: Any, name: str, path: str) -> None:
+        if isinstance(value, (staticmethod, classmethod)):
+            value = value.__func__
+        if isinstance(value, (types.FunctionType, property)):
+            if not is_library(cls.__module__):
+                self._note("class", cls, name, path)
+                if isinstance(value, types.FunctionType):
+                    self._note("own", o, name, path)  # one object may get a method of its own
+        elif isinstance(value, _FIELDS) or not hasattr(type(value), "__get__"):
+            self._note("attribute", o, name, path)
+
+    def wrote(self, o: Any, name: str) -> None:
+        """An attribute of ``o`` is about to be written."""
+        key = (id(o), name)
+        if key not in self._places and key not in self._counted and id(o) in self._known:
+            self._written.add(key)
+
+    # -- what is entered -----------------------------------------------------------------------------------------
+
+    def _trace(self, previous: Any) -> Callable:
+        def trace(frame: types.FrameType, event: str, arg: Any) -> Any:
+            code = frame.f_code
+            if id(code) not in self._entered:
+                self._entered[id(code)] = code
+                if not is_library(frame.f_globals.get("__name__")):
+                    self._enter(frame)
+            return None if previous is None else previous(frame, event, arg)
+
+        return trace
+
+    def _enter(self, frame: types.FrameType) -> None:
+        code, stack = frame.f_code, [frame.f_code]
+        while stack:
+            for constant in stack.pop().co_consts:
+                if isinstance(constant, types.CodeType):
+                    self._inner.add(id(constant))
+                    stack.append(constant)
+        self._globals(code, frame.f_globals)
+        if code.co_varnames and ("__class__" in code.co_names or "type" in code.co_names):
+            self._class(type(frame.f_locals.get(code.co_varnames[0])), code)
+        for value in list(frame.f_locals.values()):
+            if isinstance(value, type):
+                self._class(value, code)
+        if code.co_freevars and id(code) not in self._inner and id(code) not in self._closed:
+            for fn in gc.get_referrers(code):
+                if isinstance(fn, types.FunctionType) and fn.__code__ is code:
+                    for name, cell in zip(code.co_freevars, fn.__closure__ or (), strict=True):
+                        if name != "__class__" and contents(cell) is frame.f_locals.get(name):
+                            self._note("cell", cell, "", name)
+
+    def _globals(self, code: types.CodeType, names: dict[str, Any]) -> None:
+        for name in (*global_names(code), *_texts(code, "globals")):
+            if name in names:
+                value = names[name]
+                if isinstance(value, types.ModuleType):
+                    self._module(value, code, name)
+                elif isinstance(value, type):
+                    self._class(value, code)
+                elif names is self._own and name in self._given:
+                    continue  # told by itself
+                elif not isinstance(value, _FUNCTIONS) or not is_library(value.__module__):
+                    self._note("global", names, name, name)
+        for module in _imports(code, names):
+            self._module(module, code, module.__name__)
+
+    def _module(self, module: types.ModuleType, code: types.CodeType, path: str) -> None:
+        if is_library(module.__name__):
+            return
+        for name in (*code.co_names, *_texts(code, "getattr")):
+            value = vars(module).get(name)
+            if isinstance(value, types.ModuleType):
+                if value is not module:
+                    self._module(value, code, f"{path}.{name}")
+            elif isinstance(value, type):
+                self._class(value, code)
+            elif name in vars(module):
+                self._note("global", vars(module), name, f"{path}.{name}")
+
+    def _class(self, cls: type, code: types.CodeType) -> None:
+        if is_library(cls.__module__):
+            return
+        for owner in (type(cls), *cls.__mro__):  # super() finds what cls hides
+            if is_library(owner.__module__):
+                continue
+            for name in code.co_names:
+                value = vars(owner).get(name, _MISSING)
+                if value is _MISSING or name[:2] == "__":
+                    continue
+                if isinstance(value, _METHODS) or not hasattr(type(value), "__get__"):
+                    self._note("class", owner, name, f"{owner.__qualname__}.{name}")
+
+    # -- at work -------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watch what the calling thread reads inside the block."""
+        global _captures
+        previous = sys.gettrace()
+        with _lock:
+            _captures += 1
+            _watch(nn.Module)
+        token = _reading.set(self)
+        self._watches = True
+        for value, _ in list(self._known.values()):
+            if not isinstance(value, type):
+                _watch(type(value))
+        sys.settrace(self._trace(previous))
+        try:
+            # modules under torch.compile run eagerly here; dynamo must not look into what reports their reads
+            with torch.compiler.set_stance("force_eager"):
+                yield
+        finally:
+            sys.settrace(previous)
+            self._watches = False
+            _reading.reset(token)
+            with _lock:
+                _captures -= 1
+                if not _captures:
+                    _release()
+
+    def settle(self, scene: Scene) -> None:
+        """The capture is over: fill `places` and `found`, and extend ``scene`` by what is there now."""
+        for place, _, before in self._places.values():
+            glance, value = _Glance(self), place.value()
+            if value is _MISSING:
+                glance.fact("", ("missing",))
+            else:
+                glance.describe(value)
+            self.places.append(place)
+            # what the function has changed itself counts as it was before; it will be captured anew
+            self.found.append(next(look(scene, [place])) if glance.key == before else before)
+            (facts,) = look(self.scene, [place])
+            assert self.scene.paths is not None
+            self._paths.append(self.scene.paths[len(self.scene.paths) - len(facts) :])
+        assert self.scene.paths is not None
+        self.names = self.scene.paths
+        del self.scene  # from here on it keeps nothing alive
+        self._places.clear()
+        self._counted.clear()
+        self._known.clear()
+
+    def change(self, now: Reads) -> Change | None:
+        """What a later capture has found otherwise."""
+        change = first_change(self._key, now._key, now.names)
+        if change is not None:
+            return change
+        was = {place.identity: facts for place, facts in zip(self.places, self.found, strict=True)}
+        for place, facts, paths in zip(now.places, now.found, now._paths, strict=True):
+            change = first_change(was.get(place.identity, facts), facts, paths)
+            if change is not None:
+                return change
+        return None
+
+
+@functools.lru_cache(maxsize=4096)
+def _only_counts(code: types.CodeType, at: int, name: str) -> bool:
+    """Whether what is read there goes back to where it came from, and nowhere else: ``self.runs += 1``."""
+    steps = [i for i in dis.get_instructions(code) if i.opname != "CACHE"]
+    k = next((k for k, i in enumerate(steps) if i.offset == at), 0)
+    if not k or not steps[k - 1].opname.startswith(("COPY", "DUP_TOP")):
+        return False
+    return any(
+        i.opname == "STORE_ATTR"
+        and i.argval == name
+        and swap.opname.startswith(("SWAP", "ROT_TWO"))
+        and add.opname.startswith(("BINARY", "INPLACE"))
+        for add, swap, i in zip(steps[k:], steps[k + 1 :], steps[k + 2 :])
+    )
+
+
+def _texts(code: types.CodeType, by: str) -> list[str]:
+    """Texts in code that are names for a function called ``by``."""
+    return [c for c in code.co_consts if isinstance(c, str)] if by in code.co_names else []
+
+
+def _imports(code: types.CodeType, names: dict[str, Any]) -> Iterator[types.ModuleType]:
+    """The modules that a function imports from, where they have been imported before."""
+    steps = [i for i in dis.get_instructions(code) if i.opname not in ("CACHE", "EXTENDED_ARG")]
+    for level, _, step in zip(steps, steps[1:], steps[2:]):
+        if step.opname == "IMPORT_NAME":
+            name = resolve_name("." * level.argval + step.argval, names.get("__package__"))
+            if name in sys.modules:
+                yield sys.modules[name]
+
+
+def _dict_of(o: Any) -> dict[str, Any]:
+    try:
+        return object.__getattribute__(o, "__dict__")
+    except AttributeError:  # it has slots
+        return {}
+
+
+# -- classes that tell ------------------------------------------------------------------------------------------------
+
+_lock = threading.RLock()
+_captures = 0  # under way, in all threads: the last of them lets the classes be as they were
+_changed: dict[type, dict[str, Any]] = {}
+
+
+def _watch(cls: type) -> None:
+    """Have a class tell of attributes that are read and written."""
+    with _lock:
+        if (
+            cls in _changed
+            or not is_python_class(cls)
+            or (cls is not nn.Module and issubclass(cls, nn.Module))
+        ):
+            return
+        own = {name: vars(cls).get(name, _MISSING) for name in ("__getattribute__", "__setattr__")}
+        read: Any = cls.__getattribute__
+        write: Any = cls.__setattr__
+
+        def get(self: Any, name: str) -> Any:
+            reads = _reading.get()
+            if reads is not None and not reads._busy:
+                reads.attribute(self, name)
+            return read(self, name)
+
+        def put(self: Any, name: str, value: Any) -> None:
+            reads = _reading.get()
+            if reads is not None and not reads._busy:
+                reads.wrote(self, name)
+            write(self, name, value)
+
+        try:
+            type.__setattr__(cls, "__getattribute__", get)  # whatever the metaclass thinks of it
+        except TypeError:  # it is of an extension module (pybind11), whose classes cannot be changed
+            return
+        _changed[cls] = own
+        type.__setattr__(cls, "__setattr__", put)
+
+
+def _release() -> None:
+    for cls, own in reversed(_changed.items()):
+        for name, value in own.items():
+            if value is _MISSING:
+                type.__delattr__(cls, name)
+            else:
+                type.__setattr__(cls, name, value)
+    _changed.clear()

@@ -1,0 +1,1 @@
+"""The cost of a function as formulas, for `metaoptim.plan`."""

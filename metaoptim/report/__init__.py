@@ -1,0 +1,1 @@
+"""What `explain` says of a function and of a window."""

@@ -1,0 +1,243 @@
+"""What a function becomes when it is compiled, what a call will cost, and where its gradients go."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+from torch import Tensor
+
+from ..compiler.cost.step import step_cost
+from ..compiler.ir.program import Kept, RolledProgram, given_ports, nbytes, plural, signature
+from ..compiler.ir.step import Lowering, Role
+from ..compiler.ir.trace import Input, Trace
+from ..compiler.passes.checkpoint import checkpoint
+from ..compiler.passes.pipeline import Options, Record, compile_trace
+from ..errors import WindowError
+from ..functions.captured import captured_step, stated, step_of, trace_of
+from ..functions.guards import Scene
+from ..functions.naming import tensor_names
+from ..runtime.budget.measure import measured_peak, rehearse
+from ..runtime.budget.meter import profiling
+from ..runtime.budget.planner import decide
+from ..runtime.budget.simulate import predict
+from ..runtime.windows.recording_session import RecordedSession
+from ..runtime.windows.session import current_session
+from .report import Report, calls_text, shape_of
+
+
+def report_of(
+    fn: Callable, options: Options, args: tuple, kwargs: dict[str, Any], measure: bool = False
+) -> Report:
+    """What `explain` returns, for a call of ``fn`` with these arguments."""
+    session = current_session()
+    if measure and (session is not None or profiling()):
+        raise WindowError("explain(measure=True): call it outside windows, and while no profiler is active")
+    if isinstance(session, RecordedSession):
+        return _step_report(fn, options, session, args, kwargs)
+    if session is not None:
+        raise WindowError("explain inside a full_tape window, where nothing is compiled; call it outside")
+    names = tensor_names(fn, args, kwargs)
+    traced, tracer, _ = trace_of(fn, args, kwargs)
+    trace = tracer.trace
+    trace.outputs = traced.tensors
+    labels = {x: names.get(id(x.tensor)) or _unnamed(x) for x in trace.inputs}
+    program, records = compile_trace(trace, options, step_of, labels)
+    said, how = stated(program, options), options.lowering
+    tensors = {x: x.tensor for x in program.inputs}
+    if measure:
+        rehearse(program, tensors, how)
+    begun = time.perf_counter()
+    kept, plan = decide(program, how, said, _title(fn), tensors if measure else None)
+    slots, offload = kept.slots, kept.offload
+    prediction = predict(program, slots, how, offload is not None)
+    if not prediction.reached:
+        kept = Kept(1)
+        prediction = predict(program, 1, how)
+    saved = kept.saved
+    peak = plan.peak_bytes if plan is not None and saved else prediction.peak_bytes
+    every = slots is None or slots >= program.swept
+    kind = "forward only" if not prediction.reached else _plan(every, offload is not None)
+    kind = "unrolled" if saved and saved == program.swept else kind
+    text = program.text(labels)
+    done = checkpoint(program, kept, how.hvp)
+    done += f"; {plural(prediction.extra_forwards, 'call')} made again"
+    records.append(Record("checkpoint", done, 1e3 * (time.perf_counter() - begun)))
+    whole = predict(replace(program, limit=None), slots, how).reached if program.limit else prediction.reached
+    paths, targets = _gradients(trace, program, labels, names, prediction.reached, whole)
+    scene = _learnable(names, fn, args, kwargs)
+    read = {id(x.tensor) for x in trace.inputs}
+    paths |= {name: "not read" for name, t in scene.items() if id(t) not in read and name not in paths}
+    order = [*(n for n in scene if n in paths), *(n for n in paths if n not in scene)]
+    costs = {id(g): step_cost(g, program.lowering_of(g, how)) for g in program.step_graphs}
+    forward = program.positions
+    return Report(
+        function=_title(fn),
+        form="window",
+        horizon=program.horizon,
+        calls=forward,
+        num_programs=len(program.step_graphs),
+        window=program.limit,
+        offline=program.offline,
+        slots=slots,
+        memory_budget=None if plan is None else plan.budget,
+        minimum_budget=None if plan is None else plan.minimum,
+        offload=None if said.offload is None else os.fspath(said.offload),
+        plan=kind,
+        kept_states=prediction.kept,
+        saved_calls=saved,
+        extra_forwards=prediction.extra_forwards,
+        recompute_factor=1 + prediction.extra_forwards / max(forward, 1),
+        state_bytes=program.state_bytes,
+        transient_bytes=max((c.vjp_bytes for c in costs.values()), default=0),
+        predicted_peak_bytes=peak,
+        predicted_forward_bytes=prediction.forward_bytes,
+        measured_peak_bytes=measured_peak(program, tensors, how, kept) if measure else None,
+        gradient_targets=[n for n in order if n in targets],
+        unreachable=[n for n in order if n not in targets],
+        paths={n: paths[n] for n in order},
+        passes=list(map(asdict, records)),
+        shapes=_shapes(program, how),
+        program=text,
+    )
+
+
+def _step_report(
+    fn: Callable, options: Options, window: RecordedSession, args: tuple, kwargs: dict[str, Any]
+) -> Report:
+    with window.recorder.paused():
+        names = tensor_names(fn, args, kwargs)
+        step, trace, _ = captured_step(fn, window, args, kwargs, texts={})
+    cost = step_cost(step.step, options.lowering)
+    given = list(zip(step.given, given_ports(step.step), cost.depends[-len(step.given) :], strict=False))
+    targets = {x: "this step" for x, p, depends in given if p.role is Role.META and depends}
+    labels = {x: names.get(id(x.tensor)) or _unnamed(x) for x in trace.inputs}
+    own = {id(p) for p in window.networks.originals}
+    missing = [x for x in trace.inputs if x.grad and x not in targets and id(x.tensor) not in own]
+    missing = [x for x in missing if x.tensor.requires_grad]
+    paths = {labels[x]: "this step" for x in targets}
+    paths |= {labels[x]: "no result of the step depends on it" for x in missing}
+    return Report(
+        function=_title(fn),
+        form="step",
+        horizon=step.steps,
+        calls=1,
+        num_programs=1,
+        window=window.options.window,
+        offline=window.options.offline,
+        slots=window.options.slots,
+        memory_budget=None,
+        minimum_budget=None,
+        offload=None if window.options.offload is None else os.fspath(window.options.offload),
+        plan="streaming",
+        kept_states=None,
+        saved_calls=None,
+        extra_forwards=None,
+        recompute_factor=None,
+        state_bytes=sum(nbytes(p.spec) for p in step.step.outputs),
+        transient_bytes=cost.vjp_bytes,
+        predicted_peak_bytes=None,
+        predicted_forward_bytes=None,
+        measured_peak_bytes=None,
+        gradient_targets=[labels[x] for x in targets],
+        unreachable=[labels[x] for x in missing],
+        paths=paths,
+        passes=list(map(asdict, step.records)),
+        shapes={"step": shape_of(step.step, 1, options.lowering)},
+        program=signature(step.step, "step") + "\n" + str(step.step),
+    )
+
+
+# -- what reaches the results ----------------------------------------------------------------------------------------
+
+
+def _gradients(
+    trace: Trace,
+    program: RolledProgram,
+    labels: Mapping[Input, str],
+    names: Mapping[int, str],
+    reached: frozenset[Input],
+    whole: frozenset[Input],
+) -> tuple[dict[str, str], set[str]]:
+    """Name of what requires grad -> through which step graphs its gradient comes, or why it gets none; who gets one.
+
+    Args:
+        trace: what was captured.
+        program: made of it.
+        labels: of what it reads.
+        names: by id, of what the caller has names for.
+        reached: inputs that a gradient reaches.
+        whole: likewise, were it not truncated.
+    """
+    entries = [e for w in trace.windows if not w.offline for e in w.adopted]
+    adopted = {id(x.tensor) for e in entries for x in e.args if isinstance(x, Input)}
+    through = _paths(program)
+    found = [x for x in trace.inputs if x in reached]
+    paths = {labels[x]: through[x] for x in found}
+    told = {id(x) for x in program.inputs}
+    for x in trace.inputs:
+        # networks of other optimizers that are still alive are taken in too: nothing to tell
+        if x.grad and x not in reached and (id(x) in told or id(x.tensor) in names):
+            paths[labels[x]] = _why_not(x, program, adopted, whole)
+    return paths, {labels[x] for x in found}
+
+
+def _paths(program: RolledProgram) -> dict[Input, str]:
+    """Through which step graphs the gradient of each input comes."""
+    names, counts = program.names(), dict[Input, dict[str, int]]()
+    for call, count in program.counted():
+        times: dict[Input, int] = {}
+        for g, p in zip(call.inputs, given_ports(call.step), strict=True):
+            if p.role is Role.META:
+                inputs = [x for x in g.sources if isinstance(x, Input)]
+                listed = Counter(inputs)  # of a list, each call takes one
+                for x in inputs:
+                    times[x] = max(times.get(x, 0), listed[x] if g.kind == "each" else count)
+        for x, k in times.items():
+            of = counts.setdefault(x, {})
+            name = names[id(call.step)]
+            of[name] = of.get(name, 0) + k
+    return {x: "through " + calls_text(of) for x, of in counts.items()}
+
+
+def _why_not(x: Input, program: RolledProgram, adopted: set[int], whole: frozenset[Input]) -> str:
+    if id(x.tensor) in adopted:
+        return "the window is online: its networks' own parameters are cut off at entry"
+    if not any(x is y for y in program.inputs):
+        return "read, but no result depends on it"
+    if x in whole:
+        return f"only read more than window={program.limit} super-steps before the loss"
+    return "only read under no_grad, through detach(), or where no gradient flows"
+
+
+def _learnable(names: Mapping[int, str], fn: Callable, args: tuple, kwargs: dict) -> dict[str, Tensor]:
+    scene = Scene.of_call(fn, args, kwargs)
+    return {names[id(t)]: t for t in scene.tensors if t.requires_grad and id(t) in names}
+
+
+def _unnamed(x: Input) -> str:
+    where = f", first read at {x.location}" if x.location else ""
+    return f"a tensor of shape {tuple(x.spec[0])}{where}"
+
+
+def _plan(every: bool, offload: bool) -> str:
+    return "all states" if every else "tiered" if offload else "scheduled"
+
+
+def _title(fn: Callable) -> str:
+    return getattr(fn, "__qualname__", type(fn).__name__)
+
+
+# -- shapes -------------------------------------------------------------------------------------------------
+
+
+def _shapes(program: RolledProgram, how: Lowering) -> dict[str, dict[str, Any]]:
+    calls: dict[int, int] = {}
+    for call, count in program.counted():
+        calls[id(call.step)] = calls.get(id(call.step), 0) + count
+    names = program.names()
+    return {names[id(g)]: shape_of(g, calls[id(g)], program.lowering_of(g, how)) for g in program.step_graphs}

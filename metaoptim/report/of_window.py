@@ -1,0 +1,156 @@
+"""What an ordinary window has recorded so far, what a backward from here would cost, and where its gradients go."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from dataclasses import asdict, replace
+
+from ..compiler.cost.step import step_cost
+from ..compiler.derive.liveness import results_of
+from ..compiler.ir.program import Given, memory_of, plural
+from ..compiler.ir.step import Loop, Lowering, Role, StepGraph
+from ..compiler.ir.tape import Program
+from ..compiler.lower.derivatives import derived, is_derived
+from ..compiler.passes.differentiate import differentiate
+from ..compiler.passes.pipeline import Record
+from ..errors import WindowError, user_scope
+from ..functions.naming import names_in
+from ..runtime.budget.simulate import predict_sweep
+from ..runtime.windows.dependence import leaves_of
+from ..runtime.windows.recording_session import RecordedSession
+from .report import Report, calls_text, shape_of
+
+
+def explain_window(session: RecordedSession, title: str) -> Report:
+    """What `SlidingWindow.explain` returns."""
+    with session.recorder.paused():
+        return _report(session, title)
+
+
+def _report(session: RecordedSession, title: str) -> Report:
+    engine, options, program = session.engine, session.options, session.program
+    program.fold()
+    for call, _ in program.counted():
+        if call.step.dynamic and not is_derived(call.step, call.how.hvp):
+            raise WindowError(
+                f"window.explain: the shapes in the step at {call.location} depend on values, so its derivative is "
+                "known only once it has been run; ask after a backward, or without slots="
+            )
+    store = engine.store
+    positions = range(store.base, program.end)
+    kept = [p - store.base for p in positions if p in store]
+    swept = [program[p] for p in positions]
+    prediction = predict_sweep(swept, store.slots, options.offload is not None, engine.state, kept)
+    streaming = engine.streaming
+    beside = 0 if streaming is None else streaming.beside
+    names = program.names()
+    graphs = {names[id(g)]: g for g in program.step_graphs}
+    calls: Counter[str] = Counter()
+    for call, count in program.counted():
+        calls[names[id(call.step)]] += count
+    budgeted = streaming if streaming is not None and streaming.acts and calls else None
+    how = {id(call.step): call.how for call, _ in program.counted()}
+    paths, targets = _paths(session, program)
+    if store.slots is None:
+        plan = "all states"
+    else:
+        plan = "streaming" if options.offload is None else "tiered"
+    return Report(
+        function=title,
+        form="block",
+        horizon=program.horizon,
+        calls=calls.total(),
+        num_programs=len(graphs),
+        window=options.window,
+        offline=options.offline,
+        slots=store.slots,
+        memory_budget=None if budgeted is None else budgeted.budget,
+        minimum_budget=None if budgeted is None else budgeted.minimum(engine),
+        offload=None if options.offload is None else os.fspath(options.offload),
+        plan=plan,
+        kept_states=len(store),
+        saved_calls=0,
+        extra_forwards=prediction.extra_forwards,
+        recompute_factor=1 + prediction.extra_forwards / max(calls.total(), 1),
+        state_bytes=memory_of(engine.state),
+        transient_bytes=max((step_cost(g, how[id(g)]).vjp_bytes for g in graphs.values()), default=0),
+        predicted_peak_bytes=prediction.peak_bytes + beside,
+        predicted_forward_bytes=prediction.forward_bytes + beside,
+        measured_peak_bytes=None,
+        gradient_targets=[name for name in paths if name in targets],
+        unreachable=[name for name in paths if name not in targets],
+        paths=paths,
+        passes=list(map(asdict, _records(program, how))),
+        shapes={name: shape_of(g, calls[name], how[id(g)]) for name, g in graphs.items()},
+        program=str(program),
+    )
+
+
+def _records(program: Program, how: dict[int, Lowering]) -> list[Record]:
+    """What the passes have done, of each step graph by itself, and of the program."""
+    names = program.names()
+    found = [
+        replace(r, done=f"{names[id(g)]}: {r.done}")
+        for g in program.step_graphs
+        for r in g.records
+        if r.name != "capture"  # that was the step itself
+    ]
+    calls = program.end - program.start
+    loops = sum(isinstance(x, Loop) for x in program.items)
+    done = (
+        f"{plural(calls, 'call')} in {plural(loops, 'loop')} and {plural(len(program.items) - loops, 'call')}"
+    )
+    found.append(Record("loop", done, program.milliseconds))
+    begun = time.perf_counter()
+    modes: dict[str, list[StepGraph]] = {}
+    for g in program.step_graphs:
+        modes.setdefault(how[id(g)].hvp, []).append(g)
+    done = "; ".join(differentiate(graphs, hvp) for hvp, graphs in modes.items())
+    return [*found, Record("differentiate", done, 1e3 * (time.perf_counter() - begun))]
+
+
+def _paths(session: RecordedSession, program: Program) -> tuple[dict[str, str], set[str]]:
+    """Name of what requires grad -> through which step graphs its gradient comes, or why it gets none; who gets one."""
+    called = names_in(user_scope())
+    through: dict[int, Counter[str]] = {}
+    names = program.names()
+    for call, count in program.counted():
+        grads = results_of(derived(call.step, call.how.hvp).graph)
+        at = call.step.positions(Role.META)
+        for meta in (m for m, i in zip(call.metas, at, strict=True) if grads[i] is not None):
+            times = Counter(meta.of) if isinstance(meta, Given) else {meta: count}
+            for number, k in times.items():
+                through.setdefault(number, Counter())[names[id(call.step)]] += k
+    paths: dict[str, str] = {}
+    targets: set[str] = set()
+    for number, tensor in session.view.meta_params():
+        steps = through.get(number, {})
+        parts = calls_text(steps)
+        for leaf in leaves_of(tensor):
+            name = called.get(id(leaf)) or f"a tensor of shape {tuple(leaf.shape)}"
+            if parts:
+                targets.add(name)
+                paths[name] = f"through {parts}"
+            else:
+                paths.setdefault(
+                    name, "only read under no_grad, through detach(), or where no gradient flows"
+                )
+    options, own = session.options, session.networks
+    beyond = session.view.sliding is not None and session.view.sliding.count > session.view.sliding.limit
+    reason = "the window is online: its networks' own parameters are cut off at entry"
+    if options.offline:
+        reason = (
+            f"more than window={options.window} super-steps back"
+            if beyond
+            else "what the inner steps begin with"
+        )
+    for i, shown in enumerate(own.shown):
+        if session.view.indices[i] < 0:
+            continue  # no loss has read it
+        name, joined = called.get(id(shown), own.names[i]), i in own.joined
+        paths[name] = reason if joined else "no optimizer has stepped it, losses read it"
+        if not joined or (options.offline and not beyond):
+            targets.add(name)
+    return paths, targets

@@ -1,0 +1,347 @@
+"""A run of a program without tensors: the engine itself, on sizes, so that what it will hold and replay is known."""
+
+from __future__ import annotations
+
+import warnings
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from metaoptim.compiler.cost.step import Made, step_cost
+from metaoptim.compiler.derive.reverse import cotangent_outputs
+from metaoptim.compiler.ir.program import RolledProgram, memory_bytes, nbytes
+from metaoptim.compiler.ir.step import EAGER, Assign, Lowering, Role, StepCall
+from metaoptim.compiler.ir.tape import Program
+from metaoptim.compiler.ir.trace import Input
+
+from ..engine.engine import Engine
+from ..engine.function import BoundProgram, GradientSweep, generator_for
+from ..engine.noise import GENERATOR_BYTES
+from ..engine.sweep import Sweep
+from ..engine.truncated import pull_back_truncated
+from ..states.slots import SlotStore
+from ..states.tier import WRITING
+from ..states.tiered import TieredStore
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a call of a compiled function, or a window's steps, and the backward will take.
+
+    Attributes:
+        peak_bytes: most bytes held at once beyond the caller's own tensors.
+        forward_bytes: likewise, in the call without its backward.
+        extra_forwards: steps run a second time.
+        vjps: steps pulled back.
+        kept: most states kept at a time, counting the initial one.
+        reached: inputs that a cotangent of the results reaches.
+    """
+
+    peak_bytes: int
+    forward_bytes: int
+    extra_forwards: int
+    vjps: int
+    kept: int
+    reached: frozenset[Input]
+
+
+class _Meter:
+    """Bytes alive, and the most there have been; all there have been go into ``trail``."""
+
+    def __init__(self, trail: list[tuple[int, int]] | None = None) -> None:
+        self.alive = self.peak = 0
+        self.trail = trail
+
+    def note(self, momentary: int) -> None:
+        self.peak = max(self.peak, self.alive + momentary)
+        if self.trail is not None:
+            self.trail.append((self.alive, momentary))
+
+
+class _Block:
+    """Stands for a tensor: it counts as long as anything refers to it.
+
+    Attributes:
+        reached: of a cotangent, whether one of the results' is behind it, or only zeros are.
+        within: the block whose memory it shares.
+    """
+
+    __slots__ = ("meter", "size", "reached", "within")
+
+    def __init__(self, meter: _Meter, size: int, reached: bool = False, within: _Block | None = None) -> None:
+        self.meter, self.size, self.reached, self.within = meter, size, reached, within
+        meter.alive += size
+        meter.note(0)
+
+    def __del__(self) -> None:
+        self.meter.alive -= self.size
+
+    def __getitem__(self, at: Any) -> _Block:
+        return self
+
+    def add_(self, other: _Block) -> None:
+        """As a slice of it would."""
+        self.reached |= other.reached
+
+    def __add__(self, other: _Block) -> _Block:
+        return _Block(self.meter, max(self.whole, other.whole), self.reached or other.reached)
+
+    @property
+    def root(self) -> _Block:
+        """The block that has the memory it lies in."""
+        return self if self.within is None else self.within.root
+
+    @property
+    def whole(self) -> int:
+        """Bytes of the memory it lies in."""
+        return self.root.size
+
+
+class _Outside:
+    """Stands for a tensor of the caller, or a slice of one."""
+
+    digest = None
+
+    def __getitem__(self, at: Any) -> _Outside:
+        return self
+
+    def detach(self) -> _Outside:
+        return self
+
+    @property
+    def tensor(self) -> _Outside:
+        return self
+
+
+class _AllOutside(dict):
+    def __missing__(self, key: Any) -> _Outside:
+        return _Outside()
+
+
+class _DryTier:
+    """Stands for a lower tier: a state counts while it may be on its way down, and when it is on its way up.
+
+    That states share tensors is left out of account: then it is less.
+    """
+
+    def __init__(self, meter: _Meter) -> None:
+        self.meter = meter
+        self._kept: dict[int, list[Any]] = {}  # position -> for each entry, the number of its memory
+        self._sizes: dict[int, list[int]] = {}
+        self._writing: deque[list[Any]] = deque(maxlen=WRITING)
+        self._ahead: tuple[int, list[Any]] | None = None
+
+    def __contains__(self, position: int) -> bool:
+        return position in self._kept
+
+    def save(self, position: int, state: list[Any]) -> None:
+        """As of `Tier`."""
+        self._writing.append(list(state))
+        memories: dict[int, int] = {}
+        self._sizes[position] = []
+        self._kept[position] = []
+        for entry in state:
+            if isinstance(entry, _Block) and id(entry.root) not in memories:
+                memories[id(entry.root)] = len(memories)
+                self._sizes[position].append(entry.whole)
+            self._kept[position].append(memories[id(entry.root)] if isinstance(entry, _Block) else None)
+
+    def prefetch(self, position: int) -> None:
+        """As of `Tier`."""
+        if self._ahead is None or self._ahead[0] != position:
+            self._ahead = None
+            blocks = [_Block(self.meter, size) for size in self._sizes[position]]
+            self._ahead = position, [None if k is None else blocks[k] for k in self._kept[position]]
+
+    def load(self, position: int) -> list[Any]:
+        """As of `Tier`."""
+        self.prefetch(position)
+        assert self._ahead is not None
+        _, state = self._ahead
+        self._ahead = None
+        return state
+
+    def rest(self) -> None:
+        """As of `Tier`."""
+        self._ahead = None
+
+    def forget(self, positions: Iterable[int]) -> None:
+        """As of `Tier`."""
+        for position in positions:
+            del self._kept[position], self._sizes[position]
+
+    def settle(self) -> None:
+        """As of `Tier`."""
+        self._writing.clear()
+
+
+class _DryEngine(Engine):
+    """The engine, but that steps and their derivatives give blocks."""
+
+    def __init__(self, program: Any, slots: int | None, meter: _Meter, offload: bool) -> None:
+        super().__init__(slots, None, program)
+        self.meter, self.kept = meter, 0
+        if offload and slots is not None:
+            self.tier: Any = _DryTier(meter)
+            self.store: Any = TieredStore(slots, self.tier)
+
+    def _values(self, call: StepCall, state: Any, position: int) -> list[Any]:
+        if call.rng >= 0:
+            self._drawn = _Block(self.meter, GENERATOR_BYTES)  # type: ignore[assignment]
+        ports = call.step.inputs[len(call.step.inputs) - len(call.inputs) :]
+        values = [_Block(self.meter, nbytes(p.spec)) if p.role is Role.NOISE else None for p in ports]
+        if any(values):
+            self.meter.note(GENERATOR_BYTES)  # of one state more, while they are drawn
+        return values
+
+    def _cotangent(self, spec: tuple, cotangent: Any) -> Any:
+        return _Block(self.meter, nbytes(spec)) if cotangent is None else cotangent
+
+    def _lowered(self, call: StepCall, kind: str, inputs: Any) -> Any:
+        step, cost = call.step, step_cost(call.step, call.how)
+        self.kept = max(self.kept, len(self.store))
+
+        def replay(*arguments: Any) -> list[Any]:
+            self.meter.note(cost.replay_bytes)
+            return self._blocks(cost.outputs, arguments)
+
+        def vjp(*arguments: Any) -> list[Any]:
+            self.meter.note(cost.vjp_bytes)
+            given = zip(cotangent_outputs(step), arguments[len(step.inputs) :], strict=True)
+            real = {i for i, c in given if c.reached}
+            grads = self._blocks(cost.gradients, arguments)
+            for grad, depends in zip(grads, cost.depends, strict=True):
+                if grad is not None:
+                    grad.reached = bool(depends & real)
+            return grads
+
+        return replay if kind == "replay" else vjp
+
+    def _blocks(self, made: tuple[Made | None, ...], arguments: Sequence[Any]) -> list[Any]:
+        blocks: list[Any] = []
+        for m in made:
+            within = None
+            if m is not None and m.of_input >= 0:
+                within = arguments[m.of_input]
+            elif m is not None and m.of_result >= 0:
+                within = blocks[m.of_result]
+            blocks.append(None if m is None else _Block(self.meter, m.size, within=within))
+        return blocks
+
+
+def predict(
+    program: RolledProgram,
+    slots: int | None,
+    how: Lowering = EAGER,
+    offload: bool = False,
+    trail: list[tuple[int, int]] | None = None,
+) -> Prediction:
+    """Go through a call of a program, and a backward from all its results, on sizes.
+
+    Takes time proportional to the number of steps run, some microseconds each; traces step graphs that have not been.
+
+    Args:
+        program: of the compiled function.
+        slots: how many states may be kept; None for all.
+        how: its graphs are run; what a backend fuses or allocates besides is known once it has been measured.
+        offload: whether states without a slot go to a lower tier.
+        trail: receives the bytes that are held, and what a call allocates beside them, at every change.
+    """
+    meter = _Meter(trail)
+    copied = [x for x in program.inputs if x.grad or _is_target(x, program)]
+    held = [_Block(meter, nbytes(x.spec)) for x in copied]
+    engine = _DryEngine(BoundProgram(program, _AllOutside(), program.registers, how), slots, meter, offload)
+    engine.begin = program.positions - program.swept
+    state: list[Any] = [None] * (program.registers + 1)
+    if generator_for(program) is not None:
+        state[-1] = _Block(meter, GENERATOR_BYTES)
+    engine.run(state)
+    del state
+    results = [
+        _Block(meter, _size(where, engine.state, program, i)) for i, where in enumerate(program.outputs)
+    ]
+    forward, forward_steps = meter.peak, engine.replays
+    cotangents = [_Block(meter, block.size) for block in results]  # that autograd makes of ones
+    sweep: Any = GradientSweep(lambda source: _Block(meter, nbytes(source.spec)))  # type: ignore[arg-type,return-value]
+    for i, where in enumerate(program.outputs):
+        if isinstance(where, int) and i not in program.dead:
+            sweep.deposit(engine.program.end, where, _Block(meter, results[i].size, reached=True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if program.limit is None:
+            engine.pull_back(sweep, 0)
+        else:
+            pull_back_truncated(engine, sweep, program.limit, program.offline)
+    reached = frozenset(source for source, grad in sweep.gradients().items() if grad.reached)
+    extra = engine.replays - forward_steps
+    del held, cotangents
+    return Prediction(meter.peak, forward, extra, engine.vjps, engine.kept, reached)
+
+
+def predict_sweep(
+    calls: Iterable[StepCall | Assign],
+    slots: int | None,
+    offload: bool = False,
+    initial: Sequence[Tensor] = (),
+    kept: Sequence[int] | None = None,
+) -> Prediction:
+    """Go through a window's steps, and a sweep back from cotangents of all of its last state, on sizes.
+
+    Args:
+        calls: of a window's program, from some position on.
+        slots: how many states may be kept; None for all.
+        offload: whether those without a slot go to a lower tier.
+        initial: the state there, or one of the same sizes.
+        kept: positions whose states a window has kept that did not know how many would come; None for the best ones.
+    """
+    meter = _Meter()
+    calls = list(calls)
+    set_to = {id(c.values): _blocks_like(c.values, meter) for c in calls if isinstance(c, Assign)}
+    dry = (replace(c, values=set_to[id(c.values)]) if isinstance(c, Assign) else c for c in calls)
+    engine = _DryEngine(Program(0, dry), slots, meter, offload)
+    if kept is not None and not offload:
+        engine.store = _Kept(slots, kept)
+    state: Any = engine.run(_blocks_like(initial, meter))
+    forward, forward_steps = meter.peak, engine.replays
+    sweep: Any = Sweep()
+    for index, value in enumerate(state):
+        sweep.deposit(engine.program.end, index, _Block(meter, value.whole))
+    del state
+    engine.pull_back(sweep, 0)
+    extra = engine.replays - forward_steps
+    return Prediction(meter.peak, forward, extra, engine.vjps, engine.kept, frozenset())
+
+
+class _Kept(SlotStore):
+    """Holds the states that another store has held in the end."""
+
+    def __init__(self, slots: int | None, positions: Sequence[int]) -> None:
+        super().__init__(slots)
+        self.kept = frozenset(positions)
+
+    def offer(self, position: int, state: Any) -> None:
+        """As of `SlotStore`."""
+        if position in self.kept:
+            self._put(position, state)
+
+
+def _blocks_like(values: Sequence[Tensor], meter: _Meter) -> list[Any]:
+    return [_Block(meter, memory_bytes(v)) for v in values]
+
+
+def _size(where: int | Input, state: Any, program: RolledProgram, i: int) -> int:
+    if not isinstance(where, int):
+        return nbytes(where.spec)
+    for call, _ in reversed(list(program.counted())):
+        for k, register in call.changed():
+            if register == where:
+                return nbytes(call.step.outputs[k].spec)
+    raise AssertionError(f"output {i} is read from r{where}, which nothing writes to")
+
+
+def _is_target(x: Input, program: RolledProgram) -> bool:
+    tensor = getattr(x, "tensor", None)
+    return tensor is not None and any(t is tensor for t, _ in program.writes if isinstance(t, Tensor))

@@ -1,0 +1,266 @@
+"""A captured function at work: its program bound to tensors, run by the engine, joined to autograd as one node."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metaoptim.compiler.ir.program import Given, Kept, RolledProgram
+from metaoptim.compiler.ir.step import Loop, Lowering, Role, StepCall, calls_of
+from metaoptim.compiler.ir.trace import Input
+from metaoptim.compiler.lower.ambient import unaffected
+
+from ..states.tiered import check_device, tier_for
+from .engine import Engine
+from .inputs import Held, Inputs
+from .nodes import defined, hooked, refuse_third_order
+from .noise import Drawn, generator_of
+from .sweep import Sweep
+from .truncated import pull_back_truncated
+
+
+class _Ready:
+    """An input at hand."""
+
+    __slots__ = ("tensor",)
+    random = False
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def get(self) -> Tensor:
+        return self.tensor
+
+
+class BoundProgram:
+    """A rolled program with tensors for its inputs: position -> call, made when asked for.
+
+    Args:
+        rolled: the program.
+        held: its inputs, by `Input`.
+        rng: the register of the generator's state.
+        how: its graphs are run.
+    """
+
+    start = reach = 0
+    items: tuple = ()
+
+    def __init__(self, rolled: RolledProgram, held: dict[Input, Held], rng: int, how: Lowering) -> None:
+        self.rolled, self.held, self.rng, self.how = rolled, held, rng, how
+        sizes = [len(calls_of(c)) * (c.count if isinstance(c, Loop) else 1) for c in rolled.calls]
+        self._ends = list(accumulate(sizes))
+        self.end = self._ends[-1] if sizes else 0
+        self._begins = [end - size for end, size in zip(self._ends, sizes, strict=True)]
+        self._first: dict[tuple[int, int], tuple[StepCall, list[tuple[int, Given, int, int]]]] = {}
+
+    def __getitem__(self, position: int) -> StepCall:
+        at = bisect_right(self._ends, position)
+        iteration, k = divmod(position - self._begins[at], len(calls_of(self.rolled.calls[at])))
+        first, moving = self._first.get((at, k)) or self._bind(at, k)
+        if not iteration:
+            return first
+        inputs, metas = list(first.inputs), first.metas
+        for i, given, stride, meta in moving:
+            given = given.advanced(iteration * stride)
+            inputs[i] = self._input(given, first.step.inputs[i - len(inputs)])
+            if meta >= 0:
+                metas = (*metas[:meta], _target(given), *metas[meta + 1 :])
+        return StepCall(
+            first.step,
+            first.theta,
+            first.update,
+            first.opt_state_in,
+            first.opt_state_out,
+            0,
+            inputs,
+            metas,
+            first.location,
+            first.rng,
+            first.how,
+        )
+
+    def takes_step(self, position: int) -> bool:
+        """Whether an inner step is taken there."""
+        at = bisect_right(self._ends, position)
+        calls = calls_of(self.rolled.calls[at])
+        return calls[(position - self._begins[at]) % len(calls)].step.steps > 0
+
+    def _bind(self, at: int, k: int) -> tuple[StepCall, list[tuple[int, Given, int, int]]]:
+        """A call in its first iteration, and which inputs move: place, the first, by how much, place in metas."""
+        item = self.rolled.calls[at]
+        call, strides = (item.calls[k], item.strides[k]) if isinstance(item, Loop) else (item, ())
+        given: list[Given] = call.inputs
+        ports = call.step.inputs[len(call.step.inputs) - len(given) :]
+        metas, moving, rng = [], [], -1
+        for i, (g, port) in enumerate(zip(given, ports, strict=True)):
+            meta = -1
+            if port.role is Role.META:
+                meta = len(metas)
+                metas.append(_target(g))
+            elif g.kind == "noise":
+                rng = self.rng
+            if strides and strides[i]:
+                moving.append((i, g, strides[i], meta))
+        thetas = len(call.step.positions(Role.THETA))
+        first = replace(
+            call,
+            theta=call.opt_state_in[:thetas],
+            opt_state_in=call.opt_state_in[thetas:],
+            inputs=[self._input(g, port) for g, port in zip(given, ports, strict=True)],
+            metas=tuple(metas),
+            rng=rng,
+            how=self.rolled.lowering_of(call.step, self.how),
+        )
+        self._first[at, k] = first, moving
+        return first, moving
+
+    def _input(self, given: Given, port: Any) -> Any:
+        given = given.chosen
+        if given.kind == "noise":
+            return Drawn(given.of)
+        if given.kind == "number":
+            return _Ready(torch.tensor(given.of, dtype=port.spec[1]))
+        tensor = self.held[given.of].tensor.detach()
+        return _Ready(tensor[given.at] if given.kind == "scan" else tensor)
+
+
+def _target(given: Given) -> Any:
+    """Where the gradient of what a call is given goes: an input, or a slice of one."""
+    given = given.chosen
+    return (given.of, given.at) if given.kind == "scan" else given.of
+
+
+class GradientSweep(Sweep):
+    """A sweep over a whole program, in which the gradients of a scanned tensor's slices gather in one tensor.
+
+    Args:
+        zeros: for an input, zeros like it.
+    """
+
+    def __init__(self, zeros: Callable[[Input], Tensor]) -> None:
+        super().__init__()
+        self._zeros = zeros
+        self._scans: dict[Input, Tensor] = {}
+
+    def meta(self, key: Any, grad: Tensor) -> None:
+        """Accumulate the gradient of an input, or of a slice of one."""
+        if not isinstance(key, tuple):
+            return super().meta(key, grad)
+        source, at = key
+        if source not in self._scans:
+            self._scans[source] = self._zeros(source)
+        self._scans[source][at].add_(grad)
+
+    def gradients(self) -> dict[Input, Tensor]:
+        """Of all inputs, when it has come down."""
+        for source in list(self._scans):
+            super().meta(source, self._scans.pop(source))
+        return self.metas
+
+
+class Run:
+    """One call of a compiled function.
+
+    Args:
+        rolled: its program.
+        tensors: the tensors behind the program's inputs.
+        how: its graphs are run.
+        backward_hook: see `Engine`.
+        kept: what is kept for the backward.
+        written: tensors that this call will overwrite when it has run; what is read of them is copied.
+        engine: what runs it.
+        rehearsal: whether it is run to find out something: then the process's random generator stays where it is.
+    """
+
+    def __init__(
+        self,
+        rolled: RolledProgram,
+        tensors: dict[Input, Tensor],
+        how: Lowering,
+        backward_hook: Callable | None,
+        kept: Kept,
+        written: Sequence[Tensor] = (),
+        engine: type[Engine] | None = None,
+        rehearsal: bool = False,
+    ) -> None:
+        self.rolled, self.rehearsal = rolled, rehearsal
+        overwritten = {id(t) for t in written}
+        inputs = Inputs(lambda t: id(t) in overwritten)
+        self.held = {key: inputs.hold(t) for key, t in tensors.items()}
+        self.generator = generator_for(rolled)
+        self.program = BoundProgram(rolled, self.held, rolled.registers, how)
+        check_device(kept.offload, [x.spec[3] for x in rolled.inputs])
+        tier = None if kept.slots is None else tier_for(kept.offload)
+        self.engine = (engine or Engine)(kept.slots, backward_hook, self.program, tier)
+        self.engine.saving = self.program.end - kept.saved
+        self.engine.begin = self.program.end - rolled.swept
+        self.end = 0
+
+    def forward(self) -> list[Tensor]:
+        """The function's outputs; what it leaves in tensors from outside is in `last`."""
+        state: list[Any] = [None] * (self.rolled.registers + 1)
+        if self.generator is not None:
+            state[-1] = self.generator.get_state()
+        with unaffected():
+            self.engine.stream.first = not self.rehearsal
+            try:
+                state = self.engine.run(state)
+            except BaseException:
+                if self.engine.tier is not None:
+                    self.engine.tier.close("the call has ended with an exception")
+                raise
+            finally:
+                self.engine.stream.first = False
+            self.last = [(target, self._found(where, state)) for target, where in self.rolled.writes]
+            return [self._found(where, state).clone() for where in self.rolled.outputs]
+
+    def _found(self, where: int | Input, state: list[Tensor]) -> Tensor:
+        return state[where] if isinstance(where, int) else self.held[where].tensor.detach()
+
+    def backward(self, cotangents: Sequence[Tensor | None]) -> dict[Input, Tensor]:
+        """Gradients of the inputs, from cotangents of the outputs."""
+        for held in self.held.values():
+            held.get()  # raises for what was overwritten
+        sweep = GradientSweep(self._zeros)
+        for where, cotangent in zip(self.rolled.outputs, cotangents, strict=True):
+            if cotangent is not None and isinstance(where, int):
+                sweep.deposit(self.program.end, where, cotangent)
+        if self.rolled.limit is None:
+            self.engine.pull_back(sweep, 0)
+        else:
+            pull_back_truncated(self.engine, sweep, self.rolled.limit, self.rolled.offline)
+        return sweep.gradients()
+
+    def _zeros(self, source: Input) -> Tensor:
+        return torch.zeros_like(self.held[source].tensor, memory_format=torch.contiguous_format)
+
+
+def generator_for(rolled: RolledProgram) -> torch.Generator | None:
+    """The process's generator that a program draws from, or None."""
+    devices = [g.of.spec[3] for call, _ in rolled.counted() for g in call.inputs if g.kind == "noise"]
+    return generator_of(devices[0]) if devices else None
+
+
+class Call(torch.autograd.Function):
+    """A compiled function as a node of the user's graph: it may be pulled back any number of times, once deep."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Run, keys: Sequence[Input], dead: Sequence[int], *tensors: Tensor) -> tuple:  # type: ignore[override]
+        ctx.set_materialize_grads(False)
+        ctx.run, ctx.keys = run, keys
+        outputs = tuple(run.forward())
+        ctx.mark_non_differentiable(*(outputs[i] for i in dead))
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple:  # type: ignore[override]
+        refuse_third_order()
+        grads = ctx.run.backward(cotangents)
+        tensors = [ctx.run.held[key].tensor for key in ctx.keys]
+        return None, None, None, *defined([grads.get(key) for key in ctx.keys], hooked(tensors))

@@ -1,0 +1,323 @@
+"""What a step read from outside: held by reference and watched, or copied where it is meant to change."""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections import deque
+from collections.abc import Callable, Container
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from metaoptim.compiler.ir.program import memory_bytes
+from metaoptim.compiler.ir.slices import tensor_spec
+from metaoptim.errors import StaleInputError
+
+_CHUNK = 1 << 20
+_LARGE = 1 << 14  # bytes that are not copied without need
+
+
+def checksum(t: Tensor) -> int | Tensor:
+    """A 64-bit digest of the bytes of ``t`` (a tensor, unsynchronised, off the CPU).
+
+    Version counters do not move for ``.data`` writes, memory shared with numpy and fused optimizers; bytes do.
+    """
+    if t.layout is torch.sparse_coo:
+        return hash((t._version, checksum(t._indices()), checksum(t._values())))
+    if t.layout is not torch.strided:
+        return t._version
+    if t.device.type != "cpu":
+        with torch.no_grad():
+            return torch.hash_tensor(t)
+    if not t.is_contiguous():
+        t = t.detach()
+        t = (_in_order(t) if t.nbytes > _LARGE else t).contiguous()
+    start, size = t.data_ptr(), t.numel() * t.element_size()
+    chunks = range(0, size, _CHUNK)
+    return hash(tuple([hash(ctypes.string_at(start + at, min(_CHUNK, size - at))) for at in chunks]))
+
+
+def _in_order(t: Tensor) -> Tensor:
+    """Each element of ``t`` once, as they lie in memory, so that what is transposed or expanded need not be copied."""
+    for dim in [d for d, stride in enumerate(t.stride()) if not stride and t.shape[d] > 1]:
+        t = t.narrow(dim, 0, 1)
+    return t.permute(sorted(range(t.dim()), key=t.stride, reverse=True))
+
+
+def _copy(t: Tensor) -> Tensor:
+    """A copy with the very strides of ``t``: step graphs are traced for them."""
+    with torch.no_grad():
+        t = t.detach()
+        if t.layout is not torch.strided or t.is_conj() or t.is_neg() or not t.numel():
+            return t.clone()
+        span = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+        return t.as_strided((span,), (1,)).clone().as_strided(t.shape, t.stride())
+
+
+class Memory:
+    """What refers to a piece of memory for all that is held of it: a tensor of our own, not the user's object."""
+
+    __slots__ = ("tensor", "__weakref__")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+class Held:
+    """The value of a tensor as a step read it.
+
+    Views of one tensor (`xs[t]`) are kept as the place they have in its memory: as objects they are ten times as large.
+
+    Attributes:
+        memory: the user's, or a copy.
+        layout: shape and strides of a view of it, equal ones being one object; None for all of it.
+        offset: of a view.
+        digest: of the value, to find out whether it was overwritten; None if it cannot be.
+        private: whether it is a copy.
+    """
+
+    __slots__ = ("memory", "layout", "offset", "digest", "label", "private", "__weakref__")
+
+    def __init__(
+        self, tensor: Tensor | Memory, digest: int | Tensor | None, label: str, private: bool = False
+    ) -> None:
+        self.memory = Memory(tensor) if isinstance(tensor, Tensor) else tensor
+        self.layout: tuple | None = None
+        self.offset = 0
+        self.digest, self.label, self.private = digest, label, private
+
+    @property
+    def spec(self) -> tuple:
+        """Shape, dtype, strides and device of what is held, without making it."""
+        of = self.memory.tensor
+        if self.layout is None:
+            return tensor_spec(of)
+        shape, strides = self.layout
+        return (tuple(shape), of.dtype, strides, of.device)
+
+    @property
+    def tensor(self) -> Tensor:
+        """What is held."""
+        if self.layout is None:
+            return self.memory.tensor
+        shape, strides = self.layout
+        return self.memory.tensor.as_strided(shape, strides, self.offset)
+
+    def get(self) -> Tensor:
+        """The tensor, or `StaleInputError` if it was overwritten since."""
+        if isinstance(self.digest, Tensor) or (self.digest is not None and not self.private):
+            try:
+                tensor = self.tensor
+            except RuntimeError as error:  # its storage has shrunk
+                raise StaleInputError(
+                    f"{self.label} is gone: the memory it lay in was given back after the step had read it ({error}). "
+                    "Call backward before that, or give each step a tensor of its own"
+                ) from error
+            now = checksum(tensor)
+            same = bool((now == self.digest).all()) if isinstance(now, Tensor) else now == self.digest
+            if not same:
+                raise StaleInputError(
+                    f"{self.label}, a tensor of shape {tuple(tensor.shape)}, was overwritten after the step had "
+                    "read it, so the step cannot be differentiated any more. Give each step a tensor of its own (clone "
+                    "what is reused), or call backward before overwriting it."
+                )
+            return tensor
+        return self.tensor
+
+    def is_current(self, source: Tensor) -> bool:
+        """Whether another read of ``source``, at the same version, may share this hold."""
+        if not self.private or isinstance(self.digest, Tensor):
+            return True  # a difference is found when the value is used
+        return bool(checksum(source) == self.digest)
+
+    def keep(self) -> None:
+        """The user's memory is about to be overwritten: copy it."""
+        if not self.private:
+            self.memory, self.layout, self.private = Memory(_copy(self.get())), None, True
+
+
+class _Copy(weakref.ref):
+    """A copy, weakly."""
+
+    __slots__ = ("size",)
+
+
+class Watch(weakref.ref):
+    """The user's tensor object, weakly.
+
+    Attributes:
+        key: of its memory.
+    """
+
+    __slots__ = ("key",)
+
+
+class Ledger:
+    """What counts of a window's holds, without any of them: objects that die at any moment, and in any thread.
+
+    Args:
+        counted: whether anybody asks; otherwise nothing is noted.
+
+    Attributes:
+        let_go: memory held by reference that the user seems to have let go of, or has overwritten.
+    """
+
+    def __init__(self, counted: bool) -> None:
+        self.counted = counted
+        self.let_go: deque[Watch] = deque()
+        self._watches: dict[int, Watch] = {}
+        self._let_go = self.let_go.append
+        self._bytes = 0
+        self._alive: set[_Copy] = set()
+        self._dead: deque[_Copy] = deque()
+        self._died = self._dead.append
+
+    def watch(self, tensor: Tensor, key: int) -> None:
+        """Look out for the death of the tensor that the user has: ``tensor`` may be a view made for a moment."""
+        if not self.counted:
+            return
+        base = tensor._base
+        watch = self._watches[key] = Watch(tensor if base is None else base, self._let_go)
+        watch.key = key
+
+    def overwritten(self, key: int) -> None:
+        """There are copies of all that was held of this memory."""
+        if (watch := self._watches.pop(key, None)) is not None:
+            self.let_go.append(watch)
+
+    def watch_only(self, keys: Container[int]) -> None:
+        """Of other memory nothing is held any more."""
+        self._watches = {k: w for k, w in self._watches.items() if k in keys}
+
+    def add(self, copy: Memory) -> None:
+        """A copy was made."""
+        if not self.counted:
+            return
+        ref = _Copy(copy, self._died)
+        ref.size = memory_bytes(copy.tensor)
+        self._alive.add(ref)
+        self._bytes += ref.size
+
+    @property
+    def copies(self) -> int:
+        """Bytes of copies that live: also those that no step has read yet, and none that are forgotten."""
+        while self._dead:
+            ref = self._dead.popleft()
+            self._alive.discard(ref)
+            self._bytes -= ref.size
+        return self._bytes
+
+
+class _Holds:
+    """Holds by reference on one piece of memory."""
+
+    __slots__ = ("again", "holds", "memory")
+
+    def __init__(self) -> None:
+        self.memory: weakref.ref[Memory]  # of which views are kept as places in it
+        self.holds: list[weakref.ref[Held]] = []
+        self.again = 64  # when so many are listed, the dead are looked for
+
+    def __bool__(self) -> bool:
+        return self.memory() is not None or any(ref() is not None for ref in self.holds)
+
+    def add(self, held: Held) -> None:
+        if len(self.holds) >= self.again:
+            self.holds = [ref for ref in self.holds if ref() is not None]
+            self.again = max(64, 2 * len(self.holds))
+        self.holds.append(weakref.ref(held))
+
+
+def _lie_alike(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors that share memory differ by sizes, strides and offset alone."""
+    plain = all(type(t) in (Tensor, torch.nn.Parameter) and not (t.is_conj() or t.is_neg()) for t in (a, b))
+    return plain and a.dtype == b.dtype and a.is_inference() == b.is_inference()
+
+
+class Inputs:
+    """Holds on everything that the steps of a window read from outside.
+
+    Meta-parameters and buffers are expected to change: they are copied, once per value. Everything else is held by
+    reference, copied when an operator is about to overwrite it, and watched for overwriting that no operator shows.
+
+    Args:
+        is_buffer: whether a tensor is a buffer of the inner networks.
+        counted: whether anybody asks what they come to.
+
+    Attributes:
+        ledger: what they come to.
+    """
+
+    def __init__(self, is_buffer: Callable[[Tensor], bool], counted: bool = False) -> None:
+        self.is_buffer = is_buffer
+        self.ledger = Ledger(counted)
+        self._copies = WeakIdKeyDictionary()  # tensor -> its version then, the copy
+        self._at: dict[int, _Holds] = {}  # storage -> holds by reference
+        self._layouts: dict[tuple, tuple] = {}  # to itself
+        self._prune_at = 64
+
+    def hold(self, tensor: Tensor) -> Held:
+        """``tensor`` as it is now."""
+        if tensor.requires_grad:
+            return self._copied(tensor, "a meta-parameter")
+        if self.is_buffer(tensor):
+            return self._copied(tensor, "a buffer")
+        label = "an input of an inner step"
+        if tensor.layout is not torch.strided:
+            return Held(tensor, checksum(tensor), label)
+        storage = tensor.untyped_storage()._cdata
+        holds = self._at.get(storage)
+        memory = None if holds is None else holds.memory()
+        if holds is None or memory is None:
+            held = Held(tensor.detach(), checksum(tensor), label)
+            if holds is None:
+                if len(self._at) >= self._prune_at:
+                    self._at = {k: v for k, v in self._at.items() if v}
+                    self.ledger.watch_only(self._at)
+                    self._prune_at = max(64, 2 * len(self._at))
+                holds = self._at[storage] = _Holds()
+            holds.memory = weakref.ref(held.memory)
+            self.ledger.watch(tensor, storage)
+        elif _lie_alike(memory.tensor, tensor):
+            held = Held(memory, checksum(tensor), label)
+            layout = (tensor.shape, tensor.stride())
+            held.layout, held.offset = self._layouts.setdefault(layout, layout), int(tensor.storage_offset())
+        else:
+            held = Held(tensor.detach(), checksum(tensor), label)
+        holds.add(held)
+        return held
+
+    def _copied(self, tensor: Tensor, label: str) -> Held:
+        digest, version = checksum(tensor), 0 if tensor.is_inference() else tensor._version
+        known = self._copies.get(tensor)
+        if known is not None and known[0] == version:
+            copy = known[1]
+            if isinstance(digest, Tensor):  # compared when it is used: no synchronisation here
+                return Held(copy.memory, digest, label, True)
+            if digest == copy.digest:
+                return copy
+        held = Held(_copy(tensor), digest, label, True)
+        self.ledger.add(held.memory)
+        self._copies[tensor] = version, held
+        return held
+
+    def preserve(self, targets: list[Tensor]) -> bool:
+        """An operator is about to overwrite ``targets``: copy what is held of their memory; whether anything was."""
+        copied = False
+        for t in targets:
+            if self._at and t.layout is torch.strided:
+                storage = t.untyped_storage()._cdata
+                holds = self._at.pop(storage, None)
+                for ref in () if holds is None else holds.holds:
+                    if (held := ref()) is not None:
+                        held.keep()
+                        self.ledger.add(held.memory)
+                        copied = True
+                self.ledger.overwritten(storage)
+        return copied
+
+    def clear(self) -> None:
+        """Drop every reference to the user's tensors."""
+        self._copies.clear()

@@ -1,0 +1,426 @@
+"""A window while the function around it is captured: its steps become calls of the trace."""
+
+from __future__ import annotations
+
+import operator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metaoptim.compiler.capture import intercept
+from metaoptim.compiler.capture.symbolic.tracer import Tracer
+from metaoptim.compiler.ir.operators import LIFTS
+from metaoptim.compiler.ir.segments import sources
+from metaoptim.compiler.ir.slices import closed_over, tensor_spec
+from metaoptim.compiler.ir.step import gradient, show
+from metaoptim.compiler.ir.trace import Input, Scan, ScanItem, WindowMark
+from metaoptim.compiler.ir.update import UpdatePlan
+from metaoptim.compiler.ir.values import Entry, Value
+from metaoptim.compiler.passes.build import GradientHooks
+from metaoptim.errors import CaptureError, WindowError, user_location
+
+from ..windows.dependence import leaves_of
+from ..windows.hyper import hyper_of
+from ..windows.networks import Networks
+from ..windows.session import AS_GRADIENT, WINDOW, Options, Session, _current, refuse_overwritten
+from .iteration import Iteration
+
+aten = torch.ops.aten
+# Iterations of a scan that are captured: one may differ (state is created), the others show what is carried from one to
+# the next, and that nothing is carried further.
+CAPTURED_ITERATIONS = 4
+_REMEMBERED = 8  # versions of a parameter that a loss may have been computed from
+
+
+class _Networks(Networks):
+    """Networks that show fake parameters and buffers."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def _copy_buffers(self, modules: Sequence[nn.Module]) -> None:
+        storages: dict[int, Tensor] = {}
+        for module in (m for root in modules for m in root.modules() if id(m) not in self._modules):
+            for name, b in module._buffers.items():
+                if b is None or b.requires_grad or id(b) in self._copies:
+                    continue
+                if storages.setdefault(b.untyped_storage()._cdata, b) is not b:
+                    raise CaptureError(
+                        f"buffer {name!r} shares memory with another buffer; use an ordinary window"
+                    )
+                fake = self.tracer.faked(b).detach().clone(memory_format=torch.preserve_format)
+                self.tracer.bind(fake, self.tracer.value_of(b))
+                self._copies[id(b)] = fake
+
+
+class CapturedSession(Session):
+    """A window inside a function that is captured."""
+
+    recorder: Tracer
+
+    def __init__(self, options: Options, tracer: Tracer) -> None:
+        if options.record_grad_tape or options.pickup_step >= 0:
+            raise CaptureError(
+                "record_grad_tape and pickup_step need an ordinary window; take the decorator off, or compile the "
+                "inner step only"
+            )
+        if options.sync is not False:
+            raise CaptureError(
+                "sync= of a window inside a compiled function, which waits for no other ranks; average the parameters "
+                "after the call (torch.distributed.all_reduce), or use an ordinary window"
+            )
+        if options.lowering != WINDOW:
+            raise WindowError(
+                "backend, hvp or self_check of a window inside a compiled function; give them to metaoptim.compile"
+            )
+        super().__init__(options)
+        self.keeps_state = not options.offline  # whether optimizers go on from where the window leaves them
+        self.recorder = tracer
+        self.networks = _Networks(tracer)
+        self.mark = WindowMark(
+            options.offline,
+            options.window,
+            options.slots,
+            options.memory_budget,
+            options.backward_hook,
+            options.offload,
+        )
+        self._scan: Scan | None = None
+        self._versions: dict[int, deque[Tensor]] = {}  # per parameter, what was shown, newest first
+        self._lifts = True
+        self._updates: dict[tuple, tuple[list[tuple], list[dict[str, tuple]]]] = {}
+        self._overwritten: set[int] = set()
+        self._taken: dict[
+            int, Entry
+        ] = {}  # the calls that take in parameters of which no optimizer has stepped
+        self._cut: list[tuple[int, Any]] = []  # overwritten parameters, and what had shown them
+
+    def _own(self, value: Tensor) -> Tensor:
+        return value  # nothing is written into
+
+    # -- entry and exit ------------------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Begin: optimizers step here."""
+        _current.set(self)
+        intercept.binding.set(self.networks.bind)
+        self.recorder.on_write = self._write
+
+    def close(self, failed: bool) -> None:
+        """End: modules have their own parameters back; online, the trace knows their last values."""
+        tracer = self.recorder
+        try:
+            if not failed:
+                self.networks.check()
+                if self._scan is not None:
+                    raise CaptureError(
+                        "window.scan or window.range was left by `break`; scan a shorter tensor"
+                    )
+                self._keep()
+        finally:
+            for member in self.members.values():
+                member.optimizer._session = None
+                if failed or self.options.offline:
+                    member.optimizer.state.clear()
+                    member.optimizer.state.update(member.entry)
+            with tracer.paused():
+                self.networks.restore()
+            tracer.on_write = lambda t, directly: None
+            intercept.binding.set(None)
+            _current.set(None)
+            self.members.clear()
+
+    def _keep(self) -> None:
+        """Parameters, buffers and optimizer states have a last value; from here on the trace reads that, detached."""
+        tracer, networks = self.recorder, self.networks
+        self._let_go()
+        for p, shown in zip(networks.originals, networks.shown, strict=True):
+            self._last(p, p, shown)
+        for module, name, own in networks._buffers:
+            last = module._buffers.get(name)
+            if last is None or tensor_spec(last) != tensor_spec(own):
+                raise CaptureError(
+                    f"buffer {name!r} was replaced by another kind of tensor; use an ordinary window"
+                )
+            self._last(own, own, last)
+        for member in self.members.values():
+            optimizer = member.optimizer
+            for p, state in optimizer.state.items():
+                known = member.entry.get(p, {})
+                for name, value in state.items():
+                    if value is not known.get(name) and self.keeps_state:
+                        state[name] = self._last_state((optimizer, p, name), value)
+        tracer.trace.windows.append(self.mark)
+
+    def _is_ordinary(self, i: int) -> bool:
+        """Whether no optimizer of parameter ``i`` has stepped."""
+        return i in self._taken
+
+    def _let_go(self) -> None:
+        """Who has read parameters of which no optimizer has stepped has read an input, as without the optimizer."""
+        for i in filter(self._is_ordinary, self._overwritten):
+            raise CaptureError(
+                f"parameter {self.networks.names[i]!r} was changed in place, and its optimizer takes no step in this "
+                "window of a compiled function; use an ordinary window, or delete that optimizer"
+            )
+        own: dict[int, Any] = {id(taken): taken.args[0] for taken in self._taken.values()}
+
+        def read(a: Any) -> Any:
+            if isinstance(a, Value):
+                return own.get(id(a.entry), a)
+            if isinstance(a, tuple):
+                return tuple(map(read, a))
+            return {k: read(v) for k, v in a.items()} if isinstance(a, dict) else a
+
+        for entry in self.recorder.trace.entries if own else ():
+            if entry.op is show and id(entry.args[0].entry) in own:  # it was not overwritten
+                own[id(entry)] = own[id(entry.args[0].entry)]
+            else:
+                entry.args, entry.kwargs = read(entry.args), read(entry.kwargs)
+
+    def _last_state(self, target: tuple, last: Tensor) -> Tensor:
+        """What an optimizer has in a later window of the function."""
+        tracer = self.recorder
+        detached = Value(tracer.add(aten.detach.default, (tracer.value_of(last),), grad=True), None)
+        detached.ref = tensor_spec(last)
+        if not target[0].symbolic:  # others end with the call
+            self.mark.last.append((target, detached))
+        with tracer.paused():
+            kept = tracer.faked(last).detach()
+        tracer.bind(kept, detached)
+        return kept
+
+    def _last(self, target: Any, own: Tensor | None, last: Tensor) -> None:
+        tracer = self.recorder
+        value = root = tracer.value_of(last)
+        while isinstance(root, Value) and root.entry.op in (show, aten.alias.default):
+            root = root.entry.args[0]
+        if isinstance(root, Input) and root.tensor is own:
+            return
+        self._leave(target, own, last, value)
+
+    def _leave(self, target: Any, own: Tensor | None, last: Tensor, value: Any) -> None:
+        detached = Value(self.recorder.add(aten.detach.default, (value,), grad=True), None)
+        detached.ref = tensor_spec(last)
+        self.mark.last.append((target, detached))
+        if own is not None and not self.options.offline:
+            self.recorder.bind(own, detached)
+
+    def _offer(self, ordinals: list[int]) -> None:
+        tracer = self.recorder
+        self._lifts = all(p.dtype in LIFTS for p in self.networks.originals)
+        for i in ordinals:
+            p = self.networks.originals[i]
+            taken = tracer.add(aten.alias.default, (tracer.value_of(p),), grad=True)
+            self._taken[i] = taken
+            self._show(i, tensor_spec(p), Value(taken, None))
+
+    def _join(self, ordinals: list[int], late: list[int]) -> None:
+        if late:
+            raise CaptureError("build the optimizer before the loss of its first step is computed")
+        self.mark.adopted += [self._taken.pop(i) for i in ordinals if i in self._taken]
+
+    def _show(self, i: int, spec: tuple, value: Any) -> None:
+        shown = self.recorder.fakes.empty(spec).requires_grad_()
+        shown._is_param = True  # type: ignore[attr-defined]
+        self.recorder.bind(shown, Value(self.recorder.add(show, (value,), grad=True), None))
+        self.networks.show(i, shown)
+        self._versions.setdefault(i, deque(maxlen=_REMEMBERED)).appendleft(shown)
+
+    def _start(self, ordinals: list[int], values: list[Tensor]) -> None:
+        for i, v in zip(ordinals, values, strict=True):
+            self._show(i, tensor_spec(v), self.recorder.value_of(v))
+        for i in set(range(len(self.networks.shown))) - set(
+            ordinals
+        ):  # what the values were computed from, maybe
+            shown = self.networks.shown[i]
+            self._show(i, tensor_spec(shown), self.recorder.value_of(shown))
+
+    # -- loops ---------------------------------------------------------------------------------------------------
+
+    def scan(self, tensors: tuple[Tensor, ...], count: int) -> Iterator[tuple[int, list[Tensor]]]:
+        """The first iterations of a loop over the leading axis of ``tensors``; they stand for all."""
+        if self._scan is not None:
+            raise CaptureError(
+                "window.scan inside window.scan; flatten the loops, or use a plain `for` inside"
+            )
+        tracer = self.recorder
+        labels = list(range(min(count, CAPTURED_ITERATIONS)))
+        if count > CAPTURED_ITERATIONS:
+            labels[-2:] = [count // 2, count - 1]  # later ones, so that what depends on the index shows
+        scan = self._scan = Scan(count, labels, user_location())
+        for k in labels:
+            scan.begins.append(len(tracer.trace.entries))
+            yield Iteration(k), [self._item(t, k) for t in tensors]
+        scan.end = len(tracer.trace.entries)
+        self._scan = None
+        if scan.begins:
+            tracer.trace.scans.append(scan)
+
+    def _item(self, t: Tensor, k: int) -> Tensor:
+        tracer = self.recorder
+        source = tracer.value_of(t)
+        if not isinstance(source, Input):
+            return t[k]  # computed inside: a call of the trace
+        with tracer.paused():
+            item = tracer.faked(t)[0].detach()
+            if source.grad:
+                item.requires_grad_()
+        tracer.bind(item, ScanItem(source, k, tensor_spec(item)))
+        return item
+
+    # -- steps ---------------------------------------------------------------------------------------------------
+
+    def _step(self, optimizer: Any, loss: Tensor, allow_unused: bool) -> None:
+        tracer, networks = self.recorder, self.networks
+        self.refuse_strangers()
+        if optimizer._normalizer is not None and optimizer._normalizer[2]:
+            raise CaptureError(
+                "error_if_nonfinite needs a value while the function is captured; use an ordinary window"
+            )
+        tracer.settle_hooks()
+        root = tracer.value_of(loss)
+        members = [
+            (i, k)
+            for k, group in enumerate(optimizer.param_groups)
+            for p in group["params"]
+            if (i := networks.index_of(p)) is not None
+        ]
+        ordinals = [i for i, _ in members]
+        self._refuse_overwritten(root, ordinals)
+        leaves = set(map(id, leaves_of(loss)))
+        read = self._read(leaves, root, ordinals)
+        # which parameters the loss depends on: a gradient has their shapes, so that nothing need be pulled back
+        reached = [tracer.fakes.empty(tensor_spec(t)) if id(t) in leaves else None for t in read]
+        grads, hooks = self.gradients(optimizer, ordinals, reached, False, allow_unused)
+        used = [
+            (i, k, r, g, h)
+            for (i, k), r, g, h in zip(members, read, grads, hooks, strict=True)
+            if g is not None
+        ]
+        if any(isinstance(c, Tensor) for *_, found in used for hook in found for c in closed_over(hook)):
+            raise CaptureError(
+                "a hook on a parameter closes over a tensor, whose values it would keep from the capture on; let it "
+                "depend on its argument and on Python numbers only, or use an ordinary window"
+            )
+        shown = [networks.shown[i] for i, *_ in used]
+        thetas = tuple(map(tracer.value_of, shown))
+        by = tuple(tracer.value_of(r) for _, _, r, *_ in used)
+        taken = tracer.add(gradient, (root, by), grad=True)
+        tokens: list[Any] = [Value(taken, j) for j in range(len(used))]
+        for j, (*_, hook) in enumerate(used):
+            if hook:
+                tokens[j] = Value(tracer.add(GradientHooks(hook), (tokens[j],), grad=True), None)
+            if optimizer.first_order:
+                tokens[j] = Value(tracer.add(aten.detach.default, (tokens[j],), grad=True), None)
+        hyper = hyper_of(optimizer, tracer.value_of, self._lifts)
+        states = [dict(optimizer.state[networks.originals[i]]) for i, *_ in used]
+        plan = UpdatePlan(
+            type(optimizer).update,
+            hyper.groups,
+            tuple(k for _, k, *_ in used),
+            tuple(map(tuple, states)),
+            hyper.clip,
+            type(optimizer).init_state if not all(states) else None,
+        )
+        new, new_states = self._updated(plan, shown, [g for *_, g, _ in used], states, hyper.slots)
+        state_tokens = tuple({k: tracer.value_of(v) for k, v in s.items()} for s in states)
+        update = tracer.add(plan, (thetas, tuple(tokens), state_tokens, tuple(hyper.roots)), grad=True)
+        new_thetas = self._part(Value(update, None), 0)
+        for j, (i, *_) in enumerate(used):
+            self._show(i, new[j], self._part(new_thetas, j))
+            optimizer.state[networks.originals[i]] = {
+                name: tracer.fakes.empty(spec) for name, spec in new_states[j].items()
+            }
+        if any(new_states):
+            all_states = self._part(Value(update, None), 1)
+            for j, (i, *_) in enumerate(used):
+                of = self._part(all_states, j)
+                for name, value in optimizer.state[networks.originals[i]].items():
+                    tracer.bind(value, self._part(of, name))
+        # An inner gradient is the derivative at the state it is taken at: what this step has read of other networks is
+        # shown anew, so that their own steps do not look back through it.
+        for i in set(range(len(networks.shown))) - set(ordinals):
+            t = networks.shown[i]
+            if id(t) in leaves:
+                self._show(i, tensor_spec(t), tracer.value_of(t))
+        if not optimizer.symbolic and optimizer not in tracer.stepped:
+            tracer.stepped.append(optimizer)
+        tracer.trace.steps.append((len(tracer.trace.entries), user_location()))
+
+    def _refuse_overwritten(self, root: Any, ordinals: list[int]) -> None:
+        cut = {entry: i for i, entry in self._cut if i in ordinals}
+        stack, seen = [root] if cut else [], set()
+        while stack:
+            a = stack.pop()
+            if not isinstance(a, Value) or a.entry in seen:
+                continue
+            seen.add(a.entry)
+            if a.entry in cut:
+                refuse_overwritten(self.networks.names[cut[a.entry]])
+            if a.entry.op is not show:
+                stack += sources(a.entry)
+        self._cut = [(i, entry) for i, entry in self._cut if i not in ordinals]
+
+    def _read(self, reached: set[int], root: Any, ordinals: list[int]) -> list[Tensor]:
+        """The parameters as a loss has read them that depends on the leaves ``reached``: those of now, or of before."""
+        born = root.entry.seq if isinstance(root, Value) else len(self.recorder.trace.entries)
+        for back in range(_REMEMBERED):
+            found = []
+            for i in ordinals:
+                versions = [
+                    t for t in self._versions[i] if self.recorder.value_of(t).entry.seq <= born
+                ] or list(self._versions[i])
+                found.append(versions[min(back, len(versions) - 1)])
+            if any(id(t) in reached for t in found):
+                return found
+        return [self.networks.shown[i] for i in ordinals]
+
+    def _updated(
+        self, plan: UpdatePlan, thetas: list[Tensor], grads: list[Tensor], states: list[dict], slots: list
+    ) -> tuple[list[tuple], list[dict[str, tuple]]]:
+        """Specs of what an update makes of parameters and states; it is gone through once for all that are alike."""
+        key = (
+            plan,
+            *(tensor_spec(t) for t in (*thetas, *grads)),
+            *(tensor_spec(v) for state in states for v in state.values()),
+            *(tensor_spec(v) if isinstance(v, Tensor) else type(v) for v in slots),
+        )
+        if key not in self._updates:
+            tracer = self.recorder
+            with torch.no_grad():
+                new, new_states = plan([t.detach() for t in thetas], grads, states, tracer.faked(slots))
+            specs = [{k: tensor_spec(v) for k, v in state.items()} for state in new_states]
+            self._updates[key] = list(map(tensor_spec, new)), specs
+        return self._updates[key]
+
+    def _part(self, of: Value, at: int | str) -> Value:
+        """A piece of the update's nested result."""
+        return Value(self.recorder.add(operator.getitem, (of, at), grad=True), None)
+
+    # -- in-place loads ------------------------------------------------------------------------------------------
+
+    def _write(self, t: Tensor, directly: bool) -> Callable[[], None] | None:
+        """The memory of a shown parameter is about to be overwritten: a history cut."""
+        i = next((i for i, shown in enumerate(self.networks.shown) if shown is t), None)
+        if i is None:
+            return None
+        if directly and torch.is_grad_enabled():
+            raise WindowError(
+                f"parameter {self.networks.names[i]!r} was changed in place with grad mode on; {AS_GRADIENT}"
+            )
+        tracer = self.recorder
+
+        before = tracer.value_of(t).entry
+
+        def cut() -> None:
+            self._cut.append((i, before))
+            self._overwritten.add(i)
+            value = Value(tracer.add(aten.detach.default, (tracer.value_of(t),), grad=True), None)
+            tracer.bind(t, Value(tracer.add(show, (value,), grad=True), None))
+
+        return cut

@@ -1,0 +1,275 @@
+"""The full tape, plain eager PyTorch with `create_graph=True`: the oracle, and a way out of what cannot be recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from threading import Lock
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import enable_reentrant_dispatch
+
+from metaoptim.compiler.capture.eager.recorder import Recorder
+from metaoptim.compiler.ir.update import UpdatePlan, clip_gradients, initial_state
+from metaoptim.errors import WindowError
+
+from ..engine.graph import nodes_below
+from ..engine.nodes import Begin, as_parameter
+from .session import AS_GRADIENT, Options, Session, gradient, refuse_overwritten
+
+# The fused attention kernels have no second derivative: none is taken while a full tape is open, in the whole process.
+_lock = Lock()
+_open = 0
+_unfused = ExitStack()
+
+
+def _open_tapes(more: int) -> None:
+    """``more`` full tapes are open now: the first of them sets torch's switches, the last puts them back."""
+    global _open
+    with _lock:
+        if not _open:
+            _unfused.enter_context(sdpa_kernel(SDPBackend.MATH))
+        _open += more
+        if not _open:
+            _unfused.close()
+
+
+# How many versions back a loss may have read: steps that other optimizers took since it was computed.
+_LOOK_BACK = 8
+
+
+class _Show(torch.autograd.Function):
+    """A tensor as a parameter of its own, differentiable any number of times."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, own: list[nn.Parameter]) -> Tensor:  # type: ignore[override]
+        return as_parameter(value.detach().clone(), own[0])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad, None
+
+
+def _show(value: Tensor, own: nn.Parameter) -> Tensor:
+    # the parameter behind is no differentiable input: hand it over out of autograd's sight
+    return _Show.apply(value, [own])
+
+
+def _own(hyper: Any) -> Any:
+    """Schedulers write into tensors that autograd saves here: a copy, where that changes no gradient."""
+    return hyper.clone() if isinstance(hyper, Tensor) and not hyper.requires_grad else hyper
+
+
+_SHOWN = (Begin._backward_cls, _Show._backward_cls)  # type: ignore[attr-defined]  # pyright: ignore
+
+
+def _key(t: Tensor) -> Any:
+    return id(t) if t.grad_fn is None else t.grad_fn
+
+
+def _shown_below(loss: Tensor) -> set[Any]:
+    """What ``loss`` has read of what was shown, itself and not by way of later steps: nodes, and ids of leaves."""
+    found: set[Any] = set()
+    for node in nodes_below([loss], lambda node: isinstance(node, _SHOWN)):
+        found.add(node)
+        if hasattr(node, "variable"):
+            found.add(id(node.variable))
+    return found
+
+
+class FullTapeSession(Session):
+    """A window whose inner steps stay on autograd's tape."""
+
+    def __init__(self, options: Options) -> None:
+        super().__init__(options)
+        self.recorder = Recorder(self, record=False)
+        self._versions: list[list[Tensor]] = []  # what the networks have shown, oldest first
+        self._values: list[list[int]] = []  # beside it: numbers that are equal where the values are
+        self._count = 0
+        self._cuts: set[int] = (
+            set()
+        )  # ids of parameters that optimizers step: a write before that was a cut too
+        self._cut: list[tuple[int, Any]] = []  # overwritten parameters, and what had shown them
+
+    def open(self) -> None:
+        """Begin: from here on the calling thread's code is the window's."""
+        _open_tapes(+1)
+        super().open()
+
+    def _offer(self, ordinals: list[int]) -> None:
+        for i in ordinals:
+            p = self.networks.originals[i]
+            with torch.enable_grad():
+                (shown,) = Begin.apply(self.closed, [p.detach().clone()], p)
+            self.networks.show(i, shown)
+        self._shown_anew(ordinals)
+
+    def _join(self, ordinals: list[int], late: list[int]) -> None:
+        own = self.networks.originals
+        self._cuts.update(id(own[i]) for i in ordinals)
+        if late:
+            before = [own[i] if i in late else shown for i, shown in enumerate(self.networks.shown)]
+            self._versions.insert(-1, before)
+            self._values.insert(-1, list(self._values[-1]))
+
+    def _start(self, ordinals: list[int], values: list[Tensor]) -> None:
+        own = self.networks.originals
+        with torch.enable_grad():
+            for i, v in zip(ordinals, values, strict=True):
+                shown = _show(v, own[i])
+                self.networks.show(i, shown if v.requires_grad else shown.requires_grad_())
+            for i in set(range(len(own))) - set(ordinals):  # as after a step
+                self.networks.show(i, _show(self.networks.shown[i], own[i]))
+        self._shown_anew(ordinals)
+
+    def _shown_anew(self, changed: Sequence[int]) -> None:
+        """Note what the networks show, where ``changed`` are new values."""
+        before = self._values[-1] if self._values else []
+        values = [*before, *[0] * (len(self.networks.shown) - len(before))]
+        for i in changed:
+            self._count += 1
+            values[i] = self._count
+        self._versions.append(list(self.networks.shown))
+        self._values.append(values)
+
+    def _step(self, optimizer: Any, loss: Tensor, allow_unused: bool) -> None:
+        self.refuse_strangers()
+        ordinals = self.ordinals(optimizer)
+        create_graph = not optimizer.first_order
+        found = self._inner_gradient(loss, ordinals, create_graph)
+        grads, _ = self.gradients(optimizer, ordinals, found, create_graph, allow_unused)
+        used = [(i, g) for i, g in zip(ordinals, grads, strict=True) if g is not None]
+        hook = self.options.backward_hook
+        group_of = {id(p): k for k, group in enumerate(optimizer.param_groups) for p in group["params"]}
+        originals = [self.networks.originals[i] for i, _ in used]
+        with torch.enable_grad():
+            inner = []
+            for _, g in used:
+                if hook is not None and g.requires_grad:
+                    g = g.view_as(g)
+                    g.register_hook(hook)
+                inner.append(g)
+            states = []
+            for (i, _), p in zip(used, originals, strict=True):
+                state = optimizer.state[p]
+                if not state:
+                    group = optimizer.param_groups[group_of[id(p)]]
+                    state.update(initial_state(optimizer.init_state, self.networks.shown[i], group))
+                states.append(dict(state))
+            if optimizer._normalizer is not None:
+                inner = clip_gradients(inner, *optimizer._normalizer[:2])
+            groups = tuple(
+                tuple((k, _own(group[k])) for k in optimizer.defaults) for group in optimizer.param_groups
+            )
+            plan = UpdatePlan(
+                type(optimizer).update,
+                groups,
+                tuple(group_of[id(p)] for p in originals),
+                tuple(map(tuple, states)),
+            )
+            new, new_states = plan([self.networks.shown[i] for i, _ in used], inner, states, ())
+            shown = [
+                _show(value, p) if value.requires_grad else as_parameter(value, p).requires_grad_()
+                for value, p in zip(new, originals, strict=True)
+            ]
+            for (i, _), value in zip(used, shown, strict=True):
+                self.networks.show(i, value)
+            # The others are shown anew too: what they are read for from now on is not what past steps read them for, so
+            # an inner gradient is the derivative at this state alone, as in any training loop.
+            for i in set(range(len(self.networks.shown))) - {i for i, _ in used}:
+                self.networks.show(i, _show(self.networks.shown[i], self.networks.originals[i]))
+        for p, state in zip(originals, new_states, strict=True):
+            optimizer.state[p] = state
+        self._shown_anew([i for i, _ in used])
+
+    def _inner_gradient(self, loss: Tensor, ordinals: list[int], create_graph: bool) -> list[Tensor | None]:
+        """∇ loss by the parameters as the loss has read them, all that was shown besides held fixed.
+
+        A loss may have read what was shown at several times (before and after another optimizer's step). Where the
+        value was the same, both count; where an older value led to a newer one through a step, that way does not.
+        """
+        read = _shown_below(loss)
+        for i, node in self._cut:
+            if i in ordinals and node in read:
+                refuse_overwritten(self.networks.names[i])
+        self._cut = [(i, node) for i, node in self._cut if i not in ordinals]
+        newer: list[tuple[Tensor, Tensor]] = []  # what the loss has read, with its gradient by that alone
+        found: dict[int, tuple[int, Tensor]] = {}  # ordinal -> the value it was read at, gradient
+        for shown, values in zip(
+            reversed(self._versions[-_LOOK_BACK:]), reversed(self._values[-_LOOK_BACK:]), strict=True
+        ):
+            members = [
+                i for i, t in enumerate(shown) if _key(t) in read and not any(t is m for m, _ in newer)
+            ]
+            tensors = [shown[i] for i in members]
+            if not members:
+                continue
+            grads = gradient(loss, tensors, retain_graph=True, create_graph=create_graph)
+            joints = [(t, g) for t, g in newer if t.grad_fn is not None]
+            through: Sequence[Tensor | None] = [None] * len(members)
+            if joints:
+                through = gradient(
+                    [t for t, _ in joints],
+                    tensors,
+                    [g for _, g in joints],
+                    retain_graph=True,
+                    create_graph=create_graph,
+                )
+            for i, t, g, h in zip(members, tensors, grads, through, strict=True):
+                if g is None:
+                    continue
+                g = g if h is None else g - h
+                newer.append((t, g))
+                if i not in found:
+                    found[i] = values[i], g
+                elif found[i][0] == values[i]:
+                    found[i] = values[i], found[i][1] + g
+        return [found[i][1] if i in found else None for i in ordinals]
+
+    def _close(self) -> None:
+        _open_tapes(-1)
+        self._versions.clear()
+        self._values.clear()
+        self._cut.clear()
+        self.recorder.release()
+
+    # -- the recorder's guard ------------------------------------------------------------------------------------
+
+    def statistics(self, stats: Sequence[Tensor], training: bool) -> list[Tensor]:
+        """The running statistics for a batch norm to use."""
+        return self.networks.statistics(stats, training)
+
+    def preserve(self, targets: list[Tensor]) -> None:
+        """What steps have read is held by autograd, which watches versions itself."""
+        self.networks.back_up(targets)
+
+    def before_write(self, targets: list[Tensor], op: Any) -> list[int]:
+        """Ordinals of the parameters about to be overwritten."""
+        storages = {t.untyped_storage()._cdata: i for i, t in enumerate(self.networks.shown)}
+        hit = [storages[s] for t in targets if (s := t.untyped_storage()._cdata) in storages]
+        if hit and torch.is_grad_enabled() and any(t.requires_grad for t in targets):
+            raise WindowError(
+                f"parameter {self.networks.names[hit[0]]!r} was changed in place by {op} with grad mode on; "
+                + AS_GRADIENT
+            )
+        return hit
+
+    def after_write(self, hit: list[int]) -> None:
+        """A history cut: the overwritten parameters are new leaves."""
+        with self.recorder.paused(), enable_reentrant_dispatch():
+            for i in hit:
+                self._count += 1
+                self._values[-1][i] = self._count
+                shown = self.networks.shown[i]
+                if i not in self.networks.joined:
+                    with torch.enable_grad():  # an ordinary network's, so far
+                        (anew,) = Begin.apply(self._cuts, [shown.detach()], self.networks.originals[i])
+                    self.networks.show(i, anew)
+                    self._versions[-1][i] = anew
+                elif not shown.is_leaf:
+                    self._cut.append((i, shown.grad_fn))
+                    Tensor.detach_(shown)
+                    shown.requires_grad_()

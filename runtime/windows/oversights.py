@@ -1,0 +1,208 @@
+"""Ordinary mistakes that no single call shows: what happened beside a window's steps, and what came after it.
+
+A window notes what its user does besides stepping; when it has ended, the next backward and the next step of each
+optimizer of torch are looked at once. Each mistake is told by a warning that points at the user's line.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.weak import WeakIdKeyDictionary
+
+from metaoptim.errors import UnreachableWarning, user_location, user_name_of, warn
+
+from ..engine.graph import nodes_below
+
+_SHOWN = 3  # names that a message lists
+_told: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensors that a warning has named
+_ended: ContextVar[Ended | None] = ContextVar("metaoptim_ended", default=None)
+_installed = False
+
+
+def names_text(names: Sequence[str]) -> str:
+    """'0.weight', '0.bias' and 4 more."""
+    text = ", ".join(map(repr, names[:_SHOWN]))
+    return text + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+
+
+class Notes:
+    """What is done in a window besides its steps.
+
+    Attributes:
+        loss_told: whether a loss that is not finite has been told of.
+        steps_of_others: names of parameters that an optimizer of torch has moved -> which one, and where.
+    """
+
+    def __init__(self) -> None:
+        self.loss_told = False
+        self.steps_of_others: dict[str, str] = {}
+        self._differentiated: dict[int, tuple[weakref.ref[Tensor], str]] = {}
+
+    def backward(self, outputs: Iterable[Tensor]) -> None:
+        """A backward that fills ``.grad`` has begun from ``outputs``."""
+        where = user_location()
+        self._differentiated = {k: v for k, v in self._differentiated.items() if v[0]() is not None}
+        self._differentiated.update((id(t), (weakref.ref(t), where)) for t in outputs)
+
+    def differentiated(self, loss: Tensor) -> str:
+        """Where ``loss.backward()`` was called; "" if it was not."""
+        ref, where = self._differentiated.get(id(loss), (None, ""))
+        return where if ref is not None and ref() is loss else ""
+
+    def stepped(self, name: str, step: int, loss: Tensor, clipped: str) -> None:
+        """Warn of what the step just taken has taken no notice of.
+
+        Args:
+            name: of the optimizer.
+            step: its number.
+            loss: the inner loss. On the CPU, where nobody has to wait for its value, it is looked at.
+            clipped: where gradients of the window's parameters were clipped since the step before; "" if they were not.
+        """
+        if clipped:
+            warn(
+                f"the gradients of the window's parameters were clipped at {clipped}, which {name}.step takes no "
+                "notice of: it takes the gradient of the loss itself. Clip inner gradients with "
+                f"{name}.reset_grad_normalizer(max_norm)"
+            )
+        if self._differentiated and (where := self.differentiated(loss)):
+            warn(
+                f"loss.backward() at {where} has added the gradient of an inner loss to .grad, where the meta-gradient "
+                f"goes; {name}.step(loss) takes the gradient itself. Take that backward out, or clone the loss if it "
+                "is an outer loss too"
+            )
+        if not self.loss_told and loss.device.type == "cpu" and not math.isfinite(loss.item()):
+            self.loss_told = True
+            warn(
+                f"{name}.step {step} (counted from 0): the inner loss is {loss.item()}; gradients through this step "
+                "mean nothing. SlidingWindow(check_finite=True) makes this an error"
+            )
+
+
+class Ended:
+    """A window that has ended.
+
+    Args:
+        offline: its mode.
+        own: its networks' parameters, by name.
+        asked: whether a gradient through its steps was asked for inside the block.
+        learns: whether anything besides its networks can receive one.
+        reads: of its networks, behind losses that are still there and that no step was taken by.
+    """
+
+    def __init__(
+        self, offline: bool, own: Mapping[str, Tensor], asked: bool, learns: bool, reads: Collection[Any]
+    ) -> None:
+        self.offline, self.asked, self.learns, self._reads = offline, asked, learns, reads
+        self.unwatch: Callable[[], object] = lambda: None  # the next backward need not be looked at any more
+        self._own = {id(p): (weakref.ref(p), name) for name, p in own.items()}
+        self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+
+    def name_of(self, t: Tensor) -> str | None:
+        """The name of one of its networks' own parameters."""
+        ref, name = self._own.get(id(t), (None, None))
+        return name if ref is not None and ref() is t else None
+
+    def backward(self, outputs: Iterable[Tensor], ours: tuple[type, ...]) -> None:
+        """The first backward after it: is it of a loss that should have been computed inside?"""
+        if self.asked:
+            return
+        self.asked = True
+        self.unwatch()
+        if self._reads:  # a loss of the block waits for its backward, which may come next
+            return
+        leaves = _leaves_below(outputs, ours)
+        if leaves is None or not (self.offline or self.learns):
+            return
+        names = [name for t in leaves if (name := self.name_of(t)) is not None]
+        if not names or (not self.offline and len(names) < len(leaves)):
+            return
+        state = "back at its first parameters" if self.offline else "cut off from its history"
+        warn(
+            f"this loss depends on {names_text(names)} of a network whose window has ended, and nobody has asked for a "
+            f"gradient through that window: there the network is {state}. Compute the outer loss inside the window's "
+            "block; its backward may come later",
+            UnreachableWarning,
+        )
+
+    def step(self, optimizer: Optimizer) -> None:
+        """The first step of an optimizer of torch after it: has what it moves received a gradient?"""
+        if optimizer in self._optimizers:
+            return
+        self._optimizers.add(optimizer)
+        moved: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
+        without = [p for p in moved if p.grad is None and p.requires_grad and p not in _told]
+        if not without or (len(without) == len(moved) and not self.asked):
+            return
+        name = type(optimizer).__name__
+        own = [(p, n) for p in without if (n := self.name_of(p)) is not None]
+        if own and not self.offline:
+            _told.update((p, True) for p, _ in own)
+            warn(
+                f"{name}.step: {names_text([n for _, n in own])} have no gradient, since the window before was online: "
+                "there a network keeps what it has learnt, and only meta-parameters receive gradients. To learn its "
+                "first parameters (MAML), open the window with offline=True",
+                UnreachableWarning,
+            )
+        known = {id(p) for p, _ in own}
+        for p in without:
+            found = user_name_of(p) if id(p) not in known else None
+            if found is not None:
+                _told[p] = True
+                warn(
+                    f"{name}.step: {found!r} has no gradient: neither the inner steps nor the outer loss of the window "
+                    "before depend on it, or only through .detach(), float(), .item() or torch.no_grad(). Hand the "
+                    "tensor itself on",
+                    UnreachableWarning,
+                )
+
+
+def _leaves_below(outputs: Iterable[Tensor], ours: tuple[type, ...]) -> list[Tensor] | None:
+    """The leaves that ``outputs`` depend on; None if they depend on nodes of ``ours``."""
+    leaves = []
+    for node in nodes_below(outputs):
+        if isinstance(node, ours):
+            return None
+        if hasattr(node, "variable"):
+            leaves.append(node.variable)
+    return leaves
+
+
+def remember(window: Ended | None) -> Ended | None:
+    """A window has ended, or (None) another one begins."""
+    global _installed
+    if not _installed:
+        register_optimizer_step_pre_hook(_before_step)
+        _installed = True
+    _ended.set(window)
+    return window
+
+
+def last_ended() -> Ended | None:
+    """The window that ended last in this thread, if no other has begun since."""
+    return _ended.get()
+
+
+def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    from .session import current_session
+
+    session = current_session()
+    if session is not None:
+        if not session.recorder.symbolic:
+            session.note_step_of(optimizer)
+    elif (ended := _ended.get()) is not None:
+        ended.step(optimizer)
+
+
+def all_finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether all entries are finite; the device is waited for once."""
+    found = [t.isfinite().all() for t in tensors if t.is_floating_point()]
+    return not found or bool(torch.stack([f.to(found[0].device) for f in found]).all())
