@@ -69,7 +69,7 @@ def plan(
         >>> cost.horizon, cost.peak_bytes <= 64 * 1024
         (50000, True)
         >>> cost = metaoptim.plan(meta_loss, batch={"xs": 1})(net, torch.ones(20, 16, 3))
-        >>> cost.batch, cost.model.sizes[metaoptim.compiler.cost.A]
+        >>> cost.batch, cost.model.sizes[metaoptim.compiler.cost.model.A]
         (16, Max(16*batch + 316, 32*batch + 80))
         >>> cost.model.at(horizon=20, slots=5, batch=64)["peak_bytes"] > cost.peak_bytes
         True

@@ -395,7 +395,7 @@ def test_a_gradient_inside_a_function_captured_while_a_tape_is_alive() -> None:
 
 def test_the_published_table() -> None:
     """Its rows are the constructs above, its cells what is found in each form."""
-    path = Path(__file__).parent.parent / "docs" / "constructs.md"
+    path = Path(__file__).parents[2] / "docs" / "constructs.md"
     rows = [
         [cell.strip() for cell in line.strip("| \n").split("|")]
         for line in path.read_text(encoding="utf-8").splitlines()

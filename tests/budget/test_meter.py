@@ -135,7 +135,7 @@ _WINDOW = """
 import sys, torch
 import numpy as np
 import metaoptim
-from metaoptim.runtime.meter import AllocatorMeter
+from metaoptim.runtime.budget.meter import AllocatorMeter
 
 def resident(what):
     with open("/proc/self/status") as status:

@@ -1,6 +1,6 @@
 """Random inner loops under random budgets: the measured peak stays within, the gradient is that of the full tape.
 
-    pytest tests/test_random_budgets.py --budget-cases 300    # horizons up to 3,000
+    pytest tests/budget/test_random_budgets.py --budget-cases 300    # horizons up to 3,000
 
 The first few cases, which run every time, are short.
 """

@@ -17,7 +17,7 @@ from torch.func import functional_call
 
 import metaoptim
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 @pytest.fixture

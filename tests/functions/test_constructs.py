@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import metaoptim
+from constructs import CASES, construct
 from forms import Made, compare, full_tape, leaf, mlp, run_compiled
 from oracle import agree
 from problems import data
-from test_constructs import CASES, construct
 
 XS, YS = data(8)
 

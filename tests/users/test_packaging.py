@@ -15,7 +15,7 @@ import pytest
 
 tomllib = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "tomli")
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 # Import name of each source folder.
 FOLDERS = {"metaoptim": "metaoptim", "compiler": "metaoptim.compiler", "runtime": "metaoptim.runtime"}
 

@@ -314,7 +314,7 @@ def _refused(body: Callable, match: str, steps: int = 9) -> None:
     with pytest.raises(CaptureError, match=match) as caught:
         compiled(of)(net, w)
     assert __file__ in str(caught.value)
-    assert metaoptim.runtime.session.current_session() is None
+    assert metaoptim.runtime.windows.session.current_session() is None
     assert all(map(torch.equal, before, net.parameters()))
 
 

@@ -1,8 +1,8 @@
 """Forms B and C against the full tape, over the grid of networks, optimizers, modes, horizons and windows.
 
-The whole grid takes most of an hour: ``pytest tests/test_compile.py --whole-grid``. Without the option, in form C every
-network and every optimizer meets every mode and horizon, and every window; form B, which has the same step graphs, runs
-every other pair of them.
+The whole grid takes most of an hour: ``pytest tests/exact/test_compiled_grid.py --whole-grid``. Without the option, in
+form C every network and every optimizer meets every mode and horizon, and every window; form B, which has the same step
+graphs, runs every other pair of them.
 """
 
 from __future__ import annotations

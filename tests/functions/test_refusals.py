@@ -329,7 +329,7 @@ def test_refused(name: str) -> None:
         assert world.identities() == objects
         assert dict(world.inner.param_groups[0]) == groups and world.inner._normalizer is None
         assert _get_current_dispatch_mode_stack() == stack
-        assert metaoptim.runtime.session.current_session() is None
+        assert metaoptim.runtime.windows.session.current_session() is None
         assert "symbolic" not in repr(world.data) and world.data.sum().item() == X.sum().item()
     _windows_work(world)
 

@@ -17,7 +17,7 @@ from torch.func import functional_call
 pytest.importorskip("gymnasium", reason="the examples extra is not installed")
 pytest.importorskip("matplotlib", reason="the examples extra is not installed")
 
-EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "meta-gradient-rl"
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "meta-gradient-rl"
 MODULES = ("mgrl-cartpole", "agent", "rollout", "training", "results", "plots", "timing")
 
 pytestmark = [

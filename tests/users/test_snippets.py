@@ -213,7 +213,7 @@ def test_meta_gradient_rl_corrected_equals_the_oracle() -> None:
         torch.testing.assert_close(v, w.detach())
 
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGES = {
     path.relative_to(ROOT).as_posix(): re.findall(r"```python\n(.*?)```", path.read_text("utf-8"), re.DOTALL)
     for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))

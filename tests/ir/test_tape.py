@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import metaoptim
 from metaoptim.compiler.ir.step import Assign, Loop, StepCall, StepGraph, gradient
 from metaoptim.compiler.ir.tape import Program
-from tests.oracle import agree
+from oracle import agree
 
 
 def _step() -> StepGraph:

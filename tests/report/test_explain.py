@@ -430,7 +430,7 @@ def test_programs_print_with_operators_on_demand() -> None:
 
 def test_the_examples_of_the_documentation_run() -> None:
     """The Python blocks of docs/compile.md, one after the other, and the text that it shows."""
-    document = (Path(__file__).parent.parent / "docs" / "compile.md").read_text(encoding="utf-8")
+    document = (Path(__file__).parents[2] / "docs" / "compile.md").read_text(encoding="utf-8")
     scope: dict[str, Any] = {}
     torch.set_default_dtype(torch.float32)
     try:

@@ -1,7 +1,7 @@
 """PyTorch's own operator database, operator by operator, inside an inner loop, in every form, against a tape by hand.
 
-``python tests/operators.py`` goes through all of them and writes docs/operators.md; with names, it prints what it finds
-of these.
+``python tests/helpers/operators.py`` goes through all of them and writes docs/operators.md; with names, it
+prints what it finds of these.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ FORMS = {
     "C": "a compiled function with a plain `for`",
     "scan": "a compiled function with `window.scan`",
 }
-TABLE = Path(__file__).parents[1] / "docs" / "operators.md"
+TABLE = Path(__file__).parents[2] / "docs" / "operators.md"
 SAMPLES = 3  # of every entry, which make up one loss
 SHARE = 12  # tests take every so manieth operator by default,
 _SCANNED = 4  # and every so manieth is also tried in a scan
@@ -326,9 +326,9 @@ def table_of(found: list[Found]) -> str:
 
 PyTorch's database of operators (`op_db`), each entry with a second derivative that can be fed float64, as it is and in
 place: {entries} entries, inside an inner loss that feeds every differentiable input from the network and from a
-meta-parameter, two inner steps (six in a scan) with a learnt rate. `python tests/operators.py` compares the
-meta-gradients with a plain tape and writes this page; `tests/test_operators.py` holds it to that, for a share of the
-operators, or for all of them with `--whole-sweep`.
+meta-parameter, two inner steps (six in a scan) with a learnt rate. `python tests/helpers/operators.py` compares the
+meta-gradients with a plain tape and writes this page; `tests/exact/test_operators.py` holds it to that, for a share of
+the operators, or for all of them with `--whole-sweep`.
 
 {explained}.
 

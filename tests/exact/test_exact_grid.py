@@ -1,7 +1,7 @@
 """Meta-gradients against the full-tape oracle, over the grid of optimizers, modes, horizons, windows and networks.
 
-``pytest tests/test_exact_grid.py --whole-grid`` runs all of it with every number of slots. Without the option, horizons
-of 7 and 20 steps keep every state or, by turns, 1, 2 or 5 of them.
+``pytest tests/exact/test_exact_grid.py --whole-grid`` runs all of it with every number of slots. Without the option,
+horizons of 7 and 20 steps keep every state or, by turns, 1, 2 or 5 of them.
 """
 
 from __future__ import annotations

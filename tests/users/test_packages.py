@@ -1,0 +1,59 @@
+"""The order of packages: each imports only those before it."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+#: In the order data flows. A name stands for everything below it that has no line of its own.
+ORDER = [
+    "metaoptim.errors",
+    *(f"metaoptim.compiler.{name}" for name in ("ir", "capture", "derive", "lower", "passes", "cost")),
+    *(f"metaoptim.runtime.{name}" for name in ("states", "engine", "budget", "windows", "functions")),
+    *(f"metaoptim.{name}" for name in ("optim", "functions", "report", "planning")),
+    "metaoptim",
+]
+
+
+def place(module: str) -> int:
+    """Where a module stands in the order."""
+    return next(i for i, name in enumerate(ORDER) if f"{module}.".startswith(f"{name}."))
+
+
+def imported(path: Path, package: str) -> Iterator[tuple[int, str]]:
+    """The project's modules that a file imports, wherever in it, with the line."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            whole = ".".join([*base, *([node.module] if node.module else [])])
+            # `from . import x` names a module, `from .x import y` names one already
+            names = [f"{whole}.{alias.name}" for alias in node.names] if f"{whole}." in _PARENTS else [whole]
+            yield from ((node.lineno, name) for name in names if name.startswith("metaoptim"))
+
+
+_PARENTS = {"metaoptim.", "metaoptim.compiler.", "metaoptim.runtime."}
+
+
+def test_no_package_imports_one_after_it() -> None:
+    backwards, files = [], 0
+    for folder, root in (
+        ("metaoptim", "metaoptim"),
+        *((f, f"metaoptim.{f}") for f in ("compiler", "runtime")),
+    ):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            inside = path.relative_to(ROOT / folder)
+            if folder == "metaoptim" and inside.parts[0] in (
+                "compiler",
+                "runtime",
+            ):  # links to the other folders
+                continue
+            package = ".".join([root, *inside.parts[:-1]])
+            here = place(package if path.name == "__init__.py" else f"{package}.{path.stem}")
+            files += 1
+            for line, target in imported(path, package):
+                if place(target) > here:
+                    backwards.append(f"{folder}/{inside}:{line} imports {target}")
+    assert files > 100 and not backwards, "\n".join(backwards)
