@@ -10,7 +10,7 @@ from typing import Any
 
 from .compile import BoundFunction, CompiledFunction
 from .compiler.cost.polynomials import TIMES
-from .compiler.ir.program import RolledProgram, nbytes
+from .compiler.ir.program import Program, nbytes
 from .compiler.ir.step import Loop, StepGraph
 from .compiler.passes.pipeline import Options, compile_trace
 from .compiler.passes.roll import StepOf
@@ -113,7 +113,7 @@ def plan(
     return cost
 
 
-def _program(call: Callable[[], Any], options: Options, steps: StepOf) -> RolledProgram:
+def _program(call: Callable[[], Any], options: Options, steps: StepOf) -> Program:
     traced, tracer, _ = trace_of(call, (), {})
     tracer.trace.outputs = traced.tensors
     return compile_trace(tracer.trace, options, steps)[0]
@@ -132,8 +132,8 @@ def _steps_of_its_own() -> StepOf:
 
 
 def _larger(
-    batch: Batch, times: int, program: RolledProgram, options: Options, steps: StepOf
-) -> RolledProgram:
+    batch: Batch, times: int, program: Program, options: Options, steps: StepOf
+) -> Program:
     """The program for so many times the batch of ``program``."""
     sizes = f"{' and '.join(batch.names)} enlarged from a batch of {batch.size} to {times * batch.size}"
     try:
@@ -154,11 +154,11 @@ def _larger(
     return larger
 
 
-def _shape(program: RolledProgram) -> list[tuple[int, int]]:
+def _shape(program: Program) -> list[tuple[int, int]]:
     return [(call.step.steps, count) for call, count in program.counted()]
 
 
-def _setting(fn: CompiledFunction, program: RolledProgram, horizon: int | None, offload: bool) -> Setting:
+def _setting(fn: CompiledFunction, program: Program, horizon: int | None, offload: bool) -> Setting:
     loops = [x for x in program.calls if isinstance(x, Loop)]
     if not loops:
         raise WindowError("plan: the function has no loop; write it with window.scan or window.range")

@@ -323,7 +323,7 @@ class SlidingWindow:
 
     @property
     def program(self) -> Any:
-        """What the window has recorded, as a printable Program; None under full_tape."""
+        """What the window has recorded, as a printable Tape; None under full_tape."""
         return self._session.program if isinstance(self._session, RecordedSession) else self._program
 
 

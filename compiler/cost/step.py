@@ -16,7 +16,7 @@ from ..lower.derivatives import derived, replayed, residuals
 
 
 @dataclass(frozen=True)
-class Made:
+class ResultMemory:
     """One result of a flat graph.
 
     Attributes:
@@ -47,8 +47,8 @@ class StepCost:
     vjp_bytes: int
     replay_operators: int
     vjp_operators: int
-    outputs: tuple[Made, ...]
-    gradients: tuple[Made | None, ...]
+    outputs: tuple[ResultMemory, ...]
+    gradients: tuple[ResultMemory | None, ...]
     depends: tuple[frozenset[int], ...]
 
 
@@ -64,7 +64,7 @@ class Measured:
 
     peak_bytes: int
     first_bytes: int
-    made: tuple[Made | None, ...]
+    made: tuple[ResultMemory | None, ...]
 
 
 def measured(step: StepGraph, kind: str, how: Lowering) -> Measured | None:
@@ -125,7 +125,7 @@ def _static_cost(step: StepGraph, hvp: str) -> StepCost:
     return found
 
 
-def _made(graph: fx.Graph) -> list[Made | None]:
+def _made(graph: fx.Graph) -> list[ResultMemory | None]:
     given = {s: i for i, n in enumerate(graph.find_nodes(op="placeholder")) for s, _ in storages(n)}
     constant = {s for node in graph.find_nodes(op="get_attr") for s, _ in storages(node)}
 
@@ -136,7 +136,7 @@ def _made(graph: fx.Graph) -> list[Made | None]:
     return made_of([memory(n) if isinstance(n, fx.Node) else () for n in results_of(graph)], given)
 
 
-def made_of(results: Sequence[Any], given: dict[Any, int]) -> list[Made | None]:
+def made_of(results: Sequence[Any], given: dict[Any, int]) -> list[ResultMemory | None]:
     """Whose memory results lie in.
 
     Args:
@@ -144,19 +144,19 @@ def made_of(results: Sequence[Any], given: dict[Any, int]) -> list[Made | None]:
         given: identity of an argument's memory -> which argument.
     """
     first: dict[Any, int] = {}
-    found: list[Made | None] = []
+    found: list[ResultMemory | None] = []
     for k, memory in enumerate(results):
         if memory is None:
-            found.append(Made(0))
+            found.append(ResultMemory(0))
         elif not memory:
             found.append(None)
         elif memory[0] in given:
-            found.append(Made(0, of_input=given[memory[0]]))
+            found.append(ResultMemory(0, of_input=given[memory[0]]))
         elif memory[0] in first:
-            found.append(Made(0, of_result=first[memory[0]]))
+            found.append(ResultMemory(0, of_result=first[memory[0]]))
         else:
             first[memory[0]] = k
-            found.append(Made(memory[1]))
+            found.append(ResultMemory(memory[1]))
     return found
 
 

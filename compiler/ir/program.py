@@ -20,7 +20,7 @@ _STATE = (Role.THETA, Role.OPT_STATE, Role.CARRY)
 
 
 @dataclass(frozen=True)
-class Given:
+class Operand:
     """An input of a call that is no register.
 
     Attributes:
@@ -33,14 +33,14 @@ class Given:
     of: Any
     at: int = 0
 
-    def advanced(self, by: int) -> Given:
+    def advanced(self, by: int) -> Operand:
         """The one ``by`` further on."""
         if self.kind in ("scan", "each"):
-            return Given(self.kind, self.of, self.at + by)
-        return Given(self.kind, self.of + by)
+            return Operand(self.kind, self.of, self.at + by)
+        return Operand(self.kind, self.of + by)
 
     @property
-    def chosen(self) -> Given:
+    def chosen(self) -> Operand:
         """Itself, or the one of several that it stands for now."""
         return self.of[self.at] if self.kind == "each" else self
 
@@ -93,7 +93,7 @@ class Calls:
 
 
 @dataclass
-class RolledProgram(Calls):
+class Program(Calls):
     """A whole function as calls on registers.
 
     Attributes:
@@ -352,7 +352,7 @@ def _call_text(
     return f"{made} = {names[id(call.step)]}({arguments}){where}"
 
 
-def _given_text(given: Given, stride: int, named: Mapping[Input, str]) -> str:
+def _given_text(given: Operand, stride: int, named: Mapping[Input, str]) -> str:
     if given.kind == "each":
         first, *_, last = (_given_text(g, 0, named) for g in given.of)
         return f"({first}, ..., {last})[{_moving(given.at, stride)}]"

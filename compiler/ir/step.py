@@ -6,8 +6,8 @@ are ATen calls; custom autograd Functions, hooks and the optimizer's update are 
 derivative of their own. Everything
 that runs - the replay of the step and its VJP - is derived from this graph and from nothing else.
 
-An inner loop is a sequence of calls of such graphs: `program.RolledProgram` for a whole function,
-`recorded_program.Program` for what a window records.
+An inner loop is a sequence of calls of such graphs: `program.Program` for a whole function,
+`tape.Tape` for what a window records.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from metaoptim.errors import ProgramError
 
-from .program import Given, RolledProgram, given_ports, registers_text, state_ports
+from .program import Operand, Program, given_ports, registers_text, state_ports
 from .segments import Draft, arguments
 from .slices import tensor_spec
 from .step import Loop, Port, Role, StepCall, calls_of
@@ -23,7 +23,7 @@ _INNER = (Role.THETA, Role.OPT_STATE)
 # -- a program -------------------------------------------------------------------------------------------------------
 
 
-def verify_program(program: RolledProgram, *, pruned: bool = True, folded: bool = False) -> None:
+def verify_program(program: Program, *, pruned: bool = True, folded: bool = False) -> None:
     """Check a program and its step graphs.
 
     Args:
@@ -86,7 +86,7 @@ def _verify_arguments(call: StepCall, name: str, registers: int) -> None:
         _verify_given(g, port, name)
 
 
-def _verify_given(given: Given, port: Port, name: str) -> None:
+def _verify_given(given: Operand, port: Port, name: str) -> None:
     where = f"{name}: input {port.name}"
     if given.kind == "each":
         for one in given.of:
@@ -173,7 +173,7 @@ def _verify_closed(loop: Loop, name: str, before: StepCall) -> None:
             )
 
 
-def _verify_results(program: RolledProgram, held: dict[int, Port]) -> None:
+def _verify_results(program: Program, held: dict[int, Port]) -> None:
     for kind, places in (
         ("output", list(enumerate(program.outputs))),
         ("value left in a tensor", [(i, where) for i, (_, where) in enumerate(program.writes)]),

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..derive.tracing import uncollected
 from ..ir.fold import loop
-from ..ir.program import RolledProgram, operator_count
+from ..ir.program import Program, operator_count
 from ..ir.segments import Draft, split
 from ..ir.step import Lowering
 from ..ir.text import draft_text, trace_text
@@ -78,7 +78,7 @@ class Record:
         return f"{self.name:<14}{self.done}  ({self.milliseconds:.1f} ms)"
 
 
-class Recorder:
+class PassLog:
     """Runs passes and records them, with the verifier after each.
 
     Args:
@@ -138,7 +138,7 @@ class Recorder:
         self.records.append(record)
         _log.info("%s", record)
 
-    def _text(self, program: Trace | Draft | RolledProgram) -> str:
+    def _text(self, program: Trace | Draft | Program) -> str:
         if self.texts is None:
             return ""
         if isinstance(program, Trace):
@@ -149,7 +149,7 @@ class Recorder:
 @uncollected()
 def compile_trace(
     trace: Trace, options: Options, step_of: StepOf, texts: Mapping[Input, str] | None = None
-) -> tuple[RolledProgram, list[Record]]:
+) -> tuple[Program, list[Record]]:
     """Take a trace through all passes.
 
     Args:
@@ -162,7 +162,7 @@ def compile_trace(
         CaptureError: for what cannot be compiled.
         ProgramError: where the verifier finds a pass to be wrong.
     """
-    recorder = Recorder(trace, texts)
+    recorder = PassLog(trace, texts)
     writes, limit = recorder.run("mode", lambda: mode(trace), trace, lambda _: trace)
     if "rows" not in options.skip:
         recorder.run("rows", lambda: rows(trace), trace, lambda _: trace)
@@ -196,7 +196,7 @@ def _split(trace: Trace) -> tuple[Draft, str]:
 _verify_split = partial(verify_draft, outlined=False)
 
 
-def shape(draft: Draft, options: Options, recorder: Recorder) -> None:
+def shape(draft: Draft, options: Options, recorder: PassLog) -> None:
     """The passes on a draft."""
     for name, pass_, instead in (("canonicalize", canonicalize, outline), ("prune", prune, keep_all)):
         pass_ = instead if name in options.skip else pass_
@@ -205,13 +205,13 @@ def shape(draft: Draft, options: Options, recorder: Recorder) -> None:
 
 def shaped(draft: Draft, texts: Mapping[Input, str] | None = None) -> list[Record]:
     """Take a draft that is one part, a compiled step, through the passes that apply to it."""
-    recorder = Recorder(draft.trace, texts)
+    recorder = PassLog(draft.trace, texts)
     recorder.check(_verify_split, draft)
     shape(draft, Options(), recorder)
     return recorder.end()
 
 
-def sizes_of(program: Trace | Draft | RolledProgram) -> dict[str, int]:
+def sizes_of(program: Trace | Draft | Program) -> dict[str, int]:
     """Sizes of a program in whatever form.
 
     Returns:

@@ -9,7 +9,7 @@ from typing import Any
 from metaoptim.errors import CaptureError
 
 from ..ir.owners import identity
-from ..ir.program import Given, RolledProgram, plural
+from ..ir.program import Operand, Program, plural
 from ..ir.segments import Body, Draft, Unit, roles_of
 from ..ir.step import Loop, StepCall, StepGraph
 from ..ir.trace import Input, Noise, ScanItem
@@ -19,14 +19,14 @@ from .build import build_segment
 StepOf = Callable[[tuple, Callable[[], StepGraph]], StepGraph]
 
 
-def roll(draft: Draft, step_of: StepOf) -> tuple[RolledProgram, str]:
+def roll(draft: Draft, step_of: StepOf) -> tuple[Program, str]:
     """Turn parts into calls.
 
     Args:
         draft: the parts.
         step_of: cache of step graphs: key, how to build one -> the step graph.
     """
-    rolled = RolledProgram(limit=draft.limit, offline=any(w.offline for w in draft.trace.windows))
+    rolled = Program(limit=draft.limit, offline=any(w.offline for w in draft.trace.windows))
     for window in draft.trace.windows:
         if rolled.slots is None and rolled.memory_budget is None:
             rolled.slots, rolled.memory_budget, rolled.offload = (
@@ -102,10 +102,10 @@ def _call(unit: Unit, step: StepGraph, lifted: tuple[int, ...], read: dict, writ
         if isinstance(ref, Value):
             state.append(read[identity(ref)])
         elif isinstance(ref, ScanItem):
-            given.append(Given("scan", ref.source, ref.position))
+            given.append(Operand("scan", ref.source, ref.position))
         else:
-            given.append(Given("noise" if isinstance(ref, Noise) else "input", ref))
-    given += [Given("number", segment.numbers[i]) for i in lifted]
+            given.append(Operand("noise" if isinstance(ref, Noise) else "input", ref))
+    given += [Operand("number", segment.numbers[i]) for i in lifted]
     return StepCall(step, (), (), tuple(state), tuple(written), 0, given, (), unit.location)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..compiler.cost.model import SIZES, CostModel
 from ..compiler.cost.polynomials import size_text
-from ..compiler.ir.program import RolledProgram, plural, readable_bytes
+from ..compiler.ir.program import Program, plural, readable_bytes
 from ..compiler.ir.step import Loop
 from ..runtime.budget.planner import Plan, Planner, with_residuals
 
@@ -135,7 +135,7 @@ class Setting:
     """
 
     name: str
-    program: RolledProgram
+    program: Program
     alone: Planner
     tier: Planner | None
     longest: Loop

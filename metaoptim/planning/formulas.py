@@ -21,7 +21,7 @@ from ..compiler.cost.polynomials import (
     largest_difference,
 )
 from ..compiler.cost.step import step_cost
-from ..compiler.ir.program import RolledProgram
+from ..compiler.ir.program import Program
 from ..compiler.ir.step import Loop
 from ..runtime.budget.planner import FEW_SLOTS, Planner
 from .cost import Setting
@@ -115,14 +115,14 @@ def _peak(
     return largest(found)
 
 
-def _inner(program: RolledProgram, longest: Loop) -> slice:
-    """Where the calls of a loop are among `RolledProgram.counted`."""
+def _inner(program: Program, longest: Loop) -> slice:
+    """Where the calls of a loop are among `Program.counted`."""
     end = 1 + next(i for i, (call, _) in enumerate(program.counted()) if call is longest.calls[-1])
     return slice(end - len(longest.calls), end)
 
 
-def _of_calls(program: RolledProgram, longest: Loop, costs: Sequence[CallSizes]) -> dict[Any, Any]:
-    """What follows from each call of the program, in the order of `RolledProgram.counted`."""
+def _of_calls(program: Program, longest: Loop, costs: Sequence[CallSizes]) -> dict[Any, Any]:
+    """What follows from each call of the program, in the order of `Program.counted`."""
     inner = _inner(program, longest)
     steps = costs[inner]
     kept = sympy.Max(*(c.kept for c in steps))

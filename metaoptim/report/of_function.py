@@ -12,14 +12,14 @@ from typing import Any
 from torch import Tensor
 
 from ..compiler.cost.step import step_cost
-from ..compiler.ir.program import Kept, RolledProgram, given_ports, nbytes, plural, signature
+from ..compiler.ir.program import Kept, Program, given_ports, nbytes, plural, signature
 from ..compiler.ir.step import Lowering, Role
 from ..compiler.ir.trace import Input, Trace
 from ..compiler.passes.checkpoint import checkpoint
 from ..compiler.passes.pipeline import Options, Record, compile_trace
 from ..errors import WindowError
 from ..functions.captured import captured_step, stated, step_of, trace_of
-from ..functions.guards import Scene
+from ..functions.guards import Dependencies
 from ..functions.naming import tensor_names
 from ..runtime.budget.measure import measured_peak, rehearse
 from ..runtime.budget.meter import profiling
@@ -69,10 +69,10 @@ def report_of(
     records.append(Record("checkpoint", done, 1e3 * (time.perf_counter() - begun)))
     whole = predict(replace(program, limit=None), slots, how).reached if program.limit else prediction.reached
     paths, targets = _gradients(trace, program, labels, names, prediction.reached, whole)
-    scene = _learnable(names, fn, args, kwargs)
+    dependencies = _learnable(names, fn, args, kwargs)
     read = {id(x.tensor) for x in trace.inputs}
-    paths |= {name: "not read" for name, t in scene.items() if id(t) not in read and name not in paths}
-    order = [*(n for n in scene if n in paths), *(n for n in paths if n not in scene)]
+    paths |= {name: "not read" for name, t in dependencies.items() if id(t) not in read and name not in paths}
+    order = [*(n for n in dependencies if n in paths), *(n for n in paths if n not in dependencies)]
     costs = {id(g): step_cost(g, program.lowering_of(g, how)) for g in program.step_graphs}
     forward = program.positions
     return Report(
@@ -157,7 +157,7 @@ def _step_report(
 
 def _gradients(
     trace: Trace,
-    program: RolledProgram,
+    program: Program,
     labels: Mapping[Input, str],
     names: Mapping[int, str],
     reached: frozenset[Input],
@@ -186,7 +186,7 @@ def _gradients(
     return paths, {labels[x] for x in found}
 
 
-def _paths(program: RolledProgram) -> dict[Input, str]:
+def _paths(program: Program) -> dict[Input, str]:
     """Through which step graphs the gradient of each input comes."""
     names, counts = program.names(), dict[Input, dict[str, int]]()
     for call, count in program.counted():
@@ -204,7 +204,7 @@ def _paths(program: RolledProgram) -> dict[Input, str]:
     return {x: "through " + calls_text(of) for x, of in counts.items()}
 
 
-def _why_not(x: Input, program: RolledProgram, adopted: set[int], whole: frozenset[Input]) -> str:
+def _why_not(x: Input, program: Program, adopted: set[int], whole: frozenset[Input]) -> str:
     if id(x.tensor) in adopted:
         return "the window is online: its networks' own parameters are cut off at entry"
     if not any(x is y for y in program.inputs):
@@ -215,8 +215,8 @@ def _why_not(x: Input, program: RolledProgram, adopted: set[int], whole: frozens
 
 
 def _learnable(names: Mapping[int, str], fn: Callable, args: tuple, kwargs: dict) -> dict[str, Tensor]:
-    scene = Scene.of_call(fn, args, kwargs)
-    return {names[id(t)]: t for t in scene.tensors if t.requires_grad and id(t) in names}
+    dependencies = Dependencies.of_call(fn, args, kwargs)
+    return {names[id(t)]: t for t in dependencies.tensors if t.requires_grad and id(t) in names}
 
 
 def _unnamed(x: Input) -> str:
@@ -235,7 +235,7 @@ def _title(fn: Callable) -> str:
 # -- shapes -------------------------------------------------------------------------------------------------
 
 
-def _shapes(program: RolledProgram, how: Lowering) -> dict[str, dict[str, Any]]:
+def _shapes(program: Program, how: Lowering) -> dict[str, dict[str, Any]]:
     calls: dict[int, int] = {}
     for call, count in program.counted():
         calls[id(call.step)] = calls.get(id(call.step), 0) + count

@@ -9,9 +9,9 @@ from dataclasses import asdict, replace
 
 from ..compiler.cost.step import step_cost
 from ..compiler.derive.liveness import results_of
-from ..compiler.ir.program import Given, memory_of, plural
+from ..compiler.ir.program import Operand, memory_of, plural
 from ..compiler.ir.step import Loop, Lowering, Role, StepGraph
-from ..compiler.ir.tape import Program
+from ..compiler.ir.tape import Tape
 from ..compiler.lower.derivatives import derived, is_derived
 from ..compiler.passes.differentiate import differentiate
 from ..compiler.passes.pipeline import Record
@@ -88,7 +88,7 @@ def _report(session: RecordedSession, title: str) -> Report:
     )
 
 
-def _records(program: Program, how: dict[int, Lowering]) -> list[Record]:
+def _records(program: Tape, how: dict[int, Lowering]) -> list[Record]:
     """What the passes have done, of each step graph by itself, and of the program."""
     names = program.names()
     found = [
@@ -111,7 +111,7 @@ def _records(program: Program, how: dict[int, Lowering]) -> list[Record]:
     return [*found, Record("differentiate", done, 1e3 * (time.perf_counter() - begun))]
 
 
-def _paths(session: RecordedSession, program: Program) -> tuple[dict[str, str], set[str]]:
+def _paths(session: RecordedSession, program: Tape) -> tuple[dict[str, str], set[str]]:
     """Name of what requires grad -> through which step graphs its gradient comes, or why it gets none; who gets one."""
     called = names_in(user_scope())
     through: dict[int, Counter[str]] = {}
@@ -120,7 +120,7 @@ def _paths(session: RecordedSession, program: Program) -> tuple[dict[str, str], 
         grads = results_of(derived(call.step, call.how.hvp).graph)
         at = call.step.positions(Role.META)
         for meta in (m for m, i in zip(call.metas, at, strict=True) if grads[i] is not None):
-            times = Counter(meta.of) if isinstance(meta, Given) else {meta: count}
+            times = Counter(meta.of) if isinstance(meta, Operand) else {meta: count}
             for number, k in times.items():
                 through.setdefault(number, Counter())[names[id(call.step)]] += k
     paths: dict[str, str] = {}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from metaoptim.compiler.cost.step import Measured, made_of, measured
 from metaoptim.compiler.derive.cotangent_hook import stand_in
-from metaoptim.compiler.ir.program import Kept, RolledProgram
+from metaoptim.compiler.ir.program import Kept, Program
 from metaoptim.compiler.ir.step import Loop, Lowering, StepCall
 from metaoptim.compiler.ir.trace import Input
 from metaoptim.compiler.lower.derivatives import lowered, residuals
@@ -28,7 +28,7 @@ from .meter import AllocatorMeter, profiling
 _ITERATIONS = 3  # of each loop: a first one, one as all, a last one
 
 
-def shortened(program: RolledProgram, most: int, long: Loop | None = None, longest: int = 0) -> RolledProgram:
+def shortened(program: Program, most: int, long: Loop | None = None, longest: int = 0) -> Program:
     """``program`` with at most ``most`` iterations of each loop, and ``longest`` of the loop ``long``."""
     calls = [
         replace(c, count=min(c.count, longest if c is long else most)) if isinstance(c, Loop) else c
@@ -38,7 +38,7 @@ def shortened(program: RolledProgram, most: int, long: Loop | None = None, longe
 
 
 def rehearse(
-    program: RolledProgram, tensors: dict[Input, Tensor], how: Lowering, saving: bool = False
+    program: Program, tensors: dict[Input, Tensor], how: Lowering, saving: bool = False
 ) -> None:
     """Run a few steps of ``program`` and their derivatives, so that `measured` knows all its step graphs.
 
@@ -62,7 +62,7 @@ def rehearse(
 
 
 def measured_peak(
-    program: RolledProgram,
+    program: Program,
     tensors: dict[Input, Tensor],
     how: Lowering,
     kept: Kept,
@@ -78,7 +78,7 @@ def measured_peak(
     return meter.peak
 
 
-def _run_and_pull(run: Run, program: RolledProgram) -> None:
+def _run_and_pull(run: Run, program: Program) -> None:
     """A call and its backward, with ones for cotangents."""
     results = run.forward()
     live = [isinstance(w, int) and i not in program.dead for i, w in enumerate(program.outputs)]

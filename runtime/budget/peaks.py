@@ -14,7 +14,7 @@ from torch import Tensor
 from metaoptim.compiler.cost.step import measured
 from metaoptim.compiler.ir.program import memory_bytes
 from metaoptim.compiler.ir.step import Assign, StepCall
-from metaoptim.compiler.ir.tape import Call, Program, super_steps
+from metaoptim.compiler.ir.tape import Call, Tape, super_steps
 
 from .planner import Peaks, changed_bytes, lengths
 from .simulate import predict_sweep
@@ -70,9 +70,9 @@ def _few(calls: Sequence[Call]) -> tuple[list[Call], list[Call]]:
     return chosen, next(r for r in reversed(rounds) if any(isinstance(c, StepCall) for c in r))
 
 
-def _program(calls: Sequence[Call]) -> Program:
+def _program(calls: Sequence[Call]) -> Tape:
     """Of calls of which some stand there again: an assignment sets the very same values each time."""
-    return Program(
+    return Tape(
         0,
         [
             replace(c, back=min(c.back, i)) if isinstance(c, StepCall) else replace(c)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from metaoptim.compiler.cost.step import measured, residual_cost, step_cost
-from metaoptim.compiler.ir.program import Kept, RolledProgram, nbytes, readable_bytes
+from metaoptim.compiler.ir.program import Kept, Program, nbytes, readable_bytes
 from metaoptim.compiler.ir.step import Loop, Lowering, StepCall
 from metaoptim.compiler.ir.trace import Input
 from metaoptim.errors import BudgetError
@@ -89,7 +89,7 @@ def larger(one: Peaks, other: Peaks) -> Peaks:
     return Peaks(lambda k: max(one.exact(k), other.exact(k)), max(one.changed, other.changed))
 
 
-def peaks_of(program: RolledProgram, how: Lowering, offload: bool = False) -> Peaks:
+def peaks_of(program: Program, how: Lowering, offload: bool = False) -> Peaks:
     """Peaks of a compiled function's program; ``offload``: states without a slot go to a lower tier."""
 
     def exact(slots: int) -> int:
@@ -115,7 +115,7 @@ def changed_bytes(calls: Sequence[StepCall]) -> int:
     return sum(sizes.values())
 
 
-def _cut_short(program: RolledProgram, slots: int, offload: bool) -> list[RolledProgram]:
+def _cut_short(program: Program, slots: int, offload: bool) -> list[Program]:
     """Programs of which the peaks are those of ``program``.
 
     A peak does not depend on how often a loop runs once it runs several times per slot. Where states of several loops
@@ -138,7 +138,7 @@ def lengths(slots: int, offload: bool = False) -> Sequence[int]:
     return range(many, many + (slots if offload else 0) + 1)
 
 
-def _left_out(program: RolledProgram, short: RolledProgram) -> int:
+def _left_out(program: Program, short: Program) -> int:
     """Bytes of gradients of listed tensors that only iterations read which ``short`` leaves out."""
     listed = {
         x
@@ -171,7 +171,7 @@ class Planner:
     """
 
     def __init__(
-        self, program: RolledProgram, how: Lowering, name: str, offload: bool = False, beside: int = 0
+        self, program: Program, how: Lowering, name: str, offload: bool = False, beside: int = 0
     ) -> None:
         self.program, self.how, self.name, self.offload, self.beside = program, how, name, offload, beside
         self.states = max(program.swept, 1)
@@ -239,7 +239,7 @@ def _nothing() -> None:
 
 
 def decide(
-    program: RolledProgram,
+    program: Program,
     how: Lowering,
     said: Any,
     name: str,
@@ -282,18 +282,18 @@ def default_plan(planner: Planner) -> Plan | None:
     return planner.plan(max(budget, planner.minimum()))
 
 
-def device_of(program: RolledProgram) -> torch.device:
+def device_of(program: Program) -> torch.device:
     """Where the inner state lives."""
     return next((x.spec[3] for x in program.inputs if x.spec[3].type != "cpu"), torch.device("cpu"))
 
 
-def plan_for(program: RolledProgram, how: Lowering, budget: int, name: str, offload: bool = False) -> Plan:
+def plan_for(program: Program, how: Lowering, budget: int, name: str, offload: bool = False) -> Plan:
     """The plan for a budget of so many bytes; see `Planner`."""
     return Planner(program, how, name, offload).plan(budget)
 
 
 def with_residuals(
-    plan: Plan, program: RolledProgram, how: Lowering, rehearsal: Callable[[], None] = _nothing
+    plan: Plan, program: Program, how: Lowering, rehearsal: Callable[[], None] = _nothing
 ) -> Plan:
     """A plan that keeps every state, with residuals saved over as many of the last calls as the rest allows.
 
@@ -314,14 +314,14 @@ def with_residuals(
     return replace(plan, saved=saved, peak_bytes=plan.peak_bytes + bytes_)
 
 
-def residuals_from(program: RolledProgram, how: Lowering) -> int:
+def residuals_from(program: Program, how: Lowering) -> int:
     """The room that a rehearsal with residuals needs, and the check of their graphs; 0 where there are none."""
     _, few = saved_calls(shortened(program, _FEW), how)
     costs = [step_cost(g, program.lowering_of(g, how)) for g in program.step_graphs]
     return few + 4 * max(c.replay_bytes + c.vjp_bytes for c in costs) if few else 0
 
 
-def saved_calls(program: RolledProgram, how: Lowering, room: int | None = None) -> tuple[int, int]:
+def saved_calls(program: Program, how: Lowering, room: int | None = None) -> tuple[int, int]:
     """Over how many of the last calls residuals can be saved in ``room`` bytes (None: endless), and what they take."""
     costs = {id(g): residual_cost(g, program.lowering_of(g, how)) for g in program.step_graphs}
     if not any(costs[id(g)][0] for g in program.step_graphs if g.steps):
@@ -338,7 +338,7 @@ def saved_calls(program: RolledProgram, how: Lowering, room: int | None = None) 
     return (saved, taken) if saved else (0, 0)
 
 
-def _first_use(program: RolledProgram, how: Lowering) -> int:
+def _first_use(program: Program, how: Lowering) -> int:
     """Bytes that compiling and checking a graph takes beyond what running it does."""
     found = [
         measured(g, kind, program.lowering_of(g, how))

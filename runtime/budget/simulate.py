@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
-from metaoptim.compiler.cost.step import Made, step_cost
+from metaoptim.compiler.cost.step import ResultMemory, step_cost
 from metaoptim.compiler.derive.reverse import cotangent_outputs
-from metaoptim.compiler.ir.program import RolledProgram, memory_bytes, nbytes
+from metaoptim.compiler.ir.program import Program, memory_bytes, nbytes
 from metaoptim.compiler.ir.step import EAGER, Assign, Lowering, Role, StepCall
-from metaoptim.compiler.ir.tape import Program
+from metaoptim.compiler.ir.tape import Tape
 from metaoptim.compiler.ir.trace import Input
 
 from ..engine.engine import Engine
@@ -220,7 +220,7 @@ class _DryEngine(Engine):
 
         return replay if kind == "replay" else vjp
 
-    def _blocks(self, made: tuple[Made | None, ...], arguments: Sequence[Any]) -> list[Any]:
+    def _blocks(self, made: tuple[ResultMemory | None, ...], arguments: Sequence[Any]) -> list[Any]:
         blocks: list[Any] = []
         for m in made:
             within = None
@@ -233,7 +233,7 @@ class _DryEngine(Engine):
 
 
 def predict(
-    program: RolledProgram,
+    program: Program,
     slots: int | None,
     how: Lowering = EAGER,
     offload: bool = False,
@@ -301,7 +301,7 @@ def predict_sweep(
     calls = list(calls)
     set_to = {id(c.values): _blocks_like(c.values, meter) for c in calls if isinstance(c, Assign)}
     dry = (replace(c, values=set_to[id(c.values)]) if isinstance(c, Assign) else c for c in calls)
-    engine = _DryEngine(Program(0, dry), slots, meter, offload)
+    engine = _DryEngine(Tape(0, dry), slots, meter, offload)
     if kept is not None and not offload:
         engine.store = _Kept(slots, kept)
     state: Any = engine.run(_blocks_like(initial, meter))
@@ -332,7 +332,7 @@ def _blocks_like(values: Sequence[Tensor], meter: _Meter) -> list[Any]:
     return [_Block(meter, memory_bytes(v)) for v in values]
 
 
-def _size(where: int | Input, state: Any, program: RolledProgram, i: int) -> int:
+def _size(where: int | Input, state: Any, program: Program, i: int) -> int:
     if not isinstance(where, int):
         return nbytes(where.spec)
     for call, _ in reversed(list(program.counted())):
@@ -342,6 +342,6 @@ def _size(where: int | Input, state: Any, program: RolledProgram, i: int) -> int
     raise AssertionError(f"output {i} is read from r{where}, which nothing writes to")
 
 
-def _is_target(x: Input, program: RolledProgram) -> bool:
+def _is_target(x: Input, program: Program) -> bool:
     tensor = getattr(x, "tensor", None)
     return tensor is not None and any(t is tensor for t, _ in program.writes if isinstance(t, Tensor))

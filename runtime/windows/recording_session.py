@@ -1,4 +1,4 @@
-"""The recording strategy: steps become StepGraphs of a Program, and meta-gradients come out of sweeps over it."""
+"""The recording strategy: steps become StepGraphs of a Tape, and meta-gradients come out of sweeps over it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from metaoptim.compiler.ir.operators import LIFTS
 from metaoptim.compiler.ir.program import memory_of
 from metaoptim.compiler.ir.slices import Slice, hook_key, tensor_spec
 from metaoptim.compiler.ir.step import Assign, StepCall, StepGraph
-from metaoptim.compiler.ir.tape import Program
+from metaoptim.compiler.ir.tape import Tape
 from metaoptim.compiler.ir.update import UpdatePlan, initial_state
 from metaoptim.compiler.ir.values import External
 from metaoptim.compiler.lower.derivatives import StepCache
@@ -22,7 +22,7 @@ from metaoptim.errors import CaptureError, LossError, MetaOptimError, WindowErro
 
 from ..budget.streaming import Streaming
 from ..engine.engine import Engine
-from ..engine.inputs import Held
+from ..engine.inputs import Snapshot
 from ..engine.nodes import gradient_of_loss, stepped
 from ..states.tiered import check_device, tier_for
 from . import first_use, partial_gradients
@@ -76,7 +76,7 @@ class RecordedSession(Session):
         self.results: dict[tuple[int, int], int] = {}  # (compiled step, number of its result) -> state index
 
     @property
-    def program(self) -> Program:
+    def program(self) -> Tape:
         """What has been recorded."""
         return self.engine.program
 
@@ -401,7 +401,7 @@ class RecordedSession(Session):
             )
         dtypes = [port.spec[1] for port in step.inputs[len(step.inputs) - len(lifted) :]]
         held += [
-            Held(torch.tensor(sliced.numbers[i], dtype=dtype, device="cpu"), None, "a number")
+            Snapshot(torch.tensor(sliced.numbers[i], dtype=dtype, device="cpu"), None, "a number")
             for i, dtype in zip(lifted, dtypes, strict=True)
         ]
         inputs, outputs = self._state_indices(optimizer, update, new_states)

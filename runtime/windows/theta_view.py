@@ -18,7 +18,7 @@ from metaoptim.compiler.ir.values import Epoch, Theta
 from metaoptim.errors import CaptureError, WindowError
 
 from ..engine.engine import Engine
-from ..engine.inputs import Held, Inputs
+from ..engine.inputs import Snapshot, Inputs
 from ..engine.nodes import Begin, InnerParameter, Life, Link, Read, Results, new_token
 from . import partial_gradients
 from .networks import Networks
@@ -349,7 +349,7 @@ class ThetaView:
 
     # -- what is read from outside (the recorder asks) -----------------------------------------------------------
 
-    def hold(self, tensor: Tensor) -> Held:
+    def hold(self, tensor: Tensor) -> Snapshot:
         """The value of ``tensor`` as it is read now."""
         return self.inputs.hold(tensor)
 

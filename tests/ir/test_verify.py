@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import metaoptim
-from metaoptim.compiler.ir.program import Given, RolledProgram
+from metaoptim.compiler.ir.program import Operand, Program
 from metaoptim.compiler.ir.segments import Draft, split
 from metaoptim.compiler.ir.step import EAGER, Loop, Port, Role, StepCall, StepGraph
 from metaoptim.compiler.ir.trace import Input, Noise
@@ -82,21 +82,21 @@ def end() -> StepGraph:
     )
 
 
-def call(step: StepGraph, read: tuple, written: tuple, *given: Given) -> StepCall:
+def call(step: StepGraph, read: tuple, written: tuple, *given: Operand) -> StepCall:
     return StepCall(step, (), (), read, written, 0, list(given), (), "user.py:7")
 
 
-def program(loop_at: int = 2, count: int = 5) -> RolledProgram:
+def program(loop_at: int = 2, count: int = 5) -> Program:
     """x -> (s, c), seven times moved on, summed: registers 0 and 1."""
     x = Input(torch.ones(3, dtype=torch.float64, requires_grad=True))
     data = Input(torch.ones(7, 3, dtype=torch.float64))
     moved = move()
-    return RolledProgram(
+    return Program(
         calls=[
-            call(begin(), (), (0, 1), Given("input", x)),
-            call(moved, (0, 1), (0, 1), Given("scan", data, 0)),
-            call(moved, (0, 1), (0, 1), Given("scan", data, 1)),
-            Loop((call(moved, (0, 1), (0, 1), Given("scan", data, loop_at)),), count, ((1,),)),
+            call(begin(), (), (0, 1), Operand("input", x)),
+            call(moved, (0, 1), (0, 1), Operand("scan", data, 0)),
+            call(moved, (0, 1), (0, 1), Operand("scan", data, 1)),
+            Loop((call(moved, (0, 1), (0, 1), Operand("scan", data, loop_at)),), count, ((1,),)),
             call(end(), (0, 1), (2,)),
         ],
         registers=3,
@@ -111,8 +111,8 @@ def test_a_sound_program_passes() -> None:
 # -- programs --------------------------------------------------------------------------------------------------------
 
 
-def _replace(at: int, **changes: Any) -> Callable[[RolledProgram], None]:
-    def act(p: RolledProgram) -> None:
+def _replace(at: int, **changes: Any) -> Callable[[Program], None]:
+    def act(p: Program) -> None:
         item = p.calls[at]
         if isinstance(item, Loop):
             p.calls[at] = dataclasses.replace(item, calls=(dataclasses.replace(item.calls[0], **changes),))
@@ -122,7 +122,7 @@ def _replace(at: int, **changes: Any) -> Callable[[RolledProgram], None]:
     return act
 
 
-def _with_step(at: int, make: Callable[[], StepGraph]) -> Callable[[RolledProgram], None]:
+def _with_step(at: int, make: Callable[[], StepGraph]) -> Callable[[Program], None]:
     return lambda p: _replace(at, step=make())(p)
 
 
@@ -135,15 +135,15 @@ def _ports(step: StepGraph, k: int, **changes: Any) -> StepGraph:
     return StepGraph(step.graph, tuple(inputs), step.outputs)
 
 
-def _random_input() -> Given:
-    return Given("noise", Noise(aten.rand.generator, ([3],), {}, THREE))
+def _random_input() -> Operand:
+    return Operand("noise", Noise(aten.rand.generator, ([3],), {}, THREE))
 
 
-def _learnt(of: Tensor) -> Given:
-    return Given("scan", Input(of.requires_grad_()), 0)
+def _learnt(of: Tensor) -> Operand:
+    return Operand("scan", Input(of.requires_grad_()), 0)
 
 
-REJECTED: dict[str, tuple[Callable[[RolledProgram], Any], str]] = {
+REJECTED: dict[str, tuple[Callable[[Program], Any], str]] = {
     "a register nothing was written to": (
         _replace(1, opt_state_in=(0, 2)),
         r"call 1 .*user\.py:7.*c reads r2, which nothing",
@@ -154,7 +154,7 @@ REJECTED: dict[str, tuple[Callable[[RolledProgram], Any], str]] = {
     ),
     "a dropped value read": (_replace(1, opt_state_in=(-1, 1)), r"call 1.*got register r-1"),
     "too few registers": (_replace(1, opt_state_in=(0,)), r"got 1 registers read, the step graph has 2"),
-    "too many inputs": (_replace(0, inputs=[Given("number", 1)] * 2), r"got 2 inputs from outside, .* has 1"),
+    "too many inputs": (_replace(0, inputs=[Operand("number", 1)] * 2), r"got 2 inputs from outside, .* has 1"),
     "two outputs in one register": (_replace(0, opt_state_out=(1, 1)), r"two outputs go to one register, r1"),
     "another shape along a register": (
         _with_step(4, lambda: _ports(end(), 1, spec=TWO)),
@@ -181,7 +181,7 @@ REJECTED: dict[str, tuple[Callable[[RolledProgram], Any], str]] = {
         r"holds c' and its gradient, but passes no gradient on",
     ),
     "an input of another shape": (
-        _replace(0, inputs=[Given("input", Input(torch.ones(2, dtype=torch.float64)))]),
+        _replace(0, inputs=[Operand("input", Input(torch.ones(2, dtype=torch.float64)))]),
         r"call 0.*input x: got float64 2.*expected float64 3",
     ),
     "a learnable input without a gradient": (
@@ -192,7 +192,7 @@ REJECTED: dict[str, tuple[Callable[[RolledProgram], Any], str]] = {
         _replace(1, inputs=[_random_input()]),
         r"has the role scan, but is given as noise",
     ),
-    "a number for a vector": (_replace(1, inputs=[Given("number", 2)]), r"got the number 2 for float64 3"),
+    "a number for a vector": (_replace(1, inputs=[Operand("number", 2)]), r"got the number 2 for float64 3"),
     "a slice that does not exist": (
         lambda p: p.calls.__setitem__(3, dataclasses.replace(p.calls[3], count=6)),
         r"call 3.*in its last iteration: input d: slice 7 of float64 7×3",
@@ -214,7 +214,7 @@ REJECTED: dict[str, tuple[Callable[[RolledProgram], Any], str]] = {
         r"0 strides for 1",
     ),
     "a moving invariant": (
-        _replace(3, inputs=[Given("input", Input(torch.ones(3, dtype=torch.float64)))]),
+        _replace(3, inputs=[Operand("input", Input(torch.ones(3, dtype=torch.float64)))]),
         r"d is the same for every iteration, but has stride 1",
     ),
     "a loop that is not closed": (

@@ -16,7 +16,7 @@ import metaoptim
 from metaoptim.compile import CompiledFunction
 from metaoptim.compiler.cost.step import step_cost
 from metaoptim.compiler.ir.fold import loop
-from metaoptim.compiler.ir.program import Kept, RolledProgram
+from metaoptim.compiler.ir.program import Kept, Program
 from metaoptim.compiler.ir.segments import Draft, split
 from metaoptim.compiler.ir.step import EAGER
 from metaoptim.compiler.ir.trace import Trace
@@ -149,7 +149,7 @@ def traced(name: str, offline: bool = True, steps: int = T) -> Trace:
     return tracer.trace
 
 
-def executed(program: RolledProgram) -> dict[str, int]:
+def executed(program: Program) -> dict[str, int]:
     """What runs: operators of all calls and their derivatives, those of the distinct graphs, and bytes alive."""
     costs = {id(g): step_cost(g, EAGER) for g in program.step_graphs}
     operators = {k: c.replay_operators + c.vjp_operators for k, c in costs.items()}
@@ -161,7 +161,7 @@ def executed(program: RolledProgram) -> dict[str, int]:
 
 
 @functools.cache
-def compiled(name: str, *skip: str, steps: int = T) -> tuple[RolledProgram, list[Any]]:
+def compiled(name: str, *skip: str, steps: int = T) -> tuple[Program, list[Any]]:
     return compile_trace(traced(name, steps=steps), Options(lowering=EAGER, skip=frozenset(skip)), step_of)
 
 
