@@ -14,15 +14,15 @@ from torch import Tensor
 
 from .compiler.capture import intercept
 from .compiler.ir.program import Kept
+from .compiler.ir.step import Lowering
 from .compiler.ir.trace import Input
-from .compiler.lower.derivatives import lowering
 from .compiler.lower.waiting import waiting
 from .compiler.passes.checkpoint import checkpoint
 from .compiler.passes.pipeline import Options
 from .errors import WindowError, warn
 from .functions.captured import Specialization, StepSpecialization, capture, captured_step, stated
 from .functions.changes import Change
-from .functions.guards import Fact, Dependencies
+from .functions.guards import Dependencies, Fact
 from .functions.reads import Place, Reads, look
 from .functions.recapture import compare
 from .optim.optimizer import refresh_optimizers
@@ -86,7 +86,7 @@ class CompiledFunction:
         return self._run(program, dependencies)
 
     def _find(self, dependencies: Dependencies, window: RecordedSession | None = None) -> Any:
-        """The program for what ``dependencies`` and the places read look like now, with ``dependencies`` extended by these."""
+        """The program for ``dependencies``, which are extended by the facts at the places read."""
         key, mark = dependencies.key, dependencies.mark()
         for i, places in enumerate(self._places.get(key, ())):
             programs = self._programs.get((key, i, tuple(look(dependencies, places))), [])
@@ -158,7 +158,12 @@ class CompiledFunction:
         return program.traced.restored(results)
 
     def _captured_step(
-        self, window: RecordedSession, dependencies: Dependencies, args: tuple, kwargs: dict, reads: Reads | None = None
+        self,
+        window: RecordedSession,
+        dependencies: Dependencies,
+        args: tuple,
+        kwargs: dict,
+        reads: Reads | None = None,
     ) -> StepSpecialization:
         step, _, traced = captured_step(self._fn, window, args, kwargs, reads=reads)
         if reads is not None:
@@ -176,7 +181,9 @@ class CompiledFunction:
         differentiable = torch.is_grad_enabled() and bool(program.keys)
         kept = self._kept(program, tensors) if differentiable else Kept(1)
         written = [
-            dependencies.tensors[t] if isinstance(t, int) else t for t in program.writes if not isinstance(t, tuple)
+            dependencies.tensors[t] if isinstance(t, int) else t
+            for t in program.writes
+            if not isinstance(t, tuple)
         ]
         run = Run(rolled, tensors, options.lowering, rolled.backward_hook, kept, written)
         if differentiable:
@@ -188,12 +195,12 @@ class CompiledFunction:
 
     def _kept(self, program: Specialization, tensors: dict[Input, Tensor]) -> Kept:
         """What to keep for the backward, as the windows inside say, else the decorator."""
-        rolled, how = program.rolled, self._options.lowering
+        rolled, lowering = program.rolled, self._options.lowering
         if rolled.kept is None:
             said = stated(rolled, self._options)
             with waiting(f"planning what {_name(self._fn)} keeps ..."):
-                kept, program.plan = decide(rolled, how, said, _name(self._fn), tensors)
-            checkpoint(rolled, kept, how.hvp)
+                kept, program.plan = decide(rolled, lowering, said, _name(self._fn), tensors)
+            checkpoint(rolled, kept, lowering.hvp)
             if program.plan is not None:
                 if said.memory_budget is None:
                     tell_default(_name(self._fn), program.plan.budget)
@@ -202,7 +209,9 @@ class CompiledFunction:
         return rolled.kept
 
     @torch.no_grad()
-    def _write(self, program: Specialization, dependencies: Dependencies, last: list[tuple[Any, Tensor]]) -> None:
+    def _write(
+        self, program: Specialization, dependencies: Dependencies, last: list[tuple[Any, Tensor]]
+    ) -> None:
         for target, (_, value) in zip(program.writes, last, strict=True):
             if isinstance(target, tuple):
                 optimizer, p, name = target
@@ -285,8 +294,8 @@ def compile(
         check_count(name, value)
     check_budget(memory_budget, slots)
     check_offload(offload, slots, memory_budget)
-    how = lowering(backend, hvp, self_check)
-    options = Options(window, slots, memory_budget, how, recapture, offload)
+    lowering = Lowering.stated(backend, hvp, self_check)
+    options = Options(window, slots, memory_budget, lowering, recapture, offload)
     if fn is None:
         return lambda f: CompiledFunction(f, options)
     return CompiledFunction(fn, options)

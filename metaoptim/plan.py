@@ -131,9 +131,7 @@ def _steps_of_its_own() -> StepOf:
     return steps
 
 
-def _larger(
-    batch: Batch, times: int, program: Program, options: Options, steps: StepOf
-) -> Program:
+def _larger(batch: Batch, times: int, program: Program, options: Options, steps: StepOf) -> Program:
     """The program for so many times the batch of ``program``."""
     sizes = f"{' and '.join(batch.names)} enlarged from a batch of {batch.size} to {times * batch.size}"
     try:
@@ -179,11 +177,11 @@ def _setting(fn: CompiledFunction, program: Program, horizon: int | None, offloa
     longer = replace(program, calls=[stretched if x is longest else x for x in program.calls])
     learnt = _learnt_bytes(longest)
     step_bytes, beside = learnt // len(longest.calls), learnt * (count - longest.count)
-    name, how = getattr(fn, "__qualname__", "the function"), fn._options.lowering
-    alone = Planner(longer, how, name, beside=beside)
-    tier = Planner(longer, how, name, True, beside) if offload else None
+    name, lowering = getattr(fn, "__qualname__", "the function"), fn._options.lowering
+    alone = Planner(longer, lowering, name, beside=beside)
+    tier = Planner(longer, lowering, name, True, beside) if offload else None
     model = model_of(alone, tier, stretched, step_bytes)
-    return Setting(name, longer, alone, tier, stretched, model, residuals_from(longer, how))
+    return Setting(name, longer, alone, tier, stretched, model, residuals_from(longer, lowering))
 
 
 def _stretched(loop: Loop, count: int) -> Loop:

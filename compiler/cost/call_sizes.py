@@ -34,9 +34,9 @@ class CallSizes:
     flops: tuple[Any, ...]
 
 
-def call_sizes(step: StepGraph, how: Lowering) -> CallSizes:
+def call_sizes(step: StepGraph, lowering: Lowering) -> CallSizes:
     """In numbers: as measured, else as the graphs say."""
-    return CallSizes(*residual_cost(step, how), step_flops(step, how))
+    return CallSizes(*residual_cost(step, lowering), step_flops(step, lowering))
 
 
 class CallByBatch:
@@ -51,28 +51,32 @@ class CallByBatch:
     Args:
         steps: what it is a call of, with so many times the batch as `TIMES` says.
         size: of the batch.
-        how: its graphs are run.
+        lowering: the backend and HVP mode of the step graphs.
         what: the call is, for errors.
 
     Raises:
         WindowError: where its graphs are others with another batch.
     """
 
-    def __init__(self, steps: Sequence[StepGraph], size: int, how: Lowering, what: str) -> None:
+    def __init__(self, steps: Sequence[StepGraph], size: int, lowering: Lowering, what: str) -> None:
         self.size, self.what = size, what
         replay = self._largest("its graph", [replayed(g).graph for g in steps])
-        self.vjp = vjp = self._largest("its derivative's graph", [derived(g, how.hvp).graph for g in steps])
-        costs = [step_cost(g, how) for g in steps]
+        self.vjp = vjp = self._largest(
+            "its derivative's graph", [derived(g, lowering.hvp).graph for g in steps]
+        )
+        costs = [step_cost(g, lowering) for g in steps]
         self.allocated = [
             (tuple(c.replay_bytes for c in costs), replay),
             (tuple(c.vjp_bytes for c in costs), vjp),
         ]
-        flops = zip(*(step_flops(g, how) for g in steps), strict=True)
+        flops = zip(*(step_flops(g, lowering) for g in steps), strict=True)
         operations = tuple(formula([fitted(f, size, f"the operations of {what}")]) for f in flops)
-        divided = [d for g in steps if (d := residuals(g, how.hvp)) is not None]
+        divided = [d for g in steps if (d := residuals(g, lowering.hvp)) is not None]
         kept = more = sympy.Integer(0)
         if divided:
-            kept = formula([fitted([residual_cost(g, how)[0] for g in steps], size, f"residuals of {what}")])
+            kept = formula(
+                [fitted([residual_cost(g, lowering)[0] for g in steps], size, f"residuals of {what}")]
+            )
             forward = self._largest("its graph with residuals", [d.forward.graph for d in divided])
             backward = self._largest("its derivative's, with residuals", [d.backward.graph for d in divided])
             more = sympy.Max(0, formula(forward) - kept - formula(replay), formula(backward) - formula(vjp))

@@ -67,44 +67,44 @@ class Measured:
     made: tuple[ResultMemory | None, ...]
 
 
-def measured(step: StepGraph, kind: str, how: Lowering) -> Measured | None:
+def measured(step: StepGraph, kind: str, lowering: Lowering) -> Measured | None:
     """What was measured of a step graph's program, if anything."""
-    return step.programs.get(("measured", kind, how))
+    return step.programs.get(("measured", kind, lowering))
 
 
-def step_cost(step: StepGraph, how: Lowering) -> StepCost:
+def step_cost(step: StepGraph, lowering: Lowering) -> StepCost:
     """What calls of ``step`` cost: as measured where its programs were, else as its graphs say, traced if need be."""
-    found = _static_cost(step, how.hvp)
-    replay, vjp = measured(step, "replay", how), measured(step, "vjp", how)
+    found = _static_cost(step, lowering.hvp)
+    replay, vjp = measured(step, "replay", lowering), measured(step, "vjp", lowering)
     if replay is not None:
         made = tuple(m for m in replay.made if m is not None)
         found = replace(found, replay_bytes=replay.peak_bytes, outputs=made)
     return found if vjp is None else replace(found, vjp_bytes=vjp.peak_bytes, gradients=vjp.made)
 
 
-def check_bytes(step: StepGraph, how: Lowering) -> int:
+def check_bytes(step: StepGraph, lowering: Lowering) -> int:
     """Bytes that comparing a compiled derivative with the graph it is compiled from takes, at most."""
     given = sum(nbytes(p.spec) for p in (*step.inputs, *step.outputs))
     # copies of what it is given, which results may lie in; both results; one of the two at work; random generators
-    return 4 * given + 3 * step_cost(step, how).vjp_bytes + (16 << 10)
+    return 4 * given + 3 * step_cost(step, lowering).vjp_bytes + (16 << 10)
 
 
-def residual_cost(step: StepGraph, how: Lowering) -> tuple[int, int]:
+def residual_cost(step: StepGraph, lowering: Lowering) -> tuple[int, int]:
     """Bytes that saving a call's residuals takes until its derivative, and how much more either takes while it runs.
 
     As measured, else as the graphs say; (0, 0) where there are none.
     """
-    divided = residuals(step, how.hvp)
+    divided = residuals(step, lowering.hvp)
     if divided is None:
         return 0, 0
-    forward, backward = measured(step, "forward", how), measured(step, "backward", how)
+    forward, backward = measured(step, "forward", lowering), measured(step, "backward", lowering)
     made = _made(divided.forward.graph) if forward is None else forward.made
     kept = sum(m.size for m in made[len(made) - divided.fresh :] if m is not None)
     peaks = [
         peak_bytes(graph.graph) if seen is None else seen.peak_bytes
         for graph, seen in ((divided.forward, forward), (divided.backward, backward))
     ]
-    cost = step_cost(step, how)
+    cost = step_cost(step, lowering)
     return kept, max(0, peaks[0] - kept - cost.replay_bytes, peaks[1] - cost.vjp_bytes)
 
 

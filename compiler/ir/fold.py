@@ -88,7 +88,7 @@ def _key(item: Item) -> tuple:
         item.opt_state_in,
         item.opt_state_out,
         item.back,
-        item.how,
+        item.lowering,
         item.location,
     )
 

@@ -163,5 +163,5 @@ def _nth(loop: Loop, n: int) -> StepCall:
         [x.of[k] if type(x) is Operand else x for x in call.inputs],
         tuple([m.of[k] if type(m) is Operand else m for m in call.metas]),
         call.location,
-        how=call.how,
+        lowering=call.lowering,
     )

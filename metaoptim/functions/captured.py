@@ -43,7 +43,7 @@ class Specialization:
         rolled: its calls.
         records: what each pass did.
         plan: how it keeps to its memory budget, once it has run under one.
-        sources: input of the program -> its place in the dependencies's tensors, or the very tensor.
+        sources: input of the program -> its place among the tensors of the dependencies, or the very tensor.
     """
 
     def __init__(
@@ -169,7 +169,12 @@ def captured_step(
 
 
 def capture(
-    fn: Callable, options: Options, dependencies: Dependencies, args: tuple, kwargs: dict, reads: Reads | None = None
+    fn: Callable,
+    options: Options,
+    dependencies: Dependencies,
+    args: tuple,
+    kwargs: dict,
+    reads: Reads | None = None,
 ) -> Specialization:
     """Capture ``fn`` as it acts on these arguments, and take its trace through the passes.
 

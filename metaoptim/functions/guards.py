@@ -72,7 +72,9 @@ class Dependencies:
         dependencies.fact("the call", ("is", "outside any window" if window is None else "inside a window"))
         if window is not None:
             hooked = window.options.backward_hook is not None
-            dependencies.fact("the window", ("is", "with a backward_hook" if hooked else "without a backward_hook"))
+            dependencies.fact(
+                "the window", ("is", "with a backward_hook" if hooked else "without a backward_hook")
+            )
         for path, mode in zip(AMBIENT, ambient(), strict=True):
             dependencies.fact(path, ("mode", mode))
         labels = argument_names(fn, args) if named else ()

@@ -27,8 +27,8 @@ from ..optim.optimizer import MetaOptimizer
 from .changes import Change, first_change
 from .guards import (
     _LRU,
-    Fact,
     Dependencies,
+    Fact,
     argument_names,
     contents,
     global_names,

@@ -164,7 +164,7 @@ class Setting:
     def within(self, budget: int, offload: bool) -> Cost:
         """The cost of a call that may hold ``budget`` bytes."""
         planner = self.planner(offload)
-        plan = with_residuals(planner.plan(budget), self.program, planner.how)
+        plan = with_residuals(planner.plan(budget), self.program, planner.lowering)
         return self.cost(plan, budget)
 
     def with_slots(self, slots: int | None, offload: bool) -> Cost:

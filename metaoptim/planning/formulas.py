@@ -36,12 +36,12 @@ def model_of(alone: Planner, tier: Planner | None, longest: Loop, step_bytes: in
         longest: the loop that the formulas are of.
         step_bytes: gradients that each of its steps adds.
     """
-    program, how = alone.program, alone.how
-    known = {id(g): call_sizes(g, how) for g in program.step_graphs}
+    program, lowering = alone.program, alone.lowering
+    known = {id(g): call_sizes(g, lowering) for g in program.step_graphs}
     found = _of_calls(program, longest, [known[id(call.step)] for call, _ in program.counted()])
     sizes = {s: number(x) for s, x in found.items()}
     few, per_slot = _few(alone), alone.alone.per_slot
-    transient = max(step_cost(call.step, how).vjp_bytes for call in longest.calls)
+    transient = max(step_cost(call.step, lowering).vjp_bytes for call in longest.calls)
     return CostModel(
         fixed_bytes=alone.peak(few) - few * per_slot - step_bytes * program.positions - transient,
         transient_bytes=transient,
@@ -74,7 +74,7 @@ def by_batch(settings: Sequence[Setting], size: int) -> Mapping[Any, Any]:
         steps = [call.step for call, _ in calls]
         key = tuple(map(id, steps))
         if key not in known:
-            known[key] = CallByBatch(steps, size, given.alone.how, f"the call at {calls[0][0].location}")
+            known[key] = CallByBatch(steps, size, given.alone.lowering, f"the call at {calls[0][0].location}")
         costs.append(known[key])
     found = _of_calls(given.program, given.longest, [c.sizes for c in costs])
     inner = costs[_inner(given.program, given.longest)]

@@ -47,33 +47,37 @@ def report_of(
     trace.outputs = traced.tensors
     labels = {x: names.get(id(x.tensor)) or _unnamed(x) for x in trace.inputs}
     program, records = compile_trace(trace, options, step_of, labels)
-    said, how = stated(program, options), options.lowering
+    said, lowering = stated(program, options), options.lowering
     tensors = {x: x.tensor for x in program.inputs}
     if measure:
-        rehearse(program, tensors, how)
+        rehearse(program, tensors, lowering)
     begun = time.perf_counter()
-    kept, plan = decide(program, how, said, _title(fn), tensors if measure else None)
+    kept, plan = decide(program, lowering, said, _title(fn), tensors if measure else None)
     slots, offload = kept.slots, kept.offload
-    prediction = predict(program, slots, how, offload is not None)
+    prediction = predict(program, slots, lowering, offload is not None)
     if not prediction.reached:
         kept = Kept(1)
-        prediction = predict(program, 1, how)
+        prediction = predict(program, 1, lowering)
     saved = kept.saved
     peak = plan.peak_bytes if plan is not None and saved else prediction.peak_bytes
     every = slots is None or slots >= program.swept
     kind = "forward only" if not prediction.reached else _plan(every, offload is not None)
     kind = "unrolled" if saved and saved == program.swept else kind
     text = program.text(labels)
-    done = checkpoint(program, kept, how.hvp)
+    done = checkpoint(program, kept, lowering.hvp)
     done += f"; {plural(prediction.extra_forwards, 'call')} made again"
     records.append(Record("checkpoint", done, 1e3 * (time.perf_counter() - begun)))
-    whole = predict(replace(program, limit=None), slots, how).reached if program.limit else prediction.reached
+    whole = (
+        predict(replace(program, limit=None), slots, lowering).reached
+        if program.limit
+        else prediction.reached
+    )
     paths, targets = _gradients(trace, program, labels, names, prediction.reached, whole)
     dependencies = _learnable(names, fn, args, kwargs)
     read = {id(x.tensor) for x in trace.inputs}
     paths |= {name: "not read" for name, t in dependencies.items() if id(t) not in read and name not in paths}
     order = [*(n for n in dependencies if n in paths), *(n for n in paths if n not in dependencies)]
-    costs = {id(g): step_cost(g, program.lowering_of(g, how)) for g in program.step_graphs}
+    costs = {id(g): step_cost(g, program.lowering_of(g, lowering)) for g in program.step_graphs}
     forward = program.positions
     return Report(
         function=_title(fn),
@@ -96,12 +100,12 @@ def report_of(
         transient_bytes=max((c.vjp_bytes for c in costs.values()), default=0),
         predicted_peak_bytes=peak,
         predicted_forward_bytes=prediction.forward_bytes,
-        measured_peak_bytes=measured_peak(program, tensors, how, kept) if measure else None,
+        measured_peak_bytes=measured_peak(program, tensors, lowering, kept) if measure else None,
         gradient_targets=[n for n in order if n in targets],
         unreachable=[n for n in order if n not in targets],
         paths={n: paths[n] for n in order},
         passes=list(map(asdict, records)),
-        shapes=_shapes(program, how),
+        shapes=_shapes(program, lowering),
         program=text,
     )
 
@@ -235,9 +239,11 @@ def _title(fn: Callable) -> str:
 # -- shapes -------------------------------------------------------------------------------------------------
 
 
-def _shapes(program: Program, how: Lowering) -> dict[str, dict[str, Any]]:
+def _shapes(program: Program, lowering: Lowering) -> dict[str, dict[str, Any]]:
     calls: dict[int, int] = {}
     for call, count in program.counted():
         calls[id(call.step)] = calls.get(id(call.step), 0) + count
     names = program.names()
-    return {names[id(g)]: shape_of(g, calls[id(g)], program.lowering_of(g, how)) for g in program.step_graphs}
+    return {
+        names[id(g)]: shape_of(g, calls[id(g)], program.lowering_of(g, lowering)) for g in program.step_graphs
+    }

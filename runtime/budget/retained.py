@@ -13,7 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from metaoptim.compiler.ir.program import memory_bytes
 
-from ..engine.inputs import Snapshot, Memory, Watch
+from ..engine.inputs import Memory, Snapshot, Watch
 from ..engine.noise import GENERATOR_BYTES
 
 

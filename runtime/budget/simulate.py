@@ -201,7 +201,7 @@ class _DryEngine(Engine):
         return _Block(self.meter, nbytes(spec)) if cotangent is None else cotangent
 
     def _lowered(self, call: StepCall, kind: str, inputs: Any) -> Any:
-        step, cost = call.step, step_cost(call.step, call.how)
+        step, cost = call.step, step_cost(call.step, call.lowering)
         self.kept = max(self.kept, len(self.store))
 
         def replay(*arguments: Any) -> list[Any]:
@@ -235,7 +235,7 @@ class _DryEngine(Engine):
 def predict(
     program: Program,
     slots: int | None,
-    how: Lowering = EAGER,
+    lowering: Lowering = EAGER,
     offload: bool = False,
     trail: list[tuple[int, int]] | None = None,
 ) -> Prediction:
@@ -246,14 +246,16 @@ def predict(
     Args:
         program: of the compiled function.
         slots: how many states may be kept; None for all.
-        how: its graphs are run; what a backend fuses or allocates besides is known once it has been measured.
+        lowering: the backend and HVP mode of the step graphs; what a backend allocates besides is known once measured.
         offload: whether states without a slot go to a lower tier.
         trail: receives the bytes that are held, and what a call allocates beside them, at every change.
     """
     meter = _Meter(trail)
     copied = [x for x in program.inputs if x.grad or _is_target(x, program)]
     held = [_Block(meter, nbytes(x.spec)) for x in copied]
-    engine = _DryEngine(BoundProgram(program, _AllOutside(), program.registers, how), slots, meter, offload)
+    engine = _DryEngine(
+        BoundProgram(program, _AllOutside(), program.registers, lowering), slots, meter, offload
+    )
     engine.begin = program.positions - program.swept
     state: list[Any] = [None] * (program.registers + 1)
     if generator_for(program) is not None:

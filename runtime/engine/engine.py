@@ -285,7 +285,7 @@ class Engine:
         if base is None:
             base = self.state_at(position - call.back)
         inputs = self.inputs_of(call, state, base, position)
-        divided = residuals(call.step, call.how.hvp) if saving else None
+        divided = residuals(call.step, call.lowering.hvp) if saving else None
         results = self._lowered(call, "replay" if divided is None else "forward", inputs)(*inputs)
         if divided is not None:
             self._residuals[position] = [results[i] for i in divided.residuals]
@@ -308,7 +308,7 @@ class Engine:
         return torch.empty_strided(shape, stride, dtype=dtype, device=device).copy_(cotangent)
 
     def _lowered(self, call: StepCall, kind: str, inputs: Sequence[Tensor]) -> Lowered:
-        return lowered(call.step, kind, inputs, call.how, at_once=True)
+        return lowered(call.step, kind, inputs, call.lowering, at_once=True)
 
     def state_at(self, position: int) -> State:
         """The state at a position, replayed if it was not kept."""

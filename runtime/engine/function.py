@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaoptim.compiler.ir.program import Operand, Kept, Program
+from metaoptim.compiler.ir.program import Kept, Operand, Program
 from metaoptim.compiler.ir.step import Loop, Lowering, Role, StepCall, calls_of
 from metaoptim.compiler.ir.trace import Input
 from metaoptim.compiler.lower.ambient import unaffected
 
 from ..states.tiered import check_device, tier_for
 from .engine import Engine
-from .inputs import Snapshot, Inputs
+from .inputs import Inputs, Snapshot
 from .nodes import defined, hooked, refuse_third_order
 from .noise import Drawn, generator_of
 from .sweep import Sweep
@@ -45,14 +45,14 @@ class BoundProgram:
         rolled: the program.
         held: its inputs, by `Input`.
         rng: the register of the generator's state.
-        how: its graphs are run.
+        lowering: the backend and HVP mode of the step graphs.
     """
 
     start = reach = 0
     items: tuple = ()
 
-    def __init__(self, rolled: Program, held: dict[Input, Snapshot], rng: int, how: Lowering) -> None:
-        self.rolled, self.held, self.rng, self.how = rolled, held, rng, how
+    def __init__(self, rolled: Program, held: dict[Input, Snapshot], rng: int, lowering: Lowering) -> None:
+        self.rolled, self.held, self.rng, self.lowering = rolled, held, rng, lowering
         sizes = [len(calls_of(c)) * (c.count if isinstance(c, Loop) else 1) for c in rolled.calls]
         self._ends = list(accumulate(sizes))
         self.end = self._ends[-1] if sizes else 0
@@ -82,7 +82,7 @@ class BoundProgram:
             metas,
             first.location,
             first.rng,
-            first.how,
+            first.lowering,
         )
 
     def takes_step(self, position: int) -> bool:
@@ -115,7 +115,7 @@ class BoundProgram:
             inputs=[self._input(g, port) for g, port in zip(given, ports, strict=True)],
             metas=tuple(metas),
             rng=rng,
-            how=self.rolled.lowering_of(call.step, self.how),
+            lowering=self.rolled.lowering_of(call.step, self.lowering),
         )
         self._first[at, k] = first, moving
         return first, moving
@@ -170,7 +170,7 @@ class Run:
     Args:
         rolled: its program.
         tensors: the tensors behind the program's inputs.
-        how: its graphs are run.
+        lowering: the backend and HVP mode of the step graphs.
         backward_hook: see `Engine`.
         kept: what is kept for the backward.
         written: tensors that this call will overwrite when it has run; what is read of them is copied.
@@ -182,7 +182,7 @@ class Run:
         self,
         rolled: Program,
         tensors: dict[Input, Tensor],
-        how: Lowering,
+        lowering: Lowering,
         backward_hook: Callable | None,
         kept: Kept,
         written: Sequence[Tensor] = (),
@@ -194,7 +194,7 @@ class Run:
         inputs = Inputs(lambda t: id(t) in overwritten)
         self.held = {key: inputs.hold(t) for key, t in tensors.items()}
         self.generator = generator_for(rolled)
-        self.program = BoundProgram(rolled, self.held, rolled.registers, how)
+        self.program = BoundProgram(rolled, self.held, rolled.registers, lowering)
         check_device(kept.offload, [x.spec[3] for x in rolled.inputs])
         tier = None if kept.slots is None else tier_for(kept.offload)
         self.engine = (engine or Engine)(kept.slots, backward_hook, self.program, tier)

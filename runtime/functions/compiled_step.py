@@ -194,14 +194,14 @@ class CompiledStep:
         return Roles(inputs, ordered(inputs), dict(zip(places, last, strict=True)))
 
     def run(
-        self, window: RecordedSession, tensor_of: Callable[[Input], Tensor], how: Lowering
+        self, window: RecordedSession, tensor_of: Callable[[Input], Tensor], lowering: Lowering
     ) -> list[Tensor]:
         """Take the step.
 
         Args:
             window: the open window.
             tensor_of: the tensor behind an input, in this call.
-            how: the step is lowered.
+            lowering: the backend and HVP mode of the step graphs.
 
         Returns:
             The function's results; those that depend on what is learnt can be differentiated.
@@ -231,10 +231,10 @@ class CompiledStep:
             if (
                 self._runs <= FEW
             ):  # many are never run again: the first step of all, with no optimizer state yet
-                how = replace(how, backend="eager")
-            call = self._call(window, held, how)
+                lowering = replace(lowering, backend="eager")
+            call = self._call(window, held, lowering)
             inputs = [engine.state[i] for i in (*call.theta, *call.opt_state_in)] + [h.get() for h in held]
-            results = lowered(self.step, "replay", inputs, how, at_once=True)(*inputs)
+            results = lowered(self.step, "replay", inputs, lowering, at_once=True)(*inputs)
             del inputs  # under a budget, the engine may run the step's derivative now, on numbers drawn again
             changes = [
                 (i, v) for i, v in zip((*call.update, *call.opt_state_out), results, strict=True) if i >= 0
@@ -294,7 +294,7 @@ class CompiledStep:
             raise WindowError("a compiled step trains a network that is no part of this window")
         return ordinal
 
-    def _call(self, window: RecordedSession, held: list[Any], how: Lowering) -> StepCall:
+    def _call(self, window: RecordedSession, held: list[Any], lowering: Lowering) -> StepCall:
         view, known = window.view, window.opt_state
         free = len(window.engine.state)
         out = []
@@ -318,7 +318,7 @@ class CompiledStep:
             held,
             (),
             user_location(),
-            how=how,
+            lowering=lowering,
         )
 
     def _show_state(self, window: RecordedSession, call: StepCall, results: Sequence[Tensor]) -> None:

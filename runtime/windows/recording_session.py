@@ -392,11 +392,11 @@ class RecordedSession(Session):
             raise
         except Exception as error:
             raise first_use.uncapturable(error) from error
-        how = self.options.lowering
-        if step.dynamic and how.backend != "eager":
+        lowering = self.options.lowering
+        if step.dynamic and lowering.backend != "eager":
             step_cache.discard(key)  # it has not been checked
             raise CaptureError(
-                f"backend={how.backend!r}: the shapes in this step depend on values, and such a step cannot be "
+                f"backend={lowering.backend!r}: the shapes in this step depend on values, and such a step cannot be "
                 "compiled; use backend='eager'"
             )
         dtypes = [port.spec[1] for port in step.inputs[len(step.inputs) - len(lifted) :]]
@@ -406,7 +406,16 @@ class RecordedSession(Session):
         ]
         inputs, outputs = self._state_indices(optimizer, update, new_states)
         call = StepCall(
-            step, tuple(place), update.indices, inputs, outputs, back, held, (), user_location(), how=how
+            step,
+            tuple(place),
+            update.indices,
+            inputs,
+            outputs,
+            back,
+            held,
+            (),
+            user_location(),
+            lowering=lowering,
         )
         suspect = any(x.suspect for x in (*sliced.externals, *sliced.values))
         if new or step.opaque or suspect:

@@ -18,7 +18,7 @@ from metaoptim.compiler.ir.values import Epoch, Theta
 from metaoptim.errors import CaptureError, WindowError
 
 from ..engine.engine import Engine
-from ..engine.inputs import Snapshot, Inputs
+from ..engine.inputs import Inputs, Snapshot
 from ..engine.nodes import Begin, InnerParameter, Life, Link, Read, Results, new_token
 from . import partial_gradients
 from .networks import Networks

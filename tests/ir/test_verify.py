@@ -154,7 +154,10 @@ REJECTED: dict[str, tuple[Callable[[Program], Any], str]] = {
     ),
     "a dropped value read": (_replace(1, opt_state_in=(-1, 1)), r"call 1.*got register r-1"),
     "too few registers": (_replace(1, opt_state_in=(0,)), r"got 1 registers read, the step graph has 2"),
-    "too many inputs": (_replace(0, inputs=[Operand("number", 1)] * 2), r"got 2 inputs from outside, .* has 1"),
+    "too many inputs": (
+        _replace(0, inputs=[Operand("number", 1)] * 2),
+        r"got 2 inputs from outside, .* has 1",
+    ),
     "two outputs in one register": (_replace(0, opt_state_out=(1, 1)), r"two outputs go to one register, r1"),
     "another shape along a register": (
         _with_step(4, lambda: _ports(end(), 1, spec=TWO)),
