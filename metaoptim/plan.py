@@ -160,9 +160,9 @@ def _setting(fn: CompiledFunction, program: Program, horizon: int | None, offloa
     loops = [x for x in program.calls if isinstance(x, Loop)]
     if not loops:
         raise WindowError("plan: the function has no loop; write it with window.scan or window.range")
-    if program.limit is not None and program.loss_between:
+    if program.window is not None and program.loss_between:
         raise WindowError(
-            f"plan: with window={program.limit}, each of the losses between the inner steps sweeps back over steps of "
+            f"plan: with window={program.window}, each of the losses between the inner steps sweeps back over steps of "
             "its own, for which there are no formulas; fn.explain(...) goes through all of it"
         )
     longest = max(loops, key=lambda x: x.count)

@@ -105,7 +105,7 @@ class Program(Calls):
         slots, memory_budget, offload, backward_hook: options of its windows.
         kept: what the pass checkpoint has decided on.
         compiled: ids of the step graphs that go through the compiler, as the pass lower has decided; None for all.
-        limit: W, where gradients are truncated.
+        window: W, where gradients are truncated.
         offline: whether a window's own parameters receive a gradient.
     """
 
@@ -120,7 +120,7 @@ class Program(Calls):
     backward_hook: Callable | None = None
     kept: Kept | None = None
     compiled: frozenset[int] | None = None
-    limit: int | None = None
+    window: int | None = None
     offline: bool = False
 
     def lowering_of(self, step: StepGraph, stated: Lowering) -> Lowering:
@@ -141,9 +141,9 @@ class Program(Calls):
         All of them, unless gradients are truncated and no loss lies between the steps.
         """
         _, inner, after = self._stretches()
-        if self.limit is None or self.loss_between or self.limit >= sum(count for _, count in inner):
+        if self.window is None or self.loss_between or self.window >= sum(count for _, count in inner):
             return self.positions
-        return self.limit + sum(count for _, count in after)
+        return self.window + sum(count for _, count in after)
 
     @property
     def loss_between(self) -> bool:
@@ -199,7 +199,7 @@ class Program(Calls):
             f"program of {plural(self.horizon, 'inner step')}, {mode}: {plural(self.positions, 'call')} of "
             f"{plural(len(names), 'step graph')}, {plural(self.registers, 'register')} "
             f"({readable_bytes(self.state_bytes)})"
-            + (f", truncated to {self.limit} super-steps" if self.limit else "")
+            + (f", truncated to {self.window} super-steps" if self.window else "")
             + (f"; kept: {self.kept}" if self.kept is not None else "")
         ]
         for item in self.calls:

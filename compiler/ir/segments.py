@@ -185,7 +185,7 @@ class Draft:
     bodies: list[Body] = field(default_factory=list)
     unit_of: dict[int, int] = field(default_factory=dict)  # id of an entry -> its unit
     writes: list[tuple[Any, Value]] = field(default_factory=list)  # tensors that keep a new value, and which
-    limit: int | None = None  # W, where meta-gradients are truncated
+    window: int | None = None  # W, where meta-gradients are truncated
 
     def finals(self) -> list[Any]:
         """Values that are wanted at the end."""

@@ -31,7 +31,7 @@ def trace_text(trace: Trace) -> str:
         f"  {listed}{f', {rest} others' if rest else ''}",
     ]
     for window in trace.windows:
-        truncated = f", window={window.limit}" if window.limit else ""
+        truncated = f", window={window.window}" if window.window else ""
         lines.append(
             f"  {'offline' if window.offline else 'online'} window{truncated}: {len(window.adopted)} parameters taken "
             f"in, {len(window.last)} tensors with a last value"

@@ -163,11 +163,11 @@ def compile_trace(
         ProgramError: where the verifier finds a pass to be wrong.
     """
     recorder = PassLog(trace, texts)
-    writes, limit = recorder.run("mode", lambda: mode(trace), trace, lambda _: trace)
+    writes, window = recorder.run("mode", lambda: mode(trace), trace, lambda _: trace)
     if "rows" not in options.skip:
         recorder.run("rows", lambda: rows(trace), trace, lambda _: trace)
     (draft,) = recorder.run("split", lambda: _split(trace), trace, lambda made: made[0], _verify_split)
-    draft.writes, draft.limit = writes, options.window if limit is None else limit
+    draft.writes, draft.window = writes, options.window if window is None else window
     shape(draft, options, recorder)
     if "roll" in options.skip:
         step_of = lambda key, build: build()

@@ -26,7 +26,7 @@ def roll(draft: Draft, step_of: StepOf) -> tuple[Program, str]:
         draft: the parts.
         step_of: cache of step graphs: key, how to build one -> the step graph.
     """
-    rolled = Program(limit=draft.limit, offline=any(w.offline for w in draft.trace.windows))
+    rolled = Program(window=draft.window, offline=any(w.offline for w in draft.trace.windows))
     for window in draft.trace.windows:
         if rolled.slots is None and rolled.memory_budget is None:
             rolled.slots, rolled.memory_budget, rolled.offload = (

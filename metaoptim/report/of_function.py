@@ -68,8 +68,8 @@ def report_of(
     done += f"; {plural(prediction.extra_forwards, 'call')} made again"
     records.append(Record("checkpoint", done, 1e3 * (time.perf_counter() - begun)))
     whole = (
-        predict(replace(program, limit=None), slots, lowering).reached
-        if program.limit
+        predict(replace(program, window=None), slots, lowering).reached
+        if program.window
         else prediction.reached
     )
     paths, targets = _gradients(trace, program, labels, names, prediction.reached, whole)
@@ -85,7 +85,7 @@ def report_of(
         horizon=program.horizon,
         calls=forward,
         num_programs=len(program.step_graphs),
-        window=program.limit,
+        window=program.window,
         offline=program.offline,
         slots=slots,
         memory_budget=None if plan is None else plan.budget,
@@ -214,7 +214,7 @@ def _why_not(x: Input, program: Program, adopted: set[int], whole: frozenset[Inp
     if not any(x is y for y in program.inputs):
         return "read, but no result depends on it"
     if x in whole:
-        return f"only read more than window={program.limit} super-steps before the loss"
+        return f"only read more than window={program.window} super-steps before the loss"
     return "only read under no_grad, through detach(), or where no gradient flows"
 
 

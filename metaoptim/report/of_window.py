@@ -138,7 +138,7 @@ def _paths(session: RecordedSession, program: Tape) -> tuple[dict[str, str], set
                     name, "only read under no_grad, through detach(), or where no gradient flows"
                 )
     options, own = session.options, session.networks
-    beyond = session.view.sliding is not None and session.view.sliding.count > session.view.sliding.limit
+    beyond = session.view.sliding is not None and session.view.sliding.count > session.view.sliding.window
     reason = "the window is online: its networks' own parameters are cut off at entry"
     if options.offline:
         reason = (

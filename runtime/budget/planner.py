@@ -121,7 +121,7 @@ def _cut_short(program: Program, slots: int, offload: bool) -> list[Program]:
     A peak does not depend on how often a loop runs once it runs several times per slot. Where states of several loops
     differ in size, the largest may be the ones that are kept.
     """
-    more = program.limit or 0
+    more = program.window or 0
     loops = [c for c in program.calls if isinstance(c, Loop)] or [None]
     return [
         shortened(program, _FEW + more, x, length + more) for x in loops for length in lengths(slots, offload)
@@ -223,7 +223,7 @@ class Planner:
     @cached_property
     def every(self) -> int:
         """Predicted bytes where every state stays until the end: as many slots give them up on the way back."""
-        short = shortened(self.program, lengths(FEW_SLOTS)[0] + (self.program.limit or 0))
+        short = shortened(self.program, lengths(FEW_SLOTS)[0] + (self.program.window or 0))
         more = (self.states - max(short.swept, 1)) * self.alone.per_slot + _left_out(self.program, short)
         return SCALARS + predict(short, None, self.lowering).peak_bytes + more + self.beside
 

@@ -273,10 +273,10 @@ def predict(
             sweep.deposit(engine.program.end, where, _Block(meter, results[i].size, reached=True))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if program.limit is None:
+        if program.window is None:
             engine.pull_back(sweep, 0)
         else:
-            pull_back_truncated(engine, sweep, program.limit, program.offline)
+            pull_back_truncated(engine, sweep, program.window, program.offline)
     reached = frozenset(source for source, grad in sweep.gradients().items() if grad.reached)
     extra = engine.replays - forward_steps
     del held, cotangents

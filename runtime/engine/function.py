@@ -231,10 +231,10 @@ class Run:
         for where, cotangent in zip(self.rolled.outputs, cotangents, strict=True):
             if cotangent is not None and isinstance(where, int):
                 sweep.deposit(self.program.end, where, cotangent)
-        if self.rolled.limit is None:
+        if self.rolled.window is None:
             self.engine.pull_back(sweep, 0)
         else:
-            pull_back_truncated(self.engine, sweep, self.rolled.limit, self.rolled.offline)
+            pull_back_truncated(self.engine, sweep, self.rolled.window, self.rolled.offline)
         return sweep.gradients()
 
     def _zeros(self, source: Input) -> Tensor:

@@ -268,10 +268,10 @@ class ThetaView:
         if self.sliding is None or not self._superstep or epoch in (self.epochs[0], self.epochs[-1]):
             return
         self._overlapping.add(epoch.position)
-        if len(self._overlapping) < self.sliding.limit:
+        if len(self._overlapping) < self.sliding.window:
             return
         raise CaptureError(
-            f"window={self.sliding.limit}: this loss was computed before the last step of another optimizer, or before "
+            f"window={self.sliding.window}: this loss was computed before the last step of another optimizer, or before "
             "values were written into parameters, but after the round of losses before it had been stepped by; such "
             "rounds overlap, and cannot be told apart. Step by all losses of a round before the next one is computed, "
             "and write into parameters before the loss or after the step"

@@ -287,7 +287,7 @@ def test_passes_are_idempotent(name: str) -> None:
     assert first[1:] == again[1:]
     assert rows(trace) != "0 reads of 0 rows of inputs" == rows(trace)
     draft = split(trace)
-    draft.writes, draft.limit = first[0], first[1]
+    draft.writes, draft.window = first[0], first[1]
     for pass_ in (canonicalize, prune, canonicalize, prune):
         pass_(draft)
     settled = state_of(draft)
