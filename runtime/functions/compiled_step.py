@@ -144,24 +144,24 @@ class CompiledStep:
         self.left = [input_of[id(t)] for t, _ in trace.left]
         trace.outputs = [v for kind in kinds.values() for _, v in kind]
         trace.outputs += [*(v for _, v in trace.left), *outputs]
-        draft = whole(trace)
-        self.records = shaped(draft, texts)
-        (unit,) = draft.units
-        segment, body = unit.segment, unit.body
+        partition = whole(trace)
+        self.records = shaped(partition, texts)
+        (part,) = partition.parts
+        segment, kind = part.segment, part.kind
         places = [(segment.number_of[id(v.entry)], v.index) for v in trace.outputs]
         self.results = places[len(places) - len(outputs) :]
-        roles = self._roles(segment, body, places, thetas, states)
+        roles = self._roles(segment, kind, places, thetas, states)
         hooked = window.options.backward_hook is not None
         key = (
             segment.key,
-            tuple(body.outputs.items()),
+            tuple(kind.outputs.items()),
             tuple(roles.inputs),
             tuple(map(_exact, segment.numbers)),
             hooked,
         )
-        self.step = step_of((*key, "step"), lambda: build_segment(segment, body, (), hooked, roles))
+        self.step = step_of((*key, "step"), lambda: build_segment(segment, kind, (), hooked, roles))
         verify_step(self.step)
-        self.live = [place in body.active_outputs for place in self.results]
+        self.live = [place in kind.active_outputs for place in self.results]
         self.current = [of for of, live in zip(current, self.live, strict=True) if live]
         self.steps = len(trace.steps)
         refs = [segment.inputs[at] for at in roles.order]
@@ -178,7 +178,7 @@ class CompiledStep:
         self._fresh = True
         self._runs = 0
 
-    def _roles(self, segment: Any, body: Any, places: list, thetas: dict, states: dict) -> Roles:
+    def _roles(self, segment: Any, kind: Any, places: list, thetas: dict, states: dict) -> Roles:
         def role(at: int, x: Any) -> Role:
             if isinstance(x, Noise):
                 return Role.NOISE
@@ -186,7 +186,7 @@ class CompiledStep:
                 return Role.THETA
             if id(x.tensor) in states:
                 return Role.OPT_STATE
-            return Role.META if at in body.active else Role.SCAN
+            return Role.META if at in kind.active else Role.SCAN
 
         inputs = [role(at, x) for at, x in enumerate(segment.inputs)]
         last = [Role.THETA] * len(self.thetas) + [Role.OPT_STATE] * len(self.states)

@@ -271,10 +271,10 @@ class ThetaView:
         if len(self._overlapping) < self.sliding.window:
             return
         raise CaptureError(
-            f"window={self.sliding.window}: this loss was computed before the last step of another optimizer, or before "
-            "values were written into parameters, but after the round of losses before it had been stepped by; such "
-            "rounds overlap, and cannot be told apart. Step by all losses of a round before the next one is computed, "
-            "and write into parameters before the loss or after the step"
+            f"window={self.sliding.window}: this loss was computed before the last step of another optimizer, or "
+            "before values were written into parameters, but after the round of losses before it had been stepped "
+            "by; such rounds overlap, and cannot be told apart. Step by all losses of a round before the next one is "
+            "computed, and write into parameters before the loss or after the step"
         )
 
     def _is_of(self, theta: Theta, epoch: Epoch) -> bool:

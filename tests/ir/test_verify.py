@@ -13,10 +13,10 @@ from torch import Tensor, fx, nn
 
 import metaoptim
 from metaoptim.compiler.ir.program import Operand, Program
-from metaoptim.compiler.ir.segments import Draft, split
+from metaoptim.compiler.ir.segments import Partition, split
 from metaoptim.compiler.ir.step import EAGER, Loop, Port, Role, StepCall, StepGraph
 from metaoptim.compiler.ir.trace import Input, Noise
-from metaoptim.compiler.ir.verify import verify_draft, verify_program
+from metaoptim.compiler.ir.verify import verify_partition, verify_program
 from metaoptim.compiler.ir.verify_step import verify_step
 from metaoptim.compiler.passes.canonicalize import canonicalize
 from metaoptim.compiler.passes.pipeline import Options, compile_trace
@@ -39,7 +39,7 @@ def port(role: Role, name: str, spec: tuple = THREE, active: bool = True) -> Por
 def graph(
     inputs: list[Port], outputs: list[Port], body: Callable[[fx.Graph, list[fx.Node]], list[Any]]
 ) -> StepGraph:
-    """A step graph whose results ``body`` adds to it."""
+    """A step graph whose results ``kind`` adds to it."""
     g = fx.Graph()
     nodes = []
     for p in inputs:
@@ -388,7 +388,7 @@ def test_numbers_drawn_and_not_read_are_inputs_all_the_same() -> None:
         verify_step(drawing(aten.exp.default))
 
 
-# -- drafts ----------------------------------------------------------------------------------------------------------
+# -- partitions -----------------------------------------------------------------------------------------------------
 
 
 def traced() -> Any:
@@ -408,48 +408,48 @@ def traced() -> Any:
     return tracer.trace
 
 
-def drafted() -> Draft:
-    draft = split(traced())
-    canonicalize(draft)
-    prune(draft)
-    return draft
+def partitioned() -> Partition:
+    partition = split(traced())
+    canonicalize(partition)
+    prune(partition)
+    return partition
 
 
 def test_a_real_function_passes_at_every_stage() -> None:
-    draft = split(traced())
-    verify_draft(draft, outlined=False)
-    canonicalize(draft)
-    verify_draft(draft)
-    prune(draft)
-    verify_draft(draft)
+    partition = split(traced())
+    verify_partition(partition, outlined=False)
+    canonicalize(partition)
+    verify_partition(partition)
+    prune(partition)
+    verify_partition(partition)
     rolled, records = compile_trace(traced(), Options(lowering=EAGER), step_of)
     verify_program(rolled)
     names = ["mode", "rows", "split", "canonicalize", "prune", "roll", "loop", "differentiate", "lower"]
     assert [r.name for r in records] == ["capture", *names, "verify"]
 
 
-def _swap_parts(draft: Draft) -> None:
-    draft.units[0], draft.units[1] = draft.units[1], draft.units[0]
-    draft.unit_of = {id(e): n for n, u in enumerate(draft.units) for e in u.segment.entries}
+def _swap_parts(partition: Partition) -> None:
+    partition.parts[0], partition.parts[1] = partition.parts[1], partition.parts[0]
+    partition.part_of = {id(e): n for n, u in enumerate(partition.parts) for e in u.segment.entries}
 
 
-def _lose_part(draft: Draft) -> None:
-    lost = draft.units.pop(0)
-    draft.unit_of = {id(e): n for n, u in enumerate(draft.units) for e in u.segment.entries}
-    lost.body.units.remove(lost)
+def _lose_part(partition: Partition) -> None:
+    lost = partition.parts.pop(0)
+    partition.part_of = {id(e): n for n, u in enumerate(partition.parts) for e in u.segment.entries}
+    lost.kind.parts.remove(lost)
 
 
-def _mislabel(draft: Draft) -> None:
-    draft.unit_of[id(draft.units[1].segment.entries[0])] = 0
+def _mislabel(partition: Partition) -> None:
+    partition.part_of[id(partition.parts[1].segment.entries[0])] = 0
 
 
-def _respecify(draft: Draft) -> None:
-    outputs = draft.units[0].body.outputs
+def _respecify(partition: Partition) -> None:
+    outputs = partition.parts[0].kind.outputs
     place = next(iter(outputs))
     outputs[place] = TWO
 
 
-DRAFTS: dict[str, tuple[Callable[[Draft], Any], str]] = {
+PARTITIONS: dict[str, tuple[Callable[[Partition], Any], str]] = {
     "parts out of order": (
         _swap_parts,
         r"part 0: call .* reads an output of .* in part 1, which comes later",
@@ -457,24 +457,24 @@ DRAFTS: dict[str, tuple[Callable[[Draft], Any], str]] = {
     "a lost part": (_lose_part, r"which is part of the program no more"),
     "a call listed elsewhere": (_mislabel, r"part 1: call 0 .* is listed in part 0"),
     "a value that is not given": (
-        lambda d: d.units[0].body.outputs.clear(),
+        lambda d: d.parts[0].kind.outputs.clear(),
         r"in part 0, which that part does not give",
     ),
     "a value of another shape": (_respecify, r"in part 0: got float64 2 "),
     "unequal parts taken for equal": (
-        lambda d: (d.units[0].body.units.append(d.units[1]), setattr(d.units[1], "body", d.units[0].body)),
-        r"part 1 shares its body with a part of another structure",
+        lambda d: (d.parts[0].kind.parts.append(d.parts[1]), setattr(d.parts[1], "kind", d.parts[0].kind)),
+        r"part 1 shares its kind with a part of another structure",
     ),
 }
 
 
-@pytest.mark.parametrize("rule", DRAFTS)
-def test_an_unsound_draft_is_rejected(rule: str) -> None:
-    spoil, match = DRAFTS[rule]
-    draft = drafted()
-    spoil(draft)
+@pytest.mark.parametrize("rule", PARTITIONS)
+def test_an_unsound_partition_is_rejected(rule: str) -> None:
+    spoil, match = PARTITIONS[rule]
+    partition = partitioned()
+    spoil(partition)
     with pytest.raises(ProgramError, match=match):
-        verify_draft(draft)
+        verify_partition(partition)
 
 
 def test_the_error_says_what_to_do() -> None:
