@@ -293,7 +293,7 @@ def _measure(engine: Engine, call: StepCall) -> None:
         return
     with _disable_current_modes(), unaffected(), cotangent_hook.active(cotangent_hook.stand_in):
         base = engine.state_at(engine.position - call.back) if call.back else engine.state
-        inputs = engine.inputs_of(call, engine.state, base, engine.position)
+        inputs = engine.operands(call, engine.state, base, engine.position)
         inputs += [call.step.outputs[i].empty().zero_() for i in cotangent_outputs(call.step)]
         program = lowered(call.step, "vjp", inputs, call.lowering)
         if not profiling():

@@ -16,7 +16,8 @@ from torch import Tensor
 import metaoptim
 from budget_cases import Case, same, state_bytes
 from metaoptim.runtime.states import schedule
-from metaoptim.runtime.states.slots import SlotStore
+from metaoptim.runtime.states.actions import Action, Keep
+from metaoptim.runtime.states.slots import Slots
 
 _EVERY_TIME = 6  # cases that are short
 _ONE_SLOT = 40  # steps run with a single state kept: they take time that is quadratic in them
@@ -38,17 +39,22 @@ def enough(steps: int, slots: int) -> bool:
     return steps <= _ONE_SLOT or schedule.extra_forwards(steps, slots) <= _REPLAYS * steps
 
 
-def leaking(monkeypatch: pytest.MonkeyPatch) -> list[tuple[SlotStore, list[Tensor]]]:
+def leaking(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Slots, list[Tensor]]]:
     """Let every loop hold one state that no plan knows of; returns where they are."""
-    real, leaked = SlotStore.offer, []
+    real, leaked = Slots.apply, []
 
-    def offer(self: SlotStore, position: int, state: Any) -> None:
-        real(self, position, state)
-        tensors = [t.clone() for t in state if isinstance(t, Tensor)]  # plans run on sizes
-        if position >= 2 and tensors and all(store is not self for store, _ in leaked):
-            leaked.append((self, tensors))
+    def apply(self: Slots, action: Action, state: Any = None) -> None:
+        if (
+            isinstance(action, Keep)
+            and action.position >= 2
+            and all(store is not self for store, _ in leaked)
+        ):
+            kept = self.work[action.position] if state is None else state
+            if tensors := [t.clone() for t in kept if isinstance(t, Tensor)]:  # plans run on sizes
+                leaked.append((self, tensors))
+        real(self, action, state)
 
-    monkeypatch.setattr(SlotStore, "offer", offer)
+    monkeypatch.setattr(Slots, "apply", apply)
     return leaked
 
 
