@@ -215,6 +215,13 @@ def test_a_schedule_is_lazy_and_prints() -> None:
         "pull back 3",
         "drop 3",
         "advance 0 -> 1",
+        "keep 1",
+        "advance 1 -> 2",
+        "pull back 2",
+        "drop 2",
+        "pull back 1",
+        "drop 1",
+        "pull back 0",
     ]
 
 
