@@ -11,11 +11,11 @@ from typing import Any
 from .compile import BoundFunction, CompiledFunction
 from .compiler.cost.polynomials import TIMES
 from .compiler.ir.program import Program, nbytes
-from .compiler.ir.step import Loop, StepGraph
+from .compiler.ir.step import Loop
+from .compiler.lower.library import Library, library
 from .compiler.passes.pipeline import Options, compile_trace
-from .compiler.passes.roll import StepOf
 from .errors import WindowError
-from .functions.captured import stated, step_of, trace_of
+from .functions.captured import stated, trace_of
 from .planning.batch import Batch
 from .planning.cost import Cost, Setting
 from .planning.formulas import by_batch, model_of
@@ -92,7 +92,7 @@ def plan(
     def cost(*args: Any, **kwargs: Any) -> Cost:
         options = compiled._options
         named = None if batch is None else Batch(compiled._fn, args, kwargs, batch)
-        steps = step_of if named is None else _steps_of_its_own()
+        steps = library if named is None else Library()  # with ``batch``, nothing was measured
         program = _program(partial(compiled._fn, *args, **kwargs), options, steps)
         said = stated(program, options)
         slots, budget = said.slots, said.memory_budget
@@ -113,25 +113,13 @@ def plan(
     return cost
 
 
-def _program(call: Callable[[], Any], options: Options, steps: StepOf) -> Program:
+def _program(call: Callable[[], Any], options: Options, steps: Library) -> Program:
     traced, tracer, _ = trace_of(call, (), {})
     tracer.trace.outputs = traced.tensors
     return compile_trace(tracer.trace, options, steps)[0]
 
 
-def _steps_of_its_own() -> StepOf:
-    """Step graphs that nobody else has: nothing was measured of any of them, and none will be kept."""
-    known: dict[tuple, StepGraph] = {}
-
-    def steps(key: tuple, build: Callable[[], StepGraph]) -> StepGraph:
-        if key not in known:
-            known[key] = build()
-        return known[key]
-
-    return steps
-
-
-def _larger(batch: Batch, times: int, program: Program, options: Options, steps: StepOf) -> Program:
+def _larger(batch: Batch, times: int, program: Program, options: Options, steps: Library) -> Program:
     """The program for so many times the batch of ``program``."""
     sizes = f"{' and '.join(batch.names)} enlarged from a batch of {batch.size} to {times * batch.size}"
     try:

@@ -18,8 +18,9 @@ import metaoptim
 from metaoptim.compiler.cost.model import A, B, D, E, H, K, R, S, T, b, c
 from metaoptim.compiler.cost.model import F as FLOPS
 from metaoptim.compiler.cost.polynomials import difference, formula, largest, largest_difference, size_text
-from metaoptim.compiler.cost.step import Measured, measured
-from metaoptim.functions import captured
+from metaoptim.compiler.cost.step import measured
+from metaoptim.compiler.ir.derived import Measured
+from metaoptim.compiler.lower.library import library
 from metaoptim.runtime.budget.meter import AllocatorMeter
 from metaoptim.runtime.budget.planner import FEW_SLOTS, lengths
 
@@ -27,9 +28,9 @@ STEPS, SIZE = 8, 5
 
 
 @pytest.fixture(autouse=True)
-def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+def unmeasured() -> None:
     """Nothing has run in another test: a size without ``batch`` is that of the graphs, too."""
-    monkeypatch.setattr(captured, "_steps", {})
+    library.clear()
 
 
 def net_of(features: int = 3) -> nn.Module:
@@ -313,9 +314,9 @@ def test_planning_leaves_a_function_as_it_is() -> None:
     fn, given, dims = PROBLEMS["sgd"]
     meta_loss, arguments = compiled(fn), given(SIZE)
     meta_loss(*arguments).backward()
-    programs, steps = dict(meta_loss._programs), dict(captured._steps)
+    programs, steps = dict(meta_loss._programs), library.steps()
     metaoptim.plan(meta_loss, batch=dims)(*arguments)
-    assert meta_loss._programs == programs and captured._steps == steps
+    assert meta_loss._programs == programs and library.steps() == steps
     meta_loss(*arguments).backward()
     assert meta_loss._programs == programs
 
@@ -335,11 +336,11 @@ def test_what_was_measured_is_left_out() -> None:
     asked = metaoptim.plan(compiled(fn), batch=dims)(*arguments)
     meta_loss = compiled(fn, memory_budget="1MiB")
     meta_loss(*arguments).backward()
-    for step in captured._steps.values():
+    for step in library.steps():
         found = measured(step, "vjp", meta_loss._options.lowering)
         assert isinstance(found, Measured)
         more = replace(found, peak_bytes=2 * found.peak_bytes)
-        step.programs["measured", "vjp", meta_loss._options.lowering] = more
+        step.derived.measured["vjp", meta_loss._options.lowering] = more
     assert metaoptim.plan(compiled(fn))(*arguments).model.sizes[A] > 1.5 * asked.model.transient_bytes
     again = metaoptim.plan(compiled(fn), batch=dims)(*arguments)
     assert again == asked
