@@ -14,15 +14,15 @@ from torch import Tensor
 
 from .compiler.capture import intercept
 from .compiler.ir.program import Kept
+from .compiler.ir.step import Lowering
 from .compiler.ir.trace import Input
-from .compiler.lower.derivatives import lowering
 from .compiler.lower.waiting import waiting
 from .compiler.passes.checkpoint import checkpoint
 from .compiler.passes.pipeline import Options
 from .errors import WindowError, warn
-from .functions.captured import Program, StepProgram, capture, captured_step, stated
+from .functions.captured import Specialization, StepSpecialization, capture, captured_step, stated
 from .functions.changes import Change
-from .functions.guards import Fact, Scene
+from .functions.guards import Dependencies, Fact
 from .functions.reads import Place, Reads, look
 from .functions.recapture import compare
 from .optim.optimizer import refresh_optimizers
@@ -73,36 +73,36 @@ class CompiledFunction:
             return self._step(session, args, kwargs)
         if session is not None:
             return self._fn(*args, **kwargs)  # full_tape: the oracle is not compiled
-        scene = Scene.of_call(self._fn, args, kwargs)
-        program = self._find(scene)
+        dependencies = Dependencies.of_call(self._fn, args, kwargs)
+        program = self._find(dependencies)
         if program is None:
             if refresh_optimizers():
-                scene = Scene.of_call(self._fn, args, kwargs)
-                program = self._find(scene)
+                dependencies = Dependencies.of_call(self._fn, args, kwargs)
+                program = self._find(dependencies)
         if program is None:
-            program = self._compile(scene, args, kwargs)
+            program = self._compile(dependencies, args, kwargs)
         elif self._options.recapture:
-            compare(_name(self._fn), program, capture(self._fn, self._options, scene, args, kwargs))
-        return self._run(program, scene)
+            compare(_name(self._fn), program, capture(self._fn, self._options, dependencies, args, kwargs))
+        return self._run(program, dependencies)
 
-    def _find(self, scene: Scene, window: RecordedSession | None = None) -> Any:
-        """The program for what ``scene`` and the places read look like now, with ``scene`` extended by these."""
-        key, mark = scene.key, scene.mark()
+    def _find(self, dependencies: Dependencies, window: RecordedSession | None = None) -> Any:
+        """The program for ``dependencies``, which are extended by the facts at the places read."""
+        key, mark = dependencies.key, dependencies.mark()
         for i, places in enumerate(self._places.get(key, ())):
-            programs = self._programs.get((key, i, tuple(look(scene, places))), [])
+            programs = self._programs.get((key, i, tuple(look(dependencies, places))), [])
             for program in list(programs):
-                if all(ref() is o for ref, o in zip(program.remembered, scene.objects, strict=True)):
+                if all(ref() is o for ref, o in zip(program.remembered, dependencies.objects, strict=True)):
                     if window is None or program.step.fits(window):
                         return program
                     programs.remove(program)  # a layer is another one than in its last window
-            scene.back_to(mark)
+            dependencies.back_to(mark)
         return None
 
-    def _compile(self, scene: Scene, args: tuple, kwargs: dict) -> Program:
+    def _compile(self, dependencies: Dependencies, args: tuple, kwargs: dict) -> Specialization:
         begun = time.perf_counter()
-        key, reads = scene.key, Reads(self._fn, args, kwargs)
+        key, reads = dependencies.key, Reads(self._fn, args, kwargs)
         with waiting(f"capturing {_name(self._fn)} ..."):
-            program = capture(self._fn, self._options, scene, args, kwargs, reads)
+            program = capture(self._fn, self._options, dependencies, args, kwargs, reads)
         self._remember(key, reads, program, time.perf_counter() - begun)
         if _graphs.isEnabledFor(logging.INFO):
             text = program.rolled.text(operators=_graphs.isEnabledFor(logging.DEBUG))
@@ -131,9 +131,9 @@ class CompiledFunction:
     def _step(self, window: RecordedSession, args: tuple, kwargs: dict) -> Any:
         """One compiled inner step of the window that is open."""
         with window.recorder.paused():
-            scene = Scene.of_call(self._fn, args, kwargs, window)
-            program = self._find(scene, window)
-        window.look_at(scene.tensors)
+            dependencies = Dependencies.of_call(self._fn, args, kwargs, window)
+            program = self._find(dependencies, window)
+        window.look_at(dependencies.tensors)
         if program is None:
             if self._options.memory_budget is not None:
                 raise WindowError(
@@ -147,53 +147,60 @@ class CompiledFunction:
                 )
             begun = time.perf_counter()
             with window.recorder.paused():
-                key, reads = scene.key, Reads(self._fn, args, kwargs, window)
+                key, reads = dependencies.key, Reads(self._fn, args, kwargs, window)
             with waiting(f"capturing {_name(self._fn)} ..."):
-                program = self._captured_step(window, scene, args, kwargs, reads)
+                program = self._captured_step(window, dependencies, args, kwargs, reads)
             self._remember(key, reads, program, time.perf_counter() - begun)
             _graphs.info("%s: %s", _name(self._fn), program.step.step)
         elif self._options.recapture:
-            compare(_name(self._fn), program, self._captured_step(window, scene, args, kwargs))
-        results = program.step.run(window, lambda x: program.tensor(x, scene), self._options.lowering)
+            compare(_name(self._fn), program, self._captured_step(window, dependencies, args, kwargs))
+        results = program.step.run(window, lambda x: program.tensor(x, dependencies), self._options.lowering)
         return program.traced.restored(results)
 
     def _captured_step(
-        self, window: RecordedSession, scene: Scene, args: tuple, kwargs: dict, reads: Reads | None = None
-    ) -> StepProgram:
+        self,
+        window: RecordedSession,
+        dependencies: Dependencies,
+        args: tuple,
+        kwargs: dict,
+        reads: Reads | None = None,
+    ) -> StepSpecialization:
         step, _, traced = captured_step(self._fn, window, args, kwargs, reads=reads)
         if reads is not None:
             with window.recorder.paused():
-                reads.settle(scene)
-        at = scene.place_of()
+                reads.settle(dependencies)
+        at = dependencies.place_of()
         sources = {
             x: at.get(id(x.tensor), x.tensor) for x in (*step.given, *step.left) if isinstance(x, Input)
         }
-        return StepProgram(step, sources, scene.remembered(), traced)
+        return StepSpecialization(step, sources, dependencies.remembered(), traced)
 
-    def _run(self, program: Program, scene: Scene) -> Any:
-        tensors = program.tensors(scene)
+    def _run(self, program: Specialization, dependencies: Dependencies) -> Any:
+        tensors = program.tensors(dependencies)
         rolled, options = program.rolled, self._options
         differentiable = torch.is_grad_enabled() and bool(program.keys)
         kept = self._kept(program, tensors) if differentiable else Kept(1)
         written = [
-            scene.tensors[t] if isinstance(t, int) else t for t in program.writes if not isinstance(t, tuple)
+            dependencies.tensors[t] if isinstance(t, int) else t
+            for t in program.writes
+            if not isinstance(t, tuple)
         ]
         run = Run(rolled, tensors, options.lowering, rolled.backward_hook, kept, written)
         if differentiable:
             found = Call.apply(run, program.keys, rolled.dead, *(tensors[x] for x in program.keys))
         else:
             found = run.forward()
-        self._write(program, scene, run.last)
+        self._write(program, dependencies, run.last)
         return program.traced.restored(found)
 
-    def _kept(self, program: Program, tensors: dict[Input, Tensor]) -> Kept:
+    def _kept(self, program: Specialization, tensors: dict[Input, Tensor]) -> Kept:
         """What to keep for the backward, as the windows inside say, else the decorator."""
-        rolled, how = program.rolled, self._options.lowering
+        rolled, lowering = program.rolled, self._options.lowering
         if rolled.kept is None:
             said = stated(rolled, self._options)
             with waiting(f"planning what {_name(self._fn)} keeps ..."):
-                kept, program.plan = decide(rolled, how, said, _name(self._fn), tensors)
-            checkpoint(rolled, kept, how.hvp)
+                kept, program.plan = decide(rolled, lowering, said, _name(self._fn), tensors)
+            checkpoint(rolled, kept, lowering.hvp)
             if program.plan is not None:
                 if said.memory_budget is None:
                     tell_default(_name(self._fn), program.plan.budget)
@@ -202,13 +209,15 @@ class CompiledFunction:
         return rolled.kept
 
     @torch.no_grad()
-    def _write(self, program: Program, scene: Scene, last: list[tuple[Any, Tensor]]) -> None:
+    def _write(
+        self, program: Specialization, dependencies: Dependencies, last: list[tuple[Any, Tensor]]
+    ) -> None:
         for target, (_, value) in zip(program.writes, last, strict=True):
             if isinstance(target, tuple):
                 optimizer, p, name = target
                 optimizer.state[p][name] = value.clone()
             else:
-                (scene.tensors[target] if isinstance(target, int) else target).copy_(value)
+                (dependencies.tensors[target] if isinstance(target, int) else target).copy_(value)
 
 
 class BoundFunction:
@@ -285,8 +294,8 @@ def compile(
         check_count(name, value)
     check_budget(memory_budget, slots)
     check_offload(offload, slots, memory_budget)
-    how = lowering(backend, hvp, self_check)
-    options = Options(window, slots, memory_budget, how, recapture, offload)
+    lowering = Lowering.stated(backend, hvp, self_check)
+    options = Options(window, slots, memory_budget, lowering, recapture, offload)
     if fn is None:
         return lambda f: CompiledFunction(f, options)
     return CompiledFunction(fn, options)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .compiler.capture.intercept import recording
-from .compiler.lower.derivatives import lowering
+from .compiler.ir.step import Lowering
 from .errors import WindowError, warn
 from .optim.optimizer import live_optimizers, refresh_optimizers
 from .report.of_window import explain_window
@@ -125,7 +125,7 @@ class SlidingWindow:
         for name, value in (("window", window), ("slots", slots)):
             check_count(name, value)
         check_sync(sync, offline)
-        how = lowering(backend, hvp, self_check, replays=False)
+        lowering = Lowering.stated(backend, hvp, self_check, replays=False)
         self._options = Options(
             offline,
             backward_hook,
@@ -137,7 +137,7 @@ class SlidingWindow:
             offload,
             check_finite,
             sync,
-            how,
+            lowering,
         )
         if strategy == "full_tape":
             for name, value in self._said().items():
@@ -173,8 +173,8 @@ class SlidingWindow:
     def _said(self) -> dict[str, Any]:
         """The options that are not as by default."""
         said = {**vars(self._options), "offload": self._options.offload and os.fspath(self._options.offload)}
-        how, default = said.pop("lowering"), Options()
-        said |= {"backend": how.backend, "hvp": how.hvp, "self_check": how.check}
+        lowering, default = said.pop("lowering"), Options()
+        said |= {"backend": lowering.backend, "hvp": lowering.hvp, "self_check": lowering.check}
         defaults = {**vars(default), "backend": "eager", "hvp": default.lowering.hvp, "self_check": True}
         return {name: value for name, value in said.items() if value != defaults[name]}
 
@@ -323,7 +323,7 @@ class SlidingWindow:
 
     @property
     def program(self) -> Any:
-        """What the window has recorded, as a printable Program; None under full_tape."""
+        """What the window has recorded, as a printable Tape; None under full_tape."""
         return self._session.program if isinstance(self._session, RecordedSession) else self._program
 
 

@@ -177,7 +177,7 @@ def _repeats(states: int, slots: int) -> int:
     return found
 
 
-def step_flops(step: StepGraph, how: Lowering) -> tuple[int, int, int]:
+def step_flops(step: StepGraph, lowering: Lowering) -> tuple[int, int, int]:
     """Operations of a step, of its derivative, and how many of both residuals save.
 
     As torch counts them: matrix products, convolutions, attention.
@@ -186,8 +186,8 @@ def step_flops(step: StepGraph, how: Lowering) -> tuple[int, int, int]:
         given = [p.empty() for p in step.inputs]
         cotangents = [step.outputs[i].empty() for i in cotangent_outputs(step)]
         _, replay = _counted(replayed(step), given)
-        _, vjp = _counted(derived(step, how.hvp), [*given, *cotangents])
-        divided = residuals(step, how.hvp)
+        _, vjp = _counted(derived(step, lowering.hvp), [*given, *cotangents])
+        divided = residuals(step, lowering.hvp)
         if divided is None:
             return replay, vjp, 0
         made, forward = _counted(divided.forward, given)

@@ -16,7 +16,7 @@ from ..lower.derivatives import derived, replayed, residuals
 
 
 @dataclass(frozen=True)
-class Made:
+class ResultMemory:
     """One result of a flat graph.
 
     Attributes:
@@ -47,8 +47,8 @@ class StepCost:
     vjp_bytes: int
     replay_operators: int
     vjp_operators: int
-    outputs: tuple[Made, ...]
-    gradients: tuple[Made | None, ...]
+    outputs: tuple[ResultMemory, ...]
+    gradients: tuple[ResultMemory | None, ...]
     depends: tuple[frozenset[int], ...]
 
 
@@ -64,47 +64,47 @@ class Measured:
 
     peak_bytes: int
     first_bytes: int
-    made: tuple[Made | None, ...]
+    made: tuple[ResultMemory | None, ...]
 
 
-def measured(step: StepGraph, kind: str, how: Lowering) -> Measured | None:
+def measured(step: StepGraph, kind: str, lowering: Lowering) -> Measured | None:
     """What was measured of a step graph's program, if anything."""
-    return step.programs.get(("measured", kind, how))
+    return step.programs.get(("measured", kind, lowering))
 
 
-def step_cost(step: StepGraph, how: Lowering) -> StepCost:
+def step_cost(step: StepGraph, lowering: Lowering) -> StepCost:
     """What calls of ``step`` cost: as measured where its programs were, else as its graphs say, traced if need be."""
-    found = _static_cost(step, how.hvp)
-    replay, vjp = measured(step, "replay", how), measured(step, "vjp", how)
+    found = _static_cost(step, lowering.hvp)
+    replay, vjp = measured(step, "replay", lowering), measured(step, "vjp", lowering)
     if replay is not None:
         made = tuple(m for m in replay.made if m is not None)
         found = replace(found, replay_bytes=replay.peak_bytes, outputs=made)
     return found if vjp is None else replace(found, vjp_bytes=vjp.peak_bytes, gradients=vjp.made)
 
 
-def check_bytes(step: StepGraph, how: Lowering) -> int:
+def check_bytes(step: StepGraph, lowering: Lowering) -> int:
     """Bytes that comparing a compiled derivative with the graph it is compiled from takes, at most."""
     given = sum(nbytes(p.spec) for p in (*step.inputs, *step.outputs))
     # copies of what it is given, which results may lie in; both results; one of the two at work; random generators
-    return 4 * given + 3 * step_cost(step, how).vjp_bytes + (16 << 10)
+    return 4 * given + 3 * step_cost(step, lowering).vjp_bytes + (16 << 10)
 
 
-def residual_cost(step: StepGraph, how: Lowering) -> tuple[int, int]:
+def residual_cost(step: StepGraph, lowering: Lowering) -> tuple[int, int]:
     """Bytes that saving a call's residuals takes until its derivative, and how much more either takes while it runs.
 
     As measured, else as the graphs say; (0, 0) where there are none.
     """
-    divided = residuals(step, how.hvp)
+    divided = residuals(step, lowering.hvp)
     if divided is None:
         return 0, 0
-    forward, backward = measured(step, "forward", how), measured(step, "backward", how)
+    forward, backward = measured(step, "forward", lowering), measured(step, "backward", lowering)
     made = _made(divided.forward.graph) if forward is None else forward.made
     kept = sum(m.size for m in made[len(made) - divided.fresh :] if m is not None)
     peaks = [
         peak_bytes(graph.graph) if seen is None else seen.peak_bytes
         for graph, seen in ((divided.forward, forward), (divided.backward, backward))
     ]
-    cost = step_cost(step, how)
+    cost = step_cost(step, lowering)
     return kept, max(0, peaks[0] - kept - cost.replay_bytes, peaks[1] - cost.vjp_bytes)
 
 
@@ -125,7 +125,7 @@ def _static_cost(step: StepGraph, hvp: str) -> StepCost:
     return found
 
 
-def _made(graph: fx.Graph) -> list[Made | None]:
+def _made(graph: fx.Graph) -> list[ResultMemory | None]:
     given = {s: i for i, n in enumerate(graph.find_nodes(op="placeholder")) for s, _ in storages(n)}
     constant = {s for node in graph.find_nodes(op="get_attr") for s, _ in storages(node)}
 
@@ -136,7 +136,7 @@ def _made(graph: fx.Graph) -> list[Made | None]:
     return made_of([memory(n) if isinstance(n, fx.Node) else () for n in results_of(graph)], given)
 
 
-def made_of(results: Sequence[Any], given: dict[Any, int]) -> list[Made | None]:
+def made_of(results: Sequence[Any], given: dict[Any, int]) -> list[ResultMemory | None]:
     """Whose memory results lie in.
 
     Args:
@@ -144,19 +144,19 @@ def made_of(results: Sequence[Any], given: dict[Any, int]) -> list[Made | None]:
         given: identity of an argument's memory -> which argument.
     """
     first: dict[Any, int] = {}
-    found: list[Made | None] = []
+    found: list[ResultMemory | None] = []
     for k, memory in enumerate(results):
         if memory is None:
-            found.append(Made(0))
+            found.append(ResultMemory(0))
         elif not memory:
             found.append(None)
         elif memory[0] in given:
-            found.append(Made(0, of_input=given[memory[0]]))
+            found.append(ResultMemory(0, of_input=given[memory[0]]))
         elif memory[0] in first:
-            found.append(Made(0, of_result=first[memory[0]]))
+            found.append(ResultMemory(0, of_result=first[memory[0]]))
         else:
             first[memory[0]] = k
-            found.append(Made(memory[1]))
+            found.append(ResultMemory(memory[1]))
     return found
 
 

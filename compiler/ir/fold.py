@@ -10,14 +10,14 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
-from .program import Given, RolledProgram, plural
+from .program import Operand, Program, plural
 from .step import Assign, Loop, StepCall
 
 LONGEST = 32  # calls in a round
 Item = StepCall | Assign | Loop
 
 
-def loop(rolled: RolledProgram) -> str:
+def loop(rolled: Program) -> str:
     """Fold rounds of calls that leave their results where the next round looks for them.
 
     A plain ``for`` leaves many: of one call each, or of several where optimizers step by turns. What calls are given
@@ -64,17 +64,17 @@ def extended(known: Loop, calls: Sequence[Item]) -> int:
             _longer(m, known.count, [c.metas[i] for c in more]) for i, m in enumerate(own.metas)
         )
     known.count += count
-    known.strides = tuple(tuple(int(isinstance(x, Given)) for x in c.inputs) for c in known.calls)
+    known.strides = tuple(tuple(int(isinstance(x, Operand)) for x in c.inputs) for c in known.calls)
     return count * length
 
 
 def _longer(column: Any, count: int, more: list[Any]) -> Any:
-    if isinstance(column, Given):
+    if isinstance(column, Operand):
         column.of.extend(more)
         return column
     if all(_same(x, column) for x in more):
         return column
-    return Given("each", [column] * count + more)
+    return Operand("each", [column] * count + more)
 
 
 def _key(item: Item) -> tuple:
@@ -88,7 +88,7 @@ def _key(item: Item) -> tuple:
         item.opt_state_in,
         item.opt_state_out,
         item.back,
-        item.how,
+        item.lowering,
         item.location,
     )
 
@@ -121,8 +121,8 @@ def _columns(rows: list[Any]) -> list[tuple[Any, int]]:
 def _column(given: Sequence[Any]) -> tuple[Any, int]:
     """What stands for one input of a call in all rounds, and its stride."""
     first, second, *_ = given
-    if not isinstance(first, Given):  # of a recorded call
-        return (first, 0) if all(_same(g, first) for g in given) else (Given("each", list(given)), 1)
+    if not isinstance(first, Operand):  # of a recorded call
+        return (first, 0) if all(_same(g, first) for g in given) else (Operand("each", list(given)), 1)
     if first.kind == "noise" or all(
         g.kind == first.kind and g.at == first.at and _same(g.of, first.of) for g in given
     ):
@@ -135,7 +135,7 @@ def _column(given: Sequence[Any]) -> tuple[Any, int]:
         stride = second.of - first.of
         if all(b.of - a.of == stride for a, b in pairwise(given)):
             return first, stride
-    return Given("each", tuple(given)), 1
+    return Operand("each", tuple(given)), 1
 
 
 def _same(a: object, b: object) -> bool:

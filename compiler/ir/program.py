@@ -20,7 +20,7 @@ _STATE = (Role.THETA, Role.OPT_STATE, Role.CARRY)
 
 
 @dataclass(frozen=True)
-class Given:
+class Operand:
     """An input of a call that is no register.
 
     Attributes:
@@ -33,14 +33,14 @@ class Given:
     of: Any
     at: int = 0
 
-    def advanced(self, by: int) -> Given:
+    def advanced(self, by: int) -> Operand:
         """The one ``by`` further on."""
         if self.kind in ("scan", "each"):
-            return Given(self.kind, self.of, self.at + by)
-        return Given(self.kind, self.of + by)
+            return Operand(self.kind, self.of, self.at + by)
+        return Operand(self.kind, self.of + by)
 
     @property
-    def chosen(self) -> Given:
+    def chosen(self) -> Operand:
         """Itself, or the one of several that it stands for now."""
         return self.of[self.at] if self.kind == "each" else self
 
@@ -93,7 +93,7 @@ class Calls:
 
 
 @dataclass
-class RolledProgram(Calls):
+class Program(Calls):
     """A whole function as calls on registers.
 
     Attributes:
@@ -105,7 +105,7 @@ class RolledProgram(Calls):
         slots, memory_budget, offload, backward_hook: options of its windows.
         kept: what the pass checkpoint has decided on.
         compiled: ids of the step graphs that go through the compiler, as the pass lower has decided; None for all.
-        limit: W, where gradients are truncated.
+        window: W, where gradients are truncated.
         offline: whether a window's own parameters receive a gradient.
     """
 
@@ -120,7 +120,7 @@ class RolledProgram(Calls):
     backward_hook: Callable | None = None
     kept: Kept | None = None
     compiled: frozenset[int] | None = None
-    limit: int | None = None
+    window: int | None = None
     offline: bool = False
 
     def lowering_of(self, step: StepGraph, stated: Lowering) -> Lowering:
@@ -141,9 +141,9 @@ class RolledProgram(Calls):
         All of them, unless gradients are truncated and no loss lies between the steps.
         """
         _, inner, after = self._stretches()
-        if self.limit is None or self.loss_between or self.limit >= sum(count for _, count in inner):
+        if self.window is None or self.loss_between or self.window >= sum(count for _, count in inner):
             return self.positions
-        return self.limit + sum(count for _, count in after)
+        return self.window + sum(count for _, count in after)
 
     @property
     def loss_between(self) -> bool:
@@ -199,7 +199,7 @@ class RolledProgram(Calls):
             f"program of {plural(self.horizon, 'inner step')}, {mode}: {plural(self.positions, 'call')} of "
             f"{plural(len(names), 'step graph')}, {plural(self.registers, 'register')} "
             f"({readable_bytes(self.state_bytes)})"
-            + (f", truncated to {self.limit} super-steps" if self.limit else "")
+            + (f", truncated to {self.window} super-steps" if self.window else "")
             + (f"; kept: {self.kept}" if self.kept is not None else "")
         ]
         for item in self.calls:
@@ -352,7 +352,7 @@ def _call_text(
     return f"{made} = {names[id(call.step)]}({arguments}){where}"
 
 
-def _given_text(given: Given, stride: int, named: Mapping[Input, str]) -> str:
+def _given_text(given: Operand, stride: int, named: Mapping[Input, str]) -> str:
     if given.kind == "each":
         first, *_, last = (_given_text(g, 0, named) for g in given.of)
         return f"({first}, ..., {last})[{_moving(given.at, stride)}]"

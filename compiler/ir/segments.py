@@ -84,7 +84,7 @@ class Segment(Keyed):
         self.indexed = hooks.indexed
         self.inputs: list[Any] = []
         self._input_at: dict[Any, int] = {}
-        body = tuple(self._entry_key(e) for e in entries)
+        calls = tuple(self._entry_key(e) for e in entries)
         inner = _shown(entries)
         for number, entry in enumerate(entries):
             if id(entry) in inner or id(entry) not in hooks.thetas:
@@ -99,8 +99,7 @@ class Segment(Keyed):
                 self.hooks["x", at] = hooks.inputs[id(x)]
         acting = tuple((at, tuple(hook_key(s.hook) for s in spies)) for at, spies in self.hooks.items())
         self.opaque = self.opaque or bool(acting)
-        kinds = tuple(_kind(x) for x in self.inputs)
-        self.key = (body, kinds, acting)
+        self.key = (calls, tuple(map(_kind, self.inputs)), acting)
 
     def token(self, a: Any) -> Any:
         """A hashable stand-in: ("v", entry, output), ("x", k), ("n", k) or a constant."""
@@ -145,7 +144,7 @@ def _kind(ref: Any) -> tuple:
 
 
 @dataclass
-class Body:
+class PartKind:
     """What equal segments have in common.
 
     Attributes:
@@ -153,14 +152,14 @@ class Body:
         active: places of the inputs that depend on something that requires grad; of the outputs likewise.
     """
 
-    units: list[Unit] = field(default_factory=list)
+    parts: list[Part] = field(default_factory=list)
     outputs: dict[tuple, tuple] = field(default_factory=dict)
     active: set[int] = field(default_factory=set)
     active_outputs: set[tuple] = field(default_factory=set)
 
 
 @dataclass
-class Unit:
+class Part:
     """One segment in its place in the program.
 
     Attributes:
@@ -172,20 +171,20 @@ class Unit:
     steps: int
     location: str
     scan: tuple[int, int] | None
-    body: Body = field(default_factory=Body)
+    kind: PartKind = field(default_factory=PartKind)
 
 
 @dataclass
-class Draft:
+class Partition:
     """A program in the making: what the passes rewrite."""
 
     trace: Trace
     hooks: Hooks
-    units: list[Unit] = field(default_factory=list)
-    bodies: list[Body] = field(default_factory=list)
-    unit_of: dict[int, int] = field(default_factory=dict)  # id of an entry -> its unit
+    parts: list[Part] = field(default_factory=list)
+    kinds: list[PartKind] = field(default_factory=list)
+    part_of: dict[int, int] = field(default_factory=dict)  # id of an entry -> its part
     writes: list[tuple[Any, Value]] = field(default_factory=list)  # tensors that keep a new value, and which
-    limit: int | None = None  # W, where meta-gradients are truncated
+    window: int | None = None  # W, where meta-gradients are truncated
 
     def finals(self) -> list[Any]:
         """Values that are wanted at the end."""
@@ -227,7 +226,7 @@ def ordered(inputs: list[Role]) -> list[int]:
     return sorted(range(len(inputs)), key=lambda at: (_RANK.get(inputs[at], 3), at))
 
 
-def roles_of(segment: Segment, body: Body) -> Roles:
+def roles_of(segment: Segment, kind: PartKind) -> Roles:
     """Roles in a part of a compiled function."""
     thetas = thetas_of(segment)
     inputs = []
@@ -237,33 +236,33 @@ def roles_of(segment: Segment, body: Body) -> Roles:
             inputs.append(Role.THETA if at in thetas else inner)
         else:
             given = Role.NOISE if isinstance(ref, Noise) else Role.SCAN
-            inputs.append(Role.META if at in body.active else given)
+            inputs.append(Role.META if at in kind.active else given)
     outputs = {}
-    for number, index in body.outputs:
+    for number, index in kind.outputs:
         inner = is_inner_state(Value(segment.entries[number], index))
         outputs[number, index] = Role.OPT_STATE if inner else Role.CARRY
     return Roles(inputs, ordered(inputs), outputs)
 
 
-def whole(trace: Trace) -> Draft:
+def whole(trace: Trace) -> Partition:
     """A trace as one part."""
-    draft = single(trace, Hooks(trace))
-    _refuse_aliases_across(draft)
-    return draft
+    partition = single(trace, Hooks(trace))
+    _refuse_aliases_across(partition)
+    return partition
 
 
-def single(trace: Trace, hooks: Hooks) -> Draft:
+def single(trace: Trace, hooks: Hooks) -> Partition:
     """A trace as one part, of a recording: there, what shares memory has been seen."""
-    draft = Draft(trace, hooks)
-    draft.units.append(Unit(Segment(trace.entries, hooks), len(trace.steps), user_location(), None))
-    draft.unit_of.update((id(e), 0) for e in trace.entries)
-    group(draft)
-    return draft
+    partition = Partition(trace, hooks)
+    partition.parts.append(Part(Segment(trace.entries, hooks), len(trace.steps), user_location(), None))
+    partition.part_of.update((id(e), 0) for e in trace.entries)
+    group(partition)
+    return partition
 
 
-def split(trace: Trace) -> Draft:
+def split(trace: Trace) -> Partition:
     """Cut a trace after every super-step, and around every iteration of a scan."""
-    draft = Draft(trace, Hooks(trace))
+    partition = Partition(trace, Hooks(trace))
     cuts = _cuts(trace)
     starts = {begin: (s, k) for s, scan in enumerate(trace.scans) for k, begin in enumerate(scan.begins)}
     ends = [end for end, _ in trace.steps]
@@ -271,25 +270,27 @@ def split(trace: Trace) -> Draft:
         first, last = bisect_right(ends, begin), bisect_right(ends, end)
         location = trace.steps[last - 1][1] if last > first else ""
         entries = trace.entries[begin:end]
-        number = len(draft.units)
-        draft.unit_of.update((id(e), number) for e in entries)
-        draft.units.append(Unit(Segment(entries, draft.hooks), last - first, location, starts.get(begin)))
-    _refuse_aliases_across(draft)
-    group(draft)
-    return draft
+        number = len(partition.parts)
+        partition.part_of.update((id(e), number) for e in entries)
+        partition.parts.append(
+            Part(Segment(entries, partition.hooks), last - first, location, starts.get(begin))
+        )
+    _refuse_aliases_across(partition)
+    group(partition)
+    return partition
 
 
-def group(draft: Draft) -> None:
-    """Let equal segments share a body."""
-    bodies: dict[Any, Body] = {}
-    draft.bodies = []
-    for unit in draft.units:
-        key = (unit.segment.key, unit.steps > 0)
-        if key not in bodies:
-            bodies[key] = Body()
-            draft.bodies.append(bodies[key])
-        unit.body = bodies[key]
-        unit.body.units.append(unit)
+def group(partition: Partition) -> None:
+    """Let equal segments share a kind."""
+    kinds: dict[Any, PartKind] = {}
+    partition.kinds = []
+    for part in partition.parts:
+        key = (part.segment.key, part.steps > 0)
+        if key not in kinds:
+            kinds[key] = PartKind()
+            partition.kinds.append(kinds[key])
+        part.kind = kinds[key]
+        part.kind.parts.append(part)
 
 
 def _cuts(trace: Trace) -> list[int]:
@@ -333,10 +334,10 @@ def _first_use_of_theta(taken: Entry) -> int:
     return min((seq for seq, e in visited.items() if id(e) in reached), default=taken.seq)
 
 
-def _refuse_aliases_across(draft: Draft) -> None:
-    for entry in draft.trace.entries:
+def _refuse_aliases_across(partition: Partition) -> None:
+    for entry in partition.trace.entries:
         for write in entry.deps:
-            inside = draft.units[draft.unit_of[id(write)]].segment
+            inside = partition.parts[partition.part_of[id(write)]].segment
             if inside.memory_of(entry.args[0]) not in map(inside.memory_of, changed(write)):
                 raise CaptureError(
                     "a tensor is changed in place in one inner step while another that shares its memory, made before "

@@ -6,8 +6,8 @@ are ATen calls; custom autograd Functions, hooks and the optimizer's update are 
 derivative of their own. Everything
 that runs - the replay of the step and its VJP - is derived from this graph and from nothing else.
 
-An inner loop is a sequence of calls of such graphs: `program.RolledProgram` for a whole function,
-`recorded_program.Program` for what a window records.
+An inner loop is a sequence of calls of such graphs: `program.Program` for a whole function,
+`tape.Tape` for what a window records.
 """
 
 from __future__ import annotations
@@ -141,6 +141,9 @@ def _show(value: Any) -> str:
     return str(value)
 
 
+_USUAL = ("eager", "aot_eager", "inductor")  # known without loading dynamo
+
+
 @dataclass(frozen=True)
 class Lowering:
     """How flat graphs are run.
@@ -157,6 +160,23 @@ class Lowering:
     check: bool = True
     hvp: str = "reverse"
     replays: bool = True
+
+    @staticmethod
+    def stated(backend: str, hvp: str, self_check: bool, replays: bool = True) -> Lowering:
+        """The lowering that a user asks for.
+
+        Raises:
+            ValueError: for a backend that torch.compile does not know, or an unknown ``hvp``.
+        """
+        if hvp not in ("auto", "reverse", "mixed"):
+            raise ValueError(f"hvp: got {hvp!r}, expected 'auto', 'reverse' or 'mixed'")
+        if backend not in _USUAL and backend not in torch.compiler.list_backends(exclude_tags=()):
+            usual = {*_USUAL, *torch.compiler.list_backends()}
+            raise ValueError(
+                f"backend: got {backend!r}, expected one of {', '.join(sorted(usual))}, or another backend of "
+                "torch.compile"
+            )
+        return Lowering(backend, self_check, hvp, replays)
 
     def backend_of(self, kind: str) -> str:
         """What a step's graph of this kind runs on."""
@@ -180,7 +200,7 @@ class StepCall:
         metas: for each META input, the number under which its gradient is collected.
         location: the user's line.
         rng: state index of the random generator's state, if the step draws; -1 if not.
-        how: its graphs are run.
+        lowering: the backend and HVP mode of the step graphs.
         spies: the tensor hooks that are part of the step.
     """
 
@@ -194,7 +214,7 @@ class StepCall:
     metas: tuple[Any, ...]
     location: str
     rng: int = -1
-    how: Lowering = EAGER
+    lowering: Lowering = EAGER
     spies: tuple[Any, ...] = ()
 
     def changed(self) -> Iterator[tuple[int, int]]:

@@ -8,13 +8,13 @@ from itertools import accumulate
 from time import perf_counter
 
 from .fold import LONGEST, extended, folded
-from .program import Calls, Given, plural
+from .program import Calls, Operand, plural
 from .step import Assign, Loop, StepCall, calls_of
 
 Call = StepCall | Assign
 
 
-class Program(Calls):
+class Tape(Calls):
     """The inner loop of a window: tape position -> call, from `start` on.
 
     Args:
@@ -102,7 +102,7 @@ class Program(Calls):
             rounds += 1
         for call in loop.calls:
             for column in (*call.inputs, *call.metas):
-                if type(column) is Given:
+                if type(column) is Operand:
                     del column.of[:rounds]
         loop.count -= rounds
         return [*ending, loop] if loop.count else ending
@@ -160,8 +160,8 @@ def _nth(loop: Loop, n: int) -> StepCall:
         call.opt_state_in,
         call.opt_state_out,
         call.back,
-        [x.of[k] if type(x) is Given else x for x in call.inputs],
-        tuple([m.of[k] if type(m) is Given else m for m in call.metas]),
+        [x.of[k] if type(x) is Operand else x for x in call.inputs],
+        tuple([m.of[k] if type(m) is Operand else m for m in call.metas]),
         call.location,
-        how=call.how,
+        lowering=call.lowering,
     )

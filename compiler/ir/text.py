@@ -10,7 +10,7 @@ import torch
 
 from .owners import identity
 from .program import nbytes, plural, readable_bytes
-from .segments import Draft, Unit, arguments
+from .segments import Part, Partition, arguments
 from .step import gradient, show
 from .trace import Input, Noise, ScanItem, Trace
 from .update import UpdatePlan
@@ -31,7 +31,7 @@ def trace_text(trace: Trace) -> str:
         f"  {listed}{f', {rest} others' if rest else ''}",
     ]
     for window in trace.windows:
-        truncated = f", window={window.limit}" if window.limit else ""
+        truncated = f", window={window.window}" if window.window else ""
         lines.append(
             f"  {'offline' if window.offline else 'online'} window{truncated}: {len(window.adopted)} parameters taken "
             f"in, {len(window.last)} tensors with a last value"
@@ -41,26 +41,27 @@ def trace_text(trace: Trace) -> str:
     return "\n".join(lines)
 
 
-def draft_text(draft: Draft) -> str:
-    """A draft: its parts in order, equal ones in one line, with what each reads and gives."""
-    letters = {id(b): _letter(i) for i, b in enumerate(draft.bodies)}
-    total = sum(len(u.segment.entries) for u in draft.units)
-    lines = [f"{total} calls in {len(draft.units)} parts, {len(draft.bodies)} of them distinct"]
+def partition_text(partition: Partition) -> str:
+    """A partition: its parts in order, equal ones in one line, with what each reads and gives."""
+    letters = {id(b): _letter(i) for i, b in enumerate(partition.kinds)}
+    total = sum(len(u.segment.entries) for u in partition.parts)
+    lines = [f"{total} calls in {len(partition.parts)} parts, {len(partition.kinds)} of them distinct"]
     runs: list[list[Any]] = []
     for _, group in groupby(
-        range(len(draft.units)), key=lambda n: (letters[id(draft.units[n].body)], _reads(draft, n))
+        range(len(partition.parts)),
+        key=lambda n: (letters[id(partition.parts[n].kind)], _reads(partition, n)),
     ):
-        units = list(group)
-        runs.append([units[0], len(units)])
+        parts = list(group)
+        runs.append([parts[0], len(parts)])
     for first, count in runs[:_MOST_LINES]:
-        unit = draft.units[first]
+        part = partition.parts[first]
         numbers = f"part {first}" if count == 1 else f"parts {first}-{first + count - 1}"
         lines.append(
-            f"  {numbers}: {letters[id(unit.body)]}, {_unit_text(unit)}; reads {_reads(draft, first)}"
+            f"  {numbers}: {letters[id(part.kind)]}, {_part_text(part)}; reads {_reads(partition, first)}"
         )
     if len(runs) > _MOST_LINES:
         lines.append(f"  and {len(runs) - _MOST_LINES} more")
-    lines.append(f"  results: {_sources(draft, draft.finals(), len(draft.units))}")
+    lines.append(f"  results: {_sources(partition, partition.finals(), len(partition.parts))}")
     return "\n".join(lines)
 
 
@@ -76,32 +77,32 @@ def kind_of(op: Any) -> str:
 
 
 def _letter(i: int) -> str:
-    return chr(65 + i) if i < 26 else f"body {i}"
+    return chr(65 + i) if i < 26 else f"kind {i}"
 
 
-def _unit_text(unit: Unit) -> str:
-    body = unit.body
-    text = f"{len(unit.segment.entries)} calls"
-    if unit.steps:
-        text += f", {plural(unit.steps, 'inner step')}"
-    if unit.scan is not None:
+def _part_text(part: Part) -> str:
+    kind = part.kind
+    text = f"{len(part.segment.entries)} calls"
+    if part.steps:
+        text += f", {plural(part.steps, 'inner step')}"
+    if part.scan is not None:
         text += ", in a scan"
-    if body.outputs:
-        size = readable_bytes(sum(map(nbytes, body.outputs.values())))
-        text += f"; gives {plural(len(body.outputs), 'value')} ({size}), {len(body.active_outputs)} with a gradient"
+    if kind.outputs:
+        size = readable_bytes(sum(map(nbytes, kind.outputs.values())))
+        text += f"; gives {plural(len(kind.outputs), 'value')} ({size}), {len(kind.active_outputs)} with a gradient"
     return text
 
 
-def _reads(draft: Draft, n: int) -> str:
-    return _sources(draft, draft.units[n].segment.inputs, n)
+def _reads(partition: Partition, n: int) -> str:
+    return _sources(partition, partition.parts[n].segment.inputs, n)
 
 
-def _sources(draft: Draft, refs: list[Any], n: int) -> str:
+def _sources(partition: Partition, refs: list[Any], n: int) -> str:
     """Where values come from, relative to part ``n``."""
     counts: Counter[str] = Counter()
     for ref in {identity(r): r for r in refs}.values():
         if isinstance(ref, Value):
-            back = n - draft.unit_of[id(ref.entry)]
+            back = n - partition.part_of[id(ref.entry)]
             # far back and fixed is a place of its own; near is the same for every repetition
             counts["the part before" if back == 1 else f"part {n - back}"] += 1
         elif isinstance(ref, Input):

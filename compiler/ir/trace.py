@@ -92,13 +92,13 @@ class WindowMark:
     """A window of the trace.
 
     Attributes:
-        offline, limit, slots, memory_budget, backward_hook, offload: its options (``limit`` is W, or None).
+        offline, window, slots, memory_budget, backward_hook, offload: its options (``window`` is W, or None).
         adopted: the call that takes each parameter in.
         last: tensors that would keep a value after an online window, with what stands for it.
     """
 
     offline: bool
-    limit: int | None = None
+    window: int | None = None
     slots: int | None = None
     memory_budget: int | float | str | None = None
     backward_hook: Callable | None = None

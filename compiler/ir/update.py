@@ -17,7 +17,7 @@ _fitting: set[Callable[..., Any]] = set()  # updates whose results have been loo
 
 
 @dataclass(frozen=True)
-class Slot:
+class HyperRef:
     """Place of a hyper-parameter in the flat list of those that are tensors or may change from step to step."""
 
     at: int
@@ -45,7 +45,7 @@ class UpdatePlan:
 
     Attributes:
         update: pure ``(param, grad, state, hyper) -> (param', state')``.
-        groups: per parameter group, name -> constant, `Slot`, or a tuple of these.
+        groups: per parameter group, name -> constant, `HyperRef`, or a tuple of these.
         group_of: per updated parameter, its group.
         states: per updated parameter, the names of the optimizer state it has before the step.
         clip: clipping of the gradients, or None.
@@ -133,7 +133,7 @@ def _outline(value: Any) -> str:
 
 
 def _fill(value: Any, slots: Sequence[Any]) -> Any:
-    if isinstance(value, Slot):
+    if isinstance(value, HyperRef):
         return slots[value.at]
     return tuple([_fill(v, slots) for v in value]) if isinstance(value, tuple) else value
 

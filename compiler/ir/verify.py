@@ -9,8 +9,8 @@ from torch import Tensor
 
 from metaoptim.errors import ProgramError
 
-from .program import Given, RolledProgram, given_ports, registers_text, state_ports
-from .segments import Draft, arguments
+from .program import Operand, Program, given_ports, registers_text, state_ports
+from .segments import Partition, arguments
 from .slices import tensor_spec
 from .step import Loop, Port, Role, StepCall, calls_of
 from .trace import Noise
@@ -23,7 +23,7 @@ _INNER = (Role.THETA, Role.OPT_STATE)
 # -- a program -------------------------------------------------------------------------------------------------------
 
 
-def verify_program(program: RolledProgram, *, pruned: bool = True, folded: bool = False) -> None:
+def verify_program(program: Program, *, pruned: bool = True, folded: bool = False) -> None:
     """Check a program and its step graphs.
 
     Args:
@@ -86,7 +86,7 @@ def _verify_arguments(call: StepCall, name: str, registers: int) -> None:
         _verify_given(g, port, name)
 
 
-def _verify_given(given: Given, port: Port, name: str) -> None:
+def _verify_given(given: Operand, port: Port, name: str) -> None:
     where = f"{name}: input {port.name}"
     if given.kind == "each":
         for one in given.of:
@@ -173,7 +173,7 @@ def _verify_closed(loop: Loop, name: str, before: StepCall) -> None:
             )
 
 
-def _verify_results(program: RolledProgram, held: dict[int, Port]) -> None:
+def _verify_results(program: Program, held: dict[int, Port]) -> None:
     for kind, places in (
         ("output", list(enumerate(program.outputs))),
         ("value left in a tensor", [(i, where) for i, (_, where) in enumerate(program.writes)]),
@@ -194,57 +194,59 @@ def _verify_results(program: RolledProgram, held: dict[int, Port]) -> None:
             )
 
 
-# -- a draft ---------------------------------------------------------------------------------------------------------
+# -- a partition ----------------------------------------------------------------------------------------------------
 
 
-def verify_draft(draft: Draft, *, outlined: bool = True) -> None:
+def verify_partition(partition: Partition, *, outlined: bool = True) -> None:
     """Check a program in the making.
 
     Args:
-        draft: parts, between two passes.
+        partition: parts, between two passes.
         outlined: whether what is passed between parts is known, as it is from canonicalize on.
 
     Raises:
         ProgramError: it names the part and the call.
     """
-    bodies = {id(b): b for b in draft.bodies}
-    for n, unit in enumerate(draft.units):
+    kinds = {id(b): b for b in partition.kinds}
+    for n, part in enumerate(partition.parts):
         name = f"part {n}"
-        first = unit.body.units[0] if id(unit.body) in bodies and unit.body.units else None
-        if first is None or (first is not unit and first.segment.key != unit.segment.key):
-            raise ProgramError(f"{name} shares its body with a part of another structure")
-        for k, entry in enumerate(unit.segment.entries):
-            if draft.unit_of.get(id(entry)) != n:
+        first = part.kind.parts[0] if id(part.kind) in kinds and part.kind.parts else None
+        if first is None or (first is not part and first.segment.key != part.segment.key):
+            raise ProgramError(f"{name} shares its kind with a part of another structure")
+        for k, entry in enumerate(part.segment.entries):
+            if partition.part_of.get(id(entry)) != n:
                 raise ProgramError(
-                    f"{name}: call {k} ({op_text(entry.op)}) is listed in part {draft.unit_of.get(id(entry))}"
+                    f"{name}: call {k} ({op_text(entry.op)}) is listed in part {partition.part_of.get(id(entry))}"
                 )
             for a in arguments(entry):
-                wrong = _wrong(draft, a, n, k, outlined) if isinstance(a, Value) else ""
+                wrong = _wrong(partition, a, n, k, outlined) if isinstance(a, Value) else ""
                 if wrong:
                     raise ProgramError(f"{name}: call {k} ({op_text(entry.op)}) reads {wrong}")
             for write in entry.deps:
-                if unit.segment.number_of.get(id(write), k) >= k:
+                if part.segment.number_of.get(id(write), k) >= k:
                     raise ProgramError(
                         f"{name}: call {k} ({op_text(entry.op)}) depends on a write that is not before it"
                     )
-    for i, value in enumerate(draft.finals()):
-        wrong = _wrong(draft, value, len(draft.units), 0, outlined) if isinstance(value, Value) else ""
+    for i, value in enumerate(partition.finals()):
+        wrong = (
+            _wrong(partition, value, len(partition.parts), 0, outlined) if isinstance(value, Value) else ""
+        )
         if wrong:
             raise ProgramError(f"result {i} is {wrong}")
 
 
-def _wrong(draft: Draft, value: Value, n: int, k: int, outlined: bool) -> str:
+def _wrong(partition: Partition, value: Value, n: int, k: int, outlined: bool) -> str:
     """What is wrong with reading ``value`` in call ``k`` of part ``n``; nothing is the rule, and costs no text."""
-    at = draft.unit_of.get(id(value.entry))
+    at = partition.part_of.get(id(value.entry))
     if at is None:
         return f"an output of {op_text(value.entry.op)}, which is part of the program no more"
-    unit = draft.units[at]
-    number = unit.segment.number_of[id(value.entry)]
+    part = partition.parts[at]
+    number = part.segment.number_of[id(value.entry)]
     if (at, number) >= (n, k):
         return f"an output of {op_text(value.entry.op)} in part {at}, which comes later"
     if not outlined or at == n:
         return ""
-    spec = unit.body.outputs.get((number, value.index))
+    spec = part.kind.outputs.get((number, value.index))
     if spec is not None and tuple(spec) == tuple(value.ref):
         return ""
     what = f"an output of {op_text(value.entry.op)} in part {at}"

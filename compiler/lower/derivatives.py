@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from threading import RLock
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..derive.choose import WORTH_SAVING, chosen, derivative
@@ -22,27 +21,10 @@ from .ambient import default_dtype, with_default_dtype
 from .compile_graph import compiled
 
 Lowered = Callable[..., Sequence[Any]]
-_USUAL = ("eager", "aot_eager", "inductor")  # known without loading dynamo
-
-
-def lowering(backend: str, hvp: str, self_check: bool, replays: bool = True) -> Lowering:
-    """A `Lowering`, as users state it.
-
-    Raises:
-        ValueError: for a backend that torch.compile does not know, or an unknown ``hvp``.
-    """
-    if hvp not in ("auto", "reverse", "mixed"):
-        raise ValueError(f"hvp: got {hvp!r}, expected 'auto', 'reverse' or 'mixed'")
-    if backend not in _USUAL and backend not in torch.compiler.list_backends(exclude_tags=()):
-        usual = {*_USUAL, *torch.compiler.list_backends()}
-        raise ValueError(
-            f"backend: got {backend!r}, expected one of {', '.join(sorted(usual))}, or another backend of torch.compile"
-        )
-    return Lowering(backend, self_check, hvp, replays)
 
 
 def lowered(
-    step: StepGraph, kind: str, inputs: Sequence[Tensor], how: Lowering = EAGER, at_once: bool = False
+    step: StepGraph, kind: str, inputs: Sequence[Tensor], lowering: Lowering = EAGER, at_once: bool = False
 ) -> Lowered:
     """The callable for one of a step's graphs, traced and compiled on first use.
 
@@ -51,24 +33,24 @@ def lowered(
         kind: "replay" or "vjp"; "loss", the VJP of its loss alone; or, where `residuals` has a split, "forward" or
             "backward".
         inputs: what it will be called with first.
-        how: it is lowered.
+        lowering: the backend and HVP mode of the step graphs.
         at_once: it will be called with ``inputs`` now, and with nothing else: a graph that is not there yet may then be
             found by running the step, and has its results.
     """
-    program = step.programs.get((kind, how))
+    program = step.programs.get((kind, lowering))
     if program is None:
         of, what = (loss_of(step, inputs[-1]), "vjp") if kind == "loss" else (step, kind)
-        backend = how.backend_of(kind)
-        results = _by_running(of, what, inputs, how.hvp) if at_once and backend == "eager" else None
-        graph = _graph(of, what, how.hvp, inputs if step.dynamic else None)
+        backend = lowering.backend_of(kind)
+        results = _by_running(of, what, inputs, lowering.hvp) if at_once and backend == "eager" else None
+        graph = _graph(of, what, lowering.hvp, inputs if step.dynamic else None)
         if backend == "eager":
             program = with_default_dtype(step.default_dtype, graph)
         else:
             cotangents = 0 if kind in ("replay", "forward") else len(cotangent_outputs(of))
             with default_dtype(step.default_dtype):
-                program = compiled(graph.module, inputs, backend, cotangents, how.check)
+                program = compiled(graph.module, inputs, backend, cotangents, lowering.check)
             program = with_default_dtype(step.default_dtype, program)
-        step.programs[kind, how] = program
+        step.programs[kind, lowering] = program
         if results is not None:
             return lambda *_: results
     return program

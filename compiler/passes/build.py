@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..ir.segments import Body, Roles, Segment, roles_of, spec_of
+from ..ir.segments import PartKind, Roles, Segment, roles_of, spec_of
 from ..ir.slices import hook_key, restored
 from ..ir.step import Port, Role, StepGraph
 from ..ir.update import UpdatePlan
@@ -57,7 +57,7 @@ class GradientHooks:
 
 def build_segment(
     segment: Segment,
-    body: Body,
+    kind: PartKind,
     lifted: Sequence[int],
     hooked: bool,
     roles: Roles | None = None,
@@ -66,24 +66,24 @@ def build_segment(
     """The StepGraph of a segment: what it passes on, from what it reads.
 
     Args:
-        segment: one of the body's.
-        body: which outputs are wanted, and what of all this carries a gradient.
+        segment: one of the segments of the kind.
+        kind: which outputs are wanted, and what of all this carries a gradient.
         lifted: which of the segment's numbers are inputs.
         hooked, first_order: see `StepGraph`.
         roles: of its inputs and outputs; None for those of a part of a compiled function.
     """
-    roles = roles or roles_of(segment, body)
+    roles = roles or roles_of(segment, kind)
     builder = _Builder(segment, lifted)
     nodes: dict[int, fx.Node] = {}
     for i in roles.order:
         role = roles.inputs[i]
-        nodes[i] = builder.input(role, spec_of(segment.inputs[i]), f"{role.value}_{i}", i in body.active)
+        nodes[i] = builder.input(role, spec_of(segment.inputs[i]), f"{role.value}_{i}", i in kind.active)
     numbers = {i: builder.number(i) for i in lifted}
-    builder.body([nodes[i] for i in range(len(nodes))], numbers)
+    builder.calls([nodes[i] for i in range(len(nodes))], numbers)
     results, outputs = [], []
     for k, (place, role) in enumerate(roles.outputs.items()):
         results.append(builder.value(("v", *place)))
-        outputs.append(Port(role, body.outputs[place], f"{role.value}_{k}'", place in body.active_outputs))
+        outputs.append(Port(role, kind.outputs[place], f"{role.value}_{k}'", place in kind.active_outputs))
     builder.graph.output(tuple(results))
     builder.graph.lint()
     dynamic = any(e.shape is not None for e in segment.entries)
@@ -113,7 +113,7 @@ class _Builder:
         dtype = torch.float64 if isinstance(self.segment.numbers[i], float) else torch.int64
         return self.input(Role.SCAN, ((), dtype, (), torch.device("cpu")), f"number_{i}")
 
-    def body(self, inputs: list[fx.Node], numbers: dict[int, fx.Node]) -> None:
+    def calls(self, inputs: list[fx.Node], numbers: dict[int, fx.Node]) -> None:
         # in-place operators must not reach what the tape holds
         inputs = [
             self.graph.call_function(aten.clone.default, (x,))

@@ -3,74 +3,76 @@
 from __future__ import annotations
 
 from ..ir.program import plural
-from ..ir.segments import Body, Draft, Segment, Unit, arguments, group
+from ..ir.segments import Part, Partition, PartKind, Segment, arguments, group
 from ..ir.trace import Noise
 from ..ir.values import Value
 
 
-def canonicalize(draft: Draft) -> str:
+def canonicalize(partition: Partition) -> str:
     """Drop calls that no output depends on. Random numbers are drawn all the same, as eager would.
 
     Segments of equal structure keep the same calls: what one of them needs, all compute, so that they share a program.
     """
-    before = sum(len(u.segment.entries) for u in draft.units)
-    kept = _live(draft)
-    for unit in draft.units:
-        live = kept[id(unit.body)]
-        unit.segment = Segment([e for i, e in enumerate(unit.segment.entries) if i in live], draft.hooks)
-    draft.units = [u for u in draft.units if u.segment.entries]
-    draft.unit_of = {id(e): n for n, u in enumerate(draft.units) for e in u.segment.entries}
-    group(draft)
-    outline(draft)
-    after = sum(len(u.segment.entries) for u in draft.units)
-    return f"{before - after} of {before} calls are not needed; {plural(len(draft.bodies), 'distinct part')}"
+    before = sum(len(u.segment.entries) for u in partition.parts)
+    kept = _live(partition)
+    for part in partition.parts:
+        live = kept[id(part.kind)]
+        part.segment = Segment([e for i, e in enumerate(part.segment.entries) if i in live], partition.hooks)
+    partition.parts = [u for u in partition.parts if u.segment.entries]
+    partition.part_of = {id(e): n for n, u in enumerate(partition.parts) for e in u.segment.entries}
+    group(partition)
+    outline(partition)
+    after = sum(len(u.segment.entries) for u in partition.parts)
+    return (
+        f"{before - after} of {before} calls are not needed; {plural(len(partition.kinds), 'distinct part')}"
+    )
 
 
-def outline(draft: Draft) -> str:
+def outline(partition: Partition) -> str:
     """Note what each part gives to later ones; no call is dropped."""
-    for value in draft.finals():
-        _give(draft, value)
-    for unit in draft.units:
-        for value in unit.segment.inputs:
-            _give(draft, value)
-    return f"left out; {plural(len(draft.bodies), 'distinct part')}"
+    for value in partition.finals():
+        _give(partition, value)
+    for part in partition.parts:
+        for value in part.segment.inputs:
+            _give(partition, value)
+    return f"left out; {plural(len(partition.kinds), 'distinct part')}"
 
 
-def _give(draft: Draft, value: object) -> None:
+def _give(partition: Partition, value: object) -> None:
     if isinstance(value, Value):
-        unit = draft.units[draft.unit_of[id(value.entry)]]
-        unit.body.outputs[unit.segment.number_of[id(value.entry)], value.index] = value.ref
+        part = partition.parts[partition.part_of[id(value.entry)]]
+        part.kind.outputs[part.segment.number_of[id(value.entry)], value.index] = value.ref
 
 
-def _live(draft: Draft) -> dict[int, set[int]]:
-    """For each body, the places of the calls that are needed."""
-    live: dict[int, set[int]] = {id(b): set() for b in draft.bodies}
-    wanted: list[tuple[Body, int]] = []
+def _live(partition: Partition) -> dict[int, set[int]]:
+    """For each kind, the places of the calls that are needed."""
+    live: dict[int, set[int]] = {id(b): set() for b in partition.kinds}
+    wanted: list[tuple[PartKind, int]] = []
 
     def want(value: object) -> None:
         if isinstance(value, Value):
-            unit = draft.units[draft.unit_of[id(value.entry)]]
-            wanted.append((unit.body, unit.segment.number_of[id(value.entry)]))
+            part = partition.parts[partition.part_of[id(value.entry)]]
+            wanted.append((part.kind, part.segment.number_of[id(value.entry)]))
 
-    for value in draft.finals():
+    for value in partition.finals():
         want(value)
-    for unit in draft.units:
-        for number, entry in enumerate(unit.segment.entries):
+    for part in partition.parts:
+        for number, entry in enumerate(part.segment.entries):
             if any(isinstance(a, Noise) for a in entry.args):
-                wanted.append((unit.body, number))
+                wanted.append((part.kind, number))
     while wanted:
-        body, number = wanted.pop()
-        if number in live[id(body)]:
+        kind, number = wanted.pop()
+        if number in live[id(kind)]:
             continue
-        live[id(body)].add(number)
-        for unit in body.units:
-            _follow(unit, number, want, wanted)
+        live[id(kind)].add(number)
+        for part in kind.parts:
+            _follow(part, number, want, wanted)
     return live
 
 
-def _follow(unit: Unit, number: int, want: object, wanted: list) -> None:
-    entry = unit.segment.entries[number]
+def _follow(part: Part, number: int, want: object, wanted: list) -> None:
+    entry = part.segment.entries[number]
     for a in arguments(entry):
         want(a)  # type: ignore[operator]
     for write in entry.deps:
-        wanted.append((unit.body, unit.segment.number_of[id(write)]))
+        wanted.append((part.kind, part.segment.number_of[id(write)]))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from ..ir.program import Kept, RolledProgram
+from ..ir.program import Kept, Program
 from ..lower.derivatives import residuals
 
 
-def checkpoint(program: RolledProgram, kept: Kept, hvp: str) -> str:
+def checkpoint(program: Program, kept: Kept, hvp: str) -> str:
     """State in a program what it keeps, as a planner has found it to fit.
 
     The steps of the last ``kept.saved`` calls are divided anew: into a forward that gives residuals and a backward that

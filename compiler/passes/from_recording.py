@@ -69,14 +69,14 @@ def build_step(
 
 
 def _built(step: _Step, spec: StepSpec, lifted: Sequence[int], hooked: bool) -> StepGraph:
-    draft = single(step.trace, Hooks(step.trace, step.hooked_inputs))
-    records = shaped(draft)
-    (unit,) = draft.units
-    segment = unit.segment
+    partition = single(step.trace, Hooks(step.trace, step.hooked_inputs))
+    records = shaped(partition)
+    (part,) = partition.parts
+    segment = part.segment
     inputs = [step.roles[id(x)] for x in segment.inputs]
     places = [(segment.number_of[id(v.entry)], v.index) for v in step.trace.outputs]
     roles = Roles(inputs, ordered(inputs), dict(zip(places, step.output_roles, strict=True)))
-    graph = build_segment(segment, unit.body, lifted, spec.hooked, roles, spec.first_order)
+    graph = build_segment(segment, part.kind, lifted, spec.hooked, roles, spec.first_order)
     graph.opaque |= hooked
     graph.records = records
     verify_step(graph)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 
-from ..ir.program import RolledProgram, plural
+from ..ir.program import Program, plural
 from ..ir.step import Lowering
 
 #: A step graph that a call runs no more often than this runs as it is.
 FEW = 2
 
 
-def lower(program: RolledProgram, lowering: Lowering) -> str:
+def lower(program: Program, lowering: Lowering) -> str:
     """State in a program which of its step graphs are compiled: those that repeat, or all where none does."""
     graphs = len(program.step_graphs)
     if lowering.backend == "eager":

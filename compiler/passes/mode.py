@@ -23,7 +23,7 @@ def mode(trace: Trace) -> tuple[list[tuple[Any, Value]], int | None, str]:
     Returns:
         What is written back, W where gradients are truncated, and what was changed.
     """
-    limits = {window.limit for window in trace.windows}
+    limits = {window.window for window in trace.windows}
     if len(limits) > 1:
         raise CaptureError(
             f"windows of one compiled function must agree on window=: got {sorted(map(str, limits))}"
@@ -43,6 +43,6 @@ def mode(trace: Trace) -> tuple[list[tuple[Any, Value]], int | None, str]:
             key = tuple(map(id, target[:2])) + target[2:] if isinstance(target, tuple) else id(target)
             writes[key] = (target, value)
     writes.update((id(target), (target, value)) for target, value in trace.left)
-    limit = limits.pop() if limits else None
+    window = limits.pop() if limits else None
     done = f"{cut} parameters cut off at entry, {len(writes)} tensors written back"
-    return list(writes.values()), limit, done + (f", truncated to {limit} super-steps" if limit else "")
+    return list(writes.values()), window, done + (f", truncated to {window} super-steps" if window else "")

@@ -12,12 +12,12 @@ from typing import Any
 
 from ..derive.tracing import uncollected
 from ..ir.fold import loop
-from ..ir.program import RolledProgram, operator_count
-from ..ir.segments import Draft, split
+from ..ir.program import Program, operator_count
+from ..ir.segments import Partition, split
 from ..ir.step import Lowering
-from ..ir.text import draft_text, trace_text
+from ..ir.text import partition_text, trace_text
 from ..ir.trace import Input, Trace
-from ..ir.verify import verify_draft, verify_program
+from ..ir.verify import verify_partition, verify_program
 from .canonicalize import canonicalize, outline
 from .differentiate import differentiate
 from .lower import lower
@@ -78,7 +78,7 @@ class Record:
         return f"{self.name:<14}{self.done}  ({self.milliseconds:.1f} ms)"
 
 
-class Recorder:
+class PassLog:
     """Runs passes and records them, with the verifier after each.
 
     Args:
@@ -138,18 +138,18 @@ class Recorder:
         self.records.append(record)
         _log.info("%s", record)
 
-    def _text(self, program: Trace | Draft | RolledProgram) -> str:
+    def _text(self, program: Trace | Partition | Program) -> str:
         if self.texts is None:
             return ""
         if isinstance(program, Trace):
             return trace_text(program)
-        return draft_text(program) if isinstance(program, Draft) else program.text(self.texts)
+        return partition_text(program) if isinstance(program, Partition) else program.text(self.texts)
 
 
 @uncollected()
 def compile_trace(
     trace: Trace, options: Options, step_of: StepOf, texts: Mapping[Input, str] | None = None
-) -> tuple[RolledProgram, list[Record]]:
+) -> tuple[Program, list[Record]]:
     """Take a trace through all passes.
 
     Args:
@@ -162,18 +162,20 @@ def compile_trace(
         CaptureError: for what cannot be compiled.
         ProgramError: where the verifier finds a pass to be wrong.
     """
-    recorder = Recorder(trace, texts)
-    writes, limit = recorder.run("mode", lambda: mode(trace), trace, lambda _: trace)
+    recorder = PassLog(trace, texts)
+    writes, window = recorder.run("mode", lambda: mode(trace), trace, lambda _: trace)
     if "rows" not in options.skip:
         recorder.run("rows", lambda: rows(trace), trace, lambda _: trace)
-    (draft,) = recorder.run("split", lambda: _split(trace), trace, lambda made: made[0], _verify_split)
-    draft.writes, draft.limit = writes, options.window if limit is None else limit
-    shape(draft, options, recorder)
+    (partition,) = recorder.run("split", lambda: _split(trace), trace, lambda made: made[0], _verify_split)
+    partition.writes, partition.window = writes, options.window if window is None else window
+    shape(partition, options, recorder)
     if "roll" in options.skip:
         step_of = lambda key, build: build()
     pruned = "canonicalize" not in options.skip
     verify = partial(verify_program, pruned=pruned)
-    (program,) = recorder.run("roll", lambda: roll(draft, step_of), draft, lambda made: made[0], verify)
+    (program,) = recorder.run(
+        "roll", lambda: roll(partition, step_of), partition, lambda made: made[0], verify
+    )
     if "loop" not in options.skip:
         verify = partial(verify_program, pruned=pruned, folded=True)
         recorder.run("loop", lambda: loop(program), program, lambda _: program, verify)
@@ -188,46 +190,46 @@ def compile_trace(
     return program, recorder.end()
 
 
-def _split(trace: Trace) -> tuple[Draft, str]:
-    draft = split(trace)
-    return draft, f"{len(draft.units)} parts, {len(draft.bodies)} of them distinct"
+def _split(trace: Trace) -> tuple[Partition, str]:
+    partition = split(trace)
+    return partition, f"{len(partition.parts)} parts, {len(partition.kinds)} of them distinct"
 
 
-_verify_split = partial(verify_draft, outlined=False)
+_verify_split = partial(verify_partition, outlined=False)
 
 
-def shape(draft: Draft, options: Options, recorder: Recorder) -> None:
-    """The passes on a draft."""
+def shape(partition: Partition, options: Options, recorder: PassLog) -> None:
+    """The passes on a partition."""
     for name, pass_, instead in (("canonicalize", canonicalize, outline), ("prune", prune, keep_all)):
         pass_ = instead if name in options.skip else pass_
-        recorder.run(name, lambda p=pass_: p(draft), draft, lambda _: draft, verify_draft)
+        recorder.run(name, lambda p=pass_: p(partition), partition, lambda _: partition, verify_partition)
 
 
-def shaped(draft: Draft, texts: Mapping[Input, str] | None = None) -> list[Record]:
-    """Take a draft that is one part, a compiled step, through the passes that apply to it."""
-    recorder = Recorder(draft.trace, texts)
-    recorder.check(_verify_split, draft)
-    shape(draft, Options(), recorder)
+def shaped(partition: Partition, texts: Mapping[Input, str] | None = None) -> list[Record]:
+    """Take a partition that is one part, a compiled step, through the passes that apply to it."""
+    recorder = PassLog(partition.trace, texts)
+    recorder.check(_verify_split, partition)
+    shape(partition, Options(), recorder)
     return recorder.end()
 
 
-def sizes_of(program: Trace | Draft | RolledProgram) -> dict[str, int]:
+def sizes_of(program: Trace | Partition | Program) -> dict[str, int]:
     """Sizes of a program in whatever form.
 
     Returns:
-        ``calls``; of a draft also ``parts``, ``distinct`` ones, ``values`` passed between them, and how many of these
-        are ``differentiable``; of a program ``calls`` of step graphs, ``step_graphs``, their ``operators`` in all,
-        ``registers`` and ``state_bytes``.
+        ``calls``; of a partition also ``parts``, ``distinct`` ones, ``values`` passed between them, and how many of
+        these are ``differentiable``; of a program ``calls`` of step graphs, ``step_graphs``, their ``operators``
+        in all, ``registers`` and ``state_bytes``.
     """
     if isinstance(program, Trace):
         return {"calls": len(program.entries)}
-    if isinstance(program, Draft):
+    if isinstance(program, Partition):
         return {
-            "calls": sum(len(u.segment.entries) for u in program.units),
-            "parts": len(program.units),
-            "distinct": len(program.bodies),
-            "values": sum(len(b.outputs) for b in program.bodies),
-            "differentiable": sum(len(b.active_outputs) for b in program.bodies),
+            "calls": sum(len(u.segment.entries) for u in program.parts),
+            "parts": len(program.parts),
+            "distinct": len(program.kinds),
+            "values": sum(len(b.outputs) for b in program.kinds),
+            "differentiable": sum(len(b.active_outputs) for b in program.kinds),
         }
     graphs = program.step_graphs
     return {

@@ -3,48 +3,48 @@
 from __future__ import annotations
 
 from ..ir.owners import identity
-from ..ir.segments import Draft, Unit, sources
+from ..ir.segments import Part, Partition, sources
 from ..ir.trace import Noise
 from ..ir.values import Value
 
 
-def prune(draft: Draft) -> str:
+def prune(partition: Partition) -> str:
     """Find which inputs and outputs of each part depend on something that requires grad."""
     rounds = True
     while rounds:
         rounds = False
-        for unit in draft.units:
-            body = unit.body
-            now = {at for at, ref in enumerate(unit.segment.inputs) if _active(draft, ref)}
-            if now - body.active or (not body.active_outputs and now):
-                body.active |= now
-                found = _spread(body.units[0], body.active) & set(body.outputs)
-                rounds |= bool(found - body.active_outputs)
-                body.active_outputs |= found
-    total = sum(len(b.outputs) for b in draft.bodies)
-    active = sum(len(b.active_outputs) for b in draft.bodies)
+        for part in partition.parts:
+            kind = part.kind
+            now = {at for at, ref in enumerate(part.segment.inputs) if _active(partition, ref)}
+            if now - kind.active or (not kind.active_outputs and now):
+                kind.active |= now
+                found = _spread(kind.parts[0], kind.active) & set(kind.outputs)
+                rounds |= bool(found - kind.active_outputs)
+                kind.active_outputs |= found
+    total = sum(len(b.outputs) for b in partition.kinds)
+    active = sum(len(b.active_outputs) for b in partition.kinds)
     return f"{total - active} of {total} values passed between parts carry no gradient"
 
 
-def keep_all(draft: Draft) -> str:
+def keep_all(partition: Partition) -> str:
     """Take everything for differentiable: what prune saves is then computed."""
-    for body in draft.bodies:
-        inputs = body.units[0].segment.inputs
-        body.active = {at for at, ref in enumerate(inputs) if not isinstance(ref, Noise)}
-        body.active_outputs = set(body.outputs)
+    for kind in partition.kinds:
+        inputs = kind.parts[0].segment.inputs
+        kind.active = {at for at, ref in enumerate(inputs) if not isinstance(ref, Noise)}
+        kind.active_outputs = set(kind.outputs)
     return "left out; everything is differentiated"
 
 
-def _active(draft: Draft, ref: object) -> bool:
+def _active(partition: Partition, ref: object) -> bool:
     if not isinstance(ref, Value):
         return bool(getattr(ref, "grad", False))
-    unit = draft.units[draft.unit_of[id(ref.entry)]]
-    return (unit.segment.number_of[id(ref.entry)], ref.index) in unit.body.active_outputs
+    part = partition.parts[partition.part_of[id(ref.entry)]]
+    return (part.segment.number_of[id(ref.entry)], ref.index) in part.kind.active_outputs
 
 
-def _spread(unit: Unit, inputs: set[int]) -> set[tuple]:
+def _spread(part: Part, inputs: set[int]) -> set[tuple]:
     """Places of the calls' outputs that depend on the inputs at ``inputs``."""
-    segment = unit.segment
+    segment = part.segment
     given = {identity(segment.inputs[at]) for at in inputs}
     reached: set[int] = set()
     for entry in segment.entries:
@@ -53,7 +53,7 @@ def _spread(unit: Unit, inputs: set[int]) -> set[tuple]:
         ):
             reached.add(id(entry))
     found = set()
-    for number, index in unit.body.outputs:
+    for number, index in part.kind.outputs:
         entry = segment.entries[number]
         if id(entry) in reached:
             found.add((number, index))

@@ -9,8 +9,8 @@ from typing import Any
 from metaoptim.errors import CaptureError
 
 from ..ir.owners import identity
-from ..ir.program import Given, RolledProgram, plural
-from ..ir.segments import Body, Draft, Unit, roles_of
+from ..ir.program import Operand, Program, plural
+from ..ir.segments import Part, Partition, PartKind, roles_of
 from ..ir.step import Loop, StepCall, StepGraph
 from ..ir.trace import Input, Noise, ScanItem
 from ..ir.values import Value
@@ -19,15 +19,15 @@ from .build import build_segment
 StepOf = Callable[[tuple, Callable[[], StepGraph]], StepGraph]
 
 
-def roll(draft: Draft, step_of: StepOf) -> tuple[RolledProgram, str]:
+def roll(partition: Partition, step_of: StepOf) -> tuple[Program, str]:
     """Turn parts into calls.
 
     Args:
-        draft: the parts.
+        partition: the parts.
         step_of: cache of step graphs: key, how to build one -> the step graph.
     """
-    rolled = RolledProgram(limit=draft.limit, offline=any(w.offline for w in draft.trace.windows))
-    for window in draft.trace.windows:
+    rolled = Program(window=partition.window, offline=any(w.offline for w in partition.trace.windows))
+    for window in partition.trace.windows:
         if rolled.slots is None and rolled.memory_budget is None:
             rolled.slots, rolled.memory_budget, rolled.offload = (
                 window.slots,
@@ -36,50 +36,50 @@ def roll(draft: Draft, step_of: StepOf) -> tuple[RolledProgram, str]:
             )
         rolled.backward_hook = window.backward_hook or rolled.backward_hook
     hooked = rolled.backward_hook is not None
-    scans = {u.scan: n for n, u in enumerate(draft.units) if u.scan is not None}
+    scans = {u.scan: n for n, u in enumerate(partition.parts) if u.scan is not None}
     templates: set[int] = set()  # parts that stand for all further iterations of a scan
-    moved: dict[int, tuple[Any, list[Unit]]] = {}  # parts captured for a later iteration than they are run in
-    for s, scan in enumerate(draft.trace.scans):
+    moved: dict[int, tuple[Any, list[Part]]] = {}  # parts captured for a later iteration than they are run in
+    for s, scan in enumerate(partition.trace.scans):
         places = [scans[s, k] for k in range(len(scan.labels)) if (s, k) in scans]
         if scan.count > len(scan.labels) and places:
-            _check_scan(draft, scan, places)
+            _check_scan(partition, scan, places)
             templates.add(places[-1])
-            moved.update((n, (scan, [draft.units[m] for m in places])) for n in places[-2:])
-    lifted = {id(b): _lifted(b) for b in draft.bodies}
-    registers = _Registers(draft, templates)
-    for n, unit in enumerate(draft.units):
-        numbers = unit.segment.numbers
+            moved.update((n, (scan, [partition.parts[m] for m in places])) for n in places[-2:])
+    lifted = {id(b): _lifted(b) for b in partition.kinds}
+    registers = _Registers(partition, templates)
+    for n, part in enumerate(partition.parts):
+        numbers = part.segment.numbers
         key = (
-            unit.segment.key,
-            tuple(unit.body.outputs.items()),
-            frozenset(unit.body.active),
-            frozenset(unit.body.active_outputs),
-            lifted[id(unit.body)],
-            tuple(None if i in lifted[id(unit.body)] else _exact(x) for i, x in enumerate(numbers)),
+            part.segment.key,
+            tuple(part.kind.outputs.items()),
+            frozenset(part.kind.active),
+            frozenset(part.kind.active_outputs),
+            lifted[id(part.kind)],
+            tuple(None if i in lifted[id(part.kind)] else _exact(x) for i, x in enumerate(numbers)),
             hooked,
         )
-        step = step_of(key, lambda u=unit: build_segment(u.segment, u.body, lifted[id(u.body)], hooked))
-        call = _call(unit, step, lifted[id(unit.body)], *registers.assign(n))
-        if n in moved and unit.scan is not None:
-            scan, units = moved[n]
-            strides = _strides(call, scan, units, lifted[id(unit.body)])
-            k = len(scan.labels) - 1 if n in templates else unit.scan[1]
-            call = _moved(call, strides, k - _shift(unit, scan))
+        step = step_of(key, lambda u=part: build_segment(u.segment, u.kind, lifted[id(u.kind)], hooked))
+        call = _call(part, step, lifted[id(part.kind)], *registers.assign(n))
+        if n in moved and part.scan is not None:
+            scan, parts = moved[n]
+            strides = _strides(call, scan, parts, lifted[id(part.kind)])
+            k = len(scan.labels) - 1 if n in templates else part.scan[1]
+            call = _moved(call, strides, k - _shift(part, scan))
             rolled.calls.append(Loop((call,), scan.count - k, (strides,)) if n in templates else call)
         else:
             rolled.calls.append(call)
     rolled.registers = registers.count
-    rolled.outputs = [registers.where(v) for v in draft.trace.outputs]
+    rolled.outputs = [registers.where(v) for v in partition.trace.outputs]
     rolled.dead = tuple(
         i
-        for i, v in enumerate(draft.trace.outputs)
+        for i, v in enumerate(partition.trace.outputs)
         if not isinstance(v, Value)
-        or _place(draft, v) not in draft.units[draft.unit_of[id(v.entry)]].body.active_outputs
+        or _place(partition, v) not in partition.parts[partition.part_of[id(v.entry)]].kind.active_outputs
     )
-    rolled.writes = [(target, registers.where(v)) for target, v in draft.writes]
+    rolled.writes = [(target, registers.where(v)) for target, v in partition.writes]
     loops = sum(isinstance(c, Loop) for c in rolled.calls)
     return rolled, (
-        f"{plural(len(draft.units), 'part')}, {plural(len(rolled.step_graphs), 'step graph')}, "
+        f"{plural(len(partition.parts), 'part')}, {plural(len(rolled.step_graphs), 'step graph')}, "
         f"{plural(loops, 'scan')}, {plural(rolled.registers, 'register')}"
     )
 
@@ -88,45 +88,45 @@ def _exact(x: Any) -> Any:
     return x.hex() if isinstance(x, float) else x
 
 
-def _lifted(body: Body) -> tuple[int, ...]:
-    """Numbers that differ between the segments of a body."""
-    columns = zip(*(map(_exact, u.segment.numbers) for u in body.units), strict=True)
+def _lifted(kind: PartKind) -> tuple[int, ...]:
+    """Numbers that differ between the segments of a kind."""
+    columns = zip(*(map(_exact, u.segment.numbers) for u in kind.parts), strict=True)
     return tuple(i for i, column in enumerate(columns) if len(set(column)) > 1)
 
 
-def _call(unit: Unit, step: StepGraph, lifted: tuple[int, ...], read: dict, written: list[int]) -> StepCall:
-    segment = unit.segment
+def _call(part: Part, step: StepGraph, lifted: tuple[int, ...], read: dict, written: list[int]) -> StepCall:
+    segment = part.segment
     state, given = [], []
-    for at in roles_of(segment, unit.body).order:
+    for at in roles_of(segment, part.kind).order:
         ref = segment.inputs[at]
         if isinstance(ref, Value):
             state.append(read[identity(ref)])
         elif isinstance(ref, ScanItem):
-            given.append(Given("scan", ref.source, ref.position))
+            given.append(Operand("scan", ref.source, ref.position))
         else:
-            given.append(Given("noise" if isinstance(ref, Noise) else "input", ref))
-    given += [Given("number", segment.numbers[i]) for i in lifted]
-    return StepCall(step, (), (), tuple(state), tuple(written), 0, given, (), unit.location)
+            given.append(Operand("noise" if isinstance(ref, Noise) else "input", ref))
+    given += [Operand("number", segment.numbers[i]) for i in lifted]
+    return StepCall(step, (), (), tuple(state), tuple(written), 0, given, (), part.location)
 
 
 # -- loops -----------------------------------------------------------------------------------------------------------
 
 
-def _check_scan(draft: Draft, scan: Any, places: list[int]) -> None:
+def _check_scan(partition: Partition, scan: Any, places: list[int]) -> None:
     where = f" (the scan at {scan.location})"
-    before, last = draft.units[places[-2]], draft.units[places[-1]]
-    if before.body is not last.body:
+    before, last = partition.parts[places[-2]], partition.parts[places[-1]]
+    if before.kind is not last.kind:
         raise CaptureError(
             "the iterations of a scan differ in what they do, so that one cannot stand for all; use a plain `for` over "
             f"the tensors, or make what differs a tensor that is scanned too{where}"
         )
-    unit_of = draft.unit_of
+    part_of = partition.part_of
     for a, b in zip(before.segment.inputs, last.segment.inputs, strict=True):
-        if isinstance(b, Value) and unit_of[id(b.entry)] == places[-2]:
+        if isinstance(b, Value) and part_of[id(b.entry)] == places[-2]:
             same = (
                 isinstance(a, Value)
-                and unit_of[id(a.entry)] == places[-3]
-                and _place(draft, a) == _place(draft, b)
+                and part_of[id(a.entry)] == places[-3]
+                and _place(partition, a) == _place(partition, b)
             )
         elif isinstance(b, ScanItem):
             same = isinstance(a, ScanItem) and a.source is b.source
@@ -138,23 +138,23 @@ def _check_scan(draft: Draft, scan: Any, places: list[int]) -> None:
                 f"iteration before it; use a plain `for`, or carry what is needed in one tensor{where}"
             )
     middle = set(places[:-1])
-    later = [v for u in draft.units[places[-1] + 1 :] for v in u.segment.inputs] + draft.finals()
-    if any(isinstance(v, Value) and unit_of[id(v.entry)] in middle for v in later):
+    later = [v for u in partition.parts[places[-1] + 1 :] for v in u.segment.inputs] + partition.finals()
+    if any(isinstance(v, Value) and part_of[id(v.entry)] in middle for v in later):
         raise CaptureError(
             "a value from the middle of a scan is used after it, such as a list of all losses: only what the last "
             f"iteration leaves is there. Add up in a tensor, or use a plain `for`{where}"
         )
 
 
-def _place(draft: Draft, value: Value) -> tuple:
-    segment = draft.units[draft.unit_of[id(value.entry)]].segment
+def _place(partition: Partition, value: Value) -> tuple:
+    segment = partition.parts[partition.part_of[id(value.entry)]].segment
     return segment.number_of[id(value.entry)], value.index
 
 
-def _strides(call: StepCall, scan: Any, units: list[Unit], lifted: tuple[int, ...]) -> tuple[int, ...]:
+def _strides(call: StepCall, scan: Any, parts: list[Part], lifted: tuple[int, ...]) -> tuple[int, ...]:
     """By how much each input advances per iteration."""
     strides = [1 if g.kind == "scan" else 0 for g in call.inputs if g.kind != "number"]
-    alike = [u for u in units if u.body is units[-1].body]
+    alike = [u for u in parts if u.kind is parts[-1].kind]
     for i in lifted:
         column = [u.segment.numbers[i] for u in alike]
         labels = [_shift(u, scan) for u in alike]
@@ -171,10 +171,10 @@ def _strides(call: StepCall, scan: Any, units: list[Unit], lifted: tuple[int, ..
     return tuple(strides)
 
 
-def _shift(unit: Unit, scan: Any) -> int:
+def _shift(part: Part, scan: Any) -> int:
     """Which iteration a captured one was taken for."""
-    assert unit.scan is not None
-    return scan.labels[unit.scan[1]]
+    assert part.scan is not None
+    return scan.labels[part.scan[1]]
 
 
 def _moved(call: StepCall, strides: tuple[int, ...], by: int) -> StepCall:
@@ -188,20 +188,20 @@ def _moved(call: StepCall, strides: tuple[int, ...], by: int) -> StepCall:
 class _Registers:
     """Places for values that are passed on, given back after their last use."""
 
-    def __init__(self, draft: Draft, templates: set[int]) -> None:
-        self.draft, self.templates = draft, templates
+    def __init__(self, partition: Partition, templates: set[int]) -> None:
+        self.partition, self.templates = partition, templates
         self.count = 0
         self._of: dict[Any, int] = {}
         self._free: list[int] = []
-        self._last_by_body: dict[int, list[int]] = {}
+        self._last_by_kind: dict[int, list[int]] = {}
         self._use: dict[Any, int] = {}
-        for n, unit in enumerate(draft.units):
-            for ref in unit.segment.inputs:
+        for n, part in enumerate(partition.parts):
+            for ref in part.segment.inputs:
                 if isinstance(ref, Value):
                     self._use[identity(ref)] = n
-        for ref in draft.finals():
+        for ref in partition.finals():
             if isinstance(ref, Value):
-                self._use[identity(ref)] = len(draft.units)
+                self._use[identity(ref)] = len(partition.parts)
 
     def where(self, ref: Any) -> int | Input:
         """Where a value is found in the end."""
@@ -209,12 +209,12 @@ class _Registers:
 
     def assign(self, n: int) -> tuple[dict, list[int]]:
         """Registers that part ``n`` reads, by value, and those it writes, in the order of its outputs (-1: none)."""
-        unit = self.draft.units[n]
-        read = {identity(r): self._of[identity(r)] for r in unit.segment.inputs if isinstance(r, Value)}
+        part = self.partition.parts[n]
+        read = {identity(r): self._of[identity(r)] for r in part.segment.inputs if isinstance(r, Value)}
         looped = n in self.templates
-        for ref in unit.segment.inputs:
+        for ref in part.segment.inputs:
             if isinstance(ref, Value) and self._use[identity(ref)] == n:
-                carried = self.draft.unit_of[id(ref.entry)] == n - 1
+                carried = self.partition.part_of[id(ref.entry)] == n - 1
                 if not looped or carried:  # what all iterations read must outlast them
                     self._free.append(read[identity(ref)])
         free = self._free = list(dict.fromkeys(self._free))
@@ -222,13 +222,13 @@ class _Registers:
         if looped:
             before = [
                 r
-                for r in unit.segment.inputs
-                if isinstance(r, Value) and self.draft.unit_of[id(r.entry)] == n - 1
+                for r in part.segment.inputs
+                if isinstance(r, Value) and self.partition.part_of[id(r.entry)] == n - 1
             ]
-            carry = {_place(self.draft, r) for r in before}
-        preferred = self._last_by_body.get(id(unit.body), [-1] * len(unit.body.outputs))
-        places = list(unit.body.outputs)
-        keys = [(id(unit.segment.entries[number]), index) for number, index in places]
+            carry = {_place(self.partition, r) for r in before}
+        preferred = self._last_by_kind.get(id(part.kind), [-1] * len(part.kind.outputs))
+        places = list(part.kind.outputs)
+        keys = [(id(part.segment.entries[number]), index) for number, index in places]
         wanted = [key in self._use or place in carry for key, place in zip(keys, places, strict=True)]
         written = [-1] * len(places)
         for k, register in enumerate(preferred):
@@ -244,5 +244,5 @@ class _Registers:
                 written[k] = free.pop() if free else self.count
                 self.count = max(self.count, written[k] + 1)
             self._of[keys[k]] = written[k]
-        self._last_by_body[id(unit.body)] = written
+        self._last_by_kind[id(part.kind)] = written
         return read, written

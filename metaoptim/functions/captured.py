@@ -19,7 +19,7 @@ from ..compiler.capture.symbolic.tracer import Tracer, capturing
 from ..compiler.derive.liveness import results_of
 from ..compiler.derive.reverse import cotangent_outputs
 from ..compiler.derive.tracing import uncollected
-from ..compiler.ir.program import Given, RolledProgram, operator_count, plural
+from ..compiler.ir.program import Operand, Program, operator_count, plural
 from ..compiler.ir.step import Role, StepCall, StepGraph
 from ..compiler.ir.trace import Input, Trace
 from ..compiler.lower.ambient import unaffected
@@ -29,30 +29,30 @@ from ..errors import UnreachableWarning, warn
 from ..runtime.budget.planner import Plan
 from ..runtime.functions.compiled_step import CapturedStep, CompiledStep, aside
 from ..runtime.windows.recording_session import RecordedSession
-from .guards import Scene
+from .guards import Dependencies
 from .reads import Reads
 
 _cache = logging.getLogger("metaoptim.cache")
 _steps: dict[tuple, StepGraph] = {}
 
 
-class Program:
+class Specialization:
     """A captured function, for one set of guards.
 
     Attributes:
         rolled: its calls.
         records: what each pass did.
         plan: how it keeps to its memory budget, once it has run under one.
-        sources: input of the program -> its place in the scene's tensors, or the very tensor.
+        sources: input of the program -> its place among the tensors of the dependencies, or the very tensor.
     """
 
     def __init__(
-        self, scene: Scene, rolled: RolledProgram, records: list[Record], traced: Traced, hvp: str
+        self, dependencies: Dependencies, rolled: Program, records: list[Record], traced: Traced, hvp: str
     ) -> None:
         self.rolled, self.records, self.traced = rolled, records, traced
-        self.remembered = scene.remembered()
+        self.remembered = dependencies.remembered()
         self.plan: Plan | None = None
-        at = scene.place_of()
+        at = dependencies.place_of()
         calls = [call for call, _ in rolled.counted()]
         found = {x for c in calls for g in c.inputs for x in g.sources if isinstance(x, Input)}
         found |= {where for where in rolled.outputs if isinstance(where, Input)}
@@ -64,9 +64,9 @@ class Program:
             if isinstance(self.sources[x], int):
                 del x.tensor  # another call brings another one
 
-    def tensors(self, scene: Scene) -> dict[Input, Tensor]:
+    def tensors(self, dependencies: Dependencies) -> dict[Input, Tensor]:
         """The inputs' tensors in this call."""
-        return {x: scene.tensors[s] if isinstance(s, int) else s for x, s in self.sources.items()}
+        return {x: dependencies.tensors[s] if isinstance(s, int) else s for x, s in self.sources.items()}
 
 
 def _reached(call: StepCall, hvp: str) -> list[Any]:
@@ -97,7 +97,7 @@ class Traced:
 
 
 @dataclass
-class StepProgram:
+class StepSpecialization:
     """A captured step, for one set of guards."""
 
     step: CompiledStep
@@ -106,15 +106,15 @@ class StepProgram:
     traced: Traced
 
     @property
-    def rolled(self) -> RolledProgram:
+    def rolled(self) -> Program:
         """What it does: one call."""
-        given = [Given("input", x) for x in self.step.given]
-        return RolledProgram([StepCall(self.step.step, (), (), (), (), 0, given, (), "")])
+        given = [Operand("input", x) for x in self.step.given]
+        return Program([StepCall(self.step.step, (), (), (), (), 0, given, (), "")])
 
-    def tensor(self, x: Input, scene: Scene) -> Tensor:
+    def tensor(self, x: Input, dependencies: Dependencies) -> Tensor:
         """The tensor behind an input in this call."""
         source = self.sources[x]
-        return scene.tensors[source] if isinstance(source, int) else source
+        return dependencies.tensors[source] if isinstance(source, int) else source
 
 
 def trace_of(
@@ -169,15 +169,20 @@ def captured_step(
 
 
 def capture(
-    fn: Callable, options: Options, scene: Scene, args: tuple, kwargs: dict, reads: Reads | None = None
-) -> Program:
+    fn: Callable,
+    options: Options,
+    dependencies: Dependencies,
+    args: tuple,
+    kwargs: dict,
+    reads: Reads | None = None,
+) -> Specialization:
     """Capture ``fn`` as it acts on these arguments, and take its trace through the passes.
 
-    What it ``reads`` comes to ``scene``.
+    What it ``reads`` comes to ``dependencies``.
     """
     traced, tracer, _ = trace_of(fn, args, kwargs, reads=reads)
     if reads is not None:
-        reads.settle(scene)
+        reads.settle(dependencies)
     tracer.trace.outputs = traced.tensors
     with unaffected():
         rolled, records = compile_trace(tracer.trace, options, step_of)
@@ -188,10 +193,10 @@ def capture(
             "computed inside the window's block? After an offline one the networks are back at their first parameters.",
             UnreachableWarning,
         )
-    return Program(scene, rolled, records, traced, options.lowering.hvp)
+    return Specialization(dependencies, rolled, records, traced, options.lowering.hvp)
 
 
-def stated(rolled: RolledProgram, options: Options) -> RolledProgram | Options:
+def stated(rolled: Program, options: Options) -> Program | Options:
     """Who says what is kept (``slots``, ``memory_budget``, ``offload``): the program's windows, or the decorator."""
     return rolled if rolled.slots is not None or rolled.memory_budget is not None else options
 

@@ -38,7 +38,7 @@ def is_library(module: str | None) -> bool:
     return module is not None and (module.partition(".")[0] in _LIBRARIES or module.startswith("namedtuple_"))
 
 
-class Scene:
+class Dependencies:
     """One look at everything a call depends on.
 
     Attributes:
@@ -65,30 +65,32 @@ class Scene:
     @classmethod
     def of_call(
         cls, fn: Callable, args: tuple, kwargs: dict[str, Any], window: Any = None, named: bool = False
-    ) -> Scene:
+    ) -> Dependencies:
         """What a call of ``fn`` depends on, inside an ordinary window or outside of one."""
-        scene = cls(named)
-        scene._late = []
-        scene.fact("the call", ("is", "outside any window" if window is None else "inside a window"))
+        dependencies = cls(named)
+        dependencies._late = []
+        dependencies.fact("the call", ("is", "outside any window" if window is None else "inside a window"))
         if window is not None:
             hooked = window.options.backward_hook is not None
-            scene.fact("the window", ("is", "with a backward_hook" if hooked else "without a backward_hook"))
+            dependencies.fact(
+                "the window", ("is", "with a backward_hook" if hooked else "without a backward_hook")
+            )
         for path, mode in zip(AMBIENT, ambient(), strict=True):
-            scene.fact(path, ("mode", mode))
+            dependencies.fact(path, ("mode", mode))
         labels = argument_names(fn, args) if named else ()
-        scene.fact("the number of positional arguments", (int, len(args)))
+        dependencies.fact("the number of positional arguments", (int, len(args)))
         for i, value in enumerate(args):
-            scene.describe(value, labels[i] if labels else "")
-        scene.fact("the keyword arguments", ("keys", tuple(kwargs)))
+            dependencies.describe(value, labels[i] if labels else "")
+        dependencies.fact("the keyword arguments", ("keys", tuple(kwargs)))
         for name, value in kwargs.items():
-            scene.describe(value, name)
+            dependencies.describe(value, name)
         for name, value in surroundings(fn):
-            scene.fact("what the function refers to", ("name", name))
-            scene.describe(value, name)
-        late, scene._late = scene._late, None
+            dependencies.fact("what the function refers to", ("name", name))
+            dependencies.describe(value, name)
+        late, dependencies._late = dependencies._late, None
         for network, path in late:
-            scene.describe(network, path)
-        return scene
+            dependencies.describe(network, path)
+        return dependencies
 
     @property
     def key(self) -> tuple[Fact, ...]:

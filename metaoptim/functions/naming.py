@@ -27,7 +27,7 @@ def names_in(named: Iterable[tuple[str, Any]]) -> dict[int, str]:
 
 
 def module_parts(name: str, module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """What a scene describes of a module, in its order (`Scene._module`): training flags and tensors, with names."""
+    """What `Dependencies` describe of a module, in their order: training flags and tensors, with names."""
     for path, m in module.named_modules():
         whole = f"{name}.{path}" if path else name
         yield f"{whole}.training", m.training

@@ -27,8 +27,8 @@ from ..optim.optimizer import MetaOptimizer
 from .changes import Change, first_change
 from .guards import (
     _LRU,
+    Dependencies,
     Fact,
-    Scene,
     argument_names,
     contents,
     global_names,
@@ -80,18 +80,18 @@ class Place:
         return getattr(holder, self.name, _MISSING) if self.kind == "class" else holder
 
 
-def look(scene: Scene, places: Sequence[Place]) -> Iterator[tuple[Fact, ...]]:
-    """What is at each of the places now, as facts; ``scene`` is extended by them."""
+def look(dependencies: Dependencies, places: Sequence[Place]) -> Iterator[tuple[Fact, ...]]:
+    """What is at each of the places now, as facts; ``dependencies`` is extended by them."""
     for place in places:
-        value, mark = place.value(), scene.mark()
+        value, mark = place.value(), dependencies.mark()
         if value is _MISSING:
-            scene.fact(place.path, ("missing",))
+            dependencies.fact(place.path, ("missing",))
         else:
-            scene.describe(value, place.path)
-        yield scene.since(mark)
+            dependencies.describe(value, place.path)
+        yield dependencies.since(mark)
 
 
-class _Glance(Scene):
+class _Glance(Dependencies):
     """What a place held when it was read, but for what is inside modules, optimizers and tensors.
 
     A capture shows other tensors for a while.
@@ -122,7 +122,7 @@ class Reads:
     Attributes:
         places: where it has read, once that is settled.
         found: what was there.
-        scene: what the call depends on, until then.
+        dependencies: what the call depends on, until then.
         names: what that is called.
 
     Args:
@@ -133,8 +133,8 @@ class Reads:
     """
 
     def __init__(self, fn: Callable, args: tuple, kwargs: dict[str, Any], window: Any = None) -> None:
-        self.scene = Scene.of_call(fn, args, kwargs, window, named=True)
-        self._key, self._paths = self.scene.key, list[list[str]]()
+        self.dependencies = Dependencies.of_call(fn, args, kwargs, window, named=True)
+        self._key, self._paths = self.dependencies.key, list[list[str]]()
         self.places: list[Place] = []
         self.found: list[tuple[Fact, ...]] = []
         self._places: dict[tuple[int, str], tuple[Place, Any, tuple[Fact, ...]]] = {}
@@ -349,8 +349,8 @@ class Reads:
                 if not _captures:
                     _release()
 
-    def settle(self, scene: Scene) -> None:
-        """The capture is over: fill `places` and `found`, and extend ``scene`` by what is there now."""
+    def settle(self, dependencies: Dependencies) -> None:
+        """The capture is over: fill `places` and `found`, and extend ``dependencies`` by what is there now."""
         for place, _, before in self._places.values():
             glance, value = _Glance(self), place.value()
             if value is _MISSING:
@@ -359,13 +359,13 @@ class Reads:
                 glance.describe(value)
             self.places.append(place)
             # what the function has changed itself counts as it was before; it will be captured anew
-            self.found.append(next(look(scene, [place])) if glance.key == before else before)
-            (facts,) = look(self.scene, [place])
-            assert self.scene.paths is not None
-            self._paths.append(self.scene.paths[len(self.scene.paths) - len(facts) :])
-        assert self.scene.paths is not None
-        self.names = self.scene.paths
-        del self.scene  # from here on it keeps nothing alive
+            self.found.append(next(look(dependencies, [place])) if glance.key == before else before)
+            (facts,) = look(self.dependencies, [place])
+            assert self.dependencies.paths is not None
+            self._paths.append(self.dependencies.paths[len(self.dependencies.paths) - len(facts) :])
+        assert self.dependencies.paths is not None
+        self.names = self.dependencies.paths
+        del self.dependencies  # from here on it keeps nothing alive
         self._places.clear()
         self._counted.clear()
         self._known.clear()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compiler.ir.program import RolledProgram, plural
+from ..compiler.ir.program import Program, plural
 from ..compiler.ir.slices import tensor_spec
 from ..compiler.ir.step import Loop, StepCall, calls_of
 from ..compiler.ir.trace import Input, Noise
@@ -74,7 +74,7 @@ def _result(program: Any) -> tuple[str, Any]:
     return repr(program.traced.leaves), program.traced.spec
 
 
-def _calls(program: RolledProgram) -> list[tuple[StepCall, tuple]]:
+def _calls(program: Program) -> list[tuple[StepCall, tuple]]:
     """Each call, with how often it is made and by how much its inputs move on."""
     return [
         (call, (item.count, item.strides[k]) if isinstance(item, Loop) else (1,))

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..compiler.cost.model import SIZES, CostModel, step_flops
 from ..compiler.cost.step import residual_cost, step_cost
-from ..compiler.ir.program import RolledProgram, nbytes, plural, readable_bytes
+from ..compiler.ir.program import Program, nbytes, plural, readable_bytes
 from ..compiler.ir.step import Loop, Lowering
 from ..errors import WindowError
 from ..runtime.budget.planner import FEW_SLOTS, Plan, Planner, residuals_from, with_residuals
@@ -136,7 +136,7 @@ class Setting:
     """
 
     name: str
-    program: RolledProgram
+    program: Program
     alone: Planner
     tier: Planner | None
     model: CostModel
@@ -164,7 +164,7 @@ class Setting:
     def within(self, budget: int, offload: bool) -> Cost:
         """The cost of a call that may hold ``budget`` bytes."""
         planner = self.planner(offload)
-        plan = with_residuals(planner.plan(budget), self.program, planner.how)
+        plan = with_residuals(planner.plan(budget), self.program, planner.lowering)
         return self.cost(plan, budget)
 
     def with_slots(self, slots: int | None, offload: bool) -> Cost:
@@ -204,8 +204,8 @@ class Setting:
 
 
 def setting_of(
-    program: RolledProgram,
-    how: Lowering,
+    program: Program,
+    lowering: Lowering,
     name: str,
     horizon: int | None = None,
     offload: bool = False,
@@ -215,7 +215,7 @@ def setting_of(
 
     Args:
         program: of the function.
-        how: the backend and HVP mode of its graphs.
+        lowering: the backend and HVP mode of its graphs.
         name: of the function.
         horizon: T, in place of that of the program.
         offload: whether states without a slot may go to a lower tier.
@@ -228,9 +228,9 @@ def setting_of(
     loops = [x for x in program.calls if isinstance(x, Loop)]
     if not loops:
         raise WindowError("plan: the function has no loop; write it with window.scan or window.range")
-    if program.limit is not None and program.loss_between:
+    if program.window is not None and program.loss_between:
         raise WindowError(
-            f"plan: with window={program.limit}, each of the losses between the inner steps sweeps back over steps of "
+            f"plan: with window={program.window}, each of the losses between the inner steps sweeps back over steps of "
             "its own, for which there are no formulas; fn.explain(...) goes through all of it"
         )
     longest = max(loops, key=lambda x: x.count)
@@ -245,23 +245,23 @@ def setting_of(
     longer = replace(program, calls=[stretched if x is longest else x for x in program.calls])
     learnt = _learnt_bytes(longest)
     beside = learnt * (count - longest.count)
-    alone = Planner(longer, how, name, beside=beside)
-    tier = Planner(longer, how, name, True, beside) if offload else None
+    alone = Planner(longer, lowering, name, beside=beside)
+    tier = Planner(longer, lowering, name, True, beside) if offload else None
     model = _model(alone, tier, stretched, learnt // len(longest.calls))
-    return Setting(name, longer, alone, tier, model, residuals_from(longer, how), batch)
+    return Setting(name, longer, alone, tier, model, residuals_from(longer, lowering), batch)
 
 
 def _model(alone: Planner, tier: Planner | None, loop: Loop, step_bytes: int) -> CostModel:
     """The cost model with the formulas of ``loop``, each step of which adds ``step_bytes`` of gradients."""
-    program, how = alone.program, alone.how
+    program, lowering = alone.program, alone.lowering
     few, per_slot = min(FEW_SLOTS, alone.states), alone.alone.per_slot
-    transient = max(step_cost(call.step, how).vjp_bytes for call in loop.calls)
-    residuals = {id(g): residual_cost(g, how) for g in program.step_graphs}
+    transient = max(step_cost(call.step, lowering).vjp_bytes for call in loop.calls)
+    residuals = {id(g): residual_cost(g, lowering) for g in program.step_graphs}
     kept = max(residuals[id(call.step)][0] for call in loop.calls)
     calls = list(program.counted())
     (end,) = (i for i, (call, _) in enumerate(calls, 1) if call is loop.calls[-1])
     after = sum(count * (residuals[id(call.step)][0] - kept) for call, count in calls[end:])
-    flops = zip(*(step_flops(call.step, how) for call in loop.calls), strict=True)
+    flops = zip(*(step_flops(call.step, lowering) for call in loop.calls), strict=True)
     forward, vjp, saved = (_mean(of) for of in flops)
     return CostModel(
         fixed_bytes=alone.peak(few) - few * per_slot - step_bytes * program.positions - transient,

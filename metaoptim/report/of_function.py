@@ -12,14 +12,14 @@ from typing import Any
 from torch import Tensor
 
 from ..compiler.cost.step import step_cost
-from ..compiler.ir.program import Kept, RolledProgram, given_ports, nbytes, plural, signature
+from ..compiler.ir.program import Kept, Program, given_ports, nbytes, plural, signature
 from ..compiler.ir.step import Lowering, Role
 from ..compiler.ir.trace import Input, Trace
 from ..compiler.passes.checkpoint import checkpoint
 from ..compiler.passes.pipeline import Options, Record, compile_trace
 from ..errors import WindowError
 from ..functions.captured import captured_step, stated, step_of, trace_of
-from ..functions.guards import Scene
+from ..functions.guards import Dependencies
 from ..functions.naming import tensor_names
 from ..runtime.budget.measure import measured_peak, rehearse
 from ..runtime.budget.meter import profiling
@@ -47,33 +47,37 @@ def report_of(
     trace.outputs = traced.tensors
     labels = {x: names.get(id(x.tensor)) or _unnamed(x) for x in trace.inputs}
     program, records = compile_trace(trace, options, step_of, labels)
-    said, how = stated(program, options), options.lowering
+    said, lowering = stated(program, options), options.lowering
     tensors = {x: x.tensor for x in program.inputs}
     if measure:
-        rehearse(program, tensors, how)
+        rehearse(program, tensors, lowering)
     begun = time.perf_counter()
-    kept, plan = decide(program, how, said, _title(fn), tensors if measure else None)
+    kept, plan = decide(program, lowering, said, _title(fn), tensors if measure else None)
     slots, offload = kept.slots, kept.offload
-    prediction = predict(program, slots, how, offload is not None)
+    prediction = predict(program, slots, lowering, offload is not None)
     if not prediction.reached:
         kept = Kept(1)
-        prediction = predict(program, 1, how)
+        prediction = predict(program, 1, lowering)
     saved = kept.saved
     peak = plan.peak_bytes if plan is not None and saved else prediction.peak_bytes
     every = slots is None or slots >= program.swept
     kind = "forward only" if not prediction.reached else _plan(every, offload is not None)
     kind = "unrolled" if saved and saved == program.swept else kind
     text = program.text(labels)
-    done = checkpoint(program, kept, how.hvp)
+    done = checkpoint(program, kept, lowering.hvp)
     done += f"; {plural(prediction.extra_forwards, 'call')} made again"
     records.append(Record("checkpoint", done, 1e3 * (time.perf_counter() - begun)))
-    whole = predict(replace(program, limit=None), slots, how).reached if program.limit else prediction.reached
+    whole = (
+        predict(replace(program, window=None), slots, lowering).reached
+        if program.window
+        else prediction.reached
+    )
     paths, targets = _gradients(trace, program, labels, names, prediction.reached, whole)
-    scene = _learnable(names, fn, args, kwargs)
+    dependencies = _learnable(names, fn, args, kwargs)
     read = {id(x.tensor) for x in trace.inputs}
-    paths |= {name: "not read" for name, t in scene.items() if id(t) not in read and name not in paths}
-    order = [*(n for n in scene if n in paths), *(n for n in paths if n not in scene)]
-    costs = {id(g): step_cost(g, program.lowering_of(g, how)) for g in program.step_graphs}
+    paths |= {name: "not read" for name, t in dependencies.items() if id(t) not in read and name not in paths}
+    order = [*(n for n in dependencies if n in paths), *(n for n in paths if n not in dependencies)]
+    costs = {id(g): step_cost(g, program.lowering_of(g, lowering)) for g in program.step_graphs}
     forward = program.positions
     return Report(
         function=_title(fn),
@@ -81,7 +85,7 @@ def report_of(
         horizon=program.horizon,
         calls=forward,
         num_programs=len(program.step_graphs),
-        window=program.limit,
+        window=program.window,
         offline=program.offline,
         slots=slots,
         memory_budget=None if plan is None else plan.budget,
@@ -96,12 +100,12 @@ def report_of(
         transient_bytes=max((c.vjp_bytes for c in costs.values()), default=0),
         predicted_peak_bytes=peak,
         predicted_forward_bytes=prediction.forward_bytes,
-        measured_peak_bytes=measured_peak(program, tensors, how, kept) if measure else None,
+        measured_peak_bytes=measured_peak(program, tensors, lowering, kept) if measure else None,
         gradient_targets=[n for n in order if n in targets],
         unreachable=[n for n in order if n not in targets],
         paths={n: paths[n] for n in order},
         passes=list(map(asdict, records)),
-        shapes=_shapes(program, how),
+        shapes=_shapes(program, lowering),
         program=text,
     )
 
@@ -157,7 +161,7 @@ def _step_report(
 
 def _gradients(
     trace: Trace,
-    program: RolledProgram,
+    program: Program,
     labels: Mapping[Input, str],
     names: Mapping[int, str],
     reached: frozenset[Input],
@@ -186,7 +190,7 @@ def _gradients(
     return paths, {labels[x] for x in found}
 
 
-def _paths(program: RolledProgram) -> dict[Input, str]:
+def _paths(program: Program) -> dict[Input, str]:
     """Through which step graphs the gradient of each input comes."""
     names, counts = program.names(), dict[Input, dict[str, int]]()
     for call, count in program.counted():
@@ -204,19 +208,19 @@ def _paths(program: RolledProgram) -> dict[Input, str]:
     return {x: "through " + calls_text(of) for x, of in counts.items()}
 
 
-def _why_not(x: Input, program: RolledProgram, adopted: set[int], whole: frozenset[Input]) -> str:
+def _why_not(x: Input, program: Program, adopted: set[int], whole: frozenset[Input]) -> str:
     if id(x.tensor) in adopted:
         return "the window is online: its networks' own parameters are cut off at entry"
     if not any(x is y for y in program.inputs):
         return "read, but no result depends on it"
     if x in whole:
-        return f"only read more than window={program.limit} super-steps before the loss"
+        return f"only read more than window={program.window} super-steps before the loss"
     return "only read under no_grad, through detach(), or where no gradient flows"
 
 
 def _learnable(names: Mapping[int, str], fn: Callable, args: tuple, kwargs: dict) -> dict[str, Tensor]:
-    scene = Scene.of_call(fn, args, kwargs)
-    return {names[id(t)]: t for t in scene.tensors if t.requires_grad and id(t) in names}
+    dependencies = Dependencies.of_call(fn, args, kwargs)
+    return {names[id(t)]: t for t in dependencies.tensors if t.requires_grad and id(t) in names}
 
 
 def _unnamed(x: Input) -> str:
@@ -235,9 +239,11 @@ def _title(fn: Callable) -> str:
 # -- shapes -------------------------------------------------------------------------------------------------
 
 
-def _shapes(program: RolledProgram, how: Lowering) -> dict[str, dict[str, Any]]:
+def _shapes(program: Program, lowering: Lowering) -> dict[str, dict[str, Any]]:
     calls: dict[int, int] = {}
     for call, count in program.counted():
         calls[id(call.step)] = calls.get(id(call.step), 0) + count
     names = program.names()
-    return {names[id(g)]: shape_of(g, calls[id(g)], program.lowering_of(g, how)) for g in program.step_graphs}
+    return {
+        names[id(g)]: shape_of(g, calls[id(g)], program.lowering_of(g, lowering)) for g in program.step_graphs
+    }

@@ -9,9 +9,9 @@ from dataclasses import asdict, replace
 
 from ..compiler.cost.step import step_cost
 from ..compiler.derive.liveness import results_of
-from ..compiler.ir.program import Given, memory_of, plural
+from ..compiler.ir.program import Operand, memory_of, plural
 from ..compiler.ir.step import Loop, Lowering, Role, StepGraph
-from ..compiler.ir.tape import Program
+from ..compiler.ir.tape import Tape
 from ..compiler.lower.derivatives import derived, is_derived
 from ..compiler.passes.differentiate import differentiate
 from ..compiler.passes.pipeline import Record
@@ -33,7 +33,7 @@ def _report(session: RecordedSession, title: str) -> Report:
     engine, options, program = session.engine, session.options, session.program
     program.fold()
     for call, _ in program.counted():
-        if call.step.dynamic and not is_derived(call.step, call.how.hvp):
+        if call.step.dynamic and not is_derived(call.step, call.lowering.hvp):
             raise WindowError(
                 f"window.explain: the shapes in the step at {call.location} depend on values, so its derivative is "
                 "known only once it has been run; ask after a backward, or without slots="
@@ -51,7 +51,7 @@ def _report(session: RecordedSession, title: str) -> Report:
     for call, count in program.counted():
         calls[names[id(call.step)]] += count
     budgeted = streaming if streaming is not None and streaming.acts and calls else None
-    how = {id(call.step): call.how for call, _ in program.counted()}
+    lowerings = {id(call.step): call.lowering for call, _ in program.counted()}
     paths, targets = _paths(session, program)
     if store.slots is None:
         plan = "all states"
@@ -75,20 +75,20 @@ def _report(session: RecordedSession, title: str) -> Report:
         extra_forwards=prediction.extra_forwards,
         recompute_factor=1 + prediction.extra_forwards / max(calls.total(), 1),
         state_bytes=memory_of(engine.state),
-        transient_bytes=max((step_cost(g, how[id(g)]).vjp_bytes for g in graphs.values()), default=0),
+        transient_bytes=max((step_cost(g, lowerings[id(g)]).vjp_bytes for g in graphs.values()), default=0),
         predicted_peak_bytes=prediction.peak_bytes + beside,
         predicted_forward_bytes=prediction.forward_bytes + beside,
         measured_peak_bytes=None,
         gradient_targets=[name for name in paths if name in targets],
         unreachable=[name for name in paths if name not in targets],
         paths=paths,
-        passes=list(map(asdict, _records(program, how))),
-        shapes={name: shape_of(g, calls[name], how[id(g)]) for name, g in graphs.items()},
+        passes=list(map(asdict, _records(program, lowerings))),
+        shapes={name: shape_of(g, calls[name], lowerings[id(g)]) for name, g in graphs.items()},
         program=str(program),
     )
 
 
-def _records(program: Program, how: dict[int, Lowering]) -> list[Record]:
+def _records(program: Tape, lowerings: dict[int, Lowering]) -> list[Record]:
     """What the passes have done, of each step graph by itself, and of the program."""
     names = program.names()
     found = [
@@ -106,21 +106,21 @@ def _records(program: Program, how: dict[int, Lowering]) -> list[Record]:
     begun = time.perf_counter()
     modes: dict[str, list[StepGraph]] = {}
     for g in program.step_graphs:
-        modes.setdefault(how[id(g)].hvp, []).append(g)
+        modes.setdefault(lowerings[id(g)].hvp, []).append(g)
     done = "; ".join(differentiate(graphs, hvp) for hvp, graphs in modes.items())
     return [*found, Record("differentiate", done, 1e3 * (time.perf_counter() - begun))]
 
 
-def _paths(session: RecordedSession, program: Program) -> tuple[dict[str, str], set[str]]:
+def _paths(session: RecordedSession, program: Tape) -> tuple[dict[str, str], set[str]]:
     """Name of what requires grad -> through which step graphs its gradient comes, or why it gets none; who gets one."""
     called = names_in(user_scope())
     through: dict[int, Counter[str]] = {}
     names = program.names()
     for call, count in program.counted():
-        grads = results_of(derived(call.step, call.how.hvp).graph)
+        grads = results_of(derived(call.step, call.lowering.hvp).graph)
         at = call.step.positions(Role.META)
         for meta in (m for m, i in zip(call.metas, at, strict=True) if grads[i] is not None):
-            times = Counter(meta.of) if isinstance(meta, Given) else {meta: count}
+            times = Counter(meta.of) if isinstance(meta, Operand) else {meta: count}
             for number, k in times.items():
                 through.setdefault(number, Counter())[names[id(call.step)]] += k
     paths: dict[str, str] = {}
@@ -138,7 +138,7 @@ def _paths(session: RecordedSession, program: Program) -> tuple[dict[str, str], 
                     name, "only read under no_grad, through detach(), or where no gradient flows"
                 )
     options, own = session.options, session.networks
-    beyond = session.view.sliding is not None and session.view.sliding.count > session.view.sliding.limit
+    beyond = session.view.sliding is not None and session.view.sliding.count > session.view.sliding.window
     reason = "the window is online: its networks' own parameters are cut off at entry"
     if options.offline:
         reason = (

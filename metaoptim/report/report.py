@@ -223,15 +223,15 @@ def calls_text(calls: Mapping[str, int]) -> str:
     return ", ".join(f"{name} ({plural(k, 'call')})" for name, k in calls.items())
 
 
-def shape_of(step: StepGraph, calls: int, how: Lowering) -> dict[str, Any]:
+def shape_of(step: StepGraph, calls: int, lowering: Lowering) -> dict[str, Any]:
     """An entry of `Report.shapes`."""
-    cost = step_cost(step, how)
+    cost = step_cost(step, lowering)
     described: dict[str, Any] = {
         "calls": calls,
         "steps": step.steps,
         "operators": [cost.replay_operators, cost.vjp_operators],
         "bytes": [cost.replay_bytes, cost.vjp_bytes],
-        "derivative": step.derivatives.get(how.hvp, ""),
+        "derivative": step.derivatives.get(lowering.hvp, ""),
     }
     for key, ports in (("inputs", step.inputs), ("outputs", step.outputs)):
         described[key] = {

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from metaoptim.compiler.cost.step import Measured, made_of, measured
 from metaoptim.compiler.derive.cotangent_hook import stand_in
-from metaoptim.compiler.ir.program import Kept, RolledProgram
+from metaoptim.compiler.ir.program import Kept, Program
 from metaoptim.compiler.ir.step import Loop, Lowering, StepCall
 from metaoptim.compiler.ir.trace import Input
 from metaoptim.compiler.lower.derivatives import lowered, residuals
@@ -28,7 +28,7 @@ from .meter import AllocatorMeter, profiling
 _ITERATIONS = 3  # of each loop: a first one, one as all, a last one
 
 
-def shortened(program: RolledProgram, most: int, long: Loop | None = None, longest: int = 0) -> RolledProgram:
+def shortened(program: Program, most: int, long: Loop | None = None, longest: int = 0) -> Program:
     """``program`` with at most ``most`` iterations of each loop, and ``longest`` of the loop ``long``."""
     calls = [
         replace(c, count=min(c.count, longest if c is long else most)) if isinstance(c, Loop) else c
@@ -38,47 +38,47 @@ def shortened(program: RolledProgram, most: int, long: Loop | None = None, longe
 
 
 def rehearse(
-    program: RolledProgram, tensors: dict[Input, Tensor], how: Lowering, saving: bool = False
+    program: Program, tensors: dict[Input, Tensor], lowering: Lowering, saving: bool = False
 ) -> None:
     """Run a few steps of ``program`` and their derivatives, so that `measured` knows all its step graphs.
 
     Nothing outside changes: what the program would write is dropped, and the random generator stays where it is. Graphs
-    are compiled on the way, and checked where ``how`` says so.
+    are compiled on the way, and checked where ``lowering`` says so.
 
     Args:
         program: of the compiled function.
         tensors: behind its inputs.
-        how: its graphs are run.
+        lowering: the backend and HVP mode of the step graphs.
         saving: whether with residuals.
     """
     kinds = ("forward", "backward") if saving else ("replay", "vjp")
-    graphs = [g for g in program.step_graphs if not saving or residuals(g, how.hvp) is not None]
-    if all(measured(g, kind, program.lowering_of(g, how)) for g in graphs for kind in kinds):
+    graphs = [g for g in program.step_graphs if not saving or residuals(g, lowering.hvp) is not None]
+    if all(measured(g, kind, program.lowering_of(g, lowering)) for g in graphs for kind in kinds):
         return
     short = shortened(program, _ITERATIONS)
     kept = Kept(None, short.positions) if saving else Kept(1)
-    run = Run(short, tensors, how, stand_in, kept, engine=_MeteredEngine, rehearsal=True)
+    run = Run(short, tensors, lowering, stand_in, kept, engine=_MeteredEngine, rehearsal=True)
     _run_and_pull(run, program)
 
 
 def measured_peak(
-    program: RolledProgram,
+    program: Program,
     tensors: dict[Input, Tensor],
-    how: Lowering,
+    lowering: Lowering,
     kept: Kept,
 ) -> int:
     """Most bytes that a call and its backward hold, in a run of all its steps. Nothing outside changes.
 
     Args:
-        program, tensors, how: as of `rehearse`, which has been run.
+        program, tensors, lowering: see `rehearse`, which has been run.
         kept: what is kept for the backward.
     """
     with AllocatorMeter() as meter, progress(meter.watch):
-        _run_and_pull(Run(program, tensors, how, stand_in, kept, rehearsal=True), program)
+        _run_and_pull(Run(program, tensors, lowering, stand_in, kept, rehearsal=True), program)
     return meter.peak
 
 
-def _run_and_pull(run: Run, program: RolledProgram) -> None:
+def _run_and_pull(run: Run, program: Program) -> None:
     """A call and its backward, with ones for cotangents."""
     results = run.forward()
     live = [isinstance(w, int) and i not in program.dead for i, w in enumerate(program.outputs)]
@@ -106,7 +106,7 @@ class _MeteredEngine(Engine):
         if profiling():
             return super()._lowered(call, kind, inputs)
         with AllocatorMeter() as first:
-            program = lowered(call.step, kind, inputs, call.how)
+            program = lowered(call.step, kind, inputs, call.lowering)
         return lambda *inputs: metered(program, call, kind, inputs, first.peak)
 
 
@@ -125,8 +125,8 @@ def metered(
         results = program(*inputs)
     given = {t.untyped_storage()._cdata: i for i, t in enumerate(inputs) if t.layout is torch.strided}
     made = made_of([_memory(t) for t in results], given)
-    known = measured(call.step, kind, call.how) or Measured(0, 0, ())
-    call.step.programs["measured", kind, call.how] = Measured(
+    known = measured(call.step, kind, call.lowering) or Measured(0, 0, ())
+    call.step.programs["measured", kind, call.lowering] = Measured(
         max(known.peak_bytes, meter.peak), max(known.first_bytes, first), tuple(made)
     )
     return results

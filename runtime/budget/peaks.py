@@ -14,7 +14,7 @@ from torch import Tensor
 from metaoptim.compiler.cost.step import measured
 from metaoptim.compiler.ir.program import memory_bytes
 from metaoptim.compiler.ir.step import Assign, StepCall
-from metaoptim.compiler.ir.tape import Call, Program, super_steps
+from metaoptim.compiler.ir.tape import Call, Tape, super_steps
 
 from .planner import Peaks, changed_bytes, lengths
 from .simulate import predict_sweep
@@ -70,9 +70,9 @@ def _few(calls: Sequence[Call]) -> tuple[list[Call], list[Call]]:
     return chosen, next(r for r in reversed(rounds) if any(isinstance(c, StepCall) for c in r))
 
 
-def _program(calls: Sequence[Call]) -> Program:
+def _program(calls: Sequence[Call]) -> Tape:
     """Of calls of which some stand there again: an assignment sets the very same values each time."""
-    return Program(
+    return Tape(
         0,
         [
             replace(c, back=min(c.back, i)) if isinstance(c, StepCall) else replace(c)
@@ -85,9 +85,9 @@ def _key(call: Call) -> tuple:
     """What a call's part in a peak depends on."""
     if isinstance(call, Assign):
         return call.indices, tuple(map(memory_bytes, call.values)), call.adoption
-    costs = measured(call.step, "replay", call.how), measured(call.step, "vjp", call.how)
+    costs = measured(call.step, "replay", call.lowering), measured(call.step, "vjp", call.lowering)
     state = call.theta, call.update, call.opt_state_in, call.opt_state_out
-    return id(call.step), call.how, costs, state, call.back, call.metas
+    return id(call.step), call.lowering, costs, state, call.back, call.metas
 
 
 def _bare(call: Call) -> Call:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from metaoptim.compiler.cost.step import measured, residual_cost, step_cost
-from metaoptim.compiler.ir.program import Kept, RolledProgram, nbytes, readable_bytes
+from metaoptim.compiler.ir.program import Kept, Program, nbytes, readable_bytes
 from metaoptim.compiler.ir.step import Loop, Lowering, StepCall
 from metaoptim.compiler.ir.trace import Input
 from metaoptim.errors import BudgetError
@@ -89,12 +89,12 @@ def larger(one: Peaks, other: Peaks) -> Peaks:
     return Peaks(lambda k: max(one.exact(k), other.exact(k)), max(one.changed, other.changed))
 
 
-def peaks_of(program: RolledProgram, how: Lowering, offload: bool = False) -> Peaks:
+def peaks_of(program: Program, lowering: Lowering, offload: bool = False) -> Peaks:
     """Peaks of a compiled function's program; ``offload``: states without a slot go to a lower tier."""
 
     def exact(slots: int) -> int:
         short = _cut_short(program, slots, offload)
-        return max(predict(p, slots, how, offload).peak_bytes + _left_out(program, p) for p in short)
+        return max(predict(p, slots, lowering, offload).peak_bytes + _left_out(program, p) for p in short)
 
     return Peaks(
         exact, max((changed_bytes(x.calls) for x in program.calls if isinstance(x, Loop)), default=0)
@@ -105,7 +105,7 @@ def changed_bytes(calls: Sequence[StepCall]) -> int:
     """Bytes of the state that ``calls`` change, each entry once; a view counts with all that it keeps alive."""
     sizes: dict[int, int] = {}
     for call in calls:
-        outputs = step_cost(call.step, call.how).outputs
+        outputs = step_cost(call.step, call.lowering).outputs
         counted: set[int] = set()  # results whose memory has been: others may lie in it
         for (k, index), made in zip(call.changed(), outputs, strict=False):
             of = k if made.of_result < 0 else made.of_result
@@ -115,13 +115,13 @@ def changed_bytes(calls: Sequence[StepCall]) -> int:
     return sum(sizes.values())
 
 
-def _cut_short(program: RolledProgram, slots: int, offload: bool) -> list[RolledProgram]:
+def _cut_short(program: Program, slots: int, offload: bool) -> list[Program]:
     """Programs of which the peaks are those of ``program``.
 
     A peak does not depend on how often a loop runs once it runs several times per slot. Where states of several loops
     differ in size, the largest may be the ones that are kept.
     """
-    more = program.limit or 0
+    more = program.window or 0
     loops = [c for c in program.calls if isinstance(c, Loop)] or [None]
     return [
         shortened(program, _FEW + more, x, length + more) for x in loops for length in lengths(slots, offload)
@@ -138,7 +138,7 @@ def lengths(slots: int, offload: bool = False) -> Sequence[int]:
     return range(many, many + (slots if offload else 0) + 1)
 
 
-def _left_out(program: RolledProgram, short: RolledProgram) -> int:
+def _left_out(program: Program, short: Program) -> int:
     """Bytes of gradients of listed tensors that only iterations read which ``short`` leaves out."""
     listed = {
         x
@@ -164,19 +164,25 @@ class Planner:
 
     Args:
         program: of the compiled function.
-        how: its graphs are run.
+        lowering: the backend and HVP mode of the step graphs.
         name: of the function, for errors.
         offload: whether states without a slot may go to a lower tier.
         beside: bytes that a call holds besides what going through ``program`` shows.
     """
 
     def __init__(
-        self, program: RolledProgram, how: Lowering, name: str, offload: bool = False, beside: int = 0
+        self, program: Program, lowering: Lowering, name: str, offload: bool = False, beside: int = 0
     ) -> None:
-        self.program, self.how, self.name, self.offload, self.beside = program, how, name, offload, beside
+        self.program, self.lowering, self.name, self.offload, self.beside = (
+            program,
+            lowering,
+            name,
+            offload,
+            beside,
+        )
         self.states = max(program.swept, 1)
-        self.alone = peaks_of(program, how)
-        self.tier = peaks_of(program, how, offload) if offload else self.alone
+        self.alone = peaks_of(program, lowering)
+        self.tier = peaks_of(program, lowering, offload) if offload else self.alone
 
     def plan(self, budget: int) -> Plan:
         """The plan for a call and its backward that may hold ``budget`` bytes beyond the caller's own tensors.
@@ -212,14 +218,14 @@ class Planner:
 
     def minimum(self, tiered: bool = False) -> int:
         """The smallest budget that there is a plan for."""
-        return self.least(tiered) + _first_use(self.program, self.how)
+        return self.least(tiered) + _first_use(self.program, self.lowering)
 
     @cached_property
     def every(self) -> int:
         """Predicted bytes where every state stays until the end: as many slots give them up on the way back."""
-        short = shortened(self.program, lengths(FEW_SLOTS)[0] + (self.program.limit or 0))
+        short = shortened(self.program, lengths(FEW_SLOTS)[0] + (self.program.window or 0))
         more = (self.states - max(short.swept, 1)) * self.alone.per_slot + _left_out(self.program, short)
-        return SCALARS + predict(short, None, self.how).peak_bytes + more + self.beside
+        return SCALARS + predict(short, None, self.lowering).peak_bytes + more + self.beside
 
     def peak(self, slots: int, tiered: bool = False) -> int:
         """Predicted bytes with so many slots."""
@@ -231,8 +237,8 @@ def _nothing() -> None:
 
 
 def decide(
-    program: RolledProgram,
-    how: Lowering,
+    program: Program,
+    lowering: Lowering,
     said: Any,
     name: str,
     tensors: dict[Input, Tensor] | None = None,
@@ -241,7 +247,7 @@ def decide(
 
     Args:
         program: of the function.
-        how: its graphs are run.
+        lowering: the backend and HVP mode of the step graphs.
         said: who says so: it has ``slots``, ``memory_budget`` and ``offload``.
         name: of the function, for errors.
         tensors: behind the program's inputs, to measure a few of its steps with; None to believe the graphs' sizes.
@@ -250,15 +256,15 @@ def decide(
         BudgetError: for a budget in which not even one state can be kept.
     """
     if said.memory_budget is None:
-        plan = None if said.slots is not None else default_plan(Planner(program, how, name))
+        plan = None if said.slots is not None else default_plan(Planner(program, lowering, name))
         return Kept(said.slots if plan is None else plan.slots, 0, said.offload), plan
     rehearsal = _nothing
     if tensors is not None:
-        rehearse(program, tensors, how)
-        rehearsal = partial(rehearse, program, tensors, how, saving=True)
+        rehearse(program, tensors, lowering)
+        rehearsal = partial(rehearse, program, tensors, lowering, saving=True)
     budget = budget_bytes(said.memory_budget, device_of(program))
     plan = with_residuals(
-        plan_for(program, how, budget, name, said.offload is not None), program, how, rehearsal
+        plan_for(program, lowering, budget, name, said.offload is not None), program, lowering, rehearsal
     )
     return Kept(plan.slots, plan.saved, said.offload if plan.offload else None), plan
 
@@ -274,48 +280,48 @@ def default_plan(planner: Planner) -> Plan | None:
     return planner.plan(max(budget, planner.minimum()))
 
 
-def device_of(program: RolledProgram) -> torch.device:
+def device_of(program: Program) -> torch.device:
     """Where the inner state lives."""
     return next((x.spec[3] for x in program.inputs if x.spec[3].type != "cpu"), torch.device("cpu"))
 
 
-def plan_for(program: RolledProgram, how: Lowering, budget: int, name: str, offload: bool = False) -> Plan:
+def plan_for(program: Program, lowering: Lowering, budget: int, name: str, offload: bool = False) -> Plan:
     """The plan for a budget of so many bytes; see `Planner`."""
-    return Planner(program, how, name, offload).plan(budget)
+    return Planner(program, lowering, name, offload).plan(budget)
 
 
 def with_residuals(
-    plan: Plan, program: RolledProgram, how: Lowering, rehearsal: Callable[[], None] = _nothing
+    plan: Plan, program: Program, lowering: Lowering, rehearsal: Callable[[], None] = _nothing
 ) -> Plan:
     """A plan that keeps every state, with residuals saved over as many of the last calls as the rest allows.
 
     Args:
         plan: as of `plan_for`.
         program: of the compiled function.
-        how: its graphs are run.
+        lowering: the backend and HVP mode of the step graphs.
         rehearsal: runs a few calls with residuals, so that `measured` knows what they take. The room that it needs is
             left where nothing is run as well: a prediction is what a call will do.
     """
     if plan.slots is not None:
         return plan
     room = plan.budget - plan.peak_bytes
-    if not residuals_from(program, how) or room < residuals_from(program, how):
+    if not residuals_from(program, lowering) or room < residuals_from(program, lowering):
         return plan
     rehearsal()
-    saved, bytes_ = saved_calls(program, how, room)
+    saved, bytes_ = saved_calls(program, lowering, room)
     return replace(plan, saved=saved, peak_bytes=plan.peak_bytes + bytes_)
 
 
-def residuals_from(program: RolledProgram, how: Lowering) -> int:
+def residuals_from(program: Program, lowering: Lowering) -> int:
     """The room that a rehearsal with residuals needs, and the check of their graphs; 0 where there are none."""
-    _, few = saved_calls(shortened(program, _FEW), how)
-    costs = [step_cost(g, program.lowering_of(g, how)) for g in program.step_graphs]
+    _, few = saved_calls(shortened(program, _FEW), lowering)
+    costs = [step_cost(g, program.lowering_of(g, lowering)) for g in program.step_graphs]
     return few + 4 * max(c.replay_bytes + c.vjp_bytes for c in costs) if few else 0
 
 
-def saved_calls(program: RolledProgram, how: Lowering, room: int | None = None) -> tuple[int, int]:
+def saved_calls(program: Program, lowering: Lowering, room: int | None = None) -> tuple[int, int]:
     """Over how many of the last calls residuals can be saved in ``room`` bytes (None: endless), and what they take."""
-    costs = {id(g): residual_cost(g, program.lowering_of(g, how)) for g in program.step_graphs}
+    costs = {id(g): residual_cost(g, program.lowering_of(g, lowering)) for g in program.step_graphs}
     if not any(costs[id(g)][0] for g in program.step_graphs if g.steps):
         return 0, 0
     taken = max(more for _, more in costs.values())
@@ -330,10 +336,10 @@ def saved_calls(program: RolledProgram, how: Lowering, room: int | None = None) 
     return (saved, taken) if saved else (0, 0)
 
 
-def _first_use(program: RolledProgram, how: Lowering) -> int:
+def _first_use(program: Program, lowering: Lowering) -> int:
     """Bytes that compiling and checking a graph takes beyond what running it does."""
     found = [
-        measured(g, kind, program.lowering_of(g, how))
+        measured(g, kind, program.lowering_of(g, lowering))
         for g in program.step_graphs
         for kind in ("replay", "vjp")
     ]

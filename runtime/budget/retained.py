@@ -13,7 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from metaoptim.compiler.ir.program import memory_bytes
 
-from ..engine.inputs import Held, Memory, Watch
+from ..engine.inputs import Memory, Snapshot, Watch
 from ..engine.noise import GENERATOR_BYTES
 
 
@@ -70,7 +70,7 @@ class Retained:
         for key, kept, age in self._due.pop(self._step, ()):
             self._look(key, kept, age)
         for held in inputs:
-            if not isinstance(held, Held):
+            if not isinstance(held, Snapshot):
                 self._sure += 0 if held.k else GENERATOR_BYTES  # from which all of the step's are drawn again
                 continue
             if held.private:

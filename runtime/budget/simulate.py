@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
-from metaoptim.compiler.cost.step import Made, step_cost
+from metaoptim.compiler.cost.step import ResultMemory, step_cost
 from metaoptim.compiler.derive.reverse import cotangent_outputs
-from metaoptim.compiler.ir.program import RolledProgram, memory_bytes, nbytes
+from metaoptim.compiler.ir.program import Program, memory_bytes, nbytes
 from metaoptim.compiler.ir.step import EAGER, Assign, Lowering, Role, StepCall
-from metaoptim.compiler.ir.tape import Program
+from metaoptim.compiler.ir.tape import Tape
 from metaoptim.compiler.ir.trace import Input
 
 from ..engine.engine import Engine
@@ -198,7 +198,7 @@ class _DryEngine(Engine):
         return _Block(self.meter, nbytes(spec)) if cotangent is None else cotangent
 
     def _lowered(self, call: StepCall, kind: str, inputs: Any) -> Any:
-        step, cost = call.step, step_cost(call.step, call.how)
+        step, cost = call.step, step_cost(call.step, call.lowering)
         self.kept = max(self.kept, len(self.store))
 
         def replay(*arguments: Any) -> list[Any]:
@@ -217,7 +217,7 @@ class _DryEngine(Engine):
 
         return replay if kind == "replay" else vjp
 
-    def _blocks(self, made: tuple[Made | None, ...], arguments: Sequence[Any]) -> list[Any]:
+    def _blocks(self, made: tuple[ResultMemory | None, ...], arguments: Sequence[Any]) -> list[Any]:
         blocks: list[Any] = []
         for m in made:
             within = None
@@ -230,9 +230,9 @@ class _DryEngine(Engine):
 
 
 def predict(
-    program: RolledProgram,
+    program: Program,
     slots: int | None,
-    how: Lowering = EAGER,
+    lowering: Lowering = EAGER,
     offload: bool = False,
 ) -> Prediction:
     """Go through a call of a program, and a backward from all its results, on sizes.
@@ -242,13 +242,15 @@ def predict(
     Args:
         program: of the compiled function.
         slots: how many states may be kept; None for all.
-        how: its graphs are run; what a backend fuses or allocates besides is known once it has been measured.
+        lowering: the backend and HVP mode of the step graphs; what a backend allocates besides is known once measured.
         offload: whether states without a slot go to a lower tier.
     """
     meter = _Meter()
     copied = [x for x in program.inputs if x.grad or _is_target(x, program)]
     held = [_Block(meter, nbytes(x.spec)) for x in copied]
-    engine = _DryEngine(BoundProgram(program, _AllOutside(), program.registers, how), slots, meter, offload)
+    engine = _DryEngine(
+        BoundProgram(program, _AllOutside(), program.registers, lowering), slots, meter, offload
+    )
     engine.begin = program.positions - program.swept
     state: list[Any] = [None] * (program.registers + 1)
     if generator_for(program) is not None:
@@ -266,10 +268,10 @@ def predict(
             sweep.deposit(engine.program.end, where, _Block(meter, results[i].size, reached=True))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if program.limit is None:
+        if program.window is None:
             engine.pull_back(sweep, 0)
         else:
-            pull_back_truncated(engine, sweep, program.limit, program.offline)
+            pull_back_truncated(engine, sweep, program.window, program.offline)
     reached = frozenset(source for source, grad in sweep.gradients().items() if grad.reached)
     extra = engine.replays - forward_steps
     del held, cotangents
@@ -296,7 +298,7 @@ def predict_sweep(
     calls = list(calls)
     set_to = {id(c.values): _blocks_like(c.values, meter) for c in calls if isinstance(c, Assign)}
     dry = (replace(c, values=set_to[id(c.values)]) if isinstance(c, Assign) else c for c in calls)
-    engine = _DryEngine(Program(0, dry), slots, meter, offload)
+    engine = _DryEngine(Tape(0, dry), slots, meter, offload)
     if kept is not None and not offload:
         engine.store = _Kept(slots, kept)
     state: Any = engine.run(_blocks_like(initial, meter))
@@ -327,7 +329,7 @@ def _blocks_like(values: Sequence[Tensor], meter: _Meter) -> list[Any]:
     return [_Block(meter, memory_bytes(v)) for v in values]
 
 
-def _size(where: int | Input, state: Any, program: RolledProgram, i: int) -> int:
+def _size(where: int | Input, state: Any, program: Program, i: int) -> int:
     if not isinstance(where, int):
         return nbytes(where.spec)
     for call, _ in reversed(list(program.counted())):
@@ -337,6 +339,6 @@ def _size(where: int | Input, state: Any, program: RolledProgram, i: int) -> int
     raise AssertionError(f"output {i} is read from r{where}, which nothing writes to")
 
 
-def _is_target(x: Input, program: RolledProgram) -> bool:
+def _is_target(x: Input, program: Program) -> bool:
     tensor = getattr(x, "tensor", None)
     return tensor is not None and any(t is tensor for t, _ in program.writes if isinstance(t, Tensor))

@@ -90,7 +90,7 @@ class Streaming:
         if self.budget < 0:
             self.budget = self._bytes(engine.state[0].device)
             self._states = memory_of(engine.state)
-        key = id(call.step), call.how
+        key = id(call.step), call.lowering
         if key not in self._known:
             self._meet(engine, call, key, memory_of(value for _, value in changes))
         self.retained.take(call.inputs)
@@ -117,7 +117,7 @@ class Streaming:
         more = [] if call is None else [call]
         if self._peaks is None and self._roomy(engine, more):
             return None
-        if self._peaks is None or any((id(c.step), c.how) not in self._planned for c in more):
+        if self._peaks is None or any((id(c.step), c.lowering) not in self._planned for c in more):
             calls = [*engine.program, *more]
             self._peaks = self._foreseen(engine, calls)
             self._planned.update(_kinds(calls))
@@ -208,18 +208,18 @@ class Streaming:
         self._make_room(engine, call)
         _measure(engine, call)
         state = memory_of(engine.state) + made
-        works = step_cost(call.step, call.how).vjp_bytes + drawn
+        works = step_cost(call.step, call.lowering).vjp_bytes + drawn
         self._sweep = max(self._sweep, works + 4 * state + 3 * metas)
 
     def _make_room(self, engine: Engine, call: StepCall) -> None:
         """Compiling a derivative, and comparing it with the graph it is compiled from, takes more than running it."""
         if (
-            call.how.backend_of("vjp") == "eager"
-            or not call.how.check
-            or measured(call.step, "vjp", call.how)
+            call.lowering.backend_of("vjp") == "eager"
+            or not call.lowering.check
+            or measured(call.step, "vjp", call.lowering)
         ):
             return
-        needed = self.beside + check_bytes(call.step, call.how)
+        needed = self.beside + check_bytes(call.step, call.lowering)
         state = memory_of(engine.state)
         fits = (self.budget - needed) // max(state, 1)
         if fits < 1:
@@ -283,18 +283,18 @@ def _kinds(calls: Sequence[StepCall | Assign]) -> dict[Any, int]:
     found: dict[Any, int] = {}
     for end, call in enumerate(calls, start=1):
         if isinstance(call, StepCall):
-            found.setdefault((id(call.step), call.how), end)
+            found.setdefault((id(call.step), call.lowering), end)
     return found
 
 
 def _measure(engine: Engine, call: StepCall) -> None:
     """Derive a step that was not met before, on what it is given now, and run that once, to see what it takes."""
-    if measured(call.step, "vjp", call.how) is not None:
+    if measured(call.step, "vjp", call.lowering) is not None:
         return
     with _disable_current_modes(), unaffected(), cotangent_hook.active(cotangent_hook.stand_in):
         base = engine.state_at(engine.position - call.back) if call.back else engine.state
         inputs = engine.inputs_of(call, engine.state, base, engine.position)
         inputs += [call.step.outputs[i].empty().zero_() for i in cotangent_outputs(call.step)]
-        program = lowered(call.step, "vjp", inputs, call.how)
+        program = lowered(call.step, "vjp", inputs, call.lowering)
         if not profiling():
             metered(program, call, "vjp", inputs)

@@ -1,4 +1,4 @@
-"""The engine: appends inner steps to a Program, replays them, and sweeps cotangents back over them.
+"""The engine: appends inner steps to a Tape, replays them, and sweeps cotangents back over them.
 
 It holds detached tensors only, so that autograd nodes may refer to it without a cycle.
 """
@@ -20,7 +20,7 @@ from metaoptim.compiler.derive import cotangent_hook
 from metaoptim.compiler.derive.reverse import cotangent_outputs
 from metaoptim.compiler.ir.program import memory_of
 from metaoptim.compiler.ir.step import Assign, Role, StepCall
-from metaoptim.compiler.ir.tape import Program
+from metaoptim.compiler.ir.tape import Tape
 from metaoptim.compiler.lower.ambient import unaffected
 from metaoptim.compiler.lower.derivatives import Lowered, lowered, residuals
 from metaoptim.errors import CaptureError, StaleInputError, WindowError
@@ -35,7 +35,7 @@ from .sweep import LOSS, Sweep
 
 
 class Engine:
-    """A Program being recorded, the states kept of it, and its derivative.
+    """A Tape being recorded, the states kept of it, and its derivative.
 
     Args:
         slots: how many states may be kept, counting the initial one; None keeps every one.
@@ -51,7 +51,7 @@ class Engine:
         program: Any = None,
         tier: Tier | None = None,
     ) -> None:
-        self.program = Program() if program is None else program
+        self.program = Tape() if program is None else program
         horizon = None if program is None else program.end
         self.store = SlotStore(slots, horizon) if tier is None else TieredStore(slots, tier)
         self.tier = tier
@@ -285,7 +285,7 @@ class Engine:
         if base is None:
             base = self.state_at(position - call.back)
         inputs = self.inputs_of(call, state, base, position)
-        divided = residuals(call.step, call.how.hvp) if saving else None
+        divided = residuals(call.step, call.lowering.hvp) if saving else None
         results = self._lowered(call, "replay" if divided is None else "forward", inputs)(*inputs)
         if divided is not None:
             self._residuals[position] = [results[i] for i in divided.residuals]
@@ -308,7 +308,7 @@ class Engine:
         return torch.empty_strided(shape, stride, dtype=dtype, device=device).copy_(cotangent)
 
     def _lowered(self, call: StepCall, kind: str, inputs: Sequence[Tensor]) -> Lowered:
-        return lowered(call.step, kind, inputs, call.how, at_once=True)
+        return lowered(call.step, kind, inputs, call.lowering, at_once=True)
 
     def state_at(self, position: int) -> State:
         """The state at a position, replayed if it was not kept."""

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaoptim.compiler.ir.program import Given, Kept, RolledProgram
+from metaoptim.compiler.ir.program import Kept, Operand, Program
 from metaoptim.compiler.ir.step import Loop, Lowering, Role, StepCall, calls_of
 from metaoptim.compiler.ir.trace import Input
 from metaoptim.compiler.lower.ambient import unaffected
 
 from ..states.tiered import check_device, tier_for
 from .engine import Engine
-from .inputs import Held, Inputs
+from .inputs import Inputs, Snapshot
 from .nodes import defined, hooked, refuse_third_order
 from .noise import Drawn, generator_of
 from .sweep import Sweep
@@ -45,19 +45,19 @@ class BoundProgram:
         rolled: the program.
         held: its inputs, by `Input`.
         rng: the register of the generator's state.
-        how: its graphs are run.
+        lowering: the backend and HVP mode of the step graphs.
     """
 
     start = reach = 0
     items: tuple = ()
 
-    def __init__(self, rolled: RolledProgram, held: dict[Input, Held], rng: int, how: Lowering) -> None:
-        self.rolled, self.held, self.rng, self.how = rolled, held, rng, how
+    def __init__(self, rolled: Program, held: dict[Input, Snapshot], rng: int, lowering: Lowering) -> None:
+        self.rolled, self.held, self.rng, self.lowering = rolled, held, rng, lowering
         sizes = [len(calls_of(c)) * (c.count if isinstance(c, Loop) else 1) for c in rolled.calls]
         self._ends = list(accumulate(sizes))
         self.end = self._ends[-1] if sizes else 0
         self._begins = [end - size for end, size in zip(self._ends, sizes, strict=True)]
-        self._first: dict[tuple[int, int], tuple[StepCall, list[tuple[int, Given, int, int]]]] = {}
+        self._first: dict[tuple[int, int], tuple[StepCall, list[tuple[int, Operand, int, int]]]] = {}
 
     def __getitem__(self, position: int) -> StepCall:
         at = bisect_right(self._ends, position)
@@ -82,7 +82,7 @@ class BoundProgram:
             metas,
             first.location,
             first.rng,
-            first.how,
+            first.lowering,
         )
 
     def takes_step(self, position: int) -> bool:
@@ -91,11 +91,11 @@ class BoundProgram:
         calls = calls_of(self.rolled.calls[at])
         return calls[(position - self._begins[at]) % len(calls)].step.steps > 0
 
-    def _bind(self, at: int, k: int) -> tuple[StepCall, list[tuple[int, Given, int, int]]]:
+    def _bind(self, at: int, k: int) -> tuple[StepCall, list[tuple[int, Operand, int, int]]]:
         """A call in its first iteration, and which inputs move: place, the first, by how much, place in metas."""
         item = self.rolled.calls[at]
         call, strides = (item.calls[k], item.strides[k]) if isinstance(item, Loop) else (item, ())
-        given: list[Given] = call.inputs
+        given: list[Operand] = call.inputs
         ports = call.step.inputs[len(call.step.inputs) - len(given) :]
         metas, moving, rng = [], [], -1
         for i, (g, port) in enumerate(zip(given, ports, strict=True)):
@@ -115,12 +115,12 @@ class BoundProgram:
             inputs=[self._input(g, port) for g, port in zip(given, ports, strict=True)],
             metas=tuple(metas),
             rng=rng,
-            how=self.rolled.lowering_of(call.step, self.how),
+            lowering=self.rolled.lowering_of(call.step, self.lowering),
         )
         self._first[at, k] = first, moving
         return first, moving
 
-    def _input(self, given: Given, port: Any) -> Any:
+    def _input(self, given: Operand, port: Any) -> Any:
         given = given.chosen
         if given.kind == "noise":
             return Drawn(given.of)
@@ -130,7 +130,7 @@ class BoundProgram:
         return _Ready(tensor[given.at] if given.kind == "scan" else tensor)
 
 
-def _target(given: Given) -> Any:
+def _target(given: Operand) -> Any:
     """Where the gradient of what a call is given goes: an input, or a slice of one."""
     given = given.chosen
     return (given.of, given.at) if given.kind == "scan" else given.of
@@ -170,7 +170,7 @@ class Run:
     Args:
         rolled: its program.
         tensors: the tensors behind the program's inputs.
-        how: its graphs are run.
+        lowering: the backend and HVP mode of the step graphs.
         backward_hook: see `Engine`.
         kept: what is kept for the backward.
         written: tensors that this call will overwrite when it has run; what is read of them is copied.
@@ -180,9 +180,9 @@ class Run:
 
     def __init__(
         self,
-        rolled: RolledProgram,
+        rolled: Program,
         tensors: dict[Input, Tensor],
-        how: Lowering,
+        lowering: Lowering,
         backward_hook: Callable | None,
         kept: Kept,
         written: Sequence[Tensor] = (),
@@ -194,7 +194,7 @@ class Run:
         inputs = Inputs(lambda t: id(t) in overwritten)
         self.held = {key: inputs.hold(t) for key, t in tensors.items()}
         self.generator = generator_for(rolled)
-        self.program = BoundProgram(rolled, self.held, rolled.registers, how)
+        self.program = BoundProgram(rolled, self.held, rolled.registers, lowering)
         check_device(kept.offload, [x.spec[3] for x in rolled.inputs])
         tier = None if kept.slots is None else tier_for(kept.offload)
         self.engine = (engine or Engine)(kept.slots, backward_hook, self.program, tier)
@@ -231,17 +231,17 @@ class Run:
         for where, cotangent in zip(self.rolled.outputs, cotangents, strict=True):
             if cotangent is not None and isinstance(where, int):
                 sweep.deposit(self.program.end, where, cotangent)
-        if self.rolled.limit is None:
+        if self.rolled.window is None:
             self.engine.pull_back(sweep, 0)
         else:
-            pull_back_truncated(self.engine, sweep, self.rolled.limit, self.rolled.offline)
+            pull_back_truncated(self.engine, sweep, self.rolled.window, self.rolled.offline)
         return sweep.gradients()
 
     def _zeros(self, source: Input) -> Tensor:
         return torch.zeros_like(self.held[source].tensor, memory_format=torch.contiguous_format)
 
 
-def generator_for(rolled: RolledProgram) -> torch.Generator | None:
+def generator_for(rolled: Program) -> torch.Generator | None:
     """The process's generator that a program draws from, or None."""
     devices = [g.of.spec[3] for call, _ in rolled.counted() for g in call.inputs if g.kind == "noise"]
     return generator_of(devices[0]) if devices else None

@@ -65,7 +65,7 @@ class Memory:
         self.tensor = tensor
 
 
-class Held:
+class Snapshot:
     """The value of a tensor as a step read it.
 
     Views of one tensor (`xs[t]`) are kept as the place they have in its memory: as objects they are ten times as large.
@@ -217,13 +217,13 @@ class _Holds:
 
     def __init__(self) -> None:
         self.memory: weakref.ref[Memory]  # of which views are kept as places in it
-        self.holds: list[weakref.ref[Held]] = []
+        self.holds: list[weakref.ref[Snapshot]] = []
         self.again = 64  # when so many are listed, the dead are looked for
 
     def __bool__(self) -> bool:
         return self.memory() is not None or any(ref() is not None for ref in self.holds)
 
-    def add(self, held: Held) -> None:
+    def add(self, held: Snapshot) -> None:
         if len(self.holds) >= self.again:
             self.holds = [ref for ref in self.holds if ref() is not None]
             self.again = max(64, 2 * len(self.holds))
@@ -258,7 +258,7 @@ class Inputs:
         self._layouts: dict[tuple, tuple] = {}  # to itself
         self._prune_at = 64
 
-    def hold(self, tensor: Tensor) -> Held:
+    def hold(self, tensor: Tensor) -> Snapshot:
         """``tensor`` as it is now."""
         if tensor.requires_grad:
             return self._copied(tensor, "a meta-parameter")
@@ -266,12 +266,12 @@ class Inputs:
             return self._copied(tensor, "a buffer")
         label = "an input of an inner step"
         if tensor.layout is not torch.strided:
-            return Held(tensor, checksum(tensor), label)
+            return Snapshot(tensor, checksum(tensor), label)
         storage = tensor.untyped_storage()._cdata
         holds = self._at.get(storage)
         memory = None if holds is None else holds.memory()
         if holds is None or memory is None:
-            held = Held(tensor.detach(), checksum(tensor), label)
+            held = Snapshot(tensor.detach(), checksum(tensor), label)
             if holds is None:
                 if len(self._at) >= self._prune_at:
                     self._at = {k: v for k, v in self._at.items() if v}
@@ -281,24 +281,24 @@ class Inputs:
             holds.memory = weakref.ref(held.memory)
             self.ledger.watch(tensor, storage)
         elif _lie_alike(memory.tensor, tensor):
-            held = Held(memory, checksum(tensor), label)
+            held = Snapshot(memory, checksum(tensor), label)
             layout = (tensor.shape, tensor.stride())
             held.layout, held.offset = self._layouts.setdefault(layout, layout), int(tensor.storage_offset())
         else:
-            held = Held(tensor.detach(), checksum(tensor), label)
+            held = Snapshot(tensor.detach(), checksum(tensor), label)
         holds.add(held)
         return held
 
-    def _copied(self, tensor: Tensor, label: str) -> Held:
+    def _copied(self, tensor: Tensor, label: str) -> Snapshot:
         digest, version = checksum(tensor), 0 if tensor.is_inference() else tensor._version
         known = self._copies.get(tensor)
         if known is not None and known[0] == version:
             copy = known[1]
             if isinstance(digest, Tensor):  # compared when it is used: no synchronisation here
-                return Held(copy.memory, digest, label, True)
+                return Snapshot(copy.memory, digest, label, True)
             if digest == copy.digest:
                 return copy
-        held = Held(_copy(tensor), digest, label, True)
+        held = Snapshot(_copy(tensor), digest, label, True)
         self.ledger.add(held.memory)
         self._copies[tensor] = version, held
         return held

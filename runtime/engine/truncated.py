@@ -16,12 +16,12 @@ from .sweep import Sweep
 _INNER = (Role.THETA, Role.OPT_STATE)
 
 
-def pull_back_truncated(engine: Engine, sweep: Sweep, limit: int, offline: bool) -> None:
+def pull_back_truncated(engine: Engine, sweep: Sweep, window: int, offline: bool) -> None:
     """Collect gradients of the deposits in ``sweep`` in its ``metas``.
 
     Cotangents of what the user's own code carries from step to step (sums, hidden states) flow on without end, as on
     autograd's tape. Where they reach theta or optimizer state - an outer loss has read it there - a sweep of its own
-    goes back ``limit`` super-steps and ends: W step-VJPs for each such read.
+    goes back ``window`` super-steps and ends: W step-VJPs for each such read.
     """
     program: Any = engine.program
     steps = [p for p in range(program.end) if program.takes_step(p)]
@@ -36,8 +36,8 @@ def pull_back_truncated(engine: Engine, sweep: Sweep, limit: int, offline: bool)
             if not reads:
                 continue
             done = bisect_left(steps, position)
-            bottom = steps[done - limit] if done > limit else 0
-            cut |= done > limit
+            bottom = steps[done - window] if done > window else 0
+            cut |= done > window
             inner = Sweep()
             inner.cotangents = reads
             for below in range(position - 1, bottom - 1, -1):
@@ -52,7 +52,7 @@ def pull_back_truncated(engine: Engine, sweep: Sweep, limit: int, offline: bool)
                         sweep.deposit(below, register, grad)
     if cut and offline:
         warn(
-            f"the loss lies more than window={limit} steps after the start of an offline window: the initial "
+            f"the loss lies more than window={window} steps after the start of an offline window: the initial "
             "parameters receive no gradient (None) from it",
             UnreachableWarning,
         )

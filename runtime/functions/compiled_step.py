@@ -144,24 +144,24 @@ class CompiledStep:
         self.left = [input_of[id(t)] for t, _ in trace.left]
         trace.outputs = [v for kind in kinds.values() for _, v in kind]
         trace.outputs += [*(v for _, v in trace.left), *outputs]
-        draft = whole(trace)
-        self.records = shaped(draft, texts)
-        (unit,) = draft.units
-        segment, body = unit.segment, unit.body
+        partition = whole(trace)
+        self.records = shaped(partition, texts)
+        (part,) = partition.parts
+        segment, kind = part.segment, part.kind
         places = [(segment.number_of[id(v.entry)], v.index) for v in trace.outputs]
         self.results = places[len(places) - len(outputs) :]
-        roles = self._roles(segment, body, places, thetas, states)
+        roles = self._roles(segment, kind, places, thetas, states)
         hooked = window.options.backward_hook is not None
         key = (
             segment.key,
-            tuple(body.outputs.items()),
+            tuple(kind.outputs.items()),
             tuple(roles.inputs),
             tuple(map(_exact, segment.numbers)),
             hooked,
         )
-        self.step = step_of((*key, "step"), lambda: build_segment(segment, body, (), hooked, roles))
+        self.step = step_of((*key, "step"), lambda: build_segment(segment, kind, (), hooked, roles))
         verify_step(self.step)
-        self.live = [place in body.active_outputs for place in self.results]
+        self.live = [place in kind.active_outputs for place in self.results]
         self.current = [of for of, live in zip(current, self.live, strict=True) if live]
         self.steps = len(trace.steps)
         refs = [segment.inputs[at] for at in roles.order]
@@ -178,7 +178,7 @@ class CompiledStep:
         self._fresh = True
         self._runs = 0
 
-    def _roles(self, segment: Any, body: Any, places: list, thetas: dict, states: dict) -> Roles:
+    def _roles(self, segment: Any, kind: Any, places: list, thetas: dict, states: dict) -> Roles:
         def role(at: int, x: Any) -> Role:
             if isinstance(x, Noise):
                 return Role.NOISE
@@ -186,7 +186,7 @@ class CompiledStep:
                 return Role.THETA
             if id(x.tensor) in states:
                 return Role.OPT_STATE
-            return Role.META if at in body.active else Role.SCAN
+            return Role.META if at in kind.active else Role.SCAN
 
         inputs = [role(at, x) for at, x in enumerate(segment.inputs)]
         last = [Role.THETA] * len(self.thetas) + [Role.OPT_STATE] * len(self.states)
@@ -194,14 +194,14 @@ class CompiledStep:
         return Roles(inputs, ordered(inputs), dict(zip(places, last, strict=True)))
 
     def run(
-        self, window: RecordedSession, tensor_of: Callable[[Input], Tensor], how: Lowering
+        self, window: RecordedSession, tensor_of: Callable[[Input], Tensor], lowering: Lowering
     ) -> list[Tensor]:
         """Take the step.
 
         Args:
             window: the open window.
             tensor_of: the tensor behind an input, in this call.
-            how: the step is lowered.
+            lowering: the backend and HVP mode of the step graphs.
 
         Returns:
             The function's results; those that depend on what is learnt can be differentiated.
@@ -231,10 +231,10 @@ class CompiledStep:
             if (
                 self._runs <= FEW
             ):  # many are never run again: the first step of all, with no optimizer state yet
-                how = replace(how, backend="eager")
-            call = self._call(window, held, how)
+                lowering = replace(lowering, backend="eager")
+            call = self._call(window, held, lowering)
             inputs = [engine.state[i] for i in (*call.theta, *call.opt_state_in)] + [h.get() for h in held]
-            results = lowered(self.step, "replay", inputs, how, at_once=True)(*inputs)
+            results = lowered(self.step, "replay", inputs, lowering, at_once=True)(*inputs)
             del inputs  # under a budget, the engine may run the step's derivative now, on numbers drawn again
             changes = [
                 (i, v) for i, v in zip((*call.update, *call.opt_state_out), results, strict=True) if i >= 0
@@ -294,7 +294,7 @@ class CompiledStep:
             raise WindowError("a compiled step trains a network that is no part of this window")
         return ordinal
 
-    def _call(self, window: RecordedSession, held: list[Any], how: Lowering) -> StepCall:
+    def _call(self, window: RecordedSession, held: list[Any], lowering: Lowering) -> StepCall:
         view, known = window.view, window.opt_state
         free = len(window.engine.state)
         out = []
@@ -318,7 +318,7 @@ class CompiledStep:
             held,
             (),
             user_location(),
-            how=how,
+            lowering=lowering,
         )
 
     def _show_state(self, window: RecordedSession, call: StepCall, results: Sequence[Tensor]) -> None:

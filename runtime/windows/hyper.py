@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from metaoptim.compiler.ir.update import Clip, Slot
+from metaoptim.compiler.ir.update import Clip, HyperRef
 from metaoptim.compiler.ir.values import Number
 
 _NUMBERS = (int, float, Tensor)
@@ -43,7 +43,7 @@ def hyper_of(optimizer: Any, value_of: Callable[[Tensor], Any], lifts: bool) -> 
         else:
             return value
         slots.append(value)
-        return Slot(len(slots) - 1)
+        return HyperRef(len(slots) - 1)
 
     for k, group in enumerate(optimizer.param_groups):
         for name, default in optimizer.defaults.items():

@@ -19,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from metaoptim.compiler.capture.intercept import recording
 from metaoptim.compiler.ir.step import Assign
-from metaoptim.compiler.ir.tape import Program
+from metaoptim.compiler.ir.tape import Tape
 from metaoptim.compiler.ir.values import Value
 from metaoptim.errors import CaptureError
 
@@ -101,7 +101,7 @@ def _reads_below(outputs: Iterable[Tensor]) -> list[Any]:
     return [node for node in nodes_below(outputs) if isinstance(node, (*_READS, *STEPPED))]
 
 
-def _affects(program: Program, mark: _Mark, node: Any) -> bool:
+def _affects(program: Tape, mark: _Mark, node: Any) -> bool:
     """Whether what ``node`` shows depends on what is marked through the steps between, or by being replayed."""
     start, end = min(mark.steps), node.position
     bottom = max(program.start, getattr(node, "bottom", 0))

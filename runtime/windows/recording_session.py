@@ -1,4 +1,4 @@
-"""The recording strategy: steps become StepGraphs of a Program, and meta-gradients come out of sweeps over it."""
+"""The recording strategy: steps become StepGraphs of a Tape, and meta-gradients come out of sweeps over it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from metaoptim.compiler.ir.operators import LIFTS
 from metaoptim.compiler.ir.program import memory_of
 from metaoptim.compiler.ir.slices import Slice, hook_key, tensor_spec
 from metaoptim.compiler.ir.step import Assign, StepCall, StepGraph
-from metaoptim.compiler.ir.tape import Program
+from metaoptim.compiler.ir.tape import Tape
 from metaoptim.compiler.ir.update import UpdatePlan, initial_state
 from metaoptim.compiler.ir.values import External
 from metaoptim.compiler.lower.derivatives import StepCache
@@ -22,7 +22,7 @@ from metaoptim.errors import CaptureError, LossError, MetaOptimError, WindowErro
 
 from ..budget.streaming import Streaming
 from ..engine.engine import Engine
-from ..engine.inputs import Held
+from ..engine.inputs import Snapshot
 from ..engine.nodes import gradient_of_loss, stepped
 from ..states.tiered import check_device, tier_for
 from . import first_use, partial_gradients
@@ -76,7 +76,7 @@ class RecordedSession(Session):
         self.results: dict[tuple[int, int], int] = {}  # (compiled step, number of its result) -> state index
 
     @property
-    def program(self) -> Program:
+    def program(self) -> Tape:
         """What has been recorded."""
         return self.engine.program
 
@@ -392,21 +392,30 @@ class RecordedSession(Session):
             raise
         except Exception as error:
             raise first_use.uncapturable(error) from error
-        how = self.options.lowering
-        if step.dynamic and how.backend != "eager":
+        lowering = self.options.lowering
+        if step.dynamic and lowering.backend != "eager":
             step_cache.discard(key)  # it has not been checked
             raise CaptureError(
-                f"backend={how.backend!r}: the shapes in this step depend on values, and such a step cannot be "
+                f"backend={lowering.backend!r}: the shapes in this step depend on values, and such a step cannot be "
                 "compiled; use backend='eager'"
             )
         dtypes = [port.spec[1] for port in step.inputs[len(step.inputs) - len(lifted) :]]
         held += [
-            Held(torch.tensor(sliced.numbers[i], dtype=dtype, device="cpu"), None, "a number")
+            Snapshot(torch.tensor(sliced.numbers[i], dtype=dtype, device="cpu"), None, "a number")
             for i, dtype in zip(lifted, dtypes, strict=True)
         ]
         inputs, outputs = self._state_indices(optimizer, update, new_states)
         call = StepCall(
-            step, tuple(place), update.indices, inputs, outputs, back, held, (), user_location(), how=how
+            step,
+            tuple(place),
+            update.indices,
+            inputs,
+            outputs,
+            back,
+            held,
+            (),
+            user_location(),
+            lowering=lowering,
         )
         suspect = any(x.suspect for x in (*sliced.externals, *sliced.values))
         if new or step.opaque or suspect:

@@ -22,13 +22,13 @@ class Sliding:
 
     Args:
         engine: the tape.
-        limit: W, in super-steps.
+        window: W, in super-steps.
     """
 
-    def __init__(self, engine: Engine, limit: int) -> None:
-        self.engine, self.limit = engine, limit
+    def __init__(self, engine: Engine, window: int) -> None:
+        self.engine, self.window = engine, window
         self.count = 0
-        self._starts: deque[int] = deque(maxlen=limit)
+        self._starts: deque[int] = deque(maxlen=window)
         self._metas: dict[
             int, tuple[Tensor, int]
         ] = {}  # number -> the tensor, the last super-step that read it
@@ -79,12 +79,14 @@ class Sliding:
             oldest: position whose theta a pending loss may have read.
         """
         engine = self.engine
-        self._metas = {n: (t, last) for n, (t, last) in self._metas.items() if last > self.count - self.limit}
-        whole = self.count <= self.limit
+        self._metas = {
+            n: (t, last) for n, (t, last) in self._metas.items() if last > self.count - self.window
+        }
+        whole = self.count <= self.window
         bottom = engine.program.start if whole else self._starts[0]
         reached = range(len(indices)) if whole and offline else constant
         first: dict[tuple[int, int], Tensor] = {(since[k], indices[k]): originals[k] for k in reached}
-        recent = {k: (t, n) for k, (t, n) in self._started.items() if self.count - n <= self.limit}
+        recent = {k: (t, n) for k, (t, n) in self._started.items() if self.count - n <= self.window}
         self._started = recent
         first.update((key, tensor) for key, (tensor, _) in recent.items())
         life = Life(bottom)
@@ -126,7 +128,7 @@ class Sliding:
         if not self._warned:
             self._warned = True
             warn(
-                f"the loss lies more than window={self.limit} steps after the start of an offline window: the initial "
+                f"the loss lies more than window={self.window} steps after the start of an offline window: the initial "
                 "parameters receive no gradient (None) from it",
                 UnreachableWarning,
             )

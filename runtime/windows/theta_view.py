@@ -18,7 +18,7 @@ from metaoptim.compiler.ir.values import Epoch, Theta
 from metaoptim.errors import CaptureError, WindowError
 
 from ..engine.engine import Engine
-from ..engine.inputs import Held, Inputs
+from ..engine.inputs import Inputs, Snapshot
 from ..engine.nodes import Begin, InnerParameter, Life, Link, Read, Results, new_token
 from . import partial_gradients
 from .networks import Networks
@@ -268,13 +268,13 @@ class ThetaView:
         if self.sliding is None or not self._superstep or epoch in (self.epochs[0], self.epochs[-1]):
             return
         self._overlapping.add(epoch.position)
-        if len(self._overlapping) < self.sliding.limit:
+        if len(self._overlapping) < self.sliding.window:
             return
         raise CaptureError(
-            f"window={self.sliding.limit}: this loss was computed before the last step of another optimizer, or before "
-            "values were written into parameters, but after the round of losses before it had been stepped by; such "
-            "rounds overlap, and cannot be told apart. Step by all losses of a round before the next one is computed, "
-            "and write into parameters before the loss or after the step"
+            f"window={self.sliding.window}: this loss was computed before the last step of another optimizer, or "
+            "before values were written into parameters, but after the round of losses before it had been stepped "
+            "by; such rounds overlap, and cannot be told apart. Step by all losses of a round before the next one is "
+            "computed, and write into parameters before the loss or after the step"
         )
 
     def _is_of(self, theta: Theta, epoch: Epoch) -> bool:
@@ -349,7 +349,7 @@ class ThetaView:
 
     # -- what is read from outside (the recorder asks) -----------------------------------------------------------
 
-    def hold(self, tensor: Tensor) -> Held:
+    def hold(self, tensor: Tensor) -> Snapshot:
         """The value of ``tensor`` as it is read now."""
         return self.inputs.hold(tensor)
 

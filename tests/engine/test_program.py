@@ -242,10 +242,10 @@ def test_no_backward_builds_a_graph_over_more_than_one_step(monkeypatch: pytest.
 
     real, seen = engine_module.lowered, []
 
-    def spy(step: Any, kind: str, inputs: Any, how: Any, at_once: bool) -> Any:
+    def spy(step: Any, kind: str, inputs: Any, lowering: Any, at_once: bool) -> Any:
         seen.append(kind)
         assert not torch.is_grad_enabled() and all(t.grad_fn is None for t in inputs)
-        return real(step, kind, inputs, how, at_once)
+        return real(step, kind, inputs, lowering, at_once)
 
     monkeypatch.setattr(engine_module, "lowered", spy)
     engine, total, _ = loop(6, slots=2)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import metaoptim
 from forms import Made, compare, leaf, mlp
 from metaoptim.compiler.ir.fold import loop
-from metaoptim.compiler.ir.program import RolledProgram
+from metaoptim.compiler.ir.program import Program
 from metaoptim.compiler.ir.step import Loop
 
 Data = Callable[[Tensor, Tensor], Iterable[tuple[Tensor, Tensor]]]
@@ -56,7 +56,7 @@ def of_data(data: Data, steps: int, learnt: bool) -> Made:
     return Made(of, [log_lr, *([xs] if learnt else []), *net.parameters()])
 
 
-def program_of(made: Made) -> RolledProgram:
+def program_of(made: Made) -> Program:
     compiled = metaoptim.compile(made.of, backend="eager")
     compiled(metaoptim.SlidingWindow)
     ((program,),) = compiled._programs.values()

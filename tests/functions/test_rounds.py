@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import metaoptim
 from forms import Made, compare, full_tape, leaf, mlp, outcome
 from metaoptim.compiler.ir.fold import loop
-from metaoptim.compiler.ir.program import RolledProgram
+from metaoptim.compiler.ir.program import Program
 from metaoptim.compiler.ir.step import Loop
 from metaoptim.runtime.budget.meter import AllocatorMeter
 
@@ -25,14 +25,14 @@ def numbers(steps: int, last: int, seed: int = 1) -> Tensor:
     return torch.randn(steps, 5, last, generator=torch.Generator().manual_seed(seed))
 
 
-def program_of(made: Made) -> RolledProgram:
+def program_of(made: Made) -> Program:
     compiled = metaoptim.compile(made.of, backend="eager")
     compiled(metaoptim.SlidingWindow)
     ((program,),) = compiled._programs.values()
     return program.rolled
 
 
-def sizes(program: RolledProgram) -> tuple[int, ...]:
+def sizes(program: Program) -> tuple[int, ...]:
     loops = [c for c in program.calls if isinstance(c, Loop)]
     return len(program.calls), len(loops), len(program.step_graphs), program.registers
 

@@ -170,13 +170,13 @@ class _Tape:
 
     def read(self, t: int) -> _Shown:
         theta, _, buffers = self.states[t]
-        limit = self.problem.window
-        if limit is None or limit >= t:
+        window = self.problem.window
+        if window is None or window >= t:
             return _Shown(self.net, theta, {n: b.clone() for n, b in buffers.items()})
-        theta, opt, buffers = self.states[t - limit]
+        theta, opt, buffers = self.states[t - window]
         theta = {n: v.detach().requires_grad_() for n, v in theta.items()}
         opt = {n: {k: v.detach() for k, v in s.items()} for n, s in opt.items()}
-        for s in range(t - limit, t):
+        for s in range(t - window, t):
             theta, opt, buffers = self.step(s, theta, opt, buffers, dict(self.carried))
         return _Shown(self.net, theta, {n: b.clone() for n, b in buffers.items()})
 

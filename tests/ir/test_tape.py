@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import metaoptim
 from metaoptim.compiler.ir.step import Assign, Loop, StepCall, StepGraph, gradient
-from metaoptim.compiler.ir.tape import Program
+from metaoptim.compiler.ir.tape import Tape
 from oracle import agree
 
 
@@ -34,14 +34,14 @@ def listed(calls: Iterable[Any]) -> list[Any]:
     return [(c.step, c.back, c.inputs, c.metas) if isinstance(c, StepCall) else c.values for c in calls]
 
 
-def shape(program: Program) -> list[Any]:
+def shape(program: Tape) -> list[Any]:
     return [(len(x.calls), x.count) if isinstance(x, Loop) else 1 for x in program.items]
 
 
 @pytest.mark.parametrize("steps", [8, 100, 333])
 def test_equal_steps_are_one_loop_and_are_found_again(steps: int) -> None:
     calls = [Assign((0,), [])] + [call(["rate", f"x{t}"], metas=(0, t)) for t in range(steps)]
-    program = Program(0, calls)
+    program = Tape(0, calls)
     assert len(program.items) <= 80  # folded on the way
     assert listed(program) == listed(calls)
     program.fold()
@@ -56,7 +56,7 @@ def test_equal_steps_are_one_loop_and_are_found_again(steps: int) -> None:
 def test_rounds_of_two_steps_are_one_loop(rounds: int) -> None:
     """The second step of a round reads theta of before the first, as a critic and an actor do."""
     calls = [c for t in range(rounds) for c in (call([t]), call(["rate"], step=OTHER, back=1))]
-    program = Program(0, [*calls, call(["last"])])
+    program = Tape(0, [*calls, call(["last"])])
     program.fold()
     assert shape(program) == [(2, rounds), 1] and listed(program) == listed([*calls, call(["last"])])
 
@@ -68,7 +68,7 @@ def test_rounds_of_two_steps_are_one_loop(rounds: int) -> None:
 )
 def test_what_differs_in_more_than_what_it_is_given_is_apart(changes: dict[str, Any]) -> None:
     calls = [call(), call(**changes), call()]
-    program = Program(1, calls)
+    program = Tape(1, calls)
     program.fold()
     assert shape(program) == [1, 1, 1] and listed(program) == listed(calls)
 
@@ -78,7 +78,7 @@ def test_forgetting_cuts_loops(start: int) -> None:
     """Three steps, a load, four rounds of two; whatever is forgotten, the rest stays and goes on."""
     calls = [call([t]) for t in range(3)] + [Assign((0,), [])]
     calls += [c for t in range(4) for c in (call([t]), call([-t], step=OTHER, back=1))]
-    program = Program(0, calls)
+    program = Tape(0, calls)
     program.fold()
     assert shape(program) == [(1, 3), 1, (2, 4)]
     program.forget(start)

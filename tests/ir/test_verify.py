@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import metaoptim
-from metaoptim.compiler.ir.program import Given, RolledProgram
-from metaoptim.compiler.ir.segments import Draft, split
+from metaoptim.compiler.ir.program import Operand, Program
+from metaoptim.compiler.ir.segments import Partition, split
 from metaoptim.compiler.ir.step import EAGER, Loop, Port, Role, StepCall, StepGraph
 from metaoptim.compiler.ir.trace import Input, Noise
-from metaoptim.compiler.ir.verify import verify_draft, verify_program
+from metaoptim.compiler.ir.verify import verify_partition, verify_program
 from metaoptim.compiler.ir.verify_step import verify_step
 from metaoptim.compiler.passes.canonicalize import canonicalize
 from metaoptim.compiler.passes.pipeline import Options, compile_trace
@@ -39,7 +39,7 @@ def port(role: Role, name: str, spec: tuple = THREE, active: bool = True) -> Por
 def graph(
     inputs: list[Port], outputs: list[Port], body: Callable[[fx.Graph, list[fx.Node]], list[Any]]
 ) -> StepGraph:
-    """A step graph whose results ``body`` adds to it."""
+    """A step graph whose results ``kind`` adds to it."""
     g = fx.Graph()
     nodes = []
     for p in inputs:
@@ -82,21 +82,21 @@ def end() -> StepGraph:
     )
 
 
-def call(step: StepGraph, read: tuple, written: tuple, *given: Given) -> StepCall:
+def call(step: StepGraph, read: tuple, written: tuple, *given: Operand) -> StepCall:
     return StepCall(step, (), (), read, written, 0, list(given), (), "user.py:7")
 
 
-def program(loop_at: int = 2, count: int = 5) -> RolledProgram:
+def program(loop_at: int = 2, count: int = 5) -> Program:
     """x -> (s, c), seven times moved on, summed: registers 0 and 1."""
     x = Input(torch.ones(3, dtype=torch.float64, requires_grad=True))
     data = Input(torch.ones(7, 3, dtype=torch.float64))
     moved = move()
-    return RolledProgram(
+    return Program(
         calls=[
-            call(begin(), (), (0, 1), Given("input", x)),
-            call(moved, (0, 1), (0, 1), Given("scan", data, 0)),
-            call(moved, (0, 1), (0, 1), Given("scan", data, 1)),
-            Loop((call(moved, (0, 1), (0, 1), Given("scan", data, loop_at)),), count, ((1,),)),
+            call(begin(), (), (0, 1), Operand("input", x)),
+            call(moved, (0, 1), (0, 1), Operand("scan", data, 0)),
+            call(moved, (0, 1), (0, 1), Operand("scan", data, 1)),
+            Loop((call(moved, (0, 1), (0, 1), Operand("scan", data, loop_at)),), count, ((1,),)),
             call(end(), (0, 1), (2,)),
         ],
         registers=3,
@@ -111,8 +111,8 @@ def test_a_sound_program_passes() -> None:
 # -- programs --------------------------------------------------------------------------------------------------------
 
 
-def _replace(at: int, **changes: Any) -> Callable[[RolledProgram], None]:
-    def act(p: RolledProgram) -> None:
+def _replace(at: int, **changes: Any) -> Callable[[Program], None]:
+    def act(p: Program) -> None:
         item = p.calls[at]
         if isinstance(item, Loop):
             p.calls[at] = dataclasses.replace(item, calls=(dataclasses.replace(item.calls[0], **changes),))
@@ -122,7 +122,7 @@ def _replace(at: int, **changes: Any) -> Callable[[RolledProgram], None]:
     return act
 
 
-def _with_step(at: int, make: Callable[[], StepGraph]) -> Callable[[RolledProgram], None]:
+def _with_step(at: int, make: Callable[[], StepGraph]) -> Callable[[Program], None]:
     return lambda p: _replace(at, step=make())(p)
 
 
@@ -135,15 +135,15 @@ def _ports(step: StepGraph, k: int, **changes: Any) -> StepGraph:
     return StepGraph(step.graph, tuple(inputs), step.outputs)
 
 
-def _random_input() -> Given:
-    return Given("noise", Noise(aten.rand.generator, ([3],), {}, THREE))
+def _random_input() -> Operand:
+    return Operand("noise", Noise(aten.rand.generator, ([3],), {}, THREE))
 
 
-def _learnt(of: Tensor) -> Given:
-    return Given("scan", Input(of.requires_grad_()), 0)
+def _learnt(of: Tensor) -> Operand:
+    return Operand("scan", Input(of.requires_grad_()), 0)
 
 
-REJECTED: dict[str, tuple[Callable[[RolledProgram], Any], str]] = {
+REJECTED: dict[str, tuple[Callable[[Program], Any], str]] = {
     "a register nothing was written to": (
         _replace(1, opt_state_in=(0, 2)),
         r"call 1 .*user\.py:7.*c reads r2, which nothing",
@@ -154,7 +154,10 @@ REJECTED: dict[str, tuple[Callable[[RolledProgram], Any], str]] = {
     ),
     "a dropped value read": (_replace(1, opt_state_in=(-1, 1)), r"call 1.*got register r-1"),
     "too few registers": (_replace(1, opt_state_in=(0,)), r"got 1 registers read, the step graph has 2"),
-    "too many inputs": (_replace(0, inputs=[Given("number", 1)] * 2), r"got 2 inputs from outside, .* has 1"),
+    "too many inputs": (
+        _replace(0, inputs=[Operand("number", 1)] * 2),
+        r"got 2 inputs from outside, .* has 1",
+    ),
     "two outputs in one register": (_replace(0, opt_state_out=(1, 1)), r"two outputs go to one register, r1"),
     "another shape along a register": (
         _with_step(4, lambda: _ports(end(), 1, spec=TWO)),
@@ -181,7 +184,7 @@ REJECTED: dict[str, tuple[Callable[[RolledProgram], Any], str]] = {
         r"holds c' and its gradient, but passes no gradient on",
     ),
     "an input of another shape": (
-        _replace(0, inputs=[Given("input", Input(torch.ones(2, dtype=torch.float64)))]),
+        _replace(0, inputs=[Operand("input", Input(torch.ones(2, dtype=torch.float64)))]),
         r"call 0.*input x: got float64 2.*expected float64 3",
     ),
     "a learnable input without a gradient": (
@@ -192,7 +195,7 @@ REJECTED: dict[str, tuple[Callable[[RolledProgram], Any], str]] = {
         _replace(1, inputs=[_random_input()]),
         r"has the role scan, but is given as noise",
     ),
-    "a number for a vector": (_replace(1, inputs=[Given("number", 2)]), r"got the number 2 for float64 3"),
+    "a number for a vector": (_replace(1, inputs=[Operand("number", 2)]), r"got the number 2 for float64 3"),
     "a slice that does not exist": (
         lambda p: p.calls.__setitem__(3, dataclasses.replace(p.calls[3], count=6)),
         r"call 3.*in its last iteration: input d: slice 7 of float64 7×3",
@@ -214,7 +217,7 @@ REJECTED: dict[str, tuple[Callable[[RolledProgram], Any], str]] = {
         r"0 strides for 1",
     ),
     "a moving invariant": (
-        _replace(3, inputs=[Given("input", Input(torch.ones(3, dtype=torch.float64)))]),
+        _replace(3, inputs=[Operand("input", Input(torch.ones(3, dtype=torch.float64)))]),
         r"d is the same for every iteration, but has stride 1",
     ),
     "a loop that is not closed": (
@@ -385,7 +388,7 @@ def test_numbers_drawn_and_not_read_are_inputs_all_the_same() -> None:
         verify_step(drawing(aten.exp.default))
 
 
-# -- drafts ----------------------------------------------------------------------------------------------------------
+# -- partitions -----------------------------------------------------------------------------------------------------
 
 
 def traced() -> Any:
@@ -405,48 +408,48 @@ def traced() -> Any:
     return tracer.trace
 
 
-def drafted() -> Draft:
-    draft = split(traced())
-    canonicalize(draft)
-    prune(draft)
-    return draft
+def partitioned() -> Partition:
+    partition = split(traced())
+    canonicalize(partition)
+    prune(partition)
+    return partition
 
 
 def test_a_real_function_passes_at_every_stage() -> None:
-    draft = split(traced())
-    verify_draft(draft, outlined=False)
-    canonicalize(draft)
-    verify_draft(draft)
-    prune(draft)
-    verify_draft(draft)
+    partition = split(traced())
+    verify_partition(partition, outlined=False)
+    canonicalize(partition)
+    verify_partition(partition)
+    prune(partition)
+    verify_partition(partition)
     rolled, records = compile_trace(traced(), Options(lowering=EAGER), step_of)
     verify_program(rolled)
     names = ["mode", "rows", "split", "canonicalize", "prune", "roll", "loop", "differentiate", "lower"]
     assert [r.name for r in records] == ["capture", *names, "verify"]
 
 
-def _swap_parts(draft: Draft) -> None:
-    draft.units[0], draft.units[1] = draft.units[1], draft.units[0]
-    draft.unit_of = {id(e): n for n, u in enumerate(draft.units) for e in u.segment.entries}
+def _swap_parts(partition: Partition) -> None:
+    partition.parts[0], partition.parts[1] = partition.parts[1], partition.parts[0]
+    partition.part_of = {id(e): n for n, u in enumerate(partition.parts) for e in u.segment.entries}
 
 
-def _lose_part(draft: Draft) -> None:
-    lost = draft.units.pop(0)
-    draft.unit_of = {id(e): n for n, u in enumerate(draft.units) for e in u.segment.entries}
-    lost.body.units.remove(lost)
+def _lose_part(partition: Partition) -> None:
+    lost = partition.parts.pop(0)
+    partition.part_of = {id(e): n for n, u in enumerate(partition.parts) for e in u.segment.entries}
+    lost.kind.parts.remove(lost)
 
 
-def _mislabel(draft: Draft) -> None:
-    draft.unit_of[id(draft.units[1].segment.entries[0])] = 0
+def _mislabel(partition: Partition) -> None:
+    partition.part_of[id(partition.parts[1].segment.entries[0])] = 0
 
 
-def _respecify(draft: Draft) -> None:
-    outputs = draft.units[0].body.outputs
+def _respecify(partition: Partition) -> None:
+    outputs = partition.parts[0].kind.outputs
     place = next(iter(outputs))
     outputs[place] = TWO
 
 
-DRAFTS: dict[str, tuple[Callable[[Draft], Any], str]] = {
+PARTITIONS: dict[str, tuple[Callable[[Partition], Any], str]] = {
     "parts out of order": (
         _swap_parts,
         r"part 0: call .* reads an output of .* in part 1, which comes later",
@@ -454,24 +457,24 @@ DRAFTS: dict[str, tuple[Callable[[Draft], Any], str]] = {
     "a lost part": (_lose_part, r"which is part of the program no more"),
     "a call listed elsewhere": (_mislabel, r"part 1: call 0 .* is listed in part 0"),
     "a value that is not given": (
-        lambda d: d.units[0].body.outputs.clear(),
+        lambda d: d.parts[0].kind.outputs.clear(),
         r"in part 0, which that part does not give",
     ),
     "a value of another shape": (_respecify, r"in part 0: got float64 2 "),
     "unequal parts taken for equal": (
-        lambda d: (d.units[0].body.units.append(d.units[1]), setattr(d.units[1], "body", d.units[0].body)),
-        r"part 1 shares its body with a part of another structure",
+        lambda d: (d.parts[0].kind.parts.append(d.parts[1]), setattr(d.parts[1], "kind", d.parts[0].kind)),
+        r"part 1 shares its kind with a part of another structure",
     ),
 }
 
 
-@pytest.mark.parametrize("rule", DRAFTS)
-def test_an_unsound_draft_is_rejected(rule: str) -> None:
-    spoil, match = DRAFTS[rule]
-    draft = drafted()
-    spoil(draft)
+@pytest.mark.parametrize("rule", PARTITIONS)
+def test_an_unsound_partition_is_rejected(rule: str) -> None:
+    spoil, match = PARTITIONS[rule]
+    partition = partitioned()
+    spoil(partition)
     with pytest.raises(ProgramError, match=match):
-        verify_draft(draft)
+        verify_partition(partition)
 
 
 def test_the_error_says_what_to_do() -> None:

@@ -220,8 +220,8 @@ def scanned(case: Problem, wrap: Callable[[Callable], Callable], kind: Any) -> d
 def test_inductor(form: str, network: str, optimizer: str, offline: bool, options: dict[str, Any]) -> None:
     """In float32, as it is used; a RuntimeWarning of the check of compiled graphs is an error."""
     options = {"backend": "inductor", **options}
-    limit, scan = options.pop("window", None), options.pop("scan", False)
-    case = problem("linear", optimizer, 4, offline, limit, dtype=torch.float32)
+    window, scan = options.pop("window", None), options.pop("scan", False)
+    case = problem("linear", optimizer, 4, offline, window, dtype=torch.float32)
     case = replace(case, build=lambda: SMALL[network]().float())
     if scan:
         wrap = metaoptim.compile(**options)

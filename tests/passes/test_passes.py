@@ -16,8 +16,8 @@ import metaoptim
 from metaoptim.compile import CompiledFunction
 from metaoptim.compiler.cost.step import step_cost
 from metaoptim.compiler.ir.fold import loop
-from metaoptim.compiler.ir.program import Kept, RolledProgram
-from metaoptim.compiler.ir.segments import Draft, split
+from metaoptim.compiler.ir.program import Kept, Program
+from metaoptim.compiler.ir.segments import Partition, split
 from metaoptim.compiler.ir.step import EAGER
 from metaoptim.compiler.ir.trace import Trace
 from metaoptim.compiler.lower.derivatives import derived, replayed, residuals
@@ -149,7 +149,7 @@ def traced(name: str, offline: bool = True, steps: int = T) -> Trace:
     return tracer.trace
 
 
-def executed(program: RolledProgram) -> dict[str, int]:
+def executed(program: Program) -> dict[str, int]:
     """What runs: operators of all calls and their derivatives, those of the distinct graphs, and bytes alive."""
     costs = {id(g): step_cost(g, EAGER) for g in program.step_graphs}
     operators = {k: c.replay_operators + c.vjp_operators for k, c in costs.items()}
@@ -161,7 +161,7 @@ def executed(program: RolledProgram) -> dict[str, int]:
 
 
 @functools.cache
-def compiled(name: str, *skip: str, steps: int = T) -> tuple[RolledProgram, list[Any]]:
+def compiled(name: str, *skip: str, steps: int = T) -> tuple[Program, list[Any]]:
     return compile_trace(traced(name, steps=steps), Options(lowering=EAGER, skip=frozenset(skip)), step_of)
 
 
@@ -256,10 +256,10 @@ def test_loop_makes_the_program_as_long_for_any_number_of_steps(name: str) -> No
 @every_case
 def test_mode_cuts_theta_off_and_writes_back(name: str) -> None:
     trace = traced(name, offline=False)
-    draft = split(trace)  # as if the window were offline
-    canonicalize(draft)
-    prune(draft)
-    without, _ = roll(draft, step_of)
+    partition = split(trace)  # as if the window were offline
+    canonicalize(partition)
+    prune(partition)
+    without, _ = roll(partition, step_of)
     with_it, _ = compile_trace(traced(name, offline=False), Options(lowering=EAGER), step_of)
     learnt = CASES[name].build(T)[1]
     assert len(predict(without, None).reached) == len(learnt)
@@ -271,11 +271,11 @@ def test_mode_cuts_theta_off_and_writes_back(name: str) -> None:
 # -- idempotence -----------------------------------------------------------------------------------------------------
 
 
-def state_of(draft: Draft) -> Any:
+def state_of(partition: Partition) -> Any:
     return (
-        sizes_of(draft),
-        [u.segment.key for u in draft.units],
-        [(sorted(b.outputs), sorted(b.active), sorted(b.active_outputs)) for b in draft.bodies],
+        sizes_of(partition),
+        [u.segment.key for u in partition.parts],
+        [(sorted(b.outputs), sorted(b.active), sorted(b.active_outputs)) for b in partition.kinds],
     )
 
 
@@ -286,15 +286,15 @@ def test_passes_are_idempotent(name: str) -> None:
     assert all(a[1] is b[1] for a, b in zip(first[0], again[0], strict=True))
     assert first[1:] == again[1:]
     assert rows(trace) != "0 reads of 0 rows of inputs" == rows(trace)
-    draft = split(trace)
-    draft.writes, draft.limit = first[0], first[1]
+    partition = split(trace)
+    partition.writes, partition.window = first[0], first[1]
     for pass_ in (canonicalize, prune, canonicalize, prune):
-        pass_(draft)
-    settled = state_of(draft)
-    assert canonicalize(draft).startswith("0 of ")
-    prune(draft)
-    assert state_of(draft) == settled
-    rolled, again = (roll(draft, step_of)[0] for _ in range(2))
+        pass_(partition)
+    settled = state_of(partition)
+    assert canonicalize(partition).startswith("0 of ")
+    prune(partition)
+    assert state_of(partition) == settled
+    rolled, again = (roll(partition, step_of)[0] for _ in range(2))
     assert str(rolled) == str(again)
     loop(rolled)
     looped = str(rolled)

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 import metaoptim
 from budget_cases import Case
 from metaoptim.compiler.cost.step import check_bytes, measured
+from metaoptim.compiler.ir.step import Lowering
 from metaoptim.compiler.lower import backends
-from metaoptim.compiler.lower.derivatives import lowered, lowering
+from metaoptim.compiler.lower.derivatives import lowered
 from metaoptim.compiler.passes.pipeline import Options, compile_trace
 from metaoptim.functions.captured import trace_of
 from metaoptim.runtime.budget.measure import rehearse
@@ -38,10 +39,10 @@ def test_mixed_mode_derivatives_are_those_of_the_tape(network: str) -> None:
     case = problem(network, "adam", 5, True, None)
     agree(run_window(case, hvp="mixed"), run_oracle(case))
     used = {
-        how.hvp
+        lowering.hvp
         for f in recording_session.step_cache._families.values()
         for s, _ in f.steps.values()
-        for kind, how in (k for k in s.programs if k[0] == "vjp")
+        for kind, lowering in (k for k in s.programs if k[0] == "vjp")
         if kind == "vjp"
     }
     assert used == {"mixed"}
@@ -72,9 +73,9 @@ def test_the_forward_and_its_replay_stay_eager() -> None:
     """A state that is made again is the same to the bit, whatever the derivatives run on."""
     kinds: list[tuple[str, str]] = []
 
-    def seen(step: Any, kind: str, inputs: Any, how: Any = None, **options: Any) -> Any:
-        kinds.append((kind, how.backend_of(kind)))
-        return lowered(step, kind, inputs, how, **options)
+    def seen(step: Any, kind: str, inputs: Any, lowering: Any = None, **options: Any) -> Any:
+        kinds.append((kind, lowering.backend_of(kind)))
+        return lowered(step, kind, inputs, lowering, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("metaoptim.runtime.engine.engine.lowered", seen)
@@ -104,14 +105,14 @@ def test_a_broken_backend_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dominant", ["state", "activations"])
 def test_what_a_check_takes_is_bounded(dominant: str) -> None:
     case = Case(5, steps=4, dominant=dominant)
-    how = lowering("aot_eager", "auto", True)
+    lowering = Lowering.stated("aot_eager", "auto", True)
     traced, tracer, _ = trace_of(case.compiled()._fn, case.make(), {})
     tracer.trace.outputs = traced.tensors
-    program, _ = compile_trace(tracer.trace, Options(lowering=how), lambda key, build: build())
-    bounds = [check_bytes(g, how) for g in program.step_graphs]
-    rehearse(program, {x: x.tensor for x in program.inputs}, how)
+    program, _ = compile_trace(tracer.trace, Options(lowering=lowering), lambda key, build: build())
+    bounds = [check_bytes(g, lowering) for g in program.step_graphs]
+    rehearse(program, {x: x.tensor for x in program.inputs}, lowering)
     for graph, bound in zip(program.step_graphs, bounds, strict=True):
-        seen = measured(graph, "vjp", how)
+        seen = measured(graph, "vjp", lowering)
         assert seen is not None or not graph.steps
         assert seen is None or seen.peak_bytes < seen.first_bytes <= bound
 
