@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 from math import comb
@@ -230,14 +230,6 @@ class Planner:
     def peak(self, slots: int, tiered: bool = False) -> int:
         """Predicted bytes with so many slots."""
         return (self.tier if tiered else self.alone)(slots) + self.beside
-
-    def trail(self, slots: int, tiered: bool = False) -> Iterator[tuple[int, int]]:
-        """Bytes held, and what a call allocates beside them, at all times; `peak` is the most, for so few slots."""
-        for short in _cut_short(self.program, slots, tiered):
-            found: list[tuple[int, int]] = []
-            predict(short, slots, self.lowering, tiered, found)
-            always = SCALARS + self.beside + _left_out(self.program, short)
-            yield from ((always + held, allocated) for held, allocated in found)
 
 
 def _nothing() -> None:

@@ -50,16 +50,13 @@ class Prediction:
 
 
 class _Meter:
-    """Bytes alive, and the most there have been; all there have been go into ``trail``."""
+    """Bytes alive, and the most there have been."""
 
-    def __init__(self, trail: list[tuple[int, int]] | None = None) -> None:
+    def __init__(self) -> None:
         self.alive = self.peak = 0
-        self.trail = trail
 
     def note(self, momentary: int) -> None:
         self.peak = max(self.peak, self.alive + momentary)
-        if self.trail is not None:
-            self.trail.append((self.alive, momentary))
 
 
 class _Block:
@@ -238,7 +235,6 @@ def predict(
     slots: int | None,
     lowering: Lowering = EAGER,
     offload: bool = False,
-    trail: list[tuple[int, int]] | None = None,
 ) -> Prediction:
     """Go through a call of a program, and a backward from all its results, on sizes.
 
@@ -249,9 +245,8 @@ def predict(
         slots: how many states may be kept; None for all.
         lowering: the backend and HVP mode of the step graphs; what a backend allocates besides is known once measured.
         offload: whether states without a slot go to a lower tier.
-        trail: receives the bytes that are held, and what a call allocates beside them, at every change.
     """
-    meter = _Meter(trail)
+    meter = _Meter()
     copied = [x for x in program.inputs if x.grad or _is_target(x, program)]
     held = [_Block(meter, nbytes(x.spec)) for x in copied]
     engine = _DryEngine(

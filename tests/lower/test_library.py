@@ -32,7 +32,7 @@ def test_one_without_room_shares_nothing() -> None:
 
 def test_numbers_that_differ_are_lifted() -> None:
     kept = Library()
-    first, lifted, new = kept.get("a", (1.0, 0.0), graph)
+    _, lifted, new = kept.get("a", (1.0, 0.0), graph)
     assert lifted == () and new
     second, lifted, new = kept.get("a", (2.0, 0.0), graph)
     assert lifted == (0,) and new
