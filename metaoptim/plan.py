@@ -16,9 +16,10 @@ from .compile import BoundFunction, CompiledFunction
 from .compiler.capture import intercept
 from .compiler.capture.symbolic.tracer import Tracer
 from .compiler.ir.retention import Retention
+from .compiler.lower.library import library
 from .compiler.passes.pipeline import Options, compile_trace
 from .errors import WindowError
-from .functions.captured import retention_of, step_of, trace_of
+from .functions.captured import retention_of, trace_of
 from .report.cost import Cost, setting_of
 from .runtime.budget.amounts import budget_bytes
 from .runtime.budget.planner import default_plan, device_of
@@ -109,7 +110,7 @@ def plan(
             call = _with_batch(compiled._fn, args, kwargs, batch, batch_size)
         traced, tracer, _ = trace_of(call, (), {})
         tracer.trace.outputs = traced.tensors
-        program, _ = compile_trace(tracer.trace, options, step_of)
+        program, _ = compile_trace(tracer.trace, options, library)
         said = retention_of(program, options)
         tiered = offload is not None or said.offload is not None
         slots, budget = said.slots, said.memory_budget

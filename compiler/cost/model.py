@@ -13,8 +13,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..derive.flat import FlatGraph
 from ..derive.reverse import cotangent_outputs
+from ..ir.derived import FlatGraph
 from ..ir.step import Lowering, StepGraph
 from ..lower.derivatives import derived, replayed, residuals
 

@@ -16,11 +16,12 @@ from torch._subclasses.fake_tensor import (
 
 from metaoptim.errors import CaptureError, MetaOptimError
 
+from ..ir.derived import FlatGraph
 from ..ir.operators import op_info
 from ..ir.slices import tensor_spec
 from ..ir.step import Port, Role, StepGraph, gradient
 from .cotangent_hook import call_cotangent_hook
-from .flat import FlatGraph, Traced, Unfollowed, drop_dead, flat_graph, merge_equal
+from .flat import Traced, Unfollowed, drop_dead, flat_graph, merge_equal
 from .interpret import interpret
 from .liveness import results_of, storages
 from .tracing import tracing

@@ -14,10 +14,11 @@ from ..compiler.cost.step import step_cost
 from ..compiler.ir.program import Kept, Program, given_ports, nbytes, plural, signature
 from ..compiler.ir.step import Lowering, Role
 from ..compiler.ir.trace import Input, Trace
+from ..compiler.lower.library import library
 from ..compiler.passes.checkpoint import checkpoint
 from ..compiler.passes.pipeline import Options, Record, compile_trace
 from ..errors import WindowError
-from ..functions.captured import captured_step, retention_of, step_of, trace_of
+from ..functions.captured import captured_step, retention_of, trace_of
 from ..functions.guards import Dependencies
 from ..functions.naming import tensor_names
 from ..runtime.budget.measure import measured_peak, rehearse
@@ -45,7 +46,7 @@ def report_of(
     trace = tracer.trace
     trace.outputs = traced.tensors
     labels = {x: names.get(id(x.tensor)) or _unnamed(x) for x in trace.inputs}
-    program, records = compile_trace(trace, options, step_of, labels)
+    program, records = compile_trace(trace, options, library, labels)
     said, lowering = retention_of(program, options), options.lowering
     tensors = {x: x.tensor for x in program.inputs}
     if measure:

@@ -11,7 +11,7 @@ from ..compiler.derive.liveness import results_of
 from ..compiler.ir.program import Operand, memory_of, plural
 from ..compiler.ir.step import Loop, Lowering, Role, StepGraph
 from ..compiler.ir.tape import Tape
-from ..compiler.lower.derivatives import derived, is_derived
+from ..compiler.lower.derivatives import derived
 from ..compiler.passes.differentiate import differentiate
 from ..compiler.passes.pipeline import Record
 from ..errors import WindowError, user_scope
@@ -32,7 +32,7 @@ def _report(session: RecordedSession, title: str) -> Report:
     engine, options, program = session.engine, session.options, session.program
     program.fold()
     for call, _ in program.counted():
-        if call.step.dynamic and not is_derived(call.step, call.lowering.hvp):
+        if call.step.dynamic and call.lowering.hvp not in call.step.derived.vjp:
             raise WindowError(
                 f"window.explain: the shapes in the step at {call.location} depend on values, so its derivative is "
                 "known only once it has been run; ask after a backward, or without slots="

@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
-from metaoptim.compiler.cost.step import ResultMemory, step_cost
+from metaoptim.compiler.cost.step import step_cost
 from metaoptim.compiler.derive.reverse import cotangent_outputs
+from metaoptim.compiler.ir.derived import ResultMemory
 from metaoptim.compiler.ir.program import Program, memory_bytes, nbytes
 from metaoptim.compiler.ir.step import EAGER, Assign, Lowering, Role, StepCall
 from metaoptim.compiler.ir.tape import Tape

@@ -16,7 +16,7 @@ from metaoptim.compiler.ir.step import Assign, StepCall, StepGraph
 from metaoptim.compiler.ir.tape import Tape
 from metaoptim.compiler.ir.update import UpdatePlan, initial_state
 from metaoptim.compiler.ir.values import External
-from metaoptim.compiler.lower.derivatives import StepCache
+from metaoptim.compiler.lower.library import library
 from metaoptim.compiler.passes.from_recording import StepSpec, build_step
 from metaoptim.errors import CaptureError, LossError, MetaOptimError, WindowError, user_location
 
@@ -30,8 +30,6 @@ from .hyper import Hyper, hyper_of
 from .oversights import Ended, all_finite
 from .session import Options, Session, gradient, refuse_overwritten
 from .theta_view import ThetaView
-
-step_cache = StepCache()
 
 _pure: weakref.WeakSet = weakref.WeakSet()  # updates that have been seen not to write into their arguments
 
@@ -388,14 +386,14 @@ class RecordedSession(Session):
         _check_requires_grad(sliced)
         held = [x.held for x in sliced.externals]
         try:
-            step, lifted, new = step_cache.get(key, tuple(sliced.numbers), build)
+            step, lifted, new = library.get(key, tuple(sliced.numbers), build)
         except CaptureError:
             raise
         except Exception as error:
             raise first_use.uncapturable(error) from error
         lowering = self.options.lowering
         if step.dynamic and lowering.backend != "eager":
-            step_cache.discard(key)  # it has not been checked
+            library.discard(key)  # it has not been checked
             raise CaptureError(
                 f"backend={lowering.backend!r}: the shapes in this step depend on values, and such a step cannot be "
                 "compiled; use backend='eager'"
@@ -436,7 +434,7 @@ class RecordedSession(Session):
                         "a tensor was changed through .data or numpy between its use in the loss and the step, so that "
                         "autograd's gradient is that of neither value; change it before the loss or after the step"
                     ) from error
-                step_cache.discard(key)
+                library.discard(key)
                 raise
         return call
 

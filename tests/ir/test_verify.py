@@ -18,11 +18,12 @@ from metaoptim.compiler.ir.step import EAGER, Loop, Port, Role, StepCall, StepGr
 from metaoptim.compiler.ir.trace import Input, Noise
 from metaoptim.compiler.ir.verify import verify_partition, verify_program
 from metaoptim.compiler.ir.verify_step import verify_step
+from metaoptim.compiler.lower.library import library
 from metaoptim.compiler.passes.canonicalize import canonicalize
 from metaoptim.compiler.passes.pipeline import Options, compile_trace
 from metaoptim.compiler.passes.prune import prune
 from metaoptim.errors import ProgramError
-from metaoptim.functions.captured import step_of, trace_of
+from metaoptim.functions.captured import trace_of
 from oracle import leaves
 from problems import NETWORKS, problem
 
@@ -422,7 +423,7 @@ def test_a_real_function_passes_at_every_stage() -> None:
     verify_partition(partition)
     prune(partition)
     verify_partition(partition)
-    rolled, records = compile_trace(traced(), Options(lowering=EAGER), step_of)
+    rolled, records = compile_trace(traced(), Options(lowering=EAGER), library)
     verify_program(rolled)
     names = ["mode", "rows", "split", "canonicalize", "prune", "roll", "loop", "differentiate", "lower"]
     assert [r.name for r in records] == ["capture", *names, "verify"]

@@ -14,16 +14,16 @@ from torch import Tensor, nn
 import metaoptim
 from metaoptim.compiler.cost.model import D
 from metaoptim.compiler.cost.model import F as FLOPS
-from metaoptim.functions import captured
+from metaoptim.compiler.lower.library import library
 from metaoptim.runtime.budget.meter import AllocatorMeter
 
 STEPS, SIZE = 8, 5
 
 
 @pytest.fixture(autouse=True)
-def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+def unmeasured() -> None:
     """Nothing has run in another test: a size without ``batch`` is that of the graphs, too."""
-    monkeypatch.setattr(captured, "_steps", {})
+    library.clear()
 
 
 def net_of(features: int = 3) -> nn.Module:
