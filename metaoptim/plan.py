@@ -15,15 +15,15 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from .compile import BoundFunction, CompiledFunction
 from .compiler.capture import intercept
 from .compiler.capture.symbolic.tracer import Tracer
+from .compiler.ir.retention import Retention
 from .compiler.ir.tensors import TensorSpec
 from .compiler.lower.library import library
 from .compiler.passes.pipeline import Options, compile_trace
 from .errors import WindowError
-from .functions.captured import stated, trace_of
+from .functions.captured import retention_of, trace_of
 from .report.cost import Cost, setting_of
-from .runtime.budget.amounts import budget_bytes, check_budget
+from .runtime.budget.amounts import budget_bytes
 from .runtime.budget.planner import default_plan, device_of
-from .runtime.states.tiered import check_offload
 from .runtime.windows.session import current_session
 
 
@@ -77,8 +77,7 @@ def plan(
     References:
         Griewank & Walther 2000, "Algorithm 799: Revolve", ACM TOMS 26.
     """
-    check_budget(memory_budget, None)
-    check_offload(offload, None, memory_budget)
+    asked = Retention(None, memory_budget, offload)
     if (batch is None) != (batch_size is None):
         raise ValueError(
             f"plan: got batch={batch!r} and batch_size={batch_size!r}, expected both or neither, as in "
@@ -113,10 +112,10 @@ def plan(
         traced, tracer, _ = trace_of(call, (), {})
         tracer.trace.outputs = traced.tensors
         program, _ = compile_trace(tracer.trace, options, library)
-        said = stated(program, options)
-        slots, budget = said.slots, said.memory_budget
+        said = retention_of(program, options)
         tiered = offload is not None or said.offload is not None
-        if memory_budget is not None:
+        slots, budget = said.slots, said.memory_budget
+        if asked.given:
             slots, budget = None, memory_budget
         name = getattr(compiled, "__qualname__", "the function")
         setting = setting_of(program, options.lowering, name, horizon, tiered, batch_size)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from .retention import UNSAID, Retention
 from .step import Loop, Lowering, Port, Role, StepCall, StepGraph, calls_of
 from .tensors import TensorSpec
 from .trace import Input
@@ -103,7 +104,7 @@ class Program(Calls):
         outputs, writes: where what the function returns, and what it leaves in tensors from outside, is found in the
             end: a register, or an `Input` passed through.
         dead: places of the outputs that carry no gradient.
-        slots, memory_budget, offload, backward_hook: options of its windows.
+        retention, backward_hook: options of its windows.
         kept: what the pass checkpoint has decided on.
         compiled: ids of the step graphs that go through the compiler, as the pass lower has decided; None for all.
         window: W, where gradients are truncated.
@@ -115,9 +116,7 @@ class Program(Calls):
     outputs: list[int | Input] = field(default_factory=list)
     writes: list[tuple[Any, int | Input]] = field(default_factory=list)
     dead: tuple[int, ...] = ()
-    slots: int | None = None
-    memory_budget: int | float | str | None = None
-    offload: str | os.PathLike[str] | None = None
+    retention: Retention = UNSAID
     backward_hook: Callable | None = None
     kept: Kept | None = None
     compiled: frozenset[int] | None = None

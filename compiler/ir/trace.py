@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from metaoptim.errors import user_location
 
+from .retention import UNSAID, Retention
 from .tensors import TensorSpec, tensor_spec
 from .values import Entry, Spy, Value
 
@@ -92,17 +92,15 @@ class WindowMark:
     """A window of the trace.
 
     Attributes:
-        offline, window, slots, memory_budget, backward_hook, offload: its options (``window`` is W, or None).
+        offline, window, retention, backward_hook: its options (``window`` is W, or None).
         adopted: the call that takes each parameter in.
         last: tensors that would keep a value after an online window, with what stands for it.
     """
 
     offline: bool
     window: int | None = None
-    slots: int | None = None
-    memory_budget: int | float | str | None = None
+    retention: Retention = UNSAID
     backward_hook: Callable | None = None
-    offload: str | os.PathLike[str] | None = None
     adopted: list[Entry] = field(default_factory=list)
     last: list[tuple[Any, Value]] = field(default_factory=list)
 

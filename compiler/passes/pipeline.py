@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from typing import Any
 from ..derive.tracing import uncollected
 from ..ir.fold import loop
 from ..ir.program import Program, operator_count
+from ..ir.retention import UNSAID, Retention
 from ..ir.segments import Partition, split
 from ..ir.step import Lowering
 from ..ir.text import partition_text, trace_text
@@ -44,11 +44,9 @@ class Options:
     """
 
     window: int | None = None
-    slots: int | None = None
-    memory_budget: int | float | str | None = None
+    retention: Retention = UNSAID
     lowering: Lowering = field(default_factory=lambda: Lowering("inductor", hvp="auto"))
     recapture: bool = False
-    offload: str | os.PathLike[str] | None = None
     skip: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:

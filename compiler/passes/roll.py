@@ -26,12 +26,7 @@ def roll(partition: Partition, library: Library) -> tuple[Program, str]:
     """
     rolled = Program(window=partition.window, offline=any(w.offline for w in partition.trace.windows))
     for window in partition.trace.windows:
-        if rolled.slots is None and rolled.memory_budget is None:
-            rolled.slots, rolled.memory_budget, rolled.offload = (
-                window.slots,
-                window.memory_budget,
-                window.offload,
-            )
+        rolled.retention = rolled.retention if rolled.retention.given else window.retention
         rolled.backward_hook = window.backward_hook or rolled.backward_hook
     hooked = rolled.backward_hook is not None
     scans = {u.scan: n for n, u in enumerate(partition.parts) if u.scan is not None}

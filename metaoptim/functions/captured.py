@@ -19,6 +19,7 @@ from ..compiler.derive.liveness import results_of
 from ..compiler.derive.reverse import cotangent_outputs
 from ..compiler.derive.tracing import uncollected
 from ..compiler.ir.program import Operand, Program, plural
+from ..compiler.ir.retention import Retention
 from ..compiler.ir.step import Role, StepCall
 from ..compiler.ir.trace import Input, Trace
 from ..compiler.lower.ambient import unaffected
@@ -193,6 +194,6 @@ def capture(
     return Specialization(dependencies, rolled, records, traced, options.lowering.hvp)
 
 
-def stated(rolled: Program, options: Options) -> Program | Options:
-    """Who says what is kept (``slots``, ``memory_budget``, ``offload``): the program's windows, or the decorator."""
-    return rolled if rolled.slots is not None or rolled.memory_budget is not None else options
+def retention_of(program: Program, options: Options) -> Retention:
+    """What is kept: what the windows of the program say, else what the decorator says."""
+    return program.retention if program.retention.given else options.retention

@@ -82,14 +82,7 @@ class CapturedSession(Session):
         self.keeps_state = not options.offline  # whether optimizers go on from where the window leaves them
         self.recorder = tracer
         self.networks = _Networks(tracer)
-        self.mark = WindowMark(
-            options.offline,
-            options.window,
-            options.slots,
-            options.memory_budget,
-            options.backward_hook,
-            options.offload,
-        )
+        self.mark = WindowMark(options.offline, options.window, options.retention, options.backward_hook)
         self._scan: Scan | None = None
         self._versions: dict[int, deque[Tensor]] = {}  # per parameter, what was shown, newest first
         self._lifts = True

@@ -52,15 +52,16 @@ class RecordedSession(Session):
 
     def __init__(self, options: Options) -> None:
         super().__init__(options)
-        self.engine = Engine(options.slots, options.backward_hook, tier=tier_for(options.offload))
+        retention = options.retention
+        self.engine = Engine(retention.slots, options.backward_hook, tier=tier_for(retention.offload))
         self.engine.closed = self.closed
         partial_gradients.watch_backward(self.engine)
         self.view = ThetaView(options, self.engine, self.networks, self._entering)
-        if options.slots is None:
+        if retention.slots is None:
             self.engine.streaming = Streaming(
-                options.memory_budget,
+                retention.memory_budget,
                 self.view.inputs.ledger,
-                options.offload is not None,
+                retention.offload is not None,
                 options.window is not None,
             )
         self.recorder = self.view.recorder
@@ -92,7 +93,7 @@ class RecordedSession(Session):
     def _entering(self, ordinals: list[int]) -> None:
         """Parameters are about to be put on the tape."""
         own = [self.networks.originals[i] for i in ordinals]
-        check_device(self.options.offload, [p.device for p in own])
+        check_device(self.options.retention.offload, [p.device for p in own])
         self._lifts = self._lifts and all(p.dtype in LIFTS for p in own)
         self._weigh(set(ordinals))
 
