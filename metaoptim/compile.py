@@ -14,23 +14,23 @@ from torch import Tensor
 
 from .compiler.capture import intercept
 from .compiler.ir.program import Kept
+from .compiler.ir.retention import Retention, check_count
 from .compiler.ir.step import Lowering
 from .compiler.ir.trace import Input
 from .compiler.lower.waiting import waiting
 from .compiler.passes.checkpoint import checkpoint
 from .compiler.passes.pipeline import Options
 from .errors import WindowError, warn
-from .functions.captured import Specialization, StepSpecialization, capture, captured_step, stated
+from .functions.captured import Specialization, StepSpecialization, capture, captured_step, retention_of
 from .functions.changes import Change
 from .functions.guards import Dependencies, Fact
 from .functions.reads import Place, Reads, look
 from .functions.recapture import compare
 from .optim.optimizer import refresh_optimizers
 from .report.of_function import report_of
-from .runtime.budget.amounts import check_budget, check_count, tell_default
+from .runtime.budget.amounts import tell_default
 from .runtime.budget.planner import decide
 from .runtime.engine.function import Call, Run
-from .runtime.states.tiered import check_offload
 from .runtime.windows.recording_session import RecordedSession
 from .runtime.windows.session import current_session
 
@@ -135,16 +135,7 @@ class CompiledFunction:
             program = self._find(dependencies, window)
         window.look_at(dependencies.tensors)
         if program is None:
-            if self._options.memory_budget is not None:
-                raise WindowError(
-                    f"memory_budget={self._options.memory_budget!r} of {_name(self._fn)}, a compiled step: the window "
-                    "it is called in decides what is kept; give the budget to SlidingWindow"
-                )
-            if self._options.offload is not None:
-                raise WindowError(
-                    f"offload={os.fspath(self._options.offload)!r} of {_name(self._fn)}, a compiled step: the window "
-                    "it is called in decides what is kept; give offload to SlidingWindow"
-                )
+            self._check_retention()
             begun = time.perf_counter()
             with window.recorder.paused():
                 key, reads = dependencies.key, Reads(self._fn, args, kwargs, window)
@@ -156,6 +147,18 @@ class CompiledFunction:
             compare(_name(self._fn), program, self._captured_step(window, dependencies, args, kwargs))
         results = program.step.run(window, lambda x: program.tensor(x, dependencies), self._options.lowering)
         return program.traced.restored(results)
+
+    def _check_retention(self) -> None:
+        said = self._options.retention
+        for name, value, short in (
+            ("memory_budget", said.memory_budget, "the budget"),
+            ("offload", said.place, "offload"),
+        ):
+            if value is not None:
+                raise WindowError(
+                    f"{name}={value!r} of {_name(self._fn)}, a compiled step: the window it is called in decides what "
+                    f"is kept; give {short} to SlidingWindow"
+                )
 
     def _captured_step(
         self,
@@ -197,12 +200,12 @@ class CompiledFunction:
         """What to keep for the backward, as the windows inside say, else the decorator."""
         rolled, lowering = program.rolled, self._options.lowering
         if rolled.kept is None:
-            said = stated(rolled, self._options)
+            retention = retention_of(rolled, self._options)
             with waiting(f"planning what {_name(self._fn)} keeps ..."):
-                kept, program.plan = decide(rolled, lowering, said, _name(self._fn), tensors)
+                kept, program.plan = decide(rolled, lowering, retention, _name(self._fn), tensors)
             checkpoint(rolled, kept, lowering.hvp)
             if program.plan is not None:
-                if said.memory_budget is None:
+                if retention.memory_budget is None:
                     tell_default(_name(self._fn), program.plan.budget)
                 _plans.info("%s: %s", _name(self._fn), program.plan)
         assert rolled.kept is not None
@@ -290,12 +293,9 @@ def compile(
     if fn is not None and not callable(fn):
         hint = f"; did you mean backend={fn!r}?" if isinstance(fn, str) else ""
         raise TypeError(f"compile: got {type(fn).__name__}, expected a function{hint}")
-    for name, value in (("window", window), ("slots", slots)):
-        check_count(name, value)
-    check_budget(memory_budget, slots)
-    check_offload(offload, slots, memory_budget)
+    check_count("window", window)
     lowering = Lowering.stated(backend, hvp, self_check)
-    options = Options(window, slots, memory_budget, lowering, recapture, offload)
+    options = Options(window, Retention(slots, memory_budget, offload), lowering, recapture)
     if fn is None:
         return lambda f: CompiledFunction(f, options)
     return CompiledFunction(fn, options)

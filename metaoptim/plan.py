@@ -1,27 +1,29 @@
-"""plan: what a compiled function would cost at another horizon or in another budget; nothing is run."""
+"""plan: what a compiled function would cost at another horizon, batch size or budget; nothing is run."""
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
 from .compile import BoundFunction, CompiledFunction
-from .compiler.cost.polynomials import TIMES
-from .compiler.ir.program import Program, nbytes
-from .compiler.ir.step import Loop, StepGraph
+from .compiler.capture import intercept
+from .compiler.capture.symbolic.tracer import Tracer
+from .compiler.ir.retention import Retention
+from .compiler.ir.tensors import TensorSpec
+from .compiler.lower.library import library
 from .compiler.passes.pipeline import Options, compile_trace
-from .compiler.passes.roll import StepOf
 from .errors import WindowError
-from .functions.captured import stated, step_of, trace_of
-from .planning.batch import Batch
-from .planning.cost import Cost, Setting
-from .planning.formulas import by_batch, model_of
-from .runtime.budget.amounts import budget_bytes, check_budget
-from .runtime.budget.planner import Planner, default_plan, device_of, residuals_from
-from .runtime.states.tiered import check_offload
+from .functions.captured import retention_of, trace_of
+from .report.cost import Cost, setting_of
+from .runtime.budget.amounts import budget_bytes
+from .runtime.budget.planner import default_plan, device_of
 from .runtime.windows.session import current_session
 
 
@@ -32,29 +34,29 @@ def plan(
     memory_budget: int | float | str | None = None,
     offload: str | os.PathLike[str] | None = None,
     batch: Mapping[str, int] | None = None,
+    batch_size: int | None = None,
 ) -> Callable[..., Cost]:
     """Say what a compiled function would cost at some horizon, in some memory, without running it.
 
     Args:
         fn: compiled, or a plain function that holds a window. Its loop is a ``window.scan`` or ``window.range``.
-        horizon: T, in place of the length of its loop (the longest, if it has several); None for as it is.
-        memory_budget: as of `compile`; None for what the function itself says.
-        offload: as of `compile`, with ``memory_budget``; None for what the function itself says.
-        batch: name of a parameter of the function -> which dimension of it, or of every tensor in it, is the batch. The
-            sizes in ``cost.model`` are then formulas in the size of a batch. The function is captured with larger
-            ones too, made of shapes alone; and everything rests on the sizes of the graphs, measured or not.
+        horizon: T, in place of the length of its loop (the longest, if it has several); None for the length it has.
+        memory_budget: the budget of `compile`; None for what the function itself says.
+        offload: the ``offload`` of `compile`, with ``memory_budget``; None for what the function itself says.
+        batch: name of a parameter of the function -> which dimension of it, or of every tensor in it, is the batch.
+        batch_size: with ``batch``, the size to plan for. The function is captured with arguments of this size, made of
+            shapes alone.
 
     Returns:
         A function of the same arguments that returns a `Cost`.
 
     Raises:
         BudgetError: from that function, for a budget too small for the horizon.
-        CaptureError: likewise, for what cannot be captured.
-        ValueError: likewise, for a ``batch`` that names no parameter, no dimension, dimensions of several sizes, or one
-            that the function loops over.
-        WindowError: likewise, for a function without a loop, or one whose gradients are truncated by ``window=W`` at
-            losses between its inner steps; with ``batch`` for one that cannot be captured with a larger batch, or whose
-            graphs are others then.
+        CaptureError: from that function, for what cannot be captured.
+        ValueError: for ``batch`` without ``batch_size`` or the reverse; from that function, for a ``batch`` that names
+            no parameter, no dimension, or dimensions of several sizes.
+        WindowError: from that function, if it has no loop, or if its gradients are truncated by ``window=W`` at
+            losses between its inner steps; with ``batch``, if it cannot be captured with a batch of this size.
 
     Example:
         >>> net = torch.nn.Linear(3, 1)
@@ -68,43 +70,55 @@ def plan(
         >>> cost = metaoptim.plan(meta_loss, horizon=50_000, memory_budget="64KiB")(net, torch.ones(20, 2, 3))
         >>> cost.horizon, cost.peak_bytes <= 64 * 1024
         (50000, True)
-        >>> cost = metaoptim.plan(meta_loss, batch={"xs": 1})(net, torch.ones(20, 16, 3))
-        >>> cost.batch, cost.model.sizes[metaoptim.compiler.cost.model.A]
-        (16, Max(16*batch + 316, 32*batch + 80))
-        >>> cost.model.at(horizon=20, slots=5, batch=64)["peak_bytes"] > cost.peak_bytes
-        True
+        >>> larger = metaoptim.plan(meta_loss, batch={"xs": 1}, batch_size=64)(net, torch.ones(20, 2, 3))
+        >>> larger.batch, larger.peak_bytes == metaoptim.plan(meta_loss)(net, torch.ones(20, 64, 3)).peak_bytes
+        (64, True)
 
     References:
         Griewank & Walther 2000, "Algorithm 799: Revolve", ACM TOMS 26.
     """
-    check_budget(memory_budget, None)
-    check_offload(offload, None, memory_budget)
+    asked = Retention(None, memory_budget, offload)
+    if (batch is None) != (batch_size is None):
+        raise ValueError(
+            f"plan: got batch={batch!r} and batch_size={batch_size!r}, expected both or neither, as in "
+            'batch={"xs": 1}, batch_size=64'
+        )
+    if batch_size is not None and (
+        isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1
+    ):
+        raise ValueError(f"batch_size: got {batch_size!r}, expected a whole number, at least 1")
     if current_session() is not None:
         raise WindowError(
             "plan was called inside a window: it takes a function that holds its window itself. For a compiled step "
             "use explain(step); to plan, put the loop into a function"
         )
     if isinstance(fn, BoundFunction):
-        bound = plan(fn.function, horizon=horizon, memory_budget=memory_budget, offload=offload, batch=batch)
+        bound = plan(
+            fn.function,
+            horizon=horizon,
+            memory_budget=memory_budget,
+            offload=offload,
+            batch=batch,
+            batch_size=batch_size,
+        )
         return partial(bound, fn.instance)
     compiled: Any = fn if isinstance(fn, CompiledFunction) else CompiledFunction(fn, Options())
 
     def cost(*args: Any, **kwargs: Any) -> Cost:
         options = compiled._options
-        named = None if batch is None else Batch(compiled._fn, args, kwargs, batch)
-        steps = step_of if named is None else _steps_of_its_own()
-        program = _program(partial(compiled._fn, *args, **kwargs), options, steps)
-        said = stated(program, options)
-        slots, budget = said.slots, said.memory_budget
+        call = partial(compiled._fn, *args, **kwargs)
+        if batch is not None and batch_size is not None:
+            call = _with_batch(compiled._fn, args, kwargs, batch, batch_size)
+        traced, tracer, _ = trace_of(call, (), {})
+        tracer.trace.outputs = traced.tensors
+        program, _ = compile_trace(tracer.trace, options, library)
+        said = retention_of(program, options)
         tiered = offload is not None or said.offload is not None
-        if memory_budget is not None:
+        slots, budget = said.slots, said.memory_budget
+        if asked.given:
             slots, budget = None, memory_budget
-        setting = _setting(compiled, program, horizon, tiered)
-        if named is not None:
-            larger = [_larger(named, times, program, options, steps) for times in TIMES[1:]]
-            settings = [setting, *(_setting(compiled, p, horizon, tiered) for p in larger)]
-            model = replace(setting.model, by_batch=by_batch(settings, named.size))
-            setting = replace(setting, model=model, batch=named.size)
+        name = getattr(compiled, "__qualname__", "the function")
+        setting = setting_of(program, options.lowering, name, horizon, tiered, batch_size)
         if budget is None:
             kept = None if slots is not None else default_plan(setting.alone)
             return setting.with_slots(slots, tiered) if kept is None else setting.cost(kept, kept.budget)
@@ -113,99 +127,101 @@ def plan(
     return cost
 
 
-def _program(call: Callable[[], Any], options: Options, steps: StepOf) -> Program:
-    traced, tracer, _ = trace_of(call, (), {})
-    tracer.trace.outputs = traced.tensors
-    return compile_trace(tracer.trace, options, steps)[0]
+# -- batches of another size -------------------------------------------------------------------------------------------
 
 
-def _steps_of_its_own() -> StepOf:
-    """Step graphs that nobody else has: nothing was measured of any of them, and none will be kept."""
-    known: dict[tuple, StepGraph] = {}
+def _with_batch(
+    fn: Callable, args: tuple, kwargs: dict[str, Any], dims: Mapping[str, int], size: int
+) -> Callable[[], Any]:
+    """The call with a batch of another size, to be captured: its tensors are symbolic, and take no memory.
 
-    def steps(key: tuple, build: Callable[[], StepGraph]) -> StepGraph:
-        if key not in known:
-            known[key] = build()
-        return known[key]
+    Args:
+        fn: the function.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        dims: name of a parameter -> the dimension, of every tensor in it.
+        size: of the batch.
 
-    return steps
+    Raises:
+        ValueError: for names without a tensor, dimensions that a tensor lacks, and dimensions of several sizes.
+    """
+    batched: dict[int, tuple[Tensor, int]] = {}
+    sizes: dict[str, int] = {}
+    for name, t, dim in _named(inspect.signature(fn).bind(*args, **kwargs).arguments, dims):
+        _, known = batched.setdefault(id(t), (t, dim))
+        if known != dim:
+            raise ValueError(
+                f"batch: got dimensions {known} and {dim} of one tensor of shape {tuple(t.shape)} (the latter for "
+                f"{name!r}), expected one; pass a clone"
+            )
+        sizes[f"{name}: {tuple(t.shape)}[{dim}]"] = t.shape[dim]
+    if len(set(sizes.values())) != 1 or 0 in sizes.values():
+        raise ValueError(f"batch: got {', '.join(sizes)}, expected dimensions of one size, at least 1")
+
+    def call() -> Any:
+        tracer = intercept.recording.get()
+        with tracer.paused():
+            others = {key: _resized(tracer, t, dim, size) for key, (t, dim) in batched.items()}
+        resized = [_replaced(a, others) for a in args]
+        named = {name: _replaced(a, others) for name, a in kwargs.items()}
+        try:
+            return fn(*resized, **named)
+        except Exception as error:  # of the user's code, of torch, or ours
+            raise WindowError(
+                f"plan: with a batch of {size} in {' and '.join(dims)}, in place of {next(iter(sizes.values()))}, "
+                f"the function cannot be captured: {type(error).__name__}: {error}. Name every argument that has the "
+                f"batch, as in batch={{{', '.join(f'{name!r}: ...' for name in dims)}, 'labels': 0}}, and give as "
+                "arguments what it reads from elsewhere"
+            ) from error
+
+    return call
 
 
-def _larger(batch: Batch, times: int, program: Program, options: Options, steps: StepOf) -> Program:
-    """The program for so many times the batch of ``program``."""
-    sizes = f"{' and '.join(batch.names)} enlarged from a batch of {batch.size} to {times * batch.size}"
-    try:
-        larger = _program(batch.enlarged(times), options, steps)
-    except Exception as error:  # of the user's code, of torch, or ours
-        raise WindowError(
-            f"plan: with {sizes} the function cannot be captured, as it can with the arguments given: "
-            f"{type(error).__name__}: {error}. Name every argument that has the batch, as in "
-            f"batch={{{', '.join(f'{name!r}: ...' for name in batch.names)}, 'labels': 0}}, and give as arguments what "
-            "it reads from elsewhere"
-        ) from error
-    if _shape(larger) != _shape(program):
+def _named(arguments: Mapping[str, Any], dims: Mapping[str, int]) -> Iterator[tuple[str, Tensor, int]]:
+    if not dims:
         raise ValueError(
-            f"batch: with {sizes} got {larger.horizon} inner steps in {larger.positions} calls, expected "
-            f"{program.horizon} in {program.positions}, one by one as with the arguments given; name a dimension that "
-            "the function does not loop over (how often it loops is the horizon)"
+            f"batch: got no names, expected some of those of the arguments: {', '.join(arguments)}"
         )
-    return larger
+    for name, dim in dims.items():
+        if name not in arguments:
+            raise ValueError(
+                f"batch: got {name!r}, expected names of arguments given: {', '.join(arguments)}"
+            )
+        tensors = [t for t in tree_leaves(arguments[name]) if isinstance(t, Tensor)]
+        if not tensors:
+            raise ValueError(
+                f"batch: {name!r} got a {type(arguments[name]).__name__}, expected a tensor, or lists, tuples or dicts "
+                "of them; give what has the batch as an argument of its own"
+            )
+        for t in tensors:
+            if isinstance(dim, bool) or not isinstance(dim, int) or not -t.dim() <= dim < t.dim():
+                raise ValueError(
+                    f"batch: {name!r} got {dim!r}, expected a dimension of its tensor of shape {tuple(t.shape)}"
+                )
+            if t.layout is not torch.strided:
+                raise ValueError(f"batch: {name!r} got a tensor of layout {t.layout}, expected a strided one")
+            yield name, t, dim % t.dim()
 
 
-def _shape(program: Program) -> list[tuple[int, int]]:
-    return [(call.step.steps, count) for call, count in program.counted()]
+def _replaced(value: Any, others: Mapping[int, Tensor]) -> Any:
+    leaves, spec = tree_flatten(value)
+    if not any(id(x) in others for x in leaves):
+        return value  # the same object: the function may tell by it
+    return tree_unflatten([others.get(id(x), x) for x in leaves], spec)
 
 
-def _setting(fn: CompiledFunction, program: Program, horizon: int | None, offload: bool) -> Setting:
-    loops = [x for x in program.calls if isinstance(x, Loop)]
-    if not loops:
-        raise WindowError("plan: the function has no loop; write it with window.scan or window.range")
-    if program.window is not None and program.loss_between:
-        raise WindowError(
-            f"plan: with window={program.window}, each of the losses between the inner steps sweeps back over steps of "
-            "its own, for which there are no formulas; fn.explain(...) goes through all of it"
-        )
-    longest = max(loops, key=lambda x: x.count)
-    more = 0 if horizon is None else horizon - program.horizon
-    each = sum(call.step.steps for call in longest.calls)
-    count = longest.count + more // max(each, 1)
-    if count < 1:
-        raise ValueError(
-            f"horizon: got {horizon}, expected at least {program.horizon - each * (longest.count - 1)}"
-        )
-    stretched = _stretched(longest, count)
-    longer = replace(program, calls=[stretched if x is longest else x for x in program.calls])
-    learnt = _learnt_bytes(longest)
-    step_bytes, beside = learnt // len(longest.calls), learnt * (count - longest.count)
-    name, lowering = getattr(fn, "__qualname__", "the function"), fn._options.lowering
-    alone = Planner(longer, lowering, name, beside=beside)
-    tier = Planner(longer, lowering, name, True, beside) if offload else None
-    model = model_of(alone, tier, stretched, step_bytes)
-    return Setting(name, longer, alone, tier, stretched, model, residuals_from(longer, lowering))
-
-
-def _stretched(loop: Loop, count: int) -> Loop:
-    """A loop of so many iterations; a list that it reads begins anew where it ends."""
-    times = -(-count // loop.count)
-    calls = (
-        replace(
-            call, inputs=[replace(g, of=tuple(g.of) * times) if g.kind == "each" else g for g in call.inputs]
-        )
-        for call in loop.calls
-    )
-    return replace(loop, calls=tuple(calls), count=count)
-
-
-def _learnt_bytes(loop: Loop) -> int:
-    """Bytes that an iteration adds: a gradient and a copy of rows and of listed tensors that it alone reads."""
-    moving = [
-        g
-        for call, strides in zip(loop.calls, loop.strides, strict=True)
-        for g, stride in zip(call.inputs, strides, strict=True)
-        if stride
-    ]
-    read = [x for g in moving for x in (g.of if g.kind == "each" else [g])]
-    rows = {x.of for x in read if x.kind == "scan" and x.of.grad}
-    listed = {x.of for x in read if x.kind == "input" and x.of.grad}
-    of_rows = sum(nbytes(x.spec) // x.spec[0][0] for x in rows)
-    return 2 * (of_rows + sum(nbytes(x.spec) for x in listed) // loop.count)
+def _resized(tracer: Tracer, t: Tensor, dim: int, size: int) -> Tensor:
+    """What stands for ``t`` with ``size`` entries along ``dim``, its dimensions laid out in the same order."""
+    step, n = t.stride(dim), t.shape[dim]
+    outer = [d for d, s in enumerate(t.stride()) if step and (s, -d) > (step, -dim)]
+    exact = all(t.stride(d) % n == 0 for d in outer)
+    stride = list(t.stride())
+    for d in outer:
+        stride[d] = stride[d] // n * size if exact else stride[d] * -(-size // n)
+    shape = (*t.shape[:dim], size, *t.shape[dim + 1 :])
+    fake = tracer.fakes.empty(TensorSpec(shape, t.dtype, tuple(stride), t.device))
+    fake.requires_grad_(t.requires_grad)
+    if isinstance(t, nn.Parameter):
+        fake._is_param = True  # type: ignore[attr-defined]
+    tracer.bind_input(fake)
+    return fake

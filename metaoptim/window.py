@@ -13,14 +13,13 @@ import torch
 from torch import Tensor
 
 from .compiler.capture.intercept import recording
+from .compiler.ir.retention import Retention, check_count
 from .compiler.ir.step import Lowering
 from .errors import WindowError, warn
 from .optim.optimizer import live_optimizers, refresh_optimizers
 from .report.of_window import explain_window
 from .report.report import Report
-from .runtime.budget.amounts import check_budget, check_count
 from .runtime.functions.symbolic_session import CapturedSession
-from .runtime.states.tiered import check_offload
 from .runtime.windows.distributed import check_sync
 from .runtime.windows.full_tape import FullTapeSession
 from .runtime.windows.recording_session import RecordedSession
@@ -120,10 +119,8 @@ class SlidingWindow:
             raise ValueError(
                 f"strategy: got {strategy!r}, expected one of {', '.join(map(repr, _STRATEGIES))}"
             )
-        check_budget(memory_budget, slots)
-        check_offload(offload, slots, memory_budget)
-        for name, value in (("window", window), ("slots", slots)):
-            check_count(name, value)
+        retention = Retention(slots, memory_budget, offload)
+        check_count("window", window)
         check_sync(sync, offline)
         lowering = Lowering.stated(backend, hvp, self_check, replays=False)
         self._options = Options(
@@ -132,9 +129,7 @@ class SlidingWindow:
             record_grad_tape,
             pickup_step,
             window,
-            slots,
-            memory_budget,
-            offload,
+            retention,
             check_finite,
             sync,
             lowering,
@@ -172,11 +167,8 @@ class SlidingWindow:
 
     def _said(self) -> dict[str, Any]:
         """The options that are not as by default."""
-        said = {**vars(self._options), "offload": self._options.offload and os.fspath(self._options.offload)}
-        lowering, default = said.pop("lowering"), Options()
-        said |= {"backend": lowering.backend, "hvp": lowering.hvp, "self_check": lowering.check}
-        defaults = {**vars(default), "backend": "eager", "hvp": default.lowering.hvp, "self_check": True}
-        return {name: value for name, value in said.items() if value != defaults[name]}
+        defaults = _by_name(Options())
+        return {name: value for name, value in _by_name(self._options).items() if value != defaults[name]}
 
     def __enter__(self) -> SlidingWindow:
         if current_session() is not None:
@@ -325,6 +317,19 @@ class SlidingWindow:
     def program(self) -> Any:
         """What the window has recorded, as a printable Tape; None under full_tape."""
         return self._session.program if isinstance(self._session, RecordedSession) else self._program
+
+
+def _by_name(options: Options) -> dict[str, Any]:
+    """Options by the names that `SlidingWindow` has for them."""
+    found: dict[str, Any] = {}
+    for name, value in vars(options).items():
+        if isinstance(value, Retention):
+            found |= {**vars(value), "offload": value.place}
+        elif isinstance(value, Lowering):
+            found |= {"backend": value.backend, "hvp": value.hvp, "self_check": value.check}
+        else:
+            found[name] = value
+    return found
 
 
 def zero_nan_hook(grad: Tensor) -> Tensor:

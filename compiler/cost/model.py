@@ -1,9 +1,9 @@
-"""What a meta-gradient costs, as formulas in the number of inner steps T, of slots c, and in the size of a batch."""
+"""What a meta-gradient costs, as formulas in the number of inner steps T and of slots c."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from math import comb, floor
 from typing import Any
@@ -13,8 +13,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..derive.flat import FlatGraph
 from ..derive.reverse import cotangent_outputs
+from ..ir.derived import FlatGraph
 from ..ir.step import Lowering, StepGraph
 from ..lower.derivatives import derived, replayed, residuals
 
@@ -22,7 +22,6 @@ T, c, r, W = sympy.symbols("T c r W", integer=True, positive=True)
 n = sympy.Symbol("n", integer=True, nonnegative=True)
 K, A, S, B, R, E, D = sympy.symbols("K A S B R E D", nonnegative=True)
 F, V, H = sympy.symbols("F V H", nonnegative=True)
-b = sympy.Symbol("batch", integer=True, positive=True)
 _EXACT = {"binomial": comb, "Min": min, "floor": floor}  # sympy's own are slow for large numbers
 
 SIZES = {  # what they are
@@ -66,7 +65,6 @@ class CostModel:
         saved_flops: H, what residuals save of a step and its derivative.
         tier_bytes: D, of states on their way to the tier and back.
         window: W; None for no truncation.
-        by_batch: the sizes as formulas in the size of a batch; none where they have not been asked for.
     """
 
     fixed_bytes: int
@@ -80,15 +78,10 @@ class CostModel:
     saved_flops: int | Fraction = 0
     tier_bytes: int = 0
     window: int | None = None
-    by_batch: Mapping[Any, Any] = field(default_factory=dict, hash=False)
 
     @property
     def sizes(self) -> dict[Any, Any]:
-        """What the symbols that are no counts stand for: ``peak.subs(sizes)`` is in T, c and, if so asked, batch."""
-        return dict(self.by_batch) or self._numbers
-
-    @property
-    def _numbers(self) -> dict[Any, Any]:
+        """What the symbols that are no counts stand for: ``peak.subs(sizes)`` is in T and c."""
         return {
             K: self.fixed_bytes,
             A: self.transient_bytes,
@@ -145,60 +138,35 @@ class CostModel:
 
     @property
     def flops_with_tier(self) -> sympy.Expr:
-        """Likewise with a tier; a state that goes down and comes up counts as a step."""
+        """Operations with a tier; a state that goes down and comes up counts as a step."""
         return (T + self.extra_forwards_with_tier + self.offloaded / S) * F + self.swept * V
 
-    def at(
-        self, horizon: int, slots: int, saved: int = 0, tiered: bool = False, batch: int | None = None
-    ) -> dict[str, int]:
-        """The formulas' values.
+    def at(self, horizon: int, slots: int, saved: int = 0, tiered: bool = False) -> dict[str, int]:
+        """The values of the formulas.
 
         Args:
             horizon: T.
             slots: c, at most N.
             saved: n, with c = N.
             tiered: whether other states go to a lower tier.
-            batch: size of a batch; None for that of the arguments planned with.
 
         Returns:
             ``peak_bytes``, ``extra_forwards``, ``offloaded_bytes`` and ``flops``.
-
-        Raises:
-            ValueError: for a batch, where the sizes are numbers.
         """
         window = horizon if self.window is None else self.window
         counts = {T: horizon, W: window, c: slots, n: saved, r: _repeats(min(horizon, window) + 1, slots)}
-        if tiered:
-            formulas = (
-                self.peak_with_tier,
-                self.extra_forwards_with_tier,
-                self.offloaded,
-                self.flops_with_tier,
-            )
-        else:
-            peak = self.peak_with_residuals if saved else self.peak
-            formulas = peak, self.extra_forwards, sympy.Integer(0), self.flops
-        values: dict[Any, int] = {**counts, **self._at(batch)}
-        names = ("peak_bytes", "extra_forwards", "offloaded_bytes", "flops")
+        peak = self.peak_with_residuals if saved else self.peak
+        formulas = {
+            "peak_bytes": self.peak_with_tier if tiered else peak,
+            "extra_forwards": self.extra_forwards_with_tier if tiered else self.extra_forwards,
+            "offloaded_bytes": self.offloaded if tiered else sympy.Integer(0),
+            "flops": self.flops_with_tier if tiered else self.flops,
+        }
+        values: dict[Any, Any] = {**counts, **self.sizes}
         return {
             name: int(sympy.lambdify([*values], formula, _EXACT)(*values.values()))
-            for name, formula in zip(names, formulas, strict=True)
+            for name, formula in formulas.items()
         }
-
-    def _at(self, batch: int | None) -> dict[Any, Any]:
-        if batch is None:
-            return self._numbers
-        if not self.by_batch:
-            raise ValueError(
-                f"batch: got {batch}, expected None: the sizes are numbers, those of the arguments planned with; name "
-                'the batch to metaoptim.plan, as in batch={"xs": 1}'
-            )
-        return {s: number(size.subs(b, batch)) for s, size in self.by_batch.items()}
-
-
-def number(size: Any) -> Any:
-    """A number of sympy's as one of Python's, which counts many times as fast."""
-    return int(size) if size.is_Integer else Fraction(int(size.p), int(size.q))
 
 
 def _repeats(states: int, slots: int) -> int:

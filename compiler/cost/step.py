@@ -3,73 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from torch import fx
 
 from ..derive.liveness import peak_bytes, results_of, storages
 from ..derive.reverse import cotangent_outputs
+from ..ir.derived import Measured, ResultMemory, StepCost
 from ..ir.program import nbytes, operator_count
 from ..ir.step import Lowering, StepGraph
 from ..lower.derivatives import derived, replayed, residuals
 
 
-@dataclass(frozen=True)
-class ResultMemory:
-    """One result of a flat graph.
-
-    Attributes:
-        size: bytes of memory of its own; 0 where it shares some.
-        of_input: which argument of the graph it lies in the memory of; -1 for none.
-        of_result: which earlier result; -1 for none.
-    """
-
-    size: int
-    of_input: int = -1
-    of_result: int = -1
-
-
-@dataclass(frozen=True)
-class StepCost:
-    """Of one step graph.
-
-    Attributes:
-        replay_bytes, vjp_bytes: most that a call of either allocates, its results included.
-        replay_operators, vjp_operators: how many operators they call.
-        outputs: memory of the replay's results, in the order of the step's outputs without the loss.
-        gradients: for each input, memory of its gradient, or None where it has none. Arguments of the VJP are the
-            inputs, then the cotangents.
-        depends: for each input, the outputs whose cotangents its gradient depends on.
-    """
-
-    replay_bytes: int
-    vjp_bytes: int
-    replay_operators: int
-    vjp_operators: int
-    outputs: tuple[ResultMemory, ...]
-    gradients: tuple[ResultMemory | None, ...]
-    depends: tuple[frozenset[int], ...]
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What the lowered program of a step graph was seen to take.
-
-    Attributes:
-        peak_bytes: most that a call allocates, its results included.
-        first_bytes: likewise of its compilation and first-use check.
-        made: memory of its results.
-    """
-
-    peak_bytes: int
-    first_bytes: int
-    made: tuple[ResultMemory | None, ...]
-
-
 def measured(step: StepGraph, kind: str, lowering: Lowering) -> Measured | None:
     """What was measured of a step graph's program, if anything."""
-    return step.programs.get(("measured", kind, lowering))
+    return step.derived.measured.get((kind, lowering))
 
 
 def step_cost(step: StepGraph, lowering: Lowering) -> StepCost:
@@ -109,11 +58,10 @@ def residual_cost(step: StepGraph, lowering: Lowering) -> tuple[int, int]:
 
 
 def _static_cost(step: StepGraph, hvp: str) -> StepCost:
-    key = ("cost", hvp)
-    found = step.programs.get(key)
+    found = step.derived.costs.get(hvp)
     if found is None:
         replay, vjp = replayed(step).graph, derived(step, hvp).graph
-        found = step.programs[key] = StepCost(
+        found = step.derived.costs[hvp] = StepCost(
             peak_bytes(replay),
             peak_bytes(vjp),
             operator_count(replay),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
 from operator import getitem
 from typing import Any, NamedTuple
 
@@ -19,50 +18,11 @@ from torch.utils._pytree import tree_leaves
 from metaoptim.errors import CaptureError
 
 from ..ir.operators import EMPTY, functional, op_info, shapes_known
-from ..ir.slices import tensor_spec
+from ..ir.tensors import tensor_spec
 
 aten = torch.ops.aten
 _LIFTED = (aten.lift_fresh.default, aten.lift.default)
 _NONE: Mapping[str, Any] = {}
-
-
-class FlatGraph:
-    """A flat graph and its constants. It becomes code when it is called again: many are called once, or never.
-
-    Attributes:
-        graph: inputs -> a tuple of results.
-        constants: by the names of its attributes.
-    """
-
-    def __init__(self, graph: fx.Graph, constants: Mapping[str, Any]) -> None:
-        self.graph, self.constants = graph, dict(constants)
-        self._called = False
-
-    @cached_property
-    def module(self) -> fx.GraphModule:
-        """It as a module."""
-        return fx.GraphModule(self.constants, self.graph)
-
-    def __call__(self, *inputs: Tensor) -> Any:
-        if self._called:
-            return self.module.forward(*inputs)
-        self._called = True
-        nodes, given = list(self.graph.nodes), iter(inputs)
-        last = {used: node for node in nodes for used in (node, *node.all_input_nodes)}
-        values: dict[fx.Node, Any] = {}
-        for node in nodes:
-            args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
-            if node.op == "output":
-                return args[0]
-            if node.op == "call_function":
-                values[node] = node.target(*args, **kwargs)
-            else:
-                values[node] = next(given) if node.op == "placeholder" else self.constants[str(node.target)]
-            del args, kwargs
-            for used in {node, *node.all_input_nodes}:
-                if last[used] is node:
-                    del values[used]
-        raise AssertionError("a graph without an output")
 
 
 class Unfollowed(Exception):

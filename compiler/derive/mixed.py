@@ -21,9 +21,9 @@ from torch._functorch.compile_utils import fx_graph_cse
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 
+from ..ir.derived import FlatGraph
 from ..ir.operators import op_info
 from ..ir.step import StepGraph, gradient, show
-from .flat import FlatGraph
 from .remat import rematerialised
 from .reverse import true_zeros
 from .tracing import tracing

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import fx
 
-from .flat import FlatGraph
+from ..ir.derived import FlatGraph
 from .liveness import peak_bytes, storages
 
 _WIDTHS = 6  # how many widths of cuts are tried

@@ -9,7 +9,6 @@ partitioner).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from operator import getitem
 from typing import Any
 
@@ -17,31 +16,13 @@ import networkx as nx
 import torch
 from torch import fx
 
+from ..ir.derived import FlatGraph, Split
 from ..ir.step import StepGraph
-from .flat import FlatGraph, drop_dead, merge_equal
+from .flat import drop_dead, merge_equal
 from .liveness import storages
 from .reverse import distinct, mutates
 
 _SOURCE, _SINK = "source", "sink"
-
-
-@dataclass(frozen=True)
-class Split:
-    """A step's two graphs.
-
-    Attributes:
-        forward: inputs -> outputs but for the loss, then residuals that are none of them.
-        backward: inputs, residuals, cotangents -> a cotangent, or None, per input: what the VJP gives.
-        residuals: which results of the forward they are; what is kept as a state anyway costs nothing.
-        fresh: how many of these results are residuals alone.
-        saves: operators that the backward does not run again.
-    """
-
-    forward: FlatGraph
-    backward: FlatGraph
-    residuals: tuple[int, ...]
-    fresh: int
-    saves: int
 
 
 def split(step: StepGraph, replay: FlatGraph, vjp: FlatGraph) -> Split | None:

@@ -12,7 +12,7 @@ An inner loop is a sequence of calls of such graphs: `program.Program` for a who
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
@@ -21,7 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from .derived import FlatGraph, Measured, Split, StepCost
 from .functions import Function
+from .tensors import TensorSpec
+
+Lowered = Callable[..., Sequence[Any]]
 
 
 class Role(str, Enum):
@@ -39,17 +43,17 @@ class Role(str, Enum):
 
 @dataclass(frozen=True)
 class Port:
-    """One input or output: its role, and the tensor it takes (shape, dtype, stride, device)."""
+    """One input or output: its role, and what tensors are like there."""
 
     role: Role
-    spec: tuple
+    spec: TensorSpec
     name: str
     active: bool = True  # whether it depends on anything that requires grad
 
     @property
     def differentiable(self) -> bool:
         """Whether a cotangent can exist here."""
-        number = self.spec[1].is_floating_point or self.spec[1].is_complex
+        number = self.spec.dtype.is_floating_point or self.spec.dtype.is_complex
         return self.active and self.role not in (Role.SCAN, Role.NOISE) and number
 
     def empty(self) -> Tensor:
@@ -58,8 +62,7 @@ class Port:
         return torch.empty_strided(shape, stride, dtype=dtype, device=device)
 
     def __str__(self) -> str:
-        shape = "×".join(map(str, self.spec[0])) or "scalar"
-        return f"{self.name}: {self.role.value}[{str(self.spec[1]).removeprefix('torch.')} {shape}]"
+        return f"{self.name}: {self.role.value}[{self.spec.outline}]"
 
 
 def gradient(loss: Tensor, thetas: Iterable[Tensor]) -> tuple[Tensor, ...]:
@@ -75,70 +78,6 @@ def show(theta: Tensor) -> Tensor:
 def again(value: Tensor) -> Tensor:
     """``value``, read after a call that has changed its memory in place."""
     return value
-
-
-@dataclass
-class StepGraph:
-    """One distinct inner step.
-
-    Attributes:
-        graph: placeholders in the order of `inputs`; the output node holds one tuple in the order of `outputs`.
-        inputs, outputs: the ports.
-        opaque: holds custom Functions or hooks, so every use is checked against eager.
-        dynamic: holds an operator whose output shape depends on values.
-        first_order: g is taken as a constant (FOMAML).
-        default_dtype: torch's when it was captured: operators depend on it.
-        programs: graphs and callables derived from this one, by kind; filled on first use.
-        derivatives: which mode of differentiation was taken, by what was asked for.
-        records: what the passes did that made it.
-    """
-
-    graph: fx.Graph
-    inputs: tuple[Port, ...]
-    outputs: tuple[Port, ...]
-    opaque: bool = False
-    dynamic: bool = False
-    first_order: bool = False
-    hooked: bool = False
-    default_dtype: torch.dtype = field(default_factory=torch.get_default_dtype)
-    programs: dict[Any, Any] = field(default_factory=dict)
-    derivatives: dict[str, str] = field(default_factory=dict)
-    records: list[Any] = field(default_factory=list)
-
-    @cached_property
-    def steps(self) -> int:
-        """How many inner steps it takes."""
-        return sum(node.target is gradient for node in self.graph.nodes)
-
-    def positions(self, *roles: Role) -> list[int]:
-        """Positions of the inputs with these roles."""
-        return [i for i, port in enumerate(self.inputs) if port.role in roles]
-
-    def __str__(self) -> str:
-        lines = [f"step({', '.join(map(str, self.inputs))}):"]
-        for node in self.graph.nodes:
-            if node.op == "call_function":
-                args = ", ".join(
-                    [_show(a) for a in node.args] + [f"{k}={_show(v)}" for k, v in node.kwargs.items()]
-                )
-                mark = "" if node.meta.get("grad", True) else "  # no_grad"
-                lines.append(f"  {node.name} = {_target_name(node.target)}({args}){mark}")
-        (result,) = self.graph.find_nodes(op="output")
-        pairs = zip(self.outputs, result.args[0], strict=True)
-        lines.append("  return " + ", ".join(f"{p.name}={_show(v)}" for p, v in pairs))
-        return "\n".join(lines)
-
-
-def _target_name(target: Any) -> str:
-    if isinstance(target, (torch._ops.OpOverload, Function)):
-        return str(target)
-    return getattr(target, "__name__", str(target))
-
-
-def _show(value: Any) -> str:
-    if isinstance(value, (tuple, list)):
-        return "(" + ", ".join(map(_show, value)) + ("," if len(value) == 1 else "") + ")"
-    return str(value)
 
 
 _USUAL = ("eager", "aot_eager", "inductor")  # known without loading dynamo
@@ -184,6 +123,93 @@ class Lowering:
 
 
 EAGER = Lowering()
+
+
+@dataclass
+class Derived:
+    """What has been derived from a step graph so far; each on first use.
+
+    Attributes:
+        replay: the flat graph of its replay.
+        vjp: HVP mode -> the flat graph of its VJP.
+        splits: HVP mode -> how a call and its derivative share residuals; None where they cannot.
+        loss: its loss alone, as a step graph.
+        lowered: (kind of graph, lowering) -> what runs.
+        costs: HVP mode -> what its graphs say that it costs.
+        measured: (kind of graph, lowering) -> what the lowered graph was seen to take.
+    """
+
+    replay: FlatGraph | None = None
+    vjp: dict[str, FlatGraph] = field(default_factory=dict)
+    splits: dict[str, Split | None] = field(default_factory=dict)
+    loss: StepGraph | None = None
+    lowered: dict[tuple[str, Lowering], Lowered] = field(default_factory=dict)
+    costs: dict[str, StepCost] = field(default_factory=dict)
+    measured: dict[tuple[str, Lowering], Measured] = field(default_factory=dict)
+
+
+@dataclass
+class StepGraph:
+    """One distinct inner step.
+
+    Attributes:
+        graph: placeholders in the order of `inputs`; the output node holds one tuple in the order of `outputs`.
+        inputs, outputs: the ports.
+        opaque: holds custom Functions or hooks, so every use is checked against eager.
+        dynamic: holds an operator whose output shape depends on values.
+        first_order: g is taken as a constant (FOMAML).
+        default_dtype: torch's when it was captured: operators depend on it.
+        derived: its graphs, what runs, and what it costs.
+        derivatives: which mode of differentiation was taken, by what was asked for.
+        records: what the passes did that made it.
+    """
+
+    graph: fx.Graph
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    opaque: bool = False
+    dynamic: bool = False
+    first_order: bool = False
+    hooked: bool = False
+    default_dtype: torch.dtype = field(default_factory=torch.get_default_dtype)
+    derived: Derived = field(default_factory=Derived)
+    derivatives: dict[str, str] = field(default_factory=dict)
+    records: list[Any] = field(default_factory=list)
+
+    @cached_property
+    def steps(self) -> int:
+        """How many inner steps it takes."""
+        return sum(node.target is gradient for node in self.graph.nodes)
+
+    def positions(self, *roles: Role) -> list[int]:
+        """Positions of the inputs with these roles."""
+        return [i for i, port in enumerate(self.inputs) if port.role in roles]
+
+    def __str__(self) -> str:
+        lines = [f"step({', '.join(map(str, self.inputs))}):"]
+        for node in self.graph.nodes:
+            if node.op == "call_function":
+                args = ", ".join(
+                    [_show(a) for a in node.args] + [f"{k}={_show(v)}" for k, v in node.kwargs.items()]
+                )
+                mark = "" if node.meta.get("grad", True) else "  # no_grad"
+                lines.append(f"  {node.name} = {_target_name(node.target)}({args}){mark}")
+        (result,) = self.graph.find_nodes(op="output")
+        pairs = zip(self.outputs, result.args[0], strict=True)
+        lines.append("  return " + ", ".join(f"{p.name}={_show(v)}" for p, v in pairs))
+        return "\n".join(lines)
+
+
+def _target_name(target: Any) -> str:
+    if isinstance(target, (torch._ops.OpOverload, Function)):
+        return str(target)
+    return getattr(target, "__name__", str(target))
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, (tuple, list)):
+        return "(" + ", ".join(map(_show, value)) + ("," if len(value) == 1 else "") + ")"
+    return str(value)
 
 
 @dataclass(slots=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +11,8 @@ from torch import Tensor
 
 from metaoptim.errors import user_location
 
-from .slices import tensor_spec
+from .retention import UNSAID, Retention
+from .tensors import TensorSpec, tensor_spec
 from .values import Entry, Spy, Value
 
 
@@ -27,7 +27,7 @@ class Input:
         self.location = user_location()
 
     @classmethod
-    def of(cls, spec: tuple, grad: bool) -> Input:
+    def of(cls, spec: TensorSpec, grad: bool) -> Input:
         """One of which no more is known than this: a recorded step serves many tensors."""
         made = cls.__new__(cls)
         made.grad, made.spec, made.location = grad, spec, ""
@@ -46,7 +46,7 @@ class Noise:
     __slots__ = ("op", "args", "kwargs", "spec")
     grad = False
 
-    def __init__(self, op: Any, args: tuple, kwargs: dict, spec: tuple) -> None:
+    def __init__(self, op: Any, args: tuple, kwargs: dict, spec: TensorSpec) -> None:
         self.op, self.args, self.kwargs, self.spec = op, args, kwargs, spec
 
     @property
@@ -60,7 +60,7 @@ class ScanItem:
 
     __slots__ = ("source", "position", "spec")
 
-    def __init__(self, source: Input, position: int, spec: tuple) -> None:
+    def __init__(self, source: Input, position: int, spec: TensorSpec) -> None:
         self.source, self.position, self.spec = source, position, spec
 
     @property
@@ -92,17 +92,15 @@ class WindowMark:
     """A window of the trace.
 
     Attributes:
-        offline, window, slots, memory_budget, backward_hook, offload: its options (``window`` is W, or None).
+        offline, window, retention, backward_hook: its options (``window`` is W, or None).
         adopted: the call that takes each parameter in.
         last: tensors that would keep a value after an online window, with what stands for it.
     """
 
     offline: bool
     window: int | None = None
-    slots: int | None = None
-    memory_budget: int | float | str | None = None
+    retention: Retention = UNSAID
     backward_hook: Callable | None = None
-    offload: str | os.PathLike[str] | None = None
     adopted: list[Entry] = field(default_factory=list)
     last: list[tuple[Any, Value]] = field(default_factory=list)
 

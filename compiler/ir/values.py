@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from metaoptim.errors import CaptureError
 
-from .storages import ByStorage
+from .tensors import ByStorage
 
 _DETACH = torch.ops.aten.detach.default
 
@@ -194,3 +194,8 @@ def is_removed(handle: Any) -> bool:
     """Whether a tensor hook's handle has been removed since."""
     hooks = handle.hooks_dict_ref()
     return hooks is None or handle.id not in hooks
+
+
+def exact(numbers: Iterable[Any]) -> tuple[Any, ...]:
+    """Equal for numbers that are alike to the last bit: -0.0 is not 0.0, and nan is nan."""
+    return tuple([n.hex() if isinstance(n, float) else n for n in numbers])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,17 +12,19 @@ from typing import Any
 from ..derive.tracing import uncollected
 from ..ir.fold import loop
 from ..ir.program import Program, operator_count
+from ..ir.retention import UNSAID, Retention
 from ..ir.segments import Partition, split
 from ..ir.step import Lowering
 from ..ir.text import partition_text, trace_text
 from ..ir.trace import Input, Trace
 from ..ir.verify import verify_partition, verify_program
+from ..lower.library import Library
 from .canonicalize import canonicalize, outline
 from .differentiate import differentiate
 from .lower import lower
 from .mode import mode
 from .prune import keep_all, prune
-from .roll import StepOf, roll
+from .roll import roll
 from .rows import rows
 
 OPTIONAL = ("rows", "canonicalize", "prune", "roll", "loop")
@@ -43,11 +44,9 @@ class Options:
     """
 
     window: int | None = None
-    slots: int | None = None
-    memory_budget: int | float | str | None = None
+    retention: Retention = UNSAID
     lowering: Lowering = field(default_factory=lambda: Lowering("inductor", hvp="auto"))
     recapture: bool = False
-    offload: str | os.PathLike[str] | None = None
     skip: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
@@ -148,14 +147,14 @@ class PassLog:
 
 @uncollected()
 def compile_trace(
-    trace: Trace, options: Options, step_of: StepOf, texts: Mapping[Input, str] | None = None
+    trace: Trace, options: Options, library: Library, texts: Mapping[Input, str] | None = None
 ) -> tuple[Program, list[Record]]:
     """Take a trace through all passes.
 
     Args:
         trace: what was captured; it is rewritten.
         options: which passes to leave out, among others.
-        step_of: cache of step graphs.
+        library: of step graphs.
         texts: names for the tensors it reads, for records that hold the program as text; None for records without.
 
     Raises:
@@ -170,11 +169,11 @@ def compile_trace(
     partition.writes, partition.window = writes, options.window if window is None else window
     shape(partition, options, recorder)
     if "roll" in options.skip:
-        step_of = lambda key, build: build()
+        library = Library(0)
     pruned = "canonicalize" not in options.skip
     verify = partial(verify_program, pruned=pruned)
     (program,) = recorder.run(
-        "roll", lambda: roll(partition, step_of), partition, lambda made: made[0], verify
+        "roll", lambda: roll(partition, library), partition, lambda made: made[0], verify
     )
     if "loop" not in options.skip:
         verify = partial(verify_program, pruned=pruned, folded=True)

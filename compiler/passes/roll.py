@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -13,27 +12,21 @@ from ..ir.program import Operand, Program, plural
 from ..ir.segments import Part, Partition, PartKind, roles_of
 from ..ir.step import Loop, StepCall, StepGraph
 from ..ir.trace import Input, Noise, ScanItem
-from ..ir.values import Value
+from ..ir.values import Value, exact
+from ..lower.library import Library
 from .build import build_segment
 
-StepOf = Callable[[tuple, Callable[[], StepGraph]], StepGraph]
 
-
-def roll(partition: Partition, step_of: StepOf) -> tuple[Program, str]:
+def roll(partition: Partition, library: Library) -> tuple[Program, str]:
     """Turn parts into calls.
 
     Args:
         partition: the parts.
-        step_of: cache of step graphs: key, how to build one -> the step graph.
+        library: where equal parts, also of other functions, find their step graph.
     """
     rolled = Program(window=partition.window, offline=any(w.offline for w in partition.trace.windows))
     for window in partition.trace.windows:
-        if rolled.slots is None and rolled.memory_budget is None:
-            rolled.slots, rolled.memory_budget, rolled.offload = (
-                window.slots,
-                window.memory_budget,
-                window.offload,
-            )
+        rolled.retention = rolled.retention if rolled.retention.given else window.retention
         rolled.backward_hook = window.backward_hook or rolled.backward_hook
     hooked = rolled.backward_hook is not None
     scans = {u.scan: n for n, u in enumerate(partition.parts) if u.scan is not None}
@@ -55,10 +48,10 @@ def roll(partition: Partition, step_of: StepOf) -> tuple[Program, str]:
             frozenset(part.kind.active),
             frozenset(part.kind.active_outputs),
             lifted[id(part.kind)],
-            tuple(None if i in lifted[id(part.kind)] else _exact(x) for i, x in enumerate(numbers)),
+            tuple(None if i in lifted[id(part.kind)] else x for i, x in enumerate(exact(numbers))),
             hooked,
         )
-        step = step_of(key, lambda u=part: build_segment(u.segment, u.kind, lifted[id(u.kind)], hooked))
+        step = library.step(key, lambda u=part: build_segment(u.segment, u.kind, lifted[id(u.kind)], hooked))
         call = _call(part, step, lifted[id(part.kind)], *registers.assign(n))
         if n in moved and part.scan is not None:
             scan, parts = moved[n]
@@ -84,13 +77,9 @@ def roll(partition: Partition, step_of: StepOf) -> tuple[Program, str]:
     )
 
 
-def _exact(x: Any) -> Any:
-    return x.hex() if isinstance(x, float) else x
-
-
 def _lifted(kind: PartKind) -> tuple[int, ...]:
     """Numbers that differ between the segments of a kind."""
-    columns = zip(*(map(_exact, u.segment.numbers) for u in kind.parts), strict=True)
+    columns = zip(*(exact(u.segment.numbers) for u in kind.parts), strict=True)
     return tuple(i for i, column in enumerate(columns) if len(set(column)) > 1)
 
 

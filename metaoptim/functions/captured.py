@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
@@ -19,11 +18,13 @@ from ..compiler.capture.symbolic.tracer import Tracer, capturing
 from ..compiler.derive.liveness import results_of
 from ..compiler.derive.reverse import cotangent_outputs
 from ..compiler.derive.tracing import uncollected
-from ..compiler.ir.program import Operand, Program, operator_count, plural
-from ..compiler.ir.step import Role, StepCall, StepGraph
+from ..compiler.ir.program import Operand, Program, plural
+from ..compiler.ir.retention import Retention
+from ..compiler.ir.step import Role, StepCall
 from ..compiler.ir.trace import Input, Trace
 from ..compiler.lower.ambient import unaffected
 from ..compiler.lower.derivatives import derived
+from ..compiler.lower.library import library
 from ..compiler.passes.pipeline import Options, Record, compile_trace
 from ..errors import UnreachableWarning, warn
 from ..runtime.budget.planner import Plan
@@ -31,9 +32,6 @@ from ..runtime.functions.compiled_step import CapturedStep, CompiledStep, aside
 from ..runtime.windows.recording_session import RecordedSession
 from .guards import Dependencies
 from .reads import Reads
-
-_cache = logging.getLogger("metaoptim.cache")
-_steps: dict[tuple, StepGraph] = {}
 
 
 class Specialization:
@@ -164,7 +162,7 @@ def captured_step(
         traced, tracer, session = trace_of(fn, args, kwargs, window, reads)
     assert session is not None
     with unaffected():
-        step = CompiledStep(session, traced.tensors, step_of, texts)
+        step = CompiledStep(session, traced.tensors, texts)
     return step, tracer.trace, traced
 
 
@@ -185,7 +183,7 @@ def capture(
         reads.settle(dependencies)
     tracer.trace.outputs = traced.tensors
     with unaffected():
-        rolled, records = compile_trace(tracer.trace, options, step_of)
+        rolled, records = compile_trace(tracer.trace, options, library)
     if tracer.trace.steps and not rolled.horizon:
         warn(
             f"nothing that {getattr(fn, '__qualname__', 'the function')} returns depends on its "
@@ -196,18 +194,6 @@ def capture(
     return Specialization(dependencies, rolled, records, traced, options.lowering.hvp)
 
 
-def stated(rolled: Program, options: Options) -> Program | Options:
-    """Who says what is kept (``slots``, ``memory_budget``, ``offload``): the program's windows, or the decorator."""
-    return rolled if rolled.slots is not None or rolled.memory_budget is not None else options
-
-
-def step_of(key: tuple, build: Callable[[], StepGraph]) -> StepGraph:
-    """The step graph of this structure, built if it is new."""
-    key = (*key, torch.get_default_dtype())
-    step = _steps.get(key)
-    if step is None:
-        step = _steps[key] = build()
-        _cache.info("built a step graph of %d operators, now %d", operator_count(step.graph), len(_steps))
-    else:
-        _cache.debug("found a step graph of %d operators", operator_count(step.graph))
-    return step
+def retention_of(program: Program, options: Options) -> Retention:
+    """What is kept: what the windows of the program say, else what the decorator says."""
+    return program.retention if program.retention.given else options.retention

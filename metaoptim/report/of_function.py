@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -15,10 +14,11 @@ from ..compiler.cost.step import step_cost
 from ..compiler.ir.program import Kept, Program, given_ports, nbytes, plural, signature
 from ..compiler.ir.step import Lowering, Role
 from ..compiler.ir.trace import Input, Trace
+from ..compiler.lower.library import library
 from ..compiler.passes.checkpoint import checkpoint
 from ..compiler.passes.pipeline import Options, Record, compile_trace
 from ..errors import WindowError
-from ..functions.captured import captured_step, stated, step_of, trace_of
+from ..functions.captured import captured_step, retention_of, trace_of
 from ..functions.guards import Dependencies
 from ..functions.naming import tensor_names
 from ..runtime.budget.measure import measured_peak, rehearse
@@ -46,8 +46,8 @@ def report_of(
     trace = tracer.trace
     trace.outputs = traced.tensors
     labels = {x: names.get(id(x.tensor)) or _unnamed(x) for x in trace.inputs}
-    program, records = compile_trace(trace, options, step_of, labels)
-    said, lowering = stated(program, options), options.lowering
+    program, records = compile_trace(trace, options, library, labels)
+    said, lowering = retention_of(program, options), options.lowering
     tensors = {x: x.tensor for x in program.inputs}
     if measure:
         rehearse(program, tensors, lowering)
@@ -90,7 +90,7 @@ def report_of(
         slots=slots,
         memory_budget=None if plan is None else plan.budget,
         minimum_budget=None if plan is None else plan.minimum,
-        offload=None if said.offload is None else os.fspath(said.offload),
+        offload=said.place,
         plan=kind,
         kept_states=prediction.kept,
         saved_calls=saved,
@@ -133,10 +133,10 @@ def _step_report(
         num_programs=1,
         window=window.options.window,
         offline=window.options.offline,
-        slots=window.options.slots,
+        slots=window.options.retention.slots,
         memory_budget=None,
         minimum_budget=None,
-        offload=None if window.options.offload is None else os.fspath(window.options.offload),
+        offload=window.options.retention.place,
         plan="streaming",
         kept_states=None,
         saved_calls=None,
@@ -225,7 +225,7 @@ def _learnable(names: Mapping[int, str], fn: Callable, args: tuple, kwargs: dict
 
 def _unnamed(x: Input) -> str:
     where = f", first read at {x.location}" if x.location else ""
-    return f"a tensor of shape {tuple(x.spec[0])}{where}"
+    return f"a tensor of shape {tuple(x.spec.shape)}{where}"
 
 
 def _plan(every: bool, offload: bool) -> str:

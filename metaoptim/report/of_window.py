@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections import Counter
 from dataclasses import asdict, replace
@@ -12,7 +11,7 @@ from ..compiler.derive.liveness import results_of
 from ..compiler.ir.program import Operand, memory_of, plural
 from ..compiler.ir.step import Loop, Lowering, Role, StepGraph
 from ..compiler.ir.tape import Tape
-from ..compiler.lower.derivatives import derived, is_derived
+from ..compiler.lower.derivatives import derived
 from ..compiler.passes.differentiate import differentiate
 from ..compiler.passes.pipeline import Record
 from ..errors import WindowError, user_scope
@@ -33,7 +32,7 @@ def _report(session: RecordedSession, title: str) -> Report:
     engine, options, program = session.engine, session.options, session.program
     program.fold()
     for call, _ in program.counted():
-        if call.step.dynamic and not is_derived(call.step, call.lowering.hvp):
+        if call.step.dynamic and call.lowering.hvp not in call.step.derived.vjp:
             raise WindowError(
                 f"window.explain: the shapes in the step at {call.location} depend on values, so its derivative is "
                 "known only once it has been run; ask after a backward, or without slots="
@@ -42,7 +41,7 @@ def _report(session: RecordedSession, title: str) -> Report:
     positions = range(store.base, program.end)
     kept = [p - store.base for p in positions if p in store]
     swept = [program[p] for p in positions]
-    prediction = predict_sweep(swept, store.slots, options.offload is not None, engine.state, kept)
+    prediction = predict_sweep(swept, store.slots, options.retention.offload is not None, engine.state, kept)
     streaming = engine.streaming
     beside = 0 if streaming is None else streaming.beside
     names = program.names()
@@ -56,7 +55,7 @@ def _report(session: RecordedSession, title: str) -> Report:
     if store.slots is None:
         plan = "all states"
     else:
-        plan = "streaming" if options.offload is None else "tiered"
+        plan = "streaming" if options.retention.offload is None else "tiered"
     return Report(
         function=title,
         form="block",
@@ -68,7 +67,7 @@ def _report(session: RecordedSession, title: str) -> Report:
         slots=store.slots,
         memory_budget=None if budgeted is None else budgeted.budget,
         minimum_budget=None if budgeted is None else budgeted.minimum(engine),
-        offload=None if options.offload is None else os.fspath(options.offload),
+        offload=options.retention.place,
         plan=plan,
         kept_states=len(store),
         saved_calls=0,

@@ -5,63 +5,12 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from metaoptim.compiler.ir.program import readable_bytes
+from metaoptim.compiler.ir.retention import amount
 from metaoptim.errors import warn
-
-_UNITS = {"": 1, "B": 1} | {
-    f"{prefix}{suffix}": base**power
-    for suffix, base in (("B", 1000), ("iB", 1024))
-    for power, prefix in enumerate("KMGT", start=1)
-}
-_AMOUNT = re.compile(r"\s*(\d+(?:\.\d*)?)\s*([A-Za-z]*)\s*")
-
-
-def check_budget(value: int | float | str | None, slots: int | None) -> None:
-    """Raise for what is no budget.
-
-    Raises:
-        ValueError: for a budget that is not positive, a fraction above 1, text that is no amount of memory, or a number
-            of slots beside it.
-        TypeError: for another type.
-    """
-    if value is None:
-        return
-    if slots is not None:
-        raise ValueError(
-            f"memory_budget={value!r} with slots={slots}: a budget says how many states to keep; give one of the two"
-        )
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        raise TypeError(
-            f"memory_budget: got {type(value).__name__}, expected bytes, text such as '512MiB', or a fraction of the "
-            "free memory"
-        )
-    if isinstance(value, str):
-        found = _AMOUNT.fullmatch(value)
-        if found is None or found[2] not in _UNITS or int(float(found[1]) * _UNITS[found[2]]) < 1:
-            raise ValueError(
-                f"memory_budget: got {value!r}, expected an amount with a unit, such as '512MiB' or '2GiB'; for a "
-                "fraction of the free memory, a float"
-            )
-    elif isinstance(value, float) and not 0 < value <= 1:
-        raise ValueError(
-            f"memory_budget: got {value}, expected a fraction of the free memory between 0 and 1; for bytes, an integer"
-        )
-    elif value <= 0:
-        raise ValueError(f"memory_budget: got {value}, expected a positive number of bytes")
-
-
-def check_count(name: str, value: Any) -> None:
-    """Raise for what is neither a positive integer nor None.
-
-    Raises:
-        ValueError: it names the option.
-    """
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-        raise ValueError(f"{name}: got {value!r}, expected a positive integer or None")
 
 
 def budget_bytes(value: int | float | str, device: torch.device) -> int:
@@ -73,9 +22,9 @@ def budget_bytes(value: int | float | str, device: torch.device) -> int:
         device: of the inner state.
     """
     if isinstance(value, str):
-        found = _AMOUNT.fullmatch(value)
+        found = amount(value)
         assert found is not None
-        return int(float(found[1]) * _UNITS[found[2]])
+        return found
     if not isinstance(value, float):
         return value
     free = free_bytes(device)

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaoptim.compiler.cost.step import Measured, made_of, measured
+from metaoptim.compiler.cost.step import made_of, measured
 from metaoptim.compiler.derive.cotangent_hook import stand_in
+from metaoptim.compiler.ir.derived import Measured
 from metaoptim.compiler.ir.program import Kept, Program
 from metaoptim.compiler.ir.step import Loop, Lowering, StepCall
 from metaoptim.compiler.ir.trace import Input
@@ -102,11 +103,11 @@ def _garbage_left() -> Iterator[None]:
 class _MeteredEngine(Engine):
     """An engine whose every call is measured."""
 
-    def _lowered(self, call: StepCall, kind: str, inputs: Sequence[Tensor]) -> Callable[..., Sequence[Any]]:
+    def _lowered(self, call: StepCall, kind: str, operands: Sequence[Tensor]) -> Callable[..., Sequence[Any]]:
         if profiling():
-            return super()._lowered(call, kind, inputs)
+            return super()._lowered(call, kind, operands)
         with AllocatorMeter() as first:
-            program = lowered(call.step, kind, inputs, call.lowering)
+            program = lowered(call.step, kind, operands, call.lowering)
         return lambda *inputs: metered(program, call, kind, inputs, first.peak)
 
 
@@ -126,7 +127,7 @@ def metered(
     given = {t.untyped_storage()._cdata: i for i, t in enumerate(inputs) if t.layout is torch.strided}
     made = made_of([_memory(t) for t in results], given)
     known = measured(call.step, kind, call.lowering) or Measured(0, 0, ())
-    call.step.programs["measured", kind, call.lowering] = Measured(
+    call.step.derived.measured[kind, call.lowering] = Measured(
         max(known.peak_bytes, meter.peak), max(known.first_bytes, first), tuple(made)
     )
     return results

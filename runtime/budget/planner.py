@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 from math import comb
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from metaoptim.compiler.cost.step import measured, residual_cost, step_cost
 from metaoptim.compiler.ir.program import Kept, Program, nbytes, readable_bytes
+from metaoptim.compiler.ir.retention import Retention
 from metaoptim.compiler.ir.step import Loop, Lowering, StepCall
 from metaoptim.compiler.ir.trace import Input
 from metaoptim.errors import BudgetError
@@ -231,14 +231,6 @@ class Planner:
         """Predicted bytes with so many slots."""
         return (self.tier if tiered else self.alone)(slots) + self.beside
 
-    def trail(self, slots: int, tiered: bool = False) -> Iterator[tuple[int, int]]:
-        """Bytes held, and what a call allocates beside them, at all times; `peak` is the most, for so few slots."""
-        for short in _cut_short(self.program, slots, tiered):
-            found: list[tuple[int, int]] = []
-            predict(short, slots, self.lowering, tiered, found)
-            always = SCALARS + self.beside + _left_out(self.program, short)
-            yield from ((always + held, allocated) for held, allocated in found)
-
 
 def _nothing() -> None:
     """In place of a rehearsal, to believe the sizes of the graphs."""
@@ -247,7 +239,7 @@ def _nothing() -> None:
 def decide(
     program: Program,
     lowering: Lowering,
-    said: Any,
+    retention: Retention,
     name: str,
     tensors: dict[Input, Tensor] | None = None,
 ) -> tuple[Kept, Plan | None]:
@@ -256,25 +248,25 @@ def decide(
     Args:
         program: of the function.
         lowering: the backend and HVP mode of the step graphs.
-        said: who says so: it has ``slots``, ``memory_budget`` and ``offload``.
+        retention: what the user asks to keep.
         name: of the function, for errors.
         tensors: behind the program's inputs, to measure a few of its steps with; None to believe the graphs' sizes.
 
     Raises:
         BudgetError: for a budget in which not even one state can be kept.
     """
-    if said.memory_budget is None:
-        plan = None if said.slots is not None else default_plan(Planner(program, lowering, name))
-        return Kept(said.slots if plan is None else plan.slots, 0, said.offload), plan
+    if retention.memory_budget is None:
+        plan = None if retention.slots is not None else default_plan(Planner(program, lowering, name))
+        return Kept(retention.slots if plan is None else plan.slots, 0, retention.offload), plan
     rehearsal = _nothing
     if tensors is not None:
         rehearse(program, tensors, lowering)
         rehearsal = partial(rehearse, program, tensors, lowering, saving=True)
-    budget = budget_bytes(said.memory_budget, device_of(program))
+    budget = budget_bytes(retention.memory_budget, device_of(program))
     plan = with_residuals(
-        plan_for(program, lowering, budget, name, said.offload is not None), program, lowering, rehearsal
+        plan_for(program, lowering, budget, name, retention.offload is not None), program, lowering, rehearsal
     )
-    return Kept(plan.slots, plan.saved, said.offload if plan.offload else None), plan
+    return Kept(plan.slots, plan.saved, retention.offload if plan.offload else None), plan
 
 
 def default_plan(planner: Planner) -> Plan | None:
@@ -290,7 +282,7 @@ def default_plan(planner: Planner) -> Plan | None:
 
 def device_of(program: Program) -> torch.device:
     """Where the inner state lives."""
-    return next((x.spec[3] for x in program.inputs if x.spec[3].type != "cpu"), torch.device("cpu"))
+    return next((x.spec.device for x in program.inputs if x.spec.device.type != "cpu"), torch.device("cpu"))
 
 
 def plan_for(program: Program, lowering: Lowering, budget: int, name: str, offload: bool = False) -> Plan:

@@ -11,10 +11,12 @@ from typing import Any
 
 from torch import Tensor
 
-from metaoptim.compiler.cost.step import ResultMemory, step_cost
+from metaoptim.compiler.cost.step import step_cost
 from metaoptim.compiler.derive.reverse import cotangent_outputs
+from metaoptim.compiler.ir.derived import ResultMemory
 from metaoptim.compiler.ir.program import Program, memory_bytes, nbytes
 from metaoptim.compiler.ir.step import EAGER, Assign, Lowering, Role, StepCall
+from metaoptim.compiler.ir.tensors import TensorSpec
 from metaoptim.compiler.ir.trace import Input
 
 from ..engine.function import BoundProgram, generator_for, sweep_over
@@ -48,16 +50,13 @@ class Prediction:
 
 
 class _Meter:
-    """Bytes alive, and the most there have been; all there have been go into ``trail``."""
+    """Bytes alive, and the most there have been."""
 
-    def __init__(self, trail: list[tuple[int, int]] | None = None) -> None:
+    def __init__(self) -> None:
         self.alive = self.peak = 0
-        self.trail = trail
 
     def note(self, momentary: int) -> None:
         self.peak = max(self.peak, self.alive + momentary)
-        if self.trail is not None:
-            self.trail.append((self.alive, momentary))
 
 
 class _Block:
@@ -165,7 +164,7 @@ class Sizes(Interpreter):
             self.meter.note(GENERATOR_BYTES)  # of one state more, while they are drawn
         return values
 
-    def _cotangent(self, spec: tuple, cotangent: Any) -> Any:
+    def _cotangent(self, spec: TensorSpec, cotangent: Any) -> Any:
         return _Block(self.meter, nbytes(spec)) if cotangent is None else cotangent
 
     def _lowered(self, call: StepCall, kind: str, operands: Any) -> Any:
@@ -205,7 +204,6 @@ def predict(
     slots: int | None,
     lowering: Lowering = EAGER,
     offload: bool = False,
-    trail: list[tuple[int, int]] | None = None,
 ) -> Prediction:
     """Go through a call of a program, and a backward from all its results, on sizes.
 
@@ -216,9 +214,8 @@ def predict(
         slots: how many states may be kept; None for all.
         lowering: the backend and HVP mode of the step graphs; what a backend allocates besides is known once measured.
         offload: whether states without a slot go to a lower tier.
-        trail: receives the bytes that are held, and what a call allocates beside them, at every change.
     """
-    meter = _Meter(trail)
+    meter = _Meter()
     copied = [x for x in program.inputs if x.grad or _is_target(x, program)]
     held = [_Block(meter, nbytes(x.spec)) for x in copied]
     calls = BoundProgram(program, lambda operand, port: None, program.registers, lowering)

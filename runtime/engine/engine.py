@@ -17,6 +17,7 @@ from metaoptim.compiler.derive import cotangent_hook
 from metaoptim.compiler.ir.program import memory_of
 from metaoptim.compiler.ir.step import Assign, Role, StepCall
 from metaoptim.compiler.ir.tape import Tape
+from metaoptim.compiler.ir.tensors import TensorSpec
 from metaoptim.compiler.lower.ambient import unaffected
 from metaoptim.compiler.lower.derivatives import Lowered, lowered
 from metaoptim.errors import CaptureError, StaleInputError, WindowError
@@ -205,7 +206,7 @@ class Engine(Interpreter):
 
     # -- calls ---------------------------------------------------------------------------------------------------
 
-    def _cotangent(self, spec: tuple, cotangent: Tensor | None) -> Tensor:
+    def _cotangent(self, spec: TensorSpec, cotangent: Tensor | None) -> Tensor:
         """A cotangent as the step's VJP was traced for: zeros for none, with the strides of what it belongs to."""
         shape, dtype, stride, device = spec
         if cotangent is None:
@@ -214,9 +215,9 @@ class Engine(Interpreter):
             return cotangent
         return torch.empty_strided(shape, stride, dtype=dtype, device=device).copy_(cotangent)
 
-    def _lowered(self, call: StepCall, kind: str, inputs: Sequence[Tensor]) -> Lowered:
+    def _lowered(self, call: StepCall, kind: str, operands: Sequence[Tensor]) -> Lowered:
         try:
-            return lowered(call.step, kind, inputs, call.lowering, at_once=True)
+            return lowered(call.step, kind, operands, call.lowering, at_once=True)
         except CaptureError as error:
             raise CaptureError(f"of the inner step at {call.location}: {error.reason}") from error
 

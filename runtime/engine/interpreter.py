@@ -9,6 +9,7 @@ from typing import Any
 
 from metaoptim.compiler.derive.reverse import cotangent_outputs
 from metaoptim.compiler.ir.step import Assign, Role, StepCall
+from metaoptim.compiler.ir.tensors import TensorSpec
 from metaoptim.compiler.lower.derivatives import residuals
 
 from ..states.actions import Action, Advance, Keep, PullBack
@@ -60,7 +61,7 @@ class Interpreter:
         """What a call is given besides the state."""
         raise NotImplementedError
 
-    def _cotangent(self, spec: tuple, cotangent: Any) -> Any:
+    def _cotangent(self, spec: TensorSpec, cotangent: Any) -> Any:
         """A cotangent as the call's VJP was traced for; zeros for None."""
         raise NotImplementedError
 

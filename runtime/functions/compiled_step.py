@@ -17,14 +17,14 @@ from metaoptim.compiler.ir.owners import identity
 from metaoptim.compiler.ir.segments import Roles, ordered, whole
 from metaoptim.compiler.ir.step import Lowering, Role, StepCall
 from metaoptim.compiler.ir.trace import Input, Noise
-from metaoptim.compiler.ir.values import Value
+from metaoptim.compiler.ir.values import Value, exact
 from metaoptim.compiler.ir.verify_step import verify_step
 from metaoptim.compiler.lower.ambient import unaffected
 from metaoptim.compiler.lower.derivatives import lowered
+from metaoptim.compiler.lower.library import library
 from metaoptim.compiler.passes.build import build_segment
 from metaoptim.compiler.passes.lower import FEW
 from metaoptim.compiler.passes.pipeline import shaped
-from metaoptim.compiler.passes.roll import StepOf
 from metaoptim.errors import CaptureError, WindowError, user_location
 
 from ..engine.noise import redrawn
@@ -110,7 +110,6 @@ class CompiledStep:
     Args:
         captured: the session it was captured in.
         outputs: what stands for the tensors the function returns.
-        step_of: cache of step graphs.
         texts: as of `compile_trace`.
     """
 
@@ -118,7 +117,6 @@ class CompiledStep:
         self,
         captured: CapturedStep,
         outputs: list[Value],
-        step_of: StepOf,
         texts: Mapping[Input, str] | None = None,
     ) -> None:
         trace, window = captured.recorder.trace, captured.window
@@ -156,10 +154,10 @@ class CompiledStep:
             segment.key,
             tuple(kind.outputs.items()),
             tuple(roles.inputs),
-            tuple(map(_exact, segment.numbers)),
+            exact(segment.numbers),
             hooked,
         )
-        self.step = step_of((*key, "step"), lambda: build_segment(segment, kind, (), hooked, roles))
+        self.step = library.step((*key, "step"), lambda: build_segment(segment, kind, (), hooked, roles))
         verify_step(self.step)
         self.live = [place in kind.active_outputs for place in self.results]
         self.current = [of for of, live in zip(current, self.live, strict=True) if live]
@@ -345,7 +343,3 @@ class CompiledStep:
             for k, t in zip(at, reads, strict=True):
                 found[k] = t
         return [t if live else t.clone() for t, live in zip(found, self.live, strict=True)]
-
-
-def _exact(x: Any) -> Any:
-    return x.hex() if isinstance(x, float) else x

@@ -6,7 +6,6 @@ import os
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -15,40 +14,8 @@ from .host import HostTier
 from .tier import Tier
 
 
-def check_offload(value: str | os.PathLike[str] | None, slots: int | None, budget: Any) -> None:
-    """Raise for what is no place to offload states to.
-
-    Raises:
-        ValueError: for a name that is none, for a path of something else than a directory, and where every state is
-            kept on the device anyway.
-        TypeError: for another type.
-    """
-    if value is None:
-        return
-    if not isinstance(value, (str, os.PathLike)):
-        raise TypeError(
-            f"offload: got {type(value).__name__}, expected 'host', 'disk', or the path of a directory"
-        )
-    if value not in ("host", "disk"):
-        path = Path(value).expanduser()
-        if path.exists() and not path.is_dir():
-            raise ValueError(
-                f"offload: {path} is not a directory; expected 'host', 'disk', or a directory's path"
-            )
-        if isinstance(value, str) and not path.exists() and len(path.parts) < 2:
-            raise ValueError(
-                f"offload: got {value!r}, expected 'host', 'disk' (a temporary directory), or the path of a directory; "
-                f"for a new directory of that name, {'./' + value!r} or a pathlib.Path"
-            )
-    if slots is None and budget is None:
-        raise ValueError(
-            f"offload={os.fspath(value)!r} without slots or memory_budget: every state is kept on the device then, and "
-            "none is offloaded; say how many may stay there, for example slots=8"
-        )
-
-
 def tier_for(value: str | os.PathLike[str] | None) -> Tier | None:
-    """The tier that an ``offload=`` names, as `check_offload` lets it pass."""
+    """The tier that the ``offload`` of a `Retention` names."""
     if value is None:
         return None
     if value == "host":

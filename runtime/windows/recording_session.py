@@ -11,12 +11,13 @@ from torch import Tensor
 
 from metaoptim.compiler.ir.operators import LIFTS
 from metaoptim.compiler.ir.program import memory_of
-from metaoptim.compiler.ir.slices import Slice, hook_key, tensor_spec
+from metaoptim.compiler.ir.slices import Slice, hook_key
 from metaoptim.compiler.ir.step import Assign, StepCall, StepGraph
 from metaoptim.compiler.ir.tape import Tape
+from metaoptim.compiler.ir.tensors import tensor_spec
 from metaoptim.compiler.ir.update import UpdatePlan, initial_state
 from metaoptim.compiler.ir.values import External
-from metaoptim.compiler.lower.derivatives import StepCache
+from metaoptim.compiler.lower.library import library
 from metaoptim.compiler.passes.from_recording import StepSpec, build_step
 from metaoptim.errors import CaptureError, LossError, MetaOptimError, WindowError, user_location
 
@@ -30,8 +31,6 @@ from .hyper import Hyper, hyper_of
 from .oversights import Ended, all_finite
 from .session import Options, Session, gradient, refuse_overwritten
 from .theta_view import ThetaView
-
-step_cache = StepCache()
 
 _pure: weakref.WeakSet = weakref.WeakSet()  # updates that have been seen not to write into their arguments
 
@@ -53,15 +52,16 @@ class RecordedSession(Session):
 
     def __init__(self, options: Options) -> None:
         super().__init__(options)
-        self.engine = Engine(options.slots, options.backward_hook, tier=tier_for(options.offload))
+        retention = options.retention
+        self.engine = Engine(retention.slots, options.backward_hook, tier=tier_for(retention.offload))
         self.engine.closed = self.closed
         partial_gradients.watch_backward(self.engine)
         self.view = ThetaView(options, self.engine, self.networks, self._entering)
-        if options.slots is None:
+        if retention.slots is None:
             self.engine.streaming = Streaming(
-                options.memory_budget,
+                retention.memory_budget,
                 self.view.inputs.ledger,
-                options.offload is not None,
+                retention.offload is not None,
                 options.window is not None,
             )
         self.recorder = self.view.recorder
@@ -93,7 +93,7 @@ class RecordedSession(Session):
     def _entering(self, ordinals: list[int]) -> None:
         """Parameters are about to be put on the tape."""
         own = [self.networks.originals[i] for i in ordinals]
-        check_device(self.options.offload, [p.device for p in own])
+        check_device(self.options.retention.offload, [p.device for p in own])
         self._lifts = self._lifts and all(p.dtype in LIFTS for p in own)
         self._weigh(set(ordinals))
 
@@ -387,19 +387,19 @@ class RecordedSession(Session):
         _check_requires_grad(sliced)
         held = [x.held for x in sliced.externals]
         try:
-            step, lifted, new = step_cache.get(key, tuple(sliced.numbers), build)
+            step, lifted, new = library.get(key, tuple(sliced.numbers), build)
         except CaptureError:
             raise
         except Exception as error:
             raise first_use.uncapturable(error) from error
         lowering = self.options.lowering
         if step.dynamic and lowering.backend != "eager":
-            step_cache.discard(key)  # it has not been checked
+            library.discard(key)  # it has not been checked
             raise CaptureError(
                 f"backend={lowering.backend!r}: the shapes in this step depend on values, and such a step cannot be "
                 "compiled; use backend='eager'"
             )
-        dtypes = [port.spec[1] for port in step.inputs[len(step.inputs) - len(lifted) :]]
+        dtypes = [port.spec.dtype for port in step.inputs[len(step.inputs) - len(lifted) :]]
         held += [
             Snapshot(torch.tensor(sliced.numbers[i], dtype=dtype, device="cpu"), None, "a number")
             for i, dtype in zip(lifted, dtypes, strict=True)
@@ -435,7 +435,7 @@ class RecordedSession(Session):
                         "a tensor was changed through .data or numpy between its use in the loss and the step, so that "
                         "autograd's gradient is that of neither value; change it before the loss or after the step"
                     ) from error
-                step_cache.discard(key)
+                library.discard(key)
                 raise
         return call
 

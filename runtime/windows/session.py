@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Collection
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from metaoptim.compiler.capture import intercept
+from metaoptim.compiler.ir.retention import UNSAID, Retention
 from metaoptim.compiler.ir.step import Lowering
 from metaoptim.compiler.ir.values import Spy
 from metaoptim.compiler.passes.build import GradientHooks
@@ -39,9 +39,7 @@ class Options:
     record_grad_tape: bool = False
     pickup_step: int = -1
     window: int | None = None
-    slots: int | None = None
-    memory_budget: int | float | str | None = None
-    offload: str | os.PathLike[str] | None = None
+    retention: Retention = UNSAID
     check_finite: bool = False
     sync: Any = False
     lowering: Lowering = WINDOW

@@ -63,7 +63,7 @@ class ThetaView:
         self._storages: dict[int, int] | None = None
         self._token = new_token()
         self.reads: weakref.WeakSet[Life] = weakref.WeakSet()  # that live, since a Link, at their super-steps
-        self.inputs = Inputs(networks.is_buffer, counted=options.slots is None)
+        self.inputs = Inputs(networks.is_buffer, counted=options.retention.slots is None)
         self._metas: dict[tuple, tuple[int, Tensor]] = {}  # identity -> number, the tensor
         self._numbered = 0
 

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 import metaoptim
 from budget_cases import Case
+from metaoptim.compiler.lower.library import library
 from metaoptim.runtime.budget import amounts, peaks
 from metaoptim.runtime.budget.meter import AllocatorMeter
 from metaoptim.runtime.engine.engine import Engine
-from metaoptim.runtime.windows import recording_session
 
 STATE = 8 * (20 * 10 + 10)
 
@@ -141,7 +141,7 @@ def test_values_written_into_parameters_count() -> None:
 
 def test_steps_whose_shapes_depend_on_values(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(explain: bool = False, **options: Any) -> Tensor | None:
-        recording_session.step_cache.clear()
+        library.clear()
         torch.manual_seed(2)
         net, lr, xs = nn.Linear(4, 2), torch.tensor(0.05, requires_grad=True), torch.randn(12, 5, 4)
         inner = metaoptim.MetaSGD([net], lr=lr)

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import metaoptim
+from metaoptim.compiler.lower.library import library
 from metaoptim.runtime.windows import oversights
-from metaoptim.runtime.windows.recording_session import step_cache
 from problems import data
 
 STEPS = 3
@@ -204,7 +204,7 @@ def test_what_autograd_has_saved_changed_between_loss_and_step(what: str, seen: 
     """Autograd does not notice and its gradient is that of neither value: refused, also where the step is known."""
     for options in RECORDED:
         for interfere in (False, True) if seen else (True,):
-            step_cache.clear() if not seen else None
+            library.clear() if not seen else None
             net, w, x = network(), leaf(0.8), XS[0].clone()
             inner = metaoptim.MetaSGD([net])
             window = metaoptim.SlidingWindow(**options)

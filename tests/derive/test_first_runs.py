@@ -13,7 +13,7 @@ import metaoptim
 from metaoptim.compiler.derive.flat import Unfollowed, flat_graph
 from metaoptim.compiler.derive.tracing import tracing
 from metaoptim.compiler.lower import derivatives
-from metaoptim.runtime.windows.recording_session import step_cache
+from metaoptim.compiler.lower.library import library
 from oracle import agree, run_oracle, run_window
 from problems import NETWORKS, problem
 
@@ -30,9 +30,9 @@ def by_running(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         return made
 
     monkeypatch.setattr(derivatives, "derived_by_running", noted)
-    step_cache.clear()
+    library.clear()
     yield found
-    step_cache.clear()
+    library.clear()
 
 
 @pytest.mark.parametrize("network", NETWORKS)

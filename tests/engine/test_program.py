@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import metaoptim
-from metaoptim.compiler.ir.step import gradient
-from metaoptim.runtime.windows.recording_session import step_cache
+from metaoptim.compiler.ir.step import Derived, gradient
+from metaoptim.compiler.lower.library import library
 from oracle import agree, run_oracle, run_window
 from problems import problem
 
@@ -82,7 +82,7 @@ def test_graph_behind_theta_T_does_not_grow_with_T(options: dict) -> None:
 
 
 def test_equal_steps_share_one_program() -> None:
-    step_cache.clear()
+    library.clear()
     counts = []
     for steps in (3, 30):
         engine, _, _ = loop(steps)
@@ -92,7 +92,7 @@ def test_equal_steps_share_one_program() -> None:
 
 
 def test_numbers_that_differ_between_steps_are_lifted() -> None:
-    step_cache.clear()
+    library.clear()
     net, lr = network(), torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
     table = torch.linspace(0.5, 1.5, 30, dtype=torch.float64, requires_grad=True)
     inner = metaoptim.MetaSGD([net], lr=lr)
@@ -161,7 +161,7 @@ def looped_in_c(slots: int | None) -> tuple[Any, Tensor, list[Tensor]]:
 
 def looped_in_a(slots: int | None) -> tuple[Any, Tensor, list[Tensor]]:
     """Likewise of an ordinary window."""
-    step_cache.clear()
+    library.clear()
     engine, total, own = loop(4, slots=slots)
     return engine.program.step_graphs[-1], total, own
 
@@ -196,12 +196,12 @@ def test_corrupting_a_node_changes_the_gradient(form: str, slots: int | None) ->
     nodes = [n for n in nodes_of(step) if n.target not in _MOVES and n.users]
     assert len(nodes) >= 8
     for node in corruptions(step.graph, nodes):
-        step.programs.clear()
+        step.derived = Derived()
         assert differ(honest, torch.autograd.grad(total, own, retain_graph=True)), node
-    step.programs.clear()
+    step.derived = Derived()
     again = torch.autograd.grad(total, own)
     assert all(map(torch.equal, honest, again))
-    step_cache.clear()
+    library.clear()
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -209,7 +209,7 @@ def test_corrupting_a_derivative_changes_the_gradient(form: str) -> None:
     """Every arithmetic node of the flat graph of a step's derivative."""
     step, total, own = FORMS[form](None)
     honest = torch.autograd.grad(total, own, retain_graph=True)
-    (graph,) = (g for key, g in step.programs.items() if key[0] == "vjp graph")
+    (graph,) = step.derived.vjp.values()
     nodes = [
         n
         for n in graph.graph.nodes
@@ -218,14 +218,14 @@ def test_corrupting_a_derivative_changes_the_gradient(form: str) -> None:
         and any(u.target is not aten.ones_like.default for u in n.users)  # which reads the shape only
     ]
     assert len(nodes) >= 20
-    lowered = [key for key in step.programs if key[0] == "vjp"]
+    lowered = [key for key in step.derived.lowered if key[0] == "vjp"]
     for node in corruptions(graph.graph, nodes):
         graph.module.recompile()
         for key in lowered:
-            step.programs.pop(key, None)
+            step.derived.lowered.pop(key, None)
         assert differ(honest, torch.autograd.grad(total, own, retain_graph=True)), node
-    step.programs.clear()
-    step_cache.clear()
+    step.derived = Derived()
+    library.clear()
 
 
 def test_every_step_graph_has_one_gradient_node_and_complete_roles() -> None:

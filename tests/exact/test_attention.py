@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import metaoptim
 from metaoptim.compiler.ir.operators import SUBSTITUTES
-from metaoptim.runtime.windows.recording_session import step_cache
+from metaoptim.compiler.lower.library import library
 
 STEPS = 2
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 0.03, torch.bfloat16: 0.1}
@@ -179,7 +179,7 @@ def test_gradients_that_are_zero_but_for_rounding(dtype: torch.dtype, tokens: in
     build = lambda: Layer(attention, lambda m, x: m(x, x, x, need_weights=False)[0], tokens).to(dtype)
     loss = lambda net, t: net(t)
     expected = gradients("tape", build, loss, optimizer=optimizer)
-    step_cache.clear()
+    library.clear()
     agree(gradients("A", build, loss, optimizer=optimizer), expected, TOLERANCE[dtype])
 
 
@@ -194,7 +194,7 @@ def test_a_wrong_gradient_of_a_small_parameter_is_found(dtype: torch.dtype, smal
     net = nn.ModuleDict({"large": nn.Linear(8, 4), "small": nn.Linear(8, 4)}).float()
     net.to(torch.float64 if dtype is torch.float64 else torch.float32)
     x = torch.randn(6, 8).to(net["large"].weight.dtype)
-    step_cache.clear()
+    library.clear()
 
     def loss() -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import metaoptim
-from metaoptim.runtime.windows.recording_session import step_cache
+from metaoptim.compiler.lower.library import library
 
 X = torch.randn(6, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 Y = torch.randn(6, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
@@ -43,7 +43,7 @@ def test_module_backward_hook_that_changes_the_gradient() -> None:
 
 def test_node_hook() -> None:
     net = network()
-    step_cache.clear()  # the hook shows on the first use of a step only
+    library.clear()  # the hook shows on the first use of a step only
 
     def loss() -> Tensor:
         h = net(X)

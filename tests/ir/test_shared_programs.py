@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import metaoptim
-from metaoptim.runtime.windows.recording_session import step_cache
+from metaoptim.compiler.lower.library import library
 from oracle import agree, leaves
 
 T = 6
@@ -102,7 +102,7 @@ def in_a_window(
 
 @pytest.mark.parametrize("name", CASES)
 def test_steps_of_a_window_share_a_program(name: str) -> None:
-    step_cache.clear()
+    library.clear()
     got, programs = in_a_window(*CASES[name])
     expected, _ = in_a_window(*CASES[name], strategy="full_tape")
     agree(got, expected)

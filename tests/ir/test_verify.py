@@ -15,24 +15,26 @@ import metaoptim
 from metaoptim.compiler.ir.program import Operand, Program
 from metaoptim.compiler.ir.segments import Partition, split
 from metaoptim.compiler.ir.step import EAGER, Loop, Port, Role, StepCall, StepGraph
+from metaoptim.compiler.ir.tensors import TensorSpec
 from metaoptim.compiler.ir.trace import Input, Noise
 from metaoptim.compiler.ir.verify import verify_partition, verify_program
 from metaoptim.compiler.ir.verify_step import verify_step
+from metaoptim.compiler.lower.library import library
 from metaoptim.compiler.passes.canonicalize import canonicalize
 from metaoptim.compiler.passes.pipeline import Options, compile_trace
 from metaoptim.compiler.passes.prune import prune
 from metaoptim.errors import ProgramError
-from metaoptim.functions.captured import step_of, trace_of
+from metaoptim.functions.captured import trace_of
 from oracle import leaves
 from problems import NETWORKS, problem
 
 aten = torch.ops.aten
 CPU = torch.device("cpu")
-THREE = ((3,), torch.float64, (1,), CPU)
-TWO = ((2,), torch.float64, (1,), CPU)
+THREE = TensorSpec((3,), torch.float64, (1,), CPU)
+TWO = TensorSpec((2,), torch.float64, (1,), CPU)
 
 
-def port(role: Role, name: str, spec: tuple = THREE, active: bool = True) -> Port:
+def port(role: Role, name: str, spec: TensorSpec = THREE, active: bool = True) -> Port:
     return Port(role, spec, name, active)
 
 
@@ -77,7 +79,7 @@ def end() -> StepGraph:
     """The loss."""
     return graph(
         [port(Role.OPT_STATE, "s"), port(Role.CARRY, "c")],
-        [port(Role.CARRY, "loss", ((), torch.float64, (), CPU))],
+        [port(Role.CARRY, "loss", TensorSpec((), torch.float64, (), CPU))],
         lambda g, n: [g.call_function(aten.sum.default, (g.call_function(aten.add.Tensor, (n[0], n[1])),))],
     )
 
@@ -164,15 +166,17 @@ REJECTED: dict[str, tuple[Callable[[Program], Any], str]] = {
         r"call 4.*c reads r1, which holds c', float64 3 .*expected float64 2",
     ),
     "another dtype along a register": (
-        _with_step(4, lambda: _ports(end(), 1, spec=((3,), torch.float32, (1,), CPU))),
+        _with_step(4, lambda: _ports(end(), 1, spec=TensorSpec((3,), torch.float32, (1,), CPU))),
         r"which holds c', float64 3.*expected float32 3",
     ),
     "other strides along a register": (
-        _with_step(4, lambda: _ports(end(), 1, spec=((3,), torch.float64, (2,), CPU))),
+        _with_step(4, lambda: _ports(end(), 1, spec=TensorSpec((3,), torch.float64, (2,), CPU))),
         r"strides \(1,\).*expected.*strides \(2,\)",
     ),
     "another device along a register": (
-        _with_step(4, lambda: _ports(end(), 1, spec=((3,), torch.float64, (1,), torch.device("meta")))),
+        _with_step(
+            4, lambda: _ports(end(), 1, spec=TensorSpec((3,), torch.float64, (1,), torch.device("meta")))
+        ),
         r"cpu.*expected.*meta",
     ),
     "state read as a carry": (
@@ -422,7 +426,7 @@ def test_a_real_function_passes_at_every_stage() -> None:
     verify_partition(partition)
     prune(partition)
     verify_partition(partition)
-    rolled, records = compile_trace(traced(), Options(lowering=EAGER), step_of)
+    rolled, records = compile_trace(traced(), Options(lowering=EAGER), library)
     verify_program(rolled)
     names = ["mode", "rows", "split", "canonicalize", "prune", "roll", "loop", "differentiate", "lower"]
     assert [r.name for r in records] == ["capture", *names, "verify"]

@@ -24,7 +24,7 @@ from metaoptim.compiler.derive.mixed import NotMixed, mixed_vjp_graph
 from metaoptim.compiler.derive.reverse import cotangent_outputs
 from metaoptim.compiler.lower import backends, compile_graph
 from metaoptim.compiler.lower.derivatives import derived
-from metaoptim.functions import captured
+from metaoptim.compiler.lower.library import library
 from oracle import Problem, agree, leaves, run_oracle
 from problems import OPTIMIZERS, data, problem
 
@@ -149,7 +149,7 @@ def test_the_graph_of_a_mixed_derivative_is_what_runs() -> None:
     case = problem("linear", "sgd", 3, True)
     _, fn = gradients(case, backend="eager", hvp="mixed")
     step = steps_of(fn)[0]
-    graph = step.programs["vjp graph", "mixed"]
+    graph = step.derived.vjp["mixed"]
     inputs = [p.empty() for p in step.inputs] + [step.outputs[i].empty() for i in cotangent_outputs(step)]
     inputs = [t.normal_() if t.is_floating_point() else t.zero_() for t in inputs]
     before = graph(*inputs)
@@ -308,11 +308,11 @@ def test_learning_rates_that_are_views_of_each_other(form: str) -> None:
 
 def backends_of(step: Any) -> set[str]:
     """What the graphs of a step run on."""
-    return {key[1].backend_of(key[0]) for key in step.programs if key[0] in ("replay", "vjp")}
+    return {key[1].backend_of(key[0]) for key in step.derived.lowered if key[0] in ("replay", "vjp")}
 
 
 def test_what_runs_once_or_twice_a_call_is_not_compiled() -> None:
-    captured._steps.clear()  # step graphs are shared, also with other tests' functions
+    library.clear()  # step graphs are shared, also with other tests' functions
     _, fn = gradients(problem("linear", "momentum", 6, True), backend="aot_eager", hvp="reverse")
     (program,) = next(iter(fn._programs.values()))
     counts: Counter[int] = Counter()

@@ -21,6 +21,7 @@ from metaoptim.compiler.ir.segments import Partition, split
 from metaoptim.compiler.ir.step import EAGER
 from metaoptim.compiler.ir.trace import Trace
 from metaoptim.compiler.lower.derivatives import derived, replayed, residuals
+from metaoptim.compiler.lower.library import library
 from metaoptim.compiler.passes.canonicalize import canonicalize
 from metaoptim.compiler.passes.checkpoint import checkpoint
 from metaoptim.compiler.passes.mode import mode
@@ -28,7 +29,7 @@ from metaoptim.compiler.passes.pipeline import Options, compile_trace, sizes_of
 from metaoptim.compiler.passes.prune import prune
 from metaoptim.compiler.passes.roll import roll
 from metaoptim.compiler.passes.rows import rows
-from metaoptim.functions.captured import step_of, trace_of
+from metaoptim.functions.captured import trace_of
 from metaoptim.runtime.budget.simulate import predict
 
 T = 3
@@ -162,7 +163,7 @@ def executed(program: Program) -> dict[str, int]:
 
 @functools.cache
 def compiled(name: str, *skip: str, steps: int = T) -> tuple[Program, list[Any]]:
-    return compile_trace(traced(name, steps=steps), Options(lowering=EAGER, skip=frozenset(skip)), step_of)
+    return compile_trace(traced(name, steps=steps), Options(lowering=EAGER, skip=frozenset(skip)), library)
 
 
 # -- numbers ---------------------------------------------------------------------------------------------------------
@@ -259,8 +260,8 @@ def test_mode_cuts_theta_off_and_writes_back(name: str) -> None:
     partition = split(trace)  # as if the window were offline
     canonicalize(partition)
     prune(partition)
-    without, _ = roll(partition, step_of)
-    with_it, _ = compile_trace(traced(name, offline=False), Options(lowering=EAGER), step_of)
+    without, _ = roll(partition, library)
+    with_it, _ = compile_trace(traced(name, offline=False), Options(lowering=EAGER), library)
     learnt = CASES[name].build(T)[1]
     assert len(predict(without, None).reached) == len(learnt)
     assert len(predict(with_it, None).reached) == 1
@@ -294,7 +295,7 @@ def test_passes_are_idempotent(name: str) -> None:
     assert canonicalize(partition).startswith("0 of ")
     prune(partition)
     assert state_of(partition) == settled
-    rolled, again = (roll(partition, step_of)[0] for _ in range(2))
+    rolled, again = (roll(partition, library)[0] for _ in range(2))
     assert str(rolled) == str(again)
     loop(rolled)
     looped = str(rolled)
@@ -306,7 +307,7 @@ def test_passes_are_idempotent(name: str) -> None:
 
 
 def test_every_pass_leaves_a_record() -> None:
-    _, records = compile_trace(traced("mlp"), Options(lowering=EAGER), step_of, texts={})
+    _, records = compile_trace(traced("mlp"), Options(lowering=EAGER), library, texts={})
     *passes, check = records
     names = [
         "capture",

@@ -201,7 +201,9 @@ def test_where_a_state_cannot_be_kept_the_next_one_is() -> None:
 
 def test_a_schedule_is_lazy_and_prints() -> None:
     held, end = Slots(3), 10**9
-    first = list(itertools.islice(carried_out(held, reverse(held, ((p, p) for p in range(end - 1, -1, -1)))), 4))
+    first = list(
+        itertools.islice(carried_out(held, reverse(held, ((p, p) for p in range(end - 1, -1, -1)))), 4)
+    )
     kept = places(0, end - 1, 3)
     assert first == [Advance(0, kept[0]), Keep(kept[0]), Advance(*kept), Keep(kept[1])]
     held = Slots(2)

@@ -13,7 +13,7 @@ ORDER = [
     "metaoptim.errors",
     *(f"metaoptim.compiler.{name}" for name in ("ir", "capture", "derive", "lower", "passes", "cost")),
     *(f"metaoptim.runtime.{name}" for name in ("states", "engine", "budget", "windows", "functions")),
-    *(f"metaoptim.{name}" for name in ("optim", "functions", "report", "planning")),
+    *(f"metaoptim.{name}" for name in ("optim", "functions", "report")),
     "metaoptim",
 ]
 

@@ -14,10 +14,10 @@ from metaoptim.compiler.cost.step import check_bytes, measured
 from metaoptim.compiler.ir.step import Lowering
 from metaoptim.compiler.lower import backends
 from metaoptim.compiler.lower.derivatives import lowered
+from metaoptim.compiler.lower.library import Library, library
 from metaoptim.compiler.passes.pipeline import Options, compile_trace
 from metaoptim.functions.captured import trace_of
 from metaoptim.runtime.budget.measure import rehearse
-from metaoptim.runtime.windows import recording_session
 from oracle import agree, run_oracle, run_window
 from problems import NETWORKS, OPTIMIZERS, problem
 
@@ -35,15 +35,11 @@ def test_compiled_derivatives_are_those_of_the_tape(network: str, optimizer: str
 
 @pytest.mark.parametrize("network", ["linear", "tied"])
 def test_mixed_mode_derivatives_are_those_of_the_tape(network: str) -> None:
-    recording_session.step_cache.clear()
+    library.clear()
     case = problem(network, "adam", 5, True, None)
     agree(run_window(case, hvp="mixed"), run_oracle(case))
     used = {
-        lowering.hvp
-        for f in recording_session.step_cache._families.values()
-        for s, _ in f.steps.values()
-        for kind, lowering in (k for k in s.programs if k[0] == "vjp")
-        if kind == "vjp"
+        lowering.hvp for step in library.steps() for kind, lowering in step.derived.lowered if kind == "vjp"
     }
     assert used == {"mixed"}
 
@@ -108,7 +104,7 @@ def test_what_a_check_takes_is_bounded(dominant: str) -> None:
     lowering = Lowering.stated("aot_eager", "auto", True)
     traced, tracer, _ = trace_of(case.compiled()._fn, case.make(), {})
     tracer.trace.outputs = traced.tensors
-    program, _ = compile_trace(tracer.trace, Options(lowering=lowering), lambda key, build: build())
+    program, _ = compile_trace(tracer.trace, Options(lowering=lowering), Library(0))
     bounds = [check_bytes(g, lowering) for g in program.step_graphs]
     rehearse(program, {x: x.tensor for x in program.inputs}, lowering)
     for graph, bound in zip(program.step_graphs, bounds, strict=True):
@@ -121,7 +117,7 @@ def test_under_a_budget_the_check_counts() -> None:
     """States are given up for it where a step comes late."""
 
     def run(**options: Any) -> tuple[Tensor | None, list[int]]:
-        recording_session.step_cache.clear()
+        library.clear()
         torch.manual_seed(2)
         net, lr, xs = nn.Linear(40, 20), torch.tensor(0.05, requires_grad=True), torch.randn(30, 2, 40)
         inner, kept = metaoptim.MetaSGD([net], lr=lr), []

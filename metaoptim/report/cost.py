@@ -1,16 +1,18 @@
-"""What a call of a compiled function costs, at some horizon and in some budget, and at any other budget."""
+"""What `plan` says: the cost of a call at some horizon and in some budget, and at any other budget."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from typing import Any
 
-from ..compiler.cost.model import SIZES, CostModel
-from ..compiler.cost.polynomials import size_text
-from ..compiler.ir.program import Program, plural, readable_bytes
-from ..compiler.ir.step import Loop
-from ..runtime.budget.planner import Plan, Planner, with_residuals
+from ..compiler.cost.model import SIZES, CostModel, step_flops
+from ..compiler.cost.step import residual_cost, step_cost
+from ..compiler.ir.program import Program, nbytes, plural, readable_bytes
+from ..compiler.ir.step import Loop, Lowering
+from ..errors import WindowError
+from ..runtime.budget.planner import FEW_SLOTS, Plan, Planner, residuals_from, with_residuals
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Cost:
     Attributes:
         function: its name.
         horizon: T.
-        batch: size of the batch, where the formulas are in it too; None where they are not.
+        batch: the size that was asked for; None for that of the arguments.
         memory_budget: bytes, or None.
         plan: ``"unrolled"``, ``"all states"``, ``"scheduled"`` or ``"tiered"``, as in `metaoptim.explain`.
         slots: how many states are kept: T for all of them.
@@ -56,7 +58,7 @@ class Cost:
         peak = self.model.peak_with_residuals if self.saved_calls else self.model.peak
         peak = self.model.peak_with_tier if self.plan == "tiered" else peak
         sizes = [
-            f"{s} = {size_text(self.model.sizes[s])} ({word})"
+            f"{s} = {readable_bytes(self.model.sizes[s])} ({word})"
             for s, word in SIZES.items()
             if s in peak.free_symbols
         ]
@@ -128,17 +130,15 @@ class Setting:
         name: of the function.
         program: with so many iterations of its loop.
         alone, tier: planners without and with a lower tier; the latter None where none was asked for.
-        longest: the loop that the formulas are of.
         model: the formulas.
-        least: room beside every state from which on residuals are saved at all.
-        batch: size of the batch, where they are in it.
+        least: the smallest room beside every state with which residuals are saved at all.
+        batch: the size of the batch that was asked for.
     """
 
     name: str
     program: Program
     alone: Planner
     tier: Planner | None
-    longest: Loop
     model: CostModel
     least: int
     batch: int | None = None
@@ -201,3 +201,111 @@ class Setting:
             model=model,
             _setting=self,
         )
+
+
+def setting_of(
+    program: Program,
+    lowering: Lowering,
+    name: str,
+    horizon: int | None = None,
+    offload: bool = False,
+    batch: int | None = None,
+) -> Setting:
+    """A function of which costs can be asked.
+
+    Args:
+        program: of the function.
+        lowering: the backend and HVP mode of its graphs.
+        name: of the function.
+        horizon: T, in place of that of the program.
+        offload: whether states without a slot may go to a lower tier.
+        batch: the size of the batch that was asked for.
+
+    Raises:
+        ValueError: for a horizon below that of one iteration.
+        WindowError: for a program without a loop, or with truncated gradients of losses between its steps.
+    """
+    loops = [x for x in program.calls if isinstance(x, Loop)]
+    if not loops:
+        raise WindowError("plan: the function has no loop; write it with window.scan or window.range")
+    if program.window is not None and program.loss_between:
+        raise WindowError(
+            f"plan: with window={program.window}, each of the losses between the inner steps sweeps back over steps of "
+            "its own, for which there are no formulas; fn.explain(...) goes through all of it"
+        )
+    longest = max(loops, key=lambda x: x.count)
+    more = 0 if horizon is None else horizon - program.horizon
+    each = sum(call.step.steps for call in longest.calls)
+    count = longest.count + more // max(each, 1)
+    if count < 1:
+        raise ValueError(
+            f"horizon: got {horizon}, expected at least {program.horizon - each * (longest.count - 1)}"
+        )
+    stretched = _stretched(longest, count)
+    longer = replace(program, calls=[stretched if x is longest else x for x in program.calls])
+    learnt = _learnt_bytes(longest)
+    beside = learnt * (count - longest.count)
+    alone = Planner(longer, lowering, name, beside=beside)
+    tier = Planner(longer, lowering, name, True, beside) if offload else None
+    model = _model(alone, tier, stretched, learnt // len(longest.calls))
+    return Setting(name, longer, alone, tier, model, residuals_from(longer, lowering), batch)
+
+
+def _model(alone: Planner, tier: Planner | None, loop: Loop, step_bytes: int) -> CostModel:
+    """The cost model with the formulas of ``loop``, each step of which adds ``step_bytes`` of gradients."""
+    program, lowering = alone.program, alone.lowering
+    few, per_slot = min(FEW_SLOTS, alone.states), alone.alone.per_slot
+    transient = max(step_cost(call.step, lowering).vjp_bytes for call in loop.calls)
+    residuals = {id(g): residual_cost(g, lowering) for g in program.step_graphs}
+    kept = max(residuals[id(call.step)][0] for call in loop.calls)
+    calls = list(program.counted())
+    (end,) = (i for i, (call, _) in enumerate(calls, 1) if call is loop.calls[-1])
+    after = sum(count * (residuals[id(call.step)][0] - kept) for call, count in calls[end:])
+    flops = zip(*(step_flops(call.step, lowering) for call in loop.calls), strict=True)
+    forward, vjp, saved = (_mean(of) for of in flops)
+    return CostModel(
+        fixed_bytes=alone.peak(few) - few * per_slot - step_bytes * program.positions - transient,
+        transient_bytes=transient,
+        state_bytes=per_slot,
+        step_bytes=step_bytes,
+        forward_flops=forward,
+        vjp_flops=vjp,
+        residual_bytes=kept,
+        residual_fixed_bytes=after + max(more for _, more in residuals.values()) if kept else 0,
+        saved_flops=saved,
+        tier_bytes=0 if tier is None else tier.peak(few, True) - alone.peak(few),
+        window=program.swept if program.swept < program.positions else None,
+    )
+
+
+def _mean(values: tuple[int, ...]) -> int | Fraction:
+    """Of a round of several steps, their mean, which need not be whole."""
+    mean = Fraction(sum(values), len(values))
+    return int(mean) if mean.denominator == 1 else mean
+
+
+def _stretched(loop: Loop, count: int) -> Loop:
+    """A loop of so many iterations; a list that it reads begins anew where it ends."""
+    times = -(-count // loop.count)
+    calls = (
+        replace(
+            call, inputs=[replace(g, of=tuple(g.of) * times) if g.kind == "each" else g for g in call.inputs]
+        )
+        for call in loop.calls
+    )
+    return replace(loop, calls=tuple(calls), count=count)
+
+
+def _learnt_bytes(loop: Loop) -> int:
+    """Bytes that an iteration adds: a gradient and a copy of rows and of listed tensors that it alone reads."""
+    moving = [
+        g
+        for call, strides in zip(loop.calls, loop.strides, strict=True)
+        for g, stride in zip(call.inputs, strides, strict=True)
+        if stride
+    ]
+    read = [x for g in moving for x in (g.of if g.kind == "each" else [g])]
+    rows = {x.of for x in read if x.kind == "scan" and x.of.grad}
+    listed = {x.of for x in read if x.kind == "input" and x.of.grad}
+    of_rows = sum(nbytes(x.spec) // x.spec.shape[0] for x in rows)
+    return 2 * (of_rows + sum(nbytes(x.spec) for x in listed) // loop.count)

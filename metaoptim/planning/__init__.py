@@ -1,1 +1,0 @@
-"""The cost of a function as formulas, for `metaoptim.plan`."""
