@@ -15,8 +15,8 @@ from torch import Tensor
 
 import metaoptim
 from budget_cases import Case, same, state_bytes
+from metaoptim.runtime.engine.engine import Engine
 from metaoptim.runtime.states import schedule
-from metaoptim.runtime.states.actions import Action, Keep
 from metaoptim.runtime.states.slots import Slots
 
 _EVERY_TIME = 6  # cases that are short
@@ -41,20 +41,23 @@ def enough(steps: int, slots: int) -> bool:
 
 def leaking(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Slots, list[Tensor]]]:
     """Let every loop hold one state that no plan knows of; returns where they are."""
-    real, leaked = Slots.apply, []
+    append, after, leaked = Engine.append, Engine._after, []
 
-    def apply(self: Slots, action: Action, state: Any = None) -> None:
-        if (
-            isinstance(action, Keep)
-            and action.position >= 2
-            and all(store is not self for store, _ in leaked)
-        ):
-            kept = self.work[action.position] if state is None else state
-            if tensors := [t.clone() for t in kept if isinstance(t, Tensor)]:  # plans run on sizes
-                leaked.append((self, tensors))
-        real(self, action, state)
+    def leak(engine: Engine, position: int, state: Any) -> None:
+        tensors = [t.clone() for t in state if isinstance(t, Tensor)]
+        if position >= 2 and tensors and all(store is not engine.store for store, _ in leaked):
+            leaked.append((engine.store, tensors))
 
-    monkeypatch.setattr(Slots, "apply", apply)
+    def leaking_append(self: Engine, *call: Any, **read: Any) -> None:
+        leak(self, self.position, self.state)
+        append(self, *call, **read)
+
+    def leaking_after(self: Engine, position: int, state: Any, *how: Any) -> Any:
+        leak(self, position, state)
+        return after(self, position, state, *how)
+
+    monkeypatch.setattr(Engine, "append", leaking_append)
+    monkeypatch.setattr(Engine, "_after", leaking_after)
     return leaked
 
 
