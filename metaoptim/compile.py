@@ -7,6 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from .compiler.ir.step import Lowering
 from .compiler.ir.trace import Input
 from .compiler.lower.waiting import waiting
 from .compiler.passes.checkpoint import checkpoint
-from .compiler.passes.pipeline import Options
+from .compiler.passes.options import Options
 from .errors import WindowError, warn
 from .functions.captured import Specialization, StepSpecialization, capture, captured_step, retention_of
 from .functions.changes import Change
@@ -203,7 +204,7 @@ class CompiledFunction:
             retention = retention_of(rolled, self._options)
             with waiting(f"planning what {_name(self._fn)} keeps ..."):
                 kept, program.plan = decide(rolled, lowering, retention, _name(self._fn), tensors)
-            checkpoint(rolled, kept, lowering.hvp)
+            checkpoint(rolled, replace(self._options, kept=kept))
             if program.plan is not None:
                 if retention.memory_budget is None:
                     tell_default(_name(self._fn), program.plan.budget)

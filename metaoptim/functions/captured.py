@@ -24,8 +24,8 @@ from ..compiler.ir.step import Role, StepCall
 from ..compiler.ir.trace import Input, Trace
 from ..compiler.lower.ambient import unaffected
 from ..compiler.lower.derivatives import derived
-from ..compiler.lower.library import library
-from ..compiler.passes.pipeline import Options, Record, compile_trace
+from ..compiler.passes.options import Options
+from ..compiler.passes.pipeline import Record, compile_trace
 from ..errors import UnreachableWarning, warn
 from ..runtime.budget.planner import Plan
 from ..runtime.functions.compiled_step import CapturedStep, CompiledStep, aside
@@ -183,7 +183,7 @@ def capture(
         reads.settle(dependencies)
     tracer.trace.outputs = traced.tensors
     with unaffected():
-        rolled, records = compile_trace(tracer.trace, options, library)
+        rolled, records = compile_trace(tracer.trace, options)
     if tracer.trace.steps and not rolled.horizon:
         warn(
             f"nothing that {getattr(fn, '__qualname__', 'the function')} returns depends on its "
