@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from ..compiler.ir.program import Program, plural
-from ..compiler.ir.slices import tensor_spec
 from ..compiler.ir.step import Loop, StepCall, calls_of
+from ..compiler.ir.tensors import tensor_spec
 from ..compiler.ir.trace import Input, Noise
 from ..errors import CaptureError
 from .guards import Source
