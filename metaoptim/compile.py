@@ -13,7 +13,7 @@ from .compiler.capture import intercept
 from .compiler.ir.retention import Retention, check_count
 from .compiler.ir.step import Lowering
 from .compiler.lower.waiting import waiting
-from .compiler.passes.pipeline import Options
+from .compiler.passes.options import Options
 from .errors import WindowError
 from .functions.guards import Dependencies
 from .functions.reads import Reads

@@ -17,8 +17,8 @@ from .compiler.capture import intercept
 from .compiler.capture.symbolic.tracer import Tracer
 from .compiler.ir.retention import Retention
 from .compiler.ir.tensors import TensorSpec
-from .compiler.lower.library import library
-from .compiler.passes.pipeline import Options, compile_trace
+from .compiler.passes.options import Options
+from .compiler.passes.pipeline import compile_trace
 from .errors import WindowError
 from .functions.captured import trace_of
 from .functions.specialization import retention_of
@@ -112,7 +112,7 @@ def plan(
             call = _with_batch(compiled._fn, args, kwargs, batch, batch_size)
         traced, tracer, _ = trace_of(call, (), {})
         tracer.trace.outputs = traced.tensors
-        program, _ = compile_trace(tracer.trace, options, library)
+        program, _ = compile_trace(tracer.trace, options)
         said = retention_of(program, options)
         tiered = offload is not None or said.offload is not None
         slots, budget = said.slots, said.memory_budget

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from ..ir.program import plural
-from ..ir.segments import Part, Partition, PartKind, Segment, arguments, group
+from ..ir.segments import Part, Partition, PartKind, Segment, arguments
 from ..ir.trace import Noise
 from ..ir.values import Value
+from .options import Options
+from .split import group
 
 
-def canonicalize(partition: Partition) -> str:
+def canonicalize(partition: Partition, options: Options) -> tuple[Partition, str]:
     """Drop calls that no output depends on. Random numbers are drawn all the same, as eager would.
 
     Segments of equal structure keep the same calls: what one of them needs, all compute, so that they share a program.
@@ -21,21 +23,20 @@ def canonicalize(partition: Partition) -> str:
     partition.parts = [u for u in partition.parts if u.segment.entries]
     partition.part_of = {id(e): n for n, u in enumerate(partition.parts) for e in u.segment.entries}
     group(partition)
-    outline(partition)
+    outline(partition, options)
     after = sum(len(u.segment.entries) for u in partition.parts)
-    return (
-        f"{before - after} of {before} calls are not needed; {plural(len(partition.kinds), 'distinct part')}"
-    )
+    distinct = plural(len(partition.kinds), "distinct part")
+    return partition, f"{before - after} of {before} calls are not needed; {distinct}"
 
 
-def outline(partition: Partition) -> str:
+def outline(partition: Partition, options: Options) -> tuple[Partition, str]:
     """Note what each part gives to later ones; no call is dropped."""
     for value in partition.finals():
         _give(partition, value)
     for part in partition.parts:
         for value in part.segment.inputs:
             _give(partition, value)
-    return f"left out; {plural(len(partition.kinds), 'distinct part')}"
+    return partition, f"left out; {plural(len(partition.kinds), 'distinct part')}"
 
 
 def _give(partition: Partition, value: object) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,10 +18,10 @@ from ..compiler.ir.step import Lowering, Role, StepCall
 from ..compiler.ir.trace import Input
 from ..compiler.lower.ambient import unaffected
 from ..compiler.lower.derivatives import derived
-from ..compiler.lower.library import library
 from ..compiler.lower.waiting import waiting
 from ..compiler.passes.checkpoint import checkpoint
-from ..compiler.passes.pipeline import Options, Record, compile_trace
+from ..compiler.passes.options import Options
+from ..compiler.passes.pipeline import Record, compile_trace
 from ..errors import UnreachableWarning, warn
 from ..runtime.budget.amounts import tell_default
 from ..runtime.budget.planner import Plan, decide
@@ -93,7 +93,7 @@ class Specialization:
             retention = retention_of(rolled, self._options)
             with waiting(f"planning what {self._name} keeps ..."):
                 kept, self.plan = decide(rolled, lowering, retention, self._name, tensors)
-            checkpoint(rolled, kept, lowering.hvp)
+            checkpoint(rolled, replace(self._options, kept=kept))
             if self.plan is not None:
                 if retention.memory_budget is None:
                     tell_default(self._name, self.plan.budget)
@@ -177,7 +177,7 @@ def specialize(
         reads.settle(dependencies)
     tracer.trace.outputs = traced.tensors
     with unaffected():
-        rolled, records = compile_trace(tracer.trace, options, library)
+        rolled, records = compile_trace(tracer.trace, options)
     if tracer.trace.steps and not rolled.horizon:
         warn(
             f"nothing that {getattr(fn, '__qualname__', 'the function')} returns depends on its "

@@ -12,7 +12,7 @@ from ..compiler.ir.program import Operand, memory_of, plural
 from ..compiler.ir.step import Loop, Lowering, Role, StepGraph
 from ..compiler.ir.tape import Tape
 from ..compiler.lower.derivatives import derived
-from ..compiler.passes.differentiate import differentiate
+from ..compiler.passes.differentiate import derive_all
 from ..compiler.passes.pipeline import Record
 from ..errors import WindowError, user_scope
 from ..functions.surroundings import names_in
@@ -106,7 +106,7 @@ def _records(program: Tape, lowerings: dict[int, Lowering]) -> list[Record]:
     modes: dict[str, list[StepGraph]] = {}
     for g in program.step_graphs:
         modes.setdefault(lowerings[id(g)].hvp, []).append(g)
-    done = "; ".join(differentiate(graphs, hvp) for hvp, graphs in modes.items())
+    done = "; ".join(derive_all(graphs, hvp) for hvp, graphs in modes.items())
     return [*found, Record("differentiate", done, 1e3 * (time.perf_counter() - begun))]
 
 
