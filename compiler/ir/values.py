@@ -12,6 +12,7 @@ from torch import Tensor
 from metaoptim.errors import CaptureError
 
 from .tensors import ByStorage
+from .walk import reached
 
 _DETACH = torch.ops.aten.detach.default
 
@@ -132,26 +133,16 @@ class Carried:
 
 def reaches_theta(value: Value) -> bool:
     """Whether a gradient of ``value`` may flow into theta."""
-    stack: list[Any] = [value]
-    seen: set[int] = set()
-    while stack:
-        a = stack.pop()
-        if isinstance(a, Theta):
-            return True
-        if isinstance(a, Carried):
-            a = a.value
-        if isinstance(a, tuple):
-            stack.extend(a)
-            continue
+
+    def onwards(a: Any) -> Iterable[Any]:
         if isinstance(a, Value):
             t = a.ref and a.ref()
-            if a.apart is not None or (t is not None and not t.requires_grad):
-                continue
-            a = a.entry
-        if isinstance(a, Entry) and id(a) not in seen and a.grad and a.op is not _DETACH:
-            seen.add(id(a))
-            stack += [*a.args, *a.deps, *a.kwargs.values()]
-    return False
+            return () if a.apart is not None or (t is not None and not t.requires_grad) else (a.entry,)
+        if isinstance(a, Entry):
+            return (*a.args, *a.deps, *a.kwargs.values()) if a.grad and a.op is not _DETACH else ()
+        return (a.value,) if isinstance(a, Carried) else a if isinstance(a, tuple) else ()
+
+    return any(isinstance(a, Theta) for a in reached([value], onwards))
 
 
 class Number:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from bisect import bisect_right
+from collections.abc import Iterable
 from typing import Any
 
 from metaoptim.errors import CaptureError, user_location
@@ -13,6 +14,7 @@ from ..ir.segments import Hooks, Part, Partition, PartKind, Segment, sources
 from ..ir.step import gradient
 from ..ir.trace import Trace
 from ..ir.values import Entry, Value
+from ..ir.walk import reached
 from .options import Options
 
 
@@ -90,20 +92,17 @@ def _first_use_of_theta(taken: Entry) -> int:
     loss, thetas = taken.args
     shown = {id(t.entry) for t in thetas}
     oldest = min(t.entry.seq for t in thetas)
-    visited: dict[int, Entry] = {}
-    stack = [loss.entry] if isinstance(loss, Value) else []
-    while stack:
-        entry = stack.pop()
-        if entry.seq <= oldest or entry.seq in visited or id(entry) in shown:
-            continue
-        visited[entry.seq] = entry
-        stack += [a.entry for a in sources(entry) if isinstance(a, Value)]
-    reached = set(shown)
-    for seq in sorted(visited):
-        entry = visited[seq]
-        if any(isinstance(a, Value) and id(a.entry) in reached for a in sources(entry)):
-            reached.add(id(entry))
-    return min((seq for seq, e in visited.items() if id(e) in reached), default=taken.seq)
+
+    def later(refs: Iterable[Any]) -> list[Entry]:
+        calls = (a.entry for a in refs if isinstance(a, Value))
+        return [e for e in calls if e.seq > oldest and id(e) not in shown]
+
+    between = sorted(reached(later([loss]), lambda e: later(sources(e))), key=lambda e: e.seq)
+    dependent = set(shown)
+    for entry in between:
+        if any(isinstance(a, Value) and id(a.entry) in dependent for a in sources(entry)):
+            dependent.add(id(entry))
+    return min((e.seq for e in between if id(e) in dependent), default=taken.seq)
 
 
 def _refuse_aliases_across(partition: Partition) -> None:

@@ -28,6 +28,7 @@ from ...ir.operators import (
     without_running_stats,
 )
 from ...ir.values import Carried, Entry, Epoch, External, Number, Theta, Value, version_of
+from ...ir.walk import reached
 
 aten = torch.ops.aten
 _DETACH = aten.detach.default
@@ -177,23 +178,17 @@ class Recording:
     def _reads_current_theta(self, value: Value) -> bool:
         """Whether an older value depends on parameters that no step has changed since (the same super-step's)."""
         current = {c.index: c.tensor.untyped_storage()._cdata for c in self.epoch.theta.values()}
-        stack: list[Any] = [value]
-        seen: set[int] = set()
-        while stack:
-            a = stack.pop()
-            if isinstance(a, Theta):
-                if current.get(a.index) == a.tensor.untyped_storage()._cdata:
-                    return True
-            elif isinstance(a, tuple):
-                stack.extend(a)
-            elif isinstance(a, Carried):
-                stack.append(a.value)
-            elif isinstance(a, (Value, Entry)):
-                entry = a.entry if isinstance(a, Value) else a
-                if id(entry) not in seen and not (isinstance(a, Value) and a.apart is not None):
-                    seen.add(id(entry))
-                    stack += [*entry.args, *entry.deps, *entry.kwargs.values()]
-        return False
+
+        def onwards(a: Any) -> Iterable[Any]:
+            if isinstance(a, Value):
+                return () if a.apart is not None else (a.entry,)
+            if isinstance(a, Entry):
+                return (*a.args, *a.deps, *a.kwargs.values())
+            return (a.value,) if isinstance(a, Carried) else a if isinstance(a, tuple) else ()
+
+        start: list[Any] = [value]
+        thetas = (a for a in reached(start, onwards) if isinstance(a, Theta))
+        return any(current.get(a.index) == a.tensor.untyped_storage()._cdata for a in thetas)
 
     def external(self, t: Tensor) -> External:
         """``t``, read from outside as it is now."""
