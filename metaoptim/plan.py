@@ -20,7 +20,8 @@ from .compiler.ir.tensors import TensorSpec
 from .compiler.passes.options import Options
 from .compiler.passes.pipeline import compile_trace
 from .errors import WindowError
-from .functions.captured import retention_of, trace_of
+from .functions.captured import trace_of
+from .functions.specialization import retention_of
 from .report.cost import Cost, setting_of
 from .runtime.budget.amounts import budget_bytes
 from .runtime.budget.planner import default_plan, device_of

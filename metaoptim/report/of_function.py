@@ -18,9 +18,10 @@ from ..compiler.passes.checkpoint import checkpoint
 from ..compiler.passes.options import Options
 from ..compiler.passes.pipeline import Record, compile_trace
 from ..errors import WindowError
-from ..functions.captured import captured_step, retention_of, trace_of
+from ..functions.captured import captured_step, trace_of
 from ..functions.guards import Dependencies
-from ..functions.naming import tensor_names
+from ..functions.specialization import retention_of
+from ..functions.surroundings import tensor_names
 from ..runtime.budget.measure import measured_peak, rehearse
 from ..runtime.budget.meter import profiling
 from ..runtime.budget.planner import decide

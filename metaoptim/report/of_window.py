@@ -15,7 +15,7 @@ from ..compiler.lower.derivatives import derived
 from ..compiler.passes.differentiate import derive_all
 from ..compiler.passes.pipeline import Record
 from ..errors import WindowError, user_scope
-from ..functions.naming import names_in
+from ..functions.surroundings import names_in
 from ..runtime.budget.simulate import predict_sweep
 from ..runtime.windows.dependence import leaves_of
 from ..runtime.windows.recording_session import RecordedSession

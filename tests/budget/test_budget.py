@@ -404,7 +404,7 @@ def test_explain_says_what_the_call_saves() -> None:
                 return net(xs[0]).square().sum()
 
         meta_loss(*setting())
-        ((program,),) = meta_loss._programs.values()
+        ((program,),) = meta_loss._specializations.known.values()
         report, cost = meta_loss.explain(*setting()), metaoptim.plan(meta_loss)(*setting())
         assert program.plan.saved == report.saved_calls == cost.saved_calls, budget
         assert report.plan == cost.plan
