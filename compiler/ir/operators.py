@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from metaoptim.errors import CaptureError
 
 aten = torch.ops.aten
+T = TypeVar("T")
 
 
 class OpInfo(NamedTuple):
@@ -81,15 +83,13 @@ def _types(op: Any) -> list[str]:
     return [str(a.type) for a in op._schema.arguments]
 
 
-def written(info: OpInfo, args: tuple, kwargs: dict) -> list[Tensor]:
-    """The tensors this call mutates."""
-    out = []
-    for where in info.writes:
-        value = kwargs.get(where) if isinstance(where, str) else (args[where] if where < len(args) else None)
-        for item in value if isinstance(value, (list, tuple)) else (value,):
-            if isinstance(item, Tensor):
-                out.append(item)
-    return out
+def written(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any], kind: type[T]) -> list[T]:
+    """The arguments of a ``kind`` that a call changes in place: tensors, or what stands for them."""
+    found: list[Any] = []
+    for where in op_info(op).writes if isinstance(op, torch._ops.OpOverload) else ():
+        a = kwargs.get(where) if isinstance(where, str) else args[where] if where < len(args) else None
+        found += a if isinstance(a, (list, tuple)) else [a]
+    return [a for a in found if a is not None and isinstance(a, kind)]
 
 
 # Their outputs have fixed shapes, but where an index is a boolean mask their derivatives look for its true entries.

@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 
-from .owners import changed, identity, owner
 from .slices import Keyed, hook_key
 from .step import Role, gradient, show
 from .tensors import TensorSpec
 from .trace import Input, Noise, ScanItem, Trace
 from .update import UpdatePlan
-from .values import Entry, Number, Value
+from .values import Entry, Number, Value, changed, identity, owner
 
 aten = torch.ops.aten
 Place = tuple[int, Any]  # of a call, and which of its outputs; None for the only one

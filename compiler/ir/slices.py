@@ -11,8 +11,7 @@ from torch import Tensor
 
 from .functions import Function
 from .operators import INDEXING
-from .owners import changed, identity, origin
-from .values import Carried, Entry, External, Number, Spy, Theta, Value, is_removed
+from .values import Carried, Entry, External, Number, Spy, Theta, Value, changed, identity, is_removed, origin
 
 
 class Keyed:

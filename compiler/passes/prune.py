@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from ..ir.owners import identity
 from ..ir.segments import Part, Partition, sources
 from ..ir.trace import Noise
-from ..ir.values import Value
+from ..ir.values import Value, identity
 from .options import Options
 
 

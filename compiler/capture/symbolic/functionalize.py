@@ -21,11 +21,11 @@ _DETACH = aten.detach.default
 
 def write(tracer: Any, op: Any, info: OpInfo, args: tuple, kwargs: dict) -> Any:
     """Make a call that writes into some of its arguments: from there on other values stand for them."""
-    for t in written(info, args, kwargs):
+    for t in written(op, args, kwargs, Tensor):
         if tracer.is_given(t):
             tracer.take_over(t, op, tensors_in((*args, *kwargs.values())))
     args, kwargs = tracer.taken_over(args), tracer.taken_over(kwargs)
-    targets = written(info, args, kwargs)
+    targets = written(op, args, kwargs, Tensor)
     touched = {id(u): (u, any(u is t for t in targets)) for t in targets for u in (t, *tracer.sharing(t))}
     then = [tracer.on_write(*t) for t in touched.values()]
     out = _written(tracer, op, args, kwargs, targets)

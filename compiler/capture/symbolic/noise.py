@@ -63,7 +63,7 @@ def draw(tracer: Any, op: Any, args: tuple, kwargs: dict) -> Any:
         tracer.drop_out(args, out[0], _drawn(tracer, out[1], mask))
         return out
     if op_info(op).writes:
-        (target,) = written(op_info(op), args, kwargs)
+        (target,) = written(op, args, kwargs, Tensor)
         with tracer.paused():
             fresh = tracer.faked(target).detach().clone(memory_format=torch.preserve_format)
         _drawn(tracer, fresh, Noise(op, _numbers(args[1:]), kw, tensor_spec(target)))
