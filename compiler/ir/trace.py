@@ -45,13 +45,13 @@ class Noise:
     """
 
     op: Any
-    args: tuple
-    kwargs: dict
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
     spec: TensorSpec
     grad: ClassVar[bool] = False
 
     @property
-    def key(self) -> tuple:
+    def key(self) -> tuple[Any, ...]:
         """What must be equal for two steps to draw alike."""
         return (self.op, self.args, tuple(sorted(self.kwargs.items(), key=lambda kv: kv[0])))
 
@@ -101,7 +101,7 @@ class WindowMark:
     offline: bool
     window: int | None = None
     retention: Retention = UNSAID
-    backward_hook: Callable | None = None
+    backward_hook: Callable[..., Any] | None = None
     adopted: list[Entry] = field(default_factory=list)
     last: list[tuple[Any, Value]] = field(default_factory=list)
 

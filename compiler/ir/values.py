@@ -81,13 +81,13 @@ class Entry:
     """
 
     op: Any
-    args: tuple
-    kwargs: dict
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
     epoch: Epoch
     seq: int
-    deps: tuple
+    deps: tuple[Any, ...]
     grad: bool
-    shape: tuple | None = None
+    shape: tuple[Any, ...] | None = None
 
 
 @dataclass(slots=True, eq=False, repr=False)

@@ -79,7 +79,9 @@ def _lifted(kind: PartKind) -> tuple[int, ...]:
     return tuple(i for i, column in enumerate(columns) if len(set(column)) > 1)
 
 
-def _call(part: Part, step: StepGraph, lifted: tuple[int, ...], read: dict, written: list[int]) -> StepCall:
+def _call(
+    part: Part, step: StepGraph, lifted: tuple[int, ...], read: dict[str, Any], written: list[int]
+) -> StepCall:
     segment = part.segment
     state, given = [], []
     for at in roles_of(segment, part.kind).order:
@@ -131,7 +133,7 @@ def _check_scan(partition: Partition, scan: Any, places: list[int]) -> None:
         )
 
 
-def _place(partition: Partition, value: Value) -> tuple:
+def _place(partition: Partition, value: Value) -> tuple[Any, ...]:
     segment = partition.parts[partition.part_of[id(value.entry)]].segment
     return segment.number_of[id(value.entry)], value.index
 
@@ -192,7 +194,7 @@ class _Registers:
         """Where a value is found in the end."""
         return self._of[identity(ref)] if isinstance(ref, Value) else ref
 
-    def assign(self, n: int) -> tuple[dict, list[int]]:
+    def assign(self, n: int) -> tuple[dict[str, Any], list[int]]:
         """Registers that part ``n`` reads, by value, and those it writes, in the order of its outputs (-1: none)."""
         part = self.partition.parts[n]
         read = {identity(r): self._of[identity(r)] for r in part.segment.inputs if isinstance(r, Value)}
