@@ -16,6 +16,7 @@ from .compile import BoundFunction, CompiledFunction
 from .compiler.capture import intercept
 from .compiler.capture.symbolic.tracer import Tracer
 from .compiler.ir.retention import Retention
+from .compiler.ir.tensors import TensorSpec
 from .compiler.lower.library import library
 from .compiler.passes.pipeline import Options, compile_trace
 from .errors import WindowError
@@ -218,7 +219,8 @@ def _resized(tracer: Tracer, t: Tensor, dim: int, size: int) -> Tensor:
     for d in outer:
         stride[d] = stride[d] // n * size if exact else stride[d] * -(-size // n)
     shape = (*t.shape[:dim], size, *t.shape[dim + 1 :])
-    fake = tracer.fakes.empty((shape, t.dtype, tuple(stride), t.device)).requires_grad_(t.requires_grad)
+    fake = tracer.fakes.empty(TensorSpec(shape, t.dtype, tuple(stride), t.device))
+    fake.requires_grad_(t.requires_grad)
     if isinstance(t, nn.Parameter):
         fake._is_param = True  # type: ignore[attr-defined]
     tracer.bind_input(fake)

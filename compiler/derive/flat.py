@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from metaoptim.errors import CaptureError
 
 from ..ir.operators import EMPTY, functional, op_info, shapes_known
-from ..ir.slices import tensor_spec
+from ..ir.tensors import tensor_spec
 
 aten = torch.ops.aten
 _LIFTED = (aten.lift_fresh.default, aten.lift.default)

@@ -18,8 +18,8 @@ from metaoptim.errors import CaptureError, MetaOptimError
 
 from ..ir.derived import FlatGraph
 from ..ir.operators import op_info
-from ..ir.slices import tensor_spec
 from ..ir.step import Port, Role, StepGraph, gradient
+from ..ir.tensors import TensorSpec, tensor_spec
 from .cotangent_hook import call_cotangent_hook
 from .flat import Traced, Unfollowed, drop_dead, flat_graph, merge_equal
 from .interpret import interpret
@@ -135,7 +135,7 @@ def cotangent_outputs(step: StepGraph) -> list[int]:
     ]
 
 
-def loss_graph(step: StepGraph, spec: tuple) -> StepGraph:
+def loss_graph(step: StepGraph, spec: TensorSpec) -> StepGraph:
     """inputs -> loss, which has this ``spec``, for a step that takes one gradient."""
     graph, env = fx.Graph(), dict[fx.Node, fx.Node]()
     (taken,) = (n for n in step.graph.nodes if n.target is gradient)
@@ -191,7 +191,7 @@ def _without_derivative(error: RuntimeError) -> str:
 
 def true_zeros(step: StepGraph) -> dict[Any, Callable]:
     """A decomposition of autograd's immaterial zeros, on which some operators fail."""
-    return {aten._efficientzerotensor.default: functools.partial(_zeros, step.inputs[0].spec[3])}
+    return {aten._efficientzerotensor.default: functools.partial(_zeros, step.inputs[0].spec.device)}
 
 
 def _zeros(home: torch.device, size: Any, *, device: Any = None, **options: Any) -> Tensor:

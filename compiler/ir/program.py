@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from .retention import UNSAID, Retention
 from .step import Loop, Lowering, Port, Role, StepCall, StepGraph, calls_of
+from .tensors import TensorSpec
 from .trace import Input
 
 _MOST_SHAPES = 6  # of one role and dtype that are written out
@@ -238,10 +239,8 @@ def given_ports(step: StepGraph) -> list[Port]:
     return [p for p in step.inputs if p.role not in _STATE]
 
 
-def nbytes(spec: tuple) -> int:
+def nbytes(spec: TensorSpec) -> int:
     """Bytes of memory that a tensor of this spec spans."""
-    if not spec:
-        return 0
     shape, dtype, stride, _ = spec
     if 0 in shape:
         return 0
@@ -281,15 +280,14 @@ def readable_bytes(size: float) -> str:
     raise AssertionError
 
 
-def shapes_text(specs: Iterable[tuple]) -> str:
+def shapes_text(specs: Iterable[TensorSpec]) -> str:
     """Dtypes and shapes, equal ones once: ``float32 4×3, 4 (2 of them)``."""
-    groups: dict[torch.dtype, list[tuple]] = {}
+    groups: dict[torch.dtype, list[TensorSpec]] = {}
     for spec in specs:
-        if spec:
-            groups.setdefault(spec[1], []).append(spec)
+        groups.setdefault(spec.dtype, []).append(spec)
     parts = []
     for dtype, group in groups.items():
-        counts = Counter("×".join(map(str, s[0])) or "scalar" for s in group)
+        counts = Counter("×".join(map(str, s.shape)) or "scalar" for s in group)
         shown = [name + (f" ({n} of them)" if n > 1 else "") for name, n in counts.items()]
         if len(shown) > _MOST_SHAPES:
             shown[_MOST_SHAPES:] = [f"{len(shown) - _MOST_SHAPES} more shapes"]

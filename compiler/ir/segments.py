@@ -16,11 +16,13 @@ from metaoptim.errors import CaptureError, user_location
 from .owners import changed, identity, owner
 from .slices import Keyed, hook_key
 from .step import Role, gradient, show
+from .tensors import TensorSpec
 from .trace import Input, Noise, ScanItem, Trace
 from .update import UpdatePlan
 from .values import Entry, Number, Value
 
 aten = torch.ops.aten
+Place = tuple[int, Any]  # of a call, and which of its outputs; None for the only one
 
 
 def leaves(a: Any) -> Iterator[Any]:
@@ -120,7 +122,7 @@ class Segment(Keyed):
         return identity(owner(ref, lambda entry: id(entry) in self.number_of))
 
 
-def spec_of(ref: Any) -> tuple:
+def spec_of(ref: Any) -> TensorSpec:
     """Shape, dtype, strides and device of what ``ref`` stands for."""
     return ref.ref if isinstance(ref, Value) else ref.spec
 
@@ -153,9 +155,9 @@ class PartKind:
     """
 
     parts: list[Part] = field(default_factory=list)
-    outputs: dict[tuple, tuple] = field(default_factory=dict)
+    outputs: dict[Place, TensorSpec] = field(default_factory=dict)
     active: set[int] = field(default_factory=set)
-    active_outputs: set[tuple] = field(default_factory=set)
+    active_outputs: set[Place] = field(default_factory=set)
 
 
 @dataclass
@@ -215,7 +217,7 @@ class Roles:
 
     inputs: list[Role]
     order: list[int]
-    outputs: dict[tuple, Role]
+    outputs: dict[Place, Role]
 
 
 _RANK = {Role.THETA: 0, Role.THETA_NOW: 1, Role.OPT_STATE: 2, Role.CARRY: 2}

@@ -15,11 +15,6 @@ from .owners import changed, identity, origin
 from .values import Carried, Entry, External, Number, Spy, Theta, Value, is_removed
 
 
-def tensor_spec(t: Tensor) -> tuple:
-    """What must be equal for one program to serve both tensors."""
-    return (tuple(t.shape), t.dtype, t.stride(), t.device)
-
-
 class Keyed:
     """Calls and their structure: what equal steps share.
 

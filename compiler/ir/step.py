@@ -23,6 +23,7 @@ from torch import Tensor, fx
 
 from .derived import FlatGraph, Measured, Split, StepCost
 from .functions import Function
+from .tensors import TensorSpec
 
 Lowered = Callable[..., Sequence[Any]]
 
@@ -42,17 +43,17 @@ class Role(str, Enum):
 
 @dataclass(frozen=True)
 class Port:
-    """One input or output: its role, and the tensor it takes (shape, dtype, stride, device)."""
+    """One input or output: its role, and what tensors are like there."""
 
     role: Role
-    spec: tuple
+    spec: TensorSpec
     name: str
     active: bool = True  # whether it depends on anything that requires grad
 
     @property
     def differentiable(self) -> bool:
         """Whether a cotangent can exist here."""
-        number = self.spec[1].is_floating_point or self.spec[1].is_complex
+        number = self.spec.dtype.is_floating_point or self.spec.dtype.is_complex
         return self.active and self.role not in (Role.SCAN, Role.NOISE) and number
 
     def empty(self) -> Tensor:
@@ -61,8 +62,7 @@ class Port:
         return torch.empty_strided(shape, stride, dtype=dtype, device=device)
 
     def __str__(self) -> str:
-        shape = "×".join(map(str, self.spec[0])) or "scalar"
-        return f"{self.name}: {self.role.value}[{str(self.spec[1]).removeprefix('torch.')} {shape}]"
+        return f"{self.name}: {self.role.value}[{self.spec.outline}]"
 
 
 def gradient(loss: Tensor, thetas: Iterable[Tensor]) -> tuple[Tensor, ...]:

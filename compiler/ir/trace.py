@@ -12,7 +12,7 @@ from torch import Tensor
 from metaoptim.errors import user_location
 
 from .retention import UNSAID, Retention
-from .slices import tensor_spec
+from .tensors import TensorSpec, tensor_spec
 from .values import Entry, Spy, Value
 
 
@@ -27,7 +27,7 @@ class Input:
         self.location = user_location()
 
     @classmethod
-    def of(cls, spec: tuple, grad: bool) -> Input:
+    def of(cls, spec: TensorSpec, grad: bool) -> Input:
         """One of which no more is known than this: a recorded step serves many tensors."""
         made = cls.__new__(cls)
         made.grad, made.spec, made.location = grad, spec, ""
@@ -46,7 +46,7 @@ class Noise:
     __slots__ = ("op", "args", "kwargs", "spec")
     grad = False
 
-    def __init__(self, op: Any, args: tuple, kwargs: dict, spec: tuple) -> None:
+    def __init__(self, op: Any, args: tuple, kwargs: dict, spec: TensorSpec) -> None:
         self.op, self.args, self.kwargs, self.spec = op, args, kwargs, spec
 
     @property
@@ -60,7 +60,7 @@ class ScanItem:
 
     __slots__ = ("source", "position", "spec")
 
-    def __init__(self, source: Input, position: int, spec: tuple) -> None:
+    def __init__(self, source: Input, position: int, spec: TensorSpec) -> None:
         self.source, self.position, self.spec = source, position, spec
 
     @property

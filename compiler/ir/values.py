@@ -11,7 +11,7 @@ from torch import Tensor
 
 from metaoptim.errors import CaptureError
 
-from .storages import ByStorage
+from .tensors import ByStorage
 
 _DETACH = torch.ops.aten.detach.default
 

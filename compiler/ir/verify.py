@@ -11,11 +11,11 @@ from metaoptim.errors import ProgramError
 
 from .program import Operand, Program, given_ports, registers_text, state_ports
 from .segments import Partition, arguments
-from .slices import tensor_spec
 from .step import Loop, Port, Role, StepCall, calls_of
+from .tensors import tensor_spec
 from .trace import Noise
 from .values import Value
-from .verify_step import op_text, role_text, spec_text, verify_step
+from .verify_step import op_text, verify_step
 
 _INNER = (Role.THETA, Role.OPT_STATE)
 
@@ -93,23 +93,23 @@ def _verify_given(given: Operand, port: Port, name: str) -> None:
             _verify_given(one, port, name)
         return
     if (given.kind == "noise") != (port.role is Role.NOISE):
-        raise ProgramError(f"{where} has the role {role_text(port)}, but is given as {given.kind}")
+        raise ProgramError(f"{where} has the role {port.role.value}, but is given as {given.kind}")
     if given.kind == "number":
-        if port.spec[0] or not isinstance(given.of, (int, float)):
-            raise ProgramError(f"{where}: got the number {given.of!r} for {spec_text(port.spec)}")
+        if port.spec.shape or not isinstance(given.of, (int, float)):
+            raise ProgramError(f"{where}: got the number {given.of!r} for {port.spec}")
         return
     if given.kind == "scan":
-        shape, dtype, stride, device = given.of.spec
-        if not shape or not 0 <= given.at < shape[0]:
-            raise ProgramError(f"{where}: slice {given.at} of {spec_text(given.of.spec)} does not exist")
-        spec = (tuple(shape[1:]), dtype, tuple(stride[1:]), device)
+        spec = given.of.spec
+        if not spec.shape or not 0 <= given.at < spec.shape[0]:
+            raise ProgramError(f"{where}: slice {given.at} of {spec} does not exist")
+        spec = spec.row
     else:
         spec = given.of.spec
-    if tuple(spec) != tuple(port.spec):
-        raise ProgramError(f"{where}: got {spec_text(spec)}, expected {spec_text(port.spec)}")
+    if spec != port.spec:
+        raise ProgramError(f"{where}: got {spec}, expected {port.spec}")
     if not isinstance(given.of, Noise) and given.of.grad and port.role is not Role.META:
         raise ProgramError(
-            f"{where} requires grad, but has the role {role_text(port)}: it would receive no gradient"
+            f"{where} requires grad, but has the role {port.role.value}: it would receive no gradient"
         )
 
 
@@ -119,13 +119,11 @@ def _verify_reads(call: StepCall, name: str, held: dict[int, Port]) -> None:
         where = f"{name}: input {port.name} reads r{register}"
         if writer is None:
             raise ProgramError(f"{where}, which nothing has been written to before")
-        if tuple(writer.spec) != tuple(port.spec):
-            raise ProgramError(
-                f"{where}, which holds {writer.name}, {spec_text(writer.spec)}; expected {spec_text(port.spec)}"
-            )
+        if writer.spec != port.spec:
+            raise ProgramError(f"{where}, which holds {writer.name}, {writer.spec}; expected {port.spec}")
         if (port.role in _INNER) != (writer.role in _INNER):
             raise ProgramError(
-                f"{where} as {role_text(port)}, which holds {writer.name} as {role_text(writer)}"
+                f"{where} as {port.role.value}, which holds {writer.name} as {writer.role.value}"
             )
         if writer.differentiable and not port.differentiable:
             raise ProgramError(
@@ -188,10 +186,8 @@ def _verify_results(program: Program, held: dict[int, Port]) -> None:
             )
     for i, (target, where) in enumerate(program.writes):
         spec = held[where].spec if isinstance(where, int) else where.spec
-        if isinstance(target, Tensor) and tuple(tensor_spec(target)[:2]) != tuple(spec[:2]):
-            raise ProgramError(
-                f"value {i} left in a tensor is {spec_text(spec)}, the tensor is {spec_text(tensor_spec(target))}"
-            )
+        if isinstance(target, Tensor) and tensor_spec(target)[:2] != spec[:2]:
+            raise ProgramError(f"value {i} left in a tensor is {spec}, the tensor is {tensor_spec(target)}")
 
 
 # -- a partition ----------------------------------------------------------------------------------------------------
@@ -247,9 +243,9 @@ def _wrong(partition: Partition, value: Value, n: int, k: int, outlined: bool) -
     if not outlined or at == n:
         return ""
     spec = part.kind.outputs.get((number, value.index))
-    if spec is not None and tuple(spec) == tuple(value.ref):
+    if spec is not None and spec == value.ref:
         return ""
     what = f"an output of {op_text(value.entry.op)} in part {at}"
     if spec is None:
         return f"{what}, which that part does not give"
-    return f"{what}: got {spec_text(spec)}, expected {spec_text(value.ref)}"
+    return f"{what}: got {spec}, expected {value.ref}"

@@ -12,7 +12,7 @@ from torch import fx
 from metaoptim.errors import ProgramError
 
 from .operators import op_info
-from .step import Port, Role, StepGraph, show
+from .step import Role, StepGraph, show
 
 aten = torch.ops.aten
 _INPUT_RANK = {Role.THETA: 0, Role.THETA_NOW: 1, Role.OPT_STATE: 2, Role.CARRY: 2}
@@ -69,17 +69,17 @@ def _verify_ports(step: StepGraph, name: str, placeholders: list[fx.Node]) -> No
     rank = 0
     for node, port in zip(placeholders, step.inputs, strict=True):
         if port.role not in _INPUTS:
-            raise ProgramError(f"{name}: input {port.name} has the role of an output, {role_text(port)}")
+            raise ProgramError(f"{name}: input {port.name} has the role of an output, {port.role.value}")
         if _INPUT_RANK.get(port.role, 3) < rank:
             raise ProgramError(
-                f"{name}: input {port.name} ({role_text(port)}) comes after inputs it must precede; expected theta, "
+                f"{name}: input {port.name} ({port.role.value}) comes after inputs it must precede; expected theta, "
                 "then state, then what is given from outside"
             )
         rank = _INPUT_RANK.get(port.role, 3)
         if node.meta.get("spec", port.spec) != port.spec:
             raise ProgramError(
-                f"{name}: input {port.name} is declared as {spec_text(port.spec)}, its placeholder holds "
-                f"{spec_text(node.meta['spec'])}"
+                f"{name}: input {port.name} is declared as {port.spec}, its placeholder holds "
+                f"{node.meta['spec']}"
             )
     results = step.graph.find_nodes(op="output")
     values = results[0].args[0] if len(results) == 1 else None
@@ -88,7 +88,7 @@ def _verify_ports(step: StepGraph, name: str, placeholders: list[fx.Node]) -> No
         raise ProgramError(f"{name}: got {got} results for {len(step.outputs)} outputs")
     for value, port in zip(values, step.outputs, strict=True):
         if port.role not in _OUTPUTS:
-            raise ProgramError(f"{name}: output {port.name} has the role of an input, {role_text(port)}")
+            raise ProgramError(f"{name}: output {port.name} has the role of an input, {port.role.value}")
         if not isinstance(value, fx.Node):
             raise ProgramError(f"{name}: output {port.name} is not computed: got the constant {value!r}")
 
@@ -148,16 +148,6 @@ def _live(nodes: list[fx.Node]) -> set[fx.Node]:
             live.add(node)
             stack += node.all_input_nodes
     return live
-
-
-def role_text(port: Port) -> str:
-    return port.role.value
-
-
-def spec_text(spec: tuple) -> str:
-    shape, dtype, stride, device = spec
-    size = "×".join(map(str, shape)) or "scalar"
-    return f"{str(dtype).removeprefix('torch.')} {size} (strides {tuple(stride)}, {device})"
 
 
 def op_text(op: Any) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from ..ir.segments import PartKind, Roles, Segment, roles_of, spec_of
 from ..ir.slices import hook_key, restored
 from ..ir.step import Port, Role, StepGraph
+from ..ir.tensors import TensorSpec
 from ..ir.update import UpdatePlan
 from .substitutes import stand_in
 
@@ -102,7 +103,7 @@ class _Builder:
         self.hooked: dict[tuple, fx.Node] = {}
         self.parts: dict[tuple, fx.Node] = {}
 
-    def input(self, role: Role, spec: tuple, name: str, active: bool = True) -> fx.Node:
+    def input(self, role: Role, spec: TensorSpec, name: str, active: bool = True) -> fx.Node:
         node = self.graph.placeholder(name)
         node.meta["spec"] = spec
         self.inputs.append(Port(role, spec, name, active))
@@ -111,7 +112,7 @@ class _Builder:
     def number(self, i: int) -> fx.Node:
         """An input for one of the numbers."""
         dtype = torch.float64 if isinstance(self.segment.numbers[i], float) else torch.int64
-        return self.input(Role.SCAN, ((), dtype, (), torch.device("cpu")), f"number_{i}")
+        return self.input(Role.SCAN, TensorSpec((), dtype, (), torch.device("cpu")), f"number_{i}")
 
     def calls(self, inputs: list[fx.Node], numbers: dict[int, fx.Node]) -> None:
         # in-place operators must not reach what the tape holds

@@ -12,6 +12,7 @@ from ..derive.tracing import uncollected
 from ..ir.segments import Hooks, Roles, ordered, single
 from ..ir.slices import Slice, restored
 from ..ir.step import Role, StepGraph, gradient
+from ..ir.tensors import TensorSpec
 from ..ir.trace import Input, Trace
 from ..ir.update import UpdatePlan
 from ..ir.values import Entry, Number, Value
@@ -20,7 +21,7 @@ from .build import GradientHooks, build_segment
 from .pipeline import shaped
 
 aten = torch.ops.aten
-State = dict[str, tuple]
+State = dict[str, TensorSpec]
 
 
 class StepSpec(NamedTuple):
@@ -40,9 +41,9 @@ class StepSpec(NamedTuple):
     plan: UpdatePlan
     params: tuple[int, ...]
     stale: bool
-    thetas: tuple[tuple, ...]
-    now: tuple[tuple, ...]
-    states: tuple[tuple[tuple[str, tuple], ...], ...]
+    thetas: tuple[TensorSpec, ...]
+    now: tuple[TensorSpec, ...]
+    states: tuple[tuple[tuple[str, TensorSpec], ...], ...]
     grad_hooks: tuple[tuple, ...]
     first_order: bool
     hooked: bool
@@ -112,7 +113,7 @@ class _Step:
             else:
                 self.hooked_inputs[id(self._value(where))] = spies
 
-    def _input(self, role: Role, spec: tuple) -> Input:
+    def _input(self, role: Role, spec: TensorSpec) -> Input:
         made = Input.of(spec, role is not Role.SCAN)
         self.roles[id(made)] = role
         self.trace.inputs.append(made)
@@ -159,7 +160,7 @@ class _Step:
             value = self._call(operator.getitem, value, at)
         return value
 
-    def _give(self, role: Role, value: Value, spec: tuple) -> None:
+    def _give(self, role: Role, value: Value, spec: TensorSpec) -> None:
         value.ref = spec
         self.trace.outputs.append(value)
         self.output_roles.append(role)

@@ -61,9 +61,8 @@ class _Rows:
             return None
         if source.grad and not entry.grad:  # taken under no_grad
             return None
-        shape, dtype, stride, device = source.spec
-        if len(stride) != len(shape):
+        if len(source.spec.stride) != len(source.spec.shape):
             return None
         if (id(source), at) not in self.items:
-            self.items[id(source), at] = ScanItem(source, at, (shape[1:], dtype, stride[1:], device))
+            self.items[id(source), at] = ScanItem(source, at, source.spec.row)
         return self.items[id(source), at]

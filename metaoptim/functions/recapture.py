@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..compiler.ir.program import Program, plural
-from ..compiler.ir.slices import tensor_spec
 from ..compiler.ir.step import Loop, StepCall, calls_of
+from ..compiler.ir.tensors import tensor_spec
 from ..compiler.ir.trace import Input, Noise
 from ..errors import CaptureError
 

@@ -307,5 +307,5 @@ def _learnt_bytes(loop: Loop) -> int:
     read = [x for g in moving for x in (g.of if g.kind == "each" else [g])]
     rows = {x.of for x in read if x.kind == "scan" and x.of.grad}
     listed = {x.of for x in read if x.kind == "input" and x.of.grad}
-    of_rows = sum(nbytes(x.spec) // x.spec[0][0] for x in rows)
+    of_rows = sum(nbytes(x.spec) // x.spec.shape[0] for x in rows)
     return 2 * (of_rows + sum(nbytes(x.spec) for x in listed) // loop.count)

@@ -225,7 +225,7 @@ def _learnable(names: Mapping[int, str], fn: Callable, args: tuple, kwargs: dict
 
 def _unnamed(x: Input) -> str:
     where = f", first read at {x.location}" if x.location else ""
-    return f"a tensor of shape {tuple(x.spec[0])}{where}"
+    return f"a tensor of shape {tuple(x.spec.shape)}{where}"
 
 
 def _plan(every: bool, offload: bool) -> str:

@@ -282,7 +282,7 @@ def default_plan(planner: Planner) -> Plan | None:
 
 def device_of(program: Program) -> torch.device:
     """Where the inner state lives."""
-    return next((x.spec[3] for x in program.inputs if x.spec[3].type != "cpu"), torch.device("cpu"))
+    return next((x.spec.device for x in program.inputs if x.spec.device.type != "cpu"), torch.device("cpu"))
 
 
 def plan_for(program: Program, lowering: Lowering, budget: int, name: str, offload: bool = False) -> Plan:

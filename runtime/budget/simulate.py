@@ -16,6 +16,7 @@ from metaoptim.compiler.ir.derived import ResultMemory
 from metaoptim.compiler.ir.program import Program, memory_bytes, nbytes
 from metaoptim.compiler.ir.step import EAGER, Assign, Lowering, Role, StepCall
 from metaoptim.compiler.ir.tape import Tape
+from metaoptim.compiler.ir.tensors import TensorSpec
 from metaoptim.compiler.ir.trace import Input
 
 from ..engine.engine import Engine
@@ -195,7 +196,7 @@ class _DryEngine(Engine):
             self.meter.note(GENERATOR_BYTES)  # of one state more, while they are drawn
         return values
 
-    def _cotangent(self, spec: tuple, cotangent: Any) -> Any:
+    def _cotangent(self, spec: TensorSpec, cotangent: Any) -> Any:
         return _Block(self.meter, nbytes(spec)) if cotangent is None else cotangent
 
     def _lowered(self, call: StepCall, kind: str, inputs: Any) -> Any:

@@ -21,6 +21,7 @@ from metaoptim.compiler.derive.reverse import cotangent_outputs
 from metaoptim.compiler.ir.program import memory_of
 from metaoptim.compiler.ir.step import Assign, Role, StepCall
 from metaoptim.compiler.ir.tape import Tape
+from metaoptim.compiler.ir.tensors import TensorSpec
 from metaoptim.compiler.lower.ambient import unaffected
 from metaoptim.compiler.lower.derivatives import Lowered, lowered, residuals
 from metaoptim.errors import CaptureError, StaleInputError, WindowError
@@ -298,7 +299,7 @@ class Engine:
             new[call.rng] = self._drawn  # type: ignore[call-overload]
         return new
 
-    def _cotangent(self, spec: tuple, cotangent: Tensor | None) -> Tensor:
+    def _cotangent(self, spec: TensorSpec, cotangent: Tensor | None) -> Tensor:
         """A cotangent as the step's VJP was traced for: zeros for none, with the strides of what it belongs to."""
         shape, dtype, stride, device = spec
         if cotangent is None:

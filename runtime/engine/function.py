@@ -125,7 +125,7 @@ class BoundProgram:
         if given.kind == "noise":
             return Drawn(given.of)
         if given.kind == "number":
-            return _Ready(torch.tensor(given.of, dtype=port.spec[1]))
+            return _Ready(torch.tensor(given.of, dtype=port.spec.dtype))
         tensor = self.held[given.of].tensor.detach()
         return _Ready(tensor[given.at] if given.kind == "scan" else tensor)
 
@@ -195,7 +195,7 @@ class Run:
         self.held = {key: inputs.hold(t) for key, t in tensors.items()}
         self.generator = generator_for(rolled)
         self.program = BoundProgram(rolled, self.held, rolled.registers, lowering)
-        check_device(kept.offload, [x.spec[3] for x in rolled.inputs])
+        check_device(kept.offload, [x.spec.device for x in rolled.inputs])
         tier = None if kept.slots is None else tier_for(kept.offload)
         self.engine = (engine or Engine)(kept.slots, backward_hook, self.program, tier)
         self.engine.saving = self.program.end - kept.saved
@@ -243,7 +243,7 @@ class Run:
 
 def generator_for(rolled: Program) -> torch.Generator | None:
     """The process's generator that a program draws from, or None."""
-    devices = [g.of.spec[3] for call, _ in rolled.counted() for g in call.inputs if g.kind == "noise"]
+    devices = [g.of.spec.device for call, _ in rolled.counted() for g in call.inputs if g.kind == "noise"]
     return generator_of(devices[0]) if devices else None
 
 

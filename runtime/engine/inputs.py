@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from metaoptim.compiler.ir.program import memory_bytes
-from metaoptim.compiler.ir.slices import tensor_spec
+from metaoptim.compiler.ir.tensors import TensorSpec, tensor_spec
 from metaoptim.errors import StaleInputError
 
 _CHUNK = 1 << 20
@@ -89,13 +89,13 @@ class Snapshot:
         self.digest, self.label, self.private = digest, label, private
 
     @property
-    def spec(self) -> tuple:
+    def spec(self) -> TensorSpec:
         """Shape, dtype, strides and device of what is held, without making it."""
         of = self.memory.tensor
         if self.layout is None:
             return tensor_spec(of)
         shape, strides = self.layout
-        return (tuple(shape), of.dtype, strides, of.device)
+        return TensorSpec(tuple(shape), of.dtype, strides, of.device)
 
     @property
     def tensor(self) -> Tensor:

@@ -52,7 +52,7 @@ def redraw(given: Sequence[Any], state: Tensor) -> tuple[list[Tensor], Tensor]:
 
 
 def _device(given: Sequence[Any]) -> torch.device:
-    return next(g.noise.spec[3] for g in given if g.random)
+    return next(g.noise.spec.device for g in given if g.random)
 
 
 class Drawn:

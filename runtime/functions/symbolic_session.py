@@ -14,8 +14,9 @@ from metaoptim.compiler.capture import intercept
 from metaoptim.compiler.capture.symbolic.tracer import Tracer
 from metaoptim.compiler.ir.operators import LIFTS
 from metaoptim.compiler.ir.segments import sources
-from metaoptim.compiler.ir.slices import closed_over, tensor_spec
+from metaoptim.compiler.ir.slices import closed_over
 from metaoptim.compiler.ir.step import gradient, show
+from metaoptim.compiler.ir.tensors import TensorSpec, tensor_spec
 from metaoptim.compiler.ir.trace import Input, Scan, ScanItem, WindowMark
 from metaoptim.compiler.ir.update import UpdatePlan
 from metaoptim.compiler.ir.values import Entry, Value
@@ -85,7 +86,7 @@ class CapturedSession(Session):
         self._scan: Scan | None = None
         self._versions: dict[int, deque[Tensor]] = {}  # per parameter, what was shown, newest first
         self._lifts = True
-        self._updates: dict[tuple, tuple[list[tuple], list[dict[str, tuple]]]] = {}
+        self._updates: dict[tuple, tuple[list[TensorSpec], list[dict[str, TensorSpec]]]] = {}
         self._overwritten: set[int] = set()
         self._taken: dict[
             int, Entry
@@ -217,7 +218,7 @@ class CapturedSession(Session):
             raise CaptureError("build the optimizer before the loss of its first step is computed")
         self.mark.adopted += [self._taken.pop(i) for i in ordinals if i in self._taken]
 
-    def _show(self, i: int, spec: tuple, value: Any) -> None:
+    def _show(self, i: int, spec: TensorSpec, value: Any) -> None:
         shown = self.recorder.fakes.empty(spec).requires_grad_()
         shown._is_param = True  # type: ignore[attr-defined]
         self.recorder.bind(shown, Value(self.recorder.add(show, (value,), grad=True), None))
@@ -375,7 +376,7 @@ class CapturedSession(Session):
 
     def _updated(
         self, plan: UpdatePlan, thetas: list[Tensor], grads: list[Tensor], states: list[dict], slots: list
-    ) -> tuple[list[tuple], list[dict[str, tuple]]]:
+    ) -> tuple[list[TensorSpec], list[dict[str, TensorSpec]]]:
         """Specs of what an update makes of parameters and states; it is gone through once for all that are alike."""
         key = (
             plan,

@@ -22,7 +22,7 @@ class DiskTier(Tier):
     """A lower tier in files.
 
     Args:
-        directory: in which this process will have a folder.
+        directory: where the directory of its files will be.
     """
 
     kind = "disk"

@@ -1,22 +1,26 @@
-"""Files that hold states: a folder for each process, a file for each state, checked when it is read."""
+"""Files that hold states: a directory for each inner loop, a file for each state, checked when it is read."""
 
 from __future__ import annotations
 
 import ctypes
 import itertools
 import os
-import platform
-import re
 import shutil
 import tempfile
 import threading
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
 
 _CHUNK = 16 << 20  # bytes that are written, or read, and digested at a time
 _numbers = itertools.count()
@@ -44,19 +48,16 @@ class File:
 
 
 class Files:
-    """The files of one inner loop. All but `close` is called from one thread.
+    """The files of one inner loop, in a directory of their own. All but `close` is called from one thread.
 
     Args:
-        parent: the directory in which this process will have its folder.
+        parent: where the directory will be.
     """
 
     def __init__(self, parent: Path) -> None:
         self.parent = parent
-        self._folder: Folder | None = None
-        self._files: set[Path] = set()
-        self._lock = (
-            threading.RLock()
-        )  # the garbage collector may call `close` of one while another is in here
+        self._directory: _Directory | None = None
+        self._guard = threading.RLock()  # the garbage collector may call `close` in the middle of `write`
         self._closed = False
 
     def write(self, parts: Sequence[Tensor]) -> File:
@@ -65,25 +66,26 @@ class Files:
         Raises:
             OSError: if it cannot be written; nothing of it stays.
         """
-        with self._lock:  # not after `close` has looked which files there are
-            if self._closed:
-                raise OSError("the loop that the file was for has ended")
-            if self._folder is None:
-                self._folder = Folder.of(self.parent)
-            path = self._folder.path / f"{next(_numbers)}.state"
-            self._files.add(path)
+        with self._guard:
+            self._check_open()
+            if self._directory is None:
+                self._directory = _Directory(self.parent)
+            path = self._directory.path / f"{next(_numbers)}.state"
         at, found = 0, []
         try:
             with open(path, "xb", buffering=0) as file:
                 for part in parts:
                     found.append((at, part.nbytes, _write(file, _memory(part))))
                     at += part.nbytes
-            if self._closed:
-                raise OSError("the loop that the file was for has ended")
+            self._check_open()
         except BaseException:
-            self._remove(path)
+            _remove(path)
             raise
         return File(path, found, at, len(found))
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise OSError("the loop that the file was for has ended")
 
     def read(self, file: File, number: int, into: Tensor) -> None:
         """Fill ``into``, a tensor of bytes on the CPU, with a part of a file.
@@ -108,24 +110,20 @@ class Files:
         """A part of a file is not needed any more."""
         file.used -= 1
         if not file.used:
-            self._remove(file.path)
+            _remove(file.path)
 
     def close(self) -> None:
-        """Remove all its files, and the process's folder if nobody else has files there."""
-        with self._lock:
+        """Remove all its files."""
+        with self._guard:
             self._closed = True
-            for path in list(self._files):
-                self._remove(path)
-            if self._folder is not None:
-                self._folder.leave()
-                self._folder = None
+            if self._directory is not None:
+                self._directory.remove()
+                self._directory = None
 
-    def _remove(self, path: Path) -> None:
-        try:
-            path.unlink(missing_ok=True)
-        except OSError:
-            return  # `Folder.leave` or the next process to come tries again
-        self._files.discard(path)
+
+def _remove(path: Path) -> None:
+    with suppress(OSError):  # `Files.close` tries again
+        path.unlink(missing_ok=True)
 
 
 def _memory(part: Tensor) -> memoryview:
@@ -158,73 +156,40 @@ def _read(file: Any, memory: memoryview) -> int:
     return checksum
 
 
-# -- folders of processes ----------------------------------------------------------------------------------------------
+# -- directories -------------------------------------------------------------------------------------------------------
 
 
-class Folder:
-    """The folder of this process in a directory: there as long as somebody has files in it."""
+class _Directory:
+    """A temporary directory with a file ``lock`` that is locked as long as the process lives.
 
-    _all: ClassVar[dict[tuple[Path, int], Folder]] = {}
-    _lock = threading.RLock()
+    What a killed process has left is what nobody has locked: `clean` removes it. Where there are no such locks (on
+    Windows, on some file systems) it stays.
+    """
 
     def __init__(self, parent: Path) -> None:
-        self.parent, self.process, self.users = parent, os.getpid(), 0
         parent.mkdir(parents=True, exist_ok=True)
         clean(parent)
-        prefix = f"metaoptim-{_machine()}-{self.process}-{began(self.process)}-"
-        self.path = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+        while True:
+            self.path = Path(tempfile.mkdtemp(prefix=f"metaoptim-{os.getpid()}-", dir=parent))
+            self._lock = os.open(self.path / "lock", os.O_CREAT | os.O_RDWR)
+            if fcntl is not None:
+                with suppress(OSError):
+                    fcntl.flock(self._lock, fcntl.LOCK_EX)
+            if self.path.exists():
+                return
+            os.close(self._lock)  # another process came in between, and has removed it
 
-    @classmethod
-    def of(cls, parent: Path) -> Folder:
-        """That of the calling process, made if it has none; `leave` it in the end."""
-        key = parent, os.getpid()  # a fork has one of its own
-        with cls._lock:
-            folder = cls._all.get(key)
-            if folder is None:
-                folder = cls._all[key] = cls(parent)
-            folder.users += 1
-            return folder
-
-    def leave(self) -> None:
-        """Say that one of its users has removed their files."""
-        with Folder._lock:
-            self.users -= 1
-            if not self.users:
-                Folder._all.pop((self.parent, self.process), None)
-                shutil.rmtree(self.path, ignore_errors=True)
+    def remove(self) -> None:
+        """Remove it with all that is in it."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        os.close(self._lock)
 
 
 def clean(parent: Path) -> None:
-    """Remove what processes of this machine that are gone have left in ``parent``."""
-    for path in parent.glob(f"metaoptim-{_machine()}-*-*-*"):
-        found = re.fullmatch(r"(\d+)-(\d+)-\w+", path.name.removeprefix(f"metaoptim-{_machine()}-"))
-        if found is None:
-            continue
-        now = began(int(found[1]))
-        if now < 0 or (now and now != int(found[2])):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def began(process: int) -> int:
-    """When a process began, in clock ticks since the machine did; -1 if there is none, 0 where that is not known."""
-    if os.name != "posix":
-        return 0
-    try:
-        if not Path("/proc/self/stat").exists():
-            os.kill(process, 0)  # asks whether there is one
-            return 0
-        state, *fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-    except PermissionError:
-        return 0
-    except OSError:
-        return -1
-    return -1 if state in "ZX" else int(fields[18])
-
-
-def _machine() -> str:
-    """What numbers of processes refer to: the machine, and the namespace in it that containers have of their own."""
-    try:
-        space = re.sub(r"\D", "", os.readlink("/proc/self/ns/pid"))
-    except OSError:
-        space = "0"
-    return re.sub(r"[^\w.]", "_", platform.node()) + f".{space}"
+    """Remove the directories in ``parent`` whose processes are gone."""
+    if fcntl is None:
+        return
+    for path in parent.glob("metaoptim-*/lock"):
+        with suppress(OSError), open(path, "r+b") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises where somebody has locked it
+            shutil.rmtree(path.parent, ignore_errors=True)

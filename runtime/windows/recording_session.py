@@ -11,9 +11,10 @@ from torch import Tensor
 
 from metaoptim.compiler.ir.operators import LIFTS
 from metaoptim.compiler.ir.program import memory_of
-from metaoptim.compiler.ir.slices import Slice, hook_key, tensor_spec
+from metaoptim.compiler.ir.slices import Slice, hook_key
 from metaoptim.compiler.ir.step import Assign, StepCall, StepGraph
 from metaoptim.compiler.ir.tape import Tape
+from metaoptim.compiler.ir.tensors import tensor_spec
 from metaoptim.compiler.ir.update import UpdatePlan, initial_state
 from metaoptim.compiler.ir.values import External
 from metaoptim.compiler.lower.library import library
@@ -398,7 +399,7 @@ class RecordedSession(Session):
                 f"backend={lowering.backend!r}: the shapes in this step depend on values, and such a step cannot be "
                 "compiled; use backend='eager'"
             )
-        dtypes = [port.spec[1] for port in step.inputs[len(step.inputs) - len(lifted) :]]
+        dtypes = [port.spec.dtype for port in step.inputs[len(step.inputs) - len(lifted) :]]
         held += [
             Snapshot(torch.tensor(sliced.numbers[i], dtype=dtype, device="cpu"), None, "a number")
             for i, dtype in zip(lifted, dtypes, strict=True)

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from metaoptim.compiler.capture.symbolic.fakes import FakeCalls
 from metaoptim.compiler.ir.operators import op_info
-from metaoptim.compiler.ir.slices import tensor_spec
+from metaoptim.compiler.ir.tensors import tensor_spec
 
 
 def layout(out: Any, given: list[Tensor]) -> list[Any]:

@@ -355,7 +355,7 @@ def test_values_and_options_that_a_compiled_step_cannot_have() -> None:
         inner.step(loss)
         return loss.item()
 
-    with pytest.raises(metaoptim.errors.CaptureError, match=r"item\(\)(.|\n)*test_form_b.py"):
+    with pytest.raises(metaoptim.errors.CaptureError, match=r"item\(\)(.|\n)*test_compiled_steps.py"):
         with metaoptim.SlidingWindow():
             logs(XS[0], YS[0])
     step = Bench.step(_with(b, compiled))

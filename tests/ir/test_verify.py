@@ -15,6 +15,7 @@ import metaoptim
 from metaoptim.compiler.ir.program import Operand, Program
 from metaoptim.compiler.ir.segments import Partition, split
 from metaoptim.compiler.ir.step import EAGER, Loop, Port, Role, StepCall, StepGraph
+from metaoptim.compiler.ir.tensors import TensorSpec
 from metaoptim.compiler.ir.trace import Input, Noise
 from metaoptim.compiler.ir.verify import verify_partition, verify_program
 from metaoptim.compiler.ir.verify_step import verify_step
@@ -29,11 +30,11 @@ from problems import NETWORKS, problem
 
 aten = torch.ops.aten
 CPU = torch.device("cpu")
-THREE = ((3,), torch.float64, (1,), CPU)
-TWO = ((2,), torch.float64, (1,), CPU)
+THREE = TensorSpec((3,), torch.float64, (1,), CPU)
+TWO = TensorSpec((2,), torch.float64, (1,), CPU)
 
 
-def port(role: Role, name: str, spec: tuple = THREE, active: bool = True) -> Port:
+def port(role: Role, name: str, spec: TensorSpec = THREE, active: bool = True) -> Port:
     return Port(role, spec, name, active)
 
 
@@ -78,7 +79,7 @@ def end() -> StepGraph:
     """The loss."""
     return graph(
         [port(Role.OPT_STATE, "s"), port(Role.CARRY, "c")],
-        [port(Role.CARRY, "loss", ((), torch.float64, (), CPU))],
+        [port(Role.CARRY, "loss", TensorSpec((), torch.float64, (), CPU))],
         lambda g, n: [g.call_function(aten.sum.default, (g.call_function(aten.add.Tensor, (n[0], n[1])),))],
     )
 
@@ -165,15 +166,17 @@ REJECTED: dict[str, tuple[Callable[[Program], Any], str]] = {
         r"call 4.*c reads r1, which holds c', float64 3 .*expected float64 2",
     ),
     "another dtype along a register": (
-        _with_step(4, lambda: _ports(end(), 1, spec=((3,), torch.float32, (1,), CPU))),
+        _with_step(4, lambda: _ports(end(), 1, spec=TensorSpec((3,), torch.float32, (1,), CPU))),
         r"which holds c', float64 3.*expected float32 3",
     ),
     "other strides along a register": (
-        _with_step(4, lambda: _ports(end(), 1, spec=((3,), torch.float64, (2,), CPU))),
+        _with_step(4, lambda: _ports(end(), 1, spec=TensorSpec((3,), torch.float64, (2,), CPU))),
         r"strides \(1,\).*expected.*strides \(2,\)",
     ),
     "another device along a register": (
-        _with_step(4, lambda: _ports(end(), 1, spec=((3,), torch.float64, (1,), torch.device("meta")))),
+        _with_step(
+            4, lambda: _ports(end(), 1, spec=TensorSpec((3,), torch.float64, (1,), torch.device("meta")))
+        ),
         r"cpu.*expected.*meta",
     ),
     "state read as a carry": (

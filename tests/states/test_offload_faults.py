@@ -19,7 +19,7 @@ from torch import Tensor
 
 import metaoptim
 from forms import mlp
-from metaoptim.runtime.states.files import Files, _machine, began, clean
+from metaoptim.runtime.states.files import Files, clean
 from metaoptim.runtime.states.tiered import TieredStore
 from offloading import files, loop
 from problems import data
@@ -280,14 +280,22 @@ def log_of(here: Path, case: int) -> list[str]:
 
 def owners(directory: Path) -> set[int]:
     """Processes that have files there."""
-    return {int(path.parent.name.split("-")[-3]) for path in files(directory)}
+    return {int(path.parent.name.split("-")[1]) for path in files(directory)}
+
+
+def ended(process: int) -> bool:
+    """Whether a process is gone."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except OSError:
+        return True
 
 
 def test_what_a_killed_process_has_left_is_removed_by_the_next(processes: Path) -> None:
     shared = processes / "shared"
     killed, alive = (int(log_of(processes, case)[0]) for case in (0, 1))
     os.kill(killed, signal.SIGKILL)
-    until(lambda: began(killed) < 0)
+    until(lambda: ended(killed))
     assert owners(shared) == {killed, alive}
     (shared / "metaoptim-of-somebody-else").mkdir()
 
@@ -298,7 +306,7 @@ def test_what_a_killed_process_has_left_is_removed_by_the_next(processes: Path) 
     assert owners(shared) == {alive}
 
     (processes / "go").touch()
-    until(lambda: began(alive) < 0)
+    until(lambda: ended(alive))
     assert log_of(processes, 1)[1] == "True"  # it had its files still, and has removed them at its end
     assert [p.name for p in shared.iterdir()] == ["metaoptim-of-somebody-else"]
 
@@ -306,20 +314,23 @@ def test_what_a_killed_process_has_left_is_removed_by_the_next(processes: Path) 
 @pytest.mark.parametrize("case", range(2, len(CASES)), ids=[name for name, _ in CASES[2:]])
 def test_files_are_removed_at_exit(processes: Path, case: int) -> None:
     number = int(log_of(processes, case)[0])
-    until(lambda: began(number) < 0)
+    until(lambda: ended(number))
     assert not list((processes / CASES[case][0]).iterdir())
     if CASES[case][1] == FORK:  # the child, which has no thread to ask, has left its parent's files alone
         assert log_of(processes, case)[1:] == ["refused", "differentiated"]
 
 
-def test_another_process_with_the_same_number_is_not_taken_for_the_dead_one(tmp_path: Path) -> None:
-    now = began(os.getpid())
-    names = [f"metaoptim-{_machine()}-{os.getpid()}-{start}-abc" for start in (now, now + 1)]
-    names += [f"metaoptim-elsewhere-{os.getpid()}-{now + 1}-abc"]
-    for name in names:
+def test_what_somebody_has_locked_is_left_alone(tmp_path: Path) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    for name in ("metaoptim-1-left", "metaoptim-2-locked", "metaoptim-other"):
         (tmp_path / name).mkdir()
+    (tmp_path / "metaoptim-1-left" / "lock").touch()
+    with open(tmp_path / "metaoptim-2-locked" / "lock", "wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        clean(tmp_path)
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["metaoptim-2-locked", "metaoptim-other"]
     clean(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([names[0], names[2]])
+    assert [p.name for p in tmp_path.iterdir()] == ["metaoptim-other"]
 
 
 def test_the_thread_ends_with_the_window(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...ir.storages import ByStorage
+from ...ir.tensors import ByStorage
 from .recording import tensors_in
 
 Leaves = dict[int, weakref.ref[Tensor]]

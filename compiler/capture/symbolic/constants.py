@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from ...ir.operators import op_info
-from ...ir.slices import tensor_spec
+from ...ir.tensors import tensor_spec
 from ...ir.values import Entry, Number, Value
 
 _OPTIONS = (

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, disable_fake_tensor_cache
 
 from ...ir.operators import op_info
-from ...ir.slices import tensor_spec
+from ...ir.tensors import TensorSpec, tensor_spec
 
 aten = torch.ops.aten
 # Room for the tangent of a view, in a storage as large as its base's: torch's own memory of fake results forgets that.
@@ -26,7 +26,7 @@ class _Made(NamedTuple):
         offset: how far after that operand it begins.
     """
 
-    spec: tuple
+    spec: TensorSpec
     within: int
     offset: int
 
@@ -66,7 +66,7 @@ class FakeCalls:
         ]
         return found[0] if kind is Tensor else kind(found)
 
-    def empty(self, spec: tuple) -> Tensor:
+    def empty(self, spec: TensorSpec) -> Tensor:
         """A fake tensor in memory of its own."""
         return self._made(_Made(spec, -1, 0), [])
 

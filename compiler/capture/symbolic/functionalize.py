@@ -10,8 +10,8 @@ from torch import Tensor
 from metaoptim.errors import CaptureError
 
 from ...ir.operators import BATCH_NORM, OpInfo, functional, written
-from ...ir.slices import tensor_spec
 from ...ir.step import again
+from ...ir.tensors import tensor_spec
 from ...ir.values import Value
 from ..eager.recording import tensors_in
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from metaoptim.errors import CaptureError
 
 from ...ir.operators import op_info, slopes_of, written
-from ...ir.slices import tensor_spec
+from ...ir.tensors import tensor_spec
 from ...ir.trace import Noise
 from ...ir.values import Value
 
@@ -117,7 +117,7 @@ def _with_generator(op: Any) -> Any:
 
 def _drawn(tracer: Any, t: Tensor, noise: Noise) -> Any:
     """Let ``t`` be what ``noise`` gives at this place of the program, once, whoever reads it later."""
-    device, before = noise.spec[3], tracer.trace.draws_on
+    device, before = noise.spec.device, tracer.trace.draws_on
     if before not in (None, device):
         raise CaptureError(
             f"a compiled function draws random numbers on {before} and on {device}, where only one generator's are "

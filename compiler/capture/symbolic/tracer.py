@@ -28,8 +28,9 @@ from metaoptim.errors import CaptureError
 
 from ...ir.functions import Function, flattened
 from ...ir.operators import BATCH_NORM, INDEXING, PARTING, RRELU, from_the_front, lifts, op_info, parts
-from ...ir.slices import closed_over, tensor_spec
+from ...ir.slices import closed_over
 from ...ir.step import gradient
+from ...ir.tensors import tensor_spec
 from ...ir.trace import Input, Trace
 from ...ir.values import Entry, Number, Spy, Value, is_removed
 from ..modes import leave, paused

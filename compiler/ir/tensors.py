@@ -1,8 +1,8 @@
-"""What is known of pieces of memory."""
+"""What tensors are like, and what is known of the memory they lie in."""
 
 from __future__ import annotations
 
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -10,6 +10,33 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 T = TypeVar("T")
 _FEW = 4
+
+
+class TensorSpec(NamedTuple):
+    """What must be equal for one program to serve two tensors."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    stride: tuple[int, ...]
+    device: torch.device
+
+    @property
+    def row(self) -> TensorSpec:
+        """That of a row along the leading axis."""
+        return TensorSpec(self.shape[1:], self.dtype, self.stride[1:], self.device)
+
+    def __str__(self) -> str:
+        return f"{self.outline} (strides {self.stride}, {self.device})"
+
+    @property
+    def outline(self) -> str:
+        """Dtype and shape: float32 4×3, float64 scalar."""
+        return f"{str(self.dtype).removeprefix('torch.')} {'×'.join(map(str, self.shape)) or 'scalar'}"
+
+
+def tensor_spec(t: Tensor) -> TensorSpec:
+    """The spec of a tensor."""
+    return TensorSpec(tuple(t.shape), t.dtype, t.stride(), t.device)
 
 
 class ByStorage(Generic[T]):
