@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from metaoptim.optim.optimizer import live_optimizers
+from metaoptim.optim.alive import live_optimizers
 
 torch.set_num_threads(1)
 torch.set_default_dtype(torch.float64)
