@@ -161,6 +161,7 @@ def _with_batch(
 
     def call() -> Any:
         tracer = intercept.recording.get()
+        assert isinstance(tracer, Tracer)
         with tracer.paused():
             others = {key: _resized(tracer, t, dim, size) for key, (t, dim) in batched.items()}
         resized = [_replaced(a, others) for a in args]

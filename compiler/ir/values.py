@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from metaoptim.errors import CaptureError
 
-from .tensors import ByStorage
+from .tensors import ByStorage, TensorSpec
 from .walk import reached
 
 _DETACH = torch.ops.aten.detach.default
@@ -96,6 +96,24 @@ class Value:
         self.suspect = False
 
 
+class Hold(Protocol):
+    """The hold on the value of a tensor from outside."""
+
+    @property
+    def spec(self) -> TensorSpec:
+        """What the tensor is like."""
+        ...
+
+    @property
+    def tensor(self) -> Tensor:
+        """A tensor of the value held."""
+        ...
+
+    def is_current(self, tensor: Tensor) -> bool:
+        """Whether ``tensor`` still has the value held."""
+        ...
+
+
 class External:
     """A tensor that came from outside what is recorded, as it was read.
 
@@ -110,7 +128,7 @@ class External:
 
     __slots__ = ("_source", "tensor", "version", "grad", "held", "written", "suspect", "__weakref__")
 
-    def __init__(self, tensor: Tensor, held: Any) -> None:
+    def __init__(self, tensor: Tensor, held: Hold) -> None:
         self._source = weakref.ref(tensor)  # calls that write into it would keep it alive, and it them
         self.version, self.grad = version_of(tensor), tensor.requires_grad
         self.tensor = tensor if self.grad else None

@@ -60,7 +60,7 @@ def trace_of(
                         result = fn(*args, **kwargs)
                     leaves, spec = tree_flatten(result)
                     given = [tracer.give(t) for t in leaves if isinstance(t, Tensor)]
-                    tracer.trace.left = [(t, tracer.give(t)) for t, _ in tracer.written.values()]
+                    tracer.trace.left = [(t, tracer.give(t)) for t, _ in tracer.overwritten.values()]
             finally:
                 intercept.recording.reset(token)
     finally:
