@@ -148,7 +148,7 @@ def budget_table() -> None:
         took = min(seconds(fn, arguments, True, 1) for _ in range(2))
         with AllocatorMeter() as meter:
             fn(*arguments).backward()
-        ((program,),) = fn._programs.values()
+        ((program,),) = fn._specializations.known.values()
         slots = program.plan.slots
         extra = 0.0 if slots is None else extra_forwards(302, slots) / 300
         kept = "all" if slots is None else slots

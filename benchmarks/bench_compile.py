@@ -135,7 +135,7 @@ def compiling(horizon: int, backend: str, slots: int | None, scan: bool) -> tupl
     captured = time.perf_counter() - begun
     first, _ = problem.gradient(compiled)
     after = statistics.median(problem.gradient(compiled)[0] for _ in range(3 if horizon <= 1000 else 1))
-    (programs,) = compiled._programs.values()
+    (programs,) = compiled._specializations.known.values()
     return captured, captured + first - after, after, len(programs[0].rolled.step_graphs)
 
 

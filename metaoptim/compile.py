@@ -9,40 +9,23 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from .compiler.capture import intercept
-from .compiler.ir.program import Kept
 from .compiler.ir.retention import Retention, check_count
 from .compiler.ir.step import Lowering
-from .compiler.ir.trace import Input
 from .compiler.lower.waiting import waiting
-from .compiler.passes.checkpoint import checkpoint
-from .compiler.passes.pipeline import Options
-from .errors import WindowError, warn
-from .functions.captured import Specialization, StepSpecialization, capture, captured_step, retention_of
-from .functions.changes import Change
-from .functions.guards import Dependencies, Fact
-from .functions.reads import Place, Reads, look
+from .compiler.passes.options import Options
+from .errors import WindowError
+from .functions.guards import Dependencies
+from .functions.reads import Reads
 from .functions.recapture import compare
-from .optim.optimizer import refresh_optimizers
+from .functions.specialization import name_of, specialize, specialize_step
+from .functions.specializations import Specializations
+from .optim.alive import refresh_optimizers
 from .report.of_function import report_of
-from .runtime.budget.amounts import tell_default
-from .runtime.budget.planner import decide
-from .runtime.engine.function import Call, Run
 from .runtime.windows.recording_session import RecordedSession
 from .runtime.windows.session import current_session
 
-_recompiles = logging.getLogger("metaoptim.recompiles")
 _graphs = logging.getLogger("metaoptim.graphs")
-_plans = logging.getLogger("metaoptim.plans")
-#: After so many recompilations of one function a warning names what makes it compile anew.
-RECOMPILE_LIMIT = 8
-
-
-def _name(fn: Callable) -> str:
-    return getattr(fn, "__qualname__", type(fn).__name__)
 
 
 class CompiledFunction:
@@ -50,11 +33,8 @@ class CompiledFunction:
 
     def __init__(self, fn: Callable, options: Options) -> None:
         functools.update_wrapper(self, fn)
-        self._fn, self._options = fn, options
-        # (what a call depends on by itself, which of `_places`, what was found there) -> programs
-        self._programs: dict[tuple[Any, int, Any], list[Any]] = {}
-        self._places: dict[tuple[Fact, ...], list[list[Place]]] = {}  # of which programs have read
-        self._last: Reads | None = None  # of the program that was compiled last
+        self._fn, self._options, self._name = fn, options, name_of(fn)
+        self._specializations = Specializations(self._name)
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         return self if instance is None else BoundFunction(self, instance)
@@ -73,80 +53,49 @@ class CompiledFunction:
             return self._step(session, args, kwargs)
         if session is not None:
             return self._fn(*args, **kwargs)  # full_tape: the oracle is not compiled
-        dependencies = Dependencies.of_call(self._fn, args, kwargs)
-        program = self._find(dependencies)
-        if program is None:
-            if refresh_optimizers():
-                dependencies = Dependencies.of_call(self._fn, args, kwargs)
-                program = self._find(dependencies)
-        if program is None:
-            program = self._compile(dependencies, args, kwargs)
-        elif self._options.recapture:
-            compare(_name(self._fn), program, capture(self._fn, self._options, dependencies, args, kwargs))
-        return self._run(program, dependencies)
+        return self._call(args, kwargs)
 
-    def _find(self, dependencies: Dependencies, window: RecordedSession | None = None) -> Any:
-        """The program for ``dependencies``, which are extended by the facts at the places read."""
-        key, mark = dependencies.key, dependencies.mark()
-        for i, places in enumerate(self._places.get(key, ())):
-            programs = self._programs.get((key, i, tuple(look(dependencies, places))), [])
-            for program in list(programs):
-                if all(ref() is o for ref, o in zip(program.remembered, dependencies.objects, strict=True)):
-                    if window is None or program.step.fits(window):
-                        return program
-                    programs.remove(program)  # a layer is another one than in its last window
-            dependencies.back_to(mark)
-        return None
-
-    def _compile(self, dependencies: Dependencies, args: tuple, kwargs: dict) -> Specialization:
-        begun = time.perf_counter()
-        key, reads = dependencies.key, Reads(self._fn, args, kwargs)
-        with waiting(f"capturing {_name(self._fn)} ..."):
-            program = capture(self._fn, self._options, dependencies, args, kwargs, reads)
-        self._remember(key, reads, program, time.perf_counter() - begun)
-        if _graphs.isEnabledFor(logging.INFO):
-            text = program.rolled.text(operators=_graphs.isEnabledFor(logging.DEBUG))
-            _graphs.info("%s: %s", _name(self._fn), text)
-        return program
-
-    def _remember(self, key: tuple[Fact, ...], reads: Reads, program: Any, seconds: float) -> None:
-        """Keep a new program; say why it was needed, if another one was there."""
-        name, recompilations = _name(self._fn), sum(map(len, self._programs.values()))
-        if self._last is None:
-            _recompiles.info("%s compiled in %.2f s", name, seconds)
-        elif _recompiles.isEnabledFor(logging.INFO) or recompilations == RECOMPILE_LIMIT:
-            change = self._last.change(reads) or Change("an object", "is another one than before")
-            _recompiles.info("%s recompiled in %.2f s, since a guard failed: %s", name, seconds, change)
-            if recompilations == RECOMPILE_LIMIT:
-                warn(
-                    f"{name} has been recompiled {RECOMPILE_LIMIT} times, the last time since a guard failed: "
-                    f"{change}. {change.advice}"
-                )
-        self._last = reads
-        known, at = self._places.setdefault(key, []), [place.identity for place in reads.places]
-        i = next((i for i, places in enumerate(known) if [p.identity for p in places] == at), len(known))
-        known[i:] = known[i:] or [reads.places]
-        self._programs.setdefault((key, i, tuple(reads.found)), []).append(program)
+    def _call(self, args: tuple, kwargs: dict) -> Any:
+        """A call outside of windows."""
+        fn, options = self._fn, self._options
+        dependencies = Dependencies.of_call(fn, args, kwargs)
+        found = self._specializations.find(dependencies)
+        if found is None and refresh_optimizers():
+            dependencies = Dependencies.of_call(fn, args, kwargs)
+            found = self._specializations.find(dependencies)
+        if found is None:
+            begun = time.perf_counter()
+            key, reads = dependencies.key, Reads(fn, args, kwargs)
+            with waiting(f"capturing {self._name} ..."):
+                found = specialize(fn, options, dependencies, args, kwargs, reads)
+            self._specializations.add(key, reads, found, time.perf_counter() - begun)
+            if _graphs.isEnabledFor(logging.INFO):
+                text = found.rolled.text(operators=_graphs.isEnabledFor(logging.DEBUG))
+                _graphs.info("%s: %s", self._name, text)
+        elif options.recapture:
+            compare(self._name, found, specialize(fn, options, dependencies, args, kwargs))
+        return found.run(dependencies)
 
     def _step(self, window: RecordedSession, args: tuple, kwargs: dict) -> Any:
         """One compiled inner step of the window that is open."""
+        fn, options = self._fn, self._options
         with window.recorder.paused():
-            dependencies = Dependencies.of_call(self._fn, args, kwargs, window)
-            program = self._find(dependencies, window)
+            dependencies = Dependencies.of_call(fn, args, kwargs, window)
+            found = self._specializations.find(dependencies, window)
         window.look_at(dependencies.tensors)
-        if program is None:
+        if found is None:
             self._check_retention()
             begun = time.perf_counter()
             with window.recorder.paused():
-                key, reads = dependencies.key, Reads(self._fn, args, kwargs, window)
-            with waiting(f"capturing {_name(self._fn)} ..."):
-                program = self._captured_step(window, dependencies, args, kwargs, reads)
-            self._remember(key, reads, program, time.perf_counter() - begun)
-            _graphs.info("%s: %s", _name(self._fn), program.step.step)
-        elif self._options.recapture:
-            compare(_name(self._fn), program, self._captured_step(window, dependencies, args, kwargs))
-        results = program.step.run(window, lambda x: program.tensor(x, dependencies), self._options.lowering)
-        return program.traced.restored(results)
+                key, reads = dependencies.key, Reads(fn, args, kwargs, window)
+            with waiting(f"capturing {self._name} ..."):
+                found = specialize_step(fn, options, window, dependencies, args, kwargs, reads)
+            self._specializations.add(key, reads, found, time.perf_counter() - begun)
+            _graphs.info("%s: %s", self._name, found.step.step)
+        elif options.recapture:
+            again = specialize_step(fn, options, window, dependencies, args, kwargs)
+            compare(self._name, found, again)
+        return found.run(window, dependencies)
 
     def _check_retention(self) -> None:
         said = self._options.retention
@@ -156,71 +105,9 @@ class CompiledFunction:
         ):
             if value is not None:
                 raise WindowError(
-                    f"{name}={value!r} of {_name(self._fn)}, a compiled step: the window it is called in decides what "
-                    f"is kept; give {short} to SlidingWindow"
+                    f"{name}={value!r} of {self._name}, a compiled step: the window it is called in decides what is "
+                    f"kept; give {short} to SlidingWindow"
                 )
-
-    def _captured_step(
-        self,
-        window: RecordedSession,
-        dependencies: Dependencies,
-        args: tuple,
-        kwargs: dict,
-        reads: Reads | None = None,
-    ) -> StepSpecialization:
-        step, _, traced = captured_step(self._fn, window, args, kwargs, reads=reads)
-        if reads is not None:
-            with window.recorder.paused():
-                reads.settle(dependencies)
-        at = dependencies.place_of()
-        sources = {
-            x: at.get(id(x.tensor), x.tensor) for x in (*step.given, *step.left) if isinstance(x, Input)
-        }
-        return StepSpecialization(step, sources, dependencies.remembered(), traced)
-
-    def _run(self, program: Specialization, dependencies: Dependencies) -> Any:
-        tensors = program.tensors(dependencies)
-        rolled, options = program.rolled, self._options
-        differentiable = torch.is_grad_enabled() and bool(program.keys)
-        kept = self._kept(program, tensors) if differentiable else Kept(1)
-        written = [
-            dependencies.tensors[t] if isinstance(t, int) else t
-            for t in program.writes
-            if not isinstance(t, tuple)
-        ]
-        run = Run(rolled, tensors, options.lowering, rolled.backward_hook, kept, written)
-        if differentiable:
-            found = Call.apply(run, program.keys, rolled.dead, *(tensors[x] for x in program.keys))
-        else:
-            found = run.forward()
-        self._write(program, dependencies, run.last)
-        return program.traced.restored(found)
-
-    def _kept(self, program: Specialization, tensors: dict[Input, Tensor]) -> Kept:
-        """What to keep for the backward, as the windows inside say, else the decorator."""
-        rolled, lowering = program.rolled, self._options.lowering
-        if rolled.kept is None:
-            retention = retention_of(rolled, self._options)
-            with waiting(f"planning what {_name(self._fn)} keeps ..."):
-                kept, program.plan = decide(rolled, lowering, retention, _name(self._fn), tensors)
-            checkpoint(rolled, kept, lowering.hvp)
-            if program.plan is not None:
-                if retention.memory_budget is None:
-                    tell_default(_name(self._fn), program.plan.budget)
-                _plans.info("%s: %s", _name(self._fn), program.plan)
-        assert rolled.kept is not None
-        return rolled.kept
-
-    @torch.no_grad()
-    def _write(
-        self, program: Specialization, dependencies: Dependencies, last: list[tuple[Any, Tensor]]
-    ) -> None:
-        for target, (_, value) in zip(program.writes, last, strict=True):
-            if isinstance(target, tuple):
-                optimizer, p, name = target
-                optimizer.state[p][name] = value.clone()
-            else:
-                (dependencies.tensors[target] if isinstance(target, int) else target).copy_(value)
 
 
 class BoundFunction:

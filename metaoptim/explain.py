@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from .compile import BoundFunction, CompiledFunction
-from .compiler.passes.pipeline import Options
+from .compiler.passes.options import Options
 from .report.of_function import report_of
 from .report.report import Report
 

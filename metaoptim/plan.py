@@ -17,10 +17,11 @@ from .compiler.capture import intercept
 from .compiler.capture.symbolic.tracer import Tracer
 from .compiler.ir.retention import Retention
 from .compiler.ir.tensors import TensorSpec
-from .compiler.lower.library import library
-from .compiler.passes.pipeline import Options, compile_trace
+from .compiler.passes.options import Options
+from .compiler.passes.pipeline import compile_trace
 from .errors import WindowError
-from .functions.captured import retention_of, trace_of
+from .functions.captured import trace_of
+from .functions.specialization import retention_of
 from .report.cost import Cost, setting_of
 from .runtime.budget.amounts import budget_bytes
 from .runtime.budget.planner import default_plan, device_of
@@ -111,7 +112,7 @@ def plan(
             call = _with_batch(compiled._fn, args, kwargs, batch, batch_size)
         traced, tracer, _ = trace_of(call, (), {})
         tracer.trace.outputs = traced.tensors
-        program, _ = compile_trace(tracer.trace, options, library)
+        program, _ = compile_trace(tracer.trace, options)
         said = retention_of(program, options)
         tiered = offload is not None or said.offload is not None
         slots, budget = said.slots, said.memory_budget
@@ -160,6 +161,7 @@ def _with_batch(
 
     def call() -> Any:
         tracer = intercept.recording.get()
+        assert isinstance(tracer, Tracer)
         with tracer.paused():
             others = {key: _resized(tracer, t, dim, size) for key, (t, dim) in batched.items()}
         resized = [_replaced(a, others) for a in args]

@@ -22,8 +22,10 @@ from metaoptim.errors import CaptureError, WindowError, user_location
 
 from ..ir.values import Spy, Theta
 from . import memory
+from .eager.recorder import Recorder
+from .modes import CaptureMode
 
-recording: ContextVar[Any] = ContextVar("metaoptim_recorder", default=None)
+recording: ContextVar[CaptureMode | None] = ContextVar("metaoptim_recorder", default=None)
 # Called with the function handed to checkpoint; returns one that recomputes with the parameters of now.
 binding: ContextVar[Any] = ContextVar("metaoptim_binding", default=None)
 
@@ -32,17 +34,22 @@ _open = 0
 _original: dict[str, Any] = {}
 
 
-def _recorder() -> Any:
-    recorder = recording.get()
-    return None if recorder is None or recorder.depth else recorder
+def _mode() -> CaptureMode | None:
+    mode = recording.get()
+    return None if mode is None or mode.depth else mode
+
+
+def _recorder() -> Recorder | None:
+    mode = _mode()
+    return mode if isinstance(mode, Recorder) else None
 
 
 def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
     def apply(*a: Any, **k: Any) -> Any:
         return super(_SingleLevelFunction, cls).apply(*a, **k)  # type: ignore[misc]  # pyright: ignore
 
-    recorder = _recorder()
-    return apply(*args, **kwargs) if recorder is None else recorder.apply_function(cls, apply, args, kwargs)
+    mode = _mode()
+    return apply(*args, **kwargs) if mode is None else mode.apply_function(cls, apply, args, kwargs)
 
 
 def _checkpoint(fn: Any, *args: Any, **kwargs: Any) -> Any:
@@ -66,21 +73,21 @@ class _Handle(RemovableHandle):
 
 
 def _register_hook(self: Tensor, hook: Any) -> Any:
-    recorder = _recorder()
+    mode = _mode()
     register = _original["register_hook"]
-    if recorder is None or recorder.watch(self, "register_hook"):
+    if mode is None or mode.watch(self, "register_hook"):
         return register(self, hook)
     spy = Spy(hook)
     handle = register(self, spy)
     handle.__class__, handle.spy = _Handle, spy
-    recorder.add_hook(self, spy, handle)
+    mode.add_hook(self, spy, handle)
     return handle
 
 
 def _retain_grad(self: Tensor) -> None:
-    recorder = _recorder()
-    if recorder is not None:
-        recorder.watch(self, "retain_grad")
+    mode = _mode()
+    if mode is not None:
+        mode.watch(self, "retain_grad")
     _original["retain_grad"](self)
 
 
@@ -88,9 +95,9 @@ def _retain_grad(self: Tensor) -> None:
 
 
 def _detach_in_place(self: Tensor) -> Tensor:
-    recorder = _recorder()
+    mode = _mode()
     detach = _original["detach_"]
-    return detach(self) if recorder is None else recorder.detach_in_place(self, detach)
+    return detach(self) if mode is None else mode.detach_in_place(self, detach)
 
 
 def _detach_function(input: Tensor) -> Tensor:
@@ -100,14 +107,14 @@ def _detach_function(input: Tensor) -> Tensor:
 def _get_data(self: Tensor) -> Tensor:
     values = _original["data"].__get__(self)
     recorder = _recorder()
-    if recorder is not None and not recorder.symbolic:
+    if recorder is not None:
         memory.note_loose(recorder, values)
     return values
 
 
 def _set_data(self: Tensor, value: Tensor) -> None:
     recorder = _recorder()
-    if recorder is not None and not recorder.symbolic:
+    if recorder is not None:
         memory.before_swap(recorder, self)
     _original["data"].__set__(self, value)
 
@@ -115,7 +122,7 @@ def _set_data(self: Tensor, value: Tensor) -> None:
 def _as_numpy(self: Tensor, *, force: bool = False) -> Any:
     array = _original["numpy"](self, force=force)
     recorder = _recorder()
-    if recorder is not None and not recorder.symbolic and memory.relies_on(recorder, self):
+    if recorder is not None and memory.relies_on(recorder, self):
         array.flags.writeable = False  # numpy itself refuses writes that no operator would show
     return array
 
@@ -133,7 +140,7 @@ def _to_dlpack(tensor: Tensor) -> Any:
 
 def _refuse_dlpack(tensor: Tensor) -> None:
     recorder = _recorder()
-    if recorder is not None and not recorder.symbolic and memory.relies_on(recorder, tensor):
+    if recorder is not None and memory.relies_on(recorder, tensor):
         raise CaptureError(
             f"a tensor of shape {tuple(tensor.shape)} that inner steps rely on was handed out through DLPack, where "
             "writes cannot be seen; hand out a clone made under torch.no_grad()"
@@ -145,7 +152,7 @@ def _refuse_dlpack(tensor: Tensor) -> None:
 
 def _add_param_group(self: Any, param_group: dict[str, Any]) -> None:
     recorder, given = _recorder(), param_group.get("params")
-    if recorder is not None and not recorder.symbolic and given is not None:
+    if recorder is not None and given is not None:
         given = [given] if isinstance(given, Tensor) else list(given)
         if _has_theta(recorder, given):
             raise WindowError(
@@ -156,13 +163,13 @@ def _add_param_group(self: Any, param_group: dict[str, Any]) -> None:
     _original["add_param_group"](self, param_group)
 
 
-def _has_theta(recorder: Any, tensors: list[Any]) -> bool:
+def _has_theta(recorder: Recorder, tensors: list[Any]) -> bool:
     return any(isinstance(t, Tensor) and isinstance(recorder.recording.known(t), Theta) for t in tensors)
 
 
 def _clip(parameters: Any, *args: Any, **kwargs: Any) -> Any:
     recorder = _recorder()
-    if recorder is not None and not recorder.symbolic:
+    if recorder is not None:
         parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
         if _has_theta(recorder, parameters):
             recorder.clipped = user_location()

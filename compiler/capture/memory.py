@@ -7,7 +7,7 @@ of neither value. Such tensors are `suspect`: the gradient of a step on them is 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,23 +17,26 @@ from metaoptim.errors import CaptureError
 
 from ..ir.values import Carried, External, Theta, Value
 
+if TYPE_CHECKING:
+    from .eager.recorder import Recorder
+
 
 def _storage(t: Tensor) -> int:
     return t.untyped_storage()._cdata if t.layout is torch.strided else 0
 
 
-def note_loose(recorder: Any, t: Tensor) -> None:
+def note_loose(recorder: Recorder, t: Tensor) -> None:
     """``t`` shares memory with another tensor, and no version counter (``.data``)."""
     recorder.loose[id(t)] = t
 
 
-def before_write(recorder: Any, targets: Iterable[Tensor]) -> None:
+def before_write(recorder: Recorder, targets: Iterable[Tensor]) -> None:
     """An operator is about to write into ``targets``: does autograd know?"""
     if recorder.loose:
         _suspect(recorder, [t for t in targets if _is_loose(recorder, t)])
 
 
-def before_swap(recorder: Any, t: Tensor) -> None:
+def before_swap(recorder: Recorder, t: Tensor) -> None:
     """Refuse ``t.data = value`` where the recording says what ``t`` holds."""
     if is_lazy(t):
         return
@@ -48,7 +51,7 @@ def before_swap(recorder: Any, t: Tensor) -> None:
     _suspect(recorder, [t])
 
 
-def relies_on(recorder: Any, t: Tensor) -> bool:
+def relies_on(recorder: Recorder, t: Tensor) -> bool:
     """Whether the recording or the tape takes for granted what the memory of ``t`` holds.
 
     Memory from outside is not: it is copied or watched. What is known of it as a value is forgotten, so that it will be
@@ -58,7 +61,7 @@ def relies_on(recorder: Any, t: Tensor) -> bool:
         return False
     storage, recording = _storage(t), recorder.recording
     found = recording.known(t)
-    if isinstance(found, Theta) or recorder.guard.on_tape(storage):
+    if isinstance(found, Theta) or recorder.recording.guard.on_tape(storage):
         return True
     if found is None:
         handle = t.untyped_storage()
@@ -72,16 +75,16 @@ def relies_on(recorder: Any, t: Tensor) -> bool:
     return False
 
 
-def _is_loose(recorder: Any, t: Tensor) -> bool:
+def _is_loose(recorder: Recorder, t: Tensor) -> bool:
     base = t._base if t._is_view() else None
     return any(x is not None and recorder.loose.get(id(x)) is x for x in (t, base))
 
 
-def _suspect(recorder: Any, targets: list[Tensor]) -> None:
+def _suspect(recorder: Recorder, targets: list[Tensor]) -> None:
     storages = {_storage(t) for t in targets}
     if not storages or not recorder.record:
         return
-    for epoch in (*recorder.guard.epochs, recorder.recording.epoch):
+    for epoch in (*recorder.recording.guard.epochs, recorder.recording.epoch):
         read = [(x, x.source) for ref in epoch.externals.values() if (x := ref()) is not None]
         read += [(theta, theta.tensor) for theta in epoch.theta.values()]
         for x, t in read:

@@ -1,38 +1,125 @@
-"""Getting a dispatch mode of ours out of the way, for a while or for good."""
+"""What the recorder of a window and the tracer of a function have in common."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
+
+from ..ir.operators import INDEXING, from_the_front, lifts, op_info, without_running_stats
+from ..ir.values import Entry, Number, Spy, Value
+
+aten = torch.ops.aten
 
 
-@contextmanager
-def paused(mode: Any) -> Iterator[None]:
-    """Run a block unseen by ``mode``; off the stack where possible, which costs nothing per operator."""
-    top = torch._C._len_torch_dispatch_stack()
-    popped = top > 0 and torch._C._get_dispatch_stack_at(top - 1) is mode
-    if popped:
-        torch._C._pop_torch_dispatch_stack(None)
-    mode.depth += 1
-    try:
-        yield
-    finally:
-        mode.depth -= 1
+class CaptureMode(TorchDispatchMode):
+    """A dispatch mode of ours; what Python's entry points ask of the one at hand (`intercept`).
+
+    Attributes:
+        symbolic: whether tensors are fake; otherwise their values may be looked at.
+        depth: above 0, everything passes through unseen.
+    """
+
+    symbolic: ClassVar[bool]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.depth = 0
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Run a block of our own unseen; off the stack where possible, which costs nothing per operator."""
+        top = torch._C._len_torch_dispatch_stack()
+        popped = top > 0 and torch._C._get_dispatch_stack_at(top - 1) is self
         if popped:
-            torch._C._push_on_torch_dispatch_stack(mode)
+            torch._C._pop_torch_dispatch_stack(None)
+        self.depth += 1
+        try:
+            yield
+        finally:
+            self.depth -= 1
+            if popped:
+                torch._C._push_on_torch_dispatch_stack(self)
+
+    def close(self) -> None:
+        """Take this mode off the stack, also when a suspended generator left others above it."""
+        above = []
+        while self in _get_current_dispatch_mode_stack():
+            top = torch._C._pop_torch_dispatch_stack(None)
+            if top is self:
+                break
+            above.append(top)
+        for other in reversed(above):
+            torch._C._push_on_torch_dispatch_stack(other)
+
+    def leave(self) -> None:
+        """A window closes."""
+        raise NotImplementedError
+
+    def apply_function(self, cls: Any, apply: Callable, args: tuple, kwargs: dict) -> Any:
+        """Record a custom `autograd.Function` as one call: its backward is the user's, not that of its inner ops."""
+        raise NotImplementedError
+
+    def watch(self, t: Tensor, what: str) -> bool:
+        """``t`` is about to get a hook, or to retain its gradient; whether autograd itself sees to that gradient."""
+        raise NotImplementedError
+
+    def add_hook(self, t: Tensor, spy: Spy, handle: Any) -> None:
+        """Note that the gradient of ``t`` passes through a hook."""
+        raise NotImplementedError
+
+    def detach_in_place(self, t: Tensor, detach: Callable[[Tensor], Tensor]) -> Tensor:
+        """Record ``t.detach_()``, which happens above the operators."""
+        raise NotImplementedError
 
 
-def leave(mode: Any) -> None:
-    """Take ``mode`` off the stack, also when a suspended generator left others above it."""
-    above = []
-    while mode in _get_current_dispatch_mode_stack():
-        top = torch._C._pop_torch_dispatch_stack(None)
-        if top is mode:
-            break
-        above.append(top)
-    for other in reversed(above):
-        torch._C._push_on_torch_dispatch_stack(other)
+class Writer:
+    """Calls written down with tokens in the place of tensors."""
+
+    def value_of(self, t: Tensor) -> Any:
+        """What stands for ``t``."""
+        raise NotImplementedError
+
+    def bind(self, t: Tensor, ref: Any) -> Any:
+        """Let ``ref`` stand for ``t``."""
+        raise NotImplementedError
+
+    def written(self, op: Any, tokens: tuple, reads: Iterable[Tensor] = ()) -> Entry:
+        """A call on these tokens, which stand for the tensors ``reads`` among others."""
+        raise NotImplementedError
+
+    def token(self, a: Any) -> Any:
+        """``a`` with tensors replaced by what stands for them."""
+        if isinstance(a, Tensor):
+            return self.value_of(a)
+        if isinstance(a, (list, tuple)):
+            return tuple([self.token(b) for b in a])
+        if isinstance(a, dict):
+            return {k: self.token(v) for k, v in a.items()}
+        return a
+
+    def tokens(self, op: Any, args: tuple) -> tuple:
+        """The arguments of a call of ``op``, with what stands for tensors and for numbers that may differ."""
+        args = from_the_front(op, args) if op in INDEXING else without_running_stats(op, args)
+        tokens = tuple([self.token(a) for a in args])
+        return (tokens[0], Number(float(args[1])), *tokens[2:]) if lifts(op_info(op), args) else tokens
+
+    def bind_outputs(self, entry: Entry, out: Any) -> None:
+        """Let the outputs of ``entry`` stand for the tensors in ``out``."""
+        if isinstance(out, Tensor):
+            self.bind(out, Value(entry, None))
+        elif isinstance(out, (list, tuple)):
+            for i, o in enumerate(out):
+                if isinstance(o, Tensor):
+                    self.bind(o, Value(entry, i))
+
+    def drop_out(self, args: tuple, result: Tensor, mask: Any) -> None:
+        """Write down a dropout, given its ``mask``: x · mask / (1 − p)."""
+        x, p = args[:2]
+        kept = self.written(aten.mul.Tensor, (self.value_of(x), mask), (x,))
+        scale = 0.0 if p == 1 else 1.0 / (1.0 - p)
+        self.bind(result, Value(self.written(aten.mul.Tensor, (Value(kept, None), scale)), None))

@@ -24,6 +24,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from ..ir.derived import FlatGraph
 from ..ir.operators import op_info
 from ..ir.step import StepGraph, gradient, show
+from ..ir.walk import reached
 from .remat import rematerialised
 from .reverse import true_zeros
 from .tracing import tracing
@@ -107,22 +108,12 @@ class _Parts:
 
 def _evaluate(wanted: fx.Node, env: dict[fx.Node, Any]) -> Any:
     """The value of a node: only what it depends on is run."""
-    stack = [wanted]
-    while stack:
-        node = stack[-1]
-        if node in env:
-            stack.pop()
-            continue
-        missing = [n for n in node.all_input_nodes if n not in env]
-        if missing:
-            stack += missing
-            continue
-        args = fx.map_arg(node.args, lambda n: env[n])
-        kwargs = fx.map_arg(node.kwargs, lambda n: env[n])
+    needed = reached([wanted], lambda n: () if n in env else n.all_input_nodes)
+    for node in sorted(n for n in needed if n not in env):
+        args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
         target: Any = (lambda t: t.view_as(t)) if node.target is show else node.target
         with torch.set_grad_enabled(node.meta.get("grad", True) and torch.is_grad_enabled()):
             env[node] = target(*args, **kwargs)
-        stack.pop()
     return env[wanted]
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from torch import fx
 
 from ..ir.derived import FlatGraph
+from ..ir.walk import reached
 from .liveness import peak_bytes, storages
 
 _WIDTHS = 6  # how many widths of cuts are tried
@@ -87,33 +88,21 @@ def _cut(graph: fx.Graph, forward: str, backward: str, cuts: Sequence[int]) -> f
     env: dict[fx.Node, fx.Node] = {}
     again: dict[fx.Node, fx.Node] = {}
 
+    def dropped(node: fx.Node) -> bool:
+        return node in part and node not in crossing and part[node] != k
+
     def made_again(node: fx.Node) -> fx.Node:
-        if node not in part or node in crossing or part[node] == k_last:
+        if not dropped(node):
             return env[node]
-        if node not in again:
-            stack = [node]
-            while stack:
-                top = stack[-1]
-                if top in again:
-                    stack.pop()
-                    continue
-                missing = [
-                    a
-                    for a in top.all_input_nodes
-                    if a in part and a not in crossing and part[a] != k_last and a not in again
-                ]
-                if missing:
-                    stack += missing
-                    continue
-                copy = new.node_copy(top, lambda a: again.get(a, env[a]))
-                copy.meta = dict(top.meta)
-                remade = [s for s, _ in storages(top) if home[s] in again or home[s] is top]
-                copy.meta["copies"] = {**top.meta.get("copies", {}), **{s: ("again", s) for s in remade}}
-                again[top] = copy
-                stack.pop()
+        missing = reached([node], lambda n: [a for a in n.all_input_nodes if dropped(a) and a not in again])
+        for top in sorted(n for n in missing if n not in again):
+            copy = new.node_copy(top, lambda a: again.get(a, env[a]))
+            copy.meta = dict(top.meta)
+            remade = [s for s, _ in storages(top) if home[s] in again or home[s] is top]
+            copy.meta["copies"] = {**top.meta.get("copies", {}), **{s: ("again", s) for s in remade}}
+            again[top] = copy
         return again[node]
 
-    k_last = k
     for node in graph.nodes:
         reader = node.meta.get("phase") == backward or node.op == "output" or node not in part
         lookup: Any = made_again if reader and node not in part else (lambda a: env[a])

@@ -1,7 +1,4 @@
-"""loop: a run of calls that differ by what advances from one to the next becomes a Loop, and so do rounds of several.
-
-A window records its program step by step, and folds it so every now and then.
-"""
+"""A run of calls that differ by what advances from one to the next becomes a Loop, and so do rounds of several."""
 
 from __future__ import annotations
 
@@ -10,23 +7,11 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
-from .program import Operand, Program, plural
+from .program import Operand
 from .step import Assign, Loop, StepCall
 
 LONGEST = 32  # calls in a round
 Item = StepCall | Assign | Loop
-
-
-def loop(rolled: Program) -> str:
-    """Fold rounds of calls that leave their results where the next round looks for them.
-
-    A plain ``for`` leaves many: of one call each, or of several where optimizers step by turns. What calls are given
-    besides is the same in every round, or a row or a whole number that moves on by as much every time, or listed.
-    """
-    before = len(rolled.calls)
-    rolled.calls = folded(rolled.calls)
-    loops = sum(isinstance(item, Loop) for item in rolled.calls)
-    return f"{plural(before, 'entry')} now {len(rolled.calls)}, {plural(loops, 'loop')} among them"
 
 
 def folded(calls: Sequence[Any]) -> list[Any]:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import operator
-from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-
-from metaoptim.errors import CaptureError, user_location
 
 from .owners import changed, identity, owner
 from .slices import Keyed, hook_key
@@ -185,12 +181,10 @@ class Partition:
     parts: list[Part] = field(default_factory=list)
     kinds: list[PartKind] = field(default_factory=list)
     part_of: dict[int, int] = field(default_factory=dict)  # id of an entry -> its part
-    writes: list[tuple[Any, Value]] = field(default_factory=list)  # tensors that keep a new value, and which
-    window: int | None = None  # W, where meta-gradients are truncated
 
     def finals(self) -> list[Any]:
         """Values that are wanted at the end."""
-        return [*self.trace.outputs, *(v for _, v in self.writes)]
+        return [*self.trace.outputs, *(v for _, v in self.trace.writes)]
 
 
 def _shown(entries: list[Entry]) -> set[int]:
@@ -244,104 +238,3 @@ def roles_of(segment: Segment, kind: PartKind) -> Roles:
         inner = is_inner_state(Value(segment.entries[number], index))
         outputs[number, index] = Role.OPT_STATE if inner else Role.CARRY
     return Roles(inputs, ordered(inputs), outputs)
-
-
-def whole(trace: Trace) -> Partition:
-    """A trace as one part."""
-    partition = single(trace, Hooks(trace))
-    _refuse_aliases_across(partition)
-    return partition
-
-
-def single(trace: Trace, hooks: Hooks) -> Partition:
-    """A trace as one part, of a recording: there, what shares memory has been seen."""
-    partition = Partition(trace, hooks)
-    partition.parts.append(Part(Segment(trace.entries, hooks), len(trace.steps), user_location(), None))
-    partition.part_of.update((id(e), 0) for e in trace.entries)
-    group(partition)
-    return partition
-
-
-def split(trace: Trace) -> Partition:
-    """Cut a trace after every super-step, and around every iteration of a scan."""
-    partition = Partition(trace, Hooks(trace))
-    cuts = _cuts(trace)
-    starts = {begin: (s, k) for s, scan in enumerate(trace.scans) for k, begin in enumerate(scan.begins)}
-    ends = [end for end, _ in trace.steps]
-    for begin, end in itertools.pairwise(cuts):
-        first, last = bisect_right(ends, begin), bisect_right(ends, end)
-        location = trace.steps[last - 1][1] if last > first else ""
-        entries = trace.entries[begin:end]
-        number = len(partition.parts)
-        partition.part_of.update((id(e), number) for e in entries)
-        partition.parts.append(
-            Part(Segment(entries, partition.hooks), last - first, location, starts.get(begin))
-        )
-    _refuse_aliases_across(partition)
-    group(partition)
-    return partition
-
-
-def group(partition: Partition) -> None:
-    """Let equal segments share a kind."""
-    kinds: dict[Any, PartKind] = {}
-    partition.kinds = []
-    for part in partition.parts:
-        key = (part.segment.key, part.steps > 0)
-        if key not in kinds:
-            kinds[key] = PartKind()
-            partition.kinds.append(kinds[key])
-        part.kind = kinds[key]
-        part.kind.parts.append(part)
-
-
-def _cuts(trace: Trace) -> list[int]:
-    inside = [(scan.begins[0], scan.end) for scan in trace.scans]
-    cuts = {0, len(trace.entries)}
-    cuts.update(end for end, _ in trace.steps if not any(a < end <= b for a, b in inside))
-    fixed = {at for scan in trace.scans for at in (*scan.begins, scan.end)}
-    joined: set[int] = set()
-    every = sorted(cuts | fixed)
-    for entry in trace.entries:
-        if entry.op is gradient:
-            first = _first_use_of_theta(entry)
-            crossed = set(every[bisect_right(every, first) : bisect_right(every, entry.seq)])
-            if crossed & fixed:
-                raise CaptureError(
-                    "the loss of an inner step inside a scan depends on the parameters through a value from outside "
-                    "the iteration; compute it inside, or use a plain `for`"
-                )
-            joined |= crossed
-    return sorted((cuts - joined) | fixed)
-
-
-def _first_use_of_theta(taken: Entry) -> int:
-    """The first call on a path from the parameters to the loss of a `gradient` entry."""
-    loss, thetas = taken.args
-    shown = {id(t.entry) for t in thetas}
-    oldest = min(t.entry.seq for t in thetas)
-    visited: dict[int, Entry] = {}
-    stack = [loss.entry] if isinstance(loss, Value) else []
-    while stack:
-        entry = stack.pop()
-        if entry.seq <= oldest or entry.seq in visited or id(entry) in shown:
-            continue
-        visited[entry.seq] = entry
-        stack += [a.entry for a in sources(entry) if isinstance(a, Value)]
-    reached = set(shown)
-    for seq in sorted(visited):
-        entry = visited[seq]
-        if any(isinstance(a, Value) and id(a.entry) in reached for a in sources(entry)):
-            reached.add(id(entry))
-    return min((seq for seq, e in visited.items() if id(e) in reached), default=taken.seq)
-
-
-def _refuse_aliases_across(partition: Partition) -> None:
-    for entry in partition.trace.entries:
-        for write in entry.deps:
-            inside = partition.parts[partition.part_of[id(write)]].segment
-            if inside.memory_of(entry.args[0]) not in map(inside.memory_of, changed(write)):
-                raise CaptureError(
-                    "a tensor is changed in place in one inner step while another that shares its memory, made before "
-                    "that step, is read later; clone one of them"
-                )

@@ -117,6 +117,8 @@ class Trace:
         windows: its windows.
         outputs: what stands for each tensor the function returns.
         left: tensors that the function was given and that have another value after it, with what stands for it.
+        writes: tensors that keep a new value, and what stands for it, as the pass mode has decided.
+        window: W, where gradients are truncated, as the pass mode has decided.
         hooks: id of a call -> its hooked outputs, each with the hooks that were there when a gradient passed.
         indexed: whether indices that may differ from step to step are `Number`s already.
         draws_on: the device that random numbers are drawn on; None if none are.
@@ -130,6 +132,8 @@ class Trace:
     windows: list[WindowMark] = field(default_factory=list)
     outputs: list[Any] = field(default_factory=list)
     left: list[tuple[Tensor, Value]] = field(default_factory=list)
+    writes: list[tuple[Any, Value]] = field(default_factory=list)
+    window: int | None = None
     hooks: dict[int, dict[Any, list[Spy]]] = field(default_factory=dict)
     indexed: bool = False
     draws_on: torch.device | None = None

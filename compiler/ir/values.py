@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from metaoptim.errors import CaptureError
 
-from .tensors import ByStorage
+from .tensors import ByStorage, TensorSpec
+from .walk import reached
 
 _DETACH = torch.ops.aten.detach.default
 
@@ -95,6 +96,24 @@ class Value:
         self.suspect = False
 
 
+class Hold(Protocol):
+    """The hold on the value of a tensor from outside."""
+
+    @property
+    def spec(self) -> TensorSpec:
+        """What the tensor is like."""
+        ...
+
+    @property
+    def tensor(self) -> Tensor:
+        """A tensor of the value held."""
+        ...
+
+    def is_current(self, tensor: Tensor) -> bool:
+        """Whether ``tensor`` still has the value held."""
+        ...
+
+
 class External:
     """A tensor that came from outside what is recorded, as it was read.
 
@@ -109,7 +128,7 @@ class External:
 
     __slots__ = ("_source", "tensor", "version", "grad", "held", "written", "suspect", "__weakref__")
 
-    def __init__(self, tensor: Tensor, held: Any) -> None:
+    def __init__(self, tensor: Tensor, held: Hold) -> None:
         self._source = weakref.ref(tensor)  # calls that write into it would keep it alive, and it them
         self.version, self.grad = version_of(tensor), tensor.requires_grad
         self.tensor = tensor if self.grad else None
@@ -132,26 +151,16 @@ class Carried:
 
 def reaches_theta(value: Value) -> bool:
     """Whether a gradient of ``value`` may flow into theta."""
-    stack: list[Any] = [value]
-    seen: set[int] = set()
-    while stack:
-        a = stack.pop()
-        if isinstance(a, Theta):
-            return True
-        if isinstance(a, Carried):
-            a = a.value
-        if isinstance(a, tuple):
-            stack.extend(a)
-            continue
+
+    def onwards(a: Any) -> Iterable[Any]:
         if isinstance(a, Value):
             t = a.ref and a.ref()
-            if a.apart is not None or (t is not None and not t.requires_grad):
-                continue
-            a = a.entry
-        if isinstance(a, Entry) and id(a) not in seen and a.grad and a.op is not _DETACH:
-            seen.add(id(a))
-            stack += [*a.args, *a.deps, *a.kwargs.values()]
-    return False
+            return () if a.apart is not None or (t is not None and not t.requires_grad) else (a.entry,)
+        if isinstance(a, Entry):
+            return (*a.args, *a.deps, *a.kwargs.values()) if a.grad and a.op is not _DETACH else ()
+        return (a.value,) if isinstance(a, Carried) else a if isinstance(a, tuple) else ()
+
+    return any(isinstance(a, Theta) for a in reached([value], onwards))
 
 
 class Number:

@@ -13,6 +13,7 @@ from metaoptim.errors import ProgramError
 
 from .operators import op_info
 from .step import Role, StepGraph, show
+from .walk import reached
 
 aten = torch.ops.aten
 _INPUT_RANK = {Role.THETA: 0, Role.THETA_NOW: 1, Role.OPT_STATE: 2, Role.CARRY: 2}
@@ -140,14 +141,8 @@ def _memory_of(node: Any) -> fx.Node:
 
 
 def _live(nodes: list[fx.Node]) -> set[fx.Node]:
-    live: set[fx.Node] = set()
-    stack = [n for n in nodes if n.op == "output" or any(_written(n))]
-    while stack:
-        node = stack.pop()
-        if node not in live:
-            live.add(node)
-            stack += node.all_input_nodes
-    return live
+    roots = [n for n in nodes if n.op == "output" or any(_written(n))]
+    return set(reached(roots, lambda node: node.all_input_nodes))
 
 
 def op_text(op: Any) -> str:

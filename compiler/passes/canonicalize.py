@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 from ..ir.program import plural
-from ..ir.segments import Part, Partition, PartKind, Segment, arguments, group
+from ..ir.segments import Partition, Segment, arguments
 from ..ir.trace import Noise
-from ..ir.values import Value
+from ..ir.values import Entry, Value
+from ..ir.walk import reached
+from .options import Options
+from .split import group
 
 
-def canonicalize(partition: Partition) -> str:
+def canonicalize(partition: Partition, options: Options) -> tuple[Partition, str]:
     """Drop calls that no output depends on. Random numbers are drawn all the same, as eager would.
 
     Segments of equal structure keep the same calls: what one of them needs, all compute, so that they share a program.
@@ -21,21 +26,20 @@ def canonicalize(partition: Partition) -> str:
     partition.parts = [u for u in partition.parts if u.segment.entries]
     partition.part_of = {id(e): n for n, u in enumerate(partition.parts) for e in u.segment.entries}
     group(partition)
-    outline(partition)
+    outline(partition, options)
     after = sum(len(u.segment.entries) for u in partition.parts)
-    return (
-        f"{before - after} of {before} calls are not needed; {plural(len(partition.kinds), 'distinct part')}"
-    )
+    distinct = plural(len(partition.kinds), "distinct part")
+    return partition, f"{before - after} of {before} calls are not needed; {distinct}"
 
 
-def outline(partition: Partition) -> str:
+def outline(partition: Partition, options: Options) -> tuple[Partition, str]:
     """Note what each part gives to later ones; no call is dropped."""
     for value in partition.finals():
         _give(partition, value)
     for part in partition.parts:
         for value in part.segment.inputs:
             _give(partition, value)
-    return f"left out; {plural(len(partition.kinds), 'distinct part')}"
+    return partition, f"left out; {plural(len(partition.kinds), 'distinct part')}"
 
 
 def _give(partition: Partition, value: object) -> None:
@@ -46,33 +50,25 @@ def _give(partition: Partition, value: object) -> None:
 
 def _live(partition: Partition) -> dict[int, set[int]]:
     """For each kind, the places of the calls that are needed."""
-    live: dict[int, set[int]] = {id(b): set() for b in partition.kinds}
-    wanted: list[tuple[PartKind, int]] = []
+    place = {id(e): (part.kind, n) for part in partition.parts for n, e in enumerate(part.segment.entries)}
 
-    def want(value: object) -> None:
-        if isinstance(value, Value):
-            part = partition.parts[partition.part_of[id(value.entry)]]
-            wanted.append((part.kind, part.segment.number_of[id(value.entry)]))
+    def first(entries: Iterable[Entry]) -> Iterator[Entry]:
+        """What stands for calls that are alike: the first of them."""
+        for entry in entries:
+            kind, number = place[id(entry)]
+            yield kind.parts[0].segment.entries[number]
 
-    for value in partition.finals():
-        want(value)
-    for part in partition.parts:
-        for number, entry in enumerate(part.segment.entries):
-            if any(isinstance(a, Noise) for a in entry.args):
-                wanted.append((part.kind, number))
-    while wanted:
-        kind, number = wanted.pop()
-        if number in live[id(kind)]:
-            continue
+    def needs(entry: Entry) -> Iterator[Entry]:
+        kind, number = place[id(entry)]
+        for alike in (part.segment.entries[number] for part in kind.parts):
+            yield from first(a.entry for a in arguments(alike) if isinstance(a, Value))
+            yield from first(alike.deps)
+
+    wanted = [v.entry for v in partition.finals() if isinstance(v, Value)]
+    calls = (e for part in partition.parts for e in part.segment.entries)
+    wanted += [e for e in calls if any(isinstance(a, Noise) for a in e.args)]
+    live: dict[int, set[int]] = {id(kind): set() for kind in partition.kinds}
+    for entry in reached(first(wanted), needs):
+        kind, number = place[id(entry)]
         live[id(kind)].add(number)
-        for part in kind.parts:
-            _follow(part, number, want, wanted)
     return live
-
-
-def _follow(part: Part, number: int, want: object, wanted: list) -> None:
-    entry = part.segment.entries[number]
-    for a in arguments(entry):
-        want(a)  # type: ignore[operator]
-    for write in entry.deps:
-        wanted.append((part.kind, part.segment.number_of[id(write)]))

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable
 
+from ..ir.program import Program
 from ..ir.step import StepGraph
 from ..lower.derivatives import derived
+from .options import Options
 
 
-def differentiate(graphs: Sequence[StepGraph], hvp: str) -> str:
-    """Derive those of a program's step graphs that a gradient can flow through, and say which mode each got."""
-    chosen: dict[str, int] = {}
+def differentiate(program: Program, options: Options) -> tuple[Program, str]:
+    """Derive the step graphs that a gradient can flow through."""
+    learnt = any(x.grad for x in program.inputs)
+    return program, derive_all(program.step_graphs if learnt else (), options.lowering.hvp)
+
+
+def derive_all(graphs: Iterable[StepGraph], hvp: str) -> str:
+    """Derive those of the step graphs that a gradient can flow through, and say which mode each got."""
+    chosen: Counter[str] = Counter()
     for step in graphs:
         if any(p.differentiable for p in step.inputs) and any(p.differentiable for p in step.outputs):
             derived(step, hvp)
-            what = step.derivatives[hvp]
-            chosen[what] = chosen.get(what, 0) + 1
+            chosen[step.derivatives[hvp]] += 1
     return "; ".join(f"{count} × {what}" for what, count in chosen.items()) or "no part carries a gradient"

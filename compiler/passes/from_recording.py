@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..derive.tracing import uncollected
-from ..ir.segments import Hooks, Roles, ordered, single
+from ..ir.segments import Hooks, Roles, ordered
 from ..ir.slices import Slice, restored
 from ..ir.step import Role, StepGraph, gradient
 from ..ir.tensors import TensorSpec
@@ -19,6 +19,7 @@ from ..ir.values import Entry, Number, Value
 from ..ir.verify_step import verify_step
 from .build import GradientHooks, build_segment
 from .pipeline import shaped
+from .split import single
 
 aten = torch.ops.aten
 State = dict[str, TensorSpec]

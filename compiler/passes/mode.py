@@ -10,39 +10,36 @@ from metaoptim.errors import CaptureError
 
 from ..ir.trace import Trace
 from ..ir.values import Value
+from .options import Options
 
 aten = torch.ops.aten
 
 
-def mode(trace: Trace) -> tuple[list[tuple[Any, Value]], int | None, str]:
-    """Rewrite ``trace`` for the modes of its windows.
+def mode(trace: Trace, options: Options) -> tuple[Trace, str]:
+    """Say what is written back, and where gradients are truncated.
 
     Online, the parameters that a window adopts are cut off from the user's own, and what it leaves is written back.
     Offline, neither.
-
-    Returns:
-        What is written back, W where gradients are truncated, and what was changed.
     """
-    limits = {window.window for window in trace.windows}
-    if len(limits) > 1:
+    stated = {mark.window for mark in trace.windows}
+    if len(stated) > 1:
         raise CaptureError(
-            f"windows of one compiled function must agree on window=: got {sorted(map(str, limits))}"
+            f"windows of one compiled function must agree on window=: got {sorted(map(str, stated))}"
         )
-    hooks = {window.backward_hook for window in trace.windows}
-    if len(hooks) > 1:
+    if len({mark.backward_hook for mark in trace.windows}) > 1:
         raise CaptureError("windows of one compiled function must have the same backward_hook")
     writes: dict[Any, tuple[Any, Value]] = {}
-    cut = 0
-    for window in trace.windows:
-        if window.offline:
-            continue
-        for entry in window.adopted:
-            cut += 1
+    online = [mark for mark in trace.windows if not mark.offline]
+    for mark in online:
+        for entry in mark.adopted:
             entry.op = aten.detach.default
-        for target, value in window.last:
+        for target, value in mark.last:
             key = tuple(map(id, target[:2])) + target[2:] if isinstance(target, tuple) else id(target)
             writes[key] = (target, value)
     writes.update((id(target), (target, value)) for target, value in trace.left)
-    window = limits.pop() if limits else None
-    done = f"{cut} parameters cut off at entry, {len(writes)} tensors written back"
-    return list(writes.values()), window, done + (f", truncated to {window} super-steps" if window else "")
+    trace.writes = list(writes.values())
+    window = next(iter(stated), None)
+    trace.window = options.window if window is None else window
+    cut = sum(len(mark.adopted) for mark in online)
+    note = f"{cut} parameters cut off at entry, {len(writes)} tensors written back"
+    return trace, note + (f", truncated to {window} super-steps" if window else "")

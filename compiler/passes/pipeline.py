@@ -2,59 +2,90 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 from ..derive.tracing import uncollected
-from ..ir.fold import loop
 from ..ir.program import Program, operator_count
-from ..ir.retention import UNSAID, Retention
-from ..ir.segments import Partition, split
-from ..ir.step import Lowering
+from ..ir.segments import Partition
 from ..ir.text import partition_text, trace_text
 from ..ir.trace import Input, Trace
 from ..ir.verify import verify_partition, verify_program
-from ..lower.library import Library
 from .canonicalize import canonicalize, outline
+from .checkpoint import checkpoint
 from .differentiate import differentiate
+from .loop import loop
 from .lower import lower
 from .mode import mode
+from .options import Options
 from .prune import keep_all, prune
 from .roll import roll
 from .rows import rows
+from .split import split
 
-OPTIONAL = ("rows", "canonicalize", "prune", "roll", "loop")
+Form = Trace | Partition | Program
 _log = logging.getLogger("metaoptim.passes")
 
 
+def _check_split(partition: Partition, options: Options) -> None:
+    verify_partition(partition, outlined=False)
+
+
+def _check_partition(partition: Partition, options: Options) -> None:
+    verify_partition(partition)
+
+
+def _check_rolled(program: Program, options: Options) -> None:
+    verify_program(program, pruned="canonicalize" not in options.skip)
+
+
+def _check_looped(program: Program, options: Options) -> None:
+    verify_program(program, pruned="canonicalize" not in options.skip, folded=True)
+
+
 @dataclass(frozen=True)
-class Options:
-    """Options of `metaoptim.compile`.
+class Pass:
+    """One rewrite in its place.
 
     Attributes:
-        recapture: see `metaoptim.compile`.
-        skip: passes switched off, to find out what one of them does: without canonicalize, calls that nothing needs
-            are run; without prune, everything is differentiated; without roll, every part has a step graph of its own;
-            without rows and loop, a plain `for` stays a list of calls. The gradients are the same. (The pass mode is
-            what makes a window online, so it always runs.)
+        run: (program, options) -> (program, note of what was done).
+        check: the verifier of what it makes.
+        instead: what is done where it is skipped.
+        planned: whether it waits for a plan of what is kept, which a call makes.
     """
 
-    window: int | None = None
-    retention: Retention = UNSAID
-    lowering: Lowering = field(default_factory=lambda: Lowering("inductor", hvp="auto"))
-    recapture: bool = False
-    skip: frozenset[str] = frozenset()
+    run: Callable[[Any, Options], tuple[Form, str]]
+    check: Callable[[Any, Options], None] | None = None
+    instead: Callable[[Any, Options], tuple[Form, str]] | None = None
+    planned: bool = False
 
-    def __post_init__(self) -> None:
-        unknown = sorted(self.skip - set(OPTIONAL))
-        if unknown:
-            raise ValueError(
-                f"skip: got {', '.join(map(repr, unknown))}, expected some of {', '.join(map(repr, OPTIONAL))}"
-            )
+    @property
+    def name(self) -> str:
+        """That of its function."""
+        return self.run.__name__
+
+    def __str__(self) -> str:
+        return f"{self.name:<14}{(inspect.getdoc(self.run) or '').partition(chr(10))[0]}"
+
+
+PIPELINE = (
+    Pass(mode),
+    Pass(rows),
+    Pass(split, _check_split),
+    Pass(canonicalize, _check_partition, instead=outline),
+    Pass(prune, _check_partition, instead=keep_all),
+    Pass(roll, _check_rolled, instead=roll),
+    Pass(loop, _check_looped),
+    Pass(differentiate),
+    Pass(lower),
+    Pass(checkpoint, planned=True),
+)
+#: Those that apply to a partition that is one part: a step, recorded or compiled.
+OF_A_STEP = tuple(p for p in PIPELINE if p.run in (canonicalize, prune))
 
 
 @dataclass(frozen=True)
@@ -94,38 +125,24 @@ class PassLog:
             Record("capture", f"{sizes['calls']} calls", trace.milliseconds, {}, sizes, self._text(trace))
         )
 
-    def run(
-        self,
-        name: str,
-        pass_: Callable[[], Any],
-        before: Any,
-        after: Callable[[Any], Any],
-        check: Callable[[Any], None] | None = None,
-    ) -> Any:
-        """Run one pass.
+    def run(self, passes: Sequence[Pass], program: Form, options: Options) -> Form:
+        """Take a program through passes."""
+        for one in passes:
+            run = one.instead if one.name in options.skip else one.run
+            if run is None:
+                continue
+            before, begun = sizes_of(program), time.perf_counter()
+            program, note = run(program, options)
+            milliseconds = 1e3 * (time.perf_counter() - begun)
+            self._note(Record(one.name, note, milliseconds, before, sizes_of(program), self._text(program)))
+            if one.check is not None:
+                self.check(one.check, program, options)
+        return program
 
-        Args:
-            name: of the pass.
-            pass_: the pass; it returns what it did, last or alone.
-            before: what it works on.
-            after: its result -> what it has made.
-            check: the verifier of that.
-        """
-        sizes = sizes_of(before)
+    def check(self, check: Callable[[Any, Options], None], program: Form, options: Options) -> None:
+        """Run a verifier."""
         begun = time.perf_counter()
-        result = pass_()
-        milliseconds = 1e3 * (time.perf_counter() - begun)
-        *results, done = result if isinstance(result, tuple) else (result,)
-        made = after(results)
-        self._note(Record(name, done, milliseconds, sizes, sizes_of(made), self._text(made)))
-        if check is not None:
-            self.check(check, made)
-        return results
-
-    def check(self, check: Callable[[Any], None], made: Any) -> None:
-        """Run the verifier."""
-        begun = time.perf_counter()
-        check(made)
+        check(program, options)
         self._checked += 1e3 * (time.perf_counter() - begun)
 
     def end(self) -> list[Record]:
@@ -137,7 +154,7 @@ class PassLog:
         self.records.append(record)
         _log.info("%s", record)
 
-    def _text(self, program: Trace | Partition | Program) -> str:
+    def _text(self, program: Form) -> str:
         if self.texts is None:
             return ""
         if isinstance(program, Trace):
@@ -147,69 +164,31 @@ class PassLog:
 
 @uncollected()
 def compile_trace(
-    trace: Trace, options: Options, library: Library, texts: Mapping[Input, str] | None = None
+    trace: Trace, options: Options, texts: Mapping[Input, str] | None = None
 ) -> tuple[Program, list[Record]]:
-    """Take a trace through all passes.
+    """Take a trace through all passes that need no plan.
 
     Args:
         trace: what was captured; it is rewritten.
         options: which passes to leave out, among others.
-        library: of step graphs.
         texts: names for the tensors it reads, for records that hold the program as text; None for records without.
 
     Raises:
         CaptureError: for what cannot be compiled.
         ProgramError: where the verifier finds a pass to be wrong.
     """
-    recorder = PassLog(trace, texts)
-    writes, window = recorder.run("mode", lambda: mode(trace), trace, lambda _: trace)
-    if "rows" not in options.skip:
-        recorder.run("rows", lambda: rows(trace), trace, lambda _: trace)
-    (partition,) = recorder.run("split", lambda: _split(trace), trace, lambda made: made[0], _verify_split)
-    partition.writes, partition.window = writes, options.window if window is None else window
-    shape(partition, options, recorder)
-    if "roll" in options.skip:
-        library = Library(0)
-    pruned = "canonicalize" not in options.skip
-    verify = partial(verify_program, pruned=pruned)
-    (program,) = recorder.run(
-        "roll", lambda: roll(partition, library), partition, lambda made: made[0], verify
-    )
-    if "loop" not in options.skip:
-        verify = partial(verify_program, pruned=pruned, folded=True)
-        recorder.run("loop", lambda: loop(program), program, lambda _: program, verify)
-    if any(x.grad for x in trace.inputs):
-        recorder.run(
-            "differentiate",
-            lambda: differentiate(program.step_graphs, options.lowering.hvp),
-            program,
-            lambda _: program,
-        )
-    recorder.run("lower", lambda: lower(program, options.lowering), program, lambda _: program)
-    return program, recorder.end()
-
-
-def _split(trace: Trace) -> tuple[Partition, str]:
-    partition = split(trace)
-    return partition, f"{len(partition.parts)} parts, {len(partition.kinds)} of them distinct"
-
-
-_verify_split = partial(verify_partition, outlined=False)
-
-
-def shape(partition: Partition, options: Options, recorder: PassLog) -> None:
-    """The passes on a partition."""
-    for name, pass_, instead in (("canonicalize", canonicalize, outline), ("prune", prune, keep_all)):
-        pass_ = instead if name in options.skip else pass_
-        recorder.run(name, lambda p=pass_: p(partition), partition, lambda _: partition, verify_partition)
+    log = PassLog(trace, texts)
+    program = log.run([p for p in PIPELINE if not p.planned], trace, options)
+    assert isinstance(program, Program)
+    return program, log.end()
 
 
 def shaped(partition: Partition, texts: Mapping[Input, str] | None = None) -> list[Record]:
     """Take a partition that is one part, a compiled step, through the passes that apply to it."""
-    recorder = PassLog(partition.trace, texts)
-    recorder.check(_verify_split, partition)
-    shape(partition, Options(), recorder)
-    return recorder.end()
+    log, options = PassLog(partition.trace, texts), Options()
+    log.check(_check_split, partition, options)
+    log.run(OF_A_STEP, partition, options)
+    return log.end()
 
 
 def sizes_of(program: Trace | Partition | Program) -> dict[str, int]:

@@ -6,9 +6,10 @@ from ..ir.owners import identity
 from ..ir.segments import Part, Partition, sources
 from ..ir.trace import Noise
 from ..ir.values import Value
+from .options import Options
 
 
-def prune(partition: Partition) -> str:
+def prune(partition: Partition, options: Options) -> tuple[Partition, str]:
     """Find which inputs and outputs of each part depend on something that requires grad."""
     rounds = True
     while rounds:
@@ -23,16 +24,16 @@ def prune(partition: Partition) -> str:
                 kind.active_outputs |= found
     total = sum(len(b.outputs) for b in partition.kinds)
     active = sum(len(b.active_outputs) for b in partition.kinds)
-    return f"{total - active} of {total} values passed between parts carry no gradient"
+    return partition, f"{total - active} of {total} values passed between parts carry no gradient"
 
 
-def keep_all(partition: Partition) -> str:
+def keep_all(partition: Partition, options: Options) -> tuple[Partition, str]:
     """Take everything for differentiable: what prune saves is then computed."""
     for kind in partition.kinds:
         inputs = kind.parts[0].segment.inputs
         kind.active = {at for at, ref in enumerate(inputs) if not isinstance(ref, Noise)}
         kind.active_outputs = set(kind.outputs)
-    return "left out; everything is differentiated"
+    return partition, "left out; everything is differentiated"
 
 
 def _active(partition: Partition, ref: object) -> bool:

@@ -15,16 +15,13 @@ from ..ir.trace import Input, Noise, ScanItem
 from ..ir.values import Value, exact
 from ..lower.library import Library
 from .build import build_segment
+from .options import Options
 
 
-def roll(partition: Partition, library: Library) -> tuple[Program, str]:
-    """Turn parts into calls.
-
-    Args:
-        partition: the parts.
-        library: where equal parts, also of other functions, find their step graph.
-    """
-    rolled = Program(window=partition.window, offline=any(w.offline for w in partition.trace.windows))
+def roll(partition: Partition, options: Options) -> tuple[Program, str]:
+    """Turn parts into calls. Equal parts, also of other functions, have the same step graph from the library."""
+    library = Library(0) if "roll" in options.skip else options.library
+    rolled = Program(window=partition.trace.window, offline=any(w.offline for w in partition.trace.windows))
     for window in partition.trace.windows:
         rolled.retention = rolled.retention if rolled.retention.given else window.retention
         rolled.backward_hook = window.backward_hook or rolled.backward_hook
@@ -69,7 +66,7 @@ def roll(partition: Partition, library: Library) -> tuple[Program, str]:
         if not isinstance(v, Value)
         or _place(partition, v) not in partition.parts[partition.part_of[id(v.entry)]].kind.active_outputs
     )
-    rolled.writes = [(target, registers.where(v)) for target, v in partition.writes]
+    rolled.writes = [(target, registers.where(v)) for target, v in partition.trace.writes]
     loops = sum(isinstance(c, Loop) for c in rolled.calls)
     return rolled, (
         f"{plural(len(partition.parts), 'part')}, {plural(len(rolled.step_graphs), 'step graph')}, "

@@ -10,11 +10,12 @@ from ..ir.owners import changed, owner
 from ..ir.step import gradient
 from ..ir.trace import Input, ScanItem, Trace
 from ..ir.values import Entry, Value
+from .options import Options
 
 aten = torch.ops.aten
 
 
-def rows(trace: Trace) -> str:
+def rows(trace: Trace, options: Options) -> tuple[Trace, str]:
     """Replace slices of inputs along the leading axis, taken one by one or all at once, by the slices themselves.
 
     Steps over ``xs[t]``, ``for x in xs`` and ``zip(xs, ys)`` become alike but for t, nothing is passed on from where a
@@ -27,7 +28,7 @@ def rows(trace: Trace) -> str:
         if n not in scanned:
             entry.args = reader.replaced(entry.args)
             entry.kwargs = {k: reader.replaced(v) for k, v in entry.kwargs.items()}
-    return f"{reader.reads} reads of {len(reader.items)} rows of inputs"
+    return trace, f"{reader.reads} reads of {len(reader.items)} rows of inputs"
 
 
 class _Rows:

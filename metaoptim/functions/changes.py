@@ -3,28 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from .guards import Fact
 
-_TENSOR_FIELDS = ("shape", "dtype", "strides", "device", "requires_grad")
-_OBJECTS = ("module", "optimizer", "object")
+_WAS = "{path}: was {old}, is {new}"
+_KIND = "{path}: its class, or its hooks, are others than before"
+_OBJECTS = {"module": "a module", "optimizer": "an optimizer", "object": "an object"}
+#: First entry of two facts -> for each other entry, what to say where it is the first that differs.
+_SAID = {
+    "tensor": [
+        *(
+            f"{{path}}: {field} was {{old}}, is {{new}}"
+            for field in ("shape", "dtype", "strides", "device", "requires_grad")
+        ),
+        "{path}: has other hooks than before",
+    ],
+    "kind": [_KIND, _KIND, "{path}.training: was {old}, is {new}"],
+    "is": ["{path}: {new}"],
+    "mode": [_WAS],
+    "name": [_WAS],
+    "keys": ["{path}: others than before, or in another order"],
+    **{kind: [f"{{path}}: another {kind} than before"] for kind in _OBJECTS},
+}
 
 
+@dataclass(frozen=True)
 class Change:
     """One difference.
 
     Attributes:
-        where: what changed, by the name it has for the caller.
-        what: from what to what.
+        text: what changed, by the name it has for the caller, and how.
         value: whether it is a plain Python value that another call may change again.
     """
 
-    def __init__(self, where: str, what: str, value: bool = False) -> None:
-        self.where, self.what, self.value = where, what, value
-
-    def __str__(self) -> str:
-        return f"{self.where}: {self.what}"
+    text: str
+    value: bool = False
 
     @property
     def advice(self) -> str:
@@ -38,52 +53,39 @@ class Change:
 
 
 def first_change(old: Sequence[Fact], new: Sequence[Fact], paths: Iterable[str]) -> Change | None:
-    """The first of the facts that differs; ``paths`` says what the new ones are about."""
-    for a, b, path in zip(old, new, paths, strict=False):
-        if a != b:
-            return _change(path, a, b)
-    return None
+    """The first of the facts that differs; ``paths`` are the names of what the new ones are about."""
+    facts = zip(old, new, paths, strict=False)
+    return next((_change(path, a, b) for a, b, path in facts if a != b), None)
 
 
 def _change(path: str, a: Fact, b: Fact) -> Change:
-    if a[0] == b[0] == "tensor":
-        field = next(i for i, (x, y) in enumerate(zip(a[1:], b[1:], strict=True)) if x != y)
-        if field >= len(_TENSOR_FIELDS):
-            return Change(path, "has other hooks than before")
-        return Change(path, f"{_TENSOR_FIELDS[field]} was {_plain(a[1 + field])}, is {_plain(b[1 + field])}")
-    if a[0] == b[0] == "kind":
-        if a[1] == b[1] and a[3] == b[3]:
-            return Change(f"{path}.training", f"was {a[2]}, is {b[2]}", True)
-        return Change(path, "its class, or its hooks, are others than before")
-    if a[0] == b[0] == "is":
-        return Change(path, b[1], True)
-    if a[0] == b[0] == "mode":
-        return Change(path, f"was {a[1]}, is {b[1]}")
-    if a[0] == b[0] == "keys":
-        return Change(path, "others than before, or in another order", True)
-    if a[0] == b[0] == "name":
-        return Change(path, f"was {a[1]}, is {b[1]}")
-    if a[0] == b[0] and a[0] in _OBJECTS:
-        return Change(path, f"another {a[0]} than before")
-    if a[0] is b[0] and path.startswith("the length of "):
-        return Change(path, f"was {a[1]}, is {b[1]}", True)
-    return Change(path, f"was {_described(a)}, is {_described(b)}", b[0] not in _OBJECTS)
+    same = a[0] == b[0]
+    if same and a[0] in _SAID:
+        at = next(i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y)
+        said = _SAID[a[0]][at - 1]
+        value = a[0] in ("is", "keys") or ".training" in said
+        return Change(said.format(path=path, old=_plain(a[at]), new=_plain(b[at])), value)
+    return Change(
+        _WAS.format(path=path, old=_described(a, same), new=_described(b, same)), b[0] not in _OBJECTS
+    )
 
 
-def _described(a: Fact) -> str:
-    if a[0] is float:
-        return repr(float.fromhex(a[1]))
-    if a[0] == "tensor":
-        return f"a tensor of shape {tuple(a[1])}"
-    if a[0] == "missing":
-        return "not there"
-    if a[0] in ("again", "keys", *_OBJECTS):
-        return {"again": "an object met before", "keys": "a dict", "object": "an object"}.get(
-            a[0], f"a {a[0]}"
-        )
-    if isinstance(a[0], type) and issubclass(a[0], (list, tuple)):
-        return f"a {a[0].__name__} of length {a[1]}"
-    return repr(a[1]) if len(a) == 2 else "another one"
+def _described(fact: Fact, same: bool) -> str:
+    """A fact in words, beside another one that is about the ``same`` kind of thing or not."""
+    kind = fact[0]
+    if kind is float:
+        return repr(float.fromhex(fact[1]))
+    if kind == "tensor":
+        return f"a tensor of shape {tuple(fact[1])}"
+    if isinstance(kind, type) and issubclass(kind, (list, tuple)):
+        return str(fact[1]) if same else f"a {kind.__name__} of length {fact[1]}"
+    words: dict[Any, str] = {
+        "missing": "not there",
+        "again": "an object met before",
+        "keys": "a dict",
+        **_OBJECTS,
+    }
+    return words.get(kind) or (repr(fact[1]) if len(fact) == 2 else "another one")
 
 
 def _plain(value: Any) -> str:

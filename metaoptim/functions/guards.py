@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import array
-import dis
 import enum
 import functools
-import inspect
 import io
 import random
 import sys
 import types
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -24,18 +22,13 @@ from torch.nn.parameter import is_lazy
 from ..compiler.lower.ambient import AMBIENT, ambient
 from ..errors import CaptureError
 from ..optim.optimizer import MetaOptimizer
+from .surroundings import argument_names, contents, is_library, is_python_class, reference, surroundings
 
 Fact = tuple[Any, ...]
+Source = int | Tensor  # the place of a tensor among `Dependencies.tensors`, or the very tensor
 
 _NONE = type(None)
 _ATOMS = {int, bool, str, bytes, _NONE, range, torch.dtype, torch.device, torch.Size, torch.layout, type(...)}
-_LIBRARIES = {*sys.stdlib_module_names, "typing_extensions", "torch", "numpy", "metaoptim"} - {"__main__"}
-_LRU: type = type(functools.lru_cache(lambda: None))
-
-
-def is_library(module: str | None) -> bool:
-    """Whether a module is Python's, torch's or our own, where nothing changes that a function depends on."""
-    return module is not None and (module.partition(".")[0] in _LIBRARIES or module.startswith("namedtuple_"))
 
 
 class Dependencies:
@@ -97,9 +90,14 @@ class Dependencies:
         """The facts."""
         return tuple(self.facts)
 
-    def place_of(self) -> dict[int, int]:
-        """Id of a tensor -> its place in `tensors`."""
-        return {id(t): i for i, t in reversed(list(enumerate(self.tensors)))}
+    def sources(self) -> Callable[[Tensor], Source]:
+        """What tells the source of a tensor."""
+        at = {id(t): i for i, t in reversed(list(enumerate(self.tensors)))}
+        return lambda t: at.get(id(t), t)
+
+    def tensor(self, source: Source) -> Tensor:
+        """The tensor of this call behind a source."""
+        return self.tensors[source] if isinstance(source, int) else source
 
     def remembered(self) -> list[Any]:
         """References to `objects`."""
@@ -270,7 +268,7 @@ class Dependencies:
             held = [*(hook for of in hooks for hook in of.values()), forward]
             self.objects += held
             acting = tuple(map(id, held))
-        self.fact(path, ("kind", type(m), m.training, acting))
+        self.fact(path, ("kind", type(m), acting, m.training))
         for tensors in (m._parameters, m._buffers):
             for name, t in tensors.items():
                 self.describe(t, path and f"{path}.{name}")
@@ -307,80 +305,9 @@ class Dependencies:
                 self._late.append((network, label))
 
 
-def reference(o: Any) -> Callable[[], Any]:
-    """What gives ``o``, without keeping it alive where that can be had."""
-    try:
-        return weakref.ref(o)
-    except TypeError:
-        return lambda: o
-
-
-def is_python_class(kind: type) -> bool:
-    """Whether a class is written in Python (and can be changed): its instances have attributes of their own."""
-    return bool(kind.__flags__ & (1 << 9)) and not kind.__flags__ & (1 << 8)  # a heap type, not immutable
-
-
 def _is_hashable(value: Any) -> bool:
     try:
         hash(value)
     except TypeError:
         return False
     return True
-
-
-def contents(cell: types.CellType) -> Any:
-    """What a closure's variable is bound to; None before it is."""
-    try:
-        return cell.cell_contents
-    except ValueError:
-        return None
-
-
-def argument_names(fn: Callable, args: tuple) -> list[str]:
-    """The names of positional arguments, in order."""
-    try:
-        parameters = list(inspect.signature(fn).parameters.values())
-    except (TypeError, ValueError):
-        parameters = []
-    plain = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    rest = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), "args")
-    return [plain[i] if i < len(plain) else f"{rest}[{i - len(plain)}]" for i in range(len(args))]
-
-
-def surroundings(fn: Callable) -> Iterator[tuple[str, Any]]:
-    """What a function refers to directly: its free variables, its globals and its defaults."""
-    while isinstance(fn, functools.partial):
-        yield "arguments", (fn.args, fn.keywords)
-        fn = fn.func
-    if isinstance(fn, types.MethodType):
-        yield "self", fn.__self__
-        fn = fn.__func__
-    code = getattr(fn, "__code__", None)
-    if code is None:  # an object that can be called
-        yield type(fn).__name__, fn
-        return
-    yield "defaults", (getattr(fn, "__defaults__", None), getattr(fn, "__kwdefaults__", None))
-    for name, cell in zip(code.co_freevars, fn.__closure__ or (), strict=True):
-        try:
-            yield name, cell.cell_contents
-        except ValueError:  # not bound yet
-            continue
-    for name in global_names(code):
-        value = fn.__globals__.get(name)
-        if value is not None and not isinstance(value, (types.ModuleType, type)):
-            yield name, value
-
-
-_globals: dict[int, tuple[types.CodeType, tuple[str, ...]]] = {}
-
-
-def global_names(code: types.CodeType) -> tuple[str, ...]:
-    """Names of globals that a function, and those made in it, refer to, each once."""
-    known = _globals.get(id(code))
-    if known is None:
-        names = [i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")]
-        for inner in code.co_consts:
-            if isinstance(inner, types.CodeType):
-                names += global_names(inner)
-        known = _globals[id(code)] = code, tuple(dict.fromkeys(names))
-    return known[1]

@@ -6,17 +6,13 @@ function that is entered. Each place is looked at before the function can have c
 
 from __future__ import annotations
 
-import dis
 import functools
 import gc
 import logging
 import sys
-import threading
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
-from importlib.util import resolve_name
 from typing import Any
 
 import torch
@@ -24,71 +20,19 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..optim.optimizer import MetaOptimizer
+from .bytecode import global_names, imports, only_counts, texts
 from .changes import Change, first_change
-from .guards import (
-    _LRU,
-    Dependencies,
-    Fact,
-    argument_names,
-    contents,
-    global_names,
-    is_library,
-    is_python_class,
-    reference,
-    surroundings,
-)
+from .guards import Dependencies, Fact
+from .places import MISSING, Place, dict_of, look
+from .surroundings import argument_names, contents, is_library, surroundings
+from .watching import listening, watch
 
-_MISSING = object()
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
 _METHODS = (types.FunctionType, staticmethod, classmethod)
 _FIELDS = (types.MemberDescriptorType, types.GetSetDescriptorType)  # of slots, of classes in C
 _OF_MODULES = {*vars(nn.Module()), "_compiled_call_impl"}  # described with the module
+_LRU: type = type(functools.lru_cache(lambda: None))
 _WHOLE = ("__dict__", "__reduce_ex__", "__getstate__")  # by them, all attributes are read
-_reading: ContextVar[Reads | None] = ContextVar("metaoptim_reads", default=None)
-
-
-class Place:
-    """Where something was read: an attribute, a name in a dict of globals, a closure's variable; or an object."""
-
-    __slots__ = ("kind", "holder", "name", "path")
-
-    def __init__(self, kind: str, holder: Any, name: str, path: str) -> None:
-        self.kind, self.name, self.path = kind, name, path
-        self.holder: Any = holder if kind in ("global", "cell") else reference(holder)
-
-    @property
-    def identity(self) -> tuple[Any, ...]:
-        """Equal for two places that are one."""
-        return self.kind, id(self.holder) if self.kind in ("global", "cell") else id(self.holder()), self.name
-
-    def value(self) -> Any:
-        """What is there now."""
-        if self.kind == "global":
-            return self.holder.get(self.name, _MISSING)
-        if self.kind == "cell":
-            return contents(self.holder)
-        holder = self.holder()
-        if self.kind == "own":
-            return _dict_of(holder).get(self.name, _MISSING)
-        if self.kind == "names":
-            return tuple(_dict_of(holder))
-        if self.kind == "attribute":
-            try:
-                return object.__getattribute__(holder, self.name)
-            except AttributeError:
-                return _MISSING
-        return getattr(holder, self.name, _MISSING) if self.kind == "class" else holder
-
-
-def look(dependencies: Dependencies, places: Sequence[Place]) -> Iterator[tuple[Fact, ...]]:
-    """What is at each of the places now, as facts; ``dependencies`` is extended by them."""
-    for place in places:
-        value, mark = place.value(), dependencies.mark()
-        if value is _MISSING:
-            dependencies.fact(place.path, ("missing",))
-        else:
-            dependencies.describe(value, place.path)
-        yield dependencies.since(mark)
 
 
 class _Glance(Dependencies):
@@ -173,7 +117,7 @@ class Reads:
                 self._globals(inner.__code__, inner.__globals__)
                 self._note("object", inner, "", path)
         elif self._watches and not isinstance(value, type):
-            _watch(type(value))
+            watch(type(value))
 
     def meet(self, value: Any, path: str) -> None:
         """An object that the function depends on, however it came by it."""
@@ -194,7 +138,7 @@ class Reads:
         busy, self._busy = self._busy, True
         try:
             glance, value = _Glance(self), place.value()
-            if value is _MISSING:
+            if value is MISSING:
                 glance.fact(path, ("missing",))
             else:
                 glance.describe(value, path)
@@ -206,20 +150,20 @@ class Reads:
     def attribute(self, o: Any, name: str) -> None:
         """An attribute of ``o`` is about to be read."""
         key = (id(o), name)
-        if key in self._places or id(o) not in self._known:
+        if self._busy or key in self._places or id(o) not in self._known:
             return
         frame = sys._getframe(2)
         if name[:2] == "__":
             if name in _WHOLE and frame.f_globals.get("__name__") != "torch.nn.modules.module":
                 self._note("names", o, "", f"the attributes of {self._known[id(o)][1]}")
-                for each in list(_dict_of(o)):
+                for each in list(dict_of(o)):
                     self.attribute(o, each)
             return
         of_module = isinstance(o, nn.Module)
         if of_module and name in _OF_MODULES:
             return
         path = f"{self._known[id(o)][1]}.{name}"
-        own = _dict_of(o)
+        own = dict_of(o)
         if name not in own:
             for cls in type(o).__mro__:
                 if name in vars(cls):
@@ -227,7 +171,7 @@ class Reads:
                     return
             if of_module and any(name in own[kind] for kind in ("_parameters", "_buffers", "_modules")):
                 return
-        self._note("attribute", o, name, path, _only_counts(frame.f_code, frame.f_lasti, name))
+        self._note("attribute", o, name, path, only_counts(frame.f_code, frame.f_lasti, name))
 
     def _of_class(self, cls: type, value: Any, o: Any, name: str, path: str) -> None:
         if isinstance(value, (staticmethod, classmethod)):
@@ -243,7 +187,7 @@ class Reads:
     def wrote(self, o: Any, name: str) -> None:
         """An attribute of ``o`` is about to be written."""
         key = (id(o), name)
-        if key not in self._places and key not in self._counted and id(o) in self._known:
+        if not self._busy and key not in self._places and key not in self._counted and id(o) in self._known:
             self._written.add(key)
 
     # -- what is entered -----------------------------------------------------------------------------------------
@@ -280,7 +224,7 @@ class Reads:
                             self._note("cell", cell, "", name)
 
     def _globals(self, code: types.CodeType, names: dict[str, Any]) -> None:
-        for name in (*global_names(code), *_texts(code, "globals")):
+        for name in (*global_names(code), *texts(code, "globals")):
             if name in names:
                 value = names[name]
                 if isinstance(value, types.ModuleType):
@@ -291,13 +235,13 @@ class Reads:
                     continue  # told by itself
                 elif not isinstance(value, _FUNCTIONS) or not is_library(value.__module__):
                     self._note("global", names, name, name)
-        for module in _imports(code, names):
+        for module in imports(code, names):
             self._module(module, code, module.__name__)
 
     def _module(self, module: types.ModuleType, code: types.CodeType, path: str) -> None:
         if is_library(module.__name__):
             return
-        for name in (*code.co_names, *_texts(code, "getattr")):
+        for name in (*code.co_names, *texts(code, "getattr")):
             value = vars(module).get(name)
             if isinstance(value, types.ModuleType):
                 if value is not module:
@@ -314,8 +258,8 @@ class Reads:
             if is_library(owner.__module__):
                 continue
             for name in code.co_names:
-                value = vars(owner).get(name, _MISSING)
-                if value is _MISSING or name[:2] == "__":
+                value = vars(owner).get(name, MISSING)
+                if value is MISSING or name[:2] == "__":
                     continue
                 if isinstance(value, _METHODS) or not hasattr(type(value), "__get__"):
                     self._note("class", owner, name, f"{owner.__qualname__}.{name}")
@@ -325,35 +269,25 @@ class Reads:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Watch what the calling thread reads inside the block."""
-        global _captures
         previous = sys.gettrace()
-        with _lock:
-            _captures += 1
-            _watch(nn.Module)
-        token = _reading.set(self)
         self._watches = True
         for value, _ in list(self._known.values()):
             if not isinstance(value, type):
-                _watch(type(value))
-        sys.settrace(self._trace(previous))
-        try:
-            # modules under torch.compile run eagerly here; dynamo must not look into what reports their reads
-            with torch.compiler.set_stance("force_eager"):
+                watch(type(value))
+        # modules under torch.compile run eagerly here; dynamo must not look into what reports their reads
+        with listening(self), torch.compiler.set_stance("force_eager"):
+            sys.settrace(self._trace(previous))
+            try:
                 yield
-        finally:
-            sys.settrace(previous)
-            self._watches = False
-            _reading.reset(token)
-            with _lock:
-                _captures -= 1
-                if not _captures:
-                    _release()
+            finally:
+                sys.settrace(previous)
+                self._watches = False
 
     def settle(self, dependencies: Dependencies) -> None:
         """The capture is over: fill `places` and `found`, and extend ``dependencies`` by what is there now."""
         for place, _, before in self._places.values():
             glance, value = _Glance(self), place.value()
-            if value is _MISSING:
+            if value is MISSING:
                 glance.fact("", ("missing",))
             else:
                 glance.describe(value)
@@ -381,91 +315,3 @@ class Reads:
             if change is not None:
                 return change
         return None
-
-
-@functools.lru_cache(maxsize=4096)
-def _only_counts(code: types.CodeType, at: int, name: str) -> bool:
-    """Whether what is read there goes back to where it came from, and nowhere else: ``self.runs += 1``."""
-    steps = [i for i in dis.get_instructions(code) if i.opname != "CACHE"]
-    k = next((k for k, i in enumerate(steps) if i.offset == at), 0)
-    if not k or not steps[k - 1].opname.startswith(("COPY", "DUP_TOP")):
-        return False
-    return any(
-        i.opname == "STORE_ATTR"
-        and i.argval == name
-        and swap.opname.startswith(("SWAP", "ROT_TWO"))
-        and add.opname.startswith(("BINARY", "INPLACE"))
-        for add, swap, i in zip(steps[k:], steps[k + 1 :], steps[k + 2 :])
-    )
-
-
-def _texts(code: types.CodeType, by: str) -> list[str]:
-    """Texts in code that are names for a function called ``by``."""
-    return [c for c in code.co_consts if isinstance(c, str)] if by in code.co_names else []
-
-
-def _imports(code: types.CodeType, names: dict[str, Any]) -> Iterator[types.ModuleType]:
-    """The modules that a function imports from, where they have been imported before."""
-    steps = [i for i in dis.get_instructions(code) if i.opname not in ("CACHE", "EXTENDED_ARG")]
-    for level, _, step in zip(steps, steps[1:], steps[2:]):
-        if step.opname == "IMPORT_NAME":
-            name = resolve_name("." * level.argval + step.argval, names.get("__package__"))
-            if name in sys.modules:
-                yield sys.modules[name]
-
-
-def _dict_of(o: Any) -> dict[str, Any]:
-    try:
-        return object.__getattribute__(o, "__dict__")
-    except AttributeError:  # it has slots
-        return {}
-
-
-# -- classes that tell ------------------------------------------------------------------------------------------------
-
-_lock = threading.RLock()
-_captures = 0  # under way, in all threads: the last of them lets the classes be as they were
-_changed: dict[type, dict[str, Any]] = {}
-
-
-def _watch(cls: type) -> None:
-    """Have a class tell of attributes that are read and written."""
-    with _lock:
-        if (
-            cls in _changed
-            or not is_python_class(cls)
-            or (cls is not nn.Module and issubclass(cls, nn.Module))
-        ):
-            return
-        own = {name: vars(cls).get(name, _MISSING) for name in ("__getattribute__", "__setattr__")}
-        read: Any = cls.__getattribute__
-        write: Any = cls.__setattr__
-
-        def get(self: Any, name: str) -> Any:
-            reads = _reading.get()
-            if reads is not None and not reads._busy:
-                reads.attribute(self, name)
-            return read(self, name)
-
-        def put(self: Any, name: str, value: Any) -> None:
-            reads = _reading.get()
-            if reads is not None and not reads._busy:
-                reads.wrote(self, name)
-            write(self, name, value)
-
-        try:
-            type.__setattr__(cls, "__getattribute__", get)  # whatever the metaclass thinks of it
-        except TypeError:  # it is of an extension module (pybind11), whose classes cannot be changed
-            return
-        _changed[cls] = own
-        type.__setattr__(cls, "__setattr__", put)
-
-
-def _release() -> None:
-    for cls, own in reversed(_changed.items()):
-        for name, value in own.items():
-            if value is _MISSING:
-                type.__delattr__(cls, name)
-            else:
-                type.__setattr__(cls, name, value)
-    _changed.clear()

@@ -6,15 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..compiler.ir.program import Program, plural
 from ..compiler.ir.step import Loop, StepCall, calls_of
 from ..compiler.ir.tensors import tensor_spec
 from ..compiler.ir.trace import Input, Noise
 from ..errors import CaptureError
-
-Source = int | Tensor  # the place of a tensor among those of the call, or the very tensor
+from .guards import Source
 
 
 def compare(name: str, known: Any, again: Any) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .optimizer import MetaOptimizer, Number, Params, active, check_non_negative, is_symbolic, safe_sqrt
+from .hyper import Number, active, check_non_negative, is_symbolic, safe_sqrt
+from .optimizer import MetaOptimizer, Params
 
 
 class MetaAdam(MetaOptimizer):

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .optimizer import MetaOptimizer, Number, Params, active, check_non_negative
+from .hyper import Number, active, check_non_negative
+from .optimizer import MetaOptimizer, Params
 
 
 class MetaSGD(MetaOptimizer):

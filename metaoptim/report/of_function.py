@@ -14,13 +14,14 @@ from ..compiler.cost.step import step_cost
 from ..compiler.ir.program import Kept, Program, given_ports, nbytes, plural, signature
 from ..compiler.ir.step import Lowering, Role
 from ..compiler.ir.trace import Input, Trace
-from ..compiler.lower.library import library
 from ..compiler.passes.checkpoint import checkpoint
-from ..compiler.passes.pipeline import Options, Record, compile_trace
+from ..compiler.passes.options import Options
+from ..compiler.passes.pipeline import Record, compile_trace
 from ..errors import WindowError
-from ..functions.captured import captured_step, retention_of, trace_of
+from ..functions.captured import captured_step, trace_of
 from ..functions.guards import Dependencies
-from ..functions.naming import tensor_names
+from ..functions.specialization import retention_of
+from ..functions.surroundings import tensor_names
 from ..runtime.budget.measure import measured_peak, rehearse
 from ..runtime.budget.meter import profiling
 from ..runtime.budget.planner import decide
@@ -46,7 +47,7 @@ def report_of(
     trace = tracer.trace
     trace.outputs = traced.tensors
     labels = {x: names.get(id(x.tensor)) or _unnamed(x) for x in trace.inputs}
-    program, records = compile_trace(trace, options, library, labels)
+    program, records = compile_trace(trace, options, labels)
     said, lowering = retention_of(program, options), options.lowering
     tensors = {x: x.tensor for x in program.inputs}
     if measure:
@@ -64,7 +65,7 @@ def report_of(
     kind = "forward only" if not prediction.reached else _plan(every, offload is not None)
     kind = "unrolled" if saved and saved == program.swept else kind
     text = program.text(labels)
-    done = checkpoint(program, kept, lowering.hvp)
+    _, done = checkpoint(program, replace(options, kept=kept))
     done += f"; {plural(prediction.extra_forwards, 'call')} made again"
     records.append(Record("checkpoint", done, 1e3 * (time.perf_counter() - begun)))
     whole = (

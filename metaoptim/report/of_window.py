@@ -12,10 +12,10 @@ from ..compiler.ir.program import Operand, memory_of, plural
 from ..compiler.ir.step import Loop, Lowering, Role, StepGraph
 from ..compiler.ir.tape import Tape
 from ..compiler.lower.derivatives import derived
-from ..compiler.passes.differentiate import differentiate
+from ..compiler.passes.differentiate import derive_all
 from ..compiler.passes.pipeline import Record
 from ..errors import WindowError, user_scope
-from ..functions.naming import names_in
+from ..functions.surroundings import names_in
 from ..runtime.budget.simulate import predict_sweep
 from ..runtime.windows.dependence import leaves_of
 from ..runtime.windows.recording_session import RecordedSession
@@ -106,7 +106,7 @@ def _records(program: Tape, lowerings: dict[int, Lowering]) -> list[Record]:
     modes: dict[str, list[StepGraph]] = {}
     for g in program.step_graphs:
         modes.setdefault(lowerings[id(g)].hvp, []).append(g)
-    done = "; ".join(differentiate(graphs, hvp) for hvp, graphs in modes.items())
+    done = "; ".join(derive_all(graphs, hvp) for hvp, graphs in modes.items())
     return [*found, Record("differentiate", done, 1e3 * (time.perf_counter() - begun))]
 
 

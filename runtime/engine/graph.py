@@ -1,4 +1,4 @@
-"""The one walk over autograd's graph."""
+"""The walk over autograd's graph."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import Tensor
+
+from metaoptim.compiler.ir.walk import reached
 
 
 def nodes_below(tensors: Iterable[Any], ends: Callable[[Any], bool] = lambda node: False) -> Iterator[Any]:
@@ -15,13 +17,7 @@ def nodes_below(tensors: Iterable[Any], ends: Callable[[Any], bool] = lambda nod
         tensors: where it begins; what is no tensor is passed over.
         ends: whether the walk goes no further than a node.
     """
-    stack: list[Any] = [t.grad_fn for t in tensors if isinstance(t, Tensor)]
-    seen: set[Any] = set()
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        yield node
-        if not ends(node):
-            stack += [before for before, _ in node.next_functions]
+    starts = [t.grad_fn for t in tensors if isinstance(t, Tensor) and t.grad_fn is not None]
+    return reached(
+        starts, lambda node: () if ends(node) else [n for n, _ in node.next_functions if n is not None]
+    )

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from metaoptim.compiler.capture import intercept
 from metaoptim.compiler.capture.symbolic.tracer import Tracer
 from metaoptim.compiler.ir.owners import identity
-from metaoptim.compiler.ir.segments import Roles, ordered, whole
+from metaoptim.compiler.ir.segments import Roles, ordered
 from metaoptim.compiler.ir.step import Lowering, Role, StepCall
 from metaoptim.compiler.ir.trace import Input, Noise
 from metaoptim.compiler.ir.values import Value, exact
@@ -25,6 +25,7 @@ from metaoptim.compiler.lower.library import library
 from metaoptim.compiler.passes.build import build_segment
 from metaoptim.compiler.passes.lower import FEW
 from metaoptim.compiler.passes.pipeline import shaped
+from metaoptim.compiler.passes.split import whole
 from metaoptim.errors import CaptureError, WindowError, user_location
 
 from ..engine.noise import redrawn

@@ -20,6 +20,7 @@ from metaoptim.compiler.ir.tensors import TensorSpec, tensor_spec
 from metaoptim.compiler.ir.trace import Input, Scan, ScanItem, WindowMark
 from metaoptim.compiler.ir.update import UpdatePlan
 from metaoptim.compiler.ir.values import Entry, Value
+from metaoptim.compiler.ir.walk import reached
 from metaoptim.compiler.passes.build import GradientHooks
 from metaoptim.errors import CaptureError, WindowError, user_location
 
@@ -348,16 +349,13 @@ class CapturedSession(Session):
 
     def _refuse_overwritten(self, root: Any, ordinals: list[int]) -> None:
         cut = {entry: i for i, entry in self._cut if i in ordinals}
-        stack, seen = [root] if cut else [], set()
-        while stack:
-            a = stack.pop()
-            if not isinstance(a, Value) or a.entry in seen:
-                continue
-            seen.add(a.entry)
-            if a.entry in cut:
-                refuse_overwritten(self.networks.names[cut[a.entry]])
-            if a.entry.op is not show:
-                stack += sources(a.entry)
+
+        def before(entry: Entry) -> list[Entry]:
+            return [] if entry.op is show else [a.entry for a in sources(entry) if isinstance(a, Value)]
+
+        for entry in reached([root.entry] if cut and isinstance(root, Value) else [], before):
+            if entry in cut:
+                refuse_overwritten(self.networks.names[cut[entry]])
         self._cut = [(i, entry) for i, entry in self._cut if i not in ordinals]
 
     def _read(self, reached: set[int], root: Any, ordinals: list[int]) -> list[Tensor]:

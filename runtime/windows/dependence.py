@@ -7,7 +7,7 @@ an argument would be missed, where the same code without the decorator follows i
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from metaoptim.compiler.ir.owners import identity
 from metaoptim.compiler.ir.segments import arguments
 from metaoptim.compiler.ir.step import gradient, show
 from metaoptim.compiler.ir.values import Entry, Value
+from metaoptim.compiler.ir.walk import reached
 
 from ..engine.engine import Engine
 from ..engine.graph import nodes_below
@@ -85,13 +86,12 @@ def loss_inputs(entries: Sequence[Entry]) -> set[Any]:
 
 def _ancestors(value: Any) -> list[Entry]:
     """The calls that a gradient of ``value`` passes, down to those that show parameters."""
-    found: dict[int, Entry] = {}
-    stack = [value.entry] if isinstance(value, Value) else []
-    while stack:
-        entry = stack.pop()
-        if id(entry) in found or not entry.grad or entry.op is aten.detach.default:
-            continue
-        found[id(entry)] = entry
-        if entry.op is not show:
-            stack += [a.entry for a in arguments(entry) if isinstance(a, Value)] + list(entry.deps)
-    return list(found.values())
+
+    def carrying(calls: Iterable[Entry]) -> list[Entry]:
+        return [e for e in calls if e.grad and e.op is not aten.detach.default]
+
+    def before(entry: Entry) -> list[Entry]:
+        computed = [a.entry for a in arguments(entry) if isinstance(a, Value)]
+        return [] if entry.op is show else carrying([*computed, *entry.deps])
+
+    return list(reached(carrying([value.entry] if isinstance(value, Value) else []), before))

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import metaoptim
 from budget_cases import Case, state_bytes
 from metaoptim.compiler.ir.step import EAGER
-from metaoptim.compiler.lower.library import library
-from metaoptim.compiler.passes.pipeline import Options, compile_trace
+from metaoptim.compiler.passes.options import Options
+from metaoptim.compiler.passes.pipeline import compile_trace
 from metaoptim.functions.captured import trace_of
 from metaoptim.runtime.budget.meter import AllocatorMeter
 from metaoptim.runtime.budget.planner import peaks_of
@@ -382,7 +382,7 @@ def test_no_horizon_takes_more_than_was_planned_for_it(rows: int) -> None:
     for steps in (3, 9, 16, 57, 100, 128, 250):
         traced, tracer, _ = trace_of(loop, (net, lr, torch.randn(steps, 8, 8), torch.randn(rows, 8)), {})
         tracer.trace.outputs = traced.tensors
-        program, _ = compile_trace(tracer.trace, Options(lowering=EAGER), library)
+        program, _ = compile_trace(tracer.trace, Options(lowering=EAGER))
         peaks = peaks_of(program, EAGER)
         for slots in range(1, min(9, program.swept)):
             assert predict(program, slots, EAGER).peak_bytes <= peaks(slots), (steps, slots)
@@ -404,7 +404,7 @@ def test_explain_says_what_the_call_saves() -> None:
                 return net(xs[0]).square().sum()
 
         meta_loss(*setting())
-        ((program,),) = meta_loss._programs.values()
+        ((program,),) = meta_loss._specializations.known.values()
         report, cost = meta_loss.explain(*setting()), metaoptim.plan(meta_loss)(*setting())
         assert program.plan.saved == report.saved_calls == cost.saved_calls, budget
         assert report.plan == cost.plan

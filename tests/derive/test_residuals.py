@@ -30,7 +30,7 @@ def run(case: Problem, **options: Any) -> tuple[dict[str, Tensor | None], Any]:
     meta_loss = in_form_c(case, **options)
     torch.manual_seed(11)
     meta_loss(net, metas).backward()
-    ((program,),) = meta_loss._programs.values()
+    ((program,),) = meta_loss._specializations.known.values()
     return {n: p.grad for n, p in (*net.named_parameters(), *metas.items())}, program
 
 
@@ -150,7 +150,7 @@ def test_the_budget_says_how_many_and_is_kept() -> None:
             got = torch.autograd.grad(meta_loss(net, log_lr, xs), [log_lr, *net.parameters()])
         assert meter.peak <= budget
         assert all(map(torch.equal, got, expected))
-        ((program,),) = meta_loss._programs.values()
+        ((program,),) = meta_loss._specializations.known.values()
         assert program.plan.peak_bytes <= budget
         found.append(program.plan.saved)
     assert found == sorted(found) and len(set(found)) >= 3 and found[-1] > 30
@@ -190,7 +190,7 @@ def test_residuals_are_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     meta_loss = compiled(memory_budget=MUCH)
     with torch.no_grad():
         meta_loss(net, log_lr, xs)
-    ((program,),) = meta_loss._programs.values()
+    ((program,),) = meta_loss._specializations.known.values()
     for step in program.rolled.step_graphs:
         forget(step)
     (got,) = torch.autograd.grad(meta_loss(net, log_lr, xs), log_lr)
@@ -216,7 +216,7 @@ def test_views_that_no_operator_calls_one() -> None:
                 return net(xs[0]).square().mean()
 
         meta_loss(net, log_lr, xs).backward()
-        ((program,),) = meta_loss._programs.values()
+        ((program,),) = meta_loss._specializations.known.values()
         return log_lr.grad, program.rolled.kept.saved
 
     (got, saved), (expected, none) = gradient(memory_budget=MUCH), gradient()

@@ -155,7 +155,7 @@ def looped_in_c(slots: int | None) -> tuple[Any, Tensor, list[Tensor]]:
             return F.mse_loss(net(xs[0]), ys[1])
 
     total = meta_loss(net, lr)
-    ((program,),) = meta_loss._programs.values()
+    ((program,),) = meta_loss._specializations.known.values()
     return program.rolled.calls[1].step, total, [*net.parameters(), lr]
 
 

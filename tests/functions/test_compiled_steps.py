@@ -199,7 +199,7 @@ def test_state_is_carried_over_windows(offline: bool) -> None:
 
 def count(step: Any) -> int:
     """How many distinct step graphs a compiled step holds."""
-    return len({id(program.step.step) for found in step._programs.values() for program in found})
+    return len({id(program.step.step) for found in step._specializations.known.values() for program in found})
 
 
 def test_another_shape_or_mode_is_compiled_anew() -> None:

@@ -77,7 +77,7 @@ class World:
         got = torch.autograd.grad(loss, self._leaves(), allow_unused=True)
         rtol = 1e-9 if loss.dtype is torch.float64 else 1e-4
         agree(dict(enumerate(got)), dict(enumerate(expected)), rtol=rtol)  # type: ignore[arg-type]
-        programs = sum(map(len, self.compiled._programs.values()))
+        programs = sum(map(len, self.compiled._specializations.known.values()))
         assert programs == self.programs + recompiles, f"{programs} programs, had {self.programs}"
         self.programs = programs
 
@@ -303,7 +303,7 @@ def test_parameters_rebound_outside() -> None:
         got = torch.autograd.grad(f(metaoptim.SlidingWindow), leaves)
         agree(dict(enumerate(got)), dict(enumerate(expected)))  # type: ignore[arg-type]
         net[0].weight = nn.Parameter(torch.linspace(-1, 1, 12).view(4, 3))
-    assert len(f._programs) == 1
+    assert len(f._specializations.known) == 1
 
 
 @pytest.mark.parametrize("optimizer", [metaoptim.MetaAdam, metaoptim.MetaRMSprop])
@@ -326,7 +326,7 @@ def test_state_from_call_to_call(optimizer: Any) -> None:
         values += [v for p in net.parameters() for v in (p.detach(), *inner.state[p].values())]
         found.append(dict(enumerate(values)))
     agree(found[1], found[0], rtol=1e-9)  # type: ignore[arg-type]
-    assert sum(map(len, f._programs.values())) == 2
+    assert sum(map(len, f._specializations.known.values())) == 2
 
 
 def test_another_object_at_the_same_address() -> None:
@@ -404,7 +404,7 @@ def test_plain_attributes_of_modules(form: str) -> None:
         (expected,) = torch.autograd.grad(of(step, full_tape), w)
         loss = of(taken, metaoptim.SlidingWindow) if form == "B" else whole(step, metaoptim.SlidingWindow)
         torch.testing.assert_close(torch.autograd.grad(loss, w)[0], expected, rtol=1e-9, atol=1e-12)
-        assert sum(map(len, compiled._programs.values())) == programs
+        assert sum(map(len, compiled._specializations.known.values())) == programs
 
 
 @pytest.mark.parametrize("enabled", [True, False])

@@ -292,7 +292,7 @@ def test_programs_do_not_depend_on_the_length(name: str) -> None:
         outcome(
             name, steps, lambda f, made=made: made.append(compiled(f)) or made[0], metaoptim.SlidingWindow
         )
-        ((program,),) = made[0]._programs.values()
+        ((program,),) = made[0]._specializations.known.values()
         steps_of = {id(g) for g in program.rolled.step_graphs}
         counts.add((len(steps_of), len(program.rolled.calls), program.rolled.registers))
     assert len(counts) == 1

@@ -59,7 +59,7 @@ def of_data(data: Data, steps: int, learnt: bool) -> Made:
 def program_of(made: Made) -> Program:
     compiled = metaoptim.compile(made.of, backend="eager")
     compiled(metaoptim.SlidingWindow)
-    ((program,),) = compiled._programs.values()
+    ((program,),) = compiled._specializations.known.values()
     return program.rolled
 
 
@@ -126,7 +126,7 @@ def test_another_call_brings_other_tensors() -> None:
             metaoptim.compile(meta_loss._fn, backend="eager")(net, log_lr, batches), log_lr
         )
         torch.testing.assert_close(found[-1], expected[0])
-    assert len(meta_loss._programs) == 1 and not torch.allclose(*found)
+    assert len(meta_loss._specializations.known) == 1 and not torch.allclose(*found)
 
 
 # -- rows that are more than that -------------------------------------------------------------------------------------

@@ -101,7 +101,7 @@ def test_what_is_made_anew_in_every_call_is_no_change() -> None:
     for seed in range(3):
         torch.manual_seed(seed)
         meta_loss(net, log_lr, torch.randn(4, 5, 3)).backward()
-    assert len(meta_loss._programs) == 1
+    assert len(meta_loss._specializations.known) == 1
 
 
 @pytest.mark.parametrize("places", [(0, 0, 0, 1, 2, 3, 0), (0, 0, 3, 1, 4, 0)])

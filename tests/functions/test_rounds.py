@@ -28,7 +28,7 @@ def numbers(steps: int, last: int, seed: int = 1) -> Tensor:
 def program_of(made: Made) -> Program:
     compiled = metaoptim.compile(made.of, backend="eager")
     compiled(metaoptim.SlidingWindow)
-    ((program,),) = compiled._programs.values()
+    ((program,),) = compiled._specializations.known.values()
     return program.rolled
 
 

@@ -841,7 +841,7 @@ def test_what_is_not_read_makes_nothing_compile_anew() -> None:
             step(agent, X)
             agent.unread += 1
             agent.other = object()  # type: ignore[attr-defined]
-    assert sum(map(len, step._programs.values())) == 2  # with state, and without
+    assert sum(map(len, step._specializations.known.values())) == 2  # with state, and without
 
 
 def test_classes_are_as_before_after_a_capture() -> None:

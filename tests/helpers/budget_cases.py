@@ -128,7 +128,7 @@ class Case:
         before = {k: v.clone() for k, v in net.state_dict().items()}
         meta_loss(net, log_lr, xs, ys)
         net.load_state_dict(before)
-        ((program,),) = meta_loss._programs.values()
+        ((program,),) = meta_loss._specializations.known.values()
         gc.collect()
         meter = AllocatorMeter()
         with meter, metaoptim.progress(meter.watch):

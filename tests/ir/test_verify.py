@@ -13,22 +13,24 @@ from torch import Tensor, fx, nn
 
 import metaoptim
 from metaoptim.compiler.ir.program import Operand, Program
-from metaoptim.compiler.ir.segments import Partition, split
+from metaoptim.compiler.ir.segments import Partition
 from metaoptim.compiler.ir.step import EAGER, Loop, Port, Role, StepCall, StepGraph
 from metaoptim.compiler.ir.tensors import TensorSpec
 from metaoptim.compiler.ir.trace import Input, Noise
 from metaoptim.compiler.ir.verify import verify_partition, verify_program
 from metaoptim.compiler.ir.verify_step import verify_step
-from metaoptim.compiler.lower.library import library
 from metaoptim.compiler.passes.canonicalize import canonicalize
-from metaoptim.compiler.passes.pipeline import Options, compile_trace
+from metaoptim.compiler.passes.options import Options
+from metaoptim.compiler.passes.pipeline import compile_trace
 from metaoptim.compiler.passes.prune import prune
+from metaoptim.compiler.passes.split import split
 from metaoptim.errors import ProgramError
 from metaoptim.functions.captured import trace_of
 from oracle import leaves
 from problems import NETWORKS, problem
 
 aten = torch.ops.aten
+OPTIONS = Options(lowering=EAGER)
 CPU = torch.device("cpu")
 THREE = TensorSpec((3,), torch.float64, (1,), CPU)
 TWO = TensorSpec((2,), torch.float64, (1,), CPU)
@@ -413,20 +415,20 @@ def traced() -> Any:
 
 
 def partitioned() -> Partition:
-    partition = split(traced())
-    canonicalize(partition)
-    prune(partition)
+    partition, _ = split(traced(), OPTIONS)
+    canonicalize(partition, OPTIONS)
+    prune(partition, OPTIONS)
     return partition
 
 
 def test_a_real_function_passes_at_every_stage() -> None:
-    partition = split(traced())
+    partition, _ = split(traced(), OPTIONS)
     verify_partition(partition, outlined=False)
-    canonicalize(partition)
+    canonicalize(partition, OPTIONS)
     verify_partition(partition)
-    prune(partition)
+    prune(partition, OPTIONS)
     verify_partition(partition)
-    rolled, records = compile_trace(traced(), Options(lowering=EAGER), library)
+    rolled, records = compile_trace(traced(), OPTIONS)
     verify_program(rolled)
     names = ["mode", "rows", "split", "canonicalize", "prune", "roll", "loop", "differentiate", "lower"]
     assert [r.name for r in records] == ["capture", *names, "verify"]

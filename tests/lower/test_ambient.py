@@ -191,7 +191,7 @@ def test_other_modes_are_captured_anew(change: str) -> None:
         with CHANGES[change](on):
             expected = (net(X) * torch.full((2,), 0.1)).square().mean()
             torch.testing.assert_close(loss(net, X), expected, rtol=1e-6, atol=0)
-            assert sum(map(len, loss._programs.values())) == programs
+            assert sum(map(len, loss._specializations.known.values())) == programs
 
 
 def test_a_call_in_inference_mode_serves_later_ones() -> None:

@@ -52,7 +52,7 @@ def gradients(problem: Problem, **options: Any) -> tuple[dict[str, Tensor | None
 
 
 def steps_of(fn: Any) -> list[Any]:
-    (programs,) = fn._programs.values()
+    (programs,) = fn._specializations.known.values()
     return [s for s in programs[0].rolled.step_graphs if s.steps]
 
 
@@ -314,7 +314,7 @@ def backends_of(step: Any) -> set[str]:
 def test_what_runs_once_or_twice_a_call_is_not_compiled() -> None:
     library.clear()  # step graphs are shared, also with other tests' functions
     _, fn = gradients(problem("linear", "momentum", 6, True), backend="aot_eager", hvp="reverse")
-    (program,) = next(iter(fn._programs.values()))
+    (program,) = next(iter(fn._specializations.known.values()))
     counts: Counter[int] = Counter()
     for call, count in program.rolled.counted():
         counts[id(call.step)] += count
@@ -334,7 +334,7 @@ def test_a_compiled_step_is_compiled_when_it_runs_a_third_time() -> None:
         for _ in range(4):
             step()
         net(x).square().mean().backward()
-    ((program,),) = step._programs.values()
+    ((program,),) = step._specializations.known.values()
     assert backends_of(program.step.step) == {"eager", "aot_eager"}
 
 

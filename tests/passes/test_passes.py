@@ -15,20 +15,21 @@ from torch import Tensor, nn
 import metaoptim
 from metaoptim.compile import CompiledFunction
 from metaoptim.compiler.cost.step import step_cost
-from metaoptim.compiler.ir.fold import loop
 from metaoptim.compiler.ir.program import Kept, Program
-from metaoptim.compiler.ir.segments import Partition, split
+from metaoptim.compiler.ir.segments import Partition
 from metaoptim.compiler.ir.step import EAGER
 from metaoptim.compiler.ir.trace import Trace
 from metaoptim.compiler.lower.derivatives import derived, replayed, residuals
-from metaoptim.compiler.lower.library import library
 from metaoptim.compiler.passes.canonicalize import canonicalize
 from metaoptim.compiler.passes.checkpoint import checkpoint
+from metaoptim.compiler.passes.loop import loop
 from metaoptim.compiler.passes.mode import mode
-from metaoptim.compiler.passes.pipeline import Options, compile_trace, sizes_of
+from metaoptim.compiler.passes.options import OPTIONAL, Options
+from metaoptim.compiler.passes.pipeline import PIPELINE, compile_trace, sizes_of
 from metaoptim.compiler.passes.prune import prune
 from metaoptim.compiler.passes.roll import roll
 from metaoptim.compiler.passes.rows import rows
+from metaoptim.compiler.passes.split import split
 from metaoptim.functions.captured import trace_of
 from metaoptim.runtime.budget.simulate import predict
 
@@ -139,6 +140,7 @@ CASES = {
     "actor_critic": Case(_actor_critic, _build_actor_critic),
 }
 aten = torch.ops.aten
+OPTIONS = Options(lowering=EAGER)
 every_case = pytest.mark.parametrize("name", CASES)
 
 
@@ -163,7 +165,7 @@ def executed(program: Program) -> dict[str, int]:
 
 @functools.cache
 def compiled(name: str, *skip: str, steps: int = T) -> tuple[Program, list[Any]]:
-    return compile_trace(traced(name, steps=steps), Options(lowering=EAGER, skip=frozenset(skip)), library)
+    return compile_trace(traced(name, steps=steps), Options(lowering=EAGER, skip=frozenset(skip)))
 
 
 # -- numbers ---------------------------------------------------------------------------------------------------------
@@ -257,11 +259,11 @@ def test_loop_makes_the_program_as_long_for_any_number_of_steps(name: str) -> No
 @every_case
 def test_mode_cuts_theta_off_and_writes_back(name: str) -> None:
     trace = traced(name, offline=False)
-    partition = split(trace)  # as if the window were offline
-    canonicalize(partition)
-    prune(partition)
-    without, _ = roll(partition, library)
-    with_it, _ = compile_trace(traced(name, offline=False), Options(lowering=EAGER), library)
+    partition, _ = split(trace, OPTIONS)  # as if the window were offline
+    canonicalize(partition, OPTIONS)
+    prune(partition, OPTIONS)
+    without, _ = roll(partition, OPTIONS)
+    with_it, _ = compile_trace(traced(name, offline=False), OPTIONS)
     learnt = CASES[name].build(T)[1]
     assert len(predict(without, None).reached) == len(learnt)
     assert len(predict(with_it, None).reached) == 1
@@ -283,23 +285,23 @@ def state_of(partition: Partition) -> Any:
 @every_case
 def test_passes_are_idempotent(name: str) -> None:
     trace = traced(name, offline=False)
-    first, again = mode(trace), mode(trace)
-    assert all(a[1] is b[1] for a, b in zip(first[0], again[0], strict=True))
-    assert first[1:] == again[1:]
-    assert rows(trace) != "0 reads of 0 rows of inputs" == rows(trace)
-    partition = split(trace)
-    partition.writes, partition.window = first[0], first[1]
+    _, first = mode(trace, OPTIONS)
+    writes, window = trace.writes, trace.window
+    assert writes and mode(trace, OPTIONS)[1] == first and trace.window == window
+    assert all(a[1] is b[1] for a, b in zip(writes, trace.writes, strict=True))
+    assert rows(trace, OPTIONS)[1] != "0 reads of 0 rows of inputs" == rows(trace, OPTIONS)[1]
+    partition, _ = split(trace, OPTIONS)
     for pass_ in (canonicalize, prune, canonicalize, prune):
-        pass_(partition)
+        pass_(partition, OPTIONS)
     settled = state_of(partition)
-    assert canonicalize(partition).startswith("0 of ")
-    prune(partition)
+    assert canonicalize(partition, OPTIONS)[1].startswith("0 of ")
+    prune(partition, OPTIONS)
     assert state_of(partition) == settled
-    rolled, again = (roll(partition, library)[0] for _ in range(2))
+    rolled, again = (roll(partition, OPTIONS)[0] for _ in range(2))
     assert str(rolled) == str(again)
-    loop(rolled)
+    loop(rolled, OPTIONS)
     looped = str(rolled)
-    loop(rolled)
+    loop(rolled, OPTIONS)
     assert str(rolled) == looped
 
 
@@ -307,7 +309,7 @@ def test_passes_are_idempotent(name: str) -> None:
 
 
 def test_every_pass_leaves_a_record() -> None:
-    _, records = compile_trace(traced("mlp"), Options(lowering=EAGER), library, texts={})
+    _, records = compile_trace(traced("mlp"), OPTIONS, texts={})
     *passes, check = records
     names = [
         "capture",
@@ -333,6 +335,13 @@ def test_every_pass_leaves_a_record() -> None:
     assert f"{by_name['canonicalize'].after['calls']} calls in " in by_name["canonicalize"].text
 
 
+def test_the_pipeline_prints() -> None:
+    lines = [str(p) for p in PIPELINE]
+    names = "mode rows split canonicalize prune roll loop differentiate lower checkpoint"
+    assert [line.split()[0] for line in lines] == names.split()
+    assert all(len(line) > 30 for line in lines) and set(OPTIONAL) < set(names.split())
+
+
 def test_only_optional_passes_can_be_left_out() -> None:
     with pytest.raises(
         ValueError,
@@ -344,17 +353,17 @@ def test_only_optional_passes_can_be_left_out() -> None:
 @every_case
 def test_checkpoint_trades_states_and_residuals_for_work(name: str) -> None:
     program = replace(compiled(name, steps=16)[0])
-    said = checkpoint(program, Kept(2), "reverse")
+    _, said = checkpoint(program, replace(OPTIONS, kept=Kept(2)))
     assert program.kept == Kept(2) and "kept: at most 2 states" in str(program)
     few, every = predict(program, 2), predict(program, None)
     assert few.peak_bytes < every.peak_bytes and few.extra_forwards > 0 == every.extra_forwards
-    assert checkpoint(program, Kept(2), "reverse") == said
+    assert checkpoint(program, replace(OPTIONS, kept=Kept(2)))[1] == said
 
     def products(*modules: Any) -> int:
         heavy = (aten.mm.default, aten.addmm.default, aten.convolution.default)
         return sum(n.target in heavy for m in modules for n in m.graph.nodes)
 
-    said = checkpoint(program, Kept(None, program.positions), "reverse")
+    _, said = checkpoint(program, replace(OPTIONS, kept=Kept(None, program.positions)))
     assert f"residuals of the last {program.positions} calls" in said and "divided" in said
     before = after = 0  # over all calls whose steps are divided
     for call, count in program.counted():

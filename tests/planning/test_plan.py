@@ -99,7 +99,7 @@ def test_the_engine_does_what_was_predicted(
         given[0].zero_grad()
         with AllocatorMeter() as meter:
             meta_loss(*given).backward()
-        ((program,),) = meta_loss._programs.values()
+        ((program,),) = meta_loss._specializations.known.values()
         states = program.rolled.swept
         assert (program.plan.slots or states) == cost.slots and program.plan.saved == cost.saved_calls
         forward = program.rolled.positions
@@ -167,7 +167,7 @@ def test_a_tier_by_steps_and_slots(slots: int, ran: Counted, tmp_path: Path) -> 
         ran.reset()
         meta_loss = compiled(slots=slots, offload=tmp_path)
         meta_loss(*given).backward()
-        ((program,),) = meta_loss._programs.values()
+        ((program,),) = meta_loss._specializations.known.values()
         positions = program.rolled.positions
         assert ran.engine.replays - positions == schedule.tiered_forwards(positions, slots)
         cost = metaoptim.plan(compiled(slots=slots, offload=tmp_path))(*given) if steps > 2 else None
@@ -224,7 +224,7 @@ def test_truncated_gradients_take_the_memory_of_their_steps(slots: int | None, r
         ran.reset()
         with pytest.warns(metaoptim.UnreachableWarning), AllocatorMeter() as meter:
             fn(*given).backward()
-        ((program,),) = fn._programs.values()
+        ((program,),) = fn._specializations.known.values()
         assert program.rolled.swept == 9  # the outer loss is a call too
         assert len(ran.engine.store) <= (slots or 9)
         work.append(ran.engine.replays - program.rolled.positions)

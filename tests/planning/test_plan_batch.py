@@ -205,11 +205,11 @@ def test_planning_leaves_a_function_as_it_is() -> None:
     fn, given, dims = PROBLEMS["sgd"]
     meta_loss, arguments = compiled(fn), given(SIZE)
     meta_loss(*arguments).backward()
-    programs = dict(meta_loss._programs)
+    programs = dict(meta_loss._specializations.known)
     metaoptim.plan(meta_loss, batch=dims, batch_size=20)(*arguments)
-    assert meta_loss._programs == programs
+    assert meta_loss._specializations.known == programs
     meta_loss(*arguments).backward()
-    assert meta_loss._programs == programs
+    assert meta_loss._specializations.known == programs
 
 
 def test_larger_arguments_take_no_memory() -> None:

@@ -419,7 +419,7 @@ def test_a_terminal_shows_tables(report: Report) -> None:
 def test_programs_print_with_operators_on_demand() -> None:
     fn = scanned()
     fn(*arguments(8))
-    ((program,),) = fn._programs.values()
+    ((program,),) = fn._specializations.known.values()
     text = program.rolled.text(operators=True)
     assert str(program.rolled) == program.rolled.text() and len(text) > 2 * len(str(program.rolled))
     assert "aten.addmm.default" in text and "gradient(" in text

@@ -15,7 +15,8 @@ from metaoptim.compiler.ir.step import Lowering
 from metaoptim.compiler.lower import backends
 from metaoptim.compiler.lower.derivatives import lowered
 from metaoptim.compiler.lower.library import Library, library
-from metaoptim.compiler.passes.pipeline import Options, compile_trace
+from metaoptim.compiler.passes.options import Options
+from metaoptim.compiler.passes.pipeline import compile_trace
 from metaoptim.functions.captured import trace_of
 from metaoptim.runtime.budget.measure import rehearse
 from oracle import agree, run_oracle, run_window
@@ -104,7 +105,7 @@ def test_what_a_check_takes_is_bounded(dominant: str) -> None:
     lowering = Lowering.stated("aot_eager", "auto", True)
     traced, tracer, _ = trace_of(case.compiled()._fn, case.make(), {})
     tracer.trace.outputs = traced.tensors
-    program, _ = compile_trace(tracer.trace, Options(lowering=lowering), Library(0))
+    program, _ = compile_trace(tracer.trace, Options(lowering=lowering, library=Library(0)))
     bounds = [check_bytes(g, lowering) for g in program.step_graphs]
     rehearse(program, {x: x.tensor for x in program.inputs}, lowering)
     for graph, bound in zip(program.step_graphs, bounds, strict=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,10 +16,13 @@ from ...ir.values import Carried, External, Value
 from .. import memory
 from .recording import Recording, mask_counts, tensors_in
 
+if TYPE_CHECKING:
+    from .recorder import Recorder
+
 aten = torch.ops.aten
 
 
-def write(recorder: Any, op: Any, info: OpInfo, args: tuple, kwargs: dict) -> Any:
+def write(recorder: Recorder, op: Any, info: OpInfo, args: tuple, kwargs: dict) -> Any:
     """Make a call that writes into some of its arguments, as part of the recording where it belongs there."""
     targets = written(info, args, kwargs)
     guard, recording = recorder.guard, recorder.recording
@@ -59,7 +62,7 @@ def write(recorder: Any, op: Any, info: OpInfo, args: tuple, kwargs: dict) -> An
             recorder.taint.note(reads, targets, epoch.theta)
         return out
     adopted = [_adopt_target(recording, t) for t in targets]  # alive until the call refers to them
-    tokens = recording.tokens(op, info, args)
+    tokens = recording.tokens(op, args)
     kw = {k: recording.token(v) for k, v in kwargs.items()}
     entry = recording.entry(op, tokens, kw, tensors_in(reads), grad)
     del adopted
@@ -75,7 +78,7 @@ def write(recorder: Any, op: Any, info: OpInfo, args: tuple, kwargs: dict) -> An
         effect = target.detach().clone()
         entry.op, entry.args, entry.kwargs = (
             aten.copy_.default,
-            (tokens[0], External(effect, guard.hold(effect))),
+            (tokens[0], External(effect, recording.guard.hold(effect))),
             {},
         )
     for t in targets:
@@ -122,7 +125,7 @@ def _adopt_target(recording: Recording, t: Tensor) -> list[External]:
     return touched
 
 
-def keep_histories(recorder: Any, targets: list[Tensor], dispatching: bool = True) -> None:
+def keep_histories(recorder: Recorder, targets: list[Tensor], dispatching: bool = True) -> None:
     """An in-place call gives its target a new history: what was read of it keeps the old one."""
     recording = recorder.recording
     storages = {t.untyped_storage()._cdata for t in targets}

@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from metaoptim.errors import CaptureError
 
 from ...ir.functions import Function, flattened
 from ...ir.operators import BATCH_NORM, RRELU, op_info, slopes_of
 from ...ir.values import Spy, Value, reaches_theta
-from ..modes import leave, paused
+from ..modes import CaptureMode
 from . import in_place
+from .guard import Guard, WriteGuard
 from .recording import Recording
 from .taint import Taint
 
@@ -28,25 +28,22 @@ _DETACH = aten.detach.default
 _ITEM = aten._local_scalar_dense.default
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(CaptureMode):
     """The dispatch mode of a window.
 
     Args:
-        guard: told of writes into theta (``before_write``, ``after_write``) and asked to ``settle`` them before theta
-            is read again; to ``hold`` a tensor read from outside, and ``preserve`` what is held of memory that is about
-            to be overwritten; and for ``statistics`` that batch norm may overwrite.
+        guard: of parameters and of what is held; a `Guard` where calls are recorded.
         record: whether to record; otherwise only the guard is served.
     """
 
     symbolic = False  # real tensors, whose values may be looked at
 
-    def __init__(self, guard: Any, record: bool = True) -> None:
+    def __init__(self, guard: WriteGuard, record: bool = True) -> None:
         super().__init__()
-        self.guard: Any = guard
+        self.guard: WriteGuard = guard
         self.record = record
-        self.recording, self.taint = Recording(guard), Taint()
+        self.recording, self.taint = Recording(cast(Guard, guard)), Taint()
         self.clipped = ""  # where `.grad` of theta was clipped since the last step
-        self.depth = 0  # > 0: let everything through unrecorded
         # tensors without a version counter of their memory, by id
         self.loose: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
 
@@ -85,18 +82,15 @@ class Recorder(TorchDispatchMode):
         recording.record(func, info, args, kwargs, out)
         return out
 
-    def paused(self) -> Any:
-        """Run a block of our own unrecorded."""
-        return paused(self)
-
     def leave(self) -> None:
-        """Take this mode off the stack."""
-        leave(self)
+        """A window closes, and this mode with it."""
+        self.close()
 
     def release(self) -> None:
         """The window has ended: what it held dies now, not when the collector comes by."""
         self.recording.close()
-        self.taint, self.guard = Taint(), None
+        self.taint = Taint()
+        self.guard = None  # type: ignore[assignment]  # pyright: ignore
 
     def _fresh_statistics(self, op: Any, args: tuple) -> tuple:
         """Training-mode batch norm overwrites its running statistics without a trace: let the guard protect them."""
@@ -127,7 +121,7 @@ class Recorder(TorchDispatchMode):
             leaves, spec = flattened(args, kwargs)
             tensors = [a for a in leaves if isinstance(a, Tensor)]
             if recording.touches(tensors):
-                self.guard.settle()
+                self.recording.guard.settle()
                 tokens = tuple(map(recording.value_of, tensors))
                 entry = recording.entry(Function(cls, leaves, spec), tokens, {}, tensors, True)
         with self.paused():
@@ -148,7 +142,7 @@ class Recorder(TorchDispatchMode):
         if not self.record:
             return False
         found = self.recording.known(t)
-        if (isinstance(found, Value) and found.steps) or self.guard.was_read(t):
+        if (isinstance(found, Value) and found.steps) or self.recording.guard.was_read(t):
             raise CaptureError(
                 f"{what} on a tensor of shape {tuple(t.shape)} that an inner step has already read: the gradient from "
                 f"that step would not pass through it; call {what} right after computing the tensor"
@@ -175,7 +169,7 @@ class Recorder(TorchDispatchMode):
         """Record ``t.detach_()``, which happens above the operators."""
         if not self.record:
             return detach(t)
-        self.guard.settle()
+        self.recording.guard.settle()
         recording = self.recording
         found = recording.known(t)
         if found is None:

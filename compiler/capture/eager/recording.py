@@ -15,19 +15,11 @@ from torch import Tensor
 
 from metaoptim.errors import CaptureError
 
-from ...ir.operators import (
-    EMPTY,
-    INDEXING,
-    MASKED,
-    PARTING,
-    OpInfo,
-    from_the_front,
-    lifts,
-    op_info,
-    parts,
-    without_running_stats,
-)
-from ...ir.values import Carried, Entry, Epoch, External, Number, Theta, Value, version_of
+from ...ir.operators import EMPTY, MASKED, PARTING, OpInfo, op_info, parts
+from ...ir.values import Carried, Entry, Epoch, External, Theta, Value, version_of
+from ...ir.walk import reached
+from ..modes import Writer
+from .guard import Guard
 
 aten = torch.ops.aten
 _DETACH = aten.detach.default
@@ -54,18 +46,18 @@ def mask_counts(args: tuple) -> tuple[int, ...]:
     return tuple(int(i.sum()) for i in args[1] if i is not None and i.dtype in (torch.bool, torch.uint8))
 
 
-class Recording:
+class Recording(Writer):
     """The calls that tensors still alive have come from.
 
     Attributes:
-        guard: as of a `Recorder`.
+        guard: answers for what the window holds.
         epoch: the stretch of user code at hand.
         values: id of a tensor -> what it is; its weak reference tells whether it is that tensor still.
         histories: what was read of differentiable tensors that are no leaves.
     """
 
-    def __init__(self, guard: Any) -> None:
-        self.guard: Any = guard
+    def __init__(self, guard: Guard) -> None:
+        self.guard: Guard = guard
         self.epoch = Epoch(0, 0, {})
         self.values: dict[int, Value] = {}
         self.histories: weakref.WeakSet[External] = weakref.WeakSet()
@@ -87,7 +79,8 @@ class Recording:
     def close(self) -> None:
         """The window has ended: forget everything, in no cycle that would wait for the collector."""
         self.forget(self.values.values())
-        self.epoch, self.guard = Epoch(0, 0, {}), None
+        self.epoch = Epoch(0, 0, {})
+        self.guard = None  # type: ignore[assignment]  # pyright: ignore
         self.values.clear()
 
     # -- looking up ----------------------------------------------------------------------------------------------
@@ -177,23 +170,17 @@ class Recording:
     def _reads_current_theta(self, value: Value) -> bool:
         """Whether an older value depends on parameters that no step has changed since (the same super-step's)."""
         current = {c.index: c.tensor.untyped_storage()._cdata for c in self.epoch.theta.values()}
-        stack: list[Any] = [value]
-        seen: set[int] = set()
-        while stack:
-            a = stack.pop()
-            if isinstance(a, Theta):
-                if current.get(a.index) == a.tensor.untyped_storage()._cdata:
-                    return True
-            elif isinstance(a, tuple):
-                stack.extend(a)
-            elif isinstance(a, Carried):
-                stack.append(a.value)
-            elif isinstance(a, (Value, Entry)):
-                entry = a.entry if isinstance(a, Value) else a
-                if id(entry) not in seen and not (isinstance(a, Value) and a.apart is not None):
-                    seen.add(id(entry))
-                    stack += [*entry.args, *entry.deps, *entry.kwargs.values()]
-        return False
+
+        def onwards(a: Any) -> Iterable[Any]:
+            if isinstance(a, Value):
+                return () if a.apart is not None else (a.entry,)
+            if isinstance(a, Entry):
+                return (*a.args, *a.deps, *a.kwargs.values())
+            return (a.value,) if isinstance(a, Carried) else a if isinstance(a, tuple) else ()
+
+        start: list[Any] = [value]
+        thetas = (a for a in reached(start, onwards) if isinstance(a, Theta))
+        return any(current.get(a.index) == a.tensor.untyped_storage()._cdata for a in thetas)
 
     def external(self, t: Tensor) -> External:
         """``t``, read from outside as it is now."""
@@ -229,26 +216,11 @@ class Recording:
 
     # -- writing down --------------------------------------------------------------------------------------------
 
-    def token(self, a: Any) -> Any:
-        """``a`` with tensors replaced by what stands for them."""
-        if isinstance(a, Tensor):
-            return self.value_of(a)
-        if isinstance(a, (list, tuple)):
-            return tuple([self.token(b) for b in a])
-        return a
-
-    def tokens(self, op: Any, info: OpInfo, args: tuple) -> tuple:
-        """The arguments of a call, with what stands for tensors and for numbers that may differ."""
-        if op in INDEXING:
-            args = from_the_front(op, args)
-        tokens = tuple([self.token(a) for a in without_running_stats(op, args)])
-        return (tokens[0], Number(float(args[1])), *tokens[2:]) if lifts(info, args) else tokens
-
-    def bind(self, t: Tensor, value: Value) -> Value:
-        """Let ``value`` stand for ``t``."""
-        value.ref = weakref.ref(t)
-        self.values[id(t)] = value
-        return value
+    def bind(self, t: Tensor, ref: Value) -> Value:
+        """Let ``ref`` stand for ``t``."""
+        ref.ref = weakref.ref(t)
+        self.values[id(t)] = ref
+        return ref
 
     def _sweep(self) -> None:
         """Forget what stood for tensors that have died, and with it what only their history holds."""
@@ -270,14 +242,13 @@ class Recording:
         self._seq += 1
         return Entry(op, tokens, kwargs, self.epoch, self._seq, deps, grad)
 
+    def written(self, op: Any, tokens: tuple, reads: Iterable[Tensor] = ()) -> Entry:
+        """A call on these tokens, whose results carry a gradient."""
+        return self.entry(op, tokens, {}, reads, True)
+
     def bind_outputs(self, entry: Entry, out: Any) -> None:
         """Let the outputs of ``entry`` stand for the tensors in ``out``."""
-        if isinstance(out, Tensor):
-            self.bind(out, Value(entry, None))
-        elif isinstance(out, (list, tuple)):
-            for i, o in enumerate(out):
-                if isinstance(o, Tensor):
-                    self.bind(o, Value(entry, i))
+        super().bind_outputs(entry, out)
         if len(self.values) + len(self.epoch.externals) > self._sweep_at:
             self._sweep()
 
@@ -285,7 +256,7 @@ class Recording:
         """Write down a call that has been made."""
         self.guard.settle()
         if op is aten.native_dropout.default:
-            self._record_dropout(args, out)
+            self.drop_out(args, out[0], External(out[1], self.guard.hold(out[1])))
             return
         if op in EMPTY:
             return
@@ -295,7 +266,7 @@ class Recording:
             for t, (one, given) in zip(out, parts(op, args), strict=True):
                 self.record(one, op_info(one), given, {}, t)
             return
-        tokens = self.tokens(op, info, args)
+        tokens = self.tokens(op, args)
         kw = {k: self.token(v) for k, v in kwargs.items()} if kwargs else kwargs
         entry = self.entry(op, tokens, kw, tensors_in(args), True)
         if info.dynamic:
@@ -303,13 +274,3 @@ class Recording:
         elif op in MASKED:
             entry.shape = mask_counts(args) or None
         self.bind_outputs(entry, out)
-
-    def _record_dropout(self, args: tuple, out: tuple[Tensor, Tensor]) -> None:
-        result, mask = out
-        p = args[1]
-        drawn = External(mask, self.guard.hold(mask))
-        kept = self.entry(aten.mul.Tensor, (self.value_of(args[0]), drawn), {}, (args[0],), True)
-        scaled = self.entry(
-            aten.mul.Tensor, (Value(kept, None), 0.0 if p == 1 else 1.0 / (1.0 - p)), {}, (), True
-        )
-        self.bind(result, Value(scaled, None))

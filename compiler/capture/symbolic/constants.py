@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,18 +13,11 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from ...ir.operators import op_info
 from ...ir.tensors import tensor_spec
 from ...ir.values import Entry, Number, Value
+from ...ir.walk import reached
 
 _OPTIONS = (
-    bool,
-    int,
-    float,
-    complex,
-    str,
-    torch.dtype,
-    torch.device,
-    torch.layout,
-    torch.memory_format,
-    type(None),
+    *(bool, int, float, complex, str, type(None)),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format),
 )
 
 
@@ -49,23 +43,24 @@ class Constants:
 
     def call(self, op: Any, args: tuple, kwargs: dict) -> Any:
         """What a call gives, or None if it depends on an input or on random numbers; ``args`` are tokens."""
-        needed: dict[int, Entry] = {}
-        stack: list[Any] = [args, *kwargs.values()]
-        while stack:
-            a = stack.pop()
+
+        def onwards(a: Any) -> Iterable[Any]:
             if isinstance(a, Value):
-                if id(a.entry) in self._results or id(a.entry) in needed:
-                    continue
-                if not _repeats(a.entry):
+                return () if id(a.entry) in self._results else (a.entry,)
+            return (
+                (*a.args, *a.kwargs.values()) if isinstance(a, Entry) else a if isinstance(a, tuple) else ()
+            )
+
+        needed: list[Entry] = []
+        for a in reached([args, *kwargs.values()], onwards):
+            if isinstance(a, Entry):
+                if not _repeats(a):
                     return None
-                needed[id(a.entry)] = a.entry
-                stack += [*a.entry.args, *a.entry.kwargs.values()]
-            elif isinstance(a, tuple):
-                stack += a
-            elif not isinstance(a, (Number, *_OPTIONS)):
+                needed.append(a)
+            elif not isinstance(a, (Value, tuple, Number, *_OPTIONS)):
                 return None
         with unset_fake_temporarily(), torch.no_grad():
-            for entry in sorted(needed.values(), key=lambda e: e.seq):
+            for entry in sorted(needed, key=lambda e: e.seq):
                 self._results[id(entry)] = self._run(entry.op, entry.args, entry.kwargs)
             return self._run(op, args, kwargs)
 

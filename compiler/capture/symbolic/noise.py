@@ -59,13 +59,8 @@ def draw(tracer: Any, op: Any, args: tuple, kwargs: dict) -> Any:
             return tracer.record(op, args, kwargs)
         out = tracer.run(op, args, kwargs)
         # on the CPU its mask is what bernoulli_ draws, and that takes a generator
-        drawn = _drawn(
-            tracer, out[1], Noise(aten.bernoulli_.float, (1.0 - args[1],), {}, tensor_spec(out[1]))
-        )
-        kept = tracer.add(aten.mul.Tensor, (tracer.value_of(args[0]), drawn))
-        p = args[1]
-        scaled = tracer.add(aten.mul.Tensor, (Value(kept, None), 0.0 if p == 1 else 1.0 / (1.0 - p)))
-        tracer.bind(out[0], Value(scaled, None))
+        mask = Noise(aten.bernoulli_.float, (1.0 - args[1],), {}, tensor_spec(out[1]))
+        tracer.drop_out(args, out[0], _drawn(tracer, out[1], mask))
         return out
     if op_info(op).writes:
         (target,) = written(op_info(op), args, kwargs)

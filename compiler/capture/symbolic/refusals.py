@@ -16,11 +16,12 @@ from metaoptim.errors import CaptureError
 
 from ..intercept import recording
 from . import random_numbers
+from .tracer import Tracer
 
 
-def _capturing() -> bool:
-    recorder = recording.get()
-    return recorder is not None and recorder.symbolic and not recorder.depth
+def _capturing() -> Tracer | None:
+    mode = recording.get()
+    return mode if isinstance(mode, Tracer) and not mode.depth else None
 
 
 def _refused(original: Callable, message: str) -> Callable:
@@ -108,9 +109,9 @@ def _no_step(optimizer: Any, args: Any, kwargs: Any) -> None:
 
 def _gaussian_nll_loss(*args: Any, **kwargs: Any) -> Tensor:
     """The loss, whose check that no variance is negative looks at values."""
-    if not _capturing():
+    tracer = _capturing()
+    if tracer is None:
         return _GAUSSIAN(*args, **kwargs)
-    tracer = recording.get()
     tracer.supposed = False
     try:
         return _GAUSSIAN(*args, **kwargs)

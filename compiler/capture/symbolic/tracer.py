@@ -22,18 +22,17 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch.nn.parallel.distributed import _DDPSink
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from metaoptim.errors import CaptureError
 
 from ...ir.functions import Function, flattened
-from ...ir.operators import BATCH_NORM, INDEXING, PARTING, RRELU, from_the_front, lifts, op_info, parts
+from ...ir.operators import BATCH_NORM, PARTING, RRELU, op_info, parts
 from ...ir.slices import closed_over
 from ...ir.step import gradient
 from ...ir.tensors import tensor_spec
 from ...ir.trace import Input, Trace
-from ...ir.values import Entry, Number, Spy, Value, is_removed
-from ..modes import leave, paused
+from ...ir.values import Entry, Spy, Value, is_removed
+from ..modes import CaptureMode, Writer
 from . import functionalize, noise
 from .constants import Constants
 from .fakes import FakeCalls
@@ -55,13 +54,13 @@ _NO_COLLECTIVE = (
 )
 
 
-class Tracer(TorchDispatchMode):
+class Tracer(CaptureMode, Writer):
     """The dispatch mode of a capture; `FakeTensorMode` must be active below it.
 
     Attributes:
         trace: what has been captured so far.
         given: storage of the fake of a real tensor -> both; the fake is held, so that its storage remains its own.
-        written: id of a real tensor that has another value after the call -> the tensor, and its fake.
+        overwritten: id of a real tensor that has another value after the call -> the tensor, and its fake.
         stepped: optimizers from outside that have taken a step.
         on_write: called with a tensor whose memory is about to be changed, and whether by its own name; what it
             returns, if anything, is called after the change.
@@ -73,13 +72,12 @@ class Tracer(TorchDispatchMode):
     def __init__(self, fake: FakeTensorMode) -> None:
         super().__init__()
         self.fake, self.fakes = fake, FakeCalls(fake)
-        self.depth = 0
         self.trace = Trace()
         self.on_write: Callable[[Tensor, bool], Callable[[], None] | None] = lambda t, directly: None
         self._refs: dict[int, tuple[weakref.ref[Tensor], Any]] = {}
         self._at: dict[int, list[weakref.ref[Tensor]]] = {}  # storage -> the tensors that lie in it
         self.given: dict[int, tuple[Tensor, Tensor]] = {}
-        self.written: dict[int, tuple[Tensor, Tensor]] = {}
+        self.overwritten: dict[int, tuple[Tensor, Tensor]] = {}
         self.constants = Constants()
         self.supposed: bool | None = None
         self.stepped: list[Any] = []
@@ -120,10 +118,6 @@ class Tracer(TorchDispatchMode):
                 )
         return self.record(func, args, kwargs)
 
-    def paused(self) -> Any:
-        """Run a block of our own untraced (fake tensors stay fake)."""
-        return paused(self)
-
     def leave(self) -> None:
         """A window closes; the capture goes on."""
 
@@ -134,10 +128,6 @@ class Tracer(TorchDispatchMode):
         value = Value(entry, None)
         value.ref = tensor_spec(t)
         return value
-
-    def close(self) -> None:
-        """Take this mode off the stack."""
-        leave(self)
 
     def run(self, func: Any, args: tuple, kwargs: dict) -> Any:
         """The fake result of a call."""
@@ -158,7 +148,7 @@ class Tracer(TorchDispatchMode):
             if isinstance(a, FakeTensor):
                 return a
             fake = self.fake.from_tensor(a, static_shapes=True)
-            if fake.layout is torch.strided and id(a) not in self.written:
+            if fake.layout is torch.strided and id(a) not in self.overwritten:
                 self.given[fake.untyped_storage()._cdata] = fake, a
             return fake
         if isinstance(a, (list, tuple)):
@@ -205,7 +195,7 @@ class Tracer(TorchDispatchMode):
                     f"a tensor of shape {tuple(t.shape)} comes from a call that cannot be captured (another thread, a "
                     "dispatch mode, or a C++ function); move it out of the compiled function"
                 )
-            if any(_same_memory(t, w) for w, _ in self.written.values()):
+            if any(_same_memory(t, w) for w, _ in self.overwritten.values()):
                 raise CaptureError(
                     f"a tensor of shape {tuple(t.shape)} is read that shares memory with one that the compiled "
                     "function was given and has changed in place; clone one of them before the call"
@@ -237,16 +227,6 @@ class Tracer(TorchDispatchMode):
         self.trace.inputs.append(Input(t))
         return self.bind(t, self.trace.inputs[-1])
 
-    def token(self, a: Any) -> Any:
-        """``a`` with tensors replaced by what stands for them."""
-        if isinstance(a, Tensor):
-            return self.value_of(a)
-        if isinstance(a, (list, tuple)):
-            return tuple(self.token(b) for b in a)
-        if isinstance(a, dict):
-            return {k: self.token(v) for k, v in a.items()}
-        return a
-
     def sharing(self, t: Tensor) -> list[Tensor]:
         """Tensors of the trace that are alive and share memory with ``t``, itself included."""
         if t.layout is not torch.strided:
@@ -261,7 +241,7 @@ class Tracer(TorchDispatchMode):
     def is_given(self, t: Tensor) -> bool:
         """Whether ``t`` is a real tensor, or a view of one, that nothing stands for yet."""
         if not isinstance(t, FakeTensor):
-            return id(t) not in self.written
+            return id(t) not in self.overwritten
         return t.layout is torch.strided and t.untyped_storage()._cdata in self.given
 
     def take_over(self, t: Tensor, op: Any, reads: Iterable[Tensor]) -> None:
@@ -284,7 +264,7 @@ class Tracer(TorchDispatchMode):
         views = self.sharing(fake)
         copy = Value(self.add(aten.clone.default, (source,), grad=True), None)
         del self.given[fake.untyped_storage()._cdata]
-        self.written[id(real)] = real, fake
+        self.overwritten[id(real)] = real, fake
         self.bind(fake, copy)
         for view in views:
             args = (copy, view.shape, view.stride(), view.storage_offset())
@@ -293,7 +273,7 @@ class Tracer(TorchDispatchMode):
     def taken_over(self, a: Any) -> Any:
         """``a`` with what stands for the given tensors that have been changed."""
         if isinstance(a, Tensor):
-            found = self.written.get(id(a))
+            found = self.overwritten.get(id(a))
             return a if found is None else found[1]
         if isinstance(a, (list, tuple)):
             return type(a)(self.taken_over(b) for b in a) if not hasattr(a, "_fields") else a
@@ -308,19 +288,9 @@ class Tracer(TorchDispatchMode):
         self.trace.entries.append(entry)
         return entry
 
-    def bind_outputs(self, entry: Entry, out: Any) -> None:
-        """Let the outputs of ``entry`` stand for the tensors in ``out``."""
-        if isinstance(out, Tensor):
-            self.bind(out, Value(entry, None))
-        elif isinstance(out, (list, tuple)):
-            for i, o in enumerate(out):
-                if isinstance(o, Tensor):
-                    self.bind(o, Value(entry, i))
-
-    def tokens(self, op: Any, args: tuple) -> tuple:
-        """The arguments of a call of ``op``, with what stands for tensors and for numbers that may differ."""
-        tokens = self.token(from_the_front(op, args) if op in INDEXING else args)
-        return (tokens[0], Number(float(args[1])), *tokens[2:]) if lifts(op_info(op), args) else tokens
+    def written(self, op: Any, tokens: tuple, reads: Iterable[Tensor] = ()) -> Entry:
+        """Append a call on these tokens."""
+        return self.add(op, tokens)
 
     def record(self, op: Any, args: tuple, kwargs: dict) -> Any:
         """Make a call and append it."""

@@ -1,0 +1,116 @@
+"""split: a trace is cut into parts, one per super-step, and what comes before, between and after them."""
+
+from __future__ import annotations
+
+import itertools
+from bisect import bisect_right
+from collections.abc import Iterable
+from typing import Any
+
+from metaoptim.errors import CaptureError, user_location
+
+from ..ir.owners import changed
+from ..ir.segments import Hooks, Part, Partition, PartKind, Segment, sources
+from ..ir.step import gradient
+from ..ir.trace import Trace
+from ..ir.values import Entry, Value
+from ..ir.walk import reached
+from .options import Options
+
+
+def split(trace: Trace, options: Options) -> tuple[Partition, str]:
+    """Cut a trace after every super-step, and around every iteration of a scan."""
+    partition = Partition(trace, Hooks(trace))
+    cuts = _cuts(trace)
+    starts = {begin: (s, k) for s, scan in enumerate(trace.scans) for k, begin in enumerate(scan.begins)}
+    ends = [end for end, _ in trace.steps]
+    for begin, end in itertools.pairwise(cuts):
+        first, last = bisect_right(ends, begin), bisect_right(ends, end)
+        location = trace.steps[last - 1][1] if last > first else ""
+        entries = trace.entries[begin:end]
+        number = len(partition.parts)
+        partition.part_of.update((id(e), number) for e in entries)
+        partition.parts.append(
+            Part(Segment(entries, partition.hooks), last - first, location, starts.get(begin))
+        )
+    _refuse_aliases_across(partition)
+    group(partition)
+    return partition, f"{len(partition.parts)} parts, {len(partition.kinds)} of them distinct"
+
+
+def whole(trace: Trace) -> Partition:
+    """A trace as one part."""
+    partition = single(trace, Hooks(trace))
+    _refuse_aliases_across(partition)
+    return partition
+
+
+def single(trace: Trace, hooks: Hooks) -> Partition:
+    """A trace as one part, of a recording: there, what shares memory has been seen."""
+    partition = Partition(trace, hooks)
+    partition.parts.append(Part(Segment(trace.entries, hooks), len(trace.steps), user_location(), None))
+    partition.part_of.update((id(e), 0) for e in trace.entries)
+    group(partition)
+    return partition
+
+
+def group(partition: Partition) -> None:
+    """Let equal segments share a kind."""
+    kinds: dict[Any, PartKind] = {}
+    partition.kinds = []
+    for part in partition.parts:
+        key = (part.segment.key, part.steps > 0)
+        if key not in kinds:
+            kinds[key] = PartKind()
+            partition.kinds.append(kinds[key])
+        part.kind = kinds[key]
+        part.kind.parts.append(part)
+
+
+def _cuts(trace: Trace) -> list[int]:
+    inside = [(scan.begins[0], scan.end) for scan in trace.scans]
+    cuts = {0, len(trace.entries)}
+    cuts.update(end for end, _ in trace.steps if not any(a < end <= b for a, b in inside))
+    fixed = {at for scan in trace.scans for at in (*scan.begins, scan.end)}
+    joined: set[int] = set()
+    every = sorted(cuts | fixed)
+    for entry in trace.entries:
+        if entry.op is gradient:
+            first = _first_use_of_theta(entry)
+            crossed = set(every[bisect_right(every, first) : bisect_right(every, entry.seq)])
+            if crossed & fixed:
+                raise CaptureError(
+                    "the loss of an inner step inside a scan depends on the parameters through a value from outside "
+                    "the iteration; compute it inside, or use a plain `for`"
+                )
+            joined |= crossed
+    return sorted((cuts - joined) | fixed)
+
+
+def _first_use_of_theta(taken: Entry) -> int:
+    """The first call on a path from the parameters to the loss of a `gradient` entry."""
+    loss, thetas = taken.args
+    shown = {id(t.entry) for t in thetas}
+    oldest = min(t.entry.seq for t in thetas)
+
+    def later(refs: Iterable[Any]) -> list[Entry]:
+        calls = (a.entry for a in refs if isinstance(a, Value))
+        return [e for e in calls if e.seq > oldest and id(e) not in shown]
+
+    between = sorted(reached(later([loss]), lambda e: later(sources(e))), key=lambda e: e.seq)
+    dependent = set(shown)
+    for entry in between:
+        if any(isinstance(a, Value) and id(a.entry) in dependent for a in sources(entry)):
+            dependent.add(id(entry))
+    return min((e.seq for e in between if id(e) in dependent), default=taken.seq)
+
+
+def _refuse_aliases_across(partition: Partition) -> None:
+    for entry in partition.trace.entries:
+        for write in entry.deps:
+            inside = partition.parts[partition.part_of[id(write)]].segment
+            if inside.memory_of(entry.args[0]) not in map(inside.memory_of, changed(write)):
+                raise CaptureError(
+                    "a tensor is changed in place in one inner step while another that shares its memory, made before "
+                    "that step, is read later; clone one of them"
+                )

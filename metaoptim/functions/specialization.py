@@ -1,0 +1,212 @@
+"""A function, or a step, specialized for what one call of it depends on: made by a capture, and run by later calls."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..compiler.derive.liveness import results_of
+from ..compiler.derive.reverse import cotangent_outputs
+from ..compiler.ir.program import Kept, Operand, Program, plural
+from ..compiler.ir.retention import Retention
+from ..compiler.ir.step import Lowering, Role, StepCall
+from ..compiler.ir.trace import Input
+from ..compiler.lower.ambient import unaffected
+from ..compiler.lower.derivatives import derived
+from ..compiler.lower.waiting import waiting
+from ..compiler.passes.checkpoint import checkpoint
+from ..compiler.passes.options import Options
+from ..compiler.passes.pipeline import Record, compile_trace
+from ..errors import UnreachableWarning, warn
+from ..runtime.budget.amounts import tell_default
+from ..runtime.budget.planner import Plan, decide
+from ..runtime.engine.function import Call, Run
+from ..runtime.functions.compiled_step import CompiledStep
+from ..runtime.windows.recording_session import RecordedSession
+from .captured import Traced, captured_step, trace_of
+from .guards import Dependencies, Source
+from .reads import Reads
+
+_plans = logging.getLogger("metaoptim.plans")
+
+
+class Specialization:
+    """A captured function.
+
+    Attributes:
+        rolled: its program.
+        records: what each pass did.
+        plan: how it keeps to its memory budget, once it has run under one.
+        sources: the source of the tensor behind each input of the program.
+        remembered: references to the objects that the capture knows by identity.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        options: Options,
+        dependencies: Dependencies,
+        rolled: Program,
+        records: list[Record],
+        traced: Traced,
+    ) -> None:
+        self.rolled, self.records, self.traced = rolled, records, traced
+        self.remembered = dependencies.remembered()
+        self.plan: Plan | None = None
+        self._name, self._options = name, options
+        source = dependencies.sources()
+        calls = [call for call, _ in rolled.counted()]
+        found = {x for c in calls for g in c.inputs for x in g.sources if isinstance(x, Input)}
+        found |= {where for where in rolled.outputs if isinstance(where, Input)}
+        self.sources = {x: source(x.tensor) for x in found}
+        self._writes = [source(t) if isinstance(t, Tensor) else t for t, _ in rolled.writes]
+        reached = {x for c in calls for x in _reached(c, options.lowering.hvp)}
+        self._keys = [x for x in found if x.grad and x in reached]
+        for x in found:
+            if isinstance(self.sources[x], int):
+                del x.tensor  # another call brings another one
+
+    def run(self, dependencies: Dependencies) -> Any:
+        """A call: what the function returns."""
+        tensors = {x: dependencies.tensor(source) for x, source in self.sources.items()}
+        rolled = self.rolled
+        differentiable = torch.is_grad_enabled() and bool(self._keys)
+        kept = self._kept(tensors) if differentiable else Kept(1)
+        written = [dependencies.tensor(t) for t in self._writes if not isinstance(t, tuple)]
+        run = Run(rolled, tensors, self._options.lowering, rolled.backward_hook, kept, written)
+        if differentiable:
+            found = Call.apply(run, self._keys, rolled.dead, *(tensors[x] for x in self._keys))
+        else:
+            found = run.forward()
+        self._write(dependencies, run.last)
+        return self.traced.restored(found)
+
+    def _kept(self, tensors: dict[Input, Tensor]) -> Kept:
+        """What to keep for the backward, decided in the first call."""
+        rolled, lowering = self.rolled, self._options.lowering
+        if rolled.kept is None:
+            retention = retention_of(rolled, self._options)
+            with waiting(f"planning what {self._name} keeps ..."):
+                kept, self.plan = decide(rolled, lowering, retention, self._name, tensors)
+            checkpoint(rolled, replace(self._options, kept=kept))
+            if self.plan is not None:
+                if retention.memory_budget is None:
+                    tell_default(self._name, self.plan.budget)
+                _plans.info("%s: %s", self._name, self.plan)
+        assert rolled.kept is not None
+        return rolled.kept
+
+    @torch.no_grad()
+    def _write(self, dependencies: Dependencies, last: list[tuple[Any, Tensor]]) -> None:
+        """Leave in tensors and optimizers from outside what the call has made of them."""
+        for target, (_, value) in zip(self._writes, last, strict=True):
+            if isinstance(target, tuple):
+                optimizer, p, name = target
+                optimizer.state[p][name] = value.clone()
+            else:
+                dependencies.tensor(target).copy_(value)
+
+
+def _reached(call: StepCall, hvp: str) -> list[Any]:
+    """What a call is given that a gradient of it reaches."""
+    step, first = call.step, len(call.step.inputs) - len(call.inputs)
+    at = [i for i, port in enumerate(step.inputs) if port.role is Role.META]
+    if not at or not cotangent_outputs(step):
+        return []
+    grads = results_of(derived(step, hvp).graph)
+    return [x for i in at if grads[i] is not None for x in call.inputs[i - first].sources]
+
+
+def retention_of(program: Program, options: Options) -> Retention:
+    """What is kept: what the windows of the program say, else what the decorator says."""
+    return program.retention if program.retention.given else options.retention
+
+
+@dataclass
+class StepSpecialization:
+    """A captured step of an ordinary window.
+
+    Attributes:
+        step: what runs.
+        sources: the source of the tensor behind each input of the step.
+        remembered: references to the objects that the capture knows by identity.
+        lowering: the backend and HVP mode of the step's graphs.
+    """
+
+    step: CompiledStep
+    sources: dict[Input, Source]
+    remembered: list[Any]
+    traced: Traced
+    lowering: Lowering
+
+    @property
+    def rolled(self) -> Program:
+        """What it does: one call."""
+        given = [Operand("input", x) for x in self.step.given]
+        return Program([StepCall(self.step.step, (), (), (), (), 0, given, (), "")])
+
+    def fits(self, window: RecordedSession) -> bool:
+        """Whether it can be run in this window."""
+        return self.step.fits(window)
+
+    def run(self, window: RecordedSession, dependencies: Dependencies) -> Any:
+        """A step of the window: what the function returns."""
+        results = self.step.run(window, lambda x: dependencies.tensor(self.sources[x]), self.lowering)
+        return self.traced.restored(results)
+
+
+def specialize(
+    fn: Callable,
+    options: Options,
+    dependencies: Dependencies,
+    args: tuple,
+    kwargs: dict,
+    reads: Reads | None = None,
+) -> Specialization:
+    """Capture ``fn`` as it acts on these arguments, and take its trace through the passes.
+
+    ``dependencies`` are extended by what the capture ``reads``.
+    """
+    traced, tracer, _ = trace_of(fn, args, kwargs, reads=reads)
+    if reads is not None:
+        reads.settle(dependencies)
+    tracer.trace.outputs = traced.tensors
+    with unaffected():
+        rolled, records = compile_trace(tracer.trace, options)
+    if tracer.trace.steps and not rolled.horizon:
+        warn(
+            f"nothing that {getattr(fn, '__qualname__', 'the function')} returns depends on its "
+            f"{plural(len(tracer.trace.steps), 'inner step')}, which are not run: was the outer loss meant to be "
+            "computed inside the window's block? After an offline one the networks are back at their first parameters.",
+            UnreachableWarning,
+        )
+    return Specialization(name_of(fn), options, dependencies, rolled, records, traced)
+
+
+def specialize_step(
+    fn: Callable,
+    options: Options,
+    window: RecordedSession,
+    dependencies: Dependencies,
+    args: tuple,
+    kwargs: dict,
+    reads: Reads | None = None,
+) -> StepSpecialization:
+    """Capture ``fn`` as a step of ``window``; see `specialize`."""
+    step, _, traced = captured_step(fn, window, args, kwargs, reads=reads)
+    if reads is not None:
+        with window.recorder.paused():
+            reads.settle(dependencies)
+    source = dependencies.sources()
+    sources = {x: source(x.tensor) for x in (*step.given, *step.left) if isinstance(x, Input)}
+    return StepSpecialization(step, sources, dependencies.remembered(), traced, options.lowering)
+
+
+def name_of(fn: Callable) -> str:
+    """What messages call a function."""
+    return getattr(fn, "__qualname__", type(fn).__name__)
