@@ -61,7 +61,7 @@ class SlidingWindow:
         backend: what the derivatives of steps run on: ``"eager"`` (nothing is compiled, nothing to wait for), or a
             backend of torch.compile such as ``"inductor"``, which compiles one graph for each distinct step, at its
             first derivative. The forward is eager PyTorch's own in any case.
-        hvp: how a step's gradient is differentiated, as of `compile`.
+        hvp: how a step's gradient is differentiated; see `compile`.
         self_check: compare every compiled graph with its uncompiled form on first use.
         strategy: ``"auto"`` records; ``"full_tape"`` keeps autograd's own tape (the oracle; memory grows with T).
 

@@ -162,7 +162,7 @@ def _gradients(
         labels: of what it reads.
         names: by id, of what the caller has names for.
         reached: inputs that a gradient reaches.
-        whole: likewise, were it not truncated.
+        whole: inputs that a gradient would reach if it were not truncated.
     """
     entries = [e for w in trace.windows if not w.offline for e in w.adopted]
     adopted = {id(x.tensor) for e in entries for x in e.args if isinstance(x, Input)}

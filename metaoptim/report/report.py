@@ -78,7 +78,7 @@ class Report:
             * ``state_bytes``: S, of one state. ``transient_bytes``: A, most that one call of a derivative allocates.
             * ``predicted_peak_bytes``: most bytes a call and its backward hold at once beyond the caller's tensors and
               the gradients it already has, by the live bytes of the graphs as they are run by the backend "eager";
-              ``predicted_forward_bytes``: likewise without the backward. None for a step: they depend on how many
+              ``predicted_forward_bytes``: the same without the backward. None for a step: they depend on how many
               there will be.
             * ``measured_peak_bytes``: the same by the allocator's events, where ``explain`` was told to measure.
             * ``gradient_targets``: names of the tensors that will receive a gradient: arguments, what they hold
@@ -88,7 +88,7 @@ class Report:
               (sizes of the program), and ``text``, the program after it (before it, that of the pass before). The
               first is ``capture``; ``verify`` is what the verifier takes between passes, and has no text.
             * ``shapes``: for each step graph ``calls``, ``steps``, ``operators`` (of its replay and of its
-              derivative), ``bytes`` (likewise, the most alive at once), ``derivative`` (the mode), ``inputs`` and
+              derivative), ``bytes`` (the most alive at once in either), ``derivative`` (the mode), ``inputs`` and
               ``outputs``: role -> ``count``, ``bytes``, ``shapes``.
             * ``program``: the program that runs, as text.
         """
