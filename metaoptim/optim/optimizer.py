@@ -29,7 +29,7 @@ class MetaOptimizer(Optimizer):
 
     Args:
         params: list of `nn.Module`, one parameter group each, or of dicts ``{"params": module, **options}``; with
-            ``networks``, dicts may list parameters of these instead, as in `torch.optim`. The others are not trained:
+            ``networks``, dicts may list some of their parameters, as in `torch.optim`. The others are not trained:
             in a window they are meta-parameters.
         defaults: options of groups that do not set them.
         networks: modules that the parameters belong to; alone, all of their parameters, one group each.
