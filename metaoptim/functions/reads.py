@@ -20,11 +20,19 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..optim.optimizer import MetaOptimizer
-from .bytecode import global_names, imports, only_counts, texts
 from .changes import Change, first_change
 from .guards import Dependencies, Fact
 from .places import MISSING, Place, dict_of, look
-from .surroundings import argument_names, contents, is_library, surroundings
+from .surroundings import (
+    argument_names,
+    contents,
+    global_names,
+    imports,
+    is_library,
+    only_counts,
+    surroundings,
+    texts,
+)
 from .watching import listening, watch
 
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
@@ -71,8 +79,8 @@ class Reads:
 
     Args:
         fn: the function.
-        args: it is called with.
-        kwargs: likewise.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
         window: the ordinary window that it is called in, if it is a step.
     """
 

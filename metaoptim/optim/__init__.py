@@ -2,7 +2,8 @@
 
 from . import schedulers as schedulers
 from .adam import MetaAdam
-from .optimizer import MetaOptimizer, safe_sqrt
+from .hyper import safe_sqrt
+from .optimizer import MetaOptimizer
 from .rmsprop import MetaRMSprop
 from .sgd import MetaSGD
 
