@@ -102,7 +102,8 @@ class MetaAdam(MetaOptimizer):
         if active(hyper["weight_decay"]):
             grad = grad + hyper["weight_decay"] * param
         step = state["step"] + 1
-        count = step.to(torch.float64)
+        # Nothing is learnt through a count; its derivative would take two sums over every parameter in each step.
+        count = step.detach().to(torch.float64)
         mean = beta1 * state["exp_avg"] + (1 - beta1) * grad
         square = beta2 * state["exp_avg_sq"] + (1 - beta2) * grad * grad
         new = {"step": step, "exp_avg": mean, "exp_avg_sq": square}
