@@ -70,7 +70,7 @@ class CompiledFunction:
                 found = specialize(fn, options, dependencies, args, kwargs, reads)
             self._specializations.add(key, reads, found, time.perf_counter() - begun)
             if _graphs.isEnabledFor(logging.INFO):
-                text = found.rolled.text(operators=_graphs.isEnabledFor(logging.DEBUG))
+                text = found.program.text(operators=_graphs.isEnabledFor(logging.DEBUG))
                 _graphs.info("%s: %s", self._name, text)
         elif options.recapture:
             compare(self._name, found, specialize(fn, options, dependencies, args, kwargs))

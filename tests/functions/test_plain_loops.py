@@ -60,7 +60,7 @@ def program_of(made: Made) -> Program:
     compiled = metaoptim.compile(made.of, backend="eager")
     compiled(metaoptim.SlidingWindow)
     ((program,),) = compiled._specializations.known.values()
-    return program.rolled
+    return program.program
 
 
 @pytest.mark.parametrize(
