@@ -126,6 +126,13 @@ class BoundFunction:
         return self.function.explain(self.instance, *args, **kwargs)
 
 
+def compiled_of(fn: Callable) -> tuple[CompiledFunction, tuple[Any, ...]]:
+    """A function as a compiled one, with the options of `compile` by default; and the object that it is a method of."""
+    if isinstance(fn, BoundFunction):
+        return fn.function, (fn.instance,)
+    return fn if isinstance(fn, CompiledFunction) else CompiledFunction(fn, Options()), ()
+
+
 def compile(
     fn: Callable | None = None,
     *,
