@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import metaoptim
 from metaoptim.runtime.budget.meter import AllocatorMeter
@@ -140,11 +141,12 @@ class Problem:
         def of(x: Tensor) -> Tensor:
             return functional_call(net, theta, (x,))
 
-        for x, y in zip(xs, ys):
-            grads = torch.autograd.grad(self.loss(of, x, y), list(theta.values()), create_graph=True)
-            new = {n: kind.update(p, g, state[n], hyper) for (n, p), g in zip(theta.items(), grads)}
-            theta, state = {n: v for n, (v, _) in new.items()}, {n: s for n, (_, s) in new.items()}
-        return self.loss(of, xq, yq)
+        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
+            for x, y in zip(xs, ys):
+                grads = torch.autograd.grad(self.loss(of, x, y), list(theta.values()), create_graph=True)
+                new = {n: kind.update(p, g, state[n], hyper) for (n, p), g in zip(theta.items(), grads)}
+                theta, state = {n: v for n, (v, _) in new.items()}, {n: s for n, (_, s) in new.items()}
+            return self.loss(of, xq, yq)
 
 
 def _images(size: tuple[int, ...], classes: int) -> Callable[[torch.Generator, int], tuple[Tensor, Tensor]]:

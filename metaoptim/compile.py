@@ -20,7 +20,7 @@ from .functions.reads import Reads
 from .functions.recapture import compare
 from .functions.specialization import name_of, specialize, specialize_step
 from .functions.specializations import Specializations
-from .optim.optimizer import refresh_optimizers
+from .optim.alive import refresh_optimizers
 from .report.of_function import report_of
 from .runtime.windows.recording_session import RecordedSession
 from .runtime.windows.session import current_session
@@ -70,7 +70,7 @@ class CompiledFunction:
                 found = specialize(fn, options, dependencies, args, kwargs, reads)
             self._specializations.add(key, reads, found, time.perf_counter() - begun)
             if _graphs.isEnabledFor(logging.INFO):
-                text = found.rolled.text(operators=_graphs.isEnabledFor(logging.DEBUG))
+                text = found.program.text(operators=_graphs.isEnabledFor(logging.DEBUG))
                 _graphs.info("%s: %s", self._name, text)
         elif options.recapture:
             compare(self._name, found, specialize(fn, options, dependencies, args, kwargs))
@@ -126,6 +126,13 @@ class BoundFunction:
         return self.function.explain(self.instance, *args, **kwargs)
 
 
+def compiled_of(fn: Callable) -> tuple[CompiledFunction, tuple[Any, ...]]:
+    """A function as a compiled one, with the options of `compile` by default; and the object that it is a method of."""
+    if isinstance(fn, BoundFunction):
+        return fn.function, (fn.instance,)
+    return fn if isinstance(fn, CompiledFunction) else CompiledFunction(fn, Options()), ()
+
+
 def compile(
     fn: Callable | None = None,
     *,
@@ -142,10 +149,11 @@ def compile(
 
     Args:
         fn: the function; None to use `compile` with options, as a decorator.
-        window: as of `SlidingWindow`, for windows inside that leave it unsaid.
-        memory_budget: likewise: most that a call and its backward may hold at a time, beyond the caller's own tensors.
-        slots: likewise; give one of the two.
-        offload: likewise, with either: where states go for which there is no room on the device.
+        window: W of windows inside that do not say theirs; see `SlidingWindow`.
+        memory_budget: for windows inside that say nothing about what is kept: most that a call and its backward may
+            hold at a time, beyond the caller's own tensors.
+        slots: for the same windows, how many states are kept; instead of a budget.
+        offload: with either: where states go for which there is no room on the device.
         backend: a backend of torch.compile: ``"inductor"``, ``"aot_eager"``, or ``"eager"``.
         hvp: how a step's gradient is differentiated: ``"reverse"`` (over reverse), ``"mixed"`` (forward over reverse,
             with layers made again: less memory for about a third more work), or ``"auto"``.

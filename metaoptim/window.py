@@ -16,7 +16,7 @@ from .compiler.capture.intercept import recording
 from .compiler.ir.retention import Retention, check_count
 from .compiler.ir.step import Lowering
 from .errors import WindowError, warn
-from .optim.optimizer import live_optimizers, refresh_optimizers
+from .optim.alive import live_optimizers, refresh_optimizers
 from .report.of_window import explain_window
 from .report.report import Report
 from .runtime.functions.symbolic_session import CapturedSession
@@ -26,6 +26,7 @@ from .runtime.windows.recording_session import RecordedSession
 from .runtime.windows.session import Options, Session, current_session
 
 _STRATEGIES: dict[str, type[Session]] = {"auto": RecordedSession, "full_tape": FullTapeSession}
+_OF_FULL_TAPE = ("offline", "backward_hook", "record_grad_tape", "pickup_step", "sync", "check_finite")
 
 
 class SlidingWindow:
@@ -60,7 +61,7 @@ class SlidingWindow:
         backend: what the derivatives of steps run on: ``"eager"`` (nothing is compiled, nothing to wait for), or a
             backend of torch.compile such as ``"inductor"``, which compiles one graph for each distinct step, at its
             first derivative. The forward is eager PyTorch's own in any case.
-        hvp: how a step's gradient is differentiated, as of `compile`.
+        hvp: how a step's gradient is differentiated; see `compile`.
         self_check: compare every compiled graph with its uncompiled form on first use.
         strategy: ``"auto"`` records; ``"full_tape"`` keeps autograd's own tape (the oracle; memory grows with T).
 
@@ -123,27 +124,11 @@ class SlidingWindow:
         check_count("window", window)
         check_sync(sync, offline)
         lowering = Lowering.stated(backend, hvp, self_check, replays=False)
-        self._options = Options(
-            offline,
-            backward_hook,
-            record_grad_tape,
-            pickup_step,
-            window,
-            retention,
-            check_finite,
-            sync,
-            lowering,
-        )
+        said = offline, backward_hook, record_grad_tape, pickup_step, window
+        self._options = Options(*said, retention, check_finite, sync, lowering)
         if strategy == "full_tape":
             for name, value in self._said().items():
-                if name not in (
-                    "offline",
-                    "backward_hook",
-                    "record_grad_tape",
-                    "pickup_step",
-                    "sync",
-                    "check_finite",
-                ):
+                if name not in _OF_FULL_TAPE:
                     raise ValueError(
                         f"{name}={value!r}: a full_tape window keeps everything, on autograd's own tape; use "
                         "strategy='auto'"
@@ -311,7 +296,8 @@ class SlidingWindow:
                 "window.explain: call it inside the block of a window that records (strategy='auto'), after steps; a "
                 "full_tape window keeps no record, and for a compiled function it is metaoptim.explain(fn)(*args)"
             )
-        return explain_window(self._session, repr(self))
+        with self._session.recorder.paused():
+            return explain_window(self._session, repr(self))
 
     @property
     def program(self) -> Any:

@@ -6,15 +6,16 @@ import functools
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest import mock
 
 import torch._inductor.config
 from torch import Tensor, fx
 from torch._dynamo.backends.registry import lookup_backend
 from torch._inductor.cpp_builder import get_cpp_compiler
-from torch._inductor.cpu_vec_isa import VecAVX2, VecAVX512
+from torch._inductor.cpu_vec_isa import VecISA
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -26,22 +27,24 @@ def call_backend(backend: str, graph: fx.GraphModule, inputs: Sequence[Tensor]) 
     return lookup_backend(backend)(graph, [mode.from_tensor(t.detach(), static_shapes=True) for t in inputs])
 
 
-def options() -> AbstractContextManager[Any]:
-    """Inductor's options: no probes that are not needed, and no asserts in every call, as graphs are compared once."""
-    changed: dict[str, Any] = {"size_asserts": False, "alignment_asserts": False}
-    if torch._inductor.config.cpp.vec_isa_ok is None and _knows_vectors():
-        changed["cpp.vec_isa_ok"] = True
-    return torch._inductor.config.patch(changed)
+@contextmanager
+def options() -> Iterator[None]:
+    """Inductor's options: no asserts in every call, as graphs are compared once, and no probes that take long.
+
+    To find out which vector instructions there are, inductor builds, links and loads a program for each kind, a third
+    of a first call. On Linux the flags tell: whether PyTorch's own libraries load is known, it runs.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(torch._inductor.config.patch(size_asserts=False, alignment_asserts=False))
+        if platform.system() == "Linux" and platform.machine() == "x86_64":
+            stack.enter_context(
+                mock.patch.object(VecISA, "check_build", lambda isa, code: _takes(isa._arch_flags))
+            )
+        yield
 
 
 @functools.cache
-def _knows_vectors() -> bool:
-    """Whether the C++ compiler takes the flags for the processor's vector instructions.
-
-    Inductor builds and loads programs to find that out, which is a third of a first call.
-    """
-    if platform.system() != "Linux" or platform.machine() != "x86_64":
-        return False
-    flags = [flag for isa in (VecAVX2, VecAVX512) for flag in isa._arch_flags.split()]
-    command = [get_cpp_compiler(), *flags, "-x", "c++", "-fsyntax-only", os.devnull]
+def _takes(flags: str) -> bool:
+    """Whether the C++ compiler takes these flags."""
+    command = [get_cpp_compiler(), *flags.split(), "-x", "c++", "-fsyntax-only", os.devnull]
     return subprocess.run(command, capture_output=True, check=False).returncode == 0

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .optimizer import MetaOptimizer, Number, Params, active, check_non_negative, is_symbolic, safe_sqrt
+from .hyper import Number, active, check_non_negative, is_symbolic, safe_sqrt
+from .optimizer import MetaOptimizer, Params
 
 
 class MetaAdam(MetaOptimizer):
@@ -20,7 +21,7 @@ class MetaAdam(MetaOptimizer):
 
     Args:
         params: list of `nn.Module` (one parameter group each), or of dicts ``{"params": module, "lr": ...}``; with
-            ``networks``, dicts may list parameters of these. The others are meta-parameters.
+            ``networks``, dicts may list some of their parameters. The others are meta-parameters.
         lr: learning rate η. Like every number here it may be a tensor, and then receives a meta-gradient.
         betas: (β₁, β₂), each in [0, 1).
         eps: added to the denominator.
@@ -101,7 +102,8 @@ class MetaAdam(MetaOptimizer):
         if active(hyper["weight_decay"]):
             grad = grad + hyper["weight_decay"] * param
         step = state["step"] + 1
-        count = step.to(torch.float64)
+        # Nothing is learnt through a count; its derivative would take two sums over every parameter in each step.
+        count = step.detach().to(torch.float64)
         mean = beta1 * state["exp_avg"] + (1 - beta1) * grad
         square = beta2 * state["exp_avg_sq"] + (1 - beta2) * grad * grad
         new = {"step": step, "exp_avg": mean, "exp_avg_sq": square}

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import threading
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import FunctionType
 from typing import Any, TypeAlias
@@ -14,25 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from metaoptim.compiler.capture.intercept import recording
-from metaoptim.compiler.capture.symbolic.tracer import preserving
 from metaoptim.errors import WindowError
 from metaoptim.runtime.windows.session import current_session
 
-Number: TypeAlias = float | Tensor
+from .alive import live_optimizers
+from .groups import check_network, group_of, matching, own
+from .hyper import Number, check_non_negative, detached, is_symbolic, learned
+
 #: What an optimizer trains: networks, or groups (see `MetaOptimizer`).
 Params: TypeAlias = Iterable[nn.Module | dict[str, Any] | Tensor | tuple[str, Tensor]] | None
-
-#: Optimizers alive, with the thread that made them: those of its own thread may step in a window.
-live_optimizers: weakref.WeakSet[MetaOptimizer] = weakref.WeakSet()
 _numbers = itertools.count()
-_NO_OPTIONS = {
-    "params",
-    "param_names",
-    "name",
-    "initial_lr",
-}  # of a group: torch's own, and a name for the user
-_ALSO = {"learning_rate": "lr", "wd": "weight_decay", "beta": "betas", "alpha": "lr"}
 
 
 class MetaOptimizer(Optimizer):
@@ -40,7 +29,7 @@ class MetaOptimizer(Optimizer):
 
     Args:
         params: list of `nn.Module`, one parameter group each, or of dicts ``{"params": module, **options}``; with
-            ``networks``, dicts may list parameters of these instead, as in `torch.optim`. The others are not trained:
+            ``networks``, dicts may list some of their parameters, as in `torch.optim`. The others are not trained:
             in a window they are meta-parameters.
         defaults: options of groups that do not set them.
         networks: modules that the parameters belong to; alone, all of their parameters, one group each.
@@ -192,40 +181,7 @@ class MetaOptimizer(Optimizer):
             raise WindowError(
                 f"{type(self).__name__}.start was called outside a window; call it in the block"
             )
-        if not isinstance(values, Mapping):
-            raise TypeError(
-                f"{type(self).__name__}.start: got {type(values).__name__}, expected a dictionary "
-                "{name of a parameter: tensor}"
-            )
-        mine = {id(p) for g in self.param_groups for p in g["params"]}
-        named: dict[Any, list[Tensor]] = {}
-        for network in self._networks:
-            for name, p in network.named_parameters():
-                if id(_own(p)) in mine:
-                    named.setdefault(name, []).append(_own(p))
-        parameters = []
-        for key, value in values.items():
-            found = [_own(key)] if isinstance(key, Tensor) and id(_own(key)) in mine else named.get(key, [])
-            if len(found) != 1:
-                what = "more than one parameter" if found else "no parameter"
-                raise KeyError(
-                    f"{type(self).__name__}.start: {key!r} is {what} that this optimizer trains, of "
-                    f"{', '.join(named)}; the key may also be the parameter itself"
-                )
-            (p,) = found
-            like = (p.shape, p.dtype, p.device)
-            if not isinstance(value, Tensor) or (value.shape, value.dtype, value.device) != like:
-                got = (
-                    f"{tuple(value.shape)} of {value.dtype}"
-                    if isinstance(value, Tensor)
-                    else type(value).__name__
-                )
-                raise ValueError(
-                    f"{type(self).__name__}.start: {key!r} got {got}, expected a tensor of shape {tuple(p.shape)} and "
-                    f"{p.dtype}, on {p.device}"
-                )
-            parameters.append(p)
-        session.start(self, parameters, list(values.values()))
+        session.start(self, matching(self, values), list(values.values()))
 
     # torch's wrapper would open a profiler range per step, which costs more than the step's own bookkeeping
     step.hooked = True  # type: ignore[attr-defined]
@@ -236,7 +192,7 @@ class MetaOptimizer(Optimizer):
 
     def add_param_group(self, param_group: nn.Module | dict[str, Any]) -> None:  # type: ignore[override]
         """Add a network, or parameters of those that are known: as one element of the constructor's list."""
-        group, whole = self._group(param_group)
+        group, whole = group_of(self, param_group)
         super().add_param_group(group)
         self._whole.append(whole)
         session = current_session()
@@ -252,8 +208,8 @@ class MetaOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As `torch.optim.Optimizer.state_dict`, detached; loads into the optimizer of the same name there."""
         packed = super().state_dict()
-        packed["state"] = {k: {n: _detached(v) for n, v in s.items()} for k, s in packed["state"].items()}
-        packed["param_groups"] = [{k: _detached(v) for k, v in g.items()} for g in packed["param_groups"]]
+        packed["state"] = {k: {n: detached(v) for n, v in s.items()} for k, s in packed["state"].items()}
+        packed["param_groups"] = [{k: detached(v) for k, v in g.items()} for g in packed["param_groups"]]
         return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -265,10 +221,10 @@ class MetaOptimizer(Optimizer):
         Raises:
             ValueError: when groups do not match.
         """
-        learned = [{k: v for k, v in g.items() if k != "params" and _learned(v)} for g in self.param_groups]
+        kept = [{k: v for k, v in g.items() if k != "params" and learned(v)} for g in self.param_groups]
         super().load_state_dict(state_dict)
-        for group, kept in zip(self.param_groups, learned, strict=True):
-            group.update(kept)
+        for group, hyper in zip(self.param_groups, kept, strict=True):
+            group.update(hyper)
             for k, v in self.defaults.items():
                 group.setdefault(k, v)
             if isinstance(group.get("betas"), list):
@@ -321,73 +277,9 @@ class MetaOptimizer(Optimizer):
         return [network for network in self._whole if network is not None]
 
     def _add_network(self, network: Any) -> None:
-        if not isinstance(network, nn.Module):
-            raise TypeError(
-                f"{type(self).__name__}: got {type(network).__name__} among the networks, expected an nn.Module"
-            )
-        for name, module in network.named_modules():
-            if isinstance(module, torch.jit.ScriptModule):
-                raise TypeError(
-                    f"{type(self).__name__}: {repr(name) if name else 'the network'} is scripted or traced by "
-                    "torch.jit, so that its parameters cannot be replaced; give the module it was made from"
-                )
+        check_network(self, network)
         if not any(n is network for n in self._networks):
             self._networks.append(network)
-
-    def _group(self, group: Any) -> tuple[dict[str, Any], nn.Module | None]:
-        """A parameter group of the user's own parameters, and the module all of whose parameters are in it."""
-        group = dict(group) if isinstance(group, dict) else {"params": group}
-        for key in group.keys() - self.defaults.keys() - _NO_OPTIONS:
-            close = difflib.get_close_matches(key, self.defaults, 1) or [_ALSO.get(key)]
-            raise TypeError(
-                f"{type(self).__name__}: got the group option {key!r}, expected some of "
-                f"{', '.join(map(repr, self.defaults))}"
-                + (f"; did you mean {close[0]!r}?" if close[0] else "")
-            )
-        params: Any = group.get("params")
-        whole = params if isinstance(params, nn.Module) else None
-        if whole is not None:
-            self._add_network(whole)
-            params = list(whole.parameters())
-        elif isinstance(params, dict):
-            params = list(params.items())
-        elif isinstance(params, Iterable) and not isinstance(params, (Tensor, str, nn.Module)):
-            params = list(params)
-        else:
-            params = [params]
-        if whole is None and params and isinstance(params[0], tuple):
-            group["param_names"] = [name for name, _ in params]
-            params = [p for _, p in params]
-        other = [type(p).__name__ for p in params if not isinstance(p, Tensor)]
-        if other or (whole is None and not self._networks):
-            cls = type(self).__name__
-            raise TypeError(
-                f"{cls}: got {other[0] if other else 'parameters'}, expected networks: write {cls}([net]); to train "
-                "some of its parameters, or each with options of its own, say which network they are in: "
-                f"{cls}([{{'params': [p, ...], 'lr': 0.1}}, ...], networks=[net])"
-            )
-        names = {id(_own(p)): name for n in self._networks for name, p in n.named_parameters()}
-        group["params"] = [_own(p) for p in params]
-        for p in group["params"]:
-            if id(p) not in names:
-                raise ValueError(
-                    f"{type(self).__name__}: a parameter of shape {tuple(p.shape)} is in none of the networks; give "
-                    "the network it is in, as a group of its own or among networks=[...]"
-                )
-            if not p.is_floating_point():
-                raise TypeError(
-                    f"{type(self).__name__}: parameter {names[id(p)]!r} is {p.dtype}, expected a real floating-point "
-                    "type"
-                )
-        seen = {id(p) for g in self.param_groups for p in g["params"]}
-        for p in group["params"]:
-            if id(p) in seen:
-                raise ValueError(
-                    f"{type(self).__name__}: parameter {names[id(p)]!r} is in more than one place of the groups; list "
-                    "each network, and each parameter, once"
-                )
-            seen.add(id(p))
-        return group, whole
 
     def refresh(self) -> bool:
         """Look again at networks that are groups of their own; whether their parameters are others than they were.
@@ -399,7 +291,7 @@ class MetaOptimizer(Optimizer):
             if whole is None:
                 continue
             others = {id(p) for g in self.param_groups if g is not group for p in g["params"]}
-            now = [p for p in map(_own, whole.parameters()) if id(p) not in others]
+            now = [p for p in map(own, whole.parameters()) if id(p) not in others]
             if len(now) != len(group["params"]) or any(
                 p is not q for p, q in zip(now, group["params"], strict=True)
             ):
@@ -410,115 +302,3 @@ class MetaOptimizer(Optimizer):
             for p in [p for p in self.state if id(p) not in known]:
                 del self.state[p]
         return changed
-
-
-def refresh_optimizers() -> bool:
-    """`MetaOptimizer.refresh` of those alive that this thread has made; whether any has changed."""
-    here, changed = threading.get_ident(), False
-    for o in live_optimizers:
-        if o.thread == here and o.__dict__.get("_session") is None:
-            changed |= o.refresh()
-    return changed
-
-
-def _own(p: Any) -> Any:
-    """The user's own parameter behind one that a window shows."""
-    session = current_session()
-    return p if session is None else session.networks.original(p)
-
-
-def _preserve() -> Callable[[], None]:
-    """What puts optimizers back as they are now, and forgets those made until then."""
-    kept = []
-    for o in list(live_optimizers):
-        if o.thread == threading.get_ident():
-            groups = [(g, {**g, "params": list(g["params"])}) for g in o.param_groups]
-            states = [(p, s, dict(s)) for p, s in o.state.items()]
-            rest = {
-                "_normalizer": o._normalizer,
-                "_networks": list(o._networks),
-                "_whole": list(o._whole),
-                "defaults": dict(o.defaults),
-            }
-            kept.append((o, o.param_groups, groups, o.state, states, rest))
-
-    def put_back() -> None:
-        known = {id(o) for o, *_ in kept}
-        for o in [o for o in live_optimizers if o.symbolic and id(o) not in known]:
-            live_optimizers.discard(o)
-        for o, all_groups, groups, state, states, rest in kept:
-            all_groups[:] = [g for g, _ in groups]
-            for g, values in groups:
-                g.clear()
-                g.update(values)
-            state.clear()
-            for p, s, values in states:
-                s.clear()
-                s.update(values)
-                state[p] = s
-            o.param_groups, o.state = all_groups, state
-            o.__dict__.update(rest)
-
-    return put_back
-
-
-preserving.append(_preserve)
-
-
-def _detached(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach()
-    return tuple(map(_detached, value)) if isinstance(value, tuple) else value
-
-
-def _learned(value: Any) -> bool:
-    if isinstance(value, Tensor):
-        return value.requires_grad
-    return isinstance(value, tuple) and any(map(_learned, value))
-
-
-def active(hyper: Any) -> bool:
-    """Whether an optional term is switched on: any tensor, or a number that is not 0."""
-    return isinstance(hyper, Tensor) or hyper != 0
-
-
-def is_symbolic() -> bool:
-    """Whether a function is being captured, so that tensors have no values to check."""
-    recorder = recording.get()
-    return recorder is not None and recorder.symbolic
-
-
-def check_non_negative(**hyper: Any) -> None:
-    """Raise ValueError for a negative number, by name."""
-    for name, value in hyper.items():
-        if not isinstance(value, (int, float, Tensor)):
-            raise TypeError(f"{name}: got {value!r}, expected a number or a tensor")
-        if isinstance(value, Tensor) and is_symbolic():
-            continue
-        smallest = float(value.detach().min()) if isinstance(value, Tensor) else value
-        if not smallest >= 0:
-            raise ValueError(f"{name}: got {smallest}, expected a number that is not negative")
-
-
-def safe_sqrt(x: Tensor) -> Tensor:
-    """The square root, with derivative 0 at exactly 0.
-
-    There torch's derivative is infinite, and 0 · ∞ = NaN in what follows: the second moment of a parameter whose
-    gradient has always been zero would make every meta-gradient NaN. `MetaAdam` and `MetaRMSprop` use this one.
-
-    Args:
-        x: not negative.
-
-    Returns:
-        √x; differentiable any number of times.
-
-    Example:
-        >>> x = torch.tensor([0.0, 4.0], requires_grad=True)
-        >>> metaoptim.safe_sqrt(x).sum().backward()
-        >>> x.grad.tolist()
-        [0.0, 0.25]
-    """
-    if not (x.requires_grad and torch.is_grad_enabled()):
-        return x.sqrt()
-    zero = x == 0
-    return torch.where(zero, torch.zeros_like(x), torch.where(zero, torch.ones_like(x), x).sqrt())

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .optimizer import MetaOptimizer, Number, Params, active, check_non_negative, safe_sqrt
+from .hyper import Number, active, check_non_negative, safe_sqrt
+from .optimizer import MetaOptimizer, Params
 
 
 class MetaRMSprop(MetaOptimizer):
@@ -20,7 +21,7 @@ class MetaRMSprop(MetaOptimizer):
 
     Args:
         params: list of `nn.Module` (one parameter group each), or of dicts ``{"params": module, "lr": ...}``; with
-            ``networks``, dicts may list parameters of these. The others are meta-parameters.
+            ``networks``, dicts may list some of their parameters. The others are meta-parameters.
         lr: learning rate η. Like every number here it may be a tensor, and then receives a meta-gradient.
         alpha: smoothing constant α.
         eps: added to the denominator.

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .optimizer import MetaOptimizer, Number, Params, active, check_non_negative
+from .hyper import Number, active, check_non_negative
+from .optimizer import MetaOptimizer, Params
 
 
 class MetaSGD(MetaOptimizer):
@@ -18,7 +19,7 @@ class MetaSGD(MetaOptimizer):
 
     Args:
         params: list of `nn.Module` (one parameter group each), or of dicts ``{"params": module, "lr": ...}``; with
-            ``networks``, dicts may list parameters of these. The others are meta-parameters.
+            ``networks``, dicts may list some of their parameters. The others are meta-parameters.
         lr: learning rate η. Like every number here it may be a tensor, and then receives a meta-gradient.
         momentum: μ.
         dampening: d.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..compiler.cost.step import step_cost
 from ..compiler.ir.program import Kept, Program, given_ports, nbytes, plural, signature
-from ..compiler.ir.step import Lowering, Role
+from ..compiler.ir.step import Role
 from ..compiler.ir.trace import Input, Trace
 from ..compiler.passes.checkpoint import checkpoint
 from ..compiler.passes.options import Options
@@ -20,7 +20,7 @@ from ..compiler.passes.pipeline import Record, compile_trace
 from ..errors import WindowError
 from ..functions.captured import captured_step, trace_of
 from ..functions.guards import Dependencies
-from ..functions.specialization import retention_of
+from ..functions.specialization import name_of, retention_of
 from ..functions.surroundings import tensor_names
 from ..runtime.budget.measure import measured_peak, rehearse
 from ..runtime.budget.meter import profiling
@@ -28,7 +28,7 @@ from ..runtime.budget.planner import decide
 from ..runtime.budget.simulate import predict
 from ..runtime.windows.recording_session import RecordedSession
 from ..runtime.windows.session import current_session
-from .report import Report, calls_text, shape_of
+from .report import CUT_OFF, NO_FLOW, Report, calls_text, of_gradients, of_program, shape_of
 
 
 def report_of(
@@ -53,7 +53,7 @@ def report_of(
     if measure:
         rehearse(program, tensors, lowering)
     begun = time.perf_counter()
-    kept, plan = decide(program, lowering, said, _title(fn), tensors if measure else None)
+    kept, plan = decide(program, lowering, said, name_of(fn), tensors if measure else None)
     slots, offload = kept.slots, kept.offload
     prediction = predict(program, slots, lowering, offload is not None)
     if not prediction.reached:
@@ -61,9 +61,13 @@ def report_of(
         prediction = predict(program, 1, lowering)
     saved = kept.saved
     peak = plan.peak_bytes if plan is not None and saved else prediction.peak_bytes
-    every = slots is None or slots >= program.swept
-    kind = "forward only" if not prediction.reached else _plan(every, offload is not None)
-    kind = "unrolled" if saved and saved == program.swept else kind
+    kind = "scheduled" if offload is None else "tiered"
+    if not prediction.reached:
+        kind = "forward only"
+    elif saved and saved == program.swept:
+        kind = "unrolled"
+    elif slots is None or slots >= program.swept:
+        kind = "all states"
     text = program.text(labels)
     _, done = checkpoint(program, replace(options, kept=kept))
     done += f"; {plural(prediction.extra_forwards, 'call')} made again"
@@ -78,14 +82,12 @@ def report_of(
     read = {id(x.tensor) for x in trace.inputs}
     paths |= {name: "not read" for name, t in dependencies.items() if id(t) not in read and name not in paths}
     order = [*(n for n in dependencies if n in paths), *(n for n in paths if n not in dependencies)]
-    costs = {id(g): step_cost(g, program.lowering_of(g, lowering)) for g in program.step_graphs}
-    forward = program.positions
+    extra = prediction.extra_forwards
     return Report(
-        function=_title(fn),
+        **of_program(program, lambda g: program.lowering_of(g, lowering)),
+        **of_gradients({n: paths[n] for n in order}, targets),
+        function=name_of(fn),
         form="window",
-        horizon=program.horizon,
-        calls=forward,
-        num_programs=len(program.step_graphs),
         window=program.window,
         offline=program.offline,
         slots=slots,
@@ -95,18 +97,13 @@ def report_of(
         plan=kind,
         kept_states=prediction.kept,
         saved_calls=saved,
-        extra_forwards=prediction.extra_forwards,
-        recompute_factor=1 + prediction.extra_forwards / max(forward, 1),
+        extra_forwards=extra,
+        recompute_factor=1 + extra / max(program.positions, 1),
         state_bytes=program.state_bytes,
-        transient_bytes=max((c.vjp_bytes for c in costs.values()), default=0),
         predicted_peak_bytes=peak,
         predicted_forward_bytes=prediction.forward_bytes,
         measured_peak_bytes=measured_peak(program, tensors, lowering, kept) if measure else None,
-        gradient_targets=[n for n in order if n in targets],
-        unreachable=[n for n in order if n not in targets],
-        paths={n: paths[n] for n in order},
         passes=list(map(asdict, records)),
-        shapes=_shapes(program, lowering),
         program=text,
     )
 
@@ -127,7 +124,8 @@ def _step_report(
     paths = {labels[x]: "this step" for x in targets}
     paths |= {labels[x]: "no result of the step depends on it" for x in missing}
     return Report(
-        function=_title(fn),
+        **of_gradients(paths, {labels[x] for x in targets}),
+        function=name_of(fn),
         form="step",
         horizon=step.steps,
         calls=1,
@@ -135,22 +133,10 @@ def _step_report(
         window=window.options.window,
         offline=window.options.offline,
         slots=window.options.retention.slots,
-        memory_budget=None,
-        minimum_budget=None,
         offload=window.options.retention.place,
         plan="streaming",
-        kept_states=None,
-        saved_calls=None,
-        extra_forwards=None,
-        recompute_factor=None,
         state_bytes=sum(nbytes(p.spec) for p in step.step.outputs),
         transient_bytes=cost.vjp_bytes,
-        predicted_peak_bytes=None,
-        predicted_forward_bytes=None,
-        measured_peak_bytes=None,
-        gradient_targets=[labels[x] for x in targets],
-        unreachable=[labels[x] for x in missing],
-        paths=paths,
         passes=list(map(asdict, step.records)),
         shapes={"step": shape_of(step.step, 1, options.lowering)},
         program=signature(step.step, "step") + "\n" + str(step.step),
@@ -176,7 +162,7 @@ def _gradients(
         labels: of what it reads.
         names: by id, of what the caller has names for.
         reached: inputs that a gradient reaches.
-        whole: likewise, were it not truncated.
+        whole: inputs that a gradient would reach if it were not truncated.
     """
     entries = [e for w in trace.windows if not w.offline for e in w.adopted]
     adopted = {id(x.tensor) for e in entries for x in e.args if isinstance(x, Input)}
@@ -193,30 +179,29 @@ def _gradients(
 
 def _paths(program: Program) -> dict[Input, str]:
     """Through which step graphs the gradient of each input comes."""
-    names, counts = program.names(), dict[Input, dict[str, int]]()
+    names, counts = program.names(), dict[Input, Counter[str]]()
     for call, count in program.counted():
         times: dict[Input, int] = {}
         for g, p in zip(call.inputs, given_ports(call.step), strict=True):
             if p.role is Role.META:
-                inputs = [x for x in g.sources if isinstance(x, Input)]
-                listed = Counter(inputs)  # of a list, each call takes one
-                for x in inputs:
-                    times[x] = max(times.get(x, 0), listed[x] if g.kind == "each" else count)
+                listed = Counter(
+                    x for x in g.sources if isinstance(x, Input)
+                )  # of a list, each call takes one
+                for x, k in listed.items():
+                    times[x] = max(times.get(x, 0), k if g.kind == "each" else count)
         for x, k in times.items():
-            of = counts.setdefault(x, {})
-            name = names[id(call.step)]
-            of[name] = of.get(name, 0) + k
+            counts.setdefault(x, Counter())[names[id(call.step)]] += k
     return {x: "through " + calls_text(of) for x, of in counts.items()}
 
 
 def _why_not(x: Input, program: Program, adopted: set[int], whole: frozenset[Input]) -> str:
     if id(x.tensor) in adopted:
-        return "the window is online: its networks' own parameters are cut off at entry"
+        return CUT_OFF
     if not any(x is y for y in program.inputs):
         return "read, but no result depends on it"
     if x in whole:
         return f"only read more than window={program.window} super-steps before the loss"
-    return "only read under no_grad, through detach(), or where no gradient flows"
+    return NO_FLOW
 
 
 def _learnable(names: Mapping[int, str], fn: Callable, args: tuple, kwargs: dict) -> dict[str, Tensor]:
@@ -227,24 +212,3 @@ def _learnable(names: Mapping[int, str], fn: Callable, args: tuple, kwargs: dict
 def _unnamed(x: Input) -> str:
     where = f", first read at {x.location}" if x.location else ""
     return f"a tensor of shape {tuple(x.spec.shape)}{where}"
-
-
-def _plan(every: bool, offload: bool) -> str:
-    return "all states" if every else "tiered" if offload else "scheduled"
-
-
-def _title(fn: Callable) -> str:
-    return getattr(fn, "__qualname__", type(fn).__name__)
-
-
-# -- shapes -------------------------------------------------------------------------------------------------
-
-
-def _shapes(program: Program, lowering: Lowering) -> dict[str, dict[str, Any]]:
-    calls: dict[int, int] = {}
-    for call, count in program.counted():
-        calls[id(call.step)] = calls.get(id(call.step), 0) + count
-    names = program.names()
-    return {
-        names[id(g)]: shape_of(g, calls[id(g)], program.lowering_of(g, lowering)) for g in program.step_graphs
-    }

@@ -6,7 +6,6 @@ import time
 from collections import Counter
 from dataclasses import asdict, replace
 
-from ..compiler.cost.step import step_cost
 from ..compiler.derive.liveness import results_of
 from ..compiler.ir.program import Operand, memory_of, plural
 from ..compiler.ir.step import Loop, Lowering, Role, StepGraph
@@ -19,16 +18,11 @@ from ..functions.surroundings import names_in
 from ..runtime.budget.simulate import predict_sweep
 from ..runtime.windows.dependence import leaves_of
 from ..runtime.windows.recording_session import RecordedSession
-from .report import Report, calls_text, shape_of
+from .report import CUT_OFF, NO_FLOW, Report, calls_text, of_gradients, of_program
 
 
 def explain_window(session: RecordedSession, title: str) -> Report:
-    """What `SlidingWindow.explain` returns."""
-    with session.recorder.paused():
-        return _report(session, title)
-
-
-def _report(session: RecordedSession, title: str) -> Report:
+    """What `SlidingWindow.explain` returns, while nothing is recorded."""
     engine, options, program = session.engine, session.options, session.program
     program.fold()
     for call, _ in program.counted():
@@ -44,45 +38,29 @@ def _report(session: RecordedSession, title: str) -> Report:
     prediction = predict_sweep(swept, store.slots, options.retention.offload is not None, engine.state, kept)
     streaming = engine.streaming
     beside = 0 if streaming is None else streaming.beside
-    names = program.names()
-    graphs = {names[id(g)]: g for g in program.step_graphs}
-    calls: Counter[str] = Counter()
-    for call, count in program.counted():
-        calls[names[id(call.step)]] += count
-    budgeted = streaming if streaming is not None and streaming.acts and calls else None
     lowerings = {id(call.step): call.lowering for call, _ in program.counted()}
-    paths, targets = _paths(session, program)
-    if store.slots is None:
-        plan = "all states"
-    else:
-        plan = "streaming" if options.retention.offload is None else "tiered"
+    budgeted = streaming if streaming is not None and streaming.acts and lowerings else None
+    below = "streaming" if options.retention.offload is None else "tiered"
     return Report(
+        **of_program(program, lambda g: lowerings[id(g)]),
+        **of_gradients(*_paths(session, program)),
         function=title,
         form="block",
-        horizon=program.horizon,
-        calls=calls.total(),
-        num_programs=len(graphs),
         window=options.window,
         offline=options.offline,
         slots=store.slots,
         memory_budget=None if budgeted is None else budgeted.budget,
         minimum_budget=None if budgeted is None else budgeted.minimum(engine),
         offload=options.retention.place,
-        plan=plan,
+        plan="all states" if store.slots is None else below,
         kept_states=len(store),
         saved_calls=0,
         extra_forwards=prediction.extra_forwards,
-        recompute_factor=1 + prediction.extra_forwards / max(calls.total(), 1),
+        recompute_factor=1 + prediction.extra_forwards / max(program.end - program.start, 1),
         state_bytes=memory_of(engine.state),
-        transient_bytes=max((step_cost(g, lowerings[id(g)]).vjp_bytes for g in graphs.values()), default=0),
         predicted_peak_bytes=prediction.peak_bytes + beside,
         predicted_forward_bytes=prediction.forward_bytes + beside,
-        measured_peak_bytes=None,
-        gradient_targets=[name for name in paths if name in targets],
-        unreachable=[name for name in paths if name not in targets],
-        paths=paths,
         passes=list(map(asdict, _records(program, lowerings))),
-        shapes={name: shape_of(g, calls[name], lowerings[id(g)]) for name, g in graphs.items()},
         program=str(program),
     )
 
@@ -133,18 +111,12 @@ def _paths(session: RecordedSession, program: Tape) -> tuple[dict[str, str], set
                 targets.add(name)
                 paths[name] = f"through {parts}"
             else:
-                paths.setdefault(
-                    name, "only read under no_grad, through detach(), or where no gradient flows"
-                )
+                paths.setdefault(name, NO_FLOW)
     options, own = session.options, session.networks
     beyond = session.view.sliding is not None and session.view.sliding.count > session.view.sliding.window
-    reason = "the window is online: its networks' own parameters are cut off at entry"
-    if options.offline:
-        reason = (
-            f"more than window={options.window} super-steps back"
-            if beyond
-            else "what the inner steps begin with"
-        )
+    reason = "what the inner steps begin with" if options.offline else CUT_OFF
+    if options.offline and beyond:
+        reason = f"more than window={options.window} super-steps back"
     for i, shown in enumerate(own.shown):
         if session.view.indices[i] < 0:
             continue  # no loss has read it

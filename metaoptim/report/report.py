@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..compiler.cost.step import step_cost
-from ..compiler.ir.program import by_role, nbytes, plural, readable_bytes, shapes_text
+from ..compiler.ir.program import Calls, by_role, nbytes, plural, readable_bytes, shapes_text
 from ..compiler.ir.step import Lowering, StepGraph
 
+# why something gets no gradient
+CUT_OFF = "the window is online: its networks' own parameters are cut off at entry"
+NO_FLOW = "only read under no_grad, through detach(), or where no gradient flows"
 _MOST_NAMES = 8
 _MOST_LINES = 30  # of a program, at its beginning and at its end
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Report:
     """What `explain` found; see `to_dict` for the meaning of its attributes."""
 
@@ -26,19 +30,19 @@ class Report:
     window: int | None
     offline: bool
     slots: int | None
-    memory_budget: int | None
-    minimum_budget: int | None
+    memory_budget: int | None = None
+    minimum_budget: int | None = None
     offload: str | None
     plan: str
-    kept_states: int | None
-    saved_calls: int | None
-    extra_forwards: int | None
-    recompute_factor: float | None
+    kept_states: int | None = None
+    saved_calls: int | None = None
+    extra_forwards: int | None = None
+    recompute_factor: float | None = None
     state_bytes: int
     transient_bytes: int
-    predicted_peak_bytes: int | None
-    predicted_forward_bytes: int | None
-    measured_peak_bytes: int | None
+    predicted_peak_bytes: int | None = None
+    predicted_forward_bytes: int | None = None
+    measured_peak_bytes: int | None = None
     gradient_targets: list[str]
     unreachable: list[str]
     paths: dict[str, str]
@@ -74,7 +78,7 @@ class Report:
             * ``state_bytes``: S, of one state. ``transient_bytes``: A, most that one call of a derivative allocates.
             * ``predicted_peak_bytes``: most bytes a call and its backward hold at once beyond the caller's tensors and
               the gradients it already has, by the live bytes of the graphs as they are run by the backend "eager";
-              ``predicted_forward_bytes``: likewise without the backward. None for a step: they depend on how many
+              ``predicted_forward_bytes``: the same without the backward. None for a step: they depend on how many
               there will be.
             * ``measured_peak_bytes``: the same by the allocator's events, where ``explain`` was told to measure.
             * ``gradient_targets``: names of the tensors that will receive a gradient: arguments, what they hold
@@ -84,7 +88,7 @@ class Report:
               (sizes of the program), and ``text``, the program after it (before it, that of the pass before). The
               first is ``capture``; ``verify`` is what the verifier takes between passes, and has no text.
             * ``shapes``: for each step graph ``calls``, ``steps``, ``operators`` (of its replay and of its
-              derivative), ``bytes`` (likewise, the most alive at once), ``derivative`` (the mode), ``inputs`` and
+              derivative), ``bytes`` (the most alive at once in either), ``derivative`` (the mode), ``inputs`` and
               ``outputs``: role -> ``count``, ``bytes``, ``shapes``.
             * ``program``: the program that runs, as text.
         """
@@ -100,9 +104,8 @@ class Report:
         steps += f"{plural(self.num_programs, 'step graph')}, {mode}"
         plan = self.plan
         if self.kept_states is not None:
-            plan += (
-                f": at most {plural(self.kept_states, 'state')} kept, {self.extra_forwards} calls made again"
-            )
+            kept = plural(self.kept_states, "state")
+            plan += f": at most {kept} kept, {self.extra_forwards} calls made again"
             plan += f", residuals saved over {plural(self.saved_calls, 'call')}" if self.saved_calls else ""
         if self.plan == "tiered":
             plan += f"; others go to {self.offload}"
@@ -207,11 +210,8 @@ def _grouped(names: list[str], paths: Mapping[str, str]) -> list[str]:
         groups.setdefault(paths[name], []).append(name)
     lines = []
     for path, group in groups.items():
-        shown = (
-            group
-            if len(group) <= _MOST_NAMES
-            else [*group[: _MOST_NAMES - 1], f"and {len(group) - _MOST_NAMES + 1} more"]
-        )
+        more = len(group) - _MOST_NAMES + 1
+        shown = group if more < 2 else [*group[: _MOST_NAMES - 1], f"and {more} more"]
         lines.append(f"{', '.join(shown)}: {path}")
     return lines
 
@@ -221,6 +221,35 @@ def calls_text(calls: Mapping[str, int]) -> str:
     if list(calls.values()) == [1]:
         return next(iter(calls))
     return ", ".join(f"{name} ({plural(k, 'call')})" for name, k in calls.items())
+
+
+def of_program(program: Calls, lowering_of: Callable[[StepGraph], Lowering]) -> dict[str, Any]:
+    """The entries of a `Report` on the step graphs of a program."""
+    calls: Counter[int] = Counter()
+    for call, count in program.counted():
+        calls[id(call.step)] += count
+    graphs, names = program.step_graphs, program.names()
+    return {
+        "horizon": program.horizon,
+        "calls": calls.total(),
+        "num_programs": len(graphs),
+        "transient_bytes": max((step_cost(g, lowering_of(g)).vjp_bytes for g in graphs), default=0),
+        "shapes": {names[id(g)]: shape_of(g, calls[id(g)], lowering_of(g)) for g in graphs},
+    }
+
+
+def of_gradients(paths: Mapping[str, str], targets: Collection[str]) -> dict[str, Any]:
+    """The entries of a `Report` on gradients.
+
+    Args:
+        paths: name of what requires grad -> through which step graphs its gradient comes, or why it gets none.
+        targets: names of those that get one.
+    """
+    return {
+        "gradient_targets": [name for name in paths if name in targets],
+        "unreachable": [name for name in paths if name not in targets],
+        "paths": dict(paths),
+    }
 
 
 def shape_of(step: StepGraph, calls: int, lowering: Lowering) -> dict[str, Any]:

@@ -371,24 +371,6 @@ def test_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     same(torch.autograd.grad(outer, own), expected)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("place", ["host", "disk"])
-def test_on_a_gpu(place: str, tmp_path: Path) -> None:
-    def run(**options: Any) -> Any:
-        net, lr = mlp().cuda(), torch.tensor(0.1, requires_grad=True, device="cuda")
-        own = [*net.parameters(), lr]
-        inner = metaoptim.MetaAdam([net], lr=lr)
-        xs, ys = (t.cuda() for t in data(20))
-        with metaoptim.SlidingWindow(offline=True, **options):
-            for t in range(20):
-                inner.step(F.mse_loss(net(xs[t]), ys[t]))
-            outer = F.mse_loss(net(xs[20]), ys[20])
-        return torch.autograd.grad(outer, own)
-
-    same(run(slots=2, offload=tmp_path if place == "disk" else "host"), run())
-
-
 def test_the_temporary_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     engine, outer, own = loop(9, slots=1, offload="disk")

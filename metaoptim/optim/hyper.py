@@ -1,0 +1,73 @@
+"""Hyper-parameters: numbers, or tensors that are differentiated by."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from metaoptim.compiler.capture.intercept import recording
+
+Number: TypeAlias = float | Tensor
+
+
+def detached(value: Any) -> Any:
+    """A number or tensor, or a tuple of them, without the gradient."""
+    if isinstance(value, Tensor):
+        return value.detach()
+    return tuple(map(detached, value)) if isinstance(value, tuple) else value
+
+
+def learned(value: Any) -> bool:
+    """Whether a hyper-parameter requires grad, or one of a tuple of them."""
+    if isinstance(value, Tensor):
+        return value.requires_grad
+    return isinstance(value, tuple) and any(map(learned, value))
+
+
+def active(hyper: Any) -> bool:
+    """Whether an optional term is switched on: any tensor, or a number that is not 0."""
+    return isinstance(hyper, Tensor) or hyper != 0
+
+
+def is_symbolic() -> bool:
+    """Whether a function is being captured, so that tensors have no values to check."""
+    recorder = recording.get()
+    return recorder is not None and recorder.symbolic
+
+
+def check_non_negative(**hyper: Any) -> None:
+    """Raise ValueError for a negative number, by name."""
+    for name, value in hyper.items():
+        if not isinstance(value, (int, float, Tensor)):
+            raise TypeError(f"{name}: got {value!r}, expected a number or a tensor")
+        if isinstance(value, Tensor) and is_symbolic():
+            continue
+        smallest = float(value.detach().min()) if isinstance(value, Tensor) else value
+        if not smallest >= 0:
+            raise ValueError(f"{name}: got {smallest}, expected a number that is not negative")
+
+
+def safe_sqrt(x: Tensor) -> Tensor:
+    """The square root, with derivative 0 at exactly 0.
+
+    There torch's derivative is infinite, and 0 · ∞ = NaN in what follows: the second moment of a parameter whose
+    gradient has always been zero would make every meta-gradient NaN. `MetaAdam` and `MetaRMSprop` use this one.
+
+    Args:
+        x: not negative.
+
+    Returns:
+        √x; differentiable any number of times.
+
+    Example:
+        >>> x = torch.tensor([0.0, 4.0], requires_grad=True)
+        >>> metaoptim.safe_sqrt(x).sum().backward()
+        >>> x.grad.tolist()
+        [0.0, 0.25]
+    """
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        return x.sqrt()
+    zero = x == 0
+    return torch.where(zero, torch.zeros_like(x), torch.where(zero, torch.ones_like(x), x).sqrt())
