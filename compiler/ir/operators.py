@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from metaoptim.compiler.compat import has_meta_kernel
 from metaoptim.errors import CaptureError
 
 aten = torch.ops.aten
@@ -60,9 +61,7 @@ def op_info(op: Any) -> OpInfo:
 @functools.cache
 def shapes_known(op: Any) -> bool:
     """Whether what results are like follows from what arguments are like: it has a kernel without data."""
-    return torch.Tag.data_dependent_output not in op.tags and (
-        torch._C._dispatch_has_computed_kernel_for_dispatch_key(op.name(), "Meta")
-    )
+    return torch.Tag.data_dependent_output not in op.tags and (has_meta_kernel(op))
 
 
 @functools.cache

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from metaoptim.compiler.compat import OpOverload
+
 from .operators import op_info
 from .step import again
 from .values import Entry, Value
@@ -23,7 +25,7 @@ _SHARING = {
 
 def changed(entry: Entry) -> Iterator[Any]:
     """What a call changes in place."""
-    if isinstance(entry.op, torch._ops.OpOverload):
+    if isinstance(entry.op, OpOverload):
         for where in op_info(entry.op).writes:
             found = entry.kwargs.get(where) if isinstance(where, str) else entry.args[where]
             yield from found if isinstance(found, tuple) else () if found is None else (found,)

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
+from metaoptim.compiler.compat import disable_current_modes, queue_callback
 from metaoptim.compiler.derive import cotangent_hook
 from metaoptim.compiler.derive.reverse import cotangent_outputs
 from metaoptim.compiler.ir.program import memory_of
@@ -150,7 +150,7 @@ class Engine:
         if not self.streaming.acts:
             return
         self._refused = True
-        with _disable_current_modes(), unaffected():
+        with disable_current_modes(), unaffected():
             slots = self.streaming.slots_between(self, refusing)
         self._refused = False
         if slots is not None:
@@ -203,7 +203,7 @@ class Engine:
                 self._memory[copy.untyped_storage()._cdata] = copy
             return copies[id(t)]
 
-        with _disable_current_modes(), unaffected():
+        with disable_current_modes(), unaffected():
             for values in [
                 self.state,
                 *self.store.states,
@@ -219,7 +219,7 @@ class Engine:
             return
         base, state = self.store.nearest(needed), None
         if base == self.store.base and needed - base > max(16, self.program.end - needed):
-            with _disable_current_modes(), unaffected():
+            with disable_current_modes(), unaffected():
                 base, state = needed, self._walk(base, needed)
         elif base <= start:
             return
@@ -346,7 +346,7 @@ class Engine:
             def forget() -> None:
                 self._sweeps.pop(task, None)
 
-            torch.autograd.Variable._execution_engine.queue_callback(forget)
+            queue_callback(forget)
         return found
 
     def pull_back(self, sweep: Sweep, bottom: int) -> None:
@@ -388,7 +388,7 @@ class Engine:
         """Circumstances of a sweep; the states it works on are dropped in the end."""
         if self.tier is not None:
             self.tier.settle()  # what waits to be written takes memory
-        with _disable_current_modes(), unaffected(), cotangent_hook.active(self.backward_hook):
+        with disable_current_modes(), unaffected(), cotangent_hook.active(self.backward_hook):
             try:
                 yield
             finally:
