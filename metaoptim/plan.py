@@ -13,12 +13,11 @@ from torch import Tensor, nn
 
 from metaoptim.compiler.compat import tree_flatten, tree_leaves, tree_unflatten
 
-from .compile import BoundFunction, CompiledFunction
+from .compile import compiled_of
 from .compiler.capture import intercept
 from .compiler.capture.symbolic.tracer import Tracer
 from .compiler.ir.retention import Retention
 from .compiler.ir.tensors import TensorSpec
-from .compiler.passes.options import Options
 from .compiler.passes.pipeline import compile_trace
 from .errors import WindowError
 from .functions.captured import trace_of
@@ -94,20 +93,10 @@ def plan(
             "plan was called inside a window: it takes a function that holds its window itself. For a compiled step "
             "use explain(step); to plan, put the loop into a function"
         )
-    if isinstance(fn, BoundFunction):
-        bound = plan(
-            fn.function,
-            horizon=horizon,
-            memory_budget=memory_budget,
-            offload=offload,
-            batch=batch,
-            batch_size=batch_size,
-        )
-        return partial(bound, fn.instance)
-    compiled: Any = fn if isinstance(fn, CompiledFunction) else CompiledFunction(fn, Options())
+    compiled, instance = compiled_of(fn)
 
     def cost(*args: Any, **kwargs: Any) -> Cost:
-        options = compiled._options
+        options, args = compiled._options, (*instance, *args)
         call = partial(compiled._fn, *args, **kwargs)
         if batch is not None and batch_size is not None:
             call = _with_batch(compiled._fn, args, kwargs, batch, batch_size)

@@ -18,7 +18,7 @@ from metaoptim.compiler.compat import (
 from metaoptim.errors import CaptureError, MetaOptimError
 
 from ..ir.derived import FlatGraph
-from ..ir.operators import op_info
+from ..ir.operators import op_info, written
 from ..ir.step import Port, Role, StepGraph, gradient
 from ..ir.tensors import TensorSpec, tensor_spec
 from .cotangent_hook import call_cotangent_hook
@@ -221,7 +221,8 @@ def _check(graph: fx.Graph, constants: dict[str, Tensor]) -> None:
     """What the graph has picked up besides its inputs: nothing may be drawn, tensors are frozen as they are."""
     for node in graph.nodes:
         target: Any = node.target
-        if mutates(node) and any(_memory_of(n).op == "placeholder" for n in _written(node)):
+        into = written(target, node.args, node.kwargs, fx.Node)
+        if any(_memory_of(n).op == "placeholder" for n in into):
             raise CaptureError(
                 f"a hook, a custom Function or the optimizer's update changes its argument in place ({target}); clone "
                 "it there and return the clone"
@@ -244,16 +245,6 @@ def _memory_of(node: Any) -> fx.Node:
     while node.op == "call_function" and getattr(node.target, "is_view", False):
         node = node.args[0]
     return node
-
-
-def _written(node: fx.Node) -> list[fx.Node]:
-    """The nodes whose memory an in-place operator changes."""
-    target: Any = node.target
-    found: list[Any] = []
-    for where in op_info(target).writes:
-        value = node.kwargs.get(where) if isinstance(where, str) else node.args[where]
-        found += value if isinstance(value, (list, tuple)) else [value]
-    return [n for n in found if isinstance(n, fx.Node)]
 
 
 def mutates(node: fx.Node) -> bool:

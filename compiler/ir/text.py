@@ -8,13 +8,12 @@ from typing import Any
 
 from metaoptim.compiler.compat import OpOverload
 
-from .owners import identity
 from .program import nbytes, plural, readable_bytes
 from .segments import Part, Partition, arguments
 from .step import gradient, show
 from .trace import Input, Noise, ScanItem, Trace
 from .update import UpdatePlan
-from .values import Value
+from .values import Value, identity
 
 _MOST_LINES = 40
 

@@ -23,7 +23,7 @@ aten = torch.ops.aten
 class StandIn(NamedTuple):
     """What a step graph calls for an operator, and whether the result is to be written into its first argument."""
 
-    function: Callable
+    function: Callable[..., Any]
     in_place: bool
 
 
@@ -123,7 +123,7 @@ def _multiplied(x: Tensor, target: Tensor, source: Tensor, include_self: bool, m
     return _laid_out(product.index_select(0, last).view(x.shape), x)
 
 
-_SUBSTITUTES: dict[Any, Callable] = SUBSTITUTES | {
+_SUBSTITUTES: dict[Any, Callable[..., Any]] = SUBSTITUTES | {
     aten.copy.default: copied,
     aten.index_fill.int_Tensor: filled,
     aten.index_put.default: put,

@@ -156,7 +156,7 @@ def looped_in_c(slots: int | None) -> tuple[Any, Tensor, list[Tensor]]:
 
     total = meta_loss(net, lr)
     ((program,),) = meta_loss._specializations.known.values()
-    return program.rolled.calls[1].step, total, [*net.parameters(), lr]
+    return program.program.calls[1].step, total, [*net.parameters(), lr]
 
 
 def looped_in_a(slots: int | None) -> tuple[Any, Tensor, list[Tensor]]:

@@ -420,11 +420,11 @@ def test_programs_print_with_operators_on_demand() -> None:
     fn = scanned()
     fn(*arguments(8))
     ((program,),) = fn._specializations.known.values()
-    text = program.rolled.text(operators=True)
-    assert str(program.rolled) == program.rolled.text() and len(text) > 2 * len(str(program.rolled))
+    text = program.program.text(operators=True)
+    assert str(program.program) == program.program.text() and len(text) > 2 * len(str(program.program))
     assert "aten.addmm.default" in text and "gradient(" in text
-    first: Callable[..., Any] = program.rolled.text
-    named = first({x: f"input_{i}" for i, x in enumerate(program.rolled.inputs)})
+    first: Callable[..., Any] = program.program.text
+    named = first({x: f"input_{i}" for i, x in enumerate(program.program.inputs)})
     assert "input_0" in named and "x0" not in named
 
 
