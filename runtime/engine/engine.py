@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
+from metaoptim.compiler.compat import disable_current_modes, queue_callback
 from metaoptim.compiler.derive import cotangent_hook
 from metaoptim.compiler.ir.program import memory_of
 from metaoptim.compiler.ir.step import Assign, Role, StepCall
@@ -139,7 +139,7 @@ class Engine(Interpreter):
         if not self.streaming.acts:
             return
         self._refused = True
-        with _disable_current_modes(), unaffected():
+        with disable_current_modes(), unaffected():
             slots = self.streaming.slots_between(self, refusing)
         self._refused = False
         if slots is not None:
@@ -183,7 +183,7 @@ class Engine(Interpreter):
                 self._memory[copy.untyped_storage()._cdata] = copy
             return copies[id(t)]
 
-        with _disable_current_modes(), unaffected():
+        with disable_current_modes(), unaffected():
             for values in [
                 self.state,
                 *self.store.states,
@@ -197,7 +197,7 @@ class Engine(Interpreter):
             return
         for action in slide(self.store, needed, self.program.end):
             if isinstance(action, Advance):
-                with _disable_current_modes(), unaffected():
+                with disable_current_modes(), unaffected():
                     self.carry_out([action])
             else:
                 self.store.apply(action)
@@ -242,7 +242,7 @@ class Engine(Interpreter):
             def forget() -> None:
                 self._sweeps.pop(task, None)
 
-            torch.autograd.Variable._execution_engine.queue_callback(forget)
+            queue_callback(forget)
         return found
 
     def pull_back(self, sweep: Sweep, bottom: int) -> None:
@@ -253,7 +253,7 @@ class Engine(Interpreter):
             self.make_room(refusing=False)
         if self.tier is not None:
             self.tier.settle()  # what waits to be written takes memory
-        with _disable_current_modes(), unaffected(), cotangent_hook.active(self.backward_hook):
+        with disable_current_modes(), unaffected(), cotangent_hook.active(self.backward_hook):
             super().pull_back(sweep, bottom)
 
     def tell(self, sweep: Sweep, position: int) -> None:
