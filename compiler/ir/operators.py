@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from metaoptim.compiler.compat import has_meta_kernel
+from metaoptim.compiler.compat import OpOverload, has_meta_kernel
 from metaoptim.errors import CaptureError
 
 aten = torch.ops.aten
