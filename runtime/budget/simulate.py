@@ -146,14 +146,9 @@ class Sizes(Interpreter):
     """
 
     def __init__(self, program: Any, slots: int | None, meter: _Meter, offload: bool) -> None:
-        self.shelf = _Shelf(meter) if offload and slots is not None else None
-        super().__init__(program, Slots(slots, self.shelf))
+        shelf: Any = _Shelf(meter) if offload and slots is not None else None
+        super().__init__(program, Slots(slots, shelf))
         self.meter, self.kept = meter, 0
-
-    def settle(self) -> None:
-        """The forward pass has ended."""
-        if self.shelf is not None:
-            self.shelf.settle()
 
     def _values(self, call: StepCall, state: Any, position: int) -> list[Any]:
         if call.rng >= 0:
@@ -225,11 +220,8 @@ def predict(
     if generator_for(program) is not None:
         state[-1] = _Block(meter, GENERATOR_BYTES)
     engine.run(state)
-    engine.settle()
     del state
-    results = [
-        _Block(meter, _size(where, engine.state, program, i)) for i, where in enumerate(program.outputs)
-    ]
+    results = [_Block(meter, _size(where, program, i)) for i, where in enumerate(program.outputs)]
     forward, forward_steps = meter.peak, engine.replays
     cotangents = [_Block(meter, block.size) for block in results]  # that autograd makes of ones
     sweep: Any = sweep_over(program, lambda source: _Block(meter, nbytes(source.spec)))
@@ -275,13 +267,16 @@ def predict_sweep(
     """
     meter = _Meter()
     calls = list(calls)
+    # an assignment that stands there again sets the very same values
     set_to = {id(c.values): _blocks_like(c.values, meter) for c in calls if isinstance(c, Assign)}
-    program = _Calls(replace(c, values=set_to[id(c.values)]) if isinstance(c, Assign) else c for c in calls)
+    program = _Calls(
+        replace(c, values=set_to[id(c.values)]) if isinstance(c, Assign) else replace(c, back=min(c.back, i))
+        for i, c in enumerate(calls)
+    )
     engine = Sizes(program, slots, meter, offload)
     engine.keepable = lambda position: may_keep(program[position])
     known = None if kept is None or offload else keeping(kept, program.end)
     state: Any = engine.run(_blocks_like(initial, meter), known)
-    engine.settle()
     forward, forward_steps = meter.peak, engine.replays
     sweep: Any = Sweep()
     for index, value in enumerate(state):
@@ -296,7 +291,7 @@ def _blocks_like(values: Sequence[Tensor], meter: _Meter) -> list[Any]:
     return [_Block(meter, memory_bytes(v)) for v in values]
 
 
-def _size(where: int | Input, state: Any, program: Program, i: int) -> int:
+def _size(where: int | Input, program: Program, i: int) -> int:
     if not isinstance(where, int):
         return nbytes(where.spec)
     for call, _ in reversed(list(program.counted())):

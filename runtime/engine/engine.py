@@ -160,8 +160,6 @@ class Engine(Interpreter):
             self.passing = lambda position: watch(position + 1, total)
         super().run(state, actions)
         self.passing, self._ran = None, self.program.end
-        if self.tier is not None:
-            self.tier.settle()
         return self.state
 
     def holds(self, storage: int) -> bool:
@@ -251,8 +249,6 @@ class Engine(Interpreter):
         if sweep.position < 0:
             # for batches, say, that the user has let go of: it is too late to refuse them
             self.make_room(refusing=False)
-        if self.tier is not None:
-            self.tier.settle()  # what waits to be written takes memory
         with disable_current_modes(), unaffected(), cotangent_hook.active(self.backward_hook):
             super().pull_back(sweep, bottom)
 

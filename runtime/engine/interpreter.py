@@ -90,6 +90,7 @@ class Interpreter:
         if actions is None:
             actions = forward(store, self.begin, end, self.saving, self.keepable)
         self.carry_out(actions)
+        store.settle()
         self.state = store.work.pop(end)
         return self.state
 
@@ -101,6 +102,7 @@ class Interpreter:
         if top > sweep.position:
             raise AssertionError(f"a cotangent came for position {top} after the sweep had passed it")
         sweep.top = max(sweep.top, sweep.position)
+        self.store.settle()
         targets = sweep.targets(self.program, bottom, partial(self.tell, sweep), self.untrained)
         try:
             self.carry_out(reverse(self.store, targets, self.keepable), sweep)

@@ -17,67 +17,39 @@ class Advance(NamedTuple):
         return f"advance {self.start} -> {self.stop}" + (", saving residuals" if self.residuals else "")
 
 
-class Keep(NamedTuple):
+class _Of(NamedTuple):
+    position: int
+
+    def __str__(self) -> str:
+        return f"{'pull back' if isinstance(self, PullBack) else type(self).__name__.lower()} {self.position}"
+
+
+class Keep(_Of):
     """Put the state at hand into a slot."""
 
-    position: int
 
-    def __str__(self) -> str:
-        return f"keep {self.position}"
-
-
-class Drop(NamedTuple):
+class Drop(_Of):
     """Let go of a state, in a slot or at hand."""
 
-    position: int
 
-    def __str__(self) -> str:
-        return f"drop {self.position}"
-
-
-class Offload(NamedTuple):
+class Offload(_Of):
     """Copy a state from its slot to the tier."""
 
-    position: int
 
-    def __str__(self) -> str:
-        return f"offload {self.position}"
-
-
-class Prefetch(NamedTuple):
+class Prefetch(_Of):
     """Begin to bring a state back from the tier."""
 
-    position: int
 
-    def __str__(self) -> str:
-        return f"prefetch {self.position}"
-
-
-class Load(NamedTuple):
+class Load(_Of):
     """Have a state of the tier at hand."""
 
-    position: int
 
-    def __str__(self) -> str:
-        return f"load {self.position}"
-
-
-class Forget(NamedTuple):
+class Forget(_Of):
     """Remove a state from the tier."""
 
-    position: int
 
-    def __str__(self) -> str:
-        return f"forget {self.position}"
-
-
-class PullBack(NamedTuple):
-    """Pull cotangents back through the call at ``position``; the states that it has read are at hand."""
-
-    position: int
-
-    def __str__(self) -> str:
-        return f"pull back {self.position}"
+class PullBack(_Of):
+    """Pull cotangents back through the call at a position; the states that it has read are at hand."""
 
 
 Action = Advance | Keep | Drop | Offload | Prefetch | Load | Forget | PullBack
@@ -88,21 +60,21 @@ def drawn(actions: Iterable[Action]) -> str:
 
     ``█`` is a state in a slot, ``▒`` one in the tier alone, ``>`` a step that is run, ``<`` one that is pulled back.
     """
-    kept: set[int] = set()
+    kept: set[int] = {0}
     far: set[int] = set()
     lines: list[str] = []
 
-    def line(running: dict[int, str]) -> None:
-        width = 1 + max([*kept, *far, *running], default=0)
-        marks = dict.fromkeys(far, "▒") | running | dict.fromkeys(kept, "█")
-        lines.append("".join(marks.get(p, "·") for p in range(width)))
+    def line(steps: range, sign: str) -> None:
+        width = 1 + max([*kept, *far, *steps])
+        states = dict.fromkeys(far, "▒") | dict.fromkeys(kept, "█")
+        lines.append("".join(states.get(p, "·") + (sign if p in steps else " ") for p in range(width)))
 
     for action in actions:
         match action:
             case Advance(start, stop):
-                line(dict.fromkeys(range(start, stop), ">"))
+                line(range(start, stop), ">")
             case PullBack(position):
-                line({position: "<"})
+                line(range(position, position + 1), "<")
             case Keep(position):
                 kept.add(position)
             case Drop(position):
@@ -113,4 +85,4 @@ def drawn(actions: Iterable[Action]) -> str:
                 far.discard(position)
             case Prefetch() | Load():
                 pass
-    return "\n".join(lines)
+    return "\n".join(line.rstrip() for line in lines)

@@ -3,32 +3,12 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Any
 
 from .actions import Action, Drop, Forget, Keep, Load, Offload, Prefetch
+from .tier import Tier
 
 State = list[Any]
-
-
-class Below(Protocol):
-    """A lower tier, as far as schedules are concerned."""
-
-    def save(self, position: int, state: State) -> None:
-        """Keep a state."""
-
-    def load(self, position: int) -> State:
-        """A state that is kept."""
-        ...
-
-    def prefetch(self, position: int) -> None:
-        """Begin to read a state."""
-
-    def forget(self, positions: Iterable[int]) -> None:
-        """States that are not needed any more."""
-
-    def rest(self) -> None:
-        """Nothing that was read ahead is needed."""
 
 
 class Slots:
@@ -47,7 +27,7 @@ class Slots:
         initial: the state at position 0, where steps before `base` can be run from it again.
     """
 
-    def __init__(self, slots: int | None, tier: Below | None = None) -> None:
+    def __init__(self, slots: int | None, tier: Tier | None = None) -> None:
         self.slots, self.tier = slots, tier
         self.kept = [0]
         self.far: list[int] = []
@@ -134,3 +114,8 @@ class Slots:
         self.work = {}
         if self.tier is not None:
             self.tier.rest()
+
+    def settle(self) -> None:
+        """Wait until the tier has written what it was given: until then it takes memory."""
+        if self.tier is not None:
+            self.tier.settle()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import sys
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Set
+from typing import Any
 
 from .actions import Action, Advance, Drop, Forget, Keep, Load, Offload, Prefetch, PullBack
 from .schedule import crowded_out, places
@@ -242,3 +243,38 @@ def carried_out(held: Slots, actions: Iterable[Action]) -> Iterator[Action]:
         elif not isinstance(action, PullBack):
             held.apply(action)
         yield action
+
+
+class _Nowhere:
+    """A tier of which only the positions matter."""
+
+    def __getattr__(self, name: str) -> Callable[..., list]:
+        return lambda *of: []
+
+
+def whole(steps: int, slots: int | None, tiered: bool = False, known: bool = True) -> Iterator[Action]:
+    """The schedule of a forward pass and of a sweep back over all of it, to be printed or drawn.
+
+    Args:
+        steps: T.
+        slots: c; None keeps every state.
+        tiered: whether states without a slot go to a lower tier.
+        known: whether T is known to the forward pass.
+    """
+    tier: Any = _Nowhere() if tiered else None
+    held = Slots(slots, tier)
+
+    def stepwise() -> Iterator[Action]:
+        held.work[0] = []
+        for position in range(steps):
+            yield from coming(held, position)
+            yield Advance(position, position + 1)
+            if position in held.work:
+                yield Drop(position)
+
+    def both() -> Iterator[Action]:
+        yield from forward(held, 0, steps) if known else stepwise()
+        yield Drop(steps)
+        yield from reverse(held, ((p, p) for p in range(steps - 1, -1, -1)))
+
+    return carried_out(held, both())

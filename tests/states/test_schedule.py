@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import metaoptim
-from metaoptim.runtime.states.actions import Action, Advance, Keep, PullBack
+from metaoptim.runtime.states.actions import Action, Advance, Keep, PullBack, drawn
 from metaoptim.runtime.states.schedule import advances, crowded_out, extra_forwards, minimal_slots, places
 from metaoptim.runtime.states.slots import Slots
-from metaoptim.runtime.states.streams import carried_out, coming, forward, reverse, revolve
+from metaoptim.runtime.states.streams import carried_out, coming, forward, reverse, revolve, whole
 
 # -- references ------------------------------------------------------------------------------------------------------
 
@@ -205,15 +205,13 @@ def test_a_schedule_is_lazy_and_prints() -> None:
         itertools.islice(carried_out(held, reverse(held, ((p, p) for p in range(end - 1, -1, -1)))), 4)
     )
     kept = places(0, end - 1, 3)
-    assert first == [Advance(0, kept[0]), Keep(kept[0]), Advance(*kept), Keep(kept[1])]
-    held = Slots(2)
-    stream = [*carried_out(held, forward(held, 0, 4))]
-    held.rest()
-    stream += carried_out(held, reverse(held, ((p, p) for p in (3, 2, 1, 0))))
-    assert list(map(str, stream)) == [
+    expected = Advance(0, kept[0]), Keep(kept[0]), Advance(*kept), Keep(kept[1])
+    assert list(map(str, first)) == list(map(str, expected))
+    assert list(map(str, whole(4, 2))) == [
         "advance 0 -> 3",
         "keep 3",
         "advance 3 -> 4",
+        "drop 4",
         "pull back 3",
         "drop 3",
         "advance 0 -> 1",
@@ -225,6 +223,11 @@ def test_a_schedule_is_lazy_and_prints() -> None:
         "drop 1",
         "pull back 0",
     ]
+
+
+def test_a_schedule_is_drawn() -> None:
+    assert drawn(whole(5, 2)).splitlines() == []
+    assert drawn(whole(5, 1, tiered=True, known=False)).splitlines() == []
 
 
 # -- with the end unknown --------------------------------------------------------------------------------------------
