@@ -114,6 +114,8 @@ def test_extra_forwards_are_those_of_the_schedule(slots: int | None) -> None:
     assert report.extra_forwards == expected
     assert report.recompute_factor == 1 + expected / 22
     assert report.kept_states == (22 if slots is None else slots)
+    drawing = report.schedule()
+    assert (drawing.count(">"), drawing.count("<")) == (22 + expected, 22)
     assert report.plan == ("all states" if slots is None else "scheduled")
 
 
@@ -218,6 +220,8 @@ def test_online_parameters_and_those_beyond_the_window_are_told_apart() -> None:
         "the window is online: its networks' own parameters are cut off at entry"
     }
     short = scanned(window=2).explain(*arguments(4))
+    with pytest.raises(metaoptim.WindowError, match="truncated to window=2"):
+        short.schedule()
     assert short.gradient_targets == ["log_lr"] and short.window == 2
     assert {short.paths[n] for n in short.unreachable} == {
         "only read more than window=2 super-steps before the loss"

@@ -226,8 +226,26 @@ def test_a_schedule_is_lazy_and_prints() -> None:
 
 
 def test_a_schedule_is_drawn() -> None:
-    assert drawn(whole(5, 2)).splitlines() == []
-    assert drawn(whole(5, 1, tiered=True, known=False)).splitlines() == []
+    assert drawn(whole(5, 2)).splitlines() == [
+        "█>·>·>",
+        "█ · · █>·>",
+        "█ · · █>",
+        "█ · · █ ·<",
+        "█ · · █<",
+        "█>",
+        "█ █>",
+        "█ █ ·<",
+        "█ █<",
+        "█<",
+    ]
+    tiered = drawn(whole(5, 1, tiered=True, known=False)).splitlines()
+    assert tiered[-4:] == ["▒ · █<· ▒", "█>· ▒ · ▒", "█ ·<▒ · ▒", "█<· ▒ · ▒"]
+    for steps, slots in itertools.product((1, 6, 17), (None, 1, 2, 5)):
+        lines = drawn(whole(steps, slots)).splitlines()
+        assert sum(line.count("<") for line in lines) == steps
+        runs = optimum(steps + 1, steps if slots is None else slots)
+        assert sum(line.count(">") for line in lines) == runs
+        assert max(line.count("█") for line in lines) <= (slots or steps)
 
 
 # -- with the end unknown --------------------------------------------------------------------------------------------
