@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from metaoptim.compiler.compat import tree_flatten, tree_leaves, tree_unflatten
 
 from .compile import compiled_of
 from .compiler.capture import intercept

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import (
+
+from metaoptim.compiler.compat import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensorMode,
+    OpOverload,
 )
-
 from metaoptim.errors import CaptureError, MetaOptimError
 
 from ..ir.derived import FlatGraph
@@ -226,7 +227,7 @@ def _check(graph: fx.Graph, constants: dict[str, Tensor]) -> None:
                 f"a hook, a custom Function or the optimizer's update changes its argument in place ({target}); clone "
                 "it there and return the clone"
             )
-        if isinstance(target, torch._ops.OpOverload) and op_info(target).random:
+        if isinstance(target, OpOverload) and op_info(target).random:
             raise CaptureError(
                 f"a hook, a custom Function or the optimizer's update draws random numbers ({target}), which a replay "
                 "would draw anew; draw them in the loss, or pass them as a hyper-parameter of the step"
@@ -249,4 +250,4 @@ def _memory_of(node: Any) -> fx.Node:
 def mutates(node: fx.Node) -> bool:
     """Whether it is an operator that changes an argument in place."""
     target: Any = node.target
-    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+    return isinstance(target, OpOverload) and target._schema.is_mutable

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.checkpoint import CheckpointFunction
 
+from metaoptim.compiler.compat import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 from metaoptim.errors import CaptureError
 
 _TENSOR = object()

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from metaoptim.compiler.compat import OpOverload, has_meta_kernel
 from metaoptim.errors import CaptureError
 
 aten = torch.ops.aten
@@ -62,9 +63,7 @@ def op_info(op: Any) -> OpInfo:
 @functools.cache
 def shapes_known(op: Any) -> bool:
     """Whether what results are like follows from what arguments are like: it has a kernel without data."""
-    return torch.Tag.data_dependent_output not in op.tags and (
-        torch._C._dispatch_has_computed_kernel_for_dispatch_key(op.name(), "Meta")
-    )
+    return torch.Tag.data_dependent_output not in op.tags and (has_meta_kernel(op))
 
 
 @functools.cache
@@ -86,7 +85,7 @@ def _types(op: Any) -> list[str]:
 def written(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any], kind: type[T]) -> list[T]:
     """The arguments of a ``kind`` that a call changes in place: tensors, or what stands for them."""
     found: list[Any] = []
-    for where in op_info(op).writes if isinstance(op, torch._ops.OpOverload) else ():
+    for where in op_info(op).writes if isinstance(op, OpOverload) else ():
         a = kwargs.get(where) if isinstance(where, str) else args[where] if where < len(args) else None
         found += a if isinstance(a, (list, tuple)) else [a]
     return [a for a in found if a is not None and isinstance(a, kind)]

@@ -6,7 +6,7 @@ from collections import Counter
 from itertools import groupby
 from typing import Any
 
-import torch
+from metaoptim.compiler.compat import OpOverload
 
 from .program import nbytes, plural, readable_bytes
 from .segments import Part, Partition, arguments
@@ -70,7 +70,7 @@ def kind_of(op: Any) -> str:
         return op.__name__
     if isinstance(op, UpdatePlan):
         return "update"
-    if isinstance(op, torch._ops.OpOverload):
+    if isinstance(op, OpOverload):
         return op._schema.name.partition("::")[2]
     return getattr(op, "__name__", type(op).__name__)
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from metaoptim.compiler.compat import OpOverload
 from metaoptim.errors import ProgramError
 
 from .operators import op_info, written
@@ -95,7 +96,7 @@ def _verify_ports(step: StepGraph, name: str, placeholders: list[fx.Node]) -> No
 
 def _verify_operator(node: fx.Node, name: str) -> None:
     target: Any = node.target
-    if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
+    if node.op != "call_function" or not isinstance(target, OpOverload):
         return
     off = target is torch.ops.aten.native_dropout.default and not node.args[2]
     if op_info(target).random and not off:
@@ -119,7 +120,7 @@ def _memory_of(node: Any) -> fx.Node:
     """The node that made the memory ``node`` lies in."""
     while node.op == "call_function":
         target = node.target
-        overload = isinstance(target, torch._ops.OpOverload)
+        overload = isinstance(target, OpOverload)
         same = overload and (
             target.is_view or target is torch.ops.aten.type_as.default or op_info(target).writes
         )
@@ -135,4 +136,4 @@ def _live(nodes: list[fx.Node]) -> set[fx.Node]:
 
 
 def op_text(op: Any) -> str:
-    return str(op) if isinstance(op, torch._ops.OpOverload) else getattr(op, "__name__", None) or str(op)
+    return str(op) if isinstance(op, OpOverload) else getattr(op, "__name__", None) or str(op)

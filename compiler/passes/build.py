@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from metaoptim.compiler.compat import OpOverload
+
 from ..ir.segments import PartKind, Roles, Segment, roles_of, spec_of
 from ..ir.slices import hook_key, restored
 from ..ir.step import Port, Role, StepGraph
@@ -154,7 +156,7 @@ class _Builder:
                 # a wrapped number takes the dtype of the tensor it meets
                 values[at] = self.graph.call_function(aten.type_as.default, (values[at], values[0]))
         call, kwargs = self.graph.call_function, {k: self.value(v) for k, v in key[2]}
-        if not isinstance(op, torch._ops.OpOverload):
+        if not isinstance(op, OpOverload):
             return call(op, tuple(values), kwargs)
         function, in_place = stand_in(op)
         if not in_place:

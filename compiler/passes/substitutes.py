@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from metaoptim.compiler.compat import OpOverload
+
 from ..ir.operators import SUBSTITUTES, functional
 
 aten = torch.ops.aten
@@ -26,7 +28,7 @@ class StandIn(NamedTuple):
 
 
 @functools.cache
-def stand_in(op: torch._ops.OpOverload) -> StandIn:
+def stand_in(op: OpOverload) -> StandIn:
     """What is called for ``op`` in a step graph."""
     pure = None if op is aten.copy_.default else functional(op)
     if pure in _SUBSTITUTES:

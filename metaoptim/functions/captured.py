@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from metaoptim.compiler.compat import tree_flatten, tree_unflatten
 
 from ..compiler.capture import intercept
 from ..compiler.capture.symbolic.refusals import refusing

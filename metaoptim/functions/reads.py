@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
+
+from metaoptim.compiler.compat import FakeTensor
 
 from ..optim.optimizer import MetaOptimizer
 from .guards import Dependencies, Fact

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..compiler.compat import profiling
 from ..compiler.cost.step import step_cost
 from ..compiler.ir.program import Kept, Program, given_ports, nbytes, plural, signature
 from ..compiler.ir.step import Role
@@ -23,7 +24,6 @@ from ..functions.guards import Dependencies
 from ..functions.specialization import name_of, retention_of
 from ..functions.surroundings import tensor_names
 from ..runtime.budget.measure import measured_peak, rehearse
-from ..runtime.budget.meter import profiling
 from ..runtime.budget.planner import decide
 from ..runtime.budget.simulate import predict
 from ..runtime.windows.recording_session import RecordedSession

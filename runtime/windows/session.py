@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from metaoptim.compiler.capture import intercept
+from metaoptim.compiler.compat import DisableAutocast
 from metaoptim.compiler.ir.retention import UNSAID, Retention
 from metaoptim.compiler.ir.step import Lowering
 from metaoptim.compiler.ir.values import Spy
@@ -230,7 +231,7 @@ class Session:
         if member is None or not member.joined or self._unfrozen(optimizer):
             self.join(optimizer, late=True)
         member = self.members[id(optimizer)]
-        with self.recorder.paused(), torch._C._DisableAutocast():
+        with self.recorder.paused(), DisableAutocast():
             self.networks.check()
             index_of = self.networks.index_of
             if all(index_of(p) is None for g in optimizer.param_groups for p in g["params"]):
