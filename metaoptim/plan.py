@@ -100,9 +100,7 @@ def plan(
         call = partial(compiled._fn, *args, **kwargs)
         if batch is not None and batch_size is not None:
             call = _with_batch(compiled._fn, args, kwargs, batch, batch_size)
-        traced, tracer, _ = trace_of(call, (), {})
-        tracer.trace.outputs = traced.tensors
-        program, _ = compile_trace(tracer.trace, options)
+        program, _ = compile_trace(trace_of(call, (), {})[0], options)
         said = retention_of(program, options)
         tiered = offload is not None or said.offload is not None
         slots, budget = said.slots, said.memory_budget

@@ -172,16 +172,15 @@ def specialize(
 
     ``dependencies`` are extended by what the capture ``reads``.
     """
-    traced, tracer, _ = trace_of(fn, args, kwargs, reads=reads)
+    trace, traced, _ = trace_of(fn, args, kwargs, reads=reads)
     if reads is not None:
         reads.settle(dependencies)
-    tracer.trace.outputs = traced.tensors
     with unaffected():
-        program, records = compile_trace(tracer.trace, options)
-    if tracer.trace.steps and not program.horizon:
+        program, records = compile_trace(trace, options)
+    if trace.steps and not program.horizon:
         warn(
             f"nothing that {getattr(fn, '__qualname__', 'the function')} returns depends on its "
-            f"{plural(len(tracer.trace.steps), 'inner step')}, which are not run: was the outer loss meant to be "
+            f"{plural(len(trace.steps), 'inner step')}, which are not run: was the outer loss meant to be "
             "computed inside the window's block? After an offline one the networks are back at their first parameters.",
             UnreachableWarning,
         )

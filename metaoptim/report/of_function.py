@@ -43,9 +43,7 @@ def report_of(
     if session is not None:
         raise WindowError("explain inside a full_tape window, where nothing is compiled; call it outside")
     names = tensor_names(fn, args, kwargs)
-    traced, tracer, _ = trace_of(fn, args, kwargs)
-    trace = tracer.trace
-    trace.outputs = traced.tensors
+    trace, _, _ = trace_of(fn, args, kwargs)
     labels = {x: names.get(id(x.tensor)) or _unnamed(x) for x in trace.inputs}
     program, records = compile_trace(trace, options, labels)
     said, lowering = retention_of(program, options), options.lowering
