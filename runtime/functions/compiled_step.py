@@ -13,11 +13,12 @@ from torch import Tensor
 from metaoptim.compiler.capture import intercept
 from metaoptim.compiler.capture.symbolic.tracer import Tracer
 from metaoptim.compiler.compat import disable_current_modes
+from metaoptim.compiler.ir.calls import StepCall
 from metaoptim.compiler.ir.segments import Roles, ordered
-from metaoptim.compiler.ir.step import Lowering, Role, StepCall
+from metaoptim.compiler.ir.step import Lowering, Role
 from metaoptim.compiler.ir.trace import Input, Noise
 from metaoptim.compiler.ir.values import Value, exact, identity
-from metaoptim.compiler.ir.verify_step import verify_step
+from metaoptim.compiler.ir.verify import verify_step
 from metaoptim.compiler.lower.ambient import unaffected
 from metaoptim.compiler.lower.derivatives import lowered
 from metaoptim.compiler.lower.library import library

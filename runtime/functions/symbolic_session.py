@@ -19,8 +19,7 @@ from metaoptim.compiler.ir.step import gradient, show
 from metaoptim.compiler.ir.tensors import TensorSpec, tensor_spec
 from metaoptim.compiler.ir.trace import Input, Scan, ScanItem, WindowMark
 from metaoptim.compiler.ir.update import UpdatePlan
-from metaoptim.compiler.ir.values import Entry, Value
-from metaoptim.compiler.ir.walk import reached
+from metaoptim.compiler.ir.values import Entry, Value, reached
 from metaoptim.compiler.passes.build import GradientHooks
 from metaoptim.errors import CaptureError, WindowError, user_location
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from metaoptim.compiler.ir.calls import StepCall
 from metaoptim.compiler.ir.slices import Slice
-from metaoptim.compiler.ir.step import StepCall
 from metaoptim.compiler.lower.ambient import unaffected
 from metaoptim.compiler.lower.derivatives import lowered
 from metaoptim.compiler.lower.rounding import agree, noise_of, precision_of, size_of

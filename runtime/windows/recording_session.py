@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from metaoptim.compiler.ir.calls import Assign, StepCall
 from metaoptim.compiler.ir.operators import LIFTS
-from metaoptim.compiler.ir.program import memory_of
 from metaoptim.compiler.ir.slices import Slice, hook_key
-from metaoptim.compiler.ir.step import Assign, StepCall, StepGraph
+from metaoptim.compiler.ir.step import StepGraph
 from metaoptim.compiler.ir.tape import Tape
-from metaoptim.compiler.ir.tensors import tensor_spec
+from metaoptim.compiler.ir.tensors import memory_of, tensor_spec
 from metaoptim.compiler.ir.update import UpdatePlan, initial_state
 from metaoptim.compiler.ir.values import External
 from metaoptim.compiler.lower.library import library

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from metaoptim.compiler.ir.calls import StepCall
 from metaoptim.compiler.ir.slices import Slice
-from metaoptim.compiler.ir.step import StepCall
 from metaoptim.errors import UnreachableWarning, warn
 
 from ..engine.engine import Engine

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from metaoptim.compiler.compat import swap_tensors
+from metaoptim.compiler.ir.calls import StepCall
 from metaoptim.compiler.ir.slices import Slice
-from metaoptim.compiler.ir.step import StepCall
 from metaoptim.errors import CaptureError
 
 from ..engine.engine import Engine

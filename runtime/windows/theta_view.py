@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.overrides import enable_reentrant_dispatch
 
 from metaoptim.compiler.capture.eager.recorder import Recorder
-from metaoptim.compiler.ir.program import memory_of
+from metaoptim.compiler.ir.calls import Assign, StepCall
 from metaoptim.compiler.ir.slices import Slice
-from metaoptim.compiler.ir.step import Assign, StepCall
+from metaoptim.compiler.ir.tensors import memory_of
 from metaoptim.compiler.ir.values import Epoch, Theta
 from metaoptim.errors import CaptureError, WindowError
 
