@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import io
 import itertools
 import json
@@ -20,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import metaoptim
-from metaoptim.compiler.lower.library import library
+from metaoptim.optim.alive import live_optimizers
 from metaoptim.report.report import Report
 from metaoptim.runtime.budget.meter import AllocatorMeter
 from metaoptim.runtime.engine import function as runtime
@@ -451,8 +450,7 @@ def test_the_examples_of_the_documentation_run() -> None:
 def test_the_stages_in_docs_architecture_are_those_printed(capsys: pytest.CaptureFixture) -> None:
     page = (Path(__file__).parents[2] / "docs" / "architecture.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    library.clear()  # and with it what other pages have made: a capture looks at every optimizer that is alive
-    gc.collect()
+    live_optimizers.clear()  # of other pages: a capture looks at every optimizer that is alive
     torch.set_default_dtype(torch.float32)
     try:
         exec(compile(block, "docs/architecture.md", "exec"), {})
