@@ -16,7 +16,7 @@ from ..compiler.passes.pipeline import Record
 from ..errors import WindowError, user_scope
 from ..functions.surroundings import names_in
 from ..runtime.budget.simulate import predict_sweep
-from ..runtime.windows.dependence import leaves_of
+from ..runtime.engine.graph import leaves_of
 from ..runtime.windows.recording_session import RecordedSession
 from .report import CUT_OFF, NO_FLOW, Report, calls_text, of_gradients, of_program
 

@@ -7,7 +7,7 @@ an argument would be missed, where the same code without the decorator follows i
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -20,18 +20,8 @@ from metaoptim.compiler.ir.values import Entry, Value
 from metaoptim.compiler.ir.walk import reached
 
 from ..engine.engine import Engine
-from ..engine.graph import nodes_below
 
 aten = torch.ops.aten
-
-
-def leaves_of(tensor: Tensor) -> Iterator[Tensor]:
-    """The leaves that a gradient of ``tensor`` goes to; itself, if it is one."""
-    if tensor.is_leaf:
-        yield tensor
-    for node in nodes_below([tensor]):
-        if isinstance(variable := getattr(node, "variable", None), Tensor):
-            yield variable
 
 
 def depends_on(tensor: Tensor, shown: Sequence[Tensor]) -> bool:
