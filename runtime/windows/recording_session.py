@@ -144,7 +144,9 @@ class RecordedSession(Session):
         steps = sum(member.steps for member in self.members.values())
         asked = self.engine.vjps > 0
         ended = (
-            Ended(self.options.offline, own, asked, self.engine.reaches, self.view.reads) if steps else None
+            Ended(self.options.offline, own, asked, self.engine.reaches, self.view.reads.waiting)
+            if steps
+            else None
         )
         if ended is not None and not asked:
             ended.unwatch = partial_gradients.watch_backward(ended)
@@ -171,7 +173,7 @@ class RecordedSession(Session):
             )
         hyper = hyper_of(optimizer, view.recording.value_of, self._lifts)
         roots = [root, *hyper.roots]
-        sliced, epoch = view.slice(roots)
+        sliced, epoch = view.versions.slice(roots)
         self._refuse_changed(sliced, optimizer)
         self.look_at([x.tensor for x in sliced.externals if x.tensor is not None])
         update = self._update(optimizer, loss, sliced, hyper, allow_unused)
@@ -180,11 +182,11 @@ class RecordedSession(Session):
                 raise CaptureError(
                     "a tensor hook changed its gradient in place; return the new gradient instead"
                 )
-            sliced, epoch = view.slice(roots)
+            sliced, epoch = view.versions.slice(roots)
         indices = tuple(view.indices[i] for i in update.ordinals)
         old = [engine.state[x] for x in indices]
         new, new_states = _applied(update, old)
-        changed = {t.index for t in sliced.thetas if not view.unchanged(t)}
+        changed = {t.index for t in sliced.thetas if not view.versions.unchanged(t)}
         back = engine.position - epoch.position if changed else 0
         hooked = self.options.backward_hook is not None
         step = RecordedStep(
@@ -211,7 +213,7 @@ class RecordedSession(Session):
             spy.taken = True
         changes = list(zip((*call.update, *call.opt_state_out), step.state, strict=True))
         view.take(call, changes, epoch, metas, update.ordinals)
-        view.leave(loss, call, sliced)
+        view.stepped.leave(loss, call, sliced)
 
     def _refuse_changed(self, sliced: Slice, optimizer: InnerOptimizer) -> None:
         """Raise for parameters that were written into between their use in the loss and the step."""
@@ -223,7 +225,7 @@ class RecordedSession(Session):
                     f"parameter {name!r} was changed through .data between its use in the loss and the step; change it "
                     "before the loss or after the step"
                 )
-            if not view.unchanged(theta):
+            if not view.versions.unchanged(theta):
                 ordinal = view.indices.index(theta.index)
                 if theta.tensor is networks.shown[ordinal] and ordinal in self.ordinals(optimizer):
                     refuse_overwritten(networks.names[ordinal])
@@ -302,7 +304,7 @@ class RecordedSession(Session):
                 changes.append((known[key] if key in known else new[key], value))
         if changes:
             call = Assign(tuple(i for i, _ in changes), [v for _, v in changes])
-            engine.append(call, changes, read=self.view.read)
+            engine.append(call, changes, read=self.view.versions.read)
             known.update(new)
             self.view.recording.epoch.position = engine.position  # theta is the same here
 

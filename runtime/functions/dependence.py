@@ -20,6 +20,7 @@ from metaoptim.compiler.ir.values import Entry, Value
 from metaoptim.compiler.ir.walk import reached
 
 from ..engine.engine import Engine
+from ..engine.graph import nodes_below
 
 aten = torch.ops.aten
 
@@ -32,21 +33,17 @@ def depends_on(tensor: Tensor, shown: Sequence[Tensor]) -> bool:
     edges = {(id(p.grad_fn), p.output_nr) for p in shown if p.grad_fn is not None}
     # what was computed before the parameters were shown cannot depend on them; leaves have been there from the start
     oldest = min((0 if p.grad_fn is None else p.grad_fn._sequence_nr() for p in shown), default=0)
-    seen: set[tuple[int, int]] = set()
-    stack: list[tuple[Any, int]] = [(tensor.grad_fn, tensor.output_nr)]
-    while stack:
-        node, number = stack.pop()
-        edge = (id(node), number)
-        if node is None or edge in seen or node._sequence_nr() < oldest:
-            continue
-        if edge in edges or id(getattr(node, "variable", None)) in current:
-            return True
-        seen.add(edge)
-        if not isinstance(getattr(node, "engine", None), Engine):
-            stack += node.next_functions
-        elif any(id(ref()) in current for ref in getattr(node, "current", {}).get(number, ())):
-            return True
-    return False
+
+    def ends(node: Any) -> bool:
+        return node._sequence_nr() < oldest or isinstance(getattr(node, "engine", None), Engine)
+
+    def leads(node: Any, number: int) -> bool:
+        marked = getattr(node, "current", {}).get(number, ())
+        met = (id(node), number) in edges or id(getattr(node, "variable", None)) in current
+        return met or any(id(ref()) in current for ref in marked)
+
+    below = (edge for node in nodes_below([tensor], ends) if not ends(node) for edge in node.next_functions)
+    return leads(tensor.grad_fn, tensor.output_nr) or any(leads(*edge) for edge in below)
 
 
 def mark(results: Sequence[Tensor], shown: Sequence[Sequence[Tensor]]) -> None:
