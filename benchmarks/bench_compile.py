@@ -136,7 +136,7 @@ def compiling(horizon: int, backend: str, slots: int | None, scan: bool) -> tupl
     first, _ = problem.gradient(compiled)
     after = statistics.median(problem.gradient(compiled)[0] for _ in range(3 if horizon <= 1000 else 1))
     (programs,) = compiled._specializations.known.values()
-    return captured, captured + first - after, after, len(programs[0].rolled.step_graphs)
+    return captured, captured + first - after, after, len(programs[0].program.step_graphs)
 
 
 def by_horizon(backend: str, slots: int, scan: bool, horizons: list[int]) -> None:

@@ -61,7 +61,7 @@ def inner_step(layers: int, width: int, length: int, batch: int, optimizer: str)
     with torch.no_grad():
         meta_loss(net, log_lr, x.expand(6, *x.shape))
     (programs,) = meta_loss._specializations.known.values()
-    steps = [s for s in programs[0].rolled.step_graphs if s.steps]
+    steps = [s for s in programs[0].program.step_graphs if s.steps]
     return steps[-1]
 
 

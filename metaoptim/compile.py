@@ -70,7 +70,7 @@ class CompiledFunction:
                 found = specialize(fn, options, dependencies, args, kwargs, reads)
             self._specializations.add(key, reads, found, time.perf_counter() - begun)
             if _graphs.isEnabledFor(logging.INFO):
-                text = found.rolled.text(operators=_graphs.isEnabledFor(logging.DEBUG))
+                text = found.program.text(operators=_graphs.isEnabledFor(logging.DEBUG))
                 _graphs.info("%s: %s", self._name, text)
         elif options.recapture:
             compare(self._name, found, specialize(fn, options, dependencies, args, kwargs))
@@ -124,6 +124,13 @@ class BoundFunction:
     def explain(self, *args: Any, **kwargs: Any) -> Any:
         """What a call with these arguments compiles to and costs; see `metaoptim.explain`."""
         return self.function.explain(self.instance, *args, **kwargs)
+
+
+def compiled_of(fn: Callable) -> tuple[CompiledFunction, tuple[Any, ...]]:
+    """A function as a compiled one, with the options of `compile` by default; and the object that it is a method of."""
+    if isinstance(fn, BoundFunction):
+        return fn.function, (fn.instance,)
+    return fn if isinstance(fn, CompiledFunction) else CompiledFunction(fn, Options()), ()
 
 
 def compile(

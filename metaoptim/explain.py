@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
-from .compile import BoundFunction, CompiledFunction
-from .compiler.passes.options import Options
+from .compile import compiled_of
 from .report.of_function import report_of
 from .report.report import Report
 
@@ -47,12 +45,10 @@ def explain(fn: Callable, *, measure: bool = False, verbose: bool = False) -> Ca
         >>> report.horizon, report.gradient_targets
         (20, ['net.weight', 'net.bias', 'log_lr'])
     """
-    compiled: Any = fn if hasattr(fn, "explain") else CompiledFunction(fn, Options())
-    if isinstance(compiled, BoundFunction):
-        return partial(explain(compiled.function, measure=measure, verbose=verbose), compiled.instance)
+    compiled, instance = compiled_of(fn)
 
     def explained(*args: Any, **kwargs: Any) -> Report:
-        found = report_of(compiled._fn, compiled._options, args, kwargs, measure)
+        found = report_of(compiled._fn, compiled._options, (*instance, *args), kwargs, measure)
         return replace(found, verbose=verbose)
 
     return explained

@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from .compile import BoundFunction, CompiledFunction
+from metaoptim.compiler.compat import tree_flatten, tree_leaves, tree_unflatten
+
+from .compile import compiled_of
 from .compiler.capture import intercept
 from .compiler.capture.symbolic.tracer import Tracer
 from .compiler.ir.retention import Retention
 from .compiler.ir.tensors import TensorSpec
-from .compiler.passes.options import Options
 from .compiler.passes.pipeline import compile_trace
 from .errors import WindowError
 from .functions.captured import trace_of
@@ -93,26 +93,14 @@ def plan(
             "plan was called inside a window: it takes a function that holds its window itself. For a compiled step "
             "use explain(step); to plan, put the loop into a function"
         )
-    if isinstance(fn, BoundFunction):
-        bound = plan(
-            fn.function,
-            horizon=horizon,
-            memory_budget=memory_budget,
-            offload=offload,
-            batch=batch,
-            batch_size=batch_size,
-        )
-        return partial(bound, fn.instance)
-    compiled: Any = fn if isinstance(fn, CompiledFunction) else CompiledFunction(fn, Options())
+    compiled, instance = compiled_of(fn)
 
     def cost(*args: Any, **kwargs: Any) -> Cost:
-        options = compiled._options
+        options, args = compiled._options, (*instance, *args)
         call = partial(compiled._fn, *args, **kwargs)
         if batch is not None and batch_size is not None:
             call = _with_batch(compiled._fn, args, kwargs, batch, batch_size)
-        traced, tracer, _ = trace_of(call, (), {})
-        tracer.trace.outputs = traced.tensors
-        program, _ = compile_trace(tracer.trace, options)
+        program, _ = compile_trace(trace_of(call, (), {})[0], options)
         said = retention_of(program, options)
         tiered = offload is not None or said.offload is not None
         slots, budget = said.slots, said.memory_budget

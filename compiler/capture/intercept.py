@@ -13,11 +13,11 @@ from typing import Any
 import torch
 import torch.utils.checkpoint as checkpointing
 from torch import Tensor
-from torch.autograd.function import _SingleLevelFunction
 from torch.nn.utils import clip_grad
 from torch.utils import dlpack
 from torch.utils.hooks import RemovableHandle
 
+from metaoptim.compiler.compat import CHECKPOINT, SingleLevelFunction
 from metaoptim.errors import CaptureError, WindowError, user_location
 
 from ..ir.values import Spy, Theta
@@ -46,7 +46,7 @@ def _recorder() -> Recorder | None:
 
 def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
     def apply(*a: Any, **k: Any) -> Any:
-        return super(_SingleLevelFunction, cls).apply(*a, **k)  # type: ignore[misc]  # pyright: ignore
+        return super(SingleLevelFunction, cls).apply(*a, **k)  # type: ignore[misc]  # pyright: ignore
 
     mode = _mode()
     return apply(*args, **kwargs) if mode is None else mode.apply_function(cls, apply, args, kwargs)
@@ -54,9 +54,7 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _checkpoint(fn: Any, *args: Any, **kwargs: Any) -> Any:
     bind = binding.get()
-    return _original["_checkpoint_without_reentrant_generator"](
-        fn if bind is None else bind(fn), *args, **kwargs
-    )
+    return _original[CHECKPOINT](fn if bind is None else bind(fn), *args, **kwargs)
 
 
 # -- gradients that pass through hooks --------------------------------------------------------------------------------
@@ -179,8 +177,8 @@ def _clip(parameters: Any, *args: Any, **kwargs: Any) -> Any:
 # -- installing -------------------------------------------------------------------------------------------------------
 
 _WRAPPERS: tuple[tuple[Any, str, Any], ...] = (
-    (_SingleLevelFunction, "apply", classmethod(_apply)),
-    (checkpointing, "_checkpoint_without_reentrant_generator", _checkpoint),
+    (SingleLevelFunction, "apply", classmethod(_apply)),
+    (checkpointing, CHECKPOINT, _checkpoint),
     (Tensor, "register_hook", _register_hook),
     (Tensor, "retain_grad", _retain_grad),
     (Tensor, "detach_", _detach_in_place),

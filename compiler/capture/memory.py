@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from metaoptim.compiler.compat import storage_users
 from metaoptim.errors import CaptureError
 
 from ..ir.values import Carried, External, Theta, Value
@@ -65,7 +66,7 @@ def relies_on(recorder: Recorder, t: Tensor) -> bool:
         return True
     if found is None:
         handle = t.untyped_storage()
-        if torch._C._storage_Use_Count(handle._cdata) <= 2:  # that of ``t`` and ours
+        if storage_users(handle._cdata) <= 2:  # that of ``t`` and ours
             return False
         found = next((v for v in recording.values.values() if _lies_in(v, storage)), None)
     if found is None or not _is_outside(found, storage):

@@ -8,7 +8,14 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
+
+from metaoptim.compiler.compat import (
+    TorchDispatchMode,
+    dispatch_modes,
+    pop_dispatch_mode,
+    push_dispatch_mode,
+    tops_dispatch,
+)
 
 from ..ir.operators import INDEXING, from_the_front, lifts, op_info, without_running_stats
 from ..ir.values import Entry, Number, Spy, Value
@@ -33,28 +40,27 @@ class CaptureMode(TorchDispatchMode):
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Run a block of our own unseen; off the stack where possible, which costs nothing per operator."""
-        top = torch._C._len_torch_dispatch_stack()
-        popped = top > 0 and torch._C._get_dispatch_stack_at(top - 1) is self
+        popped = tops_dispatch(self)
         if popped:
-            torch._C._pop_torch_dispatch_stack(None)
+            pop_dispatch_mode()
         self.depth += 1
         try:
             yield
         finally:
             self.depth -= 1
             if popped:
-                torch._C._push_on_torch_dispatch_stack(self)
+                push_dispatch_mode(self)
 
     def close(self) -> None:
         """Take this mode off the stack, also when a suspended generator left others above it."""
         above = []
-        while self in _get_current_dispatch_mode_stack():
-            top = torch._C._pop_torch_dispatch_stack(None)
+        while self in dispatch_modes():
+            top = pop_dispatch_mode()
             if top is self:
                 break
             above.append(top)
         for other in reversed(above):
-            torch._C._push_on_torch_dispatch_stack(other)
+            push_dispatch_mode(other)
 
     def leave(self) -> None:
         """A window closes."""

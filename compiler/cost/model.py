@@ -10,8 +10,9 @@ from typing import Any
 
 import sympy
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
+
+from metaoptim.compiler.compat import FakeTensorMode
 
 from ..derive.reverse import cotangent_outputs
 from ..ir.derived import FlatGraph

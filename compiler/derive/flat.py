@@ -10,11 +10,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from metaoptim.compiler.compat import (
+    FakeTensor,
+    OpOverload,
+    TorchDispatchMode,
+    tree_leaves,
+    unset_fake_temporarily,
+)
 from metaoptim.errors import CaptureError
 
 from ..ir.operators import EMPTY, functional, op_info, shapes_known
@@ -232,7 +236,7 @@ def merge_equal(graph: fx.Graph) -> None:
         target: Any = node.target
         if node.op != "call_function" or target in EMPTY:
             continue
-        if isinstance(target, torch._ops.OpOverload) and op_info(target).random:
+        if isinstance(target, OpOverload) and op_info(target).random:
             continue
         same = first.setdefault((target, _frozen(node.args), _frozen(node.kwargs)), node)
         if same is not node:
@@ -244,7 +248,7 @@ def drop_dead(graph: fx.Graph) -> None:
     """Drop what nothing needs. What writes in place stays."""
     for node in reversed(list(graph.nodes)):
         target: Any = node.target
-        writes = isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+        writes = isinstance(target, OpOverload) and target._schema.is_mutable
         if node.op in ("call_function", "get_attr") and not node.users and not writes:
             graph.erase_node(node)
 

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._functorch.compile_utils import fx_graph_cse
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
+
+from metaoptim.compiler.compat import FakeTensorMode, OpOverload, fx_graph_cse
 
 from ..ir.derived import FlatGraph
 from ..ir.operators import op_info
@@ -72,7 +72,7 @@ def why_not_mixed(step: StepGraph) -> str | None:
     if step.opaque or step.dynamic or step.hooked or step.first_order:
         return "it holds hooks, custom Functions, or shapes that depend on values"
     for node in step.graph.nodes:
-        if isinstance(node.target, torch._ops.OpOverload) and op_info(node.target).writes:
+        if isinstance(node.target, OpOverload) and op_info(node.target).writes:
             return f"it writes in place ({node.target})"
     return None
 

@@ -16,6 +16,8 @@ import networkx as nx
 import torch
 from torch import fx
 
+from metaoptim.compiler.compat import OpOverload
+
 from ..ir.derived import FlatGraph, Split
 from ..ir.step import StepGraph
 from .flat import drop_dead, merge_equal
@@ -92,7 +94,7 @@ def _cheap(node: fx.Node) -> bool:
     target: Any = node.target
     if target is getitem or not node.all_input_nodes or _is_alias(node):
         return True
-    return isinstance(target, torch._ops.OpOverload) and (
+    return isinstance(target, OpOverload) and (
         torch.Tag.pointwise in target.tags or target.is_view or target is torch.ops.aten.expand.default
     )
 

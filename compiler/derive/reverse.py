@@ -8,16 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import (
+
+from metaoptim.compiler.compat import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensorMode,
+    OpOverload,
 )
-
 from metaoptim.errors import CaptureError, MetaOptimError
 
 from ..ir.derived import FlatGraph
-from ..ir.operators import op_info
+from ..ir.operators import op_info, written
 from ..ir.step import Port, Role, StepGraph, gradient
 from ..ir.tensors import TensorSpec, tensor_spec
 from .cotangent_hook import call_cotangent_hook
@@ -220,12 +221,13 @@ def _check(graph: fx.Graph, constants: dict[str, Tensor]) -> None:
     """What the graph has picked up besides its inputs: nothing may be drawn, tensors are frozen as they are."""
     for node in graph.nodes:
         target: Any = node.target
-        if mutates(node) and any(_memory_of(n).op == "placeholder" for n in _written(node)):
+        into = written(target, node.args, node.kwargs, fx.Node)
+        if any(_memory_of(n).op == "placeholder" for n in into):
             raise CaptureError(
                 f"a hook, a custom Function or the optimizer's update changes its argument in place ({target}); clone "
                 "it there and return the clone"
             )
-        if isinstance(target, torch._ops.OpOverload) and op_info(target).random:
+        if isinstance(target, OpOverload) and op_info(target).random:
             raise CaptureError(
                 f"a hook, a custom Function or the optimizer's update draws random numbers ({target}), which a replay "
                 "would draw anew; draw them in the loss, or pass them as a hyper-parameter of the step"
@@ -245,17 +247,7 @@ def _memory_of(node: Any) -> fx.Node:
     return node
 
 
-def _written(node: fx.Node) -> list[fx.Node]:
-    """The nodes whose memory an in-place operator changes."""
-    target: Any = node.target
-    found: list[Any] = []
-    for where in op_info(target).writes:
-        value = node.kwargs.get(where) if isinstance(where, str) else node.args[where]
-        found += value if isinstance(value, (list, tuple)) else [value]
-    return [n for n in found if isinstance(n, fx.Node)]
-
-
 def mutates(node: fx.Node) -> bool:
     """Whether it is an operator that changes an argument in place."""
     target: Any = node.target
-    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+    return isinstance(target, OpOverload) and target._schema.is_mutable

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from threading import RLock
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
+
+from metaoptim.compiler.compat import DisableAutocast, disable_current_modes
 
 from ..capture.intercept import recording
 
@@ -38,10 +39,10 @@ def tracing() -> Iterator[None]:
     with (
         uncollected(),
         _lock,
-        _disable_current_modes(),
+        disable_current_modes(),
         torch.inference_mode(False),
         torch.enable_grad(),
-        torch._C._DisableAutocast(),
+        DisableAutocast(),
         torch.autograd.set_detect_anomaly(False),
     ):
         try:

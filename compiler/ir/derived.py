@@ -111,7 +111,7 @@ class Measured:
 
     Attributes:
         peak_bytes: most that a call allocates, its results included.
-        first_bytes: likewise of its compilation and first-use check.
+        first_bytes: the same of its compilation and first-use check.
         made: memory of its results.
     """
 

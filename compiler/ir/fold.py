@@ -62,7 +62,7 @@ def _longer(column: Any, count: int, more: list[Any]) -> Any:
     return Operand("each", [column] * count + more)
 
 
-def _key(item: Item) -> tuple:
+def _key(item: Item) -> tuple[Any, ...]:
     """Equal for calls that may be one and the same of a loop."""
     if not isinstance(item, StepCall) or item.spies:
         return (id(item),)
@@ -78,7 +78,7 @@ def _key(item: Item) -> tuple:
     )
 
 
-def _repeats(keys: list[tuple]) -> dict[int, list[int]]:
+def _repeats(keys: list[tuple[Any, ...]]) -> dict[int, list[int]]:
     """Length of a round -> for each place, how many places from there on are like the one a round later."""
     found = {}
     for length in range(1, min(LONGEST, len(keys) // 2) + 1):

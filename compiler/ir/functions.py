@@ -8,16 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.checkpoint import CheckpointFunction
 
+from metaoptim.compiler.compat import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 from metaoptim.errors import CaptureError
 
 _TENSOR = object()
 _PLAIN = (Tensor, int, float, str, type(None))
 
 
-def flattened(args: tuple, kwargs: dict) -> tuple[Sequence[Any], TreeSpec | None]:
+def flattened(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Sequence[Any], TreeSpec | None]:
     """What arguments hold, and how it lies in them; None for positional ones without containers, found out quickly."""
     if not kwargs and all(isinstance(a, _PLAIN) for a in args):
         return args, None
@@ -49,7 +49,7 @@ class Function:
         self._key = (cls, spec, *[a if a is _TENSOR else _key(cls, a) for a in self._leaves])
         self._hash = hash(self._key)
 
-    def arguments(self, tensors: Iterable[Any]) -> tuple[tuple, dict]:
+    def arguments(self, tensors: Iterable[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments, with these tensors."""
         given = iter(tensors)
         leaves = [next(given) if a is _TENSOR else a for a in self._leaves]
@@ -75,7 +75,7 @@ class _Blank:
         return "·"
 
 
-def _key(cls: Any, a: Any) -> tuple:
+def _key(cls: Any, a: Any) -> tuple[Any, ...]:
     """What must be equal for another argument to do the same."""
     if isinstance(a, float):
         return (type(a), a.hex())  # -0.0 is not 0.0, and nan is nan

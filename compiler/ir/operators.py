@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import functools
 import itertools
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from metaoptim.compiler.compat import OpOverload, has_meta_kernel
 from metaoptim.errors import CaptureError
 
 aten = torch.ops.aten
+T = TypeVar("T")
 
 
 class OpInfo(NamedTuple):
@@ -60,9 +63,7 @@ def op_info(op: Any) -> OpInfo:
 @functools.cache
 def shapes_known(op: Any) -> bool:
     """Whether what results are like follows from what arguments are like: it has a kernel without data."""
-    return torch.Tag.data_dependent_output not in op.tags and (
-        torch._C._dispatch_has_computed_kernel_for_dispatch_key(op.name(), "Meta")
-    )
+    return torch.Tag.data_dependent_output not in op.tags and (has_meta_kernel(op))
 
 
 @functools.cache
@@ -81,15 +82,13 @@ def _types(op: Any) -> list[str]:
     return [str(a.type) for a in op._schema.arguments]
 
 
-def written(info: OpInfo, args: tuple, kwargs: dict) -> list[Tensor]:
-    """The tensors this call mutates."""
-    out = []
-    for where in info.writes:
-        value = kwargs.get(where) if isinstance(where, str) else (args[where] if where < len(args) else None)
-        for item in value if isinstance(value, (list, tuple)) else (value,):
-            if isinstance(item, Tensor):
-                out.append(item)
-    return out
+def written(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any], kind: type[T]) -> list[T]:
+    """The arguments of a ``kind`` that a call changes in place: tensors, or what stands for them."""
+    found: list[Any] = []
+    for where in op_info(op).writes if isinstance(op, OpOverload) else ():
+        a = kwargs.get(where) if isinstance(where, str) else args[where] if where < len(args) else None
+        found += a if isinstance(a, (list, tuple)) else [a]
+    return [a for a in found if a is not None and isinstance(a, kind)]
 
 
 # Their outputs have fixed shapes, but where an index is a boolean mask their derivatives look for its true entries.
@@ -123,7 +122,7 @@ def slopes_of(
     return None if training else (lower + upper) / 2
 
 
-def without_running_stats(op: Any, args: tuple) -> tuple:
+def without_running_stats(op: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """``args`` of a training-mode batch norm with its running statistics left out."""
     where = BATCH_NORM.get(op)
     if where is None or not args[where[2]]:
@@ -133,7 +132,7 @@ def without_running_stats(op: Any, args: tuple) -> tuple:
     return tuple(args_list)
 
 
-def from_the_front(op: Any, args: tuple) -> tuple:
+def from_the_front(op: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """All arguments of an index, counted from the front: (tensor, dim, index) or (tensor, dim, start, end, step)."""
     if op is aten.select.int:
         t, dim, index = args
@@ -143,29 +142,29 @@ def from_the_front(op: Any, args: tuple) -> tuple:
 
 def _sliced(
     t: Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
-) -> tuple:
+) -> tuple[Any, ...]:
     return t, dim, *slice(start, end, step).indices(t.shape[dim])
 
 
-def parts(op: Any, args: tuple) -> list[tuple[Any, tuple]]:
+def parts(op: Any, args: tuple[Any, ...]) -> list[tuple[Any, tuple[Any, ...]]]:
     """What gives one by one the parts that a call takes a tensor apart into: operators and their arguments."""
     if op is aten.unbind.int:
         return _rows(*args)
     return _split(*args)
 
 
-def _rows(t: Tensor, dim: int = 0) -> list[tuple[Any, tuple]]:
+def _rows(t: Tensor, dim: int = 0) -> list[tuple[Any, tuple[Any, ...]]]:
     return [(aten.select.int, (t, dim, i)) for i in range(t.shape[dim])]
 
 
-def _split(t: Tensor, sizes: int | list[int], dim: int = 0) -> list[tuple[Any, tuple]]:
+def _split(t: Tensor, sizes: int | list[int], dim: int = 0) -> list[tuple[Any, tuple[Any, ...]]]:
     if isinstance(sizes, int):
         sizes = [sizes] * max(1, -(-t.shape[dim] // max(1, sizes)))
     ends = itertools.accumulate(sizes)
     return [(aten.slice.Tensor, (t, dim, end - size, end)) for size, end in zip(sizes, ends, strict=True)]
 
 
-def lifts(info: OpInfo, args: tuple) -> bool:
+def lifts(info: OpInfo, args: tuple[Any, ...]) -> bool:
     """Whether the second argument of a call is a Python number that may be another in otherwise equal steps."""
     return info.lifts_number and type(args[1]) in (int, float) and args[0].dtype in LIFTS
 

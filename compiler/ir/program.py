@@ -117,7 +117,7 @@ class Program(Calls):
     writes: list[tuple[Any, int | Input]] = field(default_factory=list)
     dead: tuple[int, ...] = ()
     retention: Retention = UNSAID
-    backward_hook: Callable | None = None
+    backward_hook: Callable[..., Any] | None = None
     kept: Kept | None = None
     compiled: frozenset[int] | None = None
     window: int | None = None

@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 
-from .owners import changed, identity, owner
 from .slices import Keyed, hook_key
 from .step import Role, gradient, show
 from .tensors import TensorSpec
 from .trace import Input, Noise, ScanItem, Trace
 from .update import UpdatePlan
-from .values import Entry, Number, Value
+from .values import Entry, Number, Value, changed, identity, owner
 
 aten = torch.ops.aten
 Place = tuple[int, Any]  # of a call, and which of its outputs; None for the only one
@@ -58,10 +57,10 @@ class Hooks:
         of: id of a call -> its hooked outputs, each with its hooks.
         inputs: id of an `Input` -> its hooks.
         thetas: ids of the calls that show parameters by which an inner gradient is taken.
-        indexed: as of a `Trace`.
+        indexed: see `Trace`.
     """
 
-    def __init__(self, trace: Trace, inputs: dict[int, list] | None = None) -> None:
+    def __init__(self, trace: Trace, inputs: dict[int, list[Any]] | None = None) -> None:
         self.of, self.inputs, self.indexed = trace.hooks, inputs or {}, trace.indexed
         self.thetas = _shown(trace.entries)
 
@@ -133,7 +132,7 @@ def is_inner_state(ref: Value) -> bool:
     return isinstance(entry.op, UpdatePlan)
 
 
-def _kind(ref: Any) -> tuple:
+def _kind(ref: Any) -> tuple[Any, ...]:
     if isinstance(ref, Value):
         return ("value", ref.ref, is_inner_state(ref))
     if isinstance(ref, Noise):
@@ -147,7 +146,7 @@ class PartKind:
 
     Attributes:
         outputs: (entry, output) places that anything later reads, with their specs.
-        active: places of the inputs that depend on something that requires grad; of the outputs likewise.
+        active, active_outputs: places of the inputs and outputs that depend on something that requires grad.
     """
 
     parts: list[Part] = field(default_factory=list)

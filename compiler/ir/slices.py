@@ -11,8 +11,7 @@ from torch import Tensor
 
 from .functions import Function
 from .operators import INDEXING
-from .owners import changed, identity, origin
-from .values import Carried, Entry, External, Number, Spy, Theta, Value, is_removed
+from .values import Carried, Entry, External, Number, Spy, Theta, Value, changed, identity, is_removed, origin
 
 
 class Keyed:
@@ -35,7 +34,7 @@ class Keyed:
         self.entries = entries
         self.number_of = {id(e): i for i, e in enumerate(entries)}
         self.numbers: list[float] = []
-        self.hooks: dict[tuple, list[Spy]] = {}
+        self.hooks: dict[tuple[Any, ...], list[Spy]] = {}
         self.spies: list[Spy] = []
         self.values: list[Value] = []
         self.opaque = False
@@ -69,7 +68,7 @@ class Keyed:
         """Memory that is written -> the place of the last call that does."""
         return {self.memory_of(ref): i for i, e in enumerate(self.entries) for ref in changed(e)}
 
-    def _note_hooks(self, where: tuple, hooks: Any) -> None:
+    def _note_hooks(self, where: tuple[Any, ...], hooks: Any) -> None:
         if hooks and where not in self.hooks:
             spies = [spy for handle, spy in hooks if not is_removed(handle)]
             self.spies += spies
@@ -78,7 +77,7 @@ class Keyed:
             if changing:
                 self.hooks[where] = changing
 
-    def _entry_key(self, entry: Entry) -> tuple:
+    def _entry_key(self, entry: Entry) -> tuple[Any, ...]:
         self.opaque |= isinstance(entry.op, Function)
         args = self._lift_index(entry)
         if args is None:
@@ -86,7 +85,7 @@ class Keyed:
         kwargs = tuple((k, self.token(v)) for k, v in entry.kwargs.items()) if entry.kwargs else ()
         return (entry.op, args, kwargs, entry.grad, entry.shape)
 
-    def _lift_index(self, entry: Entry) -> tuple | None:
+    def _lift_index(self, entry: Entry) -> tuple[Any, ...] | None:
         """The arguments of an index that is a number of the step, not of its program: it may be another in each step.
 
         In the place of the view there is then a copy, which will do where nobody writes into its memory after it.
@@ -102,7 +101,7 @@ class Keyed:
         return (*where, len(range(start, *end)), end[1]) if end else where
 
 
-def restored(token: Any, found: Callable[[tuple], Any]) -> Any:
+def restored(token: Any, found: Callable[[tuple[Any, ...]], Any]) -> Any:
     """The argument that `Keyed.token` has made ``token`` of; ``found``: values, inputs and numbers by their tokens."""
     if not isinstance(token, tuple):
         return token

@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from metaoptim.compiler.compat import OpOverload
+
 from .derived import FlatGraph, Measured, Split, StepCost
 from .functions import Function
 from .tensors import TensorSpec
@@ -201,7 +203,7 @@ class StepGraph:
 
 
 def _target_name(target: Any) -> str:
-    if isinstance(target, (torch._ops.OpOverload, Function)):
+    if isinstance(target, (OpOverload, Function)):
         return str(target)
     return getattr(target, "__name__", str(target))
 

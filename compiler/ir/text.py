@@ -6,15 +6,14 @@ from collections import Counter
 from itertools import groupby
 from typing import Any
 
-import torch
+from metaoptim.compiler.compat import OpOverload
 
-from .owners import identity
 from .program import nbytes, plural, readable_bytes
 from .segments import Part, Partition, arguments
 from .step import gradient, show
 from .trace import Input, Noise, ScanItem, Trace
 from .update import UpdatePlan
-from .values import Value
+from .values import Value, identity
 
 _MOST_LINES = 40
 
@@ -71,7 +70,7 @@ def kind_of(op: Any) -> str:
         return op.__name__
     if isinstance(op, UpdatePlan):
         return "update"
-    if isinstance(op, torch._ops.OpOverload):
+    if isinstance(op, OpOverload):
         return op._schema.name.partition("::")[2]
     return getattr(op, "__name__", type(op).__name__)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ class Input:
         return made
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class Noise:
     """Random numbers, drawn whenever the program runs.
 
@@ -43,25 +44,25 @@ class Noise:
         spec: of the tensor they are.
     """
 
-    __slots__ = ("op", "args", "kwargs", "spec")
-    grad = False
-
-    def __init__(self, op: Any, args: tuple, kwargs: dict, spec: TensorSpec) -> None:
-        self.op, self.args, self.kwargs, self.spec = op, args, kwargs, spec
+    op: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    spec: TensorSpec
+    grad: ClassVar[bool] = False
 
     @property
-    def key(self) -> tuple:
+    def key(self) -> tuple[Any, ...]:
         """What must be equal for two steps to draw alike."""
         return (self.op, self.args, tuple(sorted(self.kwargs.items(), key=lambda kv: kv[0])))
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class ScanItem:
     """What one iteration of `window.scan` sees of a tensor: its slice at ``position`` along the leading axis."""
 
-    __slots__ = ("source", "position", "spec")
-
-    def __init__(self, source: Input, position: int, spec: TensorSpec) -> None:
-        self.source, self.position, self.spec = source, position, spec
+    source: Input
+    position: int
+    spec: TensorSpec
 
     @property
     def grad(self) -> bool:
@@ -69,6 +70,7 @@ class ScanItem:
         return self.source.grad
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class Scan:
     """A loop captured by a few of its iterations.
 
@@ -79,12 +81,11 @@ class Scan:
         end: index after the last entry, once the loop has run out; -1 before.
     """
 
-    __slots__ = ("count", "labels", "begins", "end", "location")
-
-    def __init__(self, count: int, labels: list[int], location: str) -> None:
-        self.count, self.labels, self.location = count, labels, location
-        self.begins: list[int] = []
-        self.end = -1
+    count: int
+    labels: list[int]
+    location: str
+    begins: list[int] = field(default_factory=list)
+    end: int = -1
 
 
 @dataclass
@@ -100,7 +101,7 @@ class WindowMark:
     offline: bool
     window: int | None = None
     retention: Retention = UNSAID
-    backward_hook: Callable | None = None
+    backward_hook: Callable[..., Any] | None = None
     adopted: list[Entry] = field(default_factory=list)
     last: list[tuple[Any, Value]] = field(default_factory=list)
 

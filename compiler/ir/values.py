@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -11,16 +12,20 @@ from torch import Tensor
 
 from metaoptim.errors import CaptureError
 
+from .operators import written
+from .step import again
 from .tensors import ByStorage, TensorSpec
 from .walk import reached
 
-_DETACH = torch.ops.aten.detach.default
+aten = torch.ops.aten
+_DETACH = aten.detach.default
 
 
 def version_of(t: Tensor) -> int:
     return 0 if t.is_inference() else t._version
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class Theta:
     """A version of one theta tensor: its state index, and the tensor the networks show for it.
 
@@ -31,13 +36,14 @@ class Theta:
         suspect: it was overwritten behind autograd's back, which may have saved it.
     """
 
-    __slots__ = ("index", "tensor", "version", "hooks", "suspect")
+    index: int
+    tensor: Tensor
+    version: object
+    hooks: list[tuple[Any, Spy]] | None = None
+    suspect: bool = False
 
-    def __init__(self, index: int, tensor: Tensor, version: object) -> None:
-        self.index, self.tensor, self.version, self.suspect = index, tensor, version, False
-        self.hooks: list[tuple[Any, Spy]] | None = None
 
-
+@dataclass(slots=True, eq=False, repr=False)
 class Epoch:
     """The stretch of user code between two changes of theta.
 
@@ -51,29 +57,40 @@ class Epoch:
         read: whether any theta has been read in it.
     """
 
-    __slots__ = ("position", "superstep", "theta", "writes", "externals", "apart", "read")
+    position: int
+    superstep: int
+    theta: dict[int, Theta]
+    writes: ByStorage[list[Entry]] = field(default_factory=ByStorage)
+    externals: dict[int, weakref.ref[External]] = field(default_factory=dict)
+    apart: ByStorage[bool] = field(default_factory=ByStorage)
+    read: bool = False
 
-    def __init__(self, position: int, superstep: int, theta: dict[int, Theta]) -> None:
-        self.position, self.superstep, self.theta = position, superstep, theta
-        self.writes: ByStorage[list[Entry]] = ByStorage()
-        self.externals: dict[int, weakref.ref[External]] = {}
-        self.apart: ByStorage[bool] = ByStorage()
-        self.read = False
 
-
+@dataclass(slots=True, eq=False, repr=False)
 class Entry:
-    """One recorded call."""
+    """One recorded call.
 
-    __slots__ = ("op", "args", "kwargs", "epoch", "seq", "deps", "grad", "shape")
+    Attributes:
+        op: what is called.
+        args, kwargs: its arguments, with what stands for tensors in their place.
+        epoch: when; of no account in a trace.
+        seq: its place in the order of calls.
+        deps: earlier calls that have written into memory that it reads.
+        grad: whether grad mode was on.
+        shape: shapes of its results, where they depend on values.
+    """
 
-    def __init__(
-        self, op: Any, args: tuple, kwargs: dict, epoch: Epoch, seq: int, deps: tuple, grad: bool
-    ) -> None:
-        self.op, self.args, self.kwargs = op, args, kwargs
-        self.epoch, self.seq, self.deps, self.grad = epoch, seq, deps, grad
-        self.shape: tuple | None = None
+    op: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    epoch: Epoch
+    seq: int
+    deps: tuple[Any, ...]
+    grad: bool
+    shape: tuple[Any, ...] | None = None
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class Value:
     """An output of an entry (the only one if ``index`` is None).
 
@@ -82,18 +99,16 @@ class Value:
         hooks: of the tensor, with their handles.
         apart: what steps read in its place, where autograd itself must see all of its gradient (a hook, retain_grad).
         steps: tape positions of the steps that have read it.
-        suspect: as of an `External`.
+        suspect: see `External`.
     """
 
-    __slots__ = ("entry", "index", "ref", "hooks", "apart", "steps", "suspect")
-
-    def __init__(self, entry: Entry, index: int | None) -> None:
-        self.entry, self.index = entry, index
-        self.ref: Any = None
-        self.hooks: list[tuple[Any, Spy]] | None = None
-        self.apart: External | None = None
-        self.steps: tuple[int, ...] = ()
-        self.suspect = False
+    entry: Entry
+    index: int | None
+    ref: Any = None
+    hooks: list[tuple[Any, Spy]] | None = None
+    apart: External | None = None
+    steps: tuple[int, ...] = ()
+    suspect: bool = False
 
 
 class Hold(Protocol):
@@ -140,13 +155,12 @@ class External:
         return self._source()
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class Carried:
     """A value from before the last change of theta: part of the step if it is of the same super-step, else external."""
 
-    __slots__ = ("value", "external")
-
-    def __init__(self, value: Value, external: External) -> None:
-        self.value, self.external = value, external
+    value: Value
+    external: External
 
 
 def reaches_theta(value: Value) -> bool:
@@ -163,13 +177,11 @@ def reaches_theta(value: Value) -> bool:
     return any(isinstance(a, Theta) for a in reached([value], onwards))
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class Number:
     """A Python number that may differ between otherwise equal steps."""
 
-    __slots__ = ("value",)
-
-    def __init__(self, value: float) -> None:
-        self.value = value
+    value: float
 
 
 class Spy:
@@ -208,3 +220,40 @@ def is_removed(handle: Any) -> bool:
 def exact(numbers: Iterable[Any]) -> tuple[Any, ...]:
     """Equal for numbers that are alike to the last bit: -0.0 is not 0.0, and nan is nan."""
     return tuple([n.hex() if isinstance(n, float) else n for n in numbers])
+
+
+# -- whose memory a value lies in, and which calls write into it -----------------------------------------------------
+
+# Views that autograd takes for tensors of their own.
+_SHARING = {
+    aten.unsafe_split.Tensor,
+    aten.unsafe_split_with_sizes.default,
+    aten.unsafe_chunk.default,
+    aten._unsafe_view.default,
+}
+
+
+def changed(entry: Entry) -> list[Any]:
+    """What a call changes in place."""
+    return written(entry.op, entry.args, entry.kwargs, object)
+
+
+def identity(ref: Any) -> Any:
+    """Equal for what stands for the same tensor."""
+    return (id(ref.entry), ref.index) if isinstance(ref, Value) else id(ref)
+
+
+def origin(entry: Entry) -> Any:
+    """What a call is given that its results lie in the memory of; None where that is their own."""
+    into = changed(entry)
+    if len(into) == 1:
+        return into[0]
+    shares = entry.op is again or entry.op in _SHARING or getattr(entry.op, "is_view", False)
+    return entry.args[0] if shares else None
+
+
+def owner(ref: Any, inside: Callable[[Entry], bool] = lambda entry: True) -> Any:
+    """What made the memory that ``ref`` lies in, as far back as calls are ``inside``."""
+    while isinstance(ref, Value) and inside(ref.entry) and (of := origin(ref.entry)) is not None:
+        ref = of
+    return ref

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import fx
 
+from metaoptim.compiler.compat import OpOverload
 from metaoptim.errors import ProgramError
 
-from .operators import op_info
+from .operators import op_info, written
 from .step import Role, StepGraph, show
 from .walk import reached
 
@@ -96,7 +96,7 @@ def _verify_ports(step: StepGraph, name: str, placeholders: list[fx.Node]) -> No
 
 def _verify_operator(node: fx.Node, name: str) -> None:
     target: Any = node.target
-    if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
+    if node.op != "call_function" or not isinstance(target, OpOverload):
         return
     off = target is torch.ops.aten.native_dropout.default and not node.args[2]
     if op_info(target).random and not off:
@@ -104,33 +104,23 @@ def _verify_operator(node: fx.Node, name: str) -> None:
             f"{name}: node {node.name} draws random numbers ({target}); a replay would draw others, so they must be "
             "inputs of the role noise"
         )
-    for written in _written(node):
-        root = _memory_of(written)
+    for changed in _written(node):
+        root = _memory_of(changed)
         if root.op == "placeholder":
             raise ProgramError(
                 f"{name}: node {node.name} ({target}) writes into the input {root.name}, which belongs to the caller"
             )
 
 
-def _written(node: fx.Node) -> Iterator[fx.Node]:
-    target: Any = node.target
-    if node.op == "call_function" and isinstance(target, torch._ops.OpOverload):
-        for where in op_info(target).writes:
-            value = (
-                node.kwargs.get(where)
-                if isinstance(where, str)
-                else (node.args[where] if where < len(node.args) else None)
-            )
-            yield from (
-                v for v in (value if isinstance(value, (tuple, list)) else (value,)) if isinstance(v, fx.Node)
-            )
+def _written(node: fx.Node) -> list[fx.Node]:
+    return written(node.target, node.args, node.kwargs, fx.Node)
 
 
 def _memory_of(node: Any) -> fx.Node:
     """The node that made the memory ``node`` lies in."""
     while node.op == "call_function":
         target = node.target
-        overload = isinstance(target, torch._ops.OpOverload)
+        overload = isinstance(target, OpOverload)
         same = overload and (
             target.is_view or target is torch.ops.aten.type_as.default or op_info(target).writes
         )
@@ -141,9 +131,9 @@ def _memory_of(node: Any) -> fx.Node:
 
 
 def _live(nodes: list[fx.Node]) -> set[fx.Node]:
-    roots = [n for n in nodes if n.op == "output" or any(_written(n))]
+    roots = [n for n in nodes if n.op == "output" or _written(n)]
     return set(reached(roots, lambda node: node.all_input_nodes))
 
 
 def op_text(op: Any) -> str:
-    return str(op) if isinstance(op, torch._ops.OpOverload) else getattr(op, "__name__", None) or str(op)
+    return str(op) if isinstance(op, OpOverload) else getattr(op, "__name__", None) or str(op)

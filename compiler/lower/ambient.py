@@ -7,23 +7,28 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch.overrides import _get_current_function_mode_stack
-from torch.utils._device import DeviceContext
+
+from metaoptim.compiler.compat import (
+    DeviceContext,
+    DisableAutocast,
+    DisableTorchFunction,
+    any_autocast_enabled,
+    function_modes,
+)
 
 _AUTOCAST = ("cpu", "cuda", "xpu", "mps", "hpu", "mtia")
 
 
 def ambient() -> tuple[Any, ...]:
     """What decides, beside its arguments, which operators a function calls; named in `AMBIENT`."""
-    modes = _get_current_function_mode_stack() if torch._C._len_torch_function_stack() else ()
     return (
         torch.get_default_dtype(),
         tuple(torch.get_autocast_dtype(d) if torch.is_autocast_enabled(d) else None for d in _AUTOCAST)
-        if torch._C._is_any_autocast_enabled()
+        if any_autocast_enabled()
         else None,
         torch.are_deterministic_algorithms_enabled(),
         torch.get_float32_matmul_precision(),
-        tuple(m.device if isinstance(m, DeviceContext) else type(m) for m in modes),
+        tuple(m.device if isinstance(m, DeviceContext) else type(m) for m in function_modes()),
     )
 
 
@@ -42,10 +47,10 @@ def unaffected() -> Iterator[None]:
     with ExitStack() as stack:
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))
-        if torch._C._is_any_autocast_enabled():
-            stack.enter_context(torch._C._DisableAutocast())
-        if torch._C._len_torch_function_stack():
-            stack.enter_context(torch._C.DisableTorchFunction())
+        if any_autocast_enabled():
+            stack.enter_context(DisableAutocast())
+        if function_modes():
+            stack.enter_context(DisableTorchFunction())
         stack.enter_context(torch.no_grad())
         yield
 

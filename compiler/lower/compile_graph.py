@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._python_dispatch import _disable_current_modes
+
+from metaoptim.compiler.compat import disable_current_modes
 
 from .rounding import agree, noise_of, precision_of, size_of
 from .waiting import waiting
@@ -38,7 +39,7 @@ def compiled(
     from . import backends  # takes a second, which windows that compile nothing do not wait for
 
     begun = time.perf_counter()
-    with _disable_current_modes(), torch.no_grad(), backends.options():
+    with disable_current_modes(), torch.no_grad(), backends.options():
         size = len(graph.graph.nodes)
         with waiting(
             f"{backend} compiles a graph of {size} nodes; the next process finds it in the cache ..."

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from metaoptim.compiler.compat import OpOverload
+
 from ..ir.segments import PartKind, Roles, Segment, roles_of, spec_of
 from ..ir.slices import hook_key, restored
 from ..ir.step import Port, Role, StepGraph
@@ -46,7 +48,7 @@ class GradientHooks:
     def __hash__(self) -> int:
         return hash(self._key())
 
-    def _key(self) -> tuple:
+    def _key(self) -> tuple[Any, ...]:
         return tuple(map(hook_key, self.hooks))
 
     def __call__(self, grad: Tensor) -> Tensor:
@@ -100,8 +102,8 @@ class _Builder:
         self.graph = fx.Graph()
         self.inputs: list[Port] = []
         self.nodes: list[fx.Node] = []
-        self.hooked: dict[tuple, fx.Node] = {}
-        self.parts: dict[tuple, fx.Node] = {}
+        self.hooked: dict[tuple[Any, ...], fx.Node] = {}
+        self.parts: dict[tuple[Any, ...], fx.Node] = {}
 
     def input(self, role: Role, spec: TensorSpec, name: str, active: bool = True) -> fx.Node:
         node = self.graph.placeholder(name)
@@ -135,12 +137,12 @@ class _Builder:
                 if where[:2] == ("v", i):
                     self._hook(where, self.value(where))
 
-    def _hook(self, where: tuple, node: fx.Node) -> None:
+    def _hook(self, where: tuple[Any, ...], node: fx.Node) -> None:
         spies = self.segment.hooks.get(where)
         if spies:
             self.hooked[where] = self.graph.call_function(WithHooks([s.hook for s in spies]), (node,))
 
-    def _emit(self, entry: Any, key: tuple) -> fx.Node:
+    def _emit(self, entry: Any, key: tuple[Any, ...]) -> fx.Node:
         op, args = entry.op, key[1]
         if op is aten.select.int and isinstance(args[2], tuple) and args[2][0] == "n":
             return self._select(*args)
@@ -154,7 +156,7 @@ class _Builder:
                 # a wrapped number takes the dtype of the tensor it meets
                 values[at] = self.graph.call_function(aten.type_as.default, (values[at], values[0]))
         call, kwargs = self.graph.call_function, {k: self.value(v) for k, v in key[2]}
-        if not isinstance(op, torch._ops.OpOverload):
+        if not isinstance(op, OpOverload):
             return call(op, tuple(values), kwargs)
         function, in_place = stand_in(op)
         if not in_place:
@@ -163,14 +165,14 @@ class _Builder:
         made = call(function, (call(aten.clone.default, (values[0],)), *values[1:]), kwargs)
         return call(aten.copy_.default, (values[0], made))
 
-    def _select(self, source: Any, dim: Any, at: tuple) -> fx.Node:
+    def _select(self, source: Any, dim: Any, at: tuple[Any, ...]) -> fx.Node:
         call, source, dim = self.graph.call_function, self.value(source), self.value(dim)
         if at[1] not in self.lifted:
             return call(aten.select.int, (source, dim, self.segment.numbers[at[1]]))
         index = call(aten.view.default, (self.numbers[at[1]], [1]))
         return call(aten.squeeze.dim, (call(aten.index_select.default, (source, dim, index)), dim))
 
-    def _slice(self, source: Any, dim: Any, at: tuple, length: Any, stride: Any) -> fx.Node:
+    def _slice(self, source: Any, dim: Any, at: tuple[Any, ...], length: Any, stride: Any) -> fx.Node:
         call, source = self.graph.call_function, self.value(source)
         dim, length, stride = map(self.value, (dim, length, stride))
         start = self.segment.numbers[at[1]]
@@ -184,7 +186,7 @@ class _Builder:
         """The node or constant behind a token of the segment."""
         return restored(token, self._found)
 
-    def _found(self, token: tuple) -> Any:
+    def _found(self, token: tuple[Any, ...]) -> Any:
         kind = token[0]
         if kind == "n":
             return self.numbers[token[1]] if token[1] in self.lifted else self.segment.numbers[token[1]]

@@ -45,7 +45,7 @@ class StepSpec(NamedTuple):
     thetas: tuple[TensorSpec, ...]
     now: tuple[TensorSpec, ...]
     states: tuple[tuple[tuple[str, TensorSpec], ...], ...]
-    grad_hooks: tuple[tuple, ...]
+    grad_hooks: tuple[tuple[Any, ...], ...]
     first_order: bool
     hooked: bool
 
@@ -121,13 +121,18 @@ class _Step:
         return made
 
     def _add(
-        self, op: Any, args: tuple, kwargs: dict | None = None, deps: tuple = (), grad: bool = True
+        self,
+        op: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any] | None = None,
+        deps: tuple[Any, ...] = (),
+        grad: bool = True,
     ) -> Entry:
         entries = self.trace.entries
         entries.append(Entry(op, args, kwargs or {}, None, len(entries), deps, grad))  # type: ignore[arg-type]
         return entries[-1]
 
-    def _take(self, entry: Entry, key: tuple) -> None:
+    def _take(self, entry: Entry, key: tuple[Any, ...]) -> None:
         """A call of the slice, with what stands for its arguments there."""
         args = tuple(map(self._value, key[1]))
         deps = tuple(self.trace.entries[self.sliced.number_of[id(d)]] for d in entry.deps)
@@ -170,7 +175,7 @@ class _Step:
         """What a token of the slice stands for."""
         return restored(token, self._found)
 
-    def _found(self, token: tuple) -> Any:
+    def _found(self, token: tuple[Any, ...]) -> Any:
         if token[0] == "v":
             return Value(self.trace.entries[token[1]], token[2])
         return {"t": self.thetas, "x": self.externals, "n": self.numbers}[token[0]][token[1]]

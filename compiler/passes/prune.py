@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from ..ir.owners import identity
-from ..ir.segments import Part, Partition, sources
+from ..ir.segments import Part, Partition, Place, sources
 from ..ir.trace import Noise
-from ..ir.values import Value
+from ..ir.values import Value, identity
 from .options import Options
 
 
@@ -43,7 +42,7 @@ def _active(partition: Partition, ref: object) -> bool:
     return (part.segment.number_of[id(ref.entry)], ref.index) in part.kind.active_outputs
 
 
-def _spread(part: Part, inputs: set[int]) -> set[tuple]:
+def _spread(part: Part, inputs: set[int]) -> set[Place]:
     """Places of the calls' outputs that depend on the inputs at ``inputs``."""
     segment = part.segment
     given = {identity(segment.inputs[at]) for at in inputs}

@@ -7,12 +7,11 @@ from typing import Any
 
 from metaoptim.errors import CaptureError
 
-from ..ir.owners import identity
 from ..ir.program import Operand, Program, plural
 from ..ir.segments import Part, Partition, PartKind, roles_of
 from ..ir.step import Loop, StepCall, StepGraph
 from ..ir.trace import Input, Noise, ScanItem
-from ..ir.values import Value, exact
+from ..ir.values import Value, exact, identity
 from ..lower.library import Library
 from .build import build_segment
 from .options import Options
@@ -21,11 +20,11 @@ from .options import Options
 def roll(partition: Partition, options: Options) -> tuple[Program, str]:
     """Turn parts into calls. Equal parts, also of other functions, have the same step graph from the library."""
     library = Library(0) if "roll" in options.skip else options.library
-    rolled = Program(window=partition.trace.window, offline=any(w.offline for w in partition.trace.windows))
+    program = Program(window=partition.trace.window, offline=any(w.offline for w in partition.trace.windows))
     for window in partition.trace.windows:
-        rolled.retention = rolled.retention if rolled.retention.given else window.retention
-        rolled.backward_hook = window.backward_hook or rolled.backward_hook
-    hooked = rolled.backward_hook is not None
+        program.retention = program.retention if program.retention.given else window.retention
+        program.backward_hook = window.backward_hook or program.backward_hook
+    hooked = program.backward_hook is not None
     scans = {u.scan: n for n, u in enumerate(partition.parts) if u.scan is not None}
     templates: set[int] = set()  # parts that stand for all further iterations of a scan
     moved: dict[int, tuple[Any, list[Part]]] = {}  # parts captured for a later iteration than they are run in
@@ -55,22 +54,22 @@ def roll(partition: Partition, options: Options) -> tuple[Program, str]:
             strides = _strides(call, scan, parts, lifted[id(part.kind)])
             k = len(scan.labels) - 1 if n in templates else part.scan[1]
             call = _moved(call, strides, k - _shift(part, scan))
-            rolled.calls.append(Loop((call,), scan.count - k, (strides,)) if n in templates else call)
+            program.calls.append(Loop((call,), scan.count - k, (strides,)) if n in templates else call)
         else:
-            rolled.calls.append(call)
-    rolled.registers = registers.count
-    rolled.outputs = [registers.where(v) for v in partition.trace.outputs]
-    rolled.dead = tuple(
+            program.calls.append(call)
+    program.registers = registers.count
+    program.outputs = [registers.where(v) for v in partition.trace.outputs]
+    program.dead = tuple(
         i
         for i, v in enumerate(partition.trace.outputs)
         if not isinstance(v, Value)
         or _place(partition, v) not in partition.parts[partition.part_of[id(v.entry)]].kind.active_outputs
     )
-    rolled.writes = [(target, registers.where(v)) for target, v in partition.trace.writes]
-    loops = sum(isinstance(c, Loop) for c in rolled.calls)
-    return rolled, (
-        f"{plural(len(partition.parts), 'part')}, {plural(len(rolled.step_graphs), 'step graph')}, "
-        f"{plural(loops, 'scan')}, {plural(rolled.registers, 'register')}"
+    program.writes = [(target, registers.where(v)) for target, v in partition.trace.writes]
+    loops = sum(isinstance(c, Loop) for c in program.calls)
+    return program, (
+        f"{plural(len(partition.parts), 'part')}, {plural(len(program.step_graphs), 'step graph')}, "
+        f"{plural(loops, 'scan')}, {plural(program.registers, 'register')}"
     )
 
 
@@ -80,7 +79,9 @@ def _lifted(kind: PartKind) -> tuple[int, ...]:
     return tuple(i for i, column in enumerate(columns) if len(set(column)) > 1)
 
 
-def _call(part: Part, step: StepGraph, lifted: tuple[int, ...], read: dict, written: list[int]) -> StepCall:
+def _call(
+    part: Part, step: StepGraph, lifted: tuple[int, ...], read: dict[str, Any], written: list[int]
+) -> StepCall:
     segment = part.segment
     state, given = [], []
     for at in roles_of(segment, part.kind).order:
@@ -132,7 +133,7 @@ def _check_scan(partition: Partition, scan: Any, places: list[int]) -> None:
         )
 
 
-def _place(partition: Partition, value: Value) -> tuple:
+def _place(partition: Partition, value: Value) -> tuple[Any, ...]:
     segment = partition.parts[partition.part_of[id(value.entry)]].segment
     return segment.number_of[id(value.entry)], value.index
 
@@ -193,7 +194,7 @@ class _Registers:
         """Where a value is found in the end."""
         return self._of[identity(ref)] if isinstance(ref, Value) else ref
 
-    def assign(self, n: int) -> tuple[dict, list[int]]:
+    def assign(self, n: int) -> tuple[dict[str, Any], list[int]]:
         """Registers that part ``n`` reads, by value, and those it writes, in the order of its outputs (-1: none)."""
         part = self.partition.parts[n]
         read = {identity(r): self._of[identity(r)] for r in part.segment.inputs if isinstance(r, Value)}

@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 
-from ..ir.owners import changed, owner
 from ..ir.step import gradient
 from ..ir.trace import Input, ScanItem, Trace
-from ..ir.values import Entry, Value
+from ..ir.values import Entry, Value, changed, owner
 from .options import Options
 
 aten = torch.ops.aten

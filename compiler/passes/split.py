@@ -9,11 +9,10 @@ from typing import Any
 
 from metaoptim.errors import CaptureError, user_location
 
-from ..ir.owners import changed
 from ..ir.segments import Hooks, Part, Partition, PartKind, Segment, sources
 from ..ir.step import gradient
 from ..ir.trace import Trace
-from ..ir.values import Entry, Value
+from ..ir.values import Entry, Value, changed
 from ..ir.walk import reached
 from .options import Options
 

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from metaoptim.compiler.compat import OpOverload
+
 from ..ir.operators import SUBSTITUTES, functional
 
 aten = torch.ops.aten
@@ -21,12 +23,12 @@ aten = torch.ops.aten
 class StandIn(NamedTuple):
     """What a step graph calls for an operator, and whether the result is to be written into its first argument."""
 
-    function: Callable
+    function: Callable[..., Any]
     in_place: bool
 
 
 @functools.cache
-def stand_in(op: torch._ops.OpOverload) -> StandIn:
+def stand_in(op: OpOverload) -> StandIn:
     """What is called for ``op`` in a step graph."""
     pure = None if op is aten.copy_.default else functional(op)
     if pure in _SUBSTITUTES:
@@ -121,7 +123,7 @@ def _multiplied(x: Tensor, target: Tensor, source: Tensor, include_self: bool, m
     return _laid_out(product.index_select(0, last).view(x.shape), x)
 
 
-_SUBSTITUTES: dict[Any, Callable] = SUBSTITUTES | {
+_SUBSTITUTES: dict[Any, Callable[..., Any]] = SUBSTITUTES | {
     aten.copy.default: copied,
     aten.index_fill.int_Tensor: filled,
     aten.index_put.default: put,

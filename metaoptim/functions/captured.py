@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from metaoptim.compiler.compat import tree_flatten, tree_unflatten
 
 from ..compiler.capture import intercept
 from ..compiler.capture.symbolic.refusals import refusing
-from ..compiler.capture.symbolic.tracer import Tracer, capturing
+from ..compiler.capture.symbolic.tracer import capturing
 from ..compiler.derive.tracing import uncollected
 from ..compiler.ir.trace import Input, Trace
 from ..compiler.lower.ambient import unaffected
@@ -45,7 +46,7 @@ def trace_of(
     kwargs: dict,
     window: RecordedSession | None = None,
     reads: Reads | None = None,
-) -> tuple[Traced, Tracer, CapturedStep | None]:
+) -> tuple[Trace, Traced, CapturedStep | None]:
     """Run ``fn`` on these arguments, symbolically, watched by ``reads``; inside ``window``, as one of its steps."""
     begun = time.perf_counter()
     intercept.install()
@@ -68,9 +69,12 @@ def trace_of(
     if reads is not None:
         for optimizer in tracer.stepped:
             reads.meet(optimizer, type(optimizer).__name__)
-    tracer.trace.milliseconds = 1e3 * (time.perf_counter() - begun)
+    trace = tracer.trace
+    trace.milliseconds = 1e3 * (time.perf_counter() - begun)
+    if session is None:
+        trace.outputs = given
     kept = [_TENSOR if isinstance(x, Tensor) else x for x in leaves]
-    return Traced(given, kept, spec), tracer, session
+    return trace, Traced(given, kept, spec), session
 
 
 def captured_step(
@@ -86,8 +90,8 @@ def captured_step(
     ``texts``: names of the inputs, where the text of each pass is asked for.
     """
     with aside(window):
-        traced, tracer, session = trace_of(fn, args, kwargs, window, reads)
+        trace, traced, session = trace_of(fn, args, kwargs, window, reads)
     assert session is not None
     with unaffected():
         step = CompiledStep(session, traced.tensors, texts)
-    return step, tracer.trace, traced
+    return step, trace, traced

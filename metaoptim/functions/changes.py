@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from .guards import Fact
+from .reads import Reads
 
 _WAS = "{path}: was {old}, is {new}"
 _KIND = "{path}: its class, or its hooks, are others than before"
@@ -52,10 +52,10 @@ class Change:
         return "Every kind of arguments is compiled once: pass the same objects and shapes again, or pad to few shapes"
 
 
-def first_change(old: Sequence[Fact], new: Sequence[Fact], paths: Iterable[str]) -> Change | None:
-    """The first of the facts that differs; ``paths`` are the names of what the new ones are about."""
-    facts = zip(old, new, paths, strict=False)
-    return next((_change(path, a, b) for a, b, path in facts if a != b), None)
+def first_change(old: Reads, new: Reads) -> Change | None:
+    """The first fact of a capture that differs from that of an earlier one."""
+    pairs = ((path, old.told.get(key), fact) for key, (path, fact) in new.told.items())
+    return next((_change(path, was[1], fact) for path, was, fact in pairs if was and was[1] != fact), None)
 
 
 def _change(path: str, a: Fact, b: Fact) -> Change:

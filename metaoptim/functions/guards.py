@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
+
+from metaoptim.compiler.compat import FakeTensor
 
 from ..compiler.lower.ambient import AMBIENT, ambient
 from ..errors import CaptureError

@@ -43,15 +43,20 @@ class Place:
                 return MISSING
         return getattr(holder, self.name, MISSING) if self.kind == "class" else holder
 
+    def describe(self, dependencies: Dependencies) -> None:
+        """Extend ``dependencies`` by what is there now."""
+        value = self.value()
+        if value is MISSING:
+            dependencies.fact(self.path, ("missing",))
+        else:
+            dependencies.describe(value, self.path)
+
 
 def look(dependencies: Dependencies, places: Sequence[Place]) -> Iterator[tuple[Fact, ...]]:
     """What is at each of the places now, as facts; ``dependencies`` is extended by them."""
     for place in places:
-        value, mark = place.value(), dependencies.mark()
-        if value is MISSING:
-            dependencies.fact(place.path, ("missing",))
-        else:
-            dependencies.describe(value, place.path)
+        mark = dependencies.mark()
+        place.describe(dependencies)
         yield dependencies.since(mark)
 
 

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
+
+from metaoptim.compiler.compat import FakeTensor
 
 from ..optim.optimizer import MetaOptimizer
-from .changes import Change, first_change
 from .guards import Dependencies, Fact
 from .places import MISSING, Place, dict_of, look
 from .surroundings import (
@@ -73,9 +73,9 @@ class Reads:
 
     Attributes:
         places: where it has read, once that is settled.
-        found: what was there.
+        found: the facts that were there.
         dependencies: what the call depends on, until then.
-        names: what that is called.
+        told: what the facts are about, by the name that the caller has for it, and the facts, each by a key of its own.
 
     Args:
         fn: the function.
@@ -86,7 +86,7 @@ class Reads:
 
     def __init__(self, fn: Callable, args: tuple, kwargs: dict[str, Any], window: Any = None) -> None:
         self.dependencies = Dependencies.of_call(fn, args, kwargs, window, named=True)
-        self._key, self._paths = self.dependencies.key, list[list[str]]()
+        self.told: dict[Any, tuple[str, Fact]] = {}
         self.places: list[Place] = []
         self.found: list[tuple[Fact, ...]] = []
         self._places: dict[tuple[int, str], tuple[Place, Any, tuple[Fact, ...]]] = {}
@@ -145,11 +145,8 @@ class Reads:
         place = Place(kind, holder, name, path)
         busy, self._busy = self._busy, True
         try:
-            glance, value = _Glance(self), place.value()
-            if value is MISSING:
-                glance.fact(path, ("missing",))
-            else:
-                glance.describe(value, path)
+            glance = _Glance(self)
+            place.describe(glance)
         finally:
             self._busy = busy
         if not glance.symbolic:
@@ -292,34 +289,21 @@ class Reads:
                 self._watches = False
 
     def settle(self, dependencies: Dependencies) -> None:
-        """The capture is over: fill `places` and `found`, and extend ``dependencies`` by what is there now."""
+        """The capture is over: fill `places`, `found` and `told`, and extend ``dependencies`` by what is there now."""
+        named = self.dependencies
+        assert named.paths is not None
+        self.told.update(enumerate(zip(named.paths, named.facts, strict=True)))
         for place, _, before in self._places.values():
-            glance, value = _Glance(self), place.value()
-            if value is MISSING:
-                glance.fact("", ("missing",))
-            else:
-                glance.describe(value)
-            self.places.append(place)
+            glance, mark = _Glance(self), len(named.paths)
+            place.describe(glance)
+            place.describe(named)
             # what the function has changed itself counts as it was before; it will be captured anew
-            self.found.append(next(look(dependencies, [place])) if glance.key == before else before)
-            (facts,) = look(self.dependencies, [place])
-            assert self.dependencies.paths is not None
-            self._paths.append(self.dependencies.paths[len(self.dependencies.paths) - len(facts) :])
-        assert self.dependencies.paths is not None
-        self.names = self.dependencies.paths
+            facts = next(look(dependencies, [place])) if glance.key == before else before
+            self.places.append(place)
+            self.found.append(facts)
+            told = zip(named.paths[mark:], facts, strict=False)
+            self.told.update(((place.identity, k), fact) for k, fact in enumerate(told))
         del self.dependencies  # from here on it keeps nothing alive
         self._places.clear()
         self._counted.clear()
         self._known.clear()
-
-    def change(self, now: Reads) -> Change | None:
-        """What a later capture has found otherwise."""
-        change = first_change(self._key, now._key, now.names)
-        if change is not None:
-            return change
-        was = {place.identity: facts for place, facts in zip(self.places, self.found, strict=True)}
-        for place, facts, paths in zip(now.places, now.found, now._paths, strict=True):
-            change = first_change(was.get(place.identity, facts), facts, paths)
-            if change is not None:
-                return change
-        return None

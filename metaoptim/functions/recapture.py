@@ -39,9 +39,9 @@ def compare(name: str, known: Any, again: Any) -> None:
 def _difference(known: Any, again: Any) -> str | None:
     if _result(known) != _result(again):
         return f"what it returns besides tensors was {_result(known)[0]}, and is {_result(again)[0]}"
-    if known.rolled.horizon != again.rolled.horizon:
-        return f"it took {plural(known.rolled.horizon, 'inner step')}, and takes {again.rolled.horizon}"
-    calls, calls_now = _calls(known.rolled), _calls(again.rolled)
+    if known.program.horizon != again.program.horizon:
+        return f"it took {plural(known.program.horizon, 'inner step')}, and takes {again.program.horizon}"
+    calls, calls_now = _calls(known.program), _calls(again.program)
     for (was, moved), (now, moves) in zip(calls, calls_now, strict=False):
         place = f"at {now.location}" if now.location else "after the last inner step"
         if was.step is not now.step:

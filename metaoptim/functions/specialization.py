@@ -39,7 +39,7 @@ class Specialization:
     """A captured function.
 
     Attributes:
-        rolled: its program.
+        program: what it runs.
         records: what each pass did.
         plan: how it keeps to its memory budget, once it has run under one.
         sources: the source of the tensor behind each input of the program.
@@ -51,20 +51,20 @@ class Specialization:
         name: str,
         options: Options,
         dependencies: Dependencies,
-        rolled: Program,
+        program: Program,
         records: list[Record],
         traced: Traced,
     ) -> None:
-        self.rolled, self.records, self.traced = rolled, records, traced
+        self.program, self.records, self.traced = program, records, traced
         self.remembered = dependencies.remembered()
         self.plan: Plan | None = None
         self._name, self._options = name, options
         source = dependencies.sources()
-        calls = [call for call, _ in rolled.counted()]
+        calls = [call for call, _ in program.counted()]
         found = {x for c in calls for g in c.inputs for x in g.sources if isinstance(x, Input)}
-        found |= {where for where in rolled.outputs if isinstance(where, Input)}
+        found |= {where for where in program.outputs if isinstance(where, Input)}
         self.sources = {x: source(x.tensor) for x in found}
-        self._writes = [source(t) if isinstance(t, Tensor) else t for t, _ in rolled.writes]
+        self._writes = [source(t) if isinstance(t, Tensor) else t for t, _ in program.writes]
         reached = {x for c in calls for x in _reached(c, options.lowering.hvp)}
         self._keys = [x for x in found if x.grad and x in reached]
         for x in found:
@@ -74,13 +74,13 @@ class Specialization:
     def run(self, dependencies: Dependencies) -> Any:
         """A call: what the function returns."""
         tensors = {x: dependencies.tensor(source) for x, source in self.sources.items()}
-        rolled = self.rolled
+        program = self.program
         differentiable = torch.is_grad_enabled() and bool(self._keys)
         kept = self._kept(tensors) if differentiable else Kept(1)
         written = [dependencies.tensor(t) for t in self._writes if not isinstance(t, tuple)]
-        run = Run(rolled, tensors, self._options.lowering, rolled.backward_hook, kept, written)
+        run = Run(program, tensors, self._options.lowering, program.backward_hook, kept, written)
         if differentiable:
-            found = Call.apply(run, self._keys, rolled.dead, *(tensors[x] for x in self._keys))
+            found = Call.apply(run, self._keys, program.dead, *(tensors[x] for x in self._keys))
         else:
             found = run.forward()
         self._write(dependencies, run.last)
@@ -88,18 +88,18 @@ class Specialization:
 
     def _kept(self, tensors: dict[Input, Tensor]) -> Kept:
         """What to keep for the backward, decided in the first call."""
-        rolled, lowering = self.rolled, self._options.lowering
-        if rolled.kept is None:
-            retention = retention_of(rolled, self._options)
+        program, lowering = self.program, self._options.lowering
+        if program.kept is None:
+            retention = retention_of(program, self._options)
             with waiting(f"planning what {self._name} keeps ..."):
-                kept, self.plan = decide(rolled, lowering, retention, self._name, tensors)
-            checkpoint(rolled, replace(self._options, kept=kept))
+                kept, self.plan = decide(program, lowering, retention, self._name, tensors)
+            checkpoint(program, replace(self._options, kept=kept))
             if self.plan is not None:
                 if retention.memory_budget is None:
                     tell_default(self._name, self.plan.budget)
                 _plans.info("%s: %s", self._name, self.plan)
-        assert rolled.kept is not None
-        return rolled.kept
+        assert program.kept is not None
+        return program.kept
 
     @torch.no_grad()
     def _write(self, dependencies: Dependencies, last: list[tuple[Any, Tensor]]) -> None:
@@ -145,7 +145,7 @@ class StepSpecialization:
     lowering: Lowering
 
     @property
-    def rolled(self) -> Program:
+    def program(self) -> Program:
         """What it does: one call."""
         given = [Operand("input", x) for x in self.step.given]
         return Program([StepCall(self.step.step, (), (), (), (), 0, given, (), "")])
@@ -172,20 +172,19 @@ def specialize(
 
     ``dependencies`` are extended by what the capture ``reads``.
     """
-    traced, tracer, _ = trace_of(fn, args, kwargs, reads=reads)
+    trace, traced, _ = trace_of(fn, args, kwargs, reads=reads)
     if reads is not None:
         reads.settle(dependencies)
-    tracer.trace.outputs = traced.tensors
     with unaffected():
-        rolled, records = compile_trace(tracer.trace, options)
-    if tracer.trace.steps and not rolled.horizon:
+        program, records = compile_trace(trace, options)
+    if trace.steps and not program.horizon:
         warn(
             f"nothing that {getattr(fn, '__qualname__', 'the function')} returns depends on its "
-            f"{plural(len(tracer.trace.steps), 'inner step')}, which are not run: was the outer loss meant to be "
+            f"{plural(len(trace.steps), 'inner step')}, which are not run: was the outer loss meant to be "
             "computed inside the window's block? After an offline one the networks are back at their first parameters.",
             UnreachableWarning,
         )
-    return Specialization(name_of(fn), options, dependencies, rolled, records, traced)
+    return Specialization(name_of(fn), options, dependencies, program, records, traced)
 
 
 def specialize_step(

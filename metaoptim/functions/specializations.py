@@ -6,7 +6,7 @@ import logging
 from typing import Any
 
 from ..errors import warn
-from .changes import Change
+from .changes import Change, first_change
 from .guards import Dependencies, Fact
 from .places import Place, look
 from .reads import Reads
@@ -57,7 +57,7 @@ class Specializations:
         if self._last is None:
             _recompiles.info("%s compiled in %.2f s", self.name, seconds)
         elif _recompiles.isEnabledFor(logging.INFO) or recompilations == RECOMPILE_LIMIT:
-            change = self._last.change(reads) or Change("an object: is another one than before")
+            change = first_change(self._last, reads) or Change("an object: is another one than before")
             _recompiles.info(
                 "%s recompiled in %.2f s, since a guard failed: %s", self.name, seconds, change.text
             )

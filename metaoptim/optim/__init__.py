@@ -1,4 +1,8 @@
-"""Inner optimizers: `torch.optim` by name, numbers and state, differentiable by what they are given."""
+"""Inner optimizers: `torch.optim` by name, numbers and state, differentiable by what they are given.
+
+In: networks and hyper-parameters. Out: pure update functions, and steps handed to the window that is open. Imports:
+`runtime` and what is below it.
+"""
 
 from . import schedulers as schedulers
 from .adam import MetaAdam

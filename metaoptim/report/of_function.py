@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..compiler.compat import profiling
 from ..compiler.cost.step import step_cost
 from ..compiler.ir.program import Kept, Program, given_ports, nbytes, plural, signature
 from ..compiler.ir.step import Role
@@ -23,7 +24,6 @@ from ..functions.guards import Dependencies
 from ..functions.specialization import name_of, retention_of
 from ..functions.surroundings import tensor_names
 from ..runtime.budget.measure import measured_peak, rehearse
-from ..runtime.budget.meter import profiling
 from ..runtime.budget.planner import decide
 from ..runtime.budget.simulate import predict
 from ..runtime.windows.recording_session import RecordedSession
@@ -43,9 +43,7 @@ def report_of(
     if session is not None:
         raise WindowError("explain inside a full_tape window, where nothing is compiled; call it outside")
     names = tensor_names(fn, args, kwargs)
-    traced, tracer, _ = trace_of(fn, args, kwargs)
-    trace = tracer.trace
-    trace.outputs = traced.tensors
+    trace, _, _ = trace_of(fn, args, kwargs)
     labels = {x: names.get(id(x.tensor)) or _unnamed(x) for x in trace.inputs}
     program, records = compile_trace(trace, options, labels)
     said, lowering = retention_of(program, options), options.lowering

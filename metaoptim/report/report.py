@@ -10,6 +10,9 @@ from typing import Any
 from ..compiler.cost.step import step_cost
 from ..compiler.ir.program import Calls, by_role, nbytes, plural, readable_bytes, shapes_text
 from ..compiler.ir.step import Lowering, StepGraph
+from ..errors import WindowError
+from ..runtime.states.actions import drawn
+from ..runtime.states.streams import whole
 
 # why something gets no gradient
 CUT_OFF = "the window is online: its networks' own parameters are cut off at entry"
@@ -121,6 +124,24 @@ class Report:
         for title, names in (("gradients", self.gradient_targets), ("no gradient", self.unreachable)):
             found += [(title, line) for line in _grouped(names, self.paths)] or [(title, "none")]
         return found
+
+    def schedule(self) -> str:
+        """A drawing of which states are kept when, and what is run again, in a call and its backward.
+
+        From left to right the positions between the calls, downwards time, a line whenever calls have been made: ``█``
+        is a state that is kept, ``▒`` one that is offloaded, ``>`` a call, ``<`` one that is pulled back. It is as wide
+        as the loop is long.
+
+        Raises:
+            WindowError: where gradients are truncated by ``window=W``.
+        """
+        if self.window is not None:
+            raise WindowError(
+                f"schedule: gradients are truncated to window={self.window} super-steps; expected none, for the "
+                "drawing is of a sweep over the whole loop"
+            )
+        actions = whole(self.calls, self.slots, tiered=self.plan == "tiered", known=self.form == "window")
+        return drawn(actions)
 
     def programs(self) -> str:
         """The program before and after each pass, and the one that runs; long lists of calls are cut short here."""

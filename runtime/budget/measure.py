@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metaoptim.compiler.compat import profiling
 from metaoptim.compiler.cost.step import made_of, measured
 from metaoptim.compiler.derive.cotangent_hook import stand_in
 from metaoptim.compiler.ir.derived import Measured
@@ -24,7 +25,7 @@ from metaoptim.errors import UnreachableWarning
 from ..engine.engine import Engine
 from ..engine.function import Run
 from ..engine.progress import progress
-from .meter import AllocatorMeter, profiling
+from .meter import AllocatorMeter
 
 _ITERATIONS = 3  # of each loop: a first one, one as all, a last one
 
@@ -103,11 +104,11 @@ def _garbage_left() -> Iterator[None]:
 class _MeteredEngine(Engine):
     """An engine whose every call is measured."""
 
-    def _lowered(self, call: StepCall, kind: str, inputs: Sequence[Tensor]) -> Callable[..., Sequence[Any]]:
+    def _lowered(self, call: StepCall, kind: str, operands: Sequence[Tensor]) -> Callable[..., Sequence[Any]]:
         if profiling():
-            return super()._lowered(call, kind, inputs)
+            return super()._lowered(call, kind, operands)
         with AllocatorMeter() as first:
-            program = lowered(call.step, kind, inputs, call.lowering)
+            program = lowered(call.step, kind, operands, call.lowering)
         return lambda *inputs: metered(program, call, kind, inputs, first.peak)
 
 

@@ -8,15 +8,10 @@ from operator import add
 from typing import Any
 
 import torch
-from torch._C import _autograd as autograd
-from torch._C._profiler import ProfilerConfig, ProfilerState, _ExperimentalConfig
+
+from metaoptim.compiler import compat
 
 _NOTED = 50  # steps after which events are added up: each takes some 300 bytes
-
-
-def profiling() -> bool:
-    """Whether a profiler is active, beside which nothing can be measured."""
-    return autograd._profiler_enabled()
 
 
 class AllocatorMeter:
@@ -45,37 +40,27 @@ class AllocatorMeter:
 
     def __enter__(self) -> AllocatorMeter:
         self.peak = self.held = 0
-        self._begin()
+        compat.begin_profile()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        threads = autograd._disable_profiler_legacy()
-        autograd._enable_record_function(True)
-        self._add(threads)
+        self._add(compat.end_profile())
 
     def note(self) -> None:
         """Forget the events so far but for what they come to: they take some memory themselves.
 
         Not within a backward, whose events wait for its end.
         """
-        if torch._C._current_autograd_node() is not None:
+        if compat.current_autograd_node() is not None:
             return  # after a node autograd brings back the profiler from before it, which must not have ended by then
-        threads = autograd._disable_profiler_legacy()
-        self._begin()  # at once: what is freed meanwhile is not seen
+        threads = compat.end_profile()
+        compat.begin_profile()  # at once: what is freed meanwhile is not seen
         self._add(threads)
 
     def watch(self, done: int, total: int) -> None:
         """`note`, every so many steps: to be passed to `metaoptim.progress`."""
         if done % _NOTED == 0:
             self.note()
-
-    def _begin(self) -> None:
-        # The profiler before kineto: it starts in no time, says nothing on stderr, and keeps events in order.
-        autograd._enable_profiler_legacy(
-            ProfilerConfig(ProfilerState.CPU, False, True, False, False, False, _ExperimentalConfig())
-        )
-        # Allocations are reported to it whatever this says; operators, which would take ten times as long, are not.
-        autograd._enable_record_function(False)
 
     def _add(self, threads: Sequence[Sequence[Any]]) -> None:
         most = self.held
@@ -88,7 +73,7 @@ class AllocatorMeter:
 
 def _sizes(events: Sequence[Any]) -> Iterator[int]:
     """Bytes that each event has taken; below zero for those given back."""
-    host = map(autograd.ProfilerEvent.cpu_memory_usage, events)
+    host = map(compat.ProfilerEvent.cpu_memory_usage, events)
     if not torch.cuda.is_initialized():
         return host
-    return map(add, host, map(autograd.ProfilerEvent.cuda_memory_usage, events))
+    return map(add, host, map(compat.ProfilerEvent.cuda_memory_usage, events))

@@ -14,7 +14,7 @@ from torch import Tensor
 from metaoptim.compiler.cost.step import measured
 from metaoptim.compiler.ir.program import memory_bytes
 from metaoptim.compiler.ir.step import Assign, StepCall
-from metaoptim.compiler.ir.tape import Call, Tape, super_steps
+from metaoptim.compiler.ir.tape import Call, super_steps
 
 from .planner import Peaks, changed_bytes, lengths
 from .simulate import predict_sweep
@@ -51,8 +51,8 @@ def _peaks(first: list[Call], again: list[Call], sizes: Sequence[int], offload: 
     initial = list(map(_sized, sizes))
 
     def exact(slots: int) -> int:
-        programs = (_program(first + again * length) for length in lengths(slots, offload))
-        return max(predict_sweep(p, slots, offload, initial).peak_bytes for p in programs)
+        loops = (first + again * length for length in lengths(slots, offload))
+        return max(predict_sweep(calls, slots, offload, initial).peak_bytes for calls in loops)
 
     return Peaks(exact, changed_bytes([c for c in again if isinstance(c, StepCall)]))
 
@@ -68,17 +68,6 @@ def _few(calls: Sequence[Call]) -> tuple[list[Call], list[Call]]:
         if any(seen[kind] <= REPEATS for kind in kinds):
             chosen += calls_of_one
     return chosen, next(r for r in reversed(rounds) if any(isinstance(c, StepCall) for c in r))
-
-
-def _program(calls: Sequence[Call]) -> Tape:
-    """Of calls of which some stand there again: an assignment sets the very same values each time."""
-    return Tape(
-        0,
-        [
-            replace(c, back=min(c.back, i)) if isinstance(c, StepCall) else replace(c)
-            for i, c in enumerate(calls)
-        ],
-    )
 
 
 def _key(call: Call) -> tuple:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from metaoptim.compiler.compat import storage_users
 from metaoptim.compiler.ir.program import memory_bytes
 
 from ..engine.inputs import Memory, Snapshot, Watch
@@ -34,7 +35,7 @@ class _Kept:
 
     def others(self, tensor: Tensor) -> int:
         """How many tensors of somebody else's refer to it, of which ``tensor`` is one of ours."""
-        return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) - 1 - len(self.memories)
+        return storage_users(tensor.untyped_storage()._cdata) - 1 - len(self.memories)
 
 
 class Retained:

@@ -1,4 +1,4 @@
-"""A run of a program without tensors: the engine itself, on sizes, so that what it will hold and replay is known."""
+"""What a schedule takes: it is carried out on sizes, so that what will be held and run again is known."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -15,18 +16,16 @@ from metaoptim.compiler.derive.reverse import cotangent_outputs
 from metaoptim.compiler.ir.derived import ResultMemory
 from metaoptim.compiler.ir.program import Program, memory_bytes, nbytes
 from metaoptim.compiler.ir.step import EAGER, Assign, Lowering, Role, StepCall
-from metaoptim.compiler.ir.tape import Tape
 from metaoptim.compiler.ir.tensors import TensorSpec
 from metaoptim.compiler.ir.trace import Input
 
-from ..engine.engine import Engine
-from ..engine.function import BoundProgram, GradientSweep, generator_for
+from ..engine.function import BoundProgram, generator_for, sweep_over
+from ..engine.interpreter import Interpreter, may_keep
 from ..engine.noise import GENERATOR_BYTES
 from ..engine.sweep import Sweep
-from ..engine.truncated import pull_back_truncated
-from ..states.slots import SlotStore
+from ..states.slots import Slots
+from ..states.streams import keeping
 from ..states.tier import WRITING
-from ..states.tiered import TieredStore
 
 
 @dataclass(frozen=True)
@@ -99,93 +98,57 @@ class _Block:
         return self.root.size
 
 
-class _Outside:
-    """Stands for a tensor of the caller, or a slice of one."""
-
-    digest = None
-
-    def __getitem__(self, at: Any) -> _Outside:
-        return self
-
-    def detach(self) -> _Outside:
-        return self
-
-    @property
-    def tensor(self) -> _Outside:
-        return self
-
-
-class _AllOutside(dict):
-    def __missing__(self, key: Any) -> _Outside:
-        return _Outside()
-
-
-class _DryTier:
-    """Stands for a lower tier: a state counts while it may be on its way down, and when it is on its way up.
+class _Shelf:
+    """A lower tier of sizes: a state counts while it may be on its way down, and when it is on its way up.
 
     That states share tensors is left out of account: then it is less.
     """
 
     def __init__(self, meter: _Meter) -> None:
         self.meter = meter
-        self._kept: dict[int, list[Any]] = {}  # position -> for each entry, the number of its memory
-        self._sizes: dict[int, list[int]] = {}
+        self._kept: dict[int, list[Any]] = {}  # position -> for each entry, its memory and the size of that
         self._writing: deque[list[Any]] = deque(maxlen=WRITING)
-        self._ahead: tuple[int, list[Any]] | None = None
-
-    def __contains__(self, position: int) -> bool:
-        return position in self._kept
+        self._ahead: tuple[int, list[Any]] = -1, []
 
     def save(self, position: int, state: list[Any]) -> None:
-        """As of `Tier`."""
         self._writing.append(list(state))
-        memories: dict[int, int] = {}
-        self._sizes[position] = []
-        self._kept[position] = []
-        for entry in state:
-            if isinstance(entry, _Block) and id(entry.root) not in memories:
-                memories[id(entry.root)] = len(memories)
-                self._sizes[position].append(entry.whole)
-            self._kept[position].append(memories[id(entry.root)] if isinstance(entry, _Block) else None)
+        self._kept[position] = [b and (id(b.root), b.whole) for b in state]
 
     def prefetch(self, position: int) -> None:
-        """As of `Tier`."""
-        if self._ahead is None or self._ahead[0] != position:
-            self._ahead = None
-            blocks = [_Block(self.meter, size) for size in self._sizes[position]]
-            self._ahead = position, [None if k is None else blocks[k] for k in self._kept[position]]
+        if self._ahead[0] != position:
+            self.rest()
+            kept = self._kept[position]
+            blocks = {memory: _Block(self.meter, memory[1]) for memory in {*kept} - {None}}
+            self._ahead = position, [memory and blocks[memory] for memory in kept]
 
     def load(self, position: int) -> list[Any]:
-        """As of `Tier`."""
         self.prefetch(position)
-        assert self._ahead is not None
         _, state = self._ahead
-        self._ahead = None
+        self.rest()
         return state
 
     def rest(self) -> None:
-        """As of `Tier`."""
-        self._ahead = None
+        self._ahead = -1, []
 
     def forget(self, positions: Iterable[int]) -> None:
-        """As of `Tier`."""
         for position in positions:
-            del self._kept[position], self._sizes[position]
+            del self._kept[position]
 
     def settle(self) -> None:
-        """As of `Tier`."""
         self._writing.clear()
 
 
-class _DryEngine(Engine):
-    """The engine, but that steps and their derivatives give blocks."""
+class Sizes(Interpreter):
+    """Carries out a schedule on blocks.
+
+    Attributes:
+        kept: most states that were kept at a time.
+    """
 
     def __init__(self, program: Any, slots: int | None, meter: _Meter, offload: bool) -> None:
-        super().__init__(slots, None, program)
+        shelf: Any = _Shelf(meter) if offload and slots is not None else None
+        super().__init__(program, Slots(slots, shelf))
         self.meter, self.kept = meter, 0
-        if offload and slots is not None:
-            self.tier: Any = _DryTier(meter)
-            self.store: Any = TieredStore(slots, self.tier)
 
     def _values(self, call: StepCall, state: Any, position: int) -> list[Any]:
         if call.rng >= 0:
@@ -199,7 +162,7 @@ class _DryEngine(Engine):
     def _cotangent(self, spec: TensorSpec, cotangent: Any) -> Any:
         return _Block(self.meter, nbytes(spec)) if cotangent is None else cotangent
 
-    def _lowered(self, call: StepCall, kind: str, inputs: Any) -> Any:
+    def _lowered(self, call: StepCall, kind: str, operands: Any) -> Any:
         step, cost = call.step, step_cost(call.step, call.lowering)
         self.kept = max(self.kept, len(self.store))
 
@@ -250,34 +213,40 @@ def predict(
     meter = _Meter()
     copied = [x for x in program.inputs if x.grad or _is_target(x, program)]
     held = [_Block(meter, nbytes(x.spec)) for x in copied]
-    engine = _DryEngine(
-        BoundProgram(program, _AllOutside(), program.registers, lowering), slots, meter, offload
-    )
+    calls = BoundProgram(program, lambda operand, port: None, program.registers, lowering)
+    engine = Sizes(calls, slots, meter, offload)
     engine.begin = program.positions - program.swept
     state: list[Any] = [None] * (program.registers + 1)
     if generator_for(program) is not None:
         state[-1] = _Block(meter, GENERATOR_BYTES)
     engine.run(state)
     del state
-    results = [
-        _Block(meter, _size(where, engine.state, program, i)) for i, where in enumerate(program.outputs)
-    ]
+    results = [_Block(meter, _size(where, program, i)) for i, where in enumerate(program.outputs)]
     forward, forward_steps = meter.peak, engine.replays
     cotangents = [_Block(meter, block.size) for block in results]  # that autograd makes of ones
-    sweep: Any = GradientSweep(lambda source: _Block(meter, nbytes(source.spec)))  # type: ignore[arg-type,return-value]
+    sweep: Any = sweep_over(program, lambda source: _Block(meter, nbytes(source.spec)))
     for i, where in enumerate(program.outputs):
         if isinstance(where, int) and i not in program.dead:
             sweep.deposit(engine.program.end, where, _Block(meter, results[i].size, reached=True))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if program.window is None:
-            engine.pull_back(sweep, 0)
-        else:
-            pull_back_truncated(engine, sweep, program.window, program.offline)
+        engine.pull_back(sweep, 0)
     reached = frozenset(source for source, grad in sweep.gradients().items() if grad.reached)
     extra = engine.replays - forward_steps
     del held, cotangents
     return Prediction(meter.peak, forward, extra, engine.vjps, engine.kept, reached)
+
+
+class _Calls(list):
+    """Calls by position."""
+
+    @property
+    def end(self) -> int:
+        return len(self)
+
+    @cached_property
+    def reach(self) -> int:
+        return max((c.back for c in self if isinstance(c, StepCall)), default=0)
 
 
 def predict_sweep(
@@ -298,12 +267,16 @@ def predict_sweep(
     """
     meter = _Meter()
     calls = list(calls)
+    # an assignment that stands there again sets the very same values
     set_to = {id(c.values): _blocks_like(c.values, meter) for c in calls if isinstance(c, Assign)}
-    dry = (replace(c, values=set_to[id(c.values)]) if isinstance(c, Assign) else c for c in calls)
-    engine = _DryEngine(Tape(0, dry), slots, meter, offload)
-    if kept is not None and not offload:
-        engine.store = _Kept(slots, kept)
-    state: Any = engine.run(_blocks_like(initial, meter))
+    program = _Calls(
+        replace(c, values=set_to[id(c.values)]) if isinstance(c, Assign) else replace(c, back=min(c.back, i))
+        for i, c in enumerate(calls)
+    )
+    engine = Sizes(program, slots, meter, offload)
+    engine.keepable = lambda position: may_keep(program[position])
+    known = None if kept is None or offload else keeping(kept, program.end)
+    state: Any = engine.run(_blocks_like(initial, meter), known)
     forward, forward_steps = meter.peak, engine.replays
     sweep: Any = Sweep()
     for index, value in enumerate(state):
@@ -314,24 +287,11 @@ def predict_sweep(
     return Prediction(meter.peak, forward, extra, engine.vjps, engine.kept, frozenset())
 
 
-class _Kept(SlotStore):
-    """Holds the states that another store has held in the end."""
-
-    def __init__(self, slots: int | None, positions: Sequence[int]) -> None:
-        super().__init__(slots)
-        self.kept = frozenset(positions)
-
-    def offer(self, position: int, state: Any) -> None:
-        """As of `SlotStore`."""
-        if position in self.kept:
-            self._put(position, state)
-
-
 def _blocks_like(values: Sequence[Tensor], meter: _Meter) -> list[Any]:
     return [_Block(meter, memory_bytes(v)) for v in values]
 
 
-def _size(where: int | Input, state: Any, program: Program, i: int) -> int:
+def _size(where: int | Input, program: Program, i: int) -> int:
     if not isinstance(where, int):
         return nbytes(where.spec)
     for call, _ in reversed(list(program.counted())):

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
+from metaoptim.compiler.compat import disable_current_modes, profiling
 from metaoptim.compiler.cost.step import check_bytes, measured, step_cost
 from metaoptim.compiler.derive import cotangent_hook
 from metaoptim.compiler.derive.reverse import cotangent_outputs
@@ -24,7 +24,6 @@ from ..engine.engine import Engine
 from ..engine.inputs import Ledger
 from .amounts import budget_bytes, default_budget, tell_default
 from .measure import metered
-from .meter import profiling
 from .peaks import REPEATS, window_peaks
 from .planner import Peaks, larger
 from .retained import Retained
@@ -291,9 +290,9 @@ def _measure(engine: Engine, call: StepCall) -> None:
     """Derive a step that was not met before, on what it is given now, and run that once, to see what it takes."""
     if measured(call.step, "vjp", call.lowering) is not None:
         return
-    with _disable_current_modes(), unaffected(), cotangent_hook.active(cotangent_hook.stand_in):
+    with disable_current_modes(), unaffected(), cotangent_hook.active(cotangent_hook.stand_in):
         base = engine.state_at(engine.position - call.back) if call.back else engine.state
-        inputs = engine.inputs_of(call, engine.state, base, engine.position)
+        inputs = engine.operands(call, engine.state, base, engine.position)
         inputs += [call.step.outputs[i].empty().zero_() for i in cotangent_outputs(call.step)]
         program = lowered(call.step, "vjp", inputs, call.lowering)
         if not profiling():

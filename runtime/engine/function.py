@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from metaoptim.compiler.ir.program import Kept, Operand, Program
-from metaoptim.compiler.ir.step import Loop, Lowering, Role, StepCall, calls_of
+from metaoptim.compiler.ir.step import Loop, Lowering, Port, Role, StepCall, calls_of
 from metaoptim.compiler.ir.trace import Input
 from metaoptim.compiler.lower.ambient import unaffected
 
@@ -21,8 +22,7 @@ from .engine import Engine
 from .inputs import Inputs, Snapshot
 from .nodes import defined, hooked, refuse_third_order
 from .noise import Drawn, generator_of
-from .sweep import Sweep
-from .truncated import pull_back_truncated
+from .sweep import GradientSweep, TruncatedSweep
 
 
 class _Ready:
@@ -38,12 +38,15 @@ class _Ready:
         return self.tensor
 
 
+Bind = Callable[[Operand, Port], Any]
+
+
 class BoundProgram:
     """A rolled program with tensors for its inputs: position -> call, made when asked for.
 
     Args:
         rolled: the program.
-        held: its inputs, by `Input`.
+        bind: what a call is given for an operand, at a port.
         rng: the register of the generator's state.
         lowering: the backend and HVP mode of the step graphs.
     """
@@ -51,8 +54,8 @@ class BoundProgram:
     start = reach = 0
     items: tuple = ()
 
-    def __init__(self, rolled: Program, held: dict[Input, Snapshot], rng: int, lowering: Lowering) -> None:
-        self.rolled, self.held, self.rng, self.lowering = rolled, held, rng, lowering
+    def __init__(self, rolled: Program, bind: Bind, rng: int, lowering: Lowering) -> None:
+        self.rolled, self.bind, self.rng, self.lowering = rolled, bind, rng, lowering
         sizes = [len(calls_of(c)) * (c.count if isinstance(c, Loop) else 1) for c in rolled.calls]
         self._ends = list(accumulate(sizes))
         self.end = self._ends[-1] if sizes else 0
@@ -68,7 +71,7 @@ class BoundProgram:
         inputs, metas = list(first.inputs), first.metas
         for i, given, stride, meta in moving:
             given = given.advanced(iteration * stride)
-            inputs[i] = self._input(given, first.step.inputs[i - len(inputs)])
+            inputs[i] = self.bind(given, first.step.inputs[i - len(inputs)])
             if meta >= 0:
                 metas = (*metas[:meta], _target(given), *metas[meta + 1 :])
         return StepCall(
@@ -112,7 +115,7 @@ class BoundProgram:
             call,
             theta=call.opt_state_in[:thetas],
             opt_state_in=call.opt_state_in[thetas:],
-            inputs=[self._input(g, port) for g, port in zip(given, ports, strict=True)],
+            inputs=[self.bind(g, port) for g, port in zip(given, ports, strict=True)],
             metas=tuple(metas),
             rng=rng,
             lowering=self.rolled.lowering_of(call.step, self.lowering),
@@ -120,48 +123,22 @@ class BoundProgram:
         self._first[at, k] = first, moving
         return first, moving
 
-    def _input(self, given: Operand, port: Any) -> Any:
-        given = given.chosen
-        if given.kind == "noise":
-            return Drawn(given.of)
-        if given.kind == "number":
-            return _Ready(torch.tensor(given.of, dtype=port.spec.dtype))
-        tensor = self.held[given.of].tensor.detach()
-        return _Ready(tensor[given.at] if given.kind == "scan" else tensor)
+
+def bound(held: dict[Input, Snapshot], given: Operand, port: Port) -> Any:
+    """What a call is given for an operand, the program's inputs being ``held``."""
+    given = given.chosen
+    if given.kind == "noise":
+        return Drawn(given.of)
+    if given.kind == "number":
+        return _Ready(torch.tensor(given.of, dtype=port.spec.dtype))
+    tensor = held[given.of].tensor.detach()
+    return _Ready(tensor[given.at] if given.kind == "scan" else tensor)
 
 
 def _target(given: Operand) -> Any:
     """Where the gradient of what a call is given goes: an input, or a slice of one."""
     given = given.chosen
     return (given.of, given.at) if given.kind == "scan" else given.of
-
-
-class GradientSweep(Sweep):
-    """A sweep over a whole program, in which the gradients of a scanned tensor's slices gather in one tensor.
-
-    Args:
-        zeros: for an input, zeros like it.
-    """
-
-    def __init__(self, zeros: Callable[[Input], Tensor]) -> None:
-        super().__init__()
-        self._zeros = zeros
-        self._scans: dict[Input, Tensor] = {}
-
-    def meta(self, key: Any, grad: Tensor) -> None:
-        """Accumulate the gradient of an input, or of a slice of one."""
-        if not isinstance(key, tuple):
-            return super().meta(key, grad)
-        source, at = key
-        if source not in self._scans:
-            self._scans[source] = self._zeros(source)
-        self._scans[source][at].add_(grad)
-
-    def gradients(self) -> dict[Input, Tensor]:
-        """Of all inputs, when it has come down."""
-        for source in list(self._scans):
-            super().meta(source, self._scans.pop(source))
-        return self.metas
 
 
 class Run:
@@ -194,7 +171,7 @@ class Run:
         inputs = Inputs(lambda t: id(t) in overwritten)
         self.held = {key: inputs.hold(t) for key, t in tensors.items()}
         self.generator = generator_for(rolled)
-        self.program = BoundProgram(rolled, self.held, rolled.registers, lowering)
+        self.program = BoundProgram(rolled, partial(bound, self.held), rolled.registers, lowering)
         check_device(kept.offload, [x.spec.device for x in rolled.inputs])
         tier = None if kept.slots is None else tier_for(kept.offload)
         self.engine = (engine or Engine)(kept.slots, backward_hook, self.program, tier)
@@ -227,18 +204,22 @@ class Run:
         """Gradients of the inputs, from cotangents of the outputs."""
         for held in self.held.values():
             held.get()  # raises for what was overwritten
-        sweep = GradientSweep(self._zeros)
+        sweep = sweep_over(self.rolled, self._zeros)
         for where, cotangent in zip(self.rolled.outputs, cotangents, strict=True):
             if cotangent is not None and isinstance(where, int):
                 sweep.deposit(self.program.end, where, cotangent)
-        if self.rolled.window is None:
-            self.engine.pull_back(sweep, 0)
-        else:
-            pull_back_truncated(self.engine, sweep, self.rolled.window, self.rolled.offline)
+        self.engine.pull_back(sweep, 0)
         return sweep.gradients()
 
     def _zeros(self, source: Input) -> Tensor:
         return torch.zeros_like(self.held[source].tensor, memory_format=torch.contiguous_format)
+
+
+def sweep_over(rolled: Program, zeros: Callable[[Input], Any]) -> GradientSweep:
+    """A sweep over a program, truncated where it says so; ``zeros`` are like an input."""
+    if rolled.window is None:
+        return GradientSweep(zeros)
+    return TruncatedSweep(zeros, rolled.window, rolled.offline)
 
 
 def generator_for(rolled: Program) -> torch.Generator | None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metaoptim.compiler.compat import graph_task
 from metaoptim.errors import MetaOptimError, UnreachableWarning, WindowError, warn
 
 from .engine import Engine
@@ -161,7 +162,7 @@ class Read(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
         refuse_third_order()
         _tell_if_nothing_is_reached(ctx.engine)
-        sweep = ctx.engine.sweep_of(torch._C._current_graph_task_id())
+        sweep = ctx.engine.sweep_of(graph_task())
         for index, grad in zip(ctx.indices, grads, strict=True):
             if grad is not None:
                 sweep.deposit(ctx.position, index, grad)
@@ -192,7 +193,7 @@ class StepLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         refuse_third_order()
         _tell_if_nothing_is_reached(ctx.engine)
-        ctx.engine.sweep_of(torch._C._current_graph_task_id()).deposit(ctx.position + 1, LOSS, grad)
+        ctx.engine.sweep_of(graph_task()).deposit(ctx.position + 1, LOSS, grad)
         return None, None, None, torch.empty(0, device="cpu")
 
 
@@ -249,7 +250,7 @@ class Link(torch.autograd.Function):
         closed = ctx.engine.closed
         if ctx.thetas and closed.issuperset(ctx.ids):
             return *[None] * 4, torch.empty(0, device="cpu"), *[None] * len(ctx.ids)
-        sweep = ctx.engine.sweep_of(torch._C._current_graph_task_id())
+        sweep = ctx.engine.sweep_of(graph_task())
         ctx.engine.pull_back(sweep, ctx.position)
         grads = [sweep.metas.pop(m, None) for m in ctx.metas]
         first = [sweep.adopted.pop((ctx.position, i), None) for i in ctx.thetas]

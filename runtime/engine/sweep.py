@@ -1,14 +1,20 @@
-"""Cotangents on their way back through the inner loop."""
+"""Cotangents on their way back through the inner loop, and through which calls they have to be pulled back."""
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Callable, Container, Iterator
 from typing import Any
 
 from torch import Tensor
 
-LOSS = (
-    -2
-)  # in the place of a state index, at the position after a step: the loss of that step (-1 stands for none)
+from metaoptim.compiler.ir.step import Assign, Role, StepCall
+from metaoptim.compiler.ir.trace import Input
+from metaoptim.errors import UnreachableWarning, warn
+
+# in the place of a state index, at the position after a step: the loss of that step (-1 stands for none)
+LOSS = -2
+Tell = Callable[[int], object]
 
 
 class Sweep:
@@ -21,7 +27,12 @@ class Sweep:
         deposits: tape position -> cotangents that join there.
         metas: meta-parameter (its number, or what else stands for it) -> its gradient so far.
         adopted: position, state index -> cotangent that arrived where that parameter was adopted, or started anew.
+        call: the call that is being pulled back through.
+        received: output of it, or `LOSS` -> cotangent.
     """
+
+    call: StepCall
+    received: dict[int, Tensor]
 
     def __init__(self) -> None:
         self.position = self.top = -1
@@ -48,4 +59,145 @@ class Sweep:
         """Move to ``position`` and merge what was deposited there."""
         self.position = position
         for index, grad in self.deposits.pop(position, ()):
+            self.add(index, grad)
+
+    def targets(
+        self, program: Any, bottom: int, tell: Tell, untrained: Container[int] = ()
+    ) -> Iterator[tuple[int, int]]:
+        """The calls that cotangents arrive at, from `position` down to ``bottom``.
+
+        Each must have been pulled back through, by `take`, before the next is asked for.
+
+        Args:
+            program: position -> call.
+            bottom: where to stop.
+            tell: called with every position that is left behind.
+            untrained: state indices of parameters that no optimizer steps.
+
+        Yields:
+            The position of a call, and the position that its loss has read.
+        """
+        self.arrive(self.position)
+        while self.position > bottom:
+            position = self.position - 1
+            call = program[position]
+            if isinstance(call, StepCall):
+                if self._receives(call, self.cotangents):
+                    yield position, position - call.back
+            else:
+                self._assigned(call, position, untrained)
+            self.arrive(position)
+            tell(position)
+
+    def _receives(self, call: StepCall, cotangents: dict[int, Tensor]) -> bool:
+        """Whether any of ``cotangents`` is of what ``call`` has made; they are `received` then."""
+        found = [(LOSS, cotangents.pop(LOSS, None))] if LOSS in cotangents else []
+        found += [(k, cotangents.pop(index, None)) for k, index in call.changed()]
+        self.call, self.received = call, {k: c for k, c in found if c is not None}
+        return bool(self.received)
+
+    def _assigned(self, call: Assign, position: int, untrained: Container[int]) -> None:
+        for index in call.indices:
+            if index in untrained and not call.adoption:
+                continue
+            arrived = self.cotangents.pop(index, None)
+            if call.adoption and arrived is not None:
+                self.adopted[position, index] = arrived
+
+    def take(self, position: int, role: Role, index: Any, grad: Tensor) -> None:
+        """A gradient has come out of the call at ``position``: of its input with this role and state index."""
+        if role is Role.META:
+            self.meta(index, grad)
+        elif role is Role.THETA and self.call.back:
+            self.deposit(position - self.call.back, index, grad)
+        else:
+            self.add(index, grad)
+
+
+class GradientSweep(Sweep):
+    """A sweep over a whole program, in which the gradients of a scanned tensor's slices gather in one tensor.
+
+    Args:
+        zeros: for an input, zeros like it.
+    """
+
+    def __init__(self, zeros: Callable[[Input], Tensor]) -> None:
+        super().__init__()
+        self._zeros = zeros
+        self._scans: dict[Input, Tensor] = {}
+
+    def meta(self, key: Any, grad: Tensor) -> None:
+        """Accumulate the gradient of an input, or of a slice of one."""
+        if not isinstance(key, tuple):
+            return super().meta(key, grad)
+        source, at = key
+        if source not in self._scans:
+            self._scans[source] = self._zeros(source)
+        self._scans[source][at].add_(grad)
+
+    def gradients(self) -> dict[Input, Tensor]:
+        """Of all inputs, when it has come down."""
+        for source in list(self._scans):
+            super().meta(source, self._scans.pop(source))
+        return self.metas
+
+
+class TruncatedSweep(GradientSweep):
+    """`window=W` over a whole program: every read of theta by an outer loss sees the W super-steps before it.
+
+    Cotangents of what the user's own code carries from step to step (sums, hidden states) flow on without end, as on
+    autograd's tape. Where they reach theta or optimizer state (an outer loss has read it there), a sweep of its own
+    goes back W super-steps and ends: W step-VJPs for each such read.
+
+    Args:
+        zeros: for an input, zeros like it.
+        window: W.
+        offline: whether the initial parameters would receive a gradient.
+    """
+
+    def __init__(self, zeros: Callable[[Input], Tensor], window: int, offline: bool) -> None:
+        super().__init__(zeros)
+        self.window, self.offline = window, offline
+        self._inner = Sweep()  # cotangents of theta and optimizer state
+        self._below = False  # whether it is they that are pulled back
+
+    def targets(
+        self, program: Any, bottom: int, tell: Tell, untrained: Container[int] = ()
+    ) -> Iterator[tuple[int, int]]:
+        """The calls that cotangents arrive at; those of the last W super-steps, again for each read of theta."""
+        steps = [p for p in range(program.end) if program.takes_step(p)]
+        cut = False
+        self.arrive(self.position)
+        while self.position > bottom:
+            position = self.position - 1
+            self._inner, self._below = Sweep(), False
+            if self._receives(program[position], self.cotangents):
+                yield position, position
+            self.arrive(position)
+            tell(position)
+            if not self._inner.cotangents:
+                continue
+            self._below = True
+            done = bisect_left(steps, position)
+            cut |= done > self.window
+            end = steps[done - self.window] if done > self.window else 0
+            for below in range(position - 1, end - 1, -1):
+                if self._receives(program[below], self._inner.cotangents):
+                    yield below, below
+        if cut and self.offline:
+            warn(
+                f"the loss lies more than window={self.window} steps after the start of an offline window: the "
+                "initial parameters receive no gradient (None) from it",
+                UnreachableWarning,
+            )
+
+    def take(self, position: int, role: Role, index: Any, grad: Tensor) -> None:
+        """A gradient has come out of the call at ``position``."""
+        if role is Role.META:
+            self.meta(index, grad)
+        elif role in (Role.THETA, Role.OPT_STATE):
+            self._inner.add(index, grad)
+        elif self._below:
+            self.deposit(position, index, grad)
+        else:
             self.add(index, grad)

@@ -9,15 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from metaoptim.compiler.capture import intercept
 from metaoptim.compiler.capture.symbolic.tracer import Tracer
-from metaoptim.compiler.ir.owners import identity
+from metaoptim.compiler.compat import disable_current_modes
 from metaoptim.compiler.ir.segments import Roles, ordered
 from metaoptim.compiler.ir.step import Lowering, Role, StepCall
 from metaoptim.compiler.ir.trace import Input, Noise
-from metaoptim.compiler.ir.values import Value, exact
+from metaoptim.compiler.ir.values import Value, exact, identity
 from metaoptim.compiler.ir.verify_step import verify_step
 from metaoptim.compiler.lower.ambient import unaffected
 from metaoptim.compiler.lower.derivatives import lowered
@@ -97,7 +96,7 @@ def aside(window: RecordedSession) -> Iterator[None]:
     """The window steps aside: its networks have their own parameters, its modes are off."""
     tokens: list[Any] = [(_current, _current.set(None))]
     tokens += [(v, v.set(None)) for v in (intercept.recording, intercept.binding)]
-    with window.networks.hidden(), _disable_current_modes():
+    with window.networks.hidden(), disable_current_modes():
         try:
             yield
         finally:

@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaoptim.compiler.ir.owners import identity
 from metaoptim.compiler.ir.segments import arguments
 from metaoptim.compiler.ir.step import gradient, show
-from metaoptim.compiler.ir.values import Entry, Value
+from metaoptim.compiler.ir.values import Entry, Value, identity
 from metaoptim.compiler.ir.walk import reached
 
 from ..engine.engine import Engine

@@ -16,8 +16,7 @@ Two situations:
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate
 from math import comb
@@ -197,21 +196,3 @@ def crowded_out(kept: Sequence[int], position: int, slots: int) -> int:
             best, least = j, cost
         above += advances(p[j + 1] - p[j], slots - j + 1)
     return p[best]
-
-
-class Marks:
-    """Positions where a state is to be kept, met in ascending order.
-
-    Not every position can be kept (inside a super-step, for one): what is due there is due at the next that can.
-    """
-
-    def __init__(self, positions: Iterable[int] = ()) -> None:
-        self._left = deque(positions)
-
-    def due(self, position: int) -> bool:
-        """Whether to keep the state at ``position``; that settles everything up to there."""
-        due = False
-        while self._left and self._left[0] <= position:
-            self._left.popleft()
-            due = True
-        return due

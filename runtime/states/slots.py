@@ -1,139 +1,121 @@
-"""Slots: a container for the states of the inner loop that are kept; `schedule` says which."""
+"""Slots: the states at hand, by position. What is put where, schedules say; here it is done."""
 
 from __future__ import annotations
 
-from bisect import bisect_right, insort
-from collections.abc import Set
+from bisect import bisect_left, bisect_right, insort
+from typing import Any
 
-from torch import Tensor
+from .actions import Action, Drop, Forget, Keep, Load, Offload, Prefetch
+from .tier import Tier
 
-from .schedule import Marks, crowded_out, places
-
-State = list[Tensor]
+State = list[Any]
 
 
-class SlotStore:
-    """States by tape position; at most ``slots`` of them at any time, counting the initial one.
+class Slots:
+    """States in slots, at hand beside them, and in a lower tier.
 
-    On the way forward states are offered in order. A sweep releases those it has passed and keeps others in their
-    place.
+    Schedules read the positions, and rely on each action being carried out before they are asked for the next one.
 
     Args:
-        slots: how many states may be kept; None keeps all.
-        horizon: how many tape positions will follow the initial one, where that is known; the states kept are then the
-            best for it. Beyond it, and where it is None, the scheme for unknown ends decides.
+        slots: how many states may be kept, counting the initial one; None keeps all.
+        tier: where states go that have no slot; None gives them up.
+
+    Attributes:
+        kept: positions of the states in slots, ascending.
+        far: positions of the states in the tier, ascending.
+        work: states at hand that take no slot, by position.
+        initial: the state at position 0, where steps before `base` can be run from it again.
     """
 
-    def __init__(self, slots: int | None, horizon: int | None = None) -> None:
-        self.slots = slots
-        self.horizon = horizon
+    def __init__(self, slots: int | None, tier: Tier | None = None) -> None:
+        self.slots, self.tier = slots, tier
+        self.kept = [0]
+        self.far: list[int] = []
+        self.work: dict[int, State] = {}
+        self.initial: State = []
         self._states: dict[int, State] = {0: []}
-        self._positions = [0]
-        self._planned = Marks()
-        # Up to where `_planned` decides; None as long as the initial position may still move.
-        self._end: int | None = None
 
     def __contains__(self, position: int) -> bool:
-        return position in self._states
+        return position in self._states or self.offloaded(position)
+
+    def at_hand(self, position: int) -> bool:
+        """Whether a state is on the device."""
+        return position in self._states or position in self.work
+
+    def offloaded(self, position: int) -> bool:
+        """Whether a state is in the tier."""
+        at = bisect_left(self.far, position)
+        return at < len(self.far) and self.far[at] == position
 
     def __len__(self) -> int:
-        return len(self._positions)
+        return len(self.kept)
 
     def __getitem__(self, position: int) -> State:
-        return self._states[position]
+        if position in self._states:
+            return self._states[position]
+        if position in self.work:
+            return self.work[position]
+        if self.offloaded(position):
+            assert self.tier is not None
+            return self.tier.load(position)
+        if position == 0 and self.base:
+            return self.initial
+        raise AssertionError(f"the state at position {position} is not at hand: held are {self.kept}")
 
     @property
     def base(self) -> int:
         """The lowest position held."""
-        return self._positions[0]
-
-    @property
-    def positions(self) -> list[int]:
-        """The positions held, ascending."""
-        return list(self._positions)
+        return min(self.kept[0], *self.far[:1]) if self.far else self.kept[0]
 
     @property
     def states(self) -> list[State]:
-        """All states held."""
-        return list(self._states.values())
+        """All states on the device."""
+        return [*self._states.values(), *self.work.values()]
 
     def nearest(self, position: int) -> int:
         """The highest position held that is not above ``position``."""
-        at = bisect_right(self._positions, position)
-        if not at:
-            raise AssertionError(
-                f"position {position} lies below the tape, which begins at {self._positions[0]}"
-            )
-        return self._positions[at - 1]
+        found = [of[at - 1] for of in (self.kept, self.far) if (at := bisect_right(of, position))]
+        if not found:
+            raise AssertionError(f"position {position} lies below the tape, which begins at {self.base}")
+        return max(found)
 
-    # -- forward -------------------------------------------------------------------------------------------------
+    def apply(self, action: Action, state: State | None = None) -> None:
+        """Carry out an action that concerns states alone; `Keep` keeps ``state``, by default the one at hand."""
+        tier: Any = self.tier
+        match action:
+            case Keep(position):
+                self._keep(position, self.work.pop(position) if state is None else state)
+            case Drop(position) if position in self.work:
+                del self.work[position]
+            case Drop(position):
+                del self.kept[bisect_left(self.kept, position)], self._states[position]
+            case Offload(position):
+                tier.save(position, self._states[position])
+                insort(self.far, position)
+            case Prefetch(position):
+                tier.prefetch(position)
+            case Load(position):
+                self.work[position] = tier.load(position)
+            case Forget(position):
+                tier.forget([position])
+                self.far.remove(position)
+            case _:
+                raise AssertionError(f"{action} is not about states alone")
 
-    def offer(self, position: int, state: State) -> None:
-        """A new state, in order of position; kept if the schedule says so, in place of another where it must."""
-        if position == self._positions[-1]:
-            self._states[position] = state
-        elif self._make_room(position):
-            self._put(position, state)
-
-    def _make_room(self, position: int) -> bool:
-        if self.slots is None:
-            return True
-        if self._end is None:
-            self._end = self.base + (self.horizon or 0)
-            self._planned = Marks(places(self.base, self._end, self.slots))
-        if position < self._end and not self._planned.due(position):
-            return False
-        if len(self._positions) < self.slots:
-            return True
-        lost = crowded_out(self._positions, position, self.slots)
-        if lost != position:
-            self._keep([p for p in self._positions if p != lost])
-        return lost != position
-
-    def limit(self, slots: int, within: Set[int] = frozenset()) -> None:
-        """Allow no more than ``slots`` states from here on; those at positions ``within`` super-steps go first."""
-        if within:
-            self._keep([p for p in self._positions if p == self.base or p not in within])
-        while len(self._positions) > slots:
-            *kept, last = self._positions
-            lost = crowded_out(kept, last, len(kept))
-            self._keep([p for p in self._positions if p != lost])
-        self.slots = slots
-
-    # -- sweep ---------------------------------------------------------------------------------------------------
-
-    def release(self, top: int) -> None:
-        """A sweep has come down to ``top``: the slots above it are free."""
-        if self.slots is not None and self._positions[-1] > top:
-            self._keep([p for p in self._positions if p <= top])
-
-    def marks(self, start: int, target: int) -> Marks:
-        """Where to `put` states on the way from ``start``, which is held, to ``target``."""
-        if self.slots is None:
-            return Marks(range(start + 1, target))
-        return Marks(places(start, target, self.slots - len(self._positions) + 1))
-
-    def put(self, position: int, state: State) -> None:
-        """Keep a state that `marks` has asked for."""
-        self._put(position, state)
-
-    def rebase(self, position: int, state: State | None = None) -> None:
-        """Make ``position`` the initial one and drop everything below; its state is given if it is not held."""
-        state = self._states[position] if state is None else state
-        if self.horizon is not None:  # the end stays where it is
-            self.horizon -= position - self.base
-        self._keep([p for p in self._positions if p > position])
-        self._put(position, state)
-
-    # -- the container -------------------------------------------------------------------------------------------
-
-    def _put(self, position: int, state: State) -> None:
+    def _keep(self, position: int, state: State) -> None:
         if position not in self._states:
-            if self.slots is not None and len(self._positions) >= self.slots:
-                raise AssertionError(f"no slot is free for position {position}: held are {self._positions}")
-            insort(self._positions, position)
+            if self.slots is not None and len(self.kept) >= self.slots:
+                raise AssertionError(f"no slot is free for position {position}: held are {self.kept}")
+            insort(self.kept, position)
         self._states[position] = state
 
-    def _keep(self, positions: list[int]) -> None:
-        self._positions = positions
-        self._states = {p: self._states[p] for p in positions}
+    def rest(self) -> None:
+        """A sweep has ended: what it has worked on is not needed any more."""
+        self.work = {}
+        if self.tier is not None:
+            self.tier.rest()
+
+    def settle(self) -> None:
+        """Wait until the tier has written what it was given: until then it takes memory."""
+        if self.tier is not None:
+            self.tier.settle()

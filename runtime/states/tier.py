@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
+from metaoptim.compiler.compat import disable_current_modes
 from metaoptim.compiler.lower.ambient import unaffected
 from metaoptim.errors import StoreError
 
@@ -72,7 +72,7 @@ class Tier:
         self._look()
         while len(self._writing) >= WRITING:
             self._written()
-        with _disable_current_modes(), unaffected():
+        with disable_current_modes(), unaffected():
             for t in state:
                 if isinstance(t, Tensor) and t.layout is not torch.strided:
                     raise StoreError(
@@ -101,7 +101,7 @@ class Tier:
         self.prefetch(position)
         reading = self._ahead
         assert reading is not None
-        with _disable_current_modes(), unaffected():
+        with disable_current_modes(), unaffected():
             found = {piece: self._arrived(piece, position, *of) for piece, of in reading.pieces.items()}
             state = [self._built(e, found) if isinstance(e, View) else e for e in reading.entries]
         self._ahead = None
@@ -114,7 +114,7 @@ class Tier:
         self._look()
         self.rest()
         reading = self._ahead = _Reading(position, self._kept[position])
-        with _disable_current_modes(), unaffected():
+        with disable_current_modes(), unaffected():
             for piece in _pieces(reading.entries):
                 storage = piece.at_hand()
                 if storage is None:

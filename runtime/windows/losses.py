@@ -12,10 +12,10 @@ import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from metaoptim.compiler.capture.eager.recording import Recording
+from metaoptim.compiler.compat import swap_tensors
 from metaoptim.compiler.ir.slices import Slice
 from metaoptim.compiler.ir.step import StepCall
 from metaoptim.compiler.ir.values import Epoch, Theta
@@ -215,7 +215,7 @@ class Stepped:
             read = [(t.index, t.version, weakref.ref(t.tensor)) for t in sliced.thetas]
             self._waiting.append(_Waiting(weakref.ref(loss), after, loss._version, read))
         else:
-            torch._C._swap_tensor_impl(loss, after)
+            swap_tensors(loss, after)
 
     def settle(self, over: bool) -> None:
         """Let losses leave their graphs, all if the super-step is ``over``."""
@@ -231,7 +231,7 @@ class Stepped:
             if shown:
                 self.behind = True
                 one.after.grad_fn.current = {0: shown}  # type: ignore[union-attr]  # for `depends_on`
-            torch._C._swap_tensor_impl(loss, one.after)
+            swap_tensors(loss, one.after)
 
     @staticmethod
     def check(loss: Tensor, shown: list[Tensor]) -> None:

@@ -124,7 +124,7 @@ class RecordedSession(Session):
     def _since_when(self, steps: int) -> str:
         """Between which of the states that are kept it began."""
         last_good, first_bad = self.program.start, self.program.end
-        for position in reversed(self.engine.store.positions):
+        for position in reversed(self.engine.store.kept):
             if all_finite(self.engine.store[position]):
                 last_good = position
                 break

@@ -12,6 +12,7 @@ import torch.distributed
 from torch import Tensor
 
 from metaoptim.compiler.capture import intercept
+from metaoptim.compiler.compat import DisableAutocast
 from metaoptim.compiler.ir.retention import UNSAID, Retention
 from metaoptim.compiler.ir.step import Lowering
 from metaoptim.errors import CaptureError, LossError, WindowError, user_location, warn
@@ -222,7 +223,7 @@ class Session:
         if member is None or not member.joined or self._unfrozen(optimizer):
             self.join(optimizer, late=True)
         member = self.members[id(optimizer)]
-        with self.recorder.paused(), torch._C._DisableAutocast():
+        with self.recorder.paused(), DisableAutocast():
             self.networks.check()
             if not trained(optimizer, self.networks):
                 raise LossError(

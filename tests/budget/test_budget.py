@@ -20,8 +20,11 @@ from metaoptim.functions.captured import trace_of
 from metaoptim.runtime.budget.meter import AllocatorMeter
 from metaoptim.runtime.budget.planner import peaks_of
 from metaoptim.runtime.budget.simulate import predict
+from metaoptim.runtime.engine.engine import Engine
 from metaoptim.runtime.states import schedule
-from metaoptim.runtime.states.slots import SlotStore
+from metaoptim.runtime.states.actions import Keep
+from metaoptim.runtime.states.slots import Slots
+from metaoptim.runtime.states.streams import shrink
 
 # -- the plan --------------------------------------------------------------------------------------------------------
 
@@ -59,14 +62,14 @@ def test_the_window_inside_says_what_the_decorator_does_not() -> None:
 
 def test_slots_shrink_as_the_window_fills_with_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    real = SlotStore.limit
+    real = Engine.limit
 
-    def limit(self: SlotStore, slots: int, *within: Any) -> None:
-        real(self, slots, *within)
+    def limit(self: Engine, slots: int) -> None:
+        real(self, slots)
         seen.append(slots)
-        assert len(self) <= slots
+        assert len(self.store) <= slots
 
-    monkeypatch.setattr(SlotStore, "limit", limit)
+    monkeypatch.setattr(Engine, "limit", limit)
     case = Case(9, steps=40, dominant="inputs")
     _, most = case.loop(True)
     _, peak = case.loop(True, memory_budget=most)
@@ -181,14 +184,15 @@ def test_a_refused_window_leaves_everything_as_it_was() -> None:
 
 
 def test_a_store_that_shrinks_gives_up_what_is_cheapest_to_lose() -> None:
-    kept = SlotStore(None)
+    store = Slots(None)
     for position in range(12):
-        kept.offer(position, [])
-    kept.limit(4)
-    assert len(kept) == 4 and kept.base == 0
+        store.apply(Keep(position), [])
+    for action in shrink(store, 4):
+        store.apply(action)
+    assert len(store) == 4 and store.base == 0
     cost = sum(
         schedule.advances(b - a, 4 - i)
-        for i, (a, b) in enumerate(zip(kept._positions, [*kept._positions[1:], 12], strict=True))
+        for i, (a, b) in enumerate(zip(store.kept, [*store.kept[1:], 12], strict=True))
     )
     assert cost <= 1.25 * (schedule.advances(13, 4) - 12) + 12
 
@@ -380,9 +384,8 @@ def test_no_horizon_takes_more_than_was_planned_for_it(rows: int) -> None:
             return net(judged).square().mean()
 
     for steps in (3, 9, 16, 57, 100, 128, 250):
-        traced, tracer, _ = trace_of(loop, (net, lr, torch.randn(steps, 8, 8), torch.randn(rows, 8)), {})
-        tracer.trace.outputs = traced.tensors
-        program, _ = compile_trace(tracer.trace, Options(lowering=EAGER))
+        trace, _, _ = trace_of(loop, (net, lr, torch.randn(steps, 8, 8), torch.randn(rows, 8)), {})
+        program, _ = compile_trace(trace, Options(lowering=EAGER))
         peaks = peaks_of(program, EAGER)
         for slots in range(1, min(9, program.swept)):
             assert predict(program, slots, EAGER).peak_bytes <= peaks(slots), (steps, slots)

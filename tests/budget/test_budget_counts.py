@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import metaoptim
 from metaoptim.runtime.budget.meter import AllocatorMeter
+from metaoptim.runtime.engine.engine import Engine
 from metaoptim.runtime.engine.inputs import checksum
-from metaoptim.runtime.states.slots import SlotStore
 
 Loop = Callable[[nn.Module, Tensor, dict[str, Any]], int]
 
@@ -127,14 +127,14 @@ def test_batches_that_the_user_holds_for_long_and_then_drops(kept: int, sliding:
 def test_batches_that_are_dropped_after_the_last_step(inside: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """States are given up when the backward begins: when they are dropped nobody can know."""
     given_up: list[int] = []
-    limit = SlotStore.limit
+    limit = Engine.limit
 
-    def noted(self: SlotStore, slots: int, *within: Any) -> None:
-        before = len(self)
-        limit(self, slots, *within)
-        given_up.append(before - len(self))
+    def noted(self: Engine, slots: int) -> None:
+        before = len(self.store)
+        limit(self, slots)
+        given_up.append(before - len(self.store))
 
-    monkeypatch.setattr(SlotStore, "limit", noted)
+    monkeypatch.setattr(Engine, "limit", noted)
 
     def loop(net: nn.Module, lr: Tensor, options: dict[str, Any]) -> int:
         held = [torch.randn(50, 20) for _ in range(40)]

@@ -13,7 +13,7 @@ from budget_cases import Case
 from metaoptim.compiler.lower.library import library
 from metaoptim.runtime.budget import amounts, peaks
 from metaoptim.runtime.budget.meter import AllocatorMeter
-from metaoptim.runtime.states.slots import SlotStore
+from metaoptim.runtime.engine.engine import Engine
 
 STATE = 8 * (20 * 10 + 10)
 
@@ -104,8 +104,8 @@ def test_a_roomy_budget_is_planned_when_half_of_it_is_used(monkeypatch: pytest.M
     monkeypatch.setattr(peaks, "_known", type(peaks._known)())
     monkeypatch.setattr(peaks, "_peaks", lambda *a: planned.append(1) or real(*a))
     limits: list[int] = []
-    limit = SlotStore.limit
-    monkeypatch.setattr(SlotStore, "limit", lambda self, *n: limits.append(len(self)) or limit(self, *n))
+    limit = Engine.limit
+    monkeypatch.setattr(Engine, "limit", lambda self, n: limits.append(len(self.store)) or limit(self, n))
     expected = gradient(100, slots=100)
     for _ in range(2):  # what was foreseen is remembered
         limits.clear()

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from metaoptim.runtime.budget.meter import AllocatorMeter, profiling
+from metaoptim.compiler.compat import profiling
+from metaoptim.runtime.budget.meter import AllocatorMeter
 
 KIB, MIB = 2**10, 2**20
 

@@ -15,8 +15,9 @@ from torch import Tensor
 
 import metaoptim
 from budget_cases import Case, same, state_bytes
+from metaoptim.runtime.engine.engine import Engine
 from metaoptim.runtime.states import schedule
-from metaoptim.runtime.states.slots import SlotStore
+from metaoptim.runtime.states.slots import Slots
 
 _EVERY_TIME = 6  # cases that are short
 _ONE_SLOT = 40  # steps run with a single state kept: they take time that is quadratic in them
@@ -38,17 +39,25 @@ def enough(steps: int, slots: int) -> bool:
     return steps <= _ONE_SLOT or schedule.extra_forwards(steps, slots) <= _REPLAYS * steps
 
 
-def leaking(monkeypatch: pytest.MonkeyPatch) -> list[tuple[SlotStore, list[Tensor]]]:
+def leaking(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Slots, list[Tensor]]]:
     """Let every loop hold one state that no plan knows of; returns where they are."""
-    real, leaked = SlotStore.offer, []
+    append, after, leaked = Engine.append, Engine._after, []
 
-    def offer(self: SlotStore, position: int, state: Any) -> None:
-        real(self, position, state)
-        tensors = [t.clone() for t in state if isinstance(t, Tensor)]  # plans run on sizes
-        if position >= 2 and tensors and all(store is not self for store, _ in leaked):
-            leaked.append((self, tensors))
+    def leak(engine: Engine, position: int, state: Any) -> None:
+        tensors = [t.clone() for t in state if isinstance(t, Tensor)]
+        if position >= 2 and tensors and all(store is not engine.store for store, _ in leaked):
+            leaked.append((engine.store, tensors))
 
-    monkeypatch.setattr(SlotStore, "offer", offer)
+    def leaking_append(self: Engine, *call: Any, **read: Any) -> None:
+        leak(self, self.position, self.state)
+        append(self, *call, **read)
+
+    def leaking_after(self: Engine, position: int, state: Any, *how: Any) -> Any:
+        leak(self, position, state)
+        return after(self, position, state, *how)
+
+    monkeypatch.setattr(Engine, "append", leaking_append)
+    monkeypatch.setattr(Engine, "_after", leaking_after)
     return leaked
 
 

@@ -57,7 +57,7 @@ def operators(module: FlatGraph) -> int:
 def test_both_graphs_together_are_replay_and_derivative(network: str, optimizer: str) -> None:
     _, program = run(problem(network, optimizer, 3, True), slots=None)
     checked = 0
-    for step in program.rolled.step_graphs:
+    for step in program.program.step_graphs:
         split = residuals(step, "auto")
         if split is None:
             continue
@@ -84,7 +84,7 @@ def test_what_writes_in_place_keeps_its_derivative() -> None:
     got, program = run(case, memory_budget=MUCH)
     agree(got, run_oracle(case))
     assert program.plan.slots is None and program.plan.saved == 0
-    assert all(residuals(s, "auto") is None for s in program.rolled.step_graphs if s.steps)
+    assert all(residuals(s, "auto") is None for s in program.program.step_graphs if s.steps)
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -105,7 +105,7 @@ def test_equals_the_tape(
     case = problem(network, optimizer, 6, offline, window, per_step=True)
     got, program = run(case, memory_budget=MUCH, backend=backend)
     agree(got, run_oracle(case))
-    assert program.plan.slots is None and program.plan.saved == program.rolled.positions
+    assert program.plan.slots is None and program.plan.saved == program.program.positions
 
 
 def test_mixed_mode() -> None:
@@ -113,7 +113,7 @@ def test_mixed_mode() -> None:
     got, program = run(case, memory_budget=MUCH, hvp="mixed")
     agree(got, run_oracle(case))
     assert program.plan.slots is None and program.plan.saved == 0
-    steps = [s for s in program.rolled.step_graphs if s.steps]
+    steps = [s for s in program.program.step_graphs if s.steps]
     assert steps and all(residuals(s, "mixed") is None for s in steps)  # layers are made again on purpose
 
 
@@ -191,10 +191,10 @@ def test_residuals_are_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         meta_loss(net, log_lr, xs)
     ((program,),) = meta_loss._specializations.known.values()
-    for step in program.rolled.step_graphs:
+    for step in program.program.step_graphs:
         forget(step)
     (got,) = torch.autograd.grad(meta_loss(net, log_lr, xs), log_lr)
-    for step in program.rolled.step_graphs:  # shared with other tests
+    for step in program.program.step_graphs:  # shared with other tests
         forget(step)
     assert abs(float(got - expected)) > 1e-3 * abs(float(expected))
 
@@ -217,7 +217,7 @@ def test_views_that_no_operator_calls_one() -> None:
 
         meta_loss(net, log_lr, xs).backward()
         ((program,),) = meta_loss._specializations.known.values()
-        return log_lr.grad, program.rolled.kept.saved
+        return log_lr.grad, program.program.kept.saved
 
     (got, saved), (expected, none) = gradient(memory_budget=MUCH), gradient()
     assert saved and not none

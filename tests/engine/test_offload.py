@@ -262,7 +262,7 @@ def test_a_sliding_window_removes_what_it_has_passed(tmp_path: Path) -> None:
             if t % 5 == 4:
                 F.mse_loss(net(xs[t]), ys[t]).backward(retain_graph=True)
             engine.tier.settle()
-            most = max(most, len(engine.store._far))
+            most = max(most, len(engine.store.far))
         assert engine.store.base > 100
     assert log_lr.grad is not None and most <= 8
 
@@ -367,7 +367,7 @@ def test_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     _, outer, own = loop(25)
     expected = torch.autograd.grad(outer, own)
     engine, outer, own = loop(25, slots=2, offload="host")
-    assert isinstance(engine.tier, HostTier) and len(engine.store._far) == 9
+    assert isinstance(engine.tier, HostTier) and len(engine.store.far) == 9
     same(torch.autograd.grad(outer, own), expected)
 
 

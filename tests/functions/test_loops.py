@@ -293,8 +293,8 @@ def test_programs_do_not_depend_on_the_length(name: str) -> None:
             name, steps, lambda f, made=made: made.append(compiled(f)) or made[0], metaoptim.SlidingWindow
         )
         ((program,),) = made[0]._specializations.known.values()
-        steps_of = {id(g) for g in program.rolled.step_graphs}
-        counts.add((len(steps_of), len(program.rolled.calls), program.rolled.registers))
+        steps_of = {id(g) for g in program.program.step_graphs}
+        counts.add((len(steps_of), len(program.program.calls), program.program.registers))
     assert len(counts) == 1
 
 

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 import metaoptim
 from forms import Made, compare, leaf, mlp
-from metaoptim.compiler.ir.fold import loop
 from metaoptim.compiler.ir.program import Program
 from metaoptim.compiler.ir.step import Loop
+from metaoptim.compiler.passes.loop import loop
+from metaoptim.compiler.passes.options import Options
 
 Data = Callable[[Tensor, Tensor], Iterable[tuple[Tensor, Tensor]]]
 
@@ -60,7 +61,7 @@ def program_of(made: Made) -> Program:
     compiled = metaoptim.compile(made.of, backend="eager")
     compiled(metaoptim.SlidingWindow)
     ((program,),) = compiled._specializations.known.values()
-    return program.rolled
+    return program.program
 
 
 @pytest.mark.parametrize(
@@ -80,7 +81,7 @@ def test_it_is_a_loop(name: str) -> None:
         assert program.horizon == len(list(DATA[name](numbers(steps, 3), numbers(steps, 2))))
         sizes.add((len(program.calls), len(program.step_graphs), program.registers))
         before = str(program)
-        loop(program)
+        loop(program, Options())
         assert str(program) == before  # idempotent
     assert len(sizes) == 1
 

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 import metaoptim
 from forms import Made, compare, full_tape, leaf, mlp, outcome
-from metaoptim.compiler.ir.fold import loop
 from metaoptim.compiler.ir.program import Program
 from metaoptim.compiler.ir.step import Loop
+from metaoptim.compiler.passes.loop import loop
+from metaoptim.compiler.passes.options import Options
 from metaoptim.runtime.budget.meter import AllocatorMeter
 
 ROUNDS = 6  # enough for what each round leaves to have found its place
@@ -29,7 +30,7 @@ def program_of(made: Made) -> Program:
     compiled = metaoptim.compile(made.of, backend="eager")
     compiled(metaoptim.SlidingWindow)
     ((program,),) = compiled._specializations.known.values()
-    return program.rolled
+    return program.program
 
 
 def sizes(program: Program) -> tuple[int, ...]:
@@ -129,7 +130,7 @@ def test_steps_by_turns_are_a_loop(name: str) -> None:
         assert program.horizon == rounds * len(longest.calls)
         found.add(sizes(program))
         before = str(program)
-        loop(program)
+        loop(program, Options())
         assert str(program) == before  # idempotent
     assert len(found) == 1
 

@@ -409,9 +409,7 @@ def traced() -> Any:
                 inner.step(F.mse_loss(net(x), torch.ones(5, 2)))
             return net(xs[0]).square().mean()
 
-    found, tracer, _ = trace_of(fn, (net, xs), {})
-    tracer.trace.outputs = found.tensors
-    return tracer.trace
+    return trace_of(fn, (net, xs), {})[0]
 
 
 def partitioned() -> Partition:

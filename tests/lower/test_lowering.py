@@ -53,7 +53,7 @@ def gradients(problem: Problem, **options: Any) -> tuple[dict[str, Tensor | None
 
 def steps_of(fn: Any) -> list[Any]:
     (programs,) = fn._specializations.known.values()
-    return [s for s in programs[0].rolled.step_graphs if s.steps]
+    return [s for s in programs[0].program.step_graphs if s.steps]
 
 
 # -- mixed mode -------------------------------------------------------------------------------------------------------
@@ -316,9 +316,9 @@ def test_what_runs_once_or_twice_a_call_is_not_compiled() -> None:
     _, fn = gradients(problem("linear", "momentum", 6, True), backend="aot_eager", hvp="reverse")
     (program,) = next(iter(fn._specializations.known.values()))
     counts: Counter[int] = Counter()
-    for call, count in program.rolled.counted():
+    for call, count in program.program.counted():
         counts[id(call.step)] += count
-    ran = {n: backends_of(s) for s in program.rolled.step_graphs if (n := counts[id(s)])}
+    ran = {n: backends_of(s) for s in program.program.step_graphs if (n := counts[id(s)])}
     assert ran == {n: {"eager" if n <= 2 else "aot_eager"} for n in ran} and len(ran) > 1
     assert any("1 of" in r.done and r.name == "lower" for r in program.records)
     # where nothing repeats, there is no loop to prefer

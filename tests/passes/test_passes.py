@@ -147,9 +147,7 @@ every_case = pytest.mark.parametrize("name", CASES)
 def traced(name: str, offline: bool = True, steps: int = T) -> Trace:
     case = CASES[name]
     arguments, _ = case.build(steps)
-    found, tracer, _ = trace_of(case.fn, arguments, {"offline": offline})
-    tracer.trace.outputs = found.tensors
-    return tracer.trace
+    return trace_of(case.fn, arguments, {"offline": offline})[0]
 
 
 def executed(program: Program) -> dict[str, int]:

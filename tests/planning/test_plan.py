@@ -100,9 +100,9 @@ def test_the_engine_does_what_was_predicted(
         with AllocatorMeter() as meter:
             meta_loss(*given).backward()
         ((program,),) = meta_loss._specializations.known.values()
-        states = program.rolled.swept
+        states = program.program.swept
         assert (program.plan.slots or states) == cost.slots and program.plan.saved == cost.saved_calls
-        forward = program.rolled.positions
+        forward = program.program.positions
         assert ran.engine.replays - forward == cost.extra_forwards
         assert ran.engine.vjps <= states + 1
         assert meter.peak <= cost.peak_bytes <= budget
@@ -168,7 +168,7 @@ def test_a_tier_by_steps_and_slots(slots: int, ran: Counted, tmp_path: Path) -> 
         meta_loss = compiled(slots=slots, offload=tmp_path)
         meta_loss(*given).backward()
         ((program,),) = meta_loss._specializations.known.values()
-        positions = program.rolled.positions
+        positions = program.program.positions
         assert ran.engine.replays - positions == schedule.tiered_forwards(positions, slots)
         cost = metaoptim.plan(compiled(slots=slots, offload=tmp_path))(*given) if steps > 2 else None
         assert cost is None or cost.extra_forwards == ran.engine.replays - positions
@@ -225,9 +225,9 @@ def test_truncated_gradients_take_the_memory_of_their_steps(slots: int | None, r
         with pytest.warns(metaoptim.UnreachableWarning), AllocatorMeter() as meter:
             fn(*given).backward()
         ((program,),) = fn._specializations.known.values()
-        assert program.rolled.swept == 9  # the outer loss is a call too
+        assert program.program.swept == 9  # the outer loss is a call too
         assert len(ran.engine.store) <= (slots or 9)
-        work.append(ran.engine.replays - program.rolled.positions)
+        work.append(ran.engine.replays - program.program.positions)
         peaks.append(meter.peak)
         cost = metaoptim.plan(fn)(*given)
         assert cost.slots == (slots or 9) and cost.extra_forwards == work[-1]

@@ -114,6 +114,8 @@ def test_extra_forwards_are_those_of_the_schedule(slots: int | None) -> None:
     assert report.extra_forwards == expected
     assert report.recompute_factor == 1 + expected / 22
     assert report.kept_states == (22 if slots is None else slots)
+    drawing = report.schedule()
+    assert (drawing.count(">"), drawing.count("<")) == (22 + expected, 22)
     assert report.plan == ("all states" if slots is None else "scheduled")
 
 
@@ -218,6 +220,8 @@ def test_online_parameters_and_those_beyond_the_window_are_told_apart() -> None:
         "the window is online: its networks' own parameters are cut off at entry"
     }
     short = scanned(window=2).explain(*arguments(4))
+    with pytest.raises(metaoptim.WindowError, match="truncated to window=2"):
+        short.schedule()
     assert short.gradient_targets == ["log_lr"] and short.window == 2
     assert {short.paths[n] for n in short.unreachable} == {
         "only read more than window=2 super-steps before the loss"
@@ -420,11 +424,11 @@ def test_programs_print_with_operators_on_demand() -> None:
     fn = scanned()
     fn(*arguments(8))
     ((program,),) = fn._specializations.known.values()
-    text = program.rolled.text(operators=True)
-    assert str(program.rolled) == program.rolled.text() and len(text) > 2 * len(str(program.rolled))
+    text = program.program.text(operators=True)
+    assert str(program.program) == program.program.text() and len(text) > 2 * len(str(program.program))
     assert "aten.addmm.default" in text and "gradient(" in text
-    first: Callable[..., Any] = program.rolled.text
-    named = first({x: f"input_{i}" for i, x in enumerate(program.rolled.inputs)})
+    first: Callable[..., Any] = program.program.text
+    named = first({x: f"input_{i}" for i, x in enumerate(program.program.inputs)})
     assert "input_0" in named and "x0" not in named
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 import metaoptim
 from forms import mlp
 from metaoptim.runtime.states.files import Files, clean
-from metaoptim.runtime.states.tiered import TieredStore
+from metaoptim.runtime.states.slots import Slots
 from offloading import files, loop
 from problems import data
 
@@ -158,14 +158,14 @@ def test_an_exception_in_the_block_removes_the_files(tmp_path: Path, error: type
 
 
 def test_an_interrupt_of_a_compiled_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    scene, real = Scene(), TieredStore.offer
+    scene, real = Scene(), Slots._keep
 
-    def offer(self: TieredStore, position: int, state: Any) -> None:
+    def keep(self: Slots, position: int, state: Any) -> None:
         real(self, position, state)
-        if position == 15:
+        if position == 16:
             raise KeyboardInterrupt  # a signal might be met by a finalizer, which drops it
 
-    monkeypatch.setattr(TieredStore, "offer", offer)
+    monkeypatch.setattr(Slots, "_keep", keep)
     with pytest.raises(KeyboardInterrupt):
         scene.compiled(offload=tmp_path)
     assert not list(tmp_path.iterdir())

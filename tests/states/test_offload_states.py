@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from torch import Tensor
 
 import metaoptim
 from metaoptim.runtime.states import tiered
+from metaoptim.runtime.states.actions import Action, Advance, Keep, PullBack
 from metaoptim.runtime.states.files import Files
 from metaoptim.runtime.states.host import HostTier
-from metaoptim.runtime.states.tiered import TieredStore
+from metaoptim.runtime.states.slots import Slots
+from metaoptim.runtime.states.streams import coming, reverse, shrink, slide
 from offloading import files, watch_writes
 
 
@@ -137,53 +140,66 @@ class Shelf(dict):
         for position in positions:
             del self[position]
 
+    def rest(self) -> None:
+        pass
+
 
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(data=st.data(), slots=st.integers(1, 5))
 def test_sweeps_from_anywhere_to_anywhere(data: st.DataObject, slots: int) -> None:
     """Every state asked for is right, in the slots there are; a sweep of all there is replays no step twice."""
-    store, end = TieredStore(slots, Shelf()), 0  # type: ignore[arg-type]
-    store.offer(0, [0])
+    store, end = Slots(slots, Shelf()), 0
+    store.apply(Keep(0), [0])
+
+    def carry_out(actions: Iterable[Action]) -> int:
+        steps = 0
+        for action in actions:
+            if isinstance(action, Advance):
+                (state,) = store[action.start]
+                store.work[action.stop] = [state + action.stop - action.start]
+                steps += action.stop - action.start
+            elif isinstance(action, PullBack):
+                assert store[action.position] == [action.position]
+            else:
+                store.apply(action, [end] if isinstance(action, Keep) and action.position == end else None)
+            assert len(store) <= slots
+        return steps
+
     for _ in range(data.draw(st.integers(1, 6))):
         for _ in range(data.draw(st.integers(1, 25))):
-            store.offer(end, [end])
-            assert len(store) <= slots
+            carry_out(coming(store, end))
             end += 1
         top = data.draw(st.integers(store.base, end) | st.just(end))
         bottom = data.draw(st.integers(store.base, top) | st.just(store.base))
-        steps = 0
-        for target in range(top - 1, bottom - 1, -1):
-            store.release(target)
-            start = store.nearest(target)
-            marks = store.marks(start, target)
-            state = store[start]
-            for p in range(start, target):
-                if marks.due(p):
-                    store.put(p, state)
-                state = [state[0] + 1]
-                steps += 1
-            assert state == [target] and len(store) <= slots
+        steps = carry_out(reverse(store, ((p, p) for p in range(top - 1, bottom - 1, -1))))
+        store.rest()
         assert steps <= top - store.base
         needed = data.draw(st.integers(store.base, end - 1))
         if data.draw(st.booleans()):  # as `Engine.trim` does
-            held = data.draw(st.booleans())
-            base = store.nearest(needed) if held else needed
-            store.rebase(base, None if held else [needed])
-            assert store.base == base and store[base] == [base] and min(store.tier, default=base) >= base
-    assert all(store[p] == [p] for p in list(store._far))
+            near = store.nearest(needed)
+            carry_out(slide(store, needed, end))
+            base = store.base
+            assert base in (near, needed) and store[base] == [base]
+            assert min(store.far, default=base) >= base and not store.work
+    assert all(store[p] == [p] for p in store.far)
 
 
 def test_a_shrinking_number_of_slots(tmp_path: Path) -> None:
-    store = TieredStore(None, tier_of(tmp_path, "disk"))
+    tier = tier_of(tmp_path, "disk")
+    store = Slots(None, tier)
     for position in range(30):
-        store.offer(position, [torch.full((2,), float(position))])
+        state = [torch.full((2,), float(position))]
+        for action in coming(store, position):
+            store.apply(action, state)
         if position >= 5:
-            store.limit(max(2, 12 - position))
+            for action in shrink(store, max(2, 12 - position)):
+                store.apply(action)
+            store.slots = max(2, 12 - position)
             assert len(store) <= max(2, 12 - position)
     for position in range(30):
         nearest = store.nearest(position)
         assert nearest <= position and float(store[nearest][0][0]) == nearest
-    store.tier.close()
+    tier.close()
 
 
 def test_sparse_states_are_refused(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import heapq
 import itertools
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from math import comb
 from typing import Any
@@ -19,8 +19,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import metaoptim
-from metaoptim.runtime.states.schedule import Marks, advances, crowded_out, extra_forwards, minimal_slots
-from metaoptim.runtime.states.slots import SlotStore
+from metaoptim.runtime.states.actions import Action, Advance, Keep, PullBack, drawn
+from metaoptim.runtime.states.schedule import advances, crowded_out, extra_forwards, minimal_slots, places
+from metaoptim.runtime.states.slots import Slots
+from metaoptim.runtime.states.streams import carried_out, coming, forward, reverse, revolve, whole
 
 # -- references ------------------------------------------------------------------------------------------------------
 
@@ -81,35 +83,46 @@ def streamed(slots: int, horizon: int) -> Iterator[list[int]]:
 
 
 class Loop:
-    """A store driven as the engine drives it; the state at p is [p]."""
+    """Schedules carried out on positions; the state at p is [p]."""
 
-    def __init__(self, slots: int, horizon: int | None = None) -> None:
-        self.store: Any = SlotStore(slots, horizon)
-        self.store.offer(0, [0])
+    def __init__(self, slots: int) -> None:
+        self.store = Slots(slots)
+        self.store.apply(Keep(0), [0])
         self.end = self.steps = self.most = 0
         self.again: Counter[int] = Counter()  # step -> how often it was run again
 
-    def forward(self, steps: int) -> None:
+    def carry_out(self, actions: Iterable[Action]) -> None:
+        for action in actions:
+            if isinstance(action, Advance):
+                (state,) = self.store[action.start]
+                self.store.work[action.stop] = [state + action.stop - action.start]
+                self.steps += action.stop - action.start
+                self.again.update(range(action.start, action.stop))
+            elif isinstance(action, PullBack):
+                assert self.store[action.position] == [action.position]
+            else:
+                self.store.apply(action)
+            self.most = max(self.most, len(self.store))
+
+    def forward(self, steps: int, known: bool = False) -> None:
+        if known:
+            assert not self.end
+            self.carry_out(forward(self.store, 0, steps))
+            self.store.rest()
+            self.end, self.steps = steps, 0
+            self.again.clear()
+            return
         for _ in range(steps):
-            self.store.offer(self.end, [self.end])
-            self.most = max(self.most, len(self.store.states))
+            for action in coming(self.store, self.end):
+                self.store.apply(action, [self.end])
+            self.most = max(self.most, len(self.store))
             self.end += 1
 
     def sweep(self, top: int, bottom: int = 0) -> int:
         """Visit top − 1, …, bottom; the steps that took."""
         before = self.steps
-        for target in range(top - 1, bottom - 1, -1):
-            self.store.release(target)
-            start = self.store.nearest(target)
-            state, marks = self.store[start], self.store.marks(start, target)
-            for p in range(start, target):
-                if marks.due(p):
-                    self.store.put(p, state)
-                    self.most = max(self.most, len(self.store.states))
-                state = [state[0] + 1]
-                self.steps += 1
-                self.again[p] += 1
-            assert state == [target]
+        self.carry_out(reverse(self.store, ((p, p) for p in range(top - 1, bottom - 1, -1))))
+        self.store.rest()
         return self.steps - before
 
 
@@ -143,8 +156,8 @@ def test_the_places_of_long_loops() -> None:
 @given(slots=st.integers(1, 9), horizon=st.integers(1, 120), seed=st.integers(0, 99))
 def test_unequal_steps_take_at_most_r_times_their_forward_pass(slots: int, horizon: int, seed: int) -> None:
     """No step is run again more than r times, the least r with T + 1 ≤ C(c + r, c), whatever each of them costs."""
-    loop = Loop(slots, horizon)
-    loop.forward(horizon)
+    loop = Loop(slots)
+    loop.forward(horizon, known=True)
     loop.sweep(horizon)
     repeats = next(r for r in itertools.count() if horizon + 1 <= comb(slots + r, slots))
     assert max(loop.again.values(), default=0) <= repeats
@@ -177,9 +190,62 @@ def test_bad_arguments() -> None:
         minimal_slots(4, -2)
 
 
-def test_what_cannot_be_kept_is_due_at_the_next_position() -> None:
-    marks = Marks([2, 3, 7])
-    assert [p for p in (0, 1, 5, 6, 7, 8) if marks.due(p)] == [5, 7]
+def test_where_a_state_cannot_be_kept_the_next_one_is() -> None:
+    every, some = (
+        [a.position for a in carried_out(held, revolve(held, 0, 90, keepable)) if isinstance(a, Keep)]
+        for held, keepable in ((Slots(9), lambda p: True), (Slots(9), lambda p: p % 20 == 5))
+    )
+    assert every == places(0, 90, 9) and len(every) == 8
+    assert some == sorted({next(q for q in range(p, 999) if q % 20 == 5) for p in every if p <= 85})
+
+
+def test_a_schedule_is_lazy_and_prints() -> None:
+    held, end = Slots(3), 10**9
+    first = list(
+        itertools.islice(carried_out(held, reverse(held, ((p, p) for p in range(end - 1, -1, -1)))), 4)
+    )
+    kept = places(0, end - 1, 3)
+    expected = Advance(0, kept[0]), Keep(kept[0]), Advance(*kept), Keep(kept[1])
+    assert list(map(str, first)) == list(map(str, expected))
+    assert list(map(str, whole(4, 2))) == [
+        "advance 0 -> 3",
+        "keep 3",
+        "advance 3 -> 4",
+        "drop 4",
+        "pull back 3",
+        "drop 3",
+        "advance 0 -> 1",
+        "keep 1",
+        "advance 1 -> 2",
+        "pull back 2",
+        "drop 2",
+        "pull back 1",
+        "drop 1",
+        "pull back 0",
+    ]
+
+
+def test_a_schedule_is_drawn() -> None:
+    assert drawn(whole(5, 2)).splitlines() == [
+        "█>·>·>",
+        "█ · · █>·>",
+        "█ · · █>",
+        "█ · · █ ·<",
+        "█ · · █<",
+        "█>",
+        "█ █>",
+        "█ █ ·<",
+        "█ █<",
+        "█<",
+    ]
+    tiered = drawn(whole(5, 1, tiered=True, known=False)).splitlines()
+    assert tiered[-4:] == ["▒ · █<· ▒", "█>· ▒ · ▒", "█ ·<▒ · ▒", "█<· ▒ · ▒"]
+    for steps, slots in itertools.product((1, 6, 17), (None, 1, 2, 5)):
+        lines = drawn(whole(steps, slots)).splitlines()
+        assert sum(line.count("<") for line in lines) == steps
+        runs = optimum(steps + 1, steps if slots is None else slots)
+        assert sum(line.count(">") for line in lines) == runs
+        assert max(line.count("█") for line in lines) <= (slots or steps)
 
 
 # -- with the end unknown --------------------------------------------------------------------------------------------
@@ -259,8 +325,8 @@ def test_a_sweep_takes_the_steps_predicted_and_a_second_one_the_optimum(slots: i
 def test_a_known_horizon_costs_the_optimum() -> None:
     for slots in (1, 2, 3, 5, 8):
         for steps in range(1, 60):
-            loop = Loop(slots, horizon=steps)
-            loop.forward(steps)
+            loop = Loop(slots)
+            loop.forward(steps, known=True)
             assert loop.sweep(steps) == optimum(steps + 1, slots) - steps and loop.most <= slots
 
 
@@ -268,12 +334,14 @@ def test_a_known_horizon_costs_the_optimum() -> None:
 @given(data=st.data(), slots=st.integers(1, 6), horizon=st.none() | st.integers(1, 40))
 def test_sweeps_from_anywhere_to_anywhere(data: st.DataObject, slots: int, horizon: int | None) -> None:
     """Every state asked for is right (the loop asserts it), in the slots there are and at no more than their cost."""
-    loop = Loop(slots, horizon)
+    loop = Loop(slots)
+    if horizon is not None:
+        loop.forward(horizon, known=True)
     for _ in range(data.draw(st.integers(1, 6))):
         loop.forward(data.draw(st.integers(1, 25)))
         top = data.draw(st.integers(0, loop.end))
         bottom = data.draw(st.integers(0, top))
-        kept = sorted(p for (p,) in loop.store.states if p < top)
+        kept = [p for p in loop.store.kept if p < top]
         cost = loop.sweep(top, bottom)
         predicted = swept(kept, top, slots, optimum) if top else 0
         assert cost == predicted if bottom == 0 else cost <= predicted
@@ -286,13 +354,13 @@ def test_sweeps_from_anywhere_to_anywhere(data: st.DataObject, slots: int, horiz
 @pytest.fixture
 def held(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many states were held after each one that came."""
-    found, real = [], SlotStore._put
+    found, real = [], Slots._keep
 
-    def put(self: SlotStore, position: int, state: Any) -> None:
+    def keep(self: Slots, position: int, state: Any) -> None:
         real(self, position, state)
-        found.append(len(self.states))
+        found.append(len(self))
 
-    monkeypatch.setattr(SlotStore, "_put", put)
+    monkeypatch.setattr(Slots, "_keep", keep)
     return found
 
 
@@ -301,9 +369,7 @@ def data(t: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(5, 3, generator=g), torch.randn(5, 2, generator=g)
 
 
-def run(
-    steps: int, horizon: int | None = None, **options: Any
-) -> tuple[Any, torch.Tensor, list[torch.Tensor]]:
+def run(steps: int, **options: Any) -> tuple[Any, torch.Tensor, list[torch.Tensor]]:
     torch.manual_seed(0)
     net, lr = (
         nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)),
@@ -313,8 +379,6 @@ def run(
     inner = metaoptim.MetaSGD([net], lr=lr, momentum=0.5)
     with metaoptim.SlidingWindow(offline=True, **options) as window:
         engine: Any = getattr(window._session, "engine", None)
-        if horizon is not None:
-            engine.store = SlotStore(options["slots"], horizon)
         for t in range(steps):
             x, y = data(t)
             inner.step(F.mse_loss(net(x), y))
@@ -330,7 +394,9 @@ def agree(got: Any, expected: Any) -> None:
 @pytest.mark.parametrize(
     ("steps", "slots"), [(1, 1), (6, 1), (3, 2), (13, 2), (11, 3), (30, 3), (26, 4), (40, 6), (7, 8), (8, 8)]
 )
-def test_the_engine_replays_what_is_predicted(steps: int, slots: int, held: list[int]) -> None:
+def test_the_engine_replays_what_is_predicted(
+    steps: int, slots: int, held: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, outer, own = run(steps, strategy="full_tape")
     expected = torch.autograd.grad(outer, own)
     *_, kept = streamed(slots, steps)
@@ -342,7 +408,12 @@ def test_the_engine_replays_what_is_predicted(steps: int, slots: int, held: list
     assert first == swept(kept, steps, slots, optimum) and engine.replays - first == optimum(steps, slots)
     assert engine.vjps == 2 * steps
 
-    engine, outer, own = run(steps, horizon=steps, slots=slots)
+    def known(held: Slots, position: int) -> Iterator[Action]:
+        if position in (held.base, *places(held.base, held.base + steps, slots)):
+            yield Keep(position)
+
+    monkeypatch.setattr("metaoptim.runtime.engine.engine.coming", known)
+    engine, outer, own = run(steps, slots=slots)
     agree(torch.autograd.grad(outer, own), expected)
     assert engine.replays == optimum(steps + 1, slots) - steps
     assert max(held) <= slots
@@ -381,12 +452,13 @@ def test_super_steps(slots: int, held: list[int]) -> None:
 def test_forgetting_computes_a_new_initial_state_and_keeps_those_above(held: list[int]) -> None:
     """`window=W` forgets what lies before the last W steps, also where the nearest kept state is far below."""
     everything, *_ = run(40)
+    held.clear()
     engine, *_ = run(40, slots=3)
-    initial, *above = sorted(engine.store._states)
+    initial, *above = engine.store.kept
     needed = above[0] - 1
     assert needed - initial > max(16, engine.position - needed)
     engine.trim(needed)
-    assert sorted(engine.store._states) == [needed, *above] and engine.program.start == needed
-    assert engine.replays == needed - initial and max(held[41:]) <= 3
+    assert engine.store.kept == [needed, *above] and engine.program.start == needed
+    assert engine.replays == needed - initial and max(held) <= 3
     for p in (needed, *above):
         assert all(map(torch.equal, engine.store[p], everything.store[p]))

@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 #: In the order data flows. A name stands for everything below it that has no line of its own.
 ORDER = [
     "metaoptim.errors",
+    "metaoptim.compiler.compat",
     *(f"metaoptim.compiler.{name}" for name in ("ir", "capture", "derive", "lower", "passes", "cost")),
     *(f"metaoptim.runtime.{name}" for name in ("states", "engine", "budget", "windows", "functions")),
     *(f"metaoptim.{name}" for name in ("optim", "functions", "report")),

@@ -103,9 +103,8 @@ def test_a_broken_backend_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_a_check_takes_is_bounded(dominant: str) -> None:
     case = Case(5, steps=4, dominant=dominant)
     lowering = Lowering.stated("aot_eager", "auto", True)
-    traced, tracer, _ = trace_of(case.compiled()._fn, case.make(), {})
-    tracer.trace.outputs = traced.tensors
-    program, _ = compile_trace(tracer.trace, Options(lowering=lowering, library=Library(0)))
+    trace, _, _ = trace_of(case.compiled()._fn, case.make(), {})
+    program, _ = compile_trace(trace, Options(lowering=lowering, library=Library(0)))
     bounds = [check_bytes(g, lowering) for g in program.step_graphs]
     rehearse(program, {x: x.tensor for x in program.inputs}, lowering)
     for graph, bound in zip(program.step_graphs, bounds, strict=True):

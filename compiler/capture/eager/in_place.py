@@ -24,7 +24,7 @@ aten = torch.ops.aten
 
 def write(recorder: Recorder, op: Any, info: OpInfo, args: tuple, kwargs: dict) -> Any:
     """Make a call that writes into some of its arguments, as part of the recording where it belongs there."""
-    targets = written(info, args, kwargs)
+    targets = written(op, args, kwargs, Tensor)
     guard, recording = recorder.guard, recorder.recording
     grad, epoch = torch.is_grad_enabled(), recording.epoch
     if epoch.apart and any(t in epoch.apart for t in targets):

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+
+from metaoptim.compiler.compat import FakeTensor, OpOverload, unset_fake_temporarily
 
 from ...ir.operators import op_info
 from ...ir.tensors import tensor_spec
@@ -84,6 +85,6 @@ class Constants:
 
 def _repeats(entry: Entry) -> bool:
     """Whether a call gives the same whenever it is made."""
-    if not isinstance(entry.op, torch._ops.OpOverload) or entry.deps:
+    if not isinstance(entry.op, OpOverload) or entry.deps:
         return False
     return not (op_info(entry.op).writes or op_info(entry.op).random)

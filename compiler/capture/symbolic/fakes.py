@@ -6,7 +6,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, disable_fake_tensor_cache
+
+from metaoptim.compiler.compat import (
+    DisableTorchDispatch,
+    FakeTensor,
+    FakeTensorMode,
+    disable_fake_tensor_cache,
+)
 
 from ...ir.operators import op_info
 from ...ir.tensors import TensorSpec, tensor_spec
@@ -72,7 +78,7 @@ class FakeCalls:
 
     def _made(self, made: _Made, operands: list[Tensor]) -> Tensor:
         shape, dtype, stride, device = made.spec
-        with torch._C._DisableTorchDispatch():
+        with DisableTorchDispatch():
             meta = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
             if made.within >= 0:
                 of = operands[made.within]

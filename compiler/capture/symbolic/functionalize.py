@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,17 +15,20 @@ from ...ir.tensors import tensor_spec
 from ...ir.values import Value
 from ..eager.recording import tensors_in
 
+if TYPE_CHECKING:
+    from .tracer import Tracer
+
 aten = torch.ops.aten
 _DETACH = aten.detach.default
 
 
-def write(tracer: Any, op: Any, info: OpInfo, args: tuple, kwargs: dict) -> Any:
+def write(tracer: Tracer, op: Any, info: OpInfo, args: tuple, kwargs: dict) -> Any:
     """Make a call that writes into some of its arguments: from there on other values stand for them."""
-    for t in written(info, args, kwargs):
+    for t in written(op, args, kwargs, Tensor):
         if tracer.is_given(t):
             tracer.take_over(t, op, tensors_in((*args, *kwargs.values())))
     args, kwargs = tracer.taken_over(args), tracer.taken_over(kwargs)
-    targets = written(info, args, kwargs)
+    targets = written(op, args, kwargs, Tensor)
     touched = {id(u): (u, any(u is t for t in targets)) for t in targets for u in (t, *tracer.sharing(t))}
     then = [tracer.on_write(*t) for t in touched.values()]
     out = _written(tracer, op, args, kwargs, targets)
@@ -35,7 +38,7 @@ def write(tracer: Any, op: Any, info: OpInfo, args: tuple, kwargs: dict) -> Any:
     return out
 
 
-def _written(tracer: Any, op: Any, args: tuple, kwargs: dict, targets: list[Tensor]) -> Any:
+def _written(tracer: Tracer, op: Any, args: tuple, kwargs: dict, targets: list[Tensor]) -> Any:
     pure = functional(op)
     (target,) = targets if len(targets) == 1 else (None,)
     if (
@@ -74,7 +77,7 @@ def _written(tracer: Any, op: Any, args: tuple, kwargs: dict, targets: list[Tens
     return out
 
 
-def _detached(tracer: Any, a: Any) -> Any:
+def _detached(tracer: Tracer, a: Any) -> Any:
     if isinstance(a, Tensor):
         return tracer.fakes(_DETACH, (tracer.faked(a),), {})
     if isinstance(a, (list, tuple)):
@@ -82,7 +85,7 @@ def _detached(tracer: Any, a: Any) -> Any:
     return {k: _detached(tracer, v) for k, v in a.items()} if isinstance(a, dict) else a
 
 
-def batch_norm(tracer: Any, op: Any, args: tuple) -> Any:
+def batch_norm(tracer: Tracer, op: Any, args: tuple) -> Any:
     """Training-mode batch norm, with the update of its running statistics written out (a carry)."""
     at, _, training = BATCH_NORM[op]
     x, mean, var = args[0], args[at], args[at + 1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from ...ir.operators import op_info, slopes_of, written
 from ...ir.tensors import tensor_spec
 from ...ir.trace import Noise
 from ...ir.values import Value
+
+if TYPE_CHECKING:
+    from .tracer import Tracer
 
 aten = torch.ops.aten
 # Random operators that look at nothing of their tensor arguments but shape, dtype and device.
@@ -32,7 +35,7 @@ _ALSO_SHAPES_ONLY = (aten.bernoulli_.float, aten.bernoulli.p, aten.normal.float_
 _NORMAL = (aten.normal.Tensor_Tensor, aten.normal.Tensor_float, aten.normal.float_Tensor)
 
 
-def draw(tracer: Any, op: Any, args: tuple, kwargs: dict) -> Any:
+def draw(tracer: Tracer, op: Any, args: tuple, kwargs: dict) -> Any:
     """Let what a random operator gives be noise of the trace, or refuse it."""
     name = op._schema.name.split("::")[1]
     own = kwargs.get("generator") is not None
@@ -63,7 +66,7 @@ def draw(tracer: Any, op: Any, args: tuple, kwargs: dict) -> Any:
         tracer.drop_out(args, out[0], _drawn(tracer, out[1], mask))
         return out
     if op_info(op).writes:
-        (target,) = written(op_info(op), args, kwargs)
+        (target,) = written(op, args, kwargs, Tensor)
         with tracer.paused():
             fresh = tracer.faked(target).detach().clone(memory_format=torch.preserve_format)
         _drawn(tracer, fresh, Noise(op, _numbers(args[1:]), kw, tensor_spec(target)))
@@ -110,7 +113,7 @@ def _with_generator(op: Any) -> Any:
     )
 
 
-def _drawn(tracer: Any, t: Tensor, noise: Noise) -> Any:
+def _drawn(tracer: Tracer, t: Tensor, noise: Noise) -> Any:
     """Let ``t`` be what ``noise`` gives at this place of the program, once, whoever reads it later."""
     device, before = noise.spec.device, tracer.trace.draws_on
     if before not in (None, device):

@@ -119,33 +119,35 @@ def _gaussian_nll_loss(*args: Any, **kwargs: Any) -> Tensor:
         tracer.supposed = None
 
 
-def _install(stack: ExitStack) -> None:
-    for owner, name, message in (
-        (torch.Tensor, "numpy", _NO_VALUES),
-        (torch.Tensor, "tolist", _NO_VALUES),
-        (torch.Tensor, "__array__", _NO_VALUES),
-        (torch.Tensor, "backward", _NO_BACKWARD),
-        (torch.autograd, "backward", _NO_BACKWARD),
-        (torch.nn.Module, "zero_grad", _NO_ZERO_GRAD),
-        (torch.optim.Optimizer, "zero_grad", _NO_ZERO_GRAD),
-        (torch.utils.data.DataLoader, "__iter__", _NO_LOADER),
-        (torch, "manual_seed", _NO_SEED),
-        (torch, "seed", _NO_SEED),
-        (torch, "set_rng_state", _NO_SEED),
-        (torch.random, "manual_seed", _NO_SEED),
-        (torch.random, "seed", _NO_SEED),
-        (torch.random, "set_rng_state", _NO_SEED),
-        (torch.autograd.Function, "_register_hook", _NO_NODE_HOOK),  # torch's nodes register theirs by it
-    ):
-        stack.enter_context(patch.object(owner, name, _refused(getattr(owner, name), message)))
-    stack.enter_context(patch.object(torch.Tensor, "__repr__", _symbolic))
-    stack.enter_context(patch.object(torch.Tensor, "__format__", _format))
-    stack.enter_context(patch.object(torch.Tensor, "data", property(_DATA.__get__, _set_data)))
-    stack.enter_context(patch.object(torch.Tensor, "narrow", _narrow))
-    stack.enter_context(patch.object(torch, "narrow", _narrow))
+_REFUSED: tuple[tuple[Any, tuple[str, ...], str], ...] = (
+    (torch.Tensor, ("numpy", "tolist", "__array__"), _NO_VALUES),
+    (torch.Tensor, ("backward",), _NO_BACKWARD),
+    (torch.autograd, ("backward",), _NO_BACKWARD),
+    (torch.nn.Module, ("zero_grad",), _NO_ZERO_GRAD),
+    (torch.optim.Optimizer, ("zero_grad",), _NO_ZERO_GRAD),
+    (torch.utils.data.DataLoader, ("__iter__",), _NO_LOADER),
+    (torch, ("manual_seed", "seed", "set_rng_state"), _NO_SEED),
+    (torch.random, ("manual_seed", "seed", "set_rng_state"), _NO_SEED),
+    (torch.autograd.Function, ("_register_hook",), _NO_NODE_HOOK),  # torch's nodes register theirs by it
+)
+_REPLACED: tuple[tuple[Any, str, Any], ...] = (
+    (torch.Tensor, "__repr__", _symbolic),
+    (torch.Tensor, "__format__", _format),
+    (torch.Tensor, "data", property(_DATA.__get__, _set_data)),
+    (torch.Tensor, "narrow", _narrow),
+    (torch, "narrow", _narrow),
     # their checks of arguments look at values
-    stack.enter_context(patch.object(torch.nn.functional, "gaussian_nll_loss", _gaussian_nll_loss))
-    stack.enter_context(patch.object(torch.distributions.Distribution, "_validate_args", False))
+    (torch.nn.functional, "gaussian_nll_loss", _gaussian_nll_loss),
+    (torch.distributions.Distribution, "_validate_args", False),
+)
+
+
+def _install(stack: ExitStack) -> None:
+    for owner, names, message in _REFUSED:
+        for name in names:
+            stack.enter_context(patch.object(owner, name, _refused(getattr(owner, name), message)))
+    for owner, name, instead in _REPLACED:
+        stack.enter_context(patch.object(owner, name, instead))
     handle = register_optimizer_step_pre_hook(_no_step)
     stack.callback(handle.remove)
     random_numbers.install(stack)

@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import (
+
+from metaoptim.compiler.compat import (
     DataDependentOutputException,
+    DDPSink,
     DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
 )
-from torch.nn.parallel.distributed import _DDPSink
-
 from metaoptim.errors import CaptureError
 
 from ...ir.functions import Function, flattened
@@ -309,7 +309,7 @@ class Tracer(CaptureMode, Writer):
 
     def apply_function(self, cls: Any, apply: Callable, args: tuple, kwargs: dict) -> Any:
         """Record a custom `autograd.Function` as one call: its backward is the user's."""
-        if cls is _DDPSink:
+        if cls is DDPSink:
             raise CaptureError(f"DistributedDataParallel with static_graph=True {_NO_COLLECTIVE}")
         leaves, spec = flattened(args, kwargs)
         function = Function(cls, leaves, spec)

@@ -1,0 +1,149 @@
+"""What metaoptim uses of torch that torch calls private, so that a new release of torch breaks in one place.
+
+`tests/lower/test_compat.py` has a canary for each. Two kinds are left where they are used: attributes of tensors
+(``_version``, ``_base``, ``_is_view``, a storage's ``_cdata``), which half the ecosystem reads; and inductor's and
+dynamo's own, which take a second to import (`lower.backends`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch._C import DisableTorchFunction, _autograd, _DisableAutocast, _DisableTorchDispatch
+from torch._C._profiler import ProfilerConfig, ProfilerState, _ExperimentalConfig
+from torch._functorch.compile_utils import fx_graph_cse
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    disable_fake_tensor_cache,
+    unset_fake_temporarily,
+)
+from torch.autograd.function import _SingleLevelFunction
+from torch.nn.parallel.distributed import _DDPSink
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _disable_current_modes,
+    _get_current_dispatch_mode_stack,
+)
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
+
+__all__ = [
+    "CHECKPOINT",
+    "DDPSink",
+    "DataDependentOutputException",
+    "DeviceContext",
+    "DisableAutocast",
+    "DisableTorchDispatch",
+    "DisableTorchFunction",
+    "DynamicOutputShapeException",
+    "FakeTensor",
+    "FakeTensorMode",
+    "OpOverload",
+    "ProfilerEvent",
+    "SingleLevelFunction",
+    "TorchDispatchMode",
+    "TreeSpec",
+    "any_autocast_enabled",
+    "begin_profile",
+    "current_autograd_node",
+    "disable_current_modes",
+    "disable_fake_tensor_cache",
+    "dispatch_modes",
+    "end_profile",
+    "function_modes",
+    "fx_graph_cse",
+    "graph_task",
+    "has_meta_kernel",
+    "pop_dispatch_mode",
+    "profiling",
+    "push_dispatch_mode",
+    "queue_callback",
+    "storage_users",
+    "swap_tensors",
+    "tops_dispatch",
+    "tree_flatten",
+    "tree_leaves",
+    "tree_unflatten",
+    "unset_fake_temporarily",
+]
+
+#: A switch for a `with` block each.
+DisableAutocast = _DisableAutocast
+DisableTorchDispatch = _DisableTorchDispatch
+disable_current_modes = _disable_current_modes
+
+#: The base whose ``apply`` every custom `torch.autograd.Function` goes through.
+SingleLevelFunction = _SingleLevelFunction
+#: What `torch.utils.checkpoint` without reentrance is made of.
+CHECKPOINT = "_checkpoint_without_reentrant_generator"
+DDPSink = _DDPSink
+
+any_autocast_enabled = torch._C._is_any_autocast_enabled
+swap_tensors = torch._C._swap_tensor_impl
+current_autograd_node = torch._C._current_autograd_node
+#: An id of the backward that is running, for its nodes.
+graph_task = torch._C._current_graph_task_id
+
+
+def queue_callback(done: Any) -> None:
+    """Have ``done`` called at the end of the backward that is running."""
+    torch.autograd.Variable._execution_engine.queue_callback(done)
+
+
+def storage_users(storage: int) -> int:
+    """How many tensors and storages refer to the memory with that ``_cdata``."""
+    return torch._C._storage_Use_Count(storage)
+
+
+def has_meta_kernel(op: OpOverload) -> bool:
+    """Whether an operator computes shapes without values."""
+    return torch._C._dispatch_has_computed_kernel_for_dispatch_key(op.name(), "Meta")
+
+
+# -- stacks of modes --------------------------------------------------------------------------------------------------
+
+dispatch_modes = _get_current_dispatch_mode_stack
+push_dispatch_mode = torch._C._push_on_torch_dispatch_stack
+
+
+def tops_dispatch(mode: TorchDispatchMode) -> bool:
+    """Whether ``mode`` is the innermost dispatch mode."""
+    top = torch._C._len_torch_dispatch_stack()
+    return top > 0 and torch._C._get_dispatch_stack_at(top - 1) is mode
+
+
+def pop_dispatch_mode() -> Any:
+    """Take the innermost dispatch mode off the stack."""
+    return torch._C._pop_torch_dispatch_stack(None)
+
+
+def function_modes() -> tuple[Any, ...]:
+    """The torch function modes that are active."""
+    return tuple(_get_current_function_mode_stack()) if torch._C._len_torch_function_stack() else ()
+
+
+# -- the profiler before kineto: it starts in no time, says nothing on stderr, and keeps events in order ---------------
+
+profiling = _autograd._profiler_enabled
+ProfilerEvent = _autograd.ProfilerEvent
+
+
+def begin_profile() -> None:
+    """Note allocations of this thread; operators, which would take ten times as long, are not noted."""
+    _autograd._enable_profiler_legacy(
+        ProfilerConfig(ProfilerState.CPU, False, True, False, False, False, _ExperimentalConfig())
+    )
+    _autograd._enable_record_function(False)
+
+
+def end_profile() -> list[list[Any]]:
+    """Events since `begin_profile`, by thread."""
+    threads = _autograd._disable_profiler_legacy()
+    _autograd._enable_record_function(True)
+    return threads

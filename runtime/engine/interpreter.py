@@ -1,0 +1,236 @@
+"""The interpreter carries out a schedule over the calls of a program: what to keep it does not decide."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+from metaoptim.compiler.derive.reverse import cotangent_outputs
+from metaoptim.compiler.ir.step import Assign, Role, StepCall
+from metaoptim.compiler.ir.tensors import TensorSpec
+from metaoptim.compiler.lower.derivatives import residuals
+
+from ..states.actions import Action, Advance, Keep, PullBack
+from ..states.slots import Slots, State
+from ..states.streams import Keepable, always, forward, reverse
+from .sweep import LOSS, Sweep, Tell
+
+Results = Sequence[Any]
+
+
+class Interpreter:
+    """Runs calls and pulls cotangents back through them, on tensors or on what stands for them.
+
+    Args:
+        program: position -> call, with the position at its ``end`` and how far back calls ``reach`` for theta.
+        store: the states.
+
+    Attributes:
+        state: the last one.
+        begin: no sweep goes back further over inner steps that `run` runs.
+        saving: from which position on `run` saves residuals.
+        replays: calls that were run.
+        vjps: calls that were pulled back through.
+        keepable: whether the state at a position may be kept.
+        passing: told of every call that is run, by position.
+        untrained: state indices of parameters that no optimizer steps: written into, they are the leaves they were.
+    """
+
+    def __init__(self, program: Any, store: Slots) -> None:
+        self.program, self.store = program, store
+        self.state: State = []
+        self.begin, self.saving = 0, sys.maxsize
+        self.replays = self.vjps = 0
+        self.keepable: Keepable = always
+        self.passing: Tell | None = None
+        self.untrained: set[int] = set()
+        self._passed: dict[int, State] = {}  # states that a super-step may still read
+        self._stands = -1  # where the last advance has ended
+        self._drawn: Any = None  # the generator's state after the last call that drew
+        self._residuals: dict[int, list[Any]] = {}
+
+    # -- what calls are run on -------------------------------------------------------------------------------------
+
+    def _lowered(self, call: StepCall, kind: str, operands: list[Any]) -> Callable[..., Results]:
+        """One of a call's graphs, as a callable."""
+        raise NotImplementedError
+
+    def _values(self, call: StepCall, state: State, position: int) -> list[Any]:
+        """What a call is given besides the state."""
+        raise NotImplementedError
+
+    def _cotangent(self, spec: TensorSpec, cotangent: Any) -> Any:
+        """A cotangent as the call's VJP was traced for; zeros for None."""
+        raise NotImplementedError
+
+    # -- the schedule ----------------------------------------------------------------------------------------------
+
+    def carry_out(self, actions: Iterable[Action], sweep: Sweep | None = None) -> None:
+        """Do what a schedule says; ``sweep`` has the cotangents to pull back."""
+        try:
+            for action in actions:
+                if isinstance(action, Advance):
+                    self._advance(*action)
+                elif isinstance(action, PullBack):
+                    self._passed = {}
+                    assert sweep is not None
+                    self._pull(action.position, sweep)
+                else:
+                    self.store.apply(action)
+        finally:
+            self._passed = {}
+
+    def run(self, state: State, actions: Iterable[Action] | None = None) -> State:
+        """Run all calls from the initial state; states are kept as the slots allow, or as ``actions`` say."""
+        end, store = self.program.end, self.store
+        store.initial = state
+        store.apply(Keep(0), state)
+        if actions is None:
+            actions = forward(store, self.begin, end, self.saving, self.keepable)
+        self.carry_out(actions)
+        store.settle()
+        self.state = store.work.pop(end)
+        return self.state
+
+    def pull_back(self, sweep: Sweep, bottom: int) -> None:
+        """Sweep from the highest deposit (or where the sweep stands) down to ``bottom``."""
+        top = max(sweep.deposits, default=bottom)
+        if sweep.position < 0 or sweep.position < bottom:
+            sweep.position = max(top, bottom)
+        if top > sweep.position:
+            raise AssertionError(f"a cotangent came for position {top} after the sweep had passed it")
+        sweep.top = max(sweep.top, sweep.position)
+        self.store.settle()
+        targets = sweep.targets(self.program, bottom, partial(self.tell, sweep), self.untrained)
+        try:
+            self.carry_out(reverse(self.store, targets, self.keepable), sweep)
+        finally:
+            self.store.rest()
+
+    def tell(self, sweep: Sweep, position: int) -> None:
+        """A sweep has come down to ``position``."""
+
+    def _advance(self, start: int, stop: int, saving: bool) -> None:
+        if self._stands != start:
+            self._passed = {}
+        state = self.store[start]
+        for position in range(start, stop):
+            state = self._after(position, state, self._passed, saving)
+            if self.passing is not None:
+                self.passing(position)
+        self._passed = {p: s for p, s in self._passed.items() if p >= stop - self.program.reach}
+        self._stands = stop
+        self.store.work[stop] = state
+
+    def state_at(self, position: int) -> State:
+        """The state at a position, made again if it was not kept."""
+        if self.store.at_hand(position):
+            return self.store[position]
+        start = self.store.nearest(position)
+        state, passed = self.store[start], dict[int, State]()
+        for p in range(start, position):
+            state = self._after(p, state, passed)
+        return state
+
+    # -- calls -----------------------------------------------------------------------------------------------------
+
+    def _after(self, position: int, state: State, passed: dict[int, State], saving: bool = False) -> State:
+        """The state after the call at ``position``; ``passed`` has those that a super-step may still read."""
+        call = self.program[position]
+        new = list(state)
+        passed[position] = state
+        if not isinstance(call, StepCall):  # after it, a super-step may go on that has begun before it
+            _set(new, zip(call.indices, call.values, strict=True))
+            return new
+        self.replays += 1
+        for old in [q for q in passed if q < position - self.program.reach]:
+            del passed[old]
+        base = passed.get(position - call.back)
+        if base is None:
+            base = self.state_at(position - call.back)
+        operands = self.operands(call, state, base, position)
+        divided = residuals(call.step, call.lowering.hvp) if saving else None
+        results = self._lowered(call, "replay" if divided is None else "forward", operands)(*operands)
+        if divided is not None:
+            self._residuals[position] = [results[i] for i in divided.residuals]
+        _set(new, zip((*call.update, *call.opt_state_out), results, strict=False))
+        if call.rng >= 0:
+            new[call.rng] = self._drawn
+        return new
+
+    def operands(self, call: StepCall, state: State, base: State, position: int) -> list[Any]:
+        """What a call's graphs are given, from the state at its position and the one its loss has read."""
+        found = [base[i] for i in call.theta]
+        if call.step.positions(Role.THETA_NOW):
+            found += [state[i] for i in call.update]
+        found += [state[i] for i in call.opt_state_in]
+        return found + self._values(call, state, position)
+
+    def _pull(self, position: int, sweep: Sweep) -> None:
+        """Pull what ``sweep`` has received back through the call at ``position``."""
+        call, received, sweep.received = sweep.call, sweep.received, {}
+        of_loss = received.pop(LOSS, None)
+        if received:
+            for found in self._through(call, position, "vjp", received):
+                sweep.take(position, *found)
+        if of_loss is not None:
+            for found in self._through(call, position, "loss", {0: of_loss}):
+                sweep.take(position, *found)
+
+    def _through(
+        self, call: StepCall, position: int, kind: str, received: dict[int, Any]
+    ) -> Iterator[tuple[Role, Any, Any]]:
+        """Pull cotangents back through one of a call's graphs: its "vjp", or that of its "loss", then the only output.
+
+        Args:
+            call: the call, at ``position``.
+            position: its position.
+            kind: which graph.
+            received: cotangent by output; those it takes are taken out.
+
+        Yields:
+            For each input that has a gradient: its role, its state index or meta-parameter, the gradient.
+        """
+        step, store = call.step, self.store
+        operands = self.operands(call, store[position], store[position - call.back], position)
+        if kind == "loss":
+            operands += [c.new_empty(c.shape).copy_(c) for c in received.values()]
+        else:
+            saved = self._residuals.pop(position, None)
+            kind = "vjp" if saved is None else "backward"
+            operands += saved or ()
+            for i in cotangent_outputs(step):
+                operands.append(self._cotangent(step.outputs[i].spec, received.pop(i, None)))
+            self.vjps += 1
+        vjp = self._lowered(call, kind, operands)
+        state = iter(call.opt_state_in)
+        indices = {
+            Role.THETA: iter(call.theta),
+            Role.THETA_NOW: iter(call.update),
+            Role.OPT_STATE: state,
+            Role.CARRY: state,
+            Role.META: iter(call.metas),
+        }
+        for port, grad in zip(step.inputs, vjp(*operands), strict=True):
+            index = next(indices[port.role]) if port.role in indices else None
+            if grad is not None and index is not None:
+                yield port.role, index, grad
+
+
+def may_keep(call: StepCall | Assign) -> bool:
+    """Whether a state before ``call`` is worth keeping: one can go on from it alone.
+
+    Within a super-step an earlier state is read too, and whether an assignment lies within one shows only later.
+    """
+    return isinstance(call, StepCall) and not call.back
+
+
+def _set(state: State, changes: Iterable[tuple[int, Any]]) -> None:
+    """Set entries of a state, the next one included."""
+    for index, value in changes:
+        if index == len(state):
+            state.append(value)
+        elif index >= 0:
+            state[index] = value

@@ -1,0 +1,152 @@
+"""Canaries: what metaoptim uses of torch's private parts is there, and does what it is used for."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils import checkpoint
+
+from metaoptim.compiler import compat
+
+aten = torch.ops.aten
+
+
+def test_switches() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        assert compat.any_autocast_enabled()
+        with compat.DisableAutocast():
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype is torch.get_default_dtype()
+    assert not compat.any_autocast_enabled()
+    with torch.device("meta"):
+        assert [type(m) for m in compat.function_modes()] == [compat.DeviceContext]
+        with compat.DisableTorchFunction():
+            assert torch.ones(()).device.type == "cpu"
+    assert compat.function_modes() == ()
+
+
+class Seen(compat.TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: list[compat.OpOverload] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.ops.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_stack_of_dispatch_modes() -> None:
+    with Seen() as outer, Seen() as inner:
+        assert compat.dispatch_modes() == [outer, inner]
+        assert compat.tops_dispatch(inner) and not compat.tops_dispatch(outer)
+        assert compat.pop_dispatch_mode() is inner
+        torch.ones(2) + 1
+        compat.push_dispatch_mode(inner)
+        with compat.disable_current_modes():
+            torch.ones(2) + 1
+        torch.ones(2).sin()
+    assert aten.add.Tensor in outer.ops and aten.add.Tensor not in inner.ops
+    assert inner.ops.count(aten.sin.default) == 1 and outer.ops.count(aten.add.Tensor) == 1
+    assert not compat.tops_dispatch(inner)
+
+
+def test_what_a_backward_tells() -> None:
+    seen: list[int] = []
+
+    class Told(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x: Tensor) -> Tensor:  # type: ignore[no-untyped-def, override]
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[no-untyped-def, override]
+            seen.append(compat.graph_task())
+            assert compat.current_autograd_node() is not None
+            compat.queue_callback(lambda: seen.append(-2))
+            return grad
+
+    assert issubclass(Told, compat.SingleLevelFunction)
+    x = torch.ones(3, requires_grad=True)
+    Told.apply(Told.apply(x)).sum().backward()
+    first = seen.copy()
+    assert first[0] == first[1] >= 0 and first[2:] == [-2, -2]
+    Told.apply(x).sum().backward()
+    assert seen[4] != first[0]
+    assert compat.graph_task() == -1 and compat.current_autograd_node() is None
+
+
+def test_memory_and_its_users() -> None:
+    x = torch.ones(4)
+    storage = x.untyped_storage()._cdata
+    alone = compat.storage_users(storage)
+    view = x[1:]
+    assert compat.storage_users(storage) == alone + 1
+    del view
+    assert compat.storage_users(storage) == alone
+
+
+def test_tensors_change_places() -> None:
+    a, b = torch.ones(2, requires_grad=True) * 2, torch.zeros(3)
+    node, place = a.grad_fn, id(a)
+    compat.swap_tensors(a, b)
+    assert id(a) == place and a.shape == (3,) and a.grad_fn is None and b.grad_fn is node
+
+
+def test_the_profiler() -> None:
+    assert not compat.profiling()
+    compat.begin_profile()
+    assert compat.profiling()
+    x = torch.empty(1000, dtype=torch.uint8)
+    threads = compat.end_profile()
+    sizes = [compat.ProfilerEvent.cpu_memory_usage(e) for events in threads for e in events]
+    assert max(sizes) >= x.nbytes and not compat.profiling()
+
+
+def test_what_is_caught_by_name() -> None:
+    generator = getattr(checkpoint, compat.CHECKPOINT)
+    assert next(iter(inspect.signature(generator).parameters)) == "fn"
+    assert issubclass(compat.DDPSink, torch.autograd.Function)
+    assert issubclass(torch.autograd.Function, compat.SingleLevelFunction)
+
+
+def test_operators_and_trees() -> None:
+    assert isinstance(aten.add.Tensor, compat.OpOverload)
+    assert compat.has_meta_kernel(aten.add.Tensor)
+    leaves, spec = compat.tree_flatten({"a": [1, (2, None)], "b": 3})
+    assert leaves == [1, 2, None, 3] == compat.tree_leaves(compat.tree_unflatten(leaves, spec))
+
+
+def test_fake_tensors() -> None:
+    with compat.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = mode.from_tensor(torch.ones(2, 3))
+        assert isinstance(fake @ torch.ones(3, 2), compat.FakeTensor)
+        with compat.unset_fake_temporarily():
+            assert not isinstance(torch.ones(2), compat.FakeTensor)
+        with compat.disable_fake_tensor_cache(mode):
+            assert (fake + 1).shape == (2, 3)
+        with pytest.raises(compat.DataDependentOutputException):
+            fake.sum().item()
+        with pytest.raises(compat.DynamicOutputShapeException):
+            fake.nonzero()
+    with compat.DisableTorchDispatch():
+        assert fake.size() == (2, 3)
+
+
+def test_attributes_of_tensors() -> None:
+    x = torch.zeros(4)
+    view = x[1:]
+    assert view._is_view() and view._base is x and not x._is_view() and x._base is None
+    assert view.untyped_storage()._cdata == x.untyped_storage()._cdata
+    before = x._version
+    view.add_(1)
+    assert x._version == before + 1
+
+
+def test_equal_calls_are_merged() -> None:
+    def f(x: Tensor) -> Tensor:
+        return x.sin() * x.sin()
+
+    merged = compat.fx_graph_cse(torch.fx.symbolic_trace(f).graph)
+    assert len([n for n in merged.nodes if n.op == "call_method"]) == 1
