@@ -115,12 +115,13 @@ class Interpreter:
     def _advance(self, start: int, stop: int, saving: bool) -> None:
         if self._stands != start:
             self._passed = {}
-        state = self.store[start]
+        state, passed = self.store[start], self._passed
         for position in range(start, stop):
-            state = self._after(position, state, self._passed, saving)
+            state = self._after(position, state, passed, saving)
             if self.passing is not None:
                 self.passing(position)
-        self._passed = {p: s for p, s in self._passed.items() if p >= stop - self.program.reach}
+        reach = self.program.reach
+        self._passed = {p: s for p, s in passed.items() if p >= stop - reach} if reach else {}
         self._stands = stop
         self.store.work[stop] = state
 

@@ -91,9 +91,10 @@ class Sweep:
 
     def _receives(self, call: StepCall, cotangents: dict[int, Tensor]) -> bool:
         """Whether any of ``cotangents`` is of what ``call`` has made; they are `received` then."""
-        found = [(LOSS, cotangents.pop(LOSS, None))] if LOSS in cotangents else []
-        found += [(k, cotangents.pop(index, None)) for k, index in call.changed()]
-        self.call, self.received = call, {k: c for k, c in found if c is not None}
+        self.call, self.received = call, {}
+        for k, index in ((LOSS, LOSS), *call.changed()):
+            if index in cotangents:
+                self.received[k] = cotangents.pop(index)
         return bool(self.received)
 
     def _assigned(self, call: Assign, position: int, untrained: Container[int]) -> None:

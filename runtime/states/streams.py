@@ -147,11 +147,12 @@ def reverse(held: Slots, targets: Iterable[tuple[int, int]], keepable: Keepable 
     """
     ahead = -1
     for position, base in targets:
-        for passed in [p for p in held.work if p not in (position, base)]:
-            yield Drop(passed)
+        if held.work:
+            for passed in [p for p in held.work if p not in (position, base)]:
+                yield Drop(passed)
         while held.slots is not None and position < held.kept[-1] > held.kept[0]:
             yield Drop(held.kept[-1])
-        if below := bisect_left(held.far, held.kept[0]):
+        if held.far and (below := bisect_left(held.far, held.kept[0])):
             if held.far[below - 1] != ahead:
                 ahead = held.far[below - 1]
                 yield Prefetch(ahead)
