@@ -28,9 +28,9 @@ from metaoptim.compiler.passes.split import whole
 from metaoptim.errors import CaptureError, WindowError, user_location
 
 from ..engine.noise import redrawn
-from ..windows.dependence import depends_on, loss_inputs, mark, shown_in
 from ..windows.recording_session import RecordedSession
 from ..windows.session import Options, _current
+from .dependence import depends_on, loss_inputs, mark, shown_in
 from .symbolic_session import CapturedSession
 
 
@@ -337,7 +337,7 @@ class CompiledStep:
         if at:
             indices = [window.results[id(self), k] for k in at]
             with window.recorder.paused(), torch.enable_grad():
-                reads = window.view.results(indices)
+                reads = window.view.reads.results(indices)
             networks = window.networks
             mark(reads, [[networks.shown[self._ordinal(window, p)] for p in of] for of in self.current])
             for k, t in zip(at, reads, strict=True):

@@ -18,16 +18,15 @@ from metaoptim.compiler.ir.slices import closed_over
 from metaoptim.compiler.ir.step import gradient, show
 from metaoptim.compiler.ir.tensors import TensorSpec, tensor_spec
 from metaoptim.compiler.ir.trace import Input, Scan, ScanItem, WindowMark
-from metaoptim.compiler.ir.update import UpdatePlan
 from metaoptim.compiler.ir.values import Entry, Value
 from metaoptim.compiler.ir.walk import reached
 from metaoptim.compiler.passes.build import GradientHooks
 from metaoptim.errors import CaptureError, WindowError, user_location
 
-from ..windows.dependence import leaves_of
-from ..windows.hyper import hyper_of
+from ..engine.graph import leaves_of
 from ..windows.networks import Networks
 from ..windows.session import AS_GRADIENT, WINDOW, Options, Session, _current, refuse_overwritten
+from ..windows.update import InnerOptimizer, Update, hyper_of, update_by
 from .iteration import Iteration
 
 aten = torch.ops.aten
@@ -180,7 +179,7 @@ class CapturedSession(Session):
     def _last_state(self, target: tuple, last: Tensor) -> Tensor:
         """What an optimizer has in a later window of the function."""
         tracer = self.recorder
-        detached = Value(tracer.add(aten.detach.default, (tracer.value_of(last),), grad=True), None)
+        detached = self._call(aten.detach.default, tracer.value_of(last))
         detached.ref = tensor_spec(last)
         if not target[0].symbolic:  # others end with the call
             self.mark.last.append((target, detached))
@@ -199,7 +198,7 @@ class CapturedSession(Session):
         self._leave(target, own, last, value)
 
     def _leave(self, target: Any, own: Tensor | None, last: Tensor, value: Any) -> None:
-        detached = Value(self.recorder.add(aten.detach.default, (value,), grad=True), None)
+        detached = self._call(aten.detach.default, value)
         detached.ref = tensor_spec(last)
         self.mark.last.append((target, detached))
         if own is not None and not self.options.offline:
@@ -222,7 +221,7 @@ class CapturedSession(Session):
     def _show(self, i: int, spec: TensorSpec, value: Any) -> None:
         shown = self.recorder.fakes.empty(spec).requires_grad_()
         shown._is_param = True  # type: ignore[attr-defined]
-        self.recorder.bind(shown, Value(self.recorder.add(show, (value,), grad=True), None))
+        self.recorder.bind(shown, self._call(show, value))
         self.networks.show(i, shown)
         self._versions.setdefault(i, deque(maxlen=_REMEMBERED)).appendleft(shown)
 
@@ -270,7 +269,7 @@ class CapturedSession(Session):
 
     # -- steps ---------------------------------------------------------------------------------------------------
 
-    def _step(self, optimizer: Any, loss: Tensor, allow_unused: bool) -> None:
+    def _step(self, optimizer: InnerOptimizer, loss: Tensor, allow_unused: bool) -> None:
         tracer, networks = self.recorder, self.networks
         self.refuse_strangers()
         if optimizer._normalizer is not None and optimizer._normalizer[2]:
@@ -279,64 +278,42 @@ class CapturedSession(Session):
             )
         tracer.settle_hooks()
         root = tracer.value_of(loss)
-        members = [
-            (i, k)
-            for k, group in enumerate(optimizer.param_groups)
-            for p in group["params"]
-            if (i := networks.index_of(p)) is not None
-        ]
-        ordinals = [i for i, _ in members]
+        ordinals = self.ordinals(optimizer)
         self._refuse_overwritten(root, ordinals)
+        hyper = hyper_of(optimizer, tracer.value_of, self._lifts)
         leaves = set(map(id, leaves_of(loss)))
         read = self._read(leaves, root, ordinals)
         # which parameters the loss depends on: a gradient has their shapes, so that nothing need be pulled back
         reached = [tracer.fakes.empty(tensor_spec(t)) if id(t) in leaves else None for t in read]
-        grads, hooks = self.gradients(optimizer, ordinals, reached, False, allow_unused)
-        used = [
-            (i, k, r, g, h)
-            for (i, k), r, g, h in zip(members, read, grads, hooks, strict=True)
-            if g is not None
-        ]
-        if any(isinstance(c, Tensor) for *_, found in used for hook in found for c in closed_over(hook)):
+        update = update_by(optimizer, networks, reached, hyper, allow_unused=allow_unused)
+        if any(isinstance(c, Tensor) for hooks in update.hooks for hook in hooks for c in closed_over(hook)):
             raise CaptureError(
                 "a hook on a parameter closes over a tensor, whose values it would keep from the capture on; let it "
                 "depend on its argument and on Python numbers only, or use an ordinary window"
             )
-        shown = [networks.shown[i] for i, *_ in used]
+        by = dict(zip(ordinals, read, strict=True))
+        taken = self._call(gradient, root, tuple(tracer.value_of(by[i]) for i in update.ordinals))
+        tokens = [Value(taken.entry, j) for j in range(len(update.ordinals))]
+        tokens = [
+            self._call(GradientHooks(h), t) if h else t for t, h in zip(tokens, update.hooks, strict=True)
+        ]
+        if optimizer.first_order:
+            tokens = [self._call(aten.detach.default, t) for t in tokens]
+        shown = [networks.shown[i] for i in update.ordinals]
+        new, new_states = self._updated(update, shown)
+        states = tuple({k: tracer.value_of(v) for k, v in s.items()} for s in update.states)
         thetas = tuple(map(tracer.value_of, shown))
-        by = tuple(tracer.value_of(r) for _, _, r, *_ in used)
-        taken = tracer.add(gradient, (root, by), grad=True)
-        tokens: list[Any] = [Value(taken, j) for j in range(len(used))]
-        for j, (*_, hook) in enumerate(used):
-            if hook:
-                tokens[j] = Value(tracer.add(GradientHooks(hook), (tokens[j],), grad=True), None)
-            if optimizer.first_order:
-                tokens[j] = Value(tracer.add(aten.detach.default, (tokens[j],), grad=True), None)
-        hyper = hyper_of(optimizer, tracer.value_of, self._lifts)
-        states = [dict(optimizer.state[networks.originals[i]]) for i, *_ in used]
-        plan = UpdatePlan(
-            type(optimizer).update,
-            hyper.groups,
-            tuple(k for _, k, *_ in used),
-            tuple(map(tuple, states)),
-            hyper.clip,
-            type(optimizer).init_state if not all(states) else None,
-        )
-        new, new_states = self._updated(plan, shown, [g for *_, g, _ in used], states, hyper.slots)
-        state_tokens = tuple({k: tracer.value_of(v) for k, v in s.items()} for s in states)
-        update = tracer.add(plan, (thetas, tuple(tokens), state_tokens, tuple(hyper.roots)), grad=True)
-        new_thetas = self._part(Value(update, None), 0)
-        for j, (i, *_) in enumerate(used):
+        updated = self._call(update.plan, thetas, tuple(tokens), states, tuple(hyper.roots))
+        new_thetas = self._part(updated, 0)
+        for j, i in enumerate(update.ordinals):
             self._show(i, new[j], self._part(new_thetas, j))
-            optimizer.state[networks.originals[i]] = {
-                name: tracer.fakes.empty(spec) for name, spec in new_states[j].items()
-            }
-        if any(new_states):
-            all_states = self._part(Value(update, None), 1)
-            for j, (i, *_) in enumerate(used):
-                of = self._part(all_states, j)
-                for name, value in optimizer.state[networks.originals[i]].items():
-                    tracer.bind(value, self._part(of, name))
+        all_states = self._part(updated, 1) if any(new_states) else updated
+        for j, (i, specs) in enumerate(zip(update.ordinals, new_states, strict=True)):
+            state = {name: tracer.fakes.empty(spec) for name, spec in specs.items()}
+            optimizer.state[networks.originals[i]] = state
+            of = self._part(all_states, j) if any(new_states) else updated
+            for name, value in state.items():
+                tracer.bind(value, self._part(of, name))
         # An inner gradient is the derivative at the state it is taken at: what this step has read of other networks is
         # shown anew, so that their own steps do not look back through it.
         for i in set(range(len(networks.shown))) - set(ordinals):
@@ -373,9 +350,10 @@ class CapturedSession(Session):
         return [self.networks.shown[i] for i in ordinals]
 
     def _updated(
-        self, plan: UpdatePlan, thetas: list[Tensor], grads: list[Tensor], states: list[dict], slots: list
+        self, update: Update, thetas: list[Tensor]
     ) -> tuple[list[TensorSpec], list[dict[str, TensorSpec]]]:
         """Specs of what an update makes of parameters and states; it is gone through once for all that are alike."""
+        plan, grads, states, slots = update.plan, update.grads, update.states, update.slots
         key = (
             plan,
             *(tensor_spec(t) for t in (*thetas, *grads)),
@@ -383,16 +361,21 @@ class CapturedSession(Session):
             *(tensor_spec(v) if isinstance(v, Tensor) else type(v) for v in slots),
         )
         if key not in self._updates:
-            tracer = self.recorder
             with torch.no_grad():
-                new, new_states = plan([t.detach() for t in thetas], grads, states, tracer.faked(slots))
+                new, new_states = plan(
+                    [t.detach() for t in thetas], grads, states, self.recorder.faked(slots)
+                )
             specs = [{k: tensor_spec(v) for k, v in state.items()} for state in new_states]
             self._updates[key] = list(map(tensor_spec, new)), specs
         return self._updates[key]
 
+    def _call(self, op: Any, *tokens: Any) -> Value:
+        """A call of the trace, whose results carry a gradient."""
+        return Value(self.recorder.add(op, tokens, grad=True), None)
+
     def _part(self, of: Value, at: int | str) -> Value:
         """A piece of the update's nested result."""
-        return Value(self.recorder.add(operator.getitem, (of, at), grad=True), None)
+        return self._call(operator.getitem, of, at)
 
     # -- in-place loads ------------------------------------------------------------------------------------------
 
@@ -412,7 +395,7 @@ class CapturedSession(Session):
         def cut() -> None:
             self._cut.append((i, before))
             self._overwritten.add(i)
-            value = Value(tracer.add(aten.detach.default, (tracer.value_of(t),), grad=True), None)
-            tracer.bind(t, Value(tracer.add(show, (value,), grad=True), None))
+            value = self._call(aten.detach.default, tracer.value_of(t))
+            tracer.bind(t, self._call(show, value))
 
         return cut

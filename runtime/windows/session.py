@@ -8,19 +8,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed
 from torch import Tensor
 
 from metaoptim.compiler.capture import intercept
 from metaoptim.compiler.compat import DisableAutocast
 from metaoptim.compiler.ir.retention import UNSAID, Retention
 from metaoptim.compiler.ir.step import Lowering
-from metaoptim.compiler.ir.values import Spy
-from metaoptim.compiler.passes.build import GradientHooks
-from metaoptim.errors import CaptureError, LossError, MetaOptimError, WindowError, user_location, warn
+from metaoptim.errors import CaptureError, LossError, WindowError, user_location, warn
 
 from . import oversights
-from .distributed import average
 from .networks import Networks
+from .update import InnerOptimizer, trained
 
 WINDOW = Lowering(hvp="auto", replays=False)  # of what an ordinary window records
 _current: ContextVar[Session | None] = ContextVar("metaoptim_session", default=None)
@@ -52,7 +51,7 @@ class _Member:
     It has its state at entry, its steps so far, and what pickup_step asked to keep.
     """
 
-    def __init__(self, optimizer: Any) -> None:
+    def __init__(self, optimizer: InnerOptimizer) -> None:
         self.optimizer, self.joined = optimizer, False
         self.entry = {p: dict(s) for p, s in optimizer.state.items()}
         self.steps = 0
@@ -86,20 +85,13 @@ def refuse_overwritten(name: str) -> None:
     )
 
 
-def gradient(*args: Any, **options: Any) -> tuple[Tensor | None, ...]:
-    """`torch.autograd.grad` of an inner loss, whose errors tell that they are of it."""
-    try:
-        return torch.autograd.grad(*args, allow_unused=True, **options)
-    except (MetaOptimError, torch.OutOfMemoryError):
-        raise
-    except RuntimeError as error:
-        freed = "second time" in str(error)
-        raise LossError(
-            "the graph of the inner loss has been freed by a backward: inner.step(loss) takes the gradient of the loss "
-            "itself. Take loss.backward() before it out, or, if it is an outer loss too, say retain_graph=True"
-            if freed
-            else f"the gradient of the inner loss cannot be taken: {error}"
-        ) from error
+def _average(values: list[Tensor], group: Any) -> list[Tensor]:
+    """The mean of each tensor over the ranks of ``group``."""
+    means = [v.clone() for v in values]
+    for mean in means:
+        torch.distributed.all_reduce(mean, group=group)
+        mean /= torch.distributed.get_world_size(group)
+    return means
 
 
 class Session:
@@ -138,7 +130,7 @@ class Session:
         """Show ``values``, with their history, as these parameters."""
         raise NotImplementedError
 
-    def _step(self, optimizer: Any, loss: Tensor, allow_unused: bool) -> None:
+    def _step(self, optimizer: InnerOptimizer, loss: Tensor, allow_unused: bool) -> None:
         raise NotImplementedError
 
     def _close(self) -> None:
@@ -160,13 +152,13 @@ class Session:
         intercept.binding.set(self.networks.bind)
         self.recorder.__enter__()
 
-    def adopt(self, optimizer: Any) -> list[int]:
+    def adopt(self, optimizer: InnerOptimizer) -> list[int]:
         """Keep an optimizer and its networks as they are at entry; the ordinals of parameters not known before.
 
         Raises:
             WindowError: for networks that inner steps cannot train; nothing has changed then.
         """
-        owner = optimizer.__dict__.get("_session")
+        owner = optimizer._session
         if owner is not None and owner is not self:
             raise WindowError(
                 f"this {type(optimizer).__name__} is in use by a window of another thread; give each thread "
@@ -185,7 +177,7 @@ class Session:
                 self._offer(new)
         return new
 
-    def join(self, optimizer: Any, late: bool = False) -> None:
+    def join(self, optimizer: InnerOptimizer, late: bool = False) -> None:
         """Let an optimizer belong to the window; ``late``: the loss of its first step has been computed."""
         if id(optimizer) not in self.members:
             optimizer.refresh()
@@ -204,7 +196,7 @@ class Session:
 
     # -- steps ---------------------------------------------------------------------------------------------------
 
-    def step(self, optimizer: Any, loss: Any, allow_unused: bool) -> None:
+    def step(self, optimizer: InnerOptimizer, loss: Any, allow_unused: bool) -> None:
         """One inner step; nothing changes if it raises."""
         name = type(optimizer).__name__
         if loss is None:
@@ -233,8 +225,7 @@ class Session:
         member = self.members[id(optimizer)]
         with self.recorder.paused(), DisableAutocast():
             self.networks.check()
-            index_of = self.networks.index_of
-            if all(index_of(p) is None for g in optimizer.param_groups for p in g["params"]):
+            if not trained(optimizer, self.networks):
                 raise LossError(
                     f"{name}.step: none of its networks' parameters requires grad, so there is nothing to train; "
                     "unfreeze some with requires_grad_(True)"
@@ -272,7 +263,7 @@ class Session:
                         "optimizer of its own for it inside"
                     )
 
-    def start(self, optimizer: Any, parameters: list[Tensor], values: list[Tensor]) -> None:
+    def start(self, optimizer: InnerOptimizer, parameters: list[Tensor], values: list[Tensor]) -> None:
         """Let an optimizer's parameters (the user's own) go on from ``values``."""
         if id(optimizer) not in self.members or not self.members[id(optimizer)].joined:
             self.join(optimizer)
@@ -284,72 +275,23 @@ class Session:
                 raise WindowError("start: a frozen parameter was given a value; unfreeze it before")
             self._start([i for i, _ in known], [v for _, v in known])
 
-    def _unfrozen(self, optimizer: Any) -> bool:
+    def _unfrozen(self, optimizer: InnerOptimizer) -> bool:
         index_of = self.networks.index_of
         return any(
             p.requires_grad and index_of(p) is None for g in optimizer.param_groups for p in g["params"]
         )
 
-    def ordinals(self, optimizer: Any) -> list[int]:
+    def ordinals(self, optimizer: InnerOptimizer) -> list[int]:
         """Ordinals of an optimizer's trainable parameters, in order of its groups."""
-        found = (self.networks.index_of(p) for group in optimizer.param_groups for p in group["params"])
-        return [i for i in found if i is not None]
+        return [i for i, _ in trained(optimizer, self.networks)]
 
-    def gradients(
-        self,
-        optimizer: Any,
-        ordinals: list[int],
-        grads: list[Tensor | None],
-        create_graph: bool,
-        allow_unused: bool,
-    ) -> tuple[list[Tensor | None], list[tuple]]:
-        """The inner gradient, with the complaints a user understands.
-
-        Hooks on the user's own parameters are applied, as the backward of a training loop would; those that change
-        their gradient are returned.
-        """
-        name = type(optimizer).__name__
-        for i, g in zip(ordinals, grads, strict=True):
-            if g is not None and g.layout is not torch.strided:
-                raise LossError(
-                    f"{name}.step: the gradient of {self.networks.names[i]!r} is sparse; use sparse=False in its module"
-                )
-        unused = [self.networks.names[i] for i, g in zip(ordinals, grads, strict=True) if g is None]
-        if len(unused) == len(grads):
-            raise LossError(
-                f"{name}.step: the loss does not depend on the parameters of this optimizer's networks; "
-                "compute it inside the window, from the networks as they are now"
-            )
-        if unused and not allow_unused:
-            raise LossError(
-                f"{name}.step: the loss does not depend on {', '.join(map(repr, unused))}; if that is meant, "
-                "pass allow_unused=True: they keep their values"
-            )
-        hooks: list[tuple] = [()] * len(grads)
-        for k, (i, g) in enumerate(zip(ordinals, grads, strict=True)):
-            own = self.networks.originals[i]._backward_hooks
-            if own and g is not None:
-                spies = [Spy(hook) for hook in own.values()]
-                with torch.set_grad_enabled(create_graph):
-                    grads[k] = GradientHooks(spies)(g)
-                hooks[k] = tuple(spy.hook for spy in spies if spy.returned or spy.mutated)
-        normalizer = optimizer._normalizer
-        if normalizer is not None and normalizer[2]:
-            norm = torch.nn.utils.get_total_norm([g.detach() for g in grads if g is not None], normalizer[1])
-            if not bool(torch.isfinite(norm)):
-                raise LossError(
-                    f"{name}.step: the norm of the inner gradient is {float(norm)} and error_if_nonfinite is "
-                    "set; fix the loss or clip without it"
-                )
-        return grads, hooks
-
-    def _record_tape(self, optimizer: Any, member: _Member) -> list[tuple[str, Tensor]]:
+    def _record_tape(self, optimizer: InnerOptimizer, member: _Member) -> list[tuple[str, Tensor]]:
         return [
             (f"step_{member.steps}:{self.networks.names[i]}", self.networks.shown[i].detach().clone())
             for i in self.ordinals(optimizer)
         ]
 
-    def _pick(self, optimizer: Any, member: _Member) -> list[Tensor]:
+    def _pick(self, optimizer: InnerOptimizer, member: _Member) -> list[Tensor]:
         """Copy what ``pickup_step`` wants of an optimizer and its networks; the copies."""
         theta = {i: self.networks.shown[i].detach().clone() for i in self.ordinals(optimizer)}
         states = {p: {k: v.detach().clone() for k, v in s.items()} for p, s in optimizer.state.items()}
@@ -358,7 +300,7 @@ class Session:
         of_states = [v for s in states.values() for v in s.values()]
         return [*theta.values(), *of_states, *(b for _, _, b in buffers)]
 
-    def _check_finite(self, optimizer: Any, member: _Member) -> None:
+    def _check_finite(self, optimizer: InnerOptimizer, member: _Member) -> None:
         for i in self.ordinals(optimizer):
             if not bool(torch.isfinite(self.networks.shown[i].detach()).all()):
                 raise LossError(
@@ -475,6 +417,6 @@ class Session:
                     state[name] = value.detach()
         if self.options.sync is not False:
             joined = sorted(self.networks.joined)
-            for i, mean in zip(joined, average([values[i] for i in joined], self.options.sync), strict=True):
+            for i, mean in zip(joined, _average([values[i] for i in joined], self.options.sync), strict=True):
                 values[i] = mean
         self.networks.commit(values, self.options.offline)
