@@ -25,7 +25,10 @@ from .runtime.windows.full_tape import FullTapeSession
 from .runtime.windows.recording_session import RecordedSession
 from .runtime.windows.session import Options, Session, current_session
 
-_STRATEGIES: dict[str, type[Session]] = {"auto": RecordedSession, "full_tape": FullTapeSession}
+_STRATEGIES: dict[str, type[RecordedSession] | type[FullTapeSession]] = {
+    "auto": RecordedSession,
+    "full_tape": FullTapeSession,
+}
 _OF_FULL_TAPE = ("offline", "backward_hook", "record_grad_tape", "pickup_step", "sync", "check_finite")
 
 
@@ -242,7 +245,7 @@ class SlidingWindow:
         if self._session is None:
             raise WindowError("window.scan and window.range belong inside the window's block")
         if isinstance(self._session, CapturedSession):
-            yield from self._session.scan(tensors, count)
+            yield from self._session.loops.scan(tensors, count)
         else:
             for k in range(count):
                 yield k, [t[k] for t in tensors]

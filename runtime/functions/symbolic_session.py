@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from metaoptim.compiler.ir.segments import sources
 from metaoptim.compiler.ir.slices import closed_over
 from metaoptim.compiler.ir.step import gradient, show
 from metaoptim.compiler.ir.tensors import TensorSpec, tensor_spec
-from metaoptim.compiler.ir.trace import Input, Scan, ScanItem, WindowMark
+from metaoptim.compiler.ir.trace import Input, WindowMark
 from metaoptim.compiler.ir.values import Entry, Value
 from metaoptim.compiler.ir.walk import reached
 from metaoptim.compiler.passes.build import GradientHooks
@@ -27,12 +27,9 @@ from ..engine.graph import leaves_of
 from ..windows.networks import Networks
 from ..windows.session import AS_GRADIENT, WINDOW, Options, Session, _current, refuse_overwritten
 from ..windows.update import InnerOptimizer, Update, hyper_of, update_by
-from .iteration import Iteration
+from .loops import Loops
 
 aten = torch.ops.aten
-# Iterations of a scan that are captured: one may differ (state is created), the others show what is carried from one to
-# the next, and that nothing is carried further.
-CAPTURED_ITERATIONS = 4
 _REMEMBERED = 8  # versions of a parameter that a loss may have been computed from
 
 
@@ -78,12 +75,10 @@ class CapturedSession(Session):
             raise WindowError(
                 "backend, hvp or self_check of a window inside a compiled function; give them to metaoptim.compile"
             )
-        super().__init__(options)
+        super().__init__(options, tracer, _Networks(tracer))
         self.keeps_state = not options.offline  # whether optimizers go on from where the window leaves them
-        self.recorder = tracer
-        self.networks = _Networks(tracer)
         self.mark = WindowMark(options.offline, options.window, options.retention, options.backward_hook)
-        self._scan: Scan | None = None
+        self.loops = Loops(tracer)
         self._versions: dict[int, deque[Tensor]] = {}  # per parameter, what was shown, newest first
         self._lifts = True
         self._updates: dict[tuple, tuple[list[TensorSpec], list[dict[str, TensorSpec]]]] = {}
@@ -110,7 +105,7 @@ class CapturedSession(Session):
         try:
             if not failed:
                 self.networks.check()
-                if self._scan is not None:
+                if self.loops.open:
                     raise CaptureError(
                         "window.scan or window.range was left by `break`; scan a shorter tensor"
                     )
@@ -228,44 +223,10 @@ class CapturedSession(Session):
     def _start(self, ordinals: list[int], values: list[Tensor]) -> None:
         for i, v in zip(ordinals, values, strict=True):
             self._show(i, tensor_spec(v), self.recorder.value_of(v))
-        for i in set(range(len(self.networks.shown))) - set(
-            ordinals
-        ):  # what the values were computed from, maybe
+        # what the values were computed from, maybe
+        for i in set(range(len(self.networks.shown))) - set(ordinals):
             shown = self.networks.shown[i]
             self._show(i, tensor_spec(shown), self.recorder.value_of(shown))
-
-    # -- loops ---------------------------------------------------------------------------------------------------
-
-    def scan(self, tensors: tuple[Tensor, ...], count: int) -> Iterator[tuple[int, list[Tensor]]]:
-        """The first iterations of a loop over the leading axis of ``tensors``; they stand for all."""
-        if self._scan is not None:
-            raise CaptureError(
-                "window.scan inside window.scan; flatten the loops, or use a plain `for` inside"
-            )
-        tracer = self.recorder
-        labels = list(range(min(count, CAPTURED_ITERATIONS)))
-        if count > CAPTURED_ITERATIONS:
-            labels[-2:] = [count // 2, count - 1]  # later ones, so that what depends on the index shows
-        scan = self._scan = Scan(count, labels, user_location())
-        for k in labels:
-            scan.begins.append(len(tracer.trace.entries))
-            yield Iteration(k), [self._item(t, k) for t in tensors]
-        scan.end = len(tracer.trace.entries)
-        self._scan = None
-        if scan.begins:
-            tracer.trace.scans.append(scan)
-
-    def _item(self, t: Tensor, k: int) -> Tensor:
-        tracer = self.recorder
-        source = tracer.value_of(t)
-        if not isinstance(source, Input):
-            return t[k]  # computed inside: a call of the trace
-        with tracer.paused():
-            item = tracer.faked(t)[0].detach()
-            if source.grad:
-                item.requires_grad_()
-        tracer.bind(item, ScanItem(source, k, tensor_spec(item)))
-        return item
 
     # -- steps ---------------------------------------------------------------------------------------------------
 

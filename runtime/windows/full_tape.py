@@ -17,7 +17,9 @@ from metaoptim.errors import WindowError
 
 from ..engine.graph import nodes_below
 from ..engine.nodes import Begin, as_parameter
-from .session import AS_GRADIENT, Options, Session, refuse_overwritten
+from .networks import Networks
+from .ordinary_session import OrdinarySession
+from .session import AS_GRADIENT, Options, refuse_overwritten
 from .update import InnerOptimizer, gradient, hyper_of, update_by
 
 # The fused attention kernels have no second derivative: none is taken while a full tape is open, in the whole process.
@@ -80,12 +82,11 @@ def _shown_below(loss: Tensor) -> set[Any]:
     return found
 
 
-class FullTapeSession(Session):
+class FullTapeSession(OrdinarySession):
     """A window whose inner steps stay on autograd's tape."""
 
     def __init__(self, options: Options) -> None:
-        super().__init__(options)
-        self.recorder = Recorder(self, record=False)
+        super().__init__(options, Recorder(self, record=False), Networks())
         self._versions: list[list[Tensor]] = []  # what the networks have shown, oldest first
         self._values: list[list[int]] = []  # beside it: numbers that are equal where the values are
         self._count = 0

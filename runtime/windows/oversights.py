@@ -230,13 +230,13 @@ def last_ended() -> Ended | None:
 
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    from .ordinary_session import OrdinarySession
     from .session import current_session
 
     session = current_session()
-    if session is not None:
-        if not session.recorder.symbolic:
-            session.note_step_of(optimizer)
-    elif (ended := _ended.get()) is not None:
+    if isinstance(session, OrdinarySession):
+        session.note_step_of(optimizer)
+    elif session is None and (ended := _ended.get()) is not None:
         ended.step(optimizer)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Collection, Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from metaoptim.compiler.ir.slices import Slice
 from metaoptim.compiler.ir.step import Assign, StepCall
 from metaoptim.compiler.ir.tape import Tape
 from metaoptim.compiler.ir.update import initial_state
-from metaoptim.compiler.ir.values import External
+from metaoptim.compiler.ir.values import External, Value
 from metaoptim.errors import CaptureError, LossError, MetaOptimError, WindowError
 
 from ..budget.streaming import Streaming
@@ -23,25 +22,28 @@ from ..engine.engine import Engine
 from ..engine.nodes import gradient_of_loss, stepped
 from ..states.tiered import check_device, tier_for
 from . import partial_gradients
+from .networks import Networks
+from .ordinary_session import OrdinarySession
 from .oversights import Ended, all_finite, tell_unreachable
 from .recorded_step import RecordedStep, unrecorded
-from .session import Options, Session, refuse_overwritten
+from .session import Member, Options, refuse_overwritten
 from .theta_view import ThetaView
 from .update import Hyper, InnerOptimizer, Update, gradient, hyper_of, update_by
 
 _pure: weakref.WeakSet = weakref.WeakSet()  # updates that have been seen not to write into their arguments
 
 
-class RecordedSession(Session):
+class RecordedSession(OrdinarySession):
     """A window that records its steps."""
 
     def __init__(self, options: Options) -> None:
-        super().__init__(options)
         retention = options.retention
         self.engine = Engine(retention.slots, options.backward_hook, tier=tier_for(retention.offload))
-        self.engine.closed = self.closed
         partial_gradients.watch_backward(self.engine)
-        self.view = ThetaView(options, self.engine, self.networks, self._entering)
+        networks = Networks()
+        self.view = ThetaView(options, self.engine, networks, self._entering)
+        super().__init__(options, self.view.recorder, networks)
+        self.engine.closed = self.closed
         if retention.slots is None:
             self.engine.streaming = Streaming(
                 retention.memory_budget,
@@ -49,7 +51,6 @@ class RecordedSession(Session):
                 retention.offload is not None,
                 options.window is not None,
             )
-        self.recorder = self.view.recorder
         self._looked_at: dict[
             int, Tensor
         ] = {}  # parameters that steps have read and that they do not train, by id
@@ -102,14 +103,19 @@ class RecordedSession(Session):
         self.view.close()
         self._looked_at.clear()
 
-    def _record_tape(self, optimizer: InnerOptimizer, member: Any) -> list[tuple[str, Tensor]]:
-        tape = super()._record_tape(optimizer, member)
+    def steps_reading(self, t: Tensor) -> tuple[Engine, tuple[int, ...]] | None:
+        """The tape and the positions of the steps that have read ``t``, which was computed inside."""
+        known = self.view.recording.known(t)
+        return (self.engine, known.steps) if isinstance(known, Value) and known.steps else None
+
+    def _record_tape(self, member: Member) -> list[tuple[str, Tensor]]:
+        tape = super()._record_tape(member)
         if self.engine.streaming is not None:
             self.engine.streaming.keep([t for _, t in tape])
         return tape
 
-    def _pick(self, optimizer: InnerOptimizer, member: Any) -> list[Tensor]:
-        copies = super()._pick(optimizer, member)
+    def _pick(self, member: Member) -> list[Tensor]:
+        copies = super()._pick(member)
         self.engine.make_room(copies)
         return copies
 

@@ -1,4 +1,4 @@
-"""What an open window does whatever its strategy: adoption, checks, entry and exit."""
+"""What an open window does whatever its strategy, captured or not: it adopts optimizers, and checks their steps."""
 
 from __future__ import annotations
 
@@ -7,17 +7,14 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-import torch.distributed
 from torch import Tensor
 
-from metaoptim.compiler.capture import intercept
+from metaoptim.compiler.capture.modes import CaptureMode
 from metaoptim.compiler.compat import DisableAutocast
 from metaoptim.compiler.ir.retention import UNSAID, Retention
 from metaoptim.compiler.ir.step import Lowering
-from metaoptim.errors import CaptureError, LossError, WindowError, user_location, warn
+from metaoptim.errors import CaptureError, LossError, WindowError
 
-from . import oversights
 from .networks import Networks
 from .update import InnerOptimizer, trained
 
@@ -45,7 +42,7 @@ class Options:
     lowering: Lowering = WINDOW
 
 
-class _Member:
+class Member:
     """An optimizer that may step in the window, and belongs to it (`joined`) from its first step on.
 
     It has its state at entry, its steps so far, and what pickup_step asked to keep.
@@ -85,15 +82,6 @@ def refuse_overwritten(name: str) -> None:
     )
 
 
-def _average(values: list[Tensor], group: Any) -> list[Tensor]:
-    """The mean of each tensor over the ranks of ``group``."""
-    means = [v.clone() for v in values]
-    for mean in means:
-        torch.distributed.all_reduce(mean, group=group)
-        mean /= torch.distributed.get_world_size(group)
-    return means
-
-
 class Session:
     """Base of the strategies. A strategy shows parameters (`_offer`, `_join`) and takes steps (`_step`).
 
@@ -106,15 +94,11 @@ class Session:
             the window.
     """
 
-    recorder: Any  # a Recorder, or the Tracer of a capture
-
-    def __init__(self, options: Options) -> None:
-        self.options = options
-        self.networks = Networks()
-        self.members: dict[int, _Member] = {}
+    def __init__(self, options: Options, recorder: CaptureMode, networks: Networks) -> None:
+        self.options, self.recorder, self.networks = options, recorder, networks
+        self.members: dict[int, Member] = {}
         self.closed: set[int] = set()
         self._grads: list[Tensor | None] = []
-        self.notes = oversights.Notes()
 
     # -- what a strategy states ----------------------------------------------------------------------------------
 
@@ -133,24 +117,19 @@ class Session:
     def _step(self, optimizer: InnerOptimizer, loss: Tensor, allow_unused: bool) -> None:
         raise NotImplementedError
 
-    def _close(self) -> None:
-        """Drop every reference to the user's graph."""
+    def open(self) -> None:
+        """Begin: from here on the calling thread's code is the window's."""
+        raise NotImplementedError
+
+    def close(self, failed: bool) -> None:
+        """End: networks, buffers and optimizers as the mode says, or as at entry if the block failed."""
         raise NotImplementedError
 
     def _own(self, value: Tensor) -> Tensor:
         """An optimizer state for the window to show."""
         return value.clone()
 
-    # -- entry ---------------------------------------------------------------------------------------------------
-
-    def open(self) -> None:
-        """Begin: from here on the calling thread's code is the window's."""
-        intercept.install()
-        oversights.remember(None)
-        _current.set(self)
-        intercept.recording.set(self.recorder)
-        intercept.binding.set(self.networks.bind)
-        self.recorder.__enter__()
+    # -- optimizers -----------------------------------------------------------------------------------------------
 
     def adopt(self, optimizer: InnerOptimizer) -> list[int]:
         """Keep an optimizer and its networks as they are at entry; the ordinals of parameters not known before.
@@ -168,7 +147,7 @@ class Session:
             trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
             new = self.networks.adopt(optimizer.networks, trained)
             if id(optimizer) not in self.members:
-                self.members[id(optimizer)] = _Member(optimizer)
+                self.members[id(optimizer)] = Member(optimizer)
                 optimizer._session = self
             for i in new:
                 grad = self.networks.originals[i].grad
@@ -230,23 +209,12 @@ class Session:
                     f"{name}.step: none of its networks' parameters requires grad, so there is nothing to train; "
                     "unfreeze some with requires_grad_(True)"
                 )
-            checked = (self.options.check_finite or torch.is_anomaly_enabled()) and not self.recorder.symbolic
-            if checked and not bool(torch.isfinite(loss)):
-                raise LossError(
-                    f"{name}.step {member.steps} (counted from 0): the inner loss is {float(loss.detach())}, expected "
-                    "a finite number; lower the learning rate, clip with reset_grad_normalizer(), or mend the loss"
-                )
-            before = self._record_tape(optimizer, member) if self.options.record_grad_tape else []
-            self._step(optimizer, loss, allow_unused)
-            optimizer._tape = [*(optimizer._tape if member.steps else ()), *before]
-            if member.steps == self.options.pickup_step:
-                self._pick(optimizer, member)
-            if not self.recorder.symbolic:
-                self.notes.stepped(name, member.steps, loss, self.recorder.clipped)
-                self.recorder.clipped = ""
-            member.steps += 1
-            if checked:
-                self._check_finite(optimizer, member)
+            self._take(member, loss, allow_unused)
+
+    def _take(self, member: Member, loss: Tensor, allow_unused: bool) -> None:
+        """Let an optimizer take a step by a loss that it can be taken by."""
+        self._step(member.optimizer, loss, allow_unused)
+        member.steps += 1
 
     def refuse_strangers(self, among: Collection[int] | None = None) -> None:
         """Raise for a parameter that a network got inside the window, which its optimizer would not train.
@@ -284,139 +252,3 @@ class Session:
     def ordinals(self, optimizer: InnerOptimizer) -> list[int]:
         """Ordinals of an optimizer's trainable parameters, in order of its groups."""
         return [i for i, _ in trained(optimizer, self.networks)]
-
-    def _record_tape(self, optimizer: InnerOptimizer, member: _Member) -> list[tuple[str, Tensor]]:
-        return [
-            (f"step_{member.steps}:{self.networks.names[i]}", self.networks.shown[i].detach().clone())
-            for i in self.ordinals(optimizer)
-        ]
-
-    def _pick(self, optimizer: InnerOptimizer, member: _Member) -> list[Tensor]:
-        """Copy what ``pickup_step`` wants of an optimizer and its networks; the copies."""
-        theta = {i: self.networks.shown[i].detach().clone() for i in self.ordinals(optimizer)}
-        states = {p: {k: v.detach().clone() for k, v in s.items()} for p, s in optimizer.state.items()}
-        buffers = self.networks.buffers_of(optimizer.networks)
-        member.picked = theta, states, buffers
-        of_states = [v for s in states.values() for v in s.values()]
-        return [*theta.values(), *of_states, *(b for _, _, b in buffers)]
-
-    def _check_finite(self, optimizer: InnerOptimizer, member: _Member) -> None:
-        for i in self.ordinals(optimizer):
-            if not bool(torch.isfinite(self.networks.shown[i].detach()).all()):
-                raise LossError(
-                    f"{type(optimizer).__name__}.step {member.steps - 1} (counted from 0) made parameter "
-                    f"{self.networks.names[i]!r} non-finite: its gradient or the update overflows; lower the learning "
-                    "rate, or clip with reset_grad_normalizer()"
-                )
-
-    # -- oversights ----------------------------------------------------------------------------------------------
-
-    def note_step_of(self, optimizer: torch.optim.Optimizer) -> None:
-        """An optimizer of torch steps inside the block."""
-        what = f"{type(optimizer).__name__}.step at {user_location()}"
-        own = {id(p): name for p, name in zip(self.networks.originals, self.networks.names, strict=True)}
-        moved = [p for group in optimizer.param_groups for p in group["params"]]
-        self.notes.steps_of_others.update((own[id(p)], what) for p in moved if id(p) in own)
-
-    def _tell_oversights(self) -> None:
-        """Warn of what the whole block shows."""
-        if self.recorder.symbolic:
-            return
-        steps = sum(member.steps for member in self.members.values())
-        if not steps and self.notes.steps_of_others:
-            names, what = [*self.notes.steps_of_others], next(iter(self.notes.steps_of_others.values()))
-            warn(
-                f"{what} moved {oversights.names_text(names)} in a window in which no inner optimizer has stepped, so "
-                "nothing in it was differentiated or put back; take inner steps by inner.step(loss)"
-            )
-        shown = [self.networks.shown[i].detach() for i in self.networks.joined] if steps else []
-        if not self.notes.loss_told and not oversights.all_finite(shown):
-            warn(
-                f"the parameters are no longer finite {self._since_when(steps)}, so that gradients through this window "
-                "mean nothing; SlidingWindow(check_finite=True) raises at the step where that begins"
-            )
-
-    def _since_when(self, steps: int) -> str:
-        return f"after {steps} inner steps"
-
-    def _ended(self) -> oversights.Ended | None:
-        """What is to be looked at afterwards."""
-        return None
-
-    # -- exit ----------------------------------------------------------------------------------------------------
-
-    def close(self, failed: bool) -> None:
-        """End: networks, buffers and optimizers as the mode says, or as at entry if the block failed."""
-        self.recorder.depth += 1  # from here on nothing is the window's any more
-        ended = None
-        try:
-            if not failed:
-                self._tell_oversights()
-                ended = self._ended()
-            error = (self._rebinding() or self._unsettled()) if not failed else None
-            late = self._missing_pickup() if not failed and error is None else None
-            if failed or error or late:
-                self.networks.restore()
-                self.networks.undo()
-                for member in self.members.values():
-                    member.restore()
-                for p, grad in zip(self.networks.originals, self._grads, strict=True):
-                    p.grad = grad
-            else:
-                self._commit()
-            if error or late:
-                raise error or late  # type: ignore[misc]
-        finally:
-            for member in self.members.values():
-                member.optimizer._session = None
-            self.recorder.leave()
-            intercept.recording.set(None)
-            intercept.binding.set(None)
-            _current.set(None)
-            intercept.uninstall()
-            oversights.remember(ended)
-            self._close()
-            self.members.clear()
-
-    def _rebinding(self) -> WindowError | None:
-        try:
-            self.networks.check()
-        except WindowError as error:
-            return error
-        return None
-
-    def _unsettled(self) -> BaseException | None:
-        """What keeps the window from ending, of what goes on in the background."""
-        return None
-
-    def _missing_pickup(self) -> WindowError | None:
-        k = self.options.pickup_step
-        short = [m for m in self.members.values() if k >= 0 and m.steps and m.picked is None]
-        if not short:
-            return None
-        return WindowError(
-            f"pickup_step={k}: {type(short[0].optimizer).__name__} took only {short[0].steps} steps in this "
-            "window (they count from 0)"
-        )
-
-    def _commit(self) -> None:
-        values = [shown.detach() for shown in self.networks.shown]
-        for member in (m for m in self.members.values() if m.joined):
-            if self.options.offline:
-                member.restore()
-                continue
-            if member.picked is not None:
-                for i, value in member.picked[0].items():
-                    values[i] = value
-                member.optimizer.state.clear()
-                member.optimizer.state.update(member.picked[1])
-                for module, name, value in member.picked[2]:
-                    module._buffers[name] = value
-            for state in member.optimizer.state.values():
-                for name, value in state.items():
-                    state[name] = value.detach()
-        if self.options.sync is not False:
-            joined = sorted(self.networks.joined)
-            for i, mean in zip(joined, _average([values[i] for i in joined], self.options.sync), strict=True):
-                values[i] = mean
-        self.networks.commit(values, self.options.offline)
