@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .compiler.capture.intercept import recording
@@ -20,12 +21,14 @@ from .optim.alive import live_optimizers, refresh_optimizers
 from .report.of_window import explain_window
 from .report.report import Report
 from .runtime.functions.symbolic_session import CapturedSession
-from .runtime.windows.distributed import check_sync
 from .runtime.windows.full_tape import FullTapeSession
 from .runtime.windows.recording_session import RecordedSession
 from .runtime.windows.session import Options, Session, current_session
 
-_STRATEGIES: dict[str, type[Session]] = {"auto": RecordedSession, "full_tape": FullTapeSession}
+_STRATEGIES: dict[str, type[RecordedSession] | type[FullTapeSession]] = {
+    "auto": RecordedSession,
+    "full_tape": FullTapeSession,
+}
 _OF_FULL_TAPE = ("offline", "backward_hook", "record_grad_tape", "pickup_step", "sync", "check_finite")
 
 
@@ -122,7 +125,7 @@ class SlidingWindow:
             )
         retention = Retention(slots, memory_budget, offload)
         check_count("window", window)
-        check_sync(sync, offline)
+        _check_sync(sync, offline)
         lowering = Lowering.stated(backend, hvp, self_check, replays=False)
         said = offline, backward_hook, record_grad_tape, pickup_step, window
         self._options = Options(*said, retention, check_finite, sync, lowering)
@@ -166,7 +169,7 @@ class SlidingWindow:
         session.open()
         try:
             for optimizer in sorted(live_optimizers, key=lambda o: o.number):  # the same order on every rank
-                if optimizer.thread == threading.get_ident() and optimizer.__dict__.get("_session") is None:
+                if optimizer.thread == threading.get_ident() and optimizer._session is None:
                     with suppress(WindowError):  # raised where it steps, if it does
                         session.adopt(optimizer)
         except BaseException:
@@ -242,7 +245,7 @@ class SlidingWindow:
         if self._session is None:
             raise WindowError("window.scan and window.range belong inside the window's block")
         if isinstance(self._session, CapturedSession):
-            yield from self._session.scan(tensors, count)
+            yield from self._session.loops.scan(tensors, count)
         else:
             for k in range(count):
                 yield k, [t[k] for t in tensors]
@@ -316,6 +319,33 @@ def _by_name(options: Options) -> dict[str, Any]:
         else:
             found[name] = value
     return found
+
+
+def _check_sync(group: Any, offline: bool) -> None:
+    """Raise unless ``sync=group`` names a process group of this rank; False is no group.
+
+    Raises:
+        TypeError: for something else than a process group.
+        ValueError: where there is nothing to average, or nobody to average with.
+    """
+    if group is False:
+        return
+    if group is None or not (dist.is_available() and dist.is_initialized()):
+        raise ValueError(
+            f"sync={group!r}: torch.distributed is not initialised; call torch.distributed.init_process_group first "
+            "(until then torch.distributed.group.WORLD is None), or leave sync out"
+        )
+    if group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError("sync: this rank is not in the process group; leave sync out on ranks outside of it")
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            f"sync: got {group!r}, expected a process group, such as torch.distributed.group.WORLD"
+        )
+    if offline:
+        raise ValueError(
+            "sync= with offline=True: offline, the networks return to where they began, so there is nothing to "
+            "average; average the meta-gradients instead, or use offline=False"
+        )
 
 
 def zero_nan_hook(grad: Tensor) -> Tensor:

@@ -19,7 +19,8 @@ from ..compiler.capture.symbolic.tracer import capturing
 from ..compiler.derive.tracing import uncollected
 from ..compiler.ir.trace import Input, Trace
 from ..compiler.lower.ambient import unaffected
-from ..runtime.functions.compiled_step import CapturedStep, CompiledStep, aside
+from ..runtime.functions.captured_step import CapturedStep, aside, compiled
+from ..runtime.functions.compiled_step import CompiledStep
 from ..runtime.windows.recording_session import RecordedSession
 from .reads import Reads
 
@@ -93,5 +94,5 @@ def captured_step(
         trace, traced, session = trace_of(fn, args, kwargs, window, reads)
     assert session is not None
     with unaffected():
-        step = CompiledStep(session, traced.tensors, texts)
+        step = compiled(session, traced.tensors, texts)
     return step, trace, traced

@@ -20,7 +20,7 @@ def refresh_optimizers() -> bool:
     """`MetaOptimizer.refresh` the optimizers alive that this thread has made; whether any has changed."""
     here, changed = threading.get_ident(), False
     for o in live_optimizers:
-        if o.thread == here and o.__dict__.get("_session") is None:
+        if o.thread == here and o._session is None:
             changed |= o.refresh()
     return changed
 

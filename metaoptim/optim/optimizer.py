@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from metaoptim.errors import WindowError
-from metaoptim.runtime.windows.session import current_session
+from metaoptim.runtime.windows.session import Session, current_session
 
 from .alive import live_optimizers
 from .groups import check_network, group_of, matching, own
@@ -78,6 +78,7 @@ class MetaOptimizer(Optimizer):
         self._whole: list[nn.Module | None] = []  # per group, the module all of whose parameters are in it
         self._normalizer: tuple[Any, float, bool] | None = None
         self._tape: list[tuple[str, Tensor]] = []
+        self._session: Session | None = None  # the window that it is in use by
         self.first_order = first_order
         self.symbolic = is_symbolic()  # made while a function is captured: it ends with the capture
         self.thread, self.number = threading.get_ident(), next(_numbers)

@@ -18,7 +18,7 @@ from ..compiler.passes.pipeline import Record
 from ..errors import WindowError, user_scope
 from ..functions.surroundings import names_in
 from ..runtime.budget.simulate import predict_sweep
-from ..runtime.windows.dependence import leaves_of
+from ..runtime.engine.graph import leaves_of
 from ..runtime.windows.recording_session import RecordedSession
 from .report import CUT_OFF, NO_FLOW, Report, calls_text, of_gradients, of_program
 
@@ -104,7 +104,7 @@ def _paths(session: RecordedSession, program: Tape) -> tuple[dict[str, str], set
                 through.setdefault(number, Counter())[names[id(call.step)]] += k
     paths: dict[str, str] = {}
     targets: set[str] = set()
-    for number, tensor in session.view.meta_params():
+    for number, tensor in session.view.reads.meta_params():
         steps = through.get(number, {})
         parts = calls_text(steps)
         for leaf in leaves_of(tensor):
@@ -115,7 +115,7 @@ def _paths(session: RecordedSession, program: Tape) -> tuple[dict[str, str], set
             else:
                 paths.setdefault(name, NO_FLOW)
     options, own = session.options, session.networks
-    beyond = session.view.sliding is not None and session.view.sliding.count > session.view.sliding.window
+    beyond = session.view.reads.truncates
     reason = "what the inner steps begin with" if options.offline else CUT_OFF
     if options.offline and beyond:
         reason = f"more than window={options.window} super-steps back"

@@ -118,7 +118,8 @@ def metered(
     """What ``program``, the lowered graph of a call, returns; what it takes is noted for `measured`.
 
     Args:
-        program, call, kind, inputs: as of `lowered`.
+        program: the lowered graph.
+        call, kind, inputs: what it was lowered for, as `lowered` takes them.
         first: bytes that compiling and checking it took.
     """
     if profiling():  # another one: the graphs' own sizes have to do

@@ -299,7 +299,7 @@ def with_residuals(
     """A plan that keeps every state, with residuals saved over as many of the last calls as the rest allows.
 
     Args:
-        plan: as of `plan_for`.
+        plan: made by `plan_for`.
         program: of the compiled function.
         lowering: the backend and HVP mode of the step graphs.
         rehearsal: runs a few calls with residuals, so that `measured` knows what they take. The room that it needs is

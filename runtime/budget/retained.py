@@ -24,7 +24,7 @@ class _Kept:
     Attributes:
         memories: what refers to it, each by one tensor.
         sure: bytes of it that count.
-        recent: likewise, until the next step.
+        recent: bytes of it that count until the next step.
     """
 
     __slots__ = ("memories", "recent", "sure")

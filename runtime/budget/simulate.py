@@ -34,9 +34,8 @@ class Prediction:
 
     Attributes:
         peak_bytes: most bytes held at once beyond the caller's own tensors.
-        forward_bytes: likewise, in the call without its backward.
+        forward_bytes: most bytes held at once in the call without its backward.
         extra_forwards: steps run a second time.
-        vjps: steps pulled back.
         kept: most states kept at a time, counting the initial one.
         reached: inputs that a cotangent of the results reaches.
     """
@@ -44,7 +43,6 @@ class Prediction:
     peak_bytes: int
     forward_bytes: int
     extra_forwards: int
-    vjps: int
     kept: int
     reached: frozenset[Input]
 
@@ -234,7 +232,7 @@ def predict(
     reached = frozenset(source for source, grad in sweep.gradients().items() if grad.reached)
     extra = engine.replays - forward_steps
     del held, cotangents
-    return Prediction(meter.peak, forward, extra, engine.vjps, engine.kept, reached)
+    return Prediction(meter.peak, forward, extra, engine.kept, reached)
 
 
 class _Calls(list):
@@ -284,7 +282,7 @@ def predict_sweep(
     del state
     engine.pull_back(sweep, 0)
     extra = engine.replays - forward_steps
-    return Prediction(meter.peak, forward, extra, engine.vjps, engine.kept, frozenset())
+    return Prediction(meter.peak, forward, extra, engine.kept, frozenset())
 
 
 def _blocks_like(values: Sequence[Tensor], meter: _Meter) -> list[Any]:

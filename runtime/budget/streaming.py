@@ -103,7 +103,7 @@ class Streaming:
         return self._decided(engine, call)
 
     def slots_between(self, engine: Engine, refusing: bool) -> int | None:
-        """Likewise between steps, and before a sweep, where something has come to be held.
+        """How many states may be kept between steps, and before a sweep, where something has come to be held.
 
         Raises:
             BudgetError: if not even one may, where ``refusing``.

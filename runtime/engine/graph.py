@@ -21,3 +21,12 @@ def nodes_below(tensors: Iterable[Any], ends: Callable[[Any], bool] = lambda nod
     return reached(
         starts, lambda node: () if ends(node) else [n for n, _ in node.next_functions if n is not None]
     )
+
+
+def leaves_of(tensor: Tensor) -> Iterator[Tensor]:
+    """The leaves that a gradient of ``tensor`` goes to; itself, if it is one."""
+    if tensor.is_leaf:
+        yield tensor
+    for node in nodes_below([tensor]):
+        if isinstance(variable := getattr(node, "variable", None), Tensor):
+            yield variable

@@ -2,195 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from metaoptim.compiler.capture import intercept
-from metaoptim.compiler.capture.symbolic.tracer import Tracer
-from metaoptim.compiler.compat import disable_current_modes
 from metaoptim.compiler.ir.calls import StepCall
-from metaoptim.compiler.ir.segments import Roles, ordered
-from metaoptim.compiler.ir.step import Lowering, Role
+from metaoptim.compiler.ir.step import Lowering, Role, StepGraph
 from metaoptim.compiler.ir.trace import Input, Noise
-from metaoptim.compiler.ir.values import Value, exact, identity
-from metaoptim.compiler.ir.verify import verify_step
 from metaoptim.compiler.lower.ambient import unaffected
 from metaoptim.compiler.lower.derivatives import lowered
-from metaoptim.compiler.lower.library import library
-from metaoptim.compiler.passes.build import build_segment
 from metaoptim.compiler.passes.lower import FEW
-from metaoptim.compiler.passes.pipeline import shaped
-from metaoptim.compiler.passes.split import whole
+from metaoptim.compiler.passes.pipeline import Record
 from metaoptim.errors import CaptureError, WindowError, user_location
 
 from ..engine.noise import redrawn
-from ..windows.dependence import depends_on, loss_inputs, mark, shown_in
 from ..windows.recording_session import RecordedSession
-from ..windows.session import Options, _current
-from .symbolic_session import CapturedSession
+from ..windows.update import InnerOptimizer
+from .dependence import depends_on, mark
+
+StateKey: TypeAlias = tuple[InnerOptimizer, Tensor, str]  # an optimizer, a parameter, the name of a state
 
 
-class CapturedStep(CapturedSession):
-    """Stands in for the window while one of its steps is captured."""
-
-    def __init__(self, window: RecordedSession, tracer: Tracer) -> None:
-        super().__init__(Options(offline=True), tracer)
-        self.window = window
-        self.keeps_state = True
-        self.left: list[tuple[Any, Value]] = []  # what has a new value after the step, and which
-        self.thetas: dict[
-            int, Tensor
-        ] = {}  # id of an input that is a parameter as it is before the step -> whose
-        self.shown: dict[
-            int, Tensor
-        ] = {}  # id of a call that shows a parameter as it is after the step -> whose
-
-    @contextmanager
-    def stepping(self) -> Iterator[None]:
-        """The window's optimizers step here, from the networks' own parameters."""
-        self.open()
-        members = [m.optimizer for m in self.window.members.values()]
-        failed = True
-        try:
-            for optimizer in members:
-                optimizer._session = None
-                self.adopt(optimizer)
-            yield
-            failed = False
-            self.taken = [(m.optimizer, m.steps) for m in self.members.values() if m.steps]
-            for p, shown in zip(self.networks.originals, self.networks.shown, strict=True):
-                self.shown[id(self.recorder.value_of(shown).entry)] = p
-        finally:
-            self.close(failed)
-            for optimizer in members:
-                optimizer._session = self.window
-
-    def _last_state(self, target: tuple, last: Tensor) -> Tensor:
-        self.left.append((target, self.recorder.give(last)))
-        return last
-
-    def _is_ordinary(self, i: int) -> bool:
-        networks = self.window.networks
-        return (
-            super()._is_ordinary(i) and networks.index_of(self.networks.originals[i]) not in networks.joined
-        )
-
-    def _offer(self, ordinals: list[int]) -> None:
-        super()._offer(ordinals)
-        tracer = self.recorder
-        for p in (self.networks.originals[i] for i in ordinals):
-            self.thetas[id(tracer.value_of(p))] = p
-            # the function reads theta from the networks; where it knows the very parameter, that is a constant
-            tracer.bind_input(p)
-
-    def _leave(self, target: Any, own: Tensor | None, last: Tensor, value: Any) -> None:
-        self.left.append((target, self.recorder.give(last)))
-
-
-@contextmanager
-def aside(window: RecordedSession) -> Iterator[None]:
-    """The window steps aside: its networks have their own parameters, its modes are off."""
-    tokens: list[Any] = [(_current, _current.set(None))]
-    tokens += [(v, v.set(None)) for v in (intercept.recording, intercept.binding)]
-    with window.networks.hidden(), disable_current_modes():
-        try:
-            yield
-        finally:
-            for variable, token in reversed(tokens):
-                variable.reset(token)
-
-
+@dataclass(eq=False)
 class CompiledStep:
-    """A captured step function.
+    """A captured step function at work.
 
-    Args:
-        captured: the session it was captured in.
-        outputs: what stands for the tensors the function returns.
-        texts: as of `compile_trace`.
+    Attributes:
+        step: its graph.
+        records: what the passes have done.
+        steps: how many inner steps it takes.
+        thetas, states, buffers: parameters, optimizer states and buffers that have a new value after it.
+        left: inputs that the function writes into.
+        live: for each tensor that the function returns, whether it can be differentiated.
+        current: for each of those that can, the parameters from whose last version it is computed.
+        reads, reads_state: the parameters and optimizer states that its graph is given.
+        given: the inputs that its graph is given after these.
+        reaches_loss: for each of them, whether an inner loss depends on it.
+        buffers_given: for each of them, its place if it is a buffer: the tensor there is another one after every step,
+            and in the next window.
+        taken: the optimizers that step in it, and how often each does.
     """
 
-    def __init__(
-        self,
-        captured: CapturedStep,
-        outputs: list[Value],
-        texts: Mapping[Input, str] | None = None,
-    ) -> None:
-        trace, window = captured.recorder.trace, captured.window
-        own, thetas = {id(p) for p in captured.networks.originals}, captured.thetas
-        states = {
-            id(v): (optimizer, p, name)
-            for optimizer in (m.optimizer for m in window.members.values())
-            for p, state in optimizer.state.items()
-            for name, v in state.items()
-        }
-        for x in trace.inputs:
-            x.grad = x.grad or id(x.tensor) in states
-        kinds: dict[str, list] = {"theta": [], "state": [], "buffer": []}
-        for target, value in captured.left:
-            kind = "state" if isinstance(target, tuple) else "theta" if id(target) in own else "buffer"
-            kinds[kind].append((target, value))
-        self.thetas = [p for p, _ in kinds["theta"]]
-        self.states = [target for target, _ in kinds["state"]]
-        where = {id(own): (module, name) for module, name, own in captured.networks._buffers}
-        self.buffers = [where[id(target)] for target, _ in kinds["buffer"]]
-        current = [shown_in(v, captured.shown) for v in outputs]
-        input_of = {id(x.tensor): x for x in reversed(trace.inputs)}
-        self.left = [input_of[id(t)] for t, _ in trace.left]
-        trace.outputs = [v for kind in kinds.values() for _, v in kind]
-        trace.outputs += [*(v for _, v in trace.left), *outputs]
-        partition = whole(trace)
-        self.records = shaped(partition, texts)
-        (part,) = partition.parts
-        segment, kind = part.segment, part.kind
-        places = [(segment.number_of[id(v.entry)], v.index) for v in trace.outputs]
-        self.results = places[len(places) - len(outputs) :]
-        roles = self._roles(segment, kind, places, thetas, states)
-        hooked = window.options.backward_hook is not None
-        key = (
-            segment.key,
-            tuple(kind.outputs.items()),
-            tuple(roles.inputs),
-            exact(segment.numbers),
-            hooked,
-        )
-        self.step = library.step((*key, "step"), lambda: build_segment(segment, kind, (), hooked, roles))
-        verify_step(self.step)
-        self.live = [place in kind.active_outputs for place in self.results]
-        self.current = [of for of, live in zip(current, self.live, strict=True) if live]
-        self.steps = len(trace.steps)
-        refs = [segment.inputs[at] for at in roles.order]
-        self.reads = [thetas[id(x)] for x in refs if id(x) in thetas]
-        self.reads_state = [
-            states[id(x.tensor)] for x in refs if isinstance(x, Input) and id(x.tensor) in states
-        ]
-        self.given = refs[len(self.reads) + len(self.reads_state) :]
-        of_losses = loss_inputs(segment.entries)
-        self._reaches_loss = [identity(x) in of_losses for x in self.given]
-        # by place: the tensor there is another one after every step, and in the next window
-        self._buffers_given = [where.get(id(x.tensor)) if isinstance(x, Input) else None for x in self.given]
-        self.taken = captured.taken
-        self._fresh = True
-        self._runs = 0
-
-    def _roles(self, segment: Any, kind: Any, places: list, thetas: dict, states: dict) -> Roles:
-        def role(at: int, x: Any) -> Role:
-            if isinstance(x, Noise):
-                return Role.NOISE
-            if id(x) in thetas:
-                return Role.THETA
-            if id(x.tensor) in states:
-                return Role.OPT_STATE
-            return Role.META if at in kind.active else Role.SCAN
-
-        inputs = [role(at, x) for at, x in enumerate(segment.inputs)]
-        last = [Role.THETA] * len(self.thetas) + [Role.OPT_STATE] * len(self.states)
-        last += [Role.CARRY] * (len(places) - len(last))
-        return Roles(inputs, ordered(inputs), dict(zip(places, last, strict=True)))
+    step: StepGraph
+    records: list[Record]
+    steps: int
+    thetas: list[Tensor]
+    states: list[StateKey]
+    buffers: list[tuple[nn.Module, str]]
+    left: list[Input]
+    live: list[bool]
+    current: list[list[Tensor]]
+    reads: list[Tensor]
+    reads_state: list[StateKey]
+    given: list[Any]
+    reaches_loss: list[bool]
+    buffers_given: list[tuple[nn.Module, str] | None]
+    taken: list[tuple[InnerOptimizer, int]]
+    _fresh: bool = True
+    _runs: int = 0
 
     def run(
         self, window: RecordedSession, tensor_of: Callable[[Input], Tensor], lowering: Lowering
@@ -220,7 +92,10 @@ class CompiledStep:
             view.need(self._ordinal(window, p) for p in self.reads)
             for optimizer, _ in self.taken:
                 window.bring(optimizer, window.ordinals(optimizer))
-            given = [self._given(x, place, tensor_of) for x, place in zip(self.given, self._buffers_given)]
+            given = [
+                self._given(x, place, tensor_of)
+                for x, place in zip(self.given, self.buffers_given, strict=True)
+            ]
             self._check_given(window, given)
             if self._fresh:
                 self._forget()
@@ -272,9 +147,7 @@ class CompiledStep:
 
     def _check_given(self, window: RecordedSession, given: list[Tensor | None]) -> None:
         learnt = [
-            t
-            for t, reaches in zip(given, self._reaches_loss)
-            if reaches and t is not None and t.requires_grad
+            t for t, reaches in zip(given, self.reaches_loss) if reaches and t is not None and t.requires_grad
         ]
         if not learnt:
             return
@@ -338,7 +211,7 @@ class CompiledStep:
         if at:
             indices = [window.results[id(self), k] for k in at]
             with window.recorder.paused(), torch.enable_grad():
-                reads = window.view.results(indices)
+                reads = window.view.reads.results(indices)
             networks = window.networks
             mark(reads, [[networks.shown[self._ordinal(window, p)] for p in of] for of in self.current])
             for k, t in zip(at, reads, strict=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,22 +17,18 @@ from metaoptim.compiler.ir.segments import sources
 from metaoptim.compiler.ir.slices import closed_over
 from metaoptim.compiler.ir.step import gradient, show
 from metaoptim.compiler.ir.tensors import TensorSpec, tensor_spec
-from metaoptim.compiler.ir.trace import Input, Scan, ScanItem, WindowMark
-from metaoptim.compiler.ir.update import UpdatePlan
+from metaoptim.compiler.ir.trace import Input, WindowMark
 from metaoptim.compiler.ir.values import Entry, Value, reached
 from metaoptim.compiler.passes.build import GradientHooks
 from metaoptim.errors import CaptureError, WindowError, user_location
 
-from ..windows.dependence import leaves_of
-from ..windows.hyper import hyper_of
+from ..engine.graph import leaves_of
 from ..windows.networks import Networks
 from ..windows.session import AS_GRADIENT, WINDOW, Options, Session, _current, refuse_overwritten
-from .iteration import Iteration
+from ..windows.update import InnerOptimizer, Update, hyper_of, update_by
+from .loops import Loops
 
 aten = torch.ops.aten
-# Iterations of a scan that are captured: one may differ (state is created), the others show what is carried from one to
-# the next, and that nothing is carried further.
-CAPTURED_ITERATIONS = 4
 _REMEMBERED = 8  # versions of a parameter that a loss may have been computed from
 
 
@@ -78,12 +74,10 @@ class CapturedSession(Session):
             raise WindowError(
                 "backend, hvp or self_check of a window inside a compiled function; give them to metaoptim.compile"
             )
-        super().__init__(options)
+        super().__init__(options, tracer, _Networks(tracer))
         self.keeps_state = not options.offline  # whether optimizers go on from where the window leaves them
-        self.recorder = tracer
-        self.networks = _Networks(tracer)
         self.mark = WindowMark(options.offline, options.window, options.retention, options.backward_hook)
-        self._scan: Scan | None = None
+        self.loops = Loops(tracer)
         self._versions: dict[int, deque[Tensor]] = {}  # per parameter, what was shown, newest first
         self._lifts = True
         self._updates: dict[tuple, tuple[list[TensorSpec], list[dict[str, TensorSpec]]]] = {}
@@ -110,7 +104,7 @@ class CapturedSession(Session):
         try:
             if not failed:
                 self.networks.check()
-                if self._scan is not None:
+                if self.loops.open:
                     raise CaptureError(
                         "window.scan or window.range was left by `break`; scan a shorter tensor"
                     )
@@ -179,7 +173,7 @@ class CapturedSession(Session):
     def _last_state(self, target: tuple, last: Tensor) -> Tensor:
         """What an optimizer has in a later window of the function."""
         tracer = self.recorder
-        detached = Value(tracer.add(aten.detach.default, (tracer.value_of(last),), grad=True), None)
+        detached = self._call(aten.detach.default, tracer.value_of(last))
         detached.ref = tensor_spec(last)
         if not target[0].symbolic:  # others end with the call
             self.mark.last.append((target, detached))
@@ -198,7 +192,7 @@ class CapturedSession(Session):
         self._leave(target, own, last, value)
 
     def _leave(self, target: Any, own: Tensor | None, last: Tensor, value: Any) -> None:
-        detached = Value(self.recorder.add(aten.detach.default, (value,), grad=True), None)
+        detached = self._call(aten.detach.default, value)
         detached.ref = tensor_spec(last)
         self.mark.last.append((target, detached))
         if own is not None and not self.options.offline:
@@ -221,55 +215,21 @@ class CapturedSession(Session):
     def _show(self, i: int, spec: TensorSpec, value: Any) -> None:
         shown = self.recorder.fakes.empty(spec).requires_grad_()
         shown._is_param = True  # type: ignore[attr-defined]
-        self.recorder.bind(shown, Value(self.recorder.add(show, (value,), grad=True), None))
+        self.recorder.bind(shown, self._call(show, value))
         self.networks.show(i, shown)
         self._versions.setdefault(i, deque(maxlen=_REMEMBERED)).appendleft(shown)
 
     def _start(self, ordinals: list[int], values: list[Tensor]) -> None:
         for i, v in zip(ordinals, values, strict=True):
             self._show(i, tensor_spec(v), self.recorder.value_of(v))
-        for i in set(range(len(self.networks.shown))) - set(
-            ordinals
-        ):  # what the values were computed from, maybe
+        # what the values were computed from, maybe
+        for i in set(range(len(self.networks.shown))) - set(ordinals):
             shown = self.networks.shown[i]
             self._show(i, tensor_spec(shown), self.recorder.value_of(shown))
 
-    # -- loops ---------------------------------------------------------------------------------------------------
-
-    def scan(self, tensors: tuple[Tensor, ...], count: int) -> Iterator[tuple[int, list[Tensor]]]:
-        """The first iterations of a loop over the leading axis of ``tensors``; they stand for all."""
-        if self._scan is not None:
-            raise CaptureError(
-                "window.scan inside window.scan; flatten the loops, or use a plain `for` inside"
-            )
-        tracer = self.recorder
-        labels = list(range(min(count, CAPTURED_ITERATIONS)))
-        if count > CAPTURED_ITERATIONS:
-            labels[-2:] = [count // 2, count - 1]  # later ones, so that what depends on the index shows
-        scan = self._scan = Scan(count, labels, user_location())
-        for k in labels:
-            scan.begins.append(len(tracer.trace.entries))
-            yield Iteration(k), [self._item(t, k) for t in tensors]
-        scan.end = len(tracer.trace.entries)
-        self._scan = None
-        if scan.begins:
-            tracer.trace.scans.append(scan)
-
-    def _item(self, t: Tensor, k: int) -> Tensor:
-        tracer = self.recorder
-        source = tracer.value_of(t)
-        if not isinstance(source, Input):
-            return t[k]  # computed inside: a call of the trace
-        with tracer.paused():
-            item = tracer.faked(t)[0].detach()
-            if source.grad:
-                item.requires_grad_()
-        tracer.bind(item, ScanItem(source, k, tensor_spec(item)))
-        return item
-
     # -- steps ---------------------------------------------------------------------------------------------------
 
-    def _step(self, optimizer: Any, loss: Tensor, allow_unused: bool) -> None:
+    def _step(self, optimizer: InnerOptimizer, loss: Tensor, allow_unused: bool) -> None:
         tracer, networks = self.recorder, self.networks
         self.refuse_strangers()
         if optimizer._normalizer is not None and optimizer._normalizer[2]:
@@ -278,64 +238,42 @@ class CapturedSession(Session):
             )
         tracer.settle_hooks()
         root = tracer.value_of(loss)
-        members = [
-            (i, k)
-            for k, group in enumerate(optimizer.param_groups)
-            for p in group["params"]
-            if (i := networks.index_of(p)) is not None
-        ]
-        ordinals = [i for i, _ in members]
+        ordinals = self.ordinals(optimizer)
         self._refuse_overwritten(root, ordinals)
+        hyper = hyper_of(optimizer, tracer.value_of, self._lifts)
         leaves = set(map(id, leaves_of(loss)))
         read = self._read(leaves, root, ordinals)
         # which parameters the loss depends on: a gradient has their shapes, so that nothing need be pulled back
         reached = [tracer.fakes.empty(tensor_spec(t)) if id(t) in leaves else None for t in read]
-        grads, hooks = self.gradients(optimizer, ordinals, reached, False, allow_unused)
-        used = [
-            (i, k, r, g, h)
-            for (i, k), r, g, h in zip(members, read, grads, hooks, strict=True)
-            if g is not None
-        ]
-        if any(isinstance(c, Tensor) for *_, found in used for hook in found for c in closed_over(hook)):
+        update = update_by(optimizer, networks, reached, hyper, allow_unused=allow_unused)
+        if any(isinstance(c, Tensor) for hooks in update.hooks for hook in hooks for c in closed_over(hook)):
             raise CaptureError(
                 "a hook on a parameter closes over a tensor, whose values it would keep from the capture on; let it "
                 "depend on its argument and on Python numbers only, or use an ordinary window"
             )
-        shown = [networks.shown[i] for i, *_ in used]
+        by = dict(zip(ordinals, read, strict=True))
+        taken = self._call(gradient, root, tuple(tracer.value_of(by[i]) for i in update.ordinals))
+        tokens = [Value(taken.entry, j) for j in range(len(update.ordinals))]
+        tokens = [
+            self._call(GradientHooks(h), t) if h else t for t, h in zip(tokens, update.hooks, strict=True)
+        ]
+        if optimizer.first_order:
+            tokens = [self._call(aten.detach.default, t) for t in tokens]
+        shown = [networks.shown[i] for i in update.ordinals]
+        new, new_states = self._updated(update, shown)
+        states = tuple({k: tracer.value_of(v) for k, v in s.items()} for s in update.states)
         thetas = tuple(map(tracer.value_of, shown))
-        by = tuple(tracer.value_of(r) for _, _, r, *_ in used)
-        taken = tracer.add(gradient, (root, by), grad=True)
-        tokens: list[Any] = [Value(taken, j) for j in range(len(used))]
-        for j, (*_, hook) in enumerate(used):
-            if hook:
-                tokens[j] = Value(tracer.add(GradientHooks(hook), (tokens[j],), grad=True), None)
-            if optimizer.first_order:
-                tokens[j] = Value(tracer.add(aten.detach.default, (tokens[j],), grad=True), None)
-        hyper = hyper_of(optimizer, tracer.value_of, self._lifts)
-        states = [dict(optimizer.state[networks.originals[i]]) for i, *_ in used]
-        plan = UpdatePlan(
-            type(optimizer).update,
-            hyper.groups,
-            tuple(k for _, k, *_ in used),
-            tuple(map(tuple, states)),
-            hyper.clip,
-            type(optimizer).init_state if not all(states) else None,
-        )
-        new, new_states = self._updated(plan, shown, [g for *_, g, _ in used], states, hyper.slots)
-        state_tokens = tuple({k: tracer.value_of(v) for k, v in s.items()} for s in states)
-        update = tracer.add(plan, (thetas, tuple(tokens), state_tokens, tuple(hyper.roots)), grad=True)
-        new_thetas = self._part(Value(update, None), 0)
-        for j, (i, *_) in enumerate(used):
+        updated = self._call(update.plan, thetas, tuple(tokens), states, tuple(hyper.roots))
+        new_thetas = self._part(updated, 0)
+        for j, i in enumerate(update.ordinals):
             self._show(i, new[j], self._part(new_thetas, j))
-            optimizer.state[networks.originals[i]] = {
-                name: tracer.fakes.empty(spec) for name, spec in new_states[j].items()
-            }
-        if any(new_states):
-            all_states = self._part(Value(update, None), 1)
-            for j, (i, *_) in enumerate(used):
-                of = self._part(all_states, j)
-                for name, value in optimizer.state[networks.originals[i]].items():
-                    tracer.bind(value, self._part(of, name))
+        all_states = self._part(updated, 1) if any(new_states) else updated
+        for j, (i, specs) in enumerate(zip(update.ordinals, new_states, strict=True)):
+            state = {name: tracer.fakes.empty(spec) for name, spec in specs.items()}
+            optimizer.state[networks.originals[i]] = state
+            of = self._part(all_states, j) if any(new_states) else updated
+            for name, value in state.items():
+                tracer.bind(value, self._part(of, name))
         # An inner gradient is the derivative at the state it is taken at: what this step has read of other networks is
         # shown anew, so that their own steps do not look back through it.
         for i in set(range(len(networks.shown))) - set(ordinals):
@@ -372,9 +310,10 @@ class CapturedSession(Session):
         return [self.networks.shown[i] for i in ordinals]
 
     def _updated(
-        self, plan: UpdatePlan, thetas: list[Tensor], grads: list[Tensor], states: list[dict], slots: list
+        self, update: Update, thetas: list[Tensor]
     ) -> tuple[list[TensorSpec], list[dict[str, TensorSpec]]]:
         """Specs of what an update makes of parameters and states; it is gone through once for all that are alike."""
+        plan, grads, states, slots = update.plan, update.grads, update.states, update.slots
         key = (
             plan,
             *(tensor_spec(t) for t in (*thetas, *grads)),
@@ -382,16 +321,21 @@ class CapturedSession(Session):
             *(tensor_spec(v) if isinstance(v, Tensor) else type(v) for v in slots),
         )
         if key not in self._updates:
-            tracer = self.recorder
             with torch.no_grad():
-                new, new_states = plan([t.detach() for t in thetas], grads, states, tracer.faked(slots))
+                new, new_states = plan(
+                    [t.detach() for t in thetas], grads, states, self.recorder.faked(slots)
+                )
             specs = [{k: tensor_spec(v) for k, v in state.items()} for state in new_states]
             self._updates[key] = list(map(tensor_spec, new)), specs
         return self._updates[key]
 
+    def _call(self, op: Any, *tokens: Any) -> Value:
+        """A call of the trace, whose results carry a gradient."""
+        return Value(self.recorder.add(op, tokens, grad=True), None)
+
     def _part(self, of: Value, at: int | str) -> Value:
         """A piece of the update's nested result."""
-        return Value(self.recorder.add(operator.getitem, (of, at), grad=True), None)
+        return self._call(operator.getitem, of, at)
 
     # -- in-place loads ------------------------------------------------------------------------------------------
 
@@ -411,7 +355,7 @@ class CapturedSession(Session):
         def cut() -> None:
             self._cut.append((i, before))
             self._overwritten.add(i)
-            value = Value(tracer.add(aten.detach.default, (tracer.value_of(t),), grad=True), None)
-            tracer.bind(t, Value(tracer.add(show, (value,), grad=True), None))
+            value = self._call(aten.detach.default, tracer.value_of(t))
+            tracer.bind(t, self._call(show, value))
 
         return cut

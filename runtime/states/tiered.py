@@ -28,7 +28,7 @@ def check_device(value: str | os.PathLike[str] | None, devices: Iterable[torch.d
     """Raise if ``offload="host"`` would move states of ``devices`` to where they are.
 
     Raises:
-        ValueError: likewise.
+        ValueError: for the host's memory, where all devices are the CPU.
     """
     if value == "host" and all(d.type == "cpu" for d in devices):
         raise ValueError(

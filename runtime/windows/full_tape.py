@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from threading import Lock
 from typing import Any
@@ -13,12 +13,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import enable_reentrant_dispatch
 
 from metaoptim.compiler.capture.eager.recorder import Recorder
-from metaoptim.compiler.ir.update import UpdatePlan, clip_gradients, initial_state
 from metaoptim.errors import WindowError
 
 from ..engine.graph import nodes_below
 from ..engine.nodes import Begin, as_parameter
-from .session import AS_GRADIENT, Options, Session, gradient, refuse_overwritten
+from .networks import Networks
+from .ordinary_session import OrdinarySession
+from .session import AS_GRADIENT, Options, refuse_overwritten
+from .update import InnerOptimizer, gradient, hyper_of, update_by
 
 # The fused attention kernels have no second derivative: none is taken while a full tape is open, in the whole process.
 _lock = Lock()
@@ -80,12 +82,11 @@ def _shown_below(loss: Tensor) -> set[Any]:
     return found
 
 
-class FullTapeSession(Session):
+class FullTapeSession(OrdinarySession):
     """A window whose inner steps stay on autograd's tape."""
 
     def __init__(self, options: Options) -> None:
-        super().__init__(options)
-        self.recorder = Recorder(self, record=False)
+        super().__init__(options, Recorder(self, record=False), Networks())
         self._versions: list[list[Tensor]] = []  # what the networks have shown, oldest first
         self._values: list[list[int]] = []  # beside it: numbers that are equal where the values are
         self._count = 0
@@ -121,8 +122,7 @@ class FullTapeSession(Session):
             for i, v in zip(ordinals, values, strict=True):
                 shown = _show(v, own[i])
                 self.networks.show(i, shown if v.requires_grad else shown.requires_grad_())
-            for i in set(range(len(own))) - set(ordinals):  # as after a step
-                self.networks.show(i, _show(self.networks.shown[i], own[i]))
+            self._show_again(ordinals)
         self._shown_anew(ordinals)
 
     def _shown_anew(self, changed: Sequence[int]) -> None:
@@ -135,55 +135,44 @@ class FullTapeSession(Session):
         self._versions.append(list(self.networks.shown))
         self._values.append(values)
 
-    def _step(self, optimizer: Any, loss: Tensor, allow_unused: bool) -> None:
+    def _step(self, optimizer: InnerOptimizer, loss: Tensor, allow_unused: bool) -> None:
         self.refuse_strangers()
-        ordinals = self.ordinals(optimizer)
-        create_graph = not optimizer.first_order
-        found = self._inner_gradient(loss, ordinals, create_graph)
-        grads, _ = self.gradients(optimizer, ordinals, found, create_graph, allow_unused)
-        used = [(i, g) for i, g in zip(ordinals, grads, strict=True) if g is not None]
-        hook = self.options.backward_hook
-        group_of = {id(p): k for k, group in enumerate(optimizer.param_groups) for p in group["params"]}
-        originals = [self.networks.originals[i] for i, _ in used]
+        ordinals, networks = self.ordinals(optimizer), self.networks
+        create_graph, hook = not optimizer.first_order, self.options.backward_hook
+        grads = self._inner_gradient(loss, ordinals, create_graph)
         with torch.enable_grad():
+            update = update_by(
+                optimizer,
+                networks,
+                grads,
+                hyper_of(optimizer, lambda t: t, lifts=False),
+                allow_unused=allow_unused,
+                create_graph=create_graph,
+            )
             inner = []
-            for _, g in used:
+            for g in update.grads:
                 if hook is not None and g.requires_grad:
                     g = g.view_as(g)
                     g.register_hook(hook)
                 inner.append(g)
-            states = []
-            for (i, _), p in zip(used, originals, strict=True):
-                state = optimizer.state[p]
-                if not state:
-                    group = optimizer.param_groups[group_of[id(p)]]
-                    state.update(initial_state(optimizer.init_state, self.networks.shown[i], group))
-                states.append(dict(state))
-            if optimizer._normalizer is not None:
-                inner = clip_gradients(inner, *optimizer._normalizer[:2])
-            groups = tuple(
-                tuple((k, _own(group[k])) for k in optimizer.defaults) for group in optimizer.param_groups
-            )
-            plan = UpdatePlan(
-                type(optimizer).update,
-                groups,
-                tuple(group_of[id(p)] for p in originals),
-                tuple(map(tuple, states)),
-            )
-            new, new_states = plan([self.networks.shown[i] for i, _ in used], inner, states, ())
-            shown = [
-                _show(value, p) if value.requires_grad else as_parameter(value, p).requires_grad_()
-                for value, p in zip(new, originals, strict=True)
-            ]
-            for (i, _), value in zip(used, shown, strict=True):
-                self.networks.show(i, value)
-            # The others are shown anew too: what they are read for from now on is not what past steps read them for, so
-            # an inner gradient is the derivative at this state alone, as in any training loop.
-            for i in set(range(len(self.networks.shown))) - {i for i, _ in used}:
-                self.networks.show(i, _show(self.networks.shown[i], self.networks.originals[i]))
-        for p, state in zip(originals, new_states, strict=True):
-            optimizer.state[p] = state
-        self._shown_anew([i for i, _ in used])
+            thetas = [networks.shown[i] for i in update.ordinals]
+            new, new_states = update.plan(thetas, inner, update.states, list(map(_own, update.slots)))
+            for i, value in zip(update.ordinals, new, strict=True):
+                own = networks.originals[i]
+                learnt = value.requires_grad
+                networks.show(i, _show(value, own) if learnt else as_parameter(value, own).requires_grad_())
+            self._show_again(update.ordinals)
+        for i, state in zip(update.ordinals, new_states, strict=True):
+            optimizer.state[networks.originals[i]] = state
+        self._shown_anew(update.ordinals)
+
+    def _show_again(self, but: Collection[int]) -> None:
+        """Show the other parameters anew: from now on they are not what past steps have read.
+
+        So an inner gradient is the derivative at this state alone, as in any training loop.
+        """
+        for i in set(range(len(self.networks.shown))) - set(but):
+            self.networks.show(i, _show(self.networks.shown[i], self.networks.originals[i]))
 
     def _inner_gradient(self, loss: Tensor, ordinals: list[int], create_graph: bool) -> list[Tensor | None]:
         """∇ loss by the parameters as the loss has read them, all that was shown besides held fixed.

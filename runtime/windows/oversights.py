@@ -18,12 +18,16 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
+from metaoptim.compiler.capture.eager.taint import Taint
+from metaoptim.compiler.ir.slices import Slice
 from metaoptim.errors import UnreachableWarning, user_location, user_name_of, warn
 
-from ..engine.graph import nodes_below
+from ..engine.graph import leaves_of, nodes_below
+from .networks import Networks
 
 _SHOWN = 3  # names that a message lists
-_told: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensors that a warning has named
+_told: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensors that a warning after a window has named
+_unreached: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensors that a warning of a step has named
 _ended: ContextVar[Ended | None] = ContextVar("metaoptim_ended", default=None)
 _installed = False
 
@@ -85,6 +89,40 @@ class Notes:
                 f"{name}.step {step} (counted from 0): the inner loss is {loss.item()}; gradients through this step "
                 "mean nothing. SlidingWindow(check_finite=True) makes this an error"
             )
+
+
+def tell_unreachable(sliced: Slice, taint: Taint, networks: Networks) -> bool:
+    """Warn of what requires grad and reaches a step only where no gradient flows; whether anything does."""
+    told = False
+    if not taint.of_storage:
+        return told
+    reached = {id(x.source) for x in sliced.externals if x.grad}
+    for x in sliced.externals:
+        if x.grad:
+            continue
+        source = x.source
+        for ref in taint.of(x.held.tensor if source is None else source).values():
+            leaf = ref()
+            if (
+                leaf is None
+                or id(leaf) in reached
+                or leaf in _unreached
+                or networks.index_of(leaf) is not None
+            ):
+                continue
+            _unreached[leaf] = True
+            name = user_name_of(leaf)
+            if name is not None and not any(
+                leaf is x for y in sliced.externals if y.tensor is not None for x in leaves_of(y.tensor)
+            ):
+                told = True
+                warn(
+                    f"{name!r} requires grad, but reaches the inner loss only where no gradient flows (under "
+                    "torch.no_grad() or through .detach()), so it receives no meta-gradient from it. Compute what "
+                    f"depends on {name!r} outside no_grad.",
+                    UnreachableWarning,
+                )
+    return told
 
 
 class Ended:
@@ -192,13 +230,13 @@ def last_ended() -> Ended | None:
 
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    from .ordinary_session import OrdinarySession
     from .session import current_session
 
     session = current_session()
-    if session is not None:
-        if not session.recorder.symbolic:
-            session.note_step_of(optimizer)
-    elif (ended := _ended.get()) is not None:
+    if isinstance(session, OrdinarySession):
+        session.note_step_of(optimizer)
+    elif session is None and (ended := _ended.get()) is not None:
         ended.step(optimizer)
 
 

@@ -20,14 +20,14 @@ from torch.utils.weak import WeakIdKeyDictionary
 from metaoptim.compiler.capture.intercept import recording
 from metaoptim.compiler.ir.calls import Assign
 from metaoptim.compiler.ir.tape import Tape
-from metaoptim.compiler.ir.values import Value
 from metaoptim.errors import CaptureError
 
 from ..engine.engine import Engine
 from ..engine.graph import nodes_below
 from ..engine.nodes import STEPPED, InnerParameter, Link, Read, Results, StepLoss, WindowedLoss, WindowedRead
+from .ordinary_session import OrdinarySession
 from .oversights import Ended, last_ended
-from .session import current_session
+from .session import Session, current_session
 
 
 @dataclass(frozen=True)
@@ -66,18 +66,17 @@ def is_noted(t: Tensor) -> bool:
     return bool(_marks) and (mark := _marks.get(t)) is not None and mark.index is None
 
 
-def _mark_of(t: Tensor, recorder: Any) -> _Mark | None:
+def _mark_of(t: Tensor, session: Session | None) -> _Mark | None:
     if isinstance(t, InnerParameter) and isinstance(t.grad_fn, _READS):
         node: Any = t.grad_fn
         return _Mark(weakref.ref(node.engine), (node.position,), node.indices[t.output_nr])
-    recorder = None if recorder is None or recorder.symbolic else recorder
-    known = None if recorder is None else recorder.recording.known(t)
-    if recorder is not None and isinstance(known, Value) and known.steps:
-        return _Mark(weakref.ref(recorder.guard.engine), known.steps, None)
+    found = session.steps_reading(t) if isinstance(session, OrdinarySession) else None
+    if found is not None:
+        return _Mark(weakref.ref(found[0]), found[1], None)
     return _marks.get(t) if _marks else None
 
 
-def check(outputs: Iterable[Tensor], inputs: Iterable[Any], recorder: Any) -> None:
+def check(outputs: Iterable[Tensor], inputs: Iterable[Any], session: Session | None) -> None:
     """Raise if a derivative of ``outputs`` by ``inputs`` has a part in steps that autograd does not see.
 
     Raises:
@@ -85,7 +84,7 @@ def check(outputs: Iterable[Tensor], inputs: Iterable[Any], recorder: Any) -> No
     """
     reads: list[Any] | None = None
     for t in inputs:
-        mark = _mark_of(t, recorder) if isinstance(t, Tensor) else None
+        mark = _mark_of(t, session) if isinstance(t, Tensor) else None
         engine = None if mark is None else mark.engine()
         if mark is None or engine is None:
             continue
@@ -167,13 +166,14 @@ _installed = False
 
 def _run_backward(outputs: Any, *args: Any, **kwargs: Any) -> Any:
     inputs = args[3] if len(args) > 3 else kwargs.get("inputs")
+    session = current_session()
     if inputs:
         recorder = recording.get()
         if recorder is None or not recorder.depth:
-            check(outputs, inputs, recorder)
-    elif (session := current_session()) is not None:
+            check(outputs, inputs, session)
+    elif isinstance(session, OrdinarySession):
         session.notes.backward(outputs)
-    elif (ended := last_ended()) is not None:
+    elif session is None and (ended := last_ended()) is not None:
         ended.backward(outputs, _OURS)
     return _original(outputs, *args, **kwargs)
 

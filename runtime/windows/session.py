@@ -1,4 +1,4 @@
-"""What an open window does whatever its strategy: adoption, checks, entry and exit."""
+"""What an open window does whatever its strategy, captured or not: it adopts optimizers, and checks their steps."""
 
 from __future__ import annotations
 
@@ -7,20 +7,16 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from metaoptim.compiler.capture import intercept
+from metaoptim.compiler.capture.modes import CaptureMode
 from metaoptim.compiler.compat import DisableAutocast
 from metaoptim.compiler.ir.retention import UNSAID, Retention
 from metaoptim.compiler.ir.step import Lowering
-from metaoptim.compiler.ir.values import Spy
-from metaoptim.compiler.passes.build import GradientHooks
-from metaoptim.errors import CaptureError, LossError, MetaOptimError, WindowError, user_location, warn
+from metaoptim.errors import CaptureError, LossError, WindowError
 
-from . import oversights
-from .distributed import average
 from .networks import Networks
+from .update import InnerOptimizer, trained
 
 WINDOW = Lowering(hvp="auto", replays=False)  # of what an ordinary window records
 _current: ContextVar[Session | None] = ContextVar("metaoptim_session", default=None)
@@ -46,13 +42,13 @@ class Options:
     lowering: Lowering = WINDOW
 
 
-class _Member:
+class Member:
     """An optimizer that may step in the window, and belongs to it (`joined`) from its first step on.
 
     It has its state at entry, its steps so far, and what pickup_step asked to keep.
     """
 
-    def __init__(self, optimizer: Any) -> None:
+    def __init__(self, optimizer: InnerOptimizer) -> None:
         self.optimizer, self.joined = optimizer, False
         self.entry = {p: dict(s) for p, s in optimizer.state.items()}
         self.steps = 0
@@ -86,22 +82,6 @@ def refuse_overwritten(name: str) -> None:
     )
 
 
-def gradient(*args: Any, **options: Any) -> tuple[Tensor | None, ...]:
-    """`torch.autograd.grad` of an inner loss, whose errors tell that they are of it."""
-    try:
-        return torch.autograd.grad(*args, allow_unused=True, **options)
-    except (MetaOptimError, torch.OutOfMemoryError):
-        raise
-    except RuntimeError as error:
-        freed = "second time" in str(error)
-        raise LossError(
-            "the graph of the inner loss has been freed by a backward: inner.step(loss) takes the gradient of the loss "
-            "itself. Take loss.backward() before it out, or, if it is an outer loss too, say retain_graph=True"
-            if freed
-            else f"the gradient of the inner loss cannot be taken: {error}"
-        ) from error
-
-
 class Session:
     """Base of the strategies. A strategy shows parameters (`_offer`, `_join`) and takes steps (`_step`).
 
@@ -114,15 +94,11 @@ class Session:
             the window.
     """
 
-    recorder: Any  # a Recorder, or the Tracer of a capture
-
-    def __init__(self, options: Options) -> None:
-        self.options = options
-        self.networks = Networks()
-        self.members: dict[int, _Member] = {}
+    def __init__(self, options: Options, recorder: CaptureMode, networks: Networks) -> None:
+        self.options, self.recorder, self.networks = options, recorder, networks
+        self.members: dict[int, Member] = {}
         self.closed: set[int] = set()
         self._grads: list[Tensor | None] = []
-        self.notes = oversights.Notes()
 
     # -- what a strategy states ----------------------------------------------------------------------------------
 
@@ -138,35 +114,30 @@ class Session:
         """Show ``values``, with their history, as these parameters."""
         raise NotImplementedError
 
-    def _step(self, optimizer: Any, loss: Tensor, allow_unused: bool) -> None:
+    def _step(self, optimizer: InnerOptimizer, loss: Tensor, allow_unused: bool) -> None:
         raise NotImplementedError
 
-    def _close(self) -> None:
-        """Drop every reference to the user's graph."""
+    def open(self) -> None:
+        """Begin: from here on the calling thread's code is the window's."""
+        raise NotImplementedError
+
+    def close(self, failed: bool) -> None:
+        """End: networks, buffers and optimizers as the mode says, or as at entry if the block failed."""
         raise NotImplementedError
 
     def _own(self, value: Tensor) -> Tensor:
         """An optimizer state for the window to show."""
         return value.clone()
 
-    # -- entry ---------------------------------------------------------------------------------------------------
+    # -- optimizers -----------------------------------------------------------------------------------------------
 
-    def open(self) -> None:
-        """Begin: from here on the calling thread's code is the window's."""
-        intercept.install()
-        oversights.remember(None)
-        _current.set(self)
-        intercept.recording.set(self.recorder)
-        intercept.binding.set(self.networks.bind)
-        self.recorder.__enter__()
-
-    def adopt(self, optimizer: Any) -> list[int]:
+    def adopt(self, optimizer: InnerOptimizer) -> list[int]:
         """Keep an optimizer and its networks as they are at entry; the ordinals of parameters not known before.
 
         Raises:
             WindowError: for networks that inner steps cannot train; nothing has changed then.
         """
-        owner = optimizer.__dict__.get("_session")
+        owner = optimizer._session
         if owner is not None and owner is not self:
             raise WindowError(
                 f"this {type(optimizer).__name__} is in use by a window of another thread; give each thread "
@@ -176,7 +147,7 @@ class Session:
             trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
             new = self.networks.adopt(optimizer.networks, trained)
             if id(optimizer) not in self.members:
-                self.members[id(optimizer)] = _Member(optimizer)
+                self.members[id(optimizer)] = Member(optimizer)
                 optimizer._session = self
             for i in new:
                 grad = self.networks.originals[i].grad
@@ -185,7 +156,7 @@ class Session:
                 self._offer(new)
         return new
 
-    def join(self, optimizer: Any, late: bool = False) -> None:
+    def join(self, optimizer: InnerOptimizer, late: bool = False) -> None:
         """Let an optimizer belong to the window; ``late``: the loss of its first step has been computed."""
         if id(optimizer) not in self.members:
             optimizer.refresh()
@@ -204,7 +175,7 @@ class Session:
 
     # -- steps ---------------------------------------------------------------------------------------------------
 
-    def step(self, optimizer: Any, loss: Any, allow_unused: bool) -> None:
+    def step(self, optimizer: InnerOptimizer, loss: Any, allow_unused: bool) -> None:
         """One inner step; nothing changes if it raises."""
         name = type(optimizer).__name__
         if loss is None:
@@ -233,29 +204,17 @@ class Session:
         member = self.members[id(optimizer)]
         with self.recorder.paused(), DisableAutocast():
             self.networks.check()
-            index_of = self.networks.index_of
-            if all(index_of(p) is None for g in optimizer.param_groups for p in g["params"]):
+            if not trained(optimizer, self.networks):
                 raise LossError(
                     f"{name}.step: none of its networks' parameters requires grad, so there is nothing to train; "
                     "unfreeze some with requires_grad_(True)"
                 )
-            checked = (self.options.check_finite or torch.is_anomaly_enabled()) and not self.recorder.symbolic
-            if checked and not bool(torch.isfinite(loss)):
-                raise LossError(
-                    f"{name}.step {member.steps} (counted from 0): the inner loss is {float(loss.detach())}, expected "
-                    "a finite number; lower the learning rate, clip with reset_grad_normalizer(), or mend the loss"
-                )
-            before = self._record_tape(optimizer, member) if self.options.record_grad_tape else []
-            self._step(optimizer, loss, allow_unused)
-            optimizer._tape = [*(optimizer._tape if member.steps else ()), *before]
-            if member.steps == self.options.pickup_step:
-                self._pick(optimizer, member)
-            if not self.recorder.symbolic:
-                self.notes.stepped(name, member.steps, loss, self.recorder.clipped)
-                self.recorder.clipped = ""
-            member.steps += 1
-            if checked:
-                self._check_finite(optimizer, member)
+            self._take(member, loss, allow_unused)
+
+    def _take(self, member: Member, loss: Tensor, allow_unused: bool) -> None:
+        """Let an optimizer take a step by a loss that it can be taken by."""
+        self._step(member.optimizer, loss, allow_unused)
+        member.steps += 1
 
     def refuse_strangers(self, among: Collection[int] | None = None) -> None:
         """Raise for a parameter that a network got inside the window, which its optimizer would not train.
@@ -272,7 +231,7 @@ class Session:
                         "optimizer of its own for it inside"
                     )
 
-    def start(self, optimizer: Any, parameters: list[Tensor], values: list[Tensor]) -> None:
+    def start(self, optimizer: InnerOptimizer, parameters: list[Tensor], values: list[Tensor]) -> None:
         """Let an optimizer's parameters (the user's own) go on from ``values``."""
         if id(optimizer) not in self.members or not self.members[id(optimizer)].joined:
             self.join(optimizer)
@@ -284,197 +243,12 @@ class Session:
                 raise WindowError("start: a frozen parameter was given a value; unfreeze it before")
             self._start([i for i, _ in known], [v for _, v in known])
 
-    def _unfrozen(self, optimizer: Any) -> bool:
+    def _unfrozen(self, optimizer: InnerOptimizer) -> bool:
         index_of = self.networks.index_of
         return any(
             p.requires_grad and index_of(p) is None for g in optimizer.param_groups for p in g["params"]
         )
 
-    def ordinals(self, optimizer: Any) -> list[int]:
+    def ordinals(self, optimizer: InnerOptimizer) -> list[int]:
         """Ordinals of an optimizer's trainable parameters, in order of its groups."""
-        found = (self.networks.index_of(p) for group in optimizer.param_groups for p in group["params"])
-        return [i for i in found if i is not None]
-
-    def gradients(
-        self,
-        optimizer: Any,
-        ordinals: list[int],
-        grads: list[Tensor | None],
-        create_graph: bool,
-        allow_unused: bool,
-    ) -> tuple[list[Tensor | None], list[tuple]]:
-        """The inner gradient, with the complaints a user understands.
-
-        Hooks on the user's own parameters are applied, as the backward of a training loop would; those that change
-        their gradient are returned.
-        """
-        name = type(optimizer).__name__
-        for i, g in zip(ordinals, grads, strict=True):
-            if g is not None and g.layout is not torch.strided:
-                raise LossError(
-                    f"{name}.step: the gradient of {self.networks.names[i]!r} is sparse; use sparse=False in its module"
-                )
-        unused = [self.networks.names[i] for i, g in zip(ordinals, grads, strict=True) if g is None]
-        if len(unused) == len(grads):
-            raise LossError(
-                f"{name}.step: the loss does not depend on the parameters of this optimizer's networks; "
-                "compute it inside the window, from the networks as they are now"
-            )
-        if unused and not allow_unused:
-            raise LossError(
-                f"{name}.step: the loss does not depend on {', '.join(map(repr, unused))}; if that is meant, "
-                "pass allow_unused=True: they keep their values"
-            )
-        hooks: list[tuple] = [()] * len(grads)
-        for k, (i, g) in enumerate(zip(ordinals, grads, strict=True)):
-            own = self.networks.originals[i]._backward_hooks
-            if own and g is not None:
-                spies = [Spy(hook) for hook in own.values()]
-                with torch.set_grad_enabled(create_graph):
-                    grads[k] = GradientHooks(spies)(g)
-                hooks[k] = tuple(spy.hook for spy in spies if spy.returned or spy.mutated)
-        normalizer = optimizer._normalizer
-        if normalizer is not None and normalizer[2]:
-            norm = torch.nn.utils.get_total_norm([g.detach() for g in grads if g is not None], normalizer[1])
-            if not bool(torch.isfinite(norm)):
-                raise LossError(
-                    f"{name}.step: the norm of the inner gradient is {float(norm)} and error_if_nonfinite is "
-                    "set; fix the loss or clip without it"
-                )
-        return grads, hooks
-
-    def _record_tape(self, optimizer: Any, member: _Member) -> list[tuple[str, Tensor]]:
-        return [
-            (f"step_{member.steps}:{self.networks.names[i]}", self.networks.shown[i].detach().clone())
-            for i in self.ordinals(optimizer)
-        ]
-
-    def _pick(self, optimizer: Any, member: _Member) -> list[Tensor]:
-        """Copy what ``pickup_step`` wants of an optimizer and its networks; the copies."""
-        theta = {i: self.networks.shown[i].detach().clone() for i in self.ordinals(optimizer)}
-        states = {p: {k: v.detach().clone() for k, v in s.items()} for p, s in optimizer.state.items()}
-        buffers = self.networks.buffers_of(optimizer.networks)
-        member.picked = theta, states, buffers
-        of_states = [v for s in states.values() for v in s.values()]
-        return [*theta.values(), *of_states, *(b for _, _, b in buffers)]
-
-    def _check_finite(self, optimizer: Any, member: _Member) -> None:
-        for i in self.ordinals(optimizer):
-            if not bool(torch.isfinite(self.networks.shown[i].detach()).all()):
-                raise LossError(
-                    f"{type(optimizer).__name__}.step {member.steps - 1} (counted from 0) made parameter "
-                    f"{self.networks.names[i]!r} non-finite: its gradient or the update overflows; lower the learning "
-                    "rate, or clip with reset_grad_normalizer()"
-                )
-
-    # -- oversights ----------------------------------------------------------------------------------------------
-
-    def note_step_of(self, optimizer: torch.optim.Optimizer) -> None:
-        """An optimizer of torch steps inside the block."""
-        what = f"{type(optimizer).__name__}.step at {user_location()}"
-        own = {id(p): name for p, name in zip(self.networks.originals, self.networks.names, strict=True)}
-        moved = [p for group in optimizer.param_groups for p in group["params"]]
-        self.notes.steps_of_others.update((own[id(p)], what) for p in moved if id(p) in own)
-
-    def _tell_oversights(self) -> None:
-        """Warn of what the whole block shows."""
-        if self.recorder.symbolic:
-            return
-        steps = sum(member.steps for member in self.members.values())
-        if not steps and self.notes.steps_of_others:
-            names, what = [*self.notes.steps_of_others], next(iter(self.notes.steps_of_others.values()))
-            warn(
-                f"{what} moved {oversights.names_text(names)} in a window in which no inner optimizer has stepped, so "
-                "nothing in it was differentiated or put back; take inner steps by inner.step(loss)"
-            )
-        shown = [self.networks.shown[i].detach() for i in self.networks.joined] if steps else []
-        if not self.notes.loss_told and not oversights.all_finite(shown):
-            warn(
-                f"the parameters are no longer finite {self._since_when(steps)}, so that gradients through this window "
-                "mean nothing; SlidingWindow(check_finite=True) raises at the step where that begins"
-            )
-
-    def _since_when(self, steps: int) -> str:
-        return f"after {steps} inner steps"
-
-    def _ended(self) -> oversights.Ended | None:
-        """What is to be looked at afterwards."""
-        return None
-
-    # -- exit ----------------------------------------------------------------------------------------------------
-
-    def close(self, failed: bool) -> None:
-        """End: networks, buffers and optimizers as the mode says, or as at entry if the block failed."""
-        self.recorder.depth += 1  # from here on nothing is the window's any more
-        ended = None
-        try:
-            if not failed:
-                self._tell_oversights()
-                ended = self._ended()
-            error = (self._rebinding() or self._unsettled()) if not failed else None
-            late = self._missing_pickup() if not failed and error is None else None
-            if failed or error or late:
-                self.networks.restore()
-                self.networks.undo()
-                for member in self.members.values():
-                    member.restore()
-                for p, grad in zip(self.networks.originals, self._grads, strict=True):
-                    p.grad = grad
-            else:
-                self._commit()
-            if error or late:
-                raise error or late  # type: ignore[misc]
-        finally:
-            for member in self.members.values():
-                member.optimizer._session = None
-            self.recorder.leave()
-            intercept.recording.set(None)
-            intercept.binding.set(None)
-            _current.set(None)
-            intercept.uninstall()
-            oversights.remember(ended)
-            self._close()
-            self.members.clear()
-
-    def _rebinding(self) -> WindowError | None:
-        try:
-            self.networks.check()
-        except WindowError as error:
-            return error
-        return None
-
-    def _unsettled(self) -> BaseException | None:
-        """What keeps the window from ending, of what goes on in the background."""
-        return None
-
-    def _missing_pickup(self) -> WindowError | None:
-        k = self.options.pickup_step
-        short = [m for m in self.members.values() if k >= 0 and m.steps and m.picked is None]
-        if not short:
-            return None
-        return WindowError(
-            f"pickup_step={k}: {type(short[0].optimizer).__name__} took only {short[0].steps} steps in this "
-            "window (they count from 0)"
-        )
-
-    def _commit(self) -> None:
-        values = [shown.detach() for shown in self.networks.shown]
-        for member in (m for m in self.members.values() if m.joined):
-            if self.options.offline:
-                member.restore()
-                continue
-            if member.picked is not None:
-                for i, value in member.picked[0].items():
-                    values[i] = value
-                member.optimizer.state.clear()
-                member.optimizer.state.update(member.picked[1])
-                for module, name, value in member.picked[2]:
-                    module._buffers[name] = value
-            for state in member.optimizer.state.values():
-                for name, value in state.items():
-                    state[name] = value.detach()
-        if self.options.sync is not False:
-            joined = sorted(self.networks.joined)
-            for i, mean in zip(joined, average([values[i] for i in joined], self.options.sync), strict=True):
-                values[i] = mean
-        self.networks.commit(values, self.options.offline)
+        return [i for i, _ in trained(optimizer, self.networks)]

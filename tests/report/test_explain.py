@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import metaoptim
+from metaoptim.optim.alive import live_optimizers
 from metaoptim.report.report import Report
 from metaoptim.runtime.budget.meter import AllocatorMeter
 from metaoptim.runtime.engine import function as runtime
@@ -444,6 +445,22 @@ def test_the_examples_of_the_documentation_run() -> None:
         torch.set_default_dtype(torch.float64)
     (shown,) = re.findall(r"```\n(meta_loss\n.*?)```", document, re.DOTALL)
     assert str(scope["report"]).startswith(shown)
+
+
+def test_the_stages_in_docs_architecture_are_those_printed(capsys: pytest.CaptureFixture) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "architecture.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    live_optimizers.clear()  # of other pages: a capture looks at every optimizer that is alive
+    torch.set_default_dtype(torch.float32)
+    try:
+        exec(compile(block, "docs/architecture.md", "exec"), {})
+    finally:
+        torch.set_default_dtype(torch.float64)
+    printed = re.sub(r"  # docs.*", "", capsys.readouterr().out)
+    stages = re.findall(r"```\n(58 calls.*?|part 0.*?|r0-r2.*?)```", page, re.DOTALL)
+    assert len(stages) == 3
+    for line in "".join(stages).splitlines():
+        assert line.removesuffix(" ...").strip() in printed, line
 
 
 @pytest.mark.parametrize(

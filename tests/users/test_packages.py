@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -58,3 +61,13 @@ def test_no_package_imports_one_after_it() -> None:
                 if place(target) > here:
                     backwards.append(f"{folder}/{inside}:{line} imports {target}")
     assert files > 100 and not backwards, "\n".join(backwards)
+
+
+@pytest.mark.parametrize(
+    "page", sorted((ROOT / "docs").glob("*.md")) + sorted(ROOT.glob("*.md")), ids=lambda p: p.name
+)
+def test_files_named_in_the_docs_are_there(page: Path) -> None:
+    named = re.findall(
+        r"`((?:metaoptim|compiler|runtime|tests|docs|benchmarks|examples)/[\w./-]+)`", page.read_text("utf-8")
+    )
+    assert [name for name in named if not (ROOT / name).exists()] == []

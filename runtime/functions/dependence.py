@@ -7,7 +7,7 @@ an argument would be missed, where the same code without the decorator follows i
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -23,15 +23,6 @@ from ..engine.graph import nodes_below
 aten = torch.ops.aten
 
 
-def leaves_of(tensor: Tensor) -> Iterator[Tensor]:
-    """The leaves that a gradient of ``tensor`` goes to; itself, if it is one."""
-    if tensor.is_leaf:
-        yield tensor
-    for node in nodes_below([tensor]):
-        if isinstance(variable := getattr(node, "variable", None), Tensor):
-            yield variable
-
-
 def depends_on(tensor: Tensor, shown: Sequence[Tensor]) -> bool:
     """Whether a gradient of ``tensor`` reaches one of ``shown``, the parameters as they are, other than by the tape."""
     current = {id(p) for p in shown}
@@ -40,21 +31,17 @@ def depends_on(tensor: Tensor, shown: Sequence[Tensor]) -> bool:
     edges = {(id(p.grad_fn), p.output_nr) for p in shown if p.grad_fn is not None}
     # what was computed before the parameters were shown cannot depend on them; leaves have been there from the start
     oldest = min((0 if p.grad_fn is None else p.grad_fn._sequence_nr() for p in shown), default=0)
-    seen: set[tuple[int, int]] = set()
-    stack: list[tuple[Any, int]] = [(tensor.grad_fn, tensor.output_nr)]
-    while stack:
-        node, number = stack.pop()
-        edge = (id(node), number)
-        if node is None or edge in seen or node._sequence_nr() < oldest:
-            continue
-        if edge in edges or id(getattr(node, "variable", None)) in current:
-            return True
-        seen.add(edge)
-        if not isinstance(getattr(node, "engine", None), Engine):
-            stack += node.next_functions
-        elif any(id(ref()) in current for ref in getattr(node, "current", {}).get(number, ())):
-            return True
-    return False
+
+    def ends(node: Any) -> bool:
+        return node._sequence_nr() < oldest or isinstance(getattr(node, "engine", None), Engine)
+
+    def leads(node: Any, number: int) -> bool:
+        marked = getattr(node, "current", {}).get(number, ())
+        met = (id(node), number) in edges or id(getattr(node, "variable", None)) in current
+        return met or any(id(ref()) in current for ref in marked)
+
+    below = (edge for node in nodes_below([tensor], ends) if not ends(node) for edge in node.next_functions)
+    return leads(tensor.grad_fn, tensor.output_nr) or any(leads(*edge) for edge in below)
 
 
 def mark(results: Sequence[Tensor], shown: Sequence[Sequence[Tensor]]) -> None:

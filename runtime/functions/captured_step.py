@@ -1,0 +1,177 @@
+"""Captures a step of an ordinary window: stands in for the window, then takes the trace through the passes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from metaoptim.compiler.capture import intercept
+from metaoptim.compiler.capture.symbolic.tracer import Tracer
+from metaoptim.compiler.compat import disable_current_modes
+from metaoptim.compiler.ir.segments import Roles, ordered
+from metaoptim.compiler.ir.step import Role
+from metaoptim.compiler.ir.trace import Input, Noise
+from metaoptim.compiler.ir.values import Value, exact, identity
+from metaoptim.compiler.ir.verify import verify_step
+from metaoptim.compiler.lower.library import library
+from metaoptim.compiler.passes.build import build_segment
+from metaoptim.compiler.passes.pipeline import shaped
+from metaoptim.compiler.passes.split import whole
+
+from ..windows.recording_session import RecordedSession
+from ..windows.session import Options, _current
+from ..windows.update import InnerOptimizer
+from .compiled_step import CompiledStep
+from .dependence import loss_inputs, shown_in
+from .symbolic_session import CapturedSession
+
+
+class CapturedStep(CapturedSession):
+    """Stands in for the window while one of its steps is captured."""
+
+    def __init__(self, window: RecordedSession, tracer: Tracer) -> None:
+        super().__init__(Options(offline=True), tracer)
+        self.window = window
+        self.keeps_state = True
+        self.left: list[tuple[Any, Value]] = []  # what has a new value after the step, and which
+        # id of an input that is a parameter as it is before the step, of a call that shows it after the step -> whose
+        self.thetas: dict[int, Tensor] = {}
+        self.shown: dict[int, Tensor] = {}
+        self.taken: list[tuple[InnerOptimizer, int]] = []  # optimizers, and how many steps each takes
+
+    @contextmanager
+    def stepping(self) -> Iterator[None]:
+        """The window's optimizers step here, from the networks' own parameters."""
+        self.open()
+        members = [m.optimizer for m in self.window.members.values()]
+        failed = True
+        try:
+            for optimizer in members:
+                optimizer._session = None
+                self.adopt(optimizer)
+            yield
+            failed = False
+            self.taken = [(m.optimizer, m.steps) for m in self.members.values() if m.steps]
+            for p, shown in zip(self.networks.originals, self.networks.shown, strict=True):
+                self.shown[id(self.recorder.value_of(shown).entry)] = p
+        finally:
+            self.close(failed)
+            for optimizer in members:
+                optimizer._session = self.window
+
+    def _last_state(self, target: tuple, last: Tensor) -> Tensor:
+        self.left.append((target, self.recorder.give(last)))
+        return last
+
+    def _is_ordinary(self, i: int) -> bool:
+        networks = self.window.networks
+        return (
+            super()._is_ordinary(i) and networks.index_of(self.networks.originals[i]) not in networks.joined
+        )
+
+    def _offer(self, ordinals: list[int]) -> None:
+        super()._offer(ordinals)
+        tracer = self.recorder
+        for p in (self.networks.originals[i] for i in ordinals):
+            self.thetas[id(tracer.value_of(p))] = p
+            # the function reads theta from the networks; where it knows the very parameter, that is a constant
+            tracer.bind_input(p)
+
+    def _leave(self, target: Any, own: Tensor | None, last: Tensor, value: Any) -> None:
+        self.left.append((target, self.recorder.give(last)))
+
+
+@contextmanager
+def aside(window: RecordedSession) -> Iterator[None]:
+    """The window steps aside: its networks have their own parameters, its modes are off."""
+    tokens: list[Any] = [(_current, _current.set(None))]
+    tokens += [(v, v.set(None)) for v in (intercept.recording, intercept.binding)]
+    with window.networks.hidden(), disable_current_modes():
+        try:
+            yield
+        finally:
+            for variable, token in reversed(tokens):
+                variable.reset(token)
+
+
+def compiled(
+    captured: CapturedStep, outputs: list[Value], texts: Mapping[Input, str] | None = None
+) -> CompiledStep:
+    """Take a captured step through the passes.
+
+    Args:
+        captured: the session it was captured in.
+        outputs: what stands for the tensors the function returns.
+        texts: names of the inputs, where the text of each pass is asked for.
+    """
+    trace, window = captured.recorder.trace, captured.window
+    own, thetas = {id(p) for p in captured.networks.originals}, captured.thetas
+    states = {
+        id(v): (optimizer, p, name)
+        for optimizer in (m.optimizer for m in window.members.values())
+        for p, state in optimizer.state.items()
+        for name, v in state.items()
+    }
+    for x in trace.inputs:
+        x.grad = x.grad or id(x.tensor) in states
+    kinds: dict[str, list] = {"theta": [], "state": [], "buffer": []}
+    for target, value in captured.left:
+        kind = "state" if isinstance(target, tuple) else "theta" if id(target) in own else "buffer"
+        kinds[kind].append((target, value))
+    where = {id(own): (module, name) for module, name, own in captured.networks._buffers}
+    current = [shown_in(v, captured.shown) for v in outputs]
+    input_of = {id(x.tensor): x for x in reversed(trace.inputs)}
+    trace.outputs = [v for of_kind in kinds.values() for _, v in of_kind]
+    trace.outputs += [*(v for _, v in trace.left), *outputs]
+
+    partition = whole(trace)
+    records = shaped(partition, texts)
+    (part,) = partition.parts
+    segment, kind = part.segment, part.kind
+    places = [(segment.number_of[id(v.entry)], v.index) for v in trace.outputs]
+    results = places[len(places) - len(outputs) :]
+    inputs = [_role(x, id(x) in thetas, states, at in kind.active) for at, x in enumerate(segment.inputs)]
+    last = [Role.THETA] * len(kinds["theta"]) + [Role.OPT_STATE] * len(kinds["state"])
+    last += [Role.CARRY] * (len(places) - len(last))
+    roles = Roles(inputs, ordered(inputs), dict(zip(places, last, strict=True)))
+    hooked = window.options.backward_hook is not None
+    key = (segment.key, tuple(kind.outputs.items()), tuple(inputs), exact(segment.numbers), hooked)
+    step = library.step((*key, "step"), lambda: build_segment(segment, kind, (), hooked, roles))
+    verify_step(step)
+
+    live = [place in kind.active_outputs for place in results]
+    refs = [segment.inputs[at] for at in roles.order]
+    reads = [thetas[id(x)] for x in refs if id(x) in thetas]
+    reads_state = [states[id(x.tensor)] for x in refs if isinstance(x, Input) and id(x.tensor) in states]
+    given = refs[len(reads) + len(reads_state) :]
+    of_losses = loss_inputs(segment.entries)
+    return CompiledStep(
+        step=step,
+        records=records,
+        steps=len(trace.steps),
+        thetas=[p for p, _ in kinds["theta"]],
+        states=[target for target, _ in kinds["state"]],
+        buffers=[where[id(target)] for target, _ in kinds["buffer"]],
+        left=[input_of[id(t)] for t, _ in trace.left],
+        live=live,
+        current=[of for of, is_live in zip(current, live, strict=True) if is_live],
+        reads=reads,
+        reads_state=reads_state,
+        given=given,
+        reaches_loss=[identity(x) in of_losses for x in given],
+        buffers_given=[where.get(id(x.tensor)) if isinstance(x, Input) else None for x in given],
+        taken=captured.taken,
+    )
+
+
+def _role(x: Any, is_theta: bool, states: dict[int, tuple], active: bool) -> Role:
+    if isinstance(x, Noise):
+        return Role.NOISE
+    if is_theta:
+        return Role.THETA
+    if id(x.tensor) in states:
+        return Role.OPT_STATE
+    return Role.META if active else Role.SCAN

@@ -1,0 +1,214 @@
+"""An ordinary window: entry, steps whose values may be looked at, what it has to tell, and exit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+from metaoptim.compiler.capture import intercept
+from metaoptim.compiler.capture.eager.recorder import Recorder
+from metaoptim.errors import LossError, WindowError, user_location, warn
+
+from ..engine.engine import Engine
+from . import oversights
+from .networks import Networks
+from .session import Member, Options, Session, _current
+
+
+class OrdinarySession(Session):
+    """Base of the strategies on real tensors.
+
+    Attributes:
+        notes: what the user does besides stepping.
+    """
+
+    recorder: Recorder
+
+    def __init__(self, options: Options, recorder: Recorder, networks: Networks) -> None:
+        super().__init__(options, recorder, networks)
+        self.notes = oversights.Notes()
+
+    def _close(self) -> None:
+        """Drop every reference to the user's graph."""
+        raise NotImplementedError
+
+    def steps_reading(self, t: Tensor) -> tuple[Engine, tuple[int, ...]] | None:
+        """The tape and the positions of the steps that have read ``t``, which was computed inside."""
+        return None
+
+    def open(self) -> None:
+        """Begin: from here on the calling thread's code is the window's."""
+        intercept.install()
+        oversights.remember(None)
+        _current.set(self)
+        intercept.recording.set(self.recorder)
+        intercept.binding.set(self.networks.bind)
+        self.recorder.__enter__()
+
+    # -- steps ---------------------------------------------------------------------------------------------------
+
+    def _take(self, member: Member, loss: Tensor, allow_unused: bool) -> None:
+        optimizer, name = member.optimizer, type(member.optimizer).__name__
+        checked = self.options.check_finite or torch.is_anomaly_enabled()
+        if checked and not bool(torch.isfinite(loss)):
+            raise LossError(
+                f"{name}.step {member.steps} (counted from 0): the inner loss is {float(loss.detach())}, expected "
+                "a finite number; lower the learning rate, clip with reset_grad_normalizer(), or mend the loss"
+            )
+        before = self._record_tape(member) if self.options.record_grad_tape else []
+        self._step(optimizer, loss, allow_unused)
+        optimizer._tape = [*(optimizer._tape if member.steps else ()), *before]
+        if member.steps == self.options.pickup_step:
+            self._pick(member)
+        self.notes.stepped(name, member.steps, loss, self.recorder.clipped)
+        self.recorder.clipped = ""
+        member.steps += 1
+        if checked:
+            self._check_finite(member)
+
+    def _record_tape(self, member: Member) -> list[tuple[str, Tensor]]:
+        return [
+            (f"step_{member.steps}:{self.networks.names[i]}", self.networks.shown[i].detach().clone())
+            for i in self.ordinals(member.optimizer)
+        ]
+
+    def _pick(self, member: Member) -> list[Tensor]:
+        """Copy what ``pickup_step`` wants of an optimizer and its networks; the copies."""
+        theta = {i: self.networks.shown[i].detach().clone() for i in self.ordinals(member.optimizer)}
+        optimizer = member.optimizer
+        states = {p: {k: v.detach().clone() for k, v in s.items()} for p, s in optimizer.state.items()}
+        buffers = self.networks.buffers_of(optimizer.networks)
+        member.picked = theta, states, buffers
+        of_states = [v for s in states.values() for v in s.values()]
+        return [*theta.values(), *of_states, *(b for _, _, b in buffers)]
+
+    def _check_finite(self, member: Member) -> None:
+        for i in self.ordinals(member.optimizer):
+            if not bool(torch.isfinite(self.networks.shown[i].detach()).all()):
+                raise LossError(
+                    f"{type(member.optimizer).__name__}.step {member.steps - 1} (counted from 0) made parameter "
+                    f"{self.networks.names[i]!r} non-finite: its gradient or the update overflows; lower the learning "
+                    "rate, or clip with reset_grad_normalizer()"
+                )
+
+    # -- oversights ----------------------------------------------------------------------------------------------
+
+    def note_step_of(self, optimizer: torch.optim.Optimizer) -> None:
+        """An optimizer of torch steps inside the block."""
+        what = f"{type(optimizer).__name__}.step at {user_location()}"
+        own = {id(p): name for p, name in zip(self.networks.originals, self.networks.names, strict=True)}
+        moved = [p for group in optimizer.param_groups for p in group["params"]]
+        self.notes.steps_of_others.update((own[id(p)], what) for p in moved if id(p) in own)
+
+    def _tell_oversights(self) -> None:
+        """Warn of what the whole block shows."""
+        steps = sum(member.steps for member in self.members.values())
+        if not steps and self.notes.steps_of_others:
+            names, what = [*self.notes.steps_of_others], next(iter(self.notes.steps_of_others.values()))
+            warn(
+                f"{what} moved {oversights.names_text(names)} in a window in which no inner optimizer has stepped, so "
+                "nothing in it was differentiated or put back; take inner steps by inner.step(loss)"
+            )
+        shown = [self.networks.shown[i].detach() for i in self.networks.joined] if steps else []
+        if not self.notes.loss_told and not oversights.all_finite(shown):
+            warn(
+                f"the parameters are no longer finite {self._since_when(steps)}, so that gradients through this window "
+                "mean nothing; SlidingWindow(check_finite=True) raises at the step where that begins"
+            )
+
+    def _since_when(self, steps: int) -> str:
+        return f"after {steps} inner steps"
+
+    def _ended(self) -> oversights.Ended | None:
+        """What is to be looked at afterwards."""
+        return None
+
+    # -- exit ----------------------------------------------------------------------------------------------------
+
+    def close(self, failed: bool) -> None:
+        """End: networks, buffers and optimizers as the mode says, or as at entry if the block failed."""
+        self.recorder.depth += 1  # from here on nothing is the window's any more
+        ended = None
+        try:
+            if not failed:
+                self._tell_oversights()
+                ended = self._ended()
+            error = (self._rebinding() or self._unsettled()) if not failed else None
+            late = self._missing_pickup() if not failed and error is None else None
+            if failed or error or late:
+                self.networks.restore()
+                self.networks.undo()
+                for member in self.members.values():
+                    member.restore()
+                for p, grad in zip(self.networks.originals, self._grads, strict=True):
+                    p.grad = grad
+            else:
+                self._commit()
+            if error or late:
+                raise error or late  # type: ignore[misc]
+        finally:
+            for member in self.members.values():
+                member.optimizer._session = None
+            self.recorder.leave()
+            intercept.recording.set(None)
+            intercept.binding.set(None)
+            _current.set(None)
+            intercept.uninstall()
+            oversights.remember(ended)
+            self._close()
+            self.members.clear()
+
+    def _rebinding(self) -> WindowError | None:
+        try:
+            self.networks.check()
+        except WindowError as error:
+            return error
+        return None
+
+    def _unsettled(self) -> BaseException | None:
+        """What keeps the window from ending, of what goes on in the background."""
+        return None
+
+    def _missing_pickup(self) -> WindowError | None:
+        k = self.options.pickup_step
+        short = [m for m in self.members.values() if k >= 0 and m.steps and m.picked is None]
+        if not short:
+            return None
+        return WindowError(
+            f"pickup_step={k}: {type(short[0].optimizer).__name__} took only {short[0].steps} steps in this "
+            "window (they count from 0)"
+        )
+
+    def _commit(self) -> None:
+        values = [shown.detach() for shown in self.networks.shown]
+        for member in (m for m in self.members.values() if m.joined):
+            if self.options.offline:
+                member.restore()
+                continue
+            if member.picked is not None:
+                for i, value in member.picked[0].items():
+                    values[i] = value
+                member.optimizer.state.clear()
+                member.optimizer.state.update(member.picked[1])
+                for module, name, value in member.picked[2]:
+                    module._buffers[name] = value
+            for state in member.optimizer.state.values():
+                for name, value in state.items():
+                    state[name] = value.detach()
+        if self.options.sync is not False:
+            joined = sorted(self.networks.joined)
+            for i, mean in zip(joined, _average([values[i] for i in joined], self.options.sync), strict=True):
+                values[i] = mean
+        self.networks.commit(values, self.options.offline)
+
+
+def _average(values: list[Tensor], group: Any) -> list[Tensor]:
+    """The mean of each tensor over the ranks of ``group``."""
+    means = [v.clone() for v in values]
+    for mean in means:
+        torch.distributed.all_reduce(mean, group=group)
+        mean /= torch.distributed.get_world_size(group)
+    return means

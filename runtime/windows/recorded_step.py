@@ -1,0 +1,227 @@
+"""A recorded step: from a slice and an update to a call of a step graph, compared with eager on first use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from metaoptim.compiler.ir.calls import StepCall
+from metaoptim.compiler.ir.slices import Slice, hook_key
+from metaoptim.compiler.ir.step import Lowering, StepGraph
+from metaoptim.compiler.ir.tensors import tensor_spec
+from metaoptim.compiler.lower.ambient import unaffected
+from metaoptim.compiler.lower.derivatives import lowered
+from metaoptim.compiler.lower.library import library
+from metaoptim.compiler.lower.rounding import agree, noise_of, precision_of, size_of
+from metaoptim.compiler.passes.from_recording import StepSpec, build_step
+from metaoptim.errors import CaptureError, user_location
+
+from ..engine.engine import Engine
+from ..engine.inputs import Snapshot
+from .update import Update
+
+
+@dataclass(slots=True)
+class RecordedStep:
+    """A step of a window on its way to the tape.
+
+    Attributes:
+        sliced: what its loss and its hyper-parameters depend on.
+        changed: state indices of thetas that have changed since the loss read them.
+        back: how many calls ago that was, if any has changed.
+        update: what it does.
+        indices: state indices of the parameters that it changes.
+        old: the parameters before it.
+        new, new_states: the parameters and their optimizer states after it.
+        first_order: whether the inner gradient is taken as a constant.
+        hooked: whether the window has a backward_hook.
+    """
+
+    sliced: Slice
+    changed: set[int]
+    back: int
+    update: Update
+    indices: tuple[int, ...]
+    old: list[Tensor]
+    new: list[Tensor]
+    new_states: list[dict[str, Tensor]]
+    first_order: bool
+    hooked: bool
+
+    @property
+    def state(self) -> list[Tensor]:
+        """What it leaves: parameters, then optimizer states."""
+        return [*self.new, *(v for s in self.new_states for v in s.values())]
+
+    @property
+    def stale(self) -> bool:
+        """Whether the update finds other parameters than the loss has read."""
+        return not self.changed.isdisjoint(self.indices)
+
+    def call(
+        self,
+        engine: Engine,
+        opt_state: tuple[tuple[int, ...], tuple[int, ...]],
+        lowering: Lowering,
+        names: Sequence[str],
+    ) -> StepCall:
+        """The call of its step graph.
+
+        Args:
+            engine: of the tape that it goes on.
+            opt_state: state indices of the optimizer states before it and after it.
+            lowering: the backend and HVP mode of its graph.
+            names: of the parameters, by ordinal.
+
+        Raises:
+            CaptureError: for a step whose graph does not do what eager has done.
+        """
+        sliced = self.sliced
+        _check_requires_grad(sliced)
+        place = {t.index: k for k, t in enumerate(sliced.thetas)}
+        spec = self._spec(place)
+        key, held = (sliced.key, spec), [x.held for x in sliced.externals]
+        graph, lifted, new = self._graph(key, spec)
+        if graph.dynamic and lowering.backend != "eager":
+            library.discard(key)  # it has not been checked
+            raise CaptureError(
+                f"backend={lowering.backend!r}: the shapes in this step depend on values, and such a step cannot be "
+                "compiled; use backend='eager'"
+            )
+        dtypes = [port.spec.dtype for port in graph.inputs[len(graph.inputs) - len(lifted) :]]
+        held += [
+            Snapshot(torch.tensor(sliced.numbers[i], dtype=dtype, device="cpu"), None, "a number")
+            for i, dtype in zip(lifted, dtypes, strict=True)
+        ]
+        before, after = opt_state
+        where, at = user_location(), tuple(place)
+        call = StepCall(graph, at, self.indices, before, after, self.back, held, (), where, lowering=lowering)
+        suspect = any(x.suspect for x in (*sliced.externals, *sliced.values))
+        if new or graph.opaque or suspect:
+            try:
+                self._compare(engine, call, names)
+            except CaptureError as error:
+                if suspect:
+                    raise CaptureError(
+                        "a tensor was changed through .data or numpy between its use in the loss and the step, so that "
+                        "autograd's gradient is that of neither value; change it before the loss or after the step"
+                    ) from error
+                library.discard(key)
+                raise
+        return call
+
+    def _spec(self, place: dict[int, int]) -> StepSpec:
+        update = self.update
+        return StepSpec(
+            update.plan,
+            params=tuple(place[x] for x in self.indices),
+            stale=self.stale,
+            thetas=tuple(tensor_spec(t.tensor) for t in self.sliced.thetas),
+            now=tuple(map(tensor_spec, self.old)),
+            states=tuple(tuple((k, tensor_spec(v)) for k, v in s.items()) for s in update.states),
+            grad_hooks=tuple(tuple(map(hook_key, h)) for h in update.hooks),
+            first_order=self.first_order,
+            hooked=self.hooked,
+        )
+
+    def _graph(self, key: tuple, spec: StepSpec) -> tuple[StepGraph, tuple[int, ...], bool]:
+        """Its graph, which of the slice's numbers are inputs of it, and whether it is new."""
+
+        def build(lifted: tuple[int, ...]) -> StepGraph:
+            after = [{k: tensor_spec(v) for k, v in s.items()} for s in self.new_states]
+            return build_step(self.sliced, spec, after, lifted, self.update.hooks)
+
+        try:
+            return library.get(key, tuple(self.sliced.numbers), build)
+        except CaptureError:
+            raise
+        except Exception as error:
+            raise _uncapturable(error) from error
+
+    def _compare(self, engine: Engine, call: StepCall, names: Sequence[str]) -> None:
+        """The gradient that the call gives against the eager one, and what the update makes of it.
+
+        Raises:
+            CaptureError: if they differ.
+        """
+        update = self.update
+        # the engine has theta as the loss has read it, which may have been overwritten since
+        base = engine.state_at(engine.position - call.back) if call.back else engine.state
+        inputs = [base[t.index] for t in self.sliced.thetas] + (self.old if self.stale else [])
+        inputs += [v for s in update.states for v in s.values()]
+        with unaffected():
+            inputs += [h.tensor for h in call.inputs]
+            try:
+                results = lowered(call.step, "replay", inputs, at_once=True)(*inputs)
+            except CaptureError:
+                raise
+            except Exception as error:
+                raise _uncapturable(error) from error
+            count = len(results) - len(update.grads)
+            grads, state = results[count:], results[:count]
+            if not all(map(torch.equal, grads, update.grads)):
+                # Adam turns a rounding error in a gradient that should be 0 into a whole step: its results may differ
+                program = lowered(call.step, "replay", inputs)
+                wrong = _differing(call, lambda *moved: program(*moved)[count:], inputs, grads, update.grads)
+                if wrong is not None:
+                    got, expected = grads[wrong], update.grads[wrong]
+                    worst = float((got - expected).abs().max())
+                    raise unrecorded(names[update.ordinals[wrong]], worst, float(expected.abs().max()))
+            elif not all(agree(got, want, want.dtype) for got, want in zip(state, self.state, strict=True)):
+                raise CaptureError(
+                    f"{update.plan.__name__} does not give the same result when it is run again on the same arguments; "
+                    "it must be a pure function of them"
+                )
+
+
+def _check_requires_grad(sliced: Slice) -> None:
+    for x in sliced.externals:
+        # autograd looks at a saved leaf again in the backward: what it makes of it is neither the one nor the other
+        source = x.source
+        if source is None or x.written or (x.grad and x.tensor is not source):
+            continue
+        if x.grad != source.requires_grad:
+            raise CaptureError(
+                f"requires_grad of a tensor of shape {tuple(source.shape)} changed between its use in the loss "
+                "and the step; change it before the loss or after the step, or use tensor.detach() in a part of it"
+            )
+
+
+def _differing(
+    call: StepCall,
+    gradient: Callable[..., Sequence[Tensor]],
+    inputs: list[Tensor],
+    grads: Sequence[Tensor],
+    expected: Sequence[Tensor],
+) -> int | None:
+    """Which of ``grads`` is another than ``expected``, by more than rounding; None if there is none."""
+    precision, largest = precision_of(call.step.graph, inputs), max(map(size_of, expected))
+    noise: list[float] = []
+    for i, (got, want) in enumerate(zip(grads, expected, strict=True)):
+        if not agree(got, want, precision, largest):
+            if not noise and not call.step.dynamic:  # other inputs may give it other shapes
+                noise = noise_of(gradient, inputs, grads, precision)
+            if not noise or not agree(got, want, precision, largest, noise[i]):
+                return i
+    return None
+
+
+def _uncapturable(error: Exception) -> CaptureError:
+    """What to raise for a step that cannot be captured."""
+    return CaptureError(
+        f"the inner step cannot be captured: {type(error).__name__}: {error}. Open the window with "
+        "strategy='full_tape' for this loss."
+    )
+
+
+def unrecorded(name: str, worst: float | None = None, scale: float | None = None) -> CaptureError:
+    """What to raise for a step that gives another gradient than eager."""
+    found = "" if worst is None else f" (largest difference {worst:.3g}, largest entry {scale:.3g})"
+    return CaptureError(
+        f"the recorded inner step does not reproduce the gradient eager PyTorch gives for parameter {name!r}{found}: "
+        "something in the loss cannot be seen by the recorder, such as a hook on an autograd node, a C++ autograd "
+        "function, or a module compiled beforehand. Open the window with strategy='full_tape' for this loss."
+    )
