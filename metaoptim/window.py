@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from types import TracebackType
 from typing import Any
@@ -20,6 +20,7 @@ from .errors import WindowError, warn
 from .optim.alive import live_optimizers, refresh_optimizers
 from .report.of_window import explain_window
 from .report.report import Report
+from .runtime.functions.loops import Loop
 from .runtime.functions.symbolic_session import CapturedSession
 from .runtime.windows.full_tape import FullTapeSession
 from .runtime.windows.recording_session import RecordedSession
@@ -186,7 +187,7 @@ class SlidingWindow:
             raise WindowError("strategy='full_tape' cannot be compiled; take the decorator off")
         return CapturedSession(self._options, recorder)  # type: ignore[arg-type]
 
-    def scan(self, *tensors: Tensor) -> Iterator[Any]:
+    def scan(self, *tensors: Tensor) -> Iterable[Any]:
         """Slices of ``tensors`` along their leading axis, one per inner step.
 
         In an ordinary window this iterates. In a compiled function the body of the loop is captured by a few of its
@@ -196,8 +197,8 @@ class SlidingWindow:
         Args:
             tensors: of equal leading size T.
 
-        Yields:
-            A slice of the tensor, or a tuple with one slice of each, T times.
+        Returns:
+            What a `for` goes over: a slice of the tensor, or a tuple with one slice of each, T times.
 
         Raises:
             TypeError: for something else than tensors.
@@ -222,11 +223,10 @@ class SlidingWindow:
             raise ValueError(
                 f"window.scan: got leading sizes {[tuple(t.shape[:1]) for t in tensors]}, expected one size"
             )
-        count: Any = sizes.pop()
-        for _, items in self._iterations(tensors, count):
-            yield items[0] if len(items) == 1 else tuple(items)
+        items = (items for _, items in self._iterations(tensors, sizes.pop()))
+        return self._loop(rows[0] if len(rows) == 1 else tuple(rows) for rows in items)
 
-    def range(self, count: int) -> Iterator[int]:
+    def range(self, count: int) -> Iterable[int]:
         """0, 1, ..., count - 1: `scan` for loops that index.
 
         In a compiled function the number is symbolic: it may index tensors (``xs[t]``, ``xs[2 * t + 1]``), and nothing
@@ -235,11 +235,13 @@ class SlidingWindow:
         Args:
             count: how many.
 
-        Yields:
-            The number of the step.
+        Returns:
+            What a `for` goes over: the number of the step.
         """
-        for k, _ in self._iterations((), count):
-            yield k
+        return self._loop(k for k, _ in self._iterations((), count))
+
+    def _loop(self, iterations: Iterator[Any]) -> Iterable[Any]:
+        return Loop(iterations) if isinstance(self._session, CapturedSession) else iterations
 
     def _iterations(self, tensors: tuple[Tensor, ...], count: int) -> Iterator[tuple[int, list[Tensor]]]:
         if self._session is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dis
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,6 +13,8 @@ from metaoptim.compiler.capture.symbolic.tracer import Tracer
 from metaoptim.compiler.ir.tensors import tensor_spec
 from metaoptim.compiler.ir.trace import Input, Scan, ScanItem
 from metaoptim.errors import CaptureError, user_location
+
+from .python_state import facts_of, user_frames
 
 # Iterations of a scan that are captured: one may differ (state is created), the others show what is carried from one to
 # the next, and that nothing is carried further.
@@ -38,12 +42,34 @@ class Loops:
         if count > CAPTURED_ITERATIONS:
             labels[-2:] = [count // 2, count - 1]  # later ones, so that what depends on the index shows
         scan, self.open = Scan(count, labels, user_location()), True
+        facts: list[dict[str, Any]] = []
         for k in labels:
+            self._check_python(facts, count)
             scan.begins.append(len(trace.entries))
             yield Iteration(k), [self._item(t, k) for t in tensors]
+        self._check_python(facts, count)
         scan.end, self.open = len(trace.entries), False
         if scan.begins:
             trace.scans.append(scan)
+
+    def _check_python(self, facts: list[dict[str, Any]], count: int) -> None:
+        """Refuse Python values that change from one iteration to the next, after the first; ``facts``: those so far."""
+        if count <= CAPTURED_ITERATIONS:  # all of them are captured
+            return
+        facts.append(facts_of(user_frames("metaoptim.functions.captured"), Iteration))
+        if len(facts) < 3:
+            return
+        before, now = facts[-2:]
+        for path in [p for p in now if p in before and now[p] != before[p]]:
+            where, was, becomes = path.removesuffix(".__len__()"), before[path], now[path]
+            what = f"is {was}, then {becomes}"
+            if where != path:
+                what = f"holds {was}, then {becomes} values, in the middle of a scan"
+            raise CaptureError(
+                f"{where} {what}, from one iteration of window.scan or window.range to the next: a few iterations are "
+                "captured and stand for all, so what goes by it would go by its first values. Scan a tensor of what "
+                "differs, use the number of window.range as an index, add up in a tensor, or use a plain `for`"
+            )
 
     def _item(self, t: Tensor, k: int) -> Tensor:
         tracer = self._tracer
@@ -56,6 +82,23 @@ class Loops:
                 item.requires_grad_()
         tracer.bind(item, ScanItem(source, k, tensor_spec(item)))
         return item
+
+
+class Loop:
+    """A captured loop, to be iterated over by a `for` of the user's."""
+
+    def __init__(self, iterations: Iterator[Any]) -> None:
+        self._iterations = iterations
+
+    def __iter__(self) -> Iterator[Any]:
+        frame = sys._getframe(1)
+        if dis.opname[frame.f_code.co_code[frame.f_lasti]] != "GET_ITER":
+            raise CaptureError(
+                "window.scan or window.range is handed to something else than a `for` (zip, enumerate, list, ...): a few "
+                "iterations are captured and stand for all, and what runs beside them does not. Scan a tensor of it "
+                "as well, use the number of window.range as an index, or use a plain `for`"
+            )
+        return self._iterations
 
 
 def _refusing(name: str) -> Callable:
