@@ -15,8 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from metaoptim.compiler.compat import FakeTensorMode
 
 from ..derive.reverse import cotangent_outputs
-from ..ir.derived import FlatGraph
-from ..ir.step import Lowering, StepGraph
+from ..ir.step import FlatGraph, Lowering, StepGraph
 from ..lower.derivatives import derived, replayed, residuals
 
 T, c, r, W = sympy.symbols("T c r W", integer=True, positive=True)

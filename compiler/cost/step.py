@@ -10,9 +10,9 @@ from torch import fx
 
 from ..derive.liveness import peak_bytes, results_of, storages
 from ..derive.reverse import cotangent_outputs
-from ..ir.derived import Measured, ResultMemory, StepCost
-from ..ir.program import nbytes, operator_count
-from ..ir.step import Lowering, StepGraph
+from ..ir.step import Lowering, Measured, ResultMemory, StepCost, StepGraph
+from ..ir.tensors import nbytes
+from ..ir.text import operator_count
 from ..lower.derivatives import derived, replayed, residuals
 
 

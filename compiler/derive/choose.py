@@ -8,9 +8,8 @@ from torch import Tensor
 
 from metaoptim.errors import CaptureError
 
-from ..ir.derived import FlatGraph
-from ..ir.program import readable_bytes
-from ..ir.step import StepGraph
+from ..ir.step import FlatGraph, StepGraph
+from ..ir.text import readable_bytes
 from .liveness import peak_bytes
 from .mixed import NotMixed, mixed_vjp_graph
 from .reverse import cotangent_outputs, vjp_graph

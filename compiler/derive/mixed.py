@@ -21,10 +21,9 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 
 from metaoptim.compiler.compat import FakeTensorMode, OpOverload, fx_graph_cse
 
-from ..ir.derived import FlatGraph
 from ..ir.operators import op_info
-from ..ir.step import StepGraph, gradient, show
-from ..ir.walk import reached
+from ..ir.step import FlatGraph, StepGraph, gradient, show
+from ..ir.values import reached
 from .remat import rematerialised
 from .reverse import true_zeros
 from .tracing import tracing

@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import fx
 
-from ..ir.derived import FlatGraph
-from ..ir.walk import reached
+from ..ir.step import FlatGraph
+from ..ir.values import reached
 from .liveness import peak_bytes, storages
 
 _WIDTHS = 6  # how many widths of cuts are tried

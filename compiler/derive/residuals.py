@@ -18,8 +18,7 @@ from torch import fx
 
 from metaoptim.compiler.compat import OpOverload
 
-from ..ir.derived import FlatGraph, Split
-from ..ir.step import StepGraph
+from ..ir.step import FlatGraph, Split, StepGraph
 from .flat import drop_dead, merge_equal
 from .liveness import storages
 from .reverse import distinct, mutates

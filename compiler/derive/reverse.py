@@ -17,9 +17,8 @@ from metaoptim.compiler.compat import (
 )
 from metaoptim.errors import CaptureError, MetaOptimError
 
-from ..ir.derived import FlatGraph
 from ..ir.operators import op_info, written
-from ..ir.step import Port, Role, StepGraph, gradient
+from ..ir.step import FlatGraph, Port, Role, StepGraph, gradient
 from ..ir.tensors import TensorSpec, tensor_spec
 from .cotangent_hook import call_cotangent_hook
 from .flat import Traced, Unfollowed, drop_dead, flat_graph, merge_equal

@@ -60,6 +60,10 @@ def op_info(op: Any) -> OpInfo:
     return info
 
 
+def op_text(op: Any) -> str:
+    return str(op) if isinstance(op, OpOverload) else getattr(op, "__name__", None) or str(op)
+
+
 @functools.cache
 def shapes_known(op: Any) -> bool:
     """Whether what results are like follows from what arguments are like: it has a kernel without data."""

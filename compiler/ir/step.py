@@ -12,7 +12,7 @@ An inner loop is a sequence of calls of such graphs: `program.Program` for a who
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
@@ -23,7 +23,6 @@ from torch import Tensor, fx
 
 from metaoptim.compiler.compat import OpOverload
 
-from .derived import FlatGraph, Measured, Split, StepCost
 from .functions import Function
 from .tensors import TensorSpec
 
@@ -82,6 +81,7 @@ def again(value: Tensor) -> Tensor:
     return value
 
 
+_STATE = (Role.THETA, Role.OPT_STATE, Role.CARRY)
 _USUAL = ("eager", "aot_eager", "inductor")  # known without loading dynamo
 
 
@@ -125,6 +125,116 @@ class Lowering:
 
 
 EAGER = Lowering()
+
+
+class FlatGraph:
+    """A flat graph and its constants. It becomes code when it is called again: many are called once, or never.
+
+    Attributes:
+        graph: inputs -> a tuple of results.
+        constants: by the names of its attributes.
+    """
+
+    def __init__(self, graph: fx.Graph, constants: Mapping[str, Any]) -> None:
+        self.graph, self.constants = graph, dict(constants)
+        self._called = False
+
+    @cached_property
+    def module(self) -> fx.GraphModule:
+        """It as a module."""
+        return fx.GraphModule(self.constants, self.graph)
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        if self._called:
+            return self.module.forward(*inputs)
+        self._called = True
+        nodes, given = list(self.graph.nodes), iter(inputs)
+        last = {used: node for node in nodes for used in (node, *node.all_input_nodes)}
+        values: dict[fx.Node, Any] = {}
+        for node in nodes:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+            if node.op == "output":
+                return args[0]
+            if node.op == "call_function":
+                values[node] = node.target(*args, **kwargs)
+            else:
+                values[node] = next(given) if node.op == "placeholder" else self.constants[str(node.target)]
+            del args, kwargs
+            for used in {node, *node.all_input_nodes}:
+                if last[used] is node:
+                    del values[used]
+        raise AssertionError("a graph without an output")
+
+
+@dataclass(frozen=True)
+class Split:
+    """A step's two graphs.
+
+    Attributes:
+        forward: inputs -> outputs but for the loss, then residuals that are none of them.
+        backward: inputs, residuals, cotangents -> a cotangent, or None, per input: what the VJP gives.
+        residuals: which results of the forward they are; what is kept as a state anyway costs nothing.
+        fresh: how many of these results are residuals alone.
+        saves: operators that the backward does not run again.
+    """
+
+    forward: FlatGraph
+    backward: FlatGraph
+    residuals: tuple[int, ...]
+    fresh: int
+    saves: int
+
+
+@dataclass(frozen=True)
+class ResultMemory:
+    """One result of a flat graph.
+
+    Attributes:
+        size: bytes of memory of its own; 0 where it shares some.
+        of_input: which argument of the graph it lies in the memory of; -1 for none.
+        of_result: which earlier result; -1 for none.
+    """
+
+    size: int
+    of_input: int = -1
+    of_result: int = -1
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Of one step graph.
+
+    Attributes:
+        replay_bytes, vjp_bytes: most that a call of either allocates, its results included.
+        replay_operators, vjp_operators: how many operators they call.
+        outputs: memory of the replay's results, in the order of the step's outputs without the loss.
+        gradients: for each input, memory of its gradient, or None where it has none. Arguments of the VJP are the
+            inputs, then the cotangents.
+        depends: for each input, the outputs whose cotangents its gradient depends on.
+    """
+
+    replay_bytes: int
+    vjp_bytes: int
+    replay_operators: int
+    vjp_operators: int
+    outputs: tuple[ResultMemory, ...]
+    gradients: tuple[ResultMemory | None, ...]
+    depends: tuple[frozenset[int], ...]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the lowered program of a step graph was seen to take.
+
+    Attributes:
+        peak_bytes: most that a call allocates, its results included.
+        first_bytes: the same of its compilation and first-use check.
+        made: memory of its results.
+    """
+
+    peak_bytes: int
+    first_bytes: int
+    made: tuple[ResultMemory | None, ...]
 
 
 @dataclass
@@ -214,73 +324,11 @@ def _show(value: Any) -> str:
     return str(value)
 
 
-@dataclass(slots=True)
-class StepCall:
-    """One recorded inner step: a StepGraph and what it was called with.
-
-    Attributes:
-        step: the graph.
-        theta: state indices behind the THETA inputs, in order.
-        update: state indices of theta', in order.
-        opt_state: state indices of the optimizer state before (None: created by this step) and after.
-        back: how many positions before its own lies the state that its loss has read.
-        inputs: what fills the META and SCAN inputs, in order.
-        metas: for each META input, the number under which its gradient is collected.
-        location: the user's line.
-        rng: state index of the random generator's state, if the step draws; -1 if not.
-        lowering: the backend and HVP mode of the step graphs.
-        spies: the tensor hooks that are part of the step.
-    """
-
-    step: StepGraph
-    theta: tuple[int, ...]
-    update: tuple[int, ...]
-    opt_state_in: tuple[int, ...]
-    opt_state_out: tuple[int, ...]
-    back: int
-    inputs: list[Any]
-    metas: tuple[Any, ...]
-    location: str
-    rng: int = -1
-    lowering: Lowering = EAGER
-    spies: tuple[Any, ...] = ()
-
-    def changed(self) -> Iterator[tuple[int, int]]:
-        """Outputs of the step and the state indices they go to."""
-        return enumerate((*self.update, *self.opt_state_out))
+def state_ports(step: StepGraph) -> list[Port]:
+    """The inputs of a step graph that are registers, in order."""
+    return [p for p in step.inputs if p.role in _STATE]
 
 
-@dataclass(slots=True)
-class Assign:
-    """State entries set to values from outside.
-
-    Attributes:
-        indices, values: what is set to what.
-        adoption: the values are a network's own parameters (cotangents that arrive here are theirs); otherwise the
-            assignment is a history cut (an in-place load), where cotangents end.
-    """
-
-    indices: tuple[int, ...]
-    values: list[Tensor]
-    adoption: bool = False
-
-
-@dataclass
-class Loop:
-    """Iterations that only differ in the slices and numbers their calls are given.
-
-    Attributes:
-        calls: those of the first iteration; in each later one they find their inputs where these have left them.
-        count: how many iterations.
-        strides: for each call, by how much each of its inputs advances from one iteration to the next (slices of a
-            scan, lifted numbers; else 0).
-    """
-
-    calls: tuple[StepCall, ...]
-    count: int
-    strides: tuple[tuple[int, ...], ...]
-
-
-def calls_of(item: StepCall | Loop) -> tuple[StepCall, ...]:
-    """A call, or those of one iteration of a loop."""
-    return item.calls if isinstance(item, Loop) else (item,)
+def given_ports(step: StepGraph) -> list[Port]:
+    """The inputs of a step graph that are none, in order."""
+    return [p for p in step.inputs if p.role not in _STATE]

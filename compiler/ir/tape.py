@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator
 from itertools import accumulate
 from time import perf_counter
 
-from .fold import LONGEST, extended, folded
-from .program import Calls, Operand, plural
-from .step import Assign, Loop, StepCall, calls_of
+from .calls import LONGEST, Assign, Loop, Operand, StepCall, calls_of, extended, folded
+from .program import Calls
+from .text import plural
 
 Call = StepCall | Assign
 

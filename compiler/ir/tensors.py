@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
@@ -37,6 +38,32 @@ class TensorSpec(NamedTuple):
 def tensor_spec(t: Tensor) -> TensorSpec:
     """The spec of a tensor."""
     return TensorSpec(tuple(t.shape), t.dtype, t.stride(), t.device)
+
+
+def nbytes(spec: TensorSpec) -> int:
+    """Bytes of memory that a tensor of this spec spans."""
+    shape, dtype, stride, _ = spec
+    if 0 in shape:
+        return 0
+    stride = stride if len(stride) == len(shape) else torch.empty(shape, device="meta").stride()
+    return dtype.itemsize * (1 + sum((size - 1) * s for size, s in zip(shape, stride, strict=True)))
+
+
+def memory_bytes(t: Tensor) -> int:
+    """Bytes of the memory that ``t`` keeps alive, of which it may be a small part."""
+    if t.layout is torch.strided:
+        return t.untyped_storage().nbytes()
+    if t.layout is torch.sparse_coo:
+        return t._indices().nbytes + t._values().nbytes
+    return t.numel() * t.element_size()
+
+
+def memory_of(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the memory that tensors keep alive; what they share counts once."""
+    found = {}
+    for t in tensors:
+        found[t.untyped_storage()._cdata if t.layout is torch.strided else id(t)] = memory_bytes(t)
+    return sum(found.values())
 
 
 class ByStorage(Generic[T]):

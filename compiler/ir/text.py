@@ -2,20 +2,69 @@
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
 
 from metaoptim.compiler.compat import OpOverload
 
-from .program import nbytes, plural, readable_bytes
+from .calls import Loop, Operand, StepCall
 from .segments import Part, Partition, arguments
-from .step import gradient, show
+from .step import Port, StepGraph, gradient, show
+from .tensors import TensorSpec, nbytes
 from .trace import Input, Noise, ScanItem, Trace
 from .update import UpdatePlan
 from .values import Value, identity
 
+if TYPE_CHECKING:
+    from .program import Program
+
 _MOST_LINES = 40
+_MOST_SHAPES = 6  # of one role and dtype that are written out
+
+
+def program_text(
+    program: Program, inputs: Mapping[Input, str] | None = None, *, operators: bool = False
+) -> str:
+    """The program as text.
+
+    Args:
+        program: what roll made.
+        inputs: names for the tensors it reads; x0, x1, ... without.
+        operators: whether to write out the operators of every step graph.
+    """
+    named = {x: f"x{i}" for i, x in enumerate(program.inputs)} | dict(inputs or {})
+    names = program.names()
+    mode = "offline" if program.offline else "online"
+    lines = [
+        f"program of {plural(program.horizon, 'inner step')}, {mode}: {plural(program.positions, 'call')} of "
+        f"{plural(len(names), 'step graph')}, {plural(program.registers, 'register')} "
+        f"({readable_bytes(program.state_bytes)})"
+        + (f", truncated to {program.window} super-steps" if program.window else "")
+        + (f"; kept: {program.kept}" if program.kept is not None else "")
+    ]
+    for item in program.calls:
+        if not isinstance(item, Loop):
+            lines.append("  " + _call_text(item, [0] * len(item.inputs), names, named))
+            continue
+        loop = f"  loop {item.count} times, t = 0, 1, ...:"
+        inside = [
+            _call_text(call, strides, names, named)
+            for call, strides in zip(item.calls, item.strides, strict=True)
+        ]
+        lines += [f"{loop} {inside[0]}"] if len(inside) == 1 else [loop, *("    " + i for i in inside)]
+    lines.append("  return " + (", ".join(_place_text(w, named) for w in program.outputs) or "nothing"))
+    lines += [f"  {_target_text(t, named)} := {_place_text(w, named)}" for t, w in program.writes]
+    for step in program.step_graphs:
+        lines.append(signature(step, names[id(step)]))
+        if operators:
+            lines += ["    " + line for line in str(step).splitlines()[1:]]
+    return "\n".join(lines)
 
 
 def trace_text(trace: Trace) -> str:
@@ -117,3 +166,124 @@ def _sources(partition: Partition, refs: list[Any], n: int) -> str:
         )
         or "nothing"
     )
+
+
+def step_name(i: int) -> str:
+    """step_a, step_b, ..., step_26, ..."""
+    return f"step_{chr(97 + i)}" if i < 26 else f"step_{i}"
+
+
+def plural(count: int | None, word: str) -> str:
+    """1 call, 2 calls, 2 entries."""
+    many = word[:-1] + "ies" if word.endswith("ry") else word + "s"
+    return f"{count} {word if count == 1 else many}"
+
+
+def readable_bytes(size: float) -> str:
+    """``size`` bytes, as people write it."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(size) < 1024 or unit == "GiB":
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    raise AssertionError
+
+
+def shapes_text(specs: Iterable[TensorSpec]) -> str:
+    """Dtypes and shapes, equal ones once: ``float32 4×3, 4 (2 of them)``."""
+    groups: dict[torch.dtype, list[TensorSpec]] = {}
+    for spec in specs:
+        groups.setdefault(spec.dtype, []).append(spec)
+    parts = []
+    for dtype, group in groups.items():
+        counts = Counter("×".join(map(str, s.shape)) or "scalar" for s in group)
+        shown = [name + (f" ({n} of them)" if n > 1 else "") for name, n in counts.items()]
+        if len(shown) > _MOST_SHAPES:
+            shown[_MOST_SHAPES:] = [f"{len(shown) - _MOST_SHAPES} more shapes"]
+        parts.append(f"{str(dtype).removeprefix('torch.')} {', '.join(shown)}")
+    return "; ".join(parts)
+
+
+def signature(step: StepGraph, name: str) -> str:
+    """What a step graph takes and gives, by role, with shapes and bytes."""
+    operators = operator_count(step.graph)
+    lines = [f"{name}: {plural(step.steps, 'inner step')}, {plural(operators, 'operator')}"]
+    for verb, ports in (("takes", step.inputs), ("gives", step.outputs)):
+        for role, group in by_role(ports).items():
+            size = readable_bytes(sum(nbytes(p.spec) for p in group))
+            lines.append(
+                f"  {verb} {len(group):>3} {role:<9} {size:>10}  {shapes_text(p.spec for p in group)}"
+            )
+    return "\n".join(lines)
+
+
+def operator_count(graph: fx.Graph) -> int:
+    """How many of its nodes compute something."""
+    return sum(n.op == "call_function" and n.target is not operator.getitem for n in graph.nodes)
+
+
+def by_role(ports: Sequence[Port]) -> dict[str, list[Port]]:
+    """Ports by the name of their role, in order of appearance."""
+    found: dict[str, list[Port]] = {}
+    for port in ports:
+        found.setdefault(port.role.value, []).append(port)
+    return found
+
+
+def registers_text(registers: Sequence[int]) -> str:
+    """r0-r4 r7 r3-r1: runs, up or down, are shortened; what is dropped (-1) is an underscore."""
+    runs: list[list[int]] = []
+    for r in registers:
+        run = runs[-1] if runs else []
+        step = r - run[-1] if run else 0
+        if run and abs(step) == 1 and min(r, run[-1]) >= 0 and (len(run) == 1 or run[1] - run[0] == step):
+            run.append(r)
+        else:
+            runs.append([r])
+    texts = []
+    for run in runs:
+        names = ["_" if r < 0 else f"r{r}" for r in run]
+        texts.append(f"{names[0]}-{names[-1]}" if len(run) > 2 else " ".join(names))
+    return " ".join(texts)
+
+
+def _call_text(
+    call: StepCall, strides: Sequence[int], names: Mapping[int, str], named: Mapping[Input, str]
+) -> str:
+    read = [registers_text(call.opt_state_in)] if call.opt_state_in else []
+    given = [_given_text(g, s, named) for g, s in zip(call.inputs, strides, strict=True)]
+    arguments = "; ".join([*read, *([", ".join(given)] if given else [])])
+    where = f"  # {_short(call.location)}" if call.location else ""
+    made = registers_text(call.opt_state_out) or "nothing"
+    return f"{made} = {names[id(call.step)]}({arguments}){where}"
+
+
+def _given_text(given: Operand, stride: int, named: Mapping[Input, str]) -> str:
+    if given.kind == "each":
+        first, *_, last = (_given_text(g, 0, named) for g in given.of)
+        return f"({first}, ..., {last})[{_moving(given.at, stride)}]"
+    if given.kind == "noise":
+        return given.of.op._schema.name.removeprefix("aten::") + "()"
+    if given.kind == "number":
+        return f"{given.of}" if not stride else _moving(given.of, stride)
+    name = named[given.of]
+    return name if given.kind == "input" else f"{name}[{_moving(given.at, stride) if stride else given.at}]"
+
+
+def _moving(start: int, stride: int) -> str:
+    return (f"{start} + " if start else "") + (f"{stride}·t" if stride != 1 else "t")
+
+
+def _place_text(where: int | Input, named: Mapping[Input, str]) -> str:
+    return f"r{where}" if isinstance(where, int) else named[where]
+
+
+def _target_text(target: Any, named: Mapping[Input, str]) -> str:
+    if isinstance(target, tuple):
+        optimizer, _, name = target
+        return f"{type(optimizer).__name__}.state[...][{name!r}]"
+    known = (name for x, name in named.items() if getattr(x, "tensor", None) is target)
+    return next(known, f"a tensor of shape {tuple(target.shape)}")
+
+
+def _short(location: str) -> str:
+    return location.replace("\\", "/").rpartition("/")[2]

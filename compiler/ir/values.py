@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,9 +15,9 @@ from metaoptim.errors import CaptureError
 from .operators import written
 from .step import again
 from .tensors import ByStorage, TensorSpec
-from .walk import reached
 
 aten = torch.ops.aten
+T = TypeVar("T")
 _DETACH = aten.detach.default
 
 
@@ -161,6 +161,23 @@ class Carried:
 
     value: Value
     external: External
+
+
+def reached(starts: Iterable[T], onwards: Callable[[T], Iterable[T]]) -> Iterator[T]:
+    """Each object that is reached from ``starts``, once; depth first, the last ones first.
+
+    Args:
+        starts: where the walk begins; they are reached.
+        onwards: what one step from an object leads to.
+    """
+    stack = list(starts)
+    seen: dict[int, T] = {}  # held, so that no other object comes to lie at its address
+    while stack:
+        a = stack.pop()
+        if id(a) not in seen:
+            seen[id(a)] = a
+            yield a
+            stack += onwards(a)
 
 
 def reaches_theta(value: Value) -> bool:

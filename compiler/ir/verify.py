@@ -5,19 +5,29 @@ It reads and computes nothing but structure, in time linear in the program's tex
 
 from __future__ import annotations
 
-from torch import Tensor
+import operator
+from typing import Any
 
+import torch
+from torch import Tensor, fx
+
+from metaoptim.compiler.compat import OpOverload
 from metaoptim.errors import ProgramError
 
-from .program import Operand, Program, given_ports, registers_text, state_ports
-from .segments import Partition, arguments
-from .step import Loop, Port, Role, StepCall, calls_of
+from .calls import Loop, Operand, StepCall, calls_of
+from .operators import op_info, written
+from .program import Program
+from .step import Port, Role, StepGraph, given_ports, show, state_ports
 from .tensors import tensor_spec
+from .text import registers_text
 from .trace import Noise
-from .values import Value
-from .verify_step import op_text, verify_step
+from .values import reached
 
+aten = torch.ops.aten
 _INNER = (Role.THETA, Role.OPT_STATE)
+_INPUT_RANK = {Role.THETA: 0, Role.THETA_NOW: 1, Role.OPT_STATE: 2, Role.CARRY: 2}
+_INPUTS = (*_INPUT_RANK, Role.META, Role.SCAN, Role.NOISE)
+_OUTPUTS = (Role.THETA, Role.OPT_STATE, Role.CARRY, Role.GRADIENT)
 
 
 # -- a program -------------------------------------------------------------------------------------------------------
@@ -190,62 +200,118 @@ def _verify_results(program: Program, held: dict[int, Port]) -> None:
             raise ProgramError(f"value {i} left in a tensor is {spec}, the tensor is {tensor_spec(target)}")
 
 
-# -- a partition ----------------------------------------------------------------------------------------------------
+# -- a step graph ---------------------------------------------------------------------------------------------------
 
 
-def verify_partition(partition: Partition, *, outlined: bool = True) -> None:
-    """Check a program in the making.
+def verify_step(step: StepGraph, name: str = "a step graph", *, pruned: bool = True) -> None:
+    """Check one step graph.
 
     Args:
-        partition: parts, between two passes.
-        outlined: whether what is passed between parts is known, as it is from canonicalize on.
+        step: the graph.
+        name: what errors call it.
+        pruned: whether dead nodes and unused inputs are errors: canonicalize promises that there are none.
 
     Raises:
-        ProgramError: it names the part and the call.
+        ProgramError: it names the node or the port.
     """
-    kinds = {id(b): b for b in partition.kinds}
-    for n, part in enumerate(partition.parts):
-        name = f"part {n}"
-        first = part.kind.parts[0] if id(part.kind) in kinds and part.kind.parts else None
-        if first is None or (first is not part and first.segment.key != part.segment.key):
-            raise ProgramError(f"{name} shares its kind with a part of another structure")
-        for k, entry in enumerate(part.segment.entries):
-            if partition.part_of.get(id(entry)) != n:
+    nodes = list(step.graph.nodes)
+    placeholders = [n for n in nodes if n.op == "placeholder"]
+    _verify_ports(step, name, placeholders)
+    seen: set[fx.Node] = set()
+    for node in nodes:
+        for used in node.all_input_nodes:
+            if used not in seen:
                 raise ProgramError(
-                    f"{name}: call {k} ({op_text(entry.op)}) is listed in part {partition.part_of.get(id(entry))}"
+                    f"{name}: node {node.name} reads {used.name}, which is not defined before it"
                 )
-            for a in arguments(entry):
-                wrong = _wrong(partition, a, n, k, outlined) if isinstance(a, Value) else ""
-                if wrong:
-                    raise ProgramError(f"{name}: call {k} ({op_text(entry.op)}) reads {wrong}")
-            for write in entry.deps:
-                if part.segment.number_of.get(id(write), k) >= k:
-                    raise ProgramError(
-                        f"{name}: call {k} ({op_text(entry.op)}) depends on a write that is not before it"
-                    )
-    for i, value in enumerate(partition.finals()):
-        wrong = (
-            _wrong(partition, value, len(partition.parts), 0, outlined) if isinstance(value, Value) else ""
+        seen.add(node)
+        if node.op not in ("placeholder", "call_function", "output"):
+            raise ProgramError(
+                f"{name}: node {node.name} is a {node.op}; a step graph consists of calls of functions"
+            )
+        _verify_operator(node, name)
+    if pruned:
+        live = _live(nodes)
+        # what is drawn is drawn as eager draws it, read or not: the random stream must not depend on who reads
+        drawn = {n for n, p in zip(placeholders, step.inputs, strict=True) if p.role is Role.NOISE}
+        for node in nodes:
+            if node.target in (aten.alias.default, aten.clone.default) and drawn.issuperset(
+                node.all_input_nodes
+            ):
+                drawn.add(node)
+        live |= drawn
+        for node in nodes:
+            if node not in live:
+                what = "input" if node.op == "placeholder" else "node"
+                raise ProgramError(f"{name}: {what} {node.name} is dead: no output depends on it")
+
+
+def _verify_ports(step: StepGraph, name: str, placeholders: list[fx.Node]) -> None:
+    if len(placeholders) != len(step.inputs):
+        raise ProgramError(f"{name}: got {len(placeholders)} placeholders for {len(step.inputs)} inputs")
+    rank = 0
+    for node, port in zip(placeholders, step.inputs, strict=True):
+        if port.role not in _INPUTS:
+            raise ProgramError(f"{name}: input {port.name} has the role of an output, {port.role.value}")
+        if _INPUT_RANK.get(port.role, 3) < rank:
+            raise ProgramError(
+                f"{name}: input {port.name} ({port.role.value}) comes after inputs it must precede; expected theta, "
+                "then state, then what is given from outside"
+            )
+        rank = _INPUT_RANK.get(port.role, 3)
+        if node.meta.get("spec", port.spec) != port.spec:
+            raise ProgramError(
+                f"{name}: input {port.name} is declared as {port.spec}, its placeholder holds "
+                f"{node.meta['spec']}"
+            )
+    results = step.graph.find_nodes(op="output")
+    values = results[0].args[0] if len(results) == 1 else None
+    if not isinstance(values, tuple) or len(values) != len(step.outputs):
+        got = len(values) if isinstance(values, tuple) else "none"
+        raise ProgramError(f"{name}: got {got} results for {len(step.outputs)} outputs")
+    for value, port in zip(values, step.outputs, strict=True):
+        if port.role not in _OUTPUTS:
+            raise ProgramError(f"{name}: output {port.name} has the role of an input, {port.role.value}")
+        if not isinstance(value, fx.Node):
+            raise ProgramError(f"{name}: output {port.name} is not computed: got the constant {value!r}")
+
+
+def _verify_operator(node: fx.Node, name: str) -> None:
+    target: Any = node.target
+    if node.op != "call_function" or not isinstance(target, OpOverload):
+        return
+    off = target is torch.ops.aten.native_dropout.default and not node.args[2]
+    if op_info(target).random and not off:
+        raise ProgramError(
+            f"{name}: node {node.name} draws random numbers ({target}); a replay would draw others, so they must be "
+            "inputs of the role noise"
         )
-        if wrong:
-            raise ProgramError(f"result {i} is {wrong}")
+    for changed in _written(node):
+        root = _memory_of(changed)
+        if root.op == "placeholder":
+            raise ProgramError(
+                f"{name}: node {node.name} ({target}) writes into the input {root.name}, which belongs to the caller"
+            )
 
 
-def _wrong(partition: Partition, value: Value, n: int, k: int, outlined: bool) -> str:
-    """What is wrong with reading ``value`` in call ``k`` of part ``n``; nothing is the rule, and costs no text."""
-    at = partition.part_of.get(id(value.entry))
-    if at is None:
-        return f"an output of {op_text(value.entry.op)}, which is part of the program no more"
-    part = partition.parts[at]
-    number = part.segment.number_of[id(value.entry)]
-    if (at, number) >= (n, k):
-        return f"an output of {op_text(value.entry.op)} in part {at}, which comes later"
-    if not outlined or at == n:
-        return ""
-    spec = part.kind.outputs.get((number, value.index))
-    if spec is not None and spec == value.ref:
-        return ""
-    what = f"an output of {op_text(value.entry.op)} in part {at}"
-    if spec is None:
-        return f"{what}, which that part does not give"
-    return f"{what}: got {spec}, expected {value.ref}"
+def _written(node: fx.Node) -> list[fx.Node]:
+    return written(node.target, node.args, node.kwargs, fx.Node)
+
+
+def _memory_of(node: Any) -> fx.Node:
+    """The node that made the memory ``node`` lies in."""
+    while node.op == "call_function":
+        target = node.target
+        overload = isinstance(target, OpOverload)
+        same = overload and (
+            target.is_view or target is torch.ops.aten.type_as.default or op_info(target).writes
+        )
+        if not (same or target in (show, operator.getitem) or target.__class__.__name__ == "WithHooks"):
+            break
+        node = node.args[0]
+    return node
+
+
+def _live(nodes: list[fx.Node]) -> set[fx.Node]:
+    roots = [n for n in nodes if n.op == "output" or _written(n)]
+    return set(reached(roots, lambda node: node.all_input_nodes))

@@ -11,8 +11,7 @@ from ..derive.liveness import peak_bytes
 from ..derive.mixed import why_not_mixed
 from ..derive.residuals import split
 from ..derive.reverse import cotangent_outputs, derived_by_running, loss_graph, replay_graph
-from ..ir.derived import FlatGraph, Split
-from ..ir.step import EAGER, Lowered, Lowering, StepGraph
+from ..ir.step import EAGER, FlatGraph, Lowered, Lowering, Split, StepGraph
 from ..ir.tensors import tensor_spec
 from .ambient import default_dtype, with_default_dtype
 from .compile_graph import compiled

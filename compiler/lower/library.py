@@ -9,8 +9,8 @@ from threading import RLock
 
 import torch
 
-from ..ir.program import operator_count
 from ..ir.step import StepGraph
+from ..ir.text import operator_count
 from ..ir.values import exact
 
 _log = logging.getLogger("metaoptim.cache")

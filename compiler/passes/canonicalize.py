@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from ..ir.program import plural
 from ..ir.segments import Partition, Segment, arguments
+from ..ir.text import plural
 from ..ir.trace import Noise
-from ..ir.values import Entry, Value
-from ..ir.walk import reached
+from ..ir.values import Entry, Value, reached
 from .options import Options
 from .split import group
 

@@ -16,7 +16,7 @@ from ..ir.tensors import TensorSpec
 from ..ir.trace import Input, Trace
 from ..ir.update import UpdatePlan
 from ..ir.values import Entry, Number, Value
-from ..ir.verify_step import verify_step
+from ..ir.verify import verify_step
 from .build import GradientHooks, build_segment
 from .pipeline import shaped
 from .split import single

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ..ir.fold import folded
-from ..ir.program import Program, plural
-from ..ir.step import Loop
+from ..ir.calls import Loop, folded
+from ..ir.program import Program
+from ..ir.text import plural
 from .options import Options
 
 

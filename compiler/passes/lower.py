@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
-from ..ir.program import Program, plural
+from ..ir.program import Program
+from ..ir.text import plural
 from .options import Options
 
 #: A step graph that a call runs no more often than this runs as it is.

@@ -7,9 +7,11 @@ from typing import Any
 
 from metaoptim.errors import CaptureError
 
-from ..ir.program import Operand, Program, plural
+from ..ir.calls import Loop, Operand, StepCall
+from ..ir.program import Program
 from ..ir.segments import Part, Partition, PartKind, roles_of
-from ..ir.step import Loop, StepCall, StepGraph
+from ..ir.step import StepGraph
+from ..ir.text import plural
 from ..ir.trace import Input, Noise, ScanItem
 from ..ir.values import Value, exact, identity
 from ..lower.library import Library

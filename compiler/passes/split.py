@@ -12,8 +12,7 @@ from metaoptim.errors import CaptureError, user_location
 from ..ir.segments import Hooks, Part, Partition, PartKind, Segment, sources
 from ..ir.step import gradient
 from ..ir.trace import Trace
-from ..ir.values import Entry, Value, changed
-from ..ir.walk import reached
+from ..ir.values import Entry, Value, changed, reached
 from .options import Options
 
 

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from ..compiler.ir.program import Program, plural
-from ..compiler.ir.step import Loop, StepCall, calls_of
+from ..compiler.ir.calls import Loop, StepCall, calls_of
+from ..compiler.ir.program import Program
 from ..compiler.ir.tensors import tensor_spec
+from ..compiler.ir.text import plural
 from ..compiler.ir.trace import Input, Noise
 from ..errors import CaptureError
 from .guards import Source

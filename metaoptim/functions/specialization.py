@@ -12,9 +12,11 @@ from torch import Tensor
 
 from ..compiler.derive.liveness import results_of
 from ..compiler.derive.reverse import cotangent_outputs
-from ..compiler.ir.program import Kept, Operand, Program, plural
+from ..compiler.ir.calls import Operand, StepCall
+from ..compiler.ir.program import Kept, Program
 from ..compiler.ir.retention import Retention
-from ..compiler.ir.step import Lowering, Role, StepCall
+from ..compiler.ir.step import Lowering, Role
+from ..compiler.ir.text import plural
 from ..compiler.ir.trace import Input
 from ..compiler.lower.ambient import unaffected
 from ..compiler.lower.derivatives import derived

@@ -9,8 +9,11 @@ from typing import Any
 
 from ..compiler.cost.model import SIZES, CostModel, step_flops
 from ..compiler.cost.step import residual_cost, step_cost
-from ..compiler.ir.program import Program, nbytes, plural, readable_bytes
-from ..compiler.ir.step import Loop, Lowering
+from ..compiler.ir.calls import Loop
+from ..compiler.ir.program import Program
+from ..compiler.ir.step import Lowering
+from ..compiler.ir.tensors import nbytes
+from ..compiler.ir.text import plural, readable_bytes
 from ..errors import WindowError
 from ..runtime.budget.planner import FEW_SLOTS, Plan, Planner, residuals_from, with_residuals
 

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from ..compiler.compat import profiling
 from ..compiler.cost.step import step_cost
-from ..compiler.ir.program import Kept, Program, given_ports, nbytes, plural, signature
-from ..compiler.ir.step import Role
+from ..compiler.ir.program import Kept, Program
+from ..compiler.ir.step import Role, given_ports
+from ..compiler.ir.tensors import nbytes
+from ..compiler.ir.text import plural, signature
 from ..compiler.ir.trace import Input, Trace
 from ..compiler.passes.checkpoint import checkpoint
 from ..compiler.passes.options import Options

@@ -7,9 +7,11 @@ from collections import Counter
 from dataclasses import asdict, replace
 
 from ..compiler.derive.liveness import results_of
-from ..compiler.ir.program import Operand, memory_of, plural
-from ..compiler.ir.step import Loop, Lowering, Role, StepGraph
+from ..compiler.ir.calls import Loop, Operand
+from ..compiler.ir.step import Lowering, Role, StepGraph
 from ..compiler.ir.tape import Tape
+from ..compiler.ir.tensors import memory_of
+from ..compiler.ir.text import plural
 from ..compiler.lower.derivatives import derived
 from ..compiler.passes.differentiate import derive_all
 from ..compiler.passes.pipeline import Record

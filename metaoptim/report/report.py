@@ -8,8 +8,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..compiler.cost.step import step_cost
-from ..compiler.ir.program import Calls, by_role, nbytes, plural, readable_bytes, shapes_text
+from ..compiler.ir.program import Calls
 from ..compiler.ir.step import Lowering, StepGraph
+from ..compiler.ir.tensors import nbytes
+from ..compiler.ir.text import by_role, plural, readable_bytes, shapes_text
 from ..errors import WindowError
 from ..runtime.states.actions import drawn
 from ..runtime.states.streams import whole

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from metaoptim.compiler.ir.program import readable_bytes
 from metaoptim.compiler.ir.retention import amount
+from metaoptim.compiler.ir.text import readable_bytes
 from metaoptim.errors import warn
 
 

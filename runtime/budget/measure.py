@@ -15,9 +15,9 @@ from torch import Tensor
 from metaoptim.compiler.compat import profiling
 from metaoptim.compiler.cost.step import made_of, measured
 from metaoptim.compiler.derive.cotangent_hook import stand_in
-from metaoptim.compiler.ir.derived import Measured
+from metaoptim.compiler.ir.calls import Loop, StepCall
 from metaoptim.compiler.ir.program import Kept, Program
-from metaoptim.compiler.ir.step import Loop, Lowering, StepCall
+from metaoptim.compiler.ir.step import Lowering, Measured
 from metaoptim.compiler.ir.trace import Input
 from metaoptim.compiler.lower.derivatives import lowered, residuals
 from metaoptim.errors import UnreachableWarning

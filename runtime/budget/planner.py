@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 
 from metaoptim.compiler.cost.step import measured, residual_cost, step_cost
-from metaoptim.compiler.ir.program import Kept, Program, nbytes, readable_bytes
+from metaoptim.compiler.ir.calls import Loop, StepCall
+from metaoptim.compiler.ir.program import Kept, Program
 from metaoptim.compiler.ir.retention import Retention
-from metaoptim.compiler.ir.step import Loop, Lowering, StepCall
+from metaoptim.compiler.ir.step import Lowering
+from metaoptim.compiler.ir.tensors import nbytes
+from metaoptim.compiler.ir.text import readable_bytes
 from metaoptim.compiler.ir.trace import Input
 from metaoptim.errors import BudgetError
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from metaoptim.compiler.compat import storage_users
-from metaoptim.compiler.ir.program import memory_bytes
+from metaoptim.compiler.ir.tensors import memory_bytes
 
 from ..engine.inputs import Memory, Snapshot, Watch
 from ..engine.noise import GENERATOR_BYTES

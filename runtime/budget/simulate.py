@@ -13,10 +13,10 @@ from torch import Tensor
 
 from metaoptim.compiler.cost.step import step_cost
 from metaoptim.compiler.derive.reverse import cotangent_outputs
-from metaoptim.compiler.ir.derived import ResultMemory
-from metaoptim.compiler.ir.program import Program, memory_bytes, nbytes
-from metaoptim.compiler.ir.step import EAGER, Assign, Lowering, Role, StepCall
-from metaoptim.compiler.ir.tensors import TensorSpec
+from metaoptim.compiler.ir.calls import Assign, StepCall
+from metaoptim.compiler.ir.program import Program
+from metaoptim.compiler.ir.step import EAGER, Lowering, ResultMemory, Role
+from metaoptim.compiler.ir.tensors import TensorSpec, memory_bytes, nbytes
 from metaoptim.compiler.ir.trace import Input
 
 from ..engine.function import BoundProgram, generator_for, sweep_over

@@ -14,8 +14,10 @@ from metaoptim.compiler.compat import disable_current_modes, profiling
 from metaoptim.compiler.cost.step import check_bytes, measured, step_cost
 from metaoptim.compiler.derive import cotangent_hook
 from metaoptim.compiler.derive.reverse import cotangent_outputs
-from metaoptim.compiler.ir.program import memory_of, nbytes, plural, readable_bytes
-from metaoptim.compiler.ir.step import Assign, Role, StepCall
+from metaoptim.compiler.ir.calls import Assign, StepCall
+from metaoptim.compiler.ir.step import Role
+from metaoptim.compiler.ir.tensors import memory_of, nbytes
+from metaoptim.compiler.ir.text import plural, readable_bytes
 from metaoptim.compiler.lower.ambient import unaffected
 from metaoptim.compiler.lower.derivatives import lowered
 from metaoptim.errors import BudgetError

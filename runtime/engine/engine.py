@@ -14,10 +14,10 @@ from torch import Tensor
 
 from metaoptim.compiler.compat import disable_current_modes, queue_callback
 from metaoptim.compiler.derive import cotangent_hook
-from metaoptim.compiler.ir.program import memory_of
-from metaoptim.compiler.ir.step import Assign, Role, StepCall
+from metaoptim.compiler.ir.calls import Assign, StepCall
+from metaoptim.compiler.ir.step import Role
 from metaoptim.compiler.ir.tape import Tape
-from metaoptim.compiler.ir.tensors import TensorSpec
+from metaoptim.compiler.ir.tensors import TensorSpec, memory_of
 from metaoptim.compiler.lower.ambient import unaffected
 from metaoptim.compiler.lower.derivatives import Lowered, lowered
 from metaoptim.errors import CaptureError, StaleInputError, WindowError

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaoptim.compiler.ir.program import Kept, Operand, Program
-from metaoptim.compiler.ir.step import Loop, Lowering, Port, Role, StepCall, calls_of
+from metaoptim.compiler.ir.calls import Loop, Operand, StepCall, calls_of
+from metaoptim.compiler.ir.program import Kept, Program
+from metaoptim.compiler.ir.step import Lowering, Port, Role
 from metaoptim.compiler.ir.trace import Input
 from metaoptim.compiler.lower.ambient import unaffected
 

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from metaoptim.compiler.ir.program import memory_bytes
-from metaoptim.compiler.ir.tensors import TensorSpec, tensor_spec
+from metaoptim.compiler.ir.tensors import TensorSpec, memory_bytes, tensor_spec
 from metaoptim.errors import StaleInputError
 
 _CHUNK = 1 << 20

@@ -8,7 +8,8 @@ from functools import partial
 from typing import Any
 
 from metaoptim.compiler.derive.reverse import cotangent_outputs
-from metaoptim.compiler.ir.step import Assign, Role, StepCall
+from metaoptim.compiler.ir.calls import Assign, StepCall
+from metaoptim.compiler.ir.step import Role
 from metaoptim.compiler.ir.tensors import TensorSpec
 from metaoptim.compiler.lower.derivatives import residuals
 

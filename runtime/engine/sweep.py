@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from metaoptim.compiler.ir.step import Assign, Role, StepCall
+from metaoptim.compiler.ir.calls import Assign, StepCall
+from metaoptim.compiler.ir.step import Role
 from metaoptim.compiler.ir.trace import Input
 from metaoptim.errors import UnreachableWarning, warn
 

@@ -15,7 +15,7 @@ from metaoptim.compiler.ir.segments import Roles, ordered
 from metaoptim.compiler.ir.step import Role
 from metaoptim.compiler.ir.trace import Input, Noise
 from metaoptim.compiler.ir.values import Value, exact, identity
-from metaoptim.compiler.ir.verify_step import verify_step
+from metaoptim.compiler.ir.verify import verify_step
 from metaoptim.compiler.lower.library import library
 from metaoptim.compiler.passes.build import build_segment
 from metaoptim.compiler.passes.pipeline import shaped

@@ -9,7 +9,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from metaoptim.compiler.ir.step import Lowering, Role, StepCall, StepGraph
+from metaoptim.compiler.ir.calls import StepCall
+from metaoptim.compiler.ir.step import Lowering, Role, StepGraph
 from metaoptim.compiler.ir.trace import Input, Noise
 from metaoptim.compiler.lower.ambient import unaffected
 from metaoptim.compiler.lower.derivatives import lowered

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from metaoptim.compiler.ir.segments import arguments
 from metaoptim.compiler.ir.step import gradient, show
-from metaoptim.compiler.ir.values import Entry, Value, identity
-from metaoptim.compiler.ir.walk import reached
+from metaoptim.compiler.ir.values import Entry, Value, identity, reached
 
 from ..engine.engine import Engine
 from ..engine.graph import nodes_below

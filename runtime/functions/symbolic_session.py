@@ -18,8 +18,7 @@ from metaoptim.compiler.ir.slices import closed_over
 from metaoptim.compiler.ir.step import gradient, show
 from metaoptim.compiler.ir.tensors import TensorSpec, tensor_spec
 from metaoptim.compiler.ir.trace import Input, WindowMark
-from metaoptim.compiler.ir.values import Entry, Value
-from metaoptim.compiler.ir.walk import reached
+from metaoptim.compiler.ir.values import Entry, Value, reached
 from metaoptim.compiler.passes.build import GradientHooks
 from metaoptim.errors import CaptureError, WindowError, user_location
 

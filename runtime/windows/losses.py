@@ -16,8 +16,8 @@ from torch import Tensor
 
 from metaoptim.compiler.capture.eager.recording import Recording
 from metaoptim.compiler.compat import swap_tensors
+from metaoptim.compiler.ir.calls import StepCall
 from metaoptim.compiler.ir.slices import Slice
-from metaoptim.compiler.ir.step import StepCall
 from metaoptim.compiler.ir.values import Epoch, Theta
 from metaoptim.errors import CaptureError
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from metaoptim.compiler.capture.intercept import recording
-from metaoptim.compiler.ir.step import Assign
+from metaoptim.compiler.ir.calls import Assign
 from metaoptim.compiler.ir.tape import Tape
 from metaoptim.errors import CaptureError
 

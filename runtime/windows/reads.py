@@ -10,9 +10,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from metaoptim.compiler.ir.program import memory_of
+from metaoptim.compiler.ir.calls import StepCall
 from metaoptim.compiler.ir.slices import Slice
-from metaoptim.compiler.ir.step import StepCall
+from metaoptim.compiler.ir.tensors import memory_of
 from metaoptim.compiler.ir.values import Epoch
 from metaoptim.errors import CaptureError, UnreachableWarning, warn
 

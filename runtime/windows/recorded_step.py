@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from metaoptim.compiler.ir.calls import StepCall
 from metaoptim.compiler.ir.slices import Slice, hook_key
-from metaoptim.compiler.ir.step import Lowering, StepCall, StepGraph
+from metaoptim.compiler.ir.step import Lowering, StepGraph
 from metaoptim.compiler.ir.tensors import tensor_spec
 from metaoptim.compiler.lower.ambient import unaffected
 from metaoptim.compiler.lower.derivatives import lowered

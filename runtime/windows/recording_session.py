@@ -8,11 +8,11 @@ from collections.abc import Collection, Iterable
 import torch
 from torch import Tensor
 
+from metaoptim.compiler.ir.calls import Assign, StepCall
 from metaoptim.compiler.ir.operators import LIFTS
-from metaoptim.compiler.ir.program import memory_of
 from metaoptim.compiler.ir.slices import Slice
-from metaoptim.compiler.ir.step import Assign, StepCall
 from metaoptim.compiler.ir.tape import Tape
+from metaoptim.compiler.ir.tensors import memory_of
 from metaoptim.compiler.ir.update import initial_state
 from metaoptim.compiler.ir.values import External, Value
 from metaoptim.errors import CaptureError, LossError, MetaOptimError, WindowError

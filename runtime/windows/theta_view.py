@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.overrides import enable_reentrant_dispatch
 
 from metaoptim.compiler.capture.eager.recorder import Recorder
-from metaoptim.compiler.ir.step import Assign, StepCall
+from metaoptim.compiler.ir.calls import Assign, StepCall
 from metaoptim.compiler.ir.values import Epoch, Theta
 from metaoptim.errors import WindowError
 

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 import metaoptim
 from forms import in_form_c, mlp
 from metaoptim.compiler.derive.reverse import cotangent_outputs
-from metaoptim.compiler.ir.derived import FlatGraph
-from metaoptim.compiler.ir.step import StepGraph
+from metaoptim.compiler.ir.step import FlatGraph, StepGraph
 from metaoptim.compiler.lower import derivatives
 from metaoptim.compiler.lower.derivatives import derived, replayed, residuals
 from metaoptim.runtime.budget.meter import AllocatorMeter

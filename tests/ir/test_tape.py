@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 import metaoptim
-from metaoptim.compiler.ir.step import Assign, Loop, StepCall, StepGraph, gradient
+from metaoptim.compiler.ir.calls import Assign, Loop, StepCall
+from metaoptim.compiler.ir.step import StepGraph, gradient
 from metaoptim.compiler.ir.tape import Tape
 from oracle import agree
 

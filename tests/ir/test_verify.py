@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import metaoptim
-from metaoptim.compiler.ir.program import Operand, Program
-from metaoptim.compiler.ir.segments import Partition
-from metaoptim.compiler.ir.step import EAGER, Loop, Port, Role, StepCall, StepGraph
+from metaoptim.compiler.ir.calls import Loop, Operand, StepCall
+from metaoptim.compiler.ir.program import Program
+from metaoptim.compiler.ir.segments import Partition, verify_partition
+from metaoptim.compiler.ir.step import EAGER, Port, Role, StepGraph
 from metaoptim.compiler.ir.tensors import TensorSpec
 from metaoptim.compiler.ir.trace import Input, Noise
-from metaoptim.compiler.ir.verify import verify_partition, verify_program
-from metaoptim.compiler.ir.verify_step import verify_step
+from metaoptim.compiler.ir.verify import verify_program, verify_step
 from metaoptim.compiler.passes.canonicalize import canonicalize
 from metaoptim.compiler.passes.options import Options
 from metaoptim.compiler.passes.pipeline import compile_trace

@@ -16,8 +16,7 @@ from torch import Tensor
 from metaoptim.errors import CaptureError
 
 from ...ir.operators import EMPTY, MASKED, PARTING, OpInfo, op_info, parts
-from ...ir.values import Carried, Entry, Epoch, External, Theta, Value, version_of
-from ...ir.walk import reached
+from ...ir.values import Carried, Entry, Epoch, External, Theta, Value, reached, version_of
 from ..modes import Writer
 from .guard import Guard
 

@@ -13,8 +13,7 @@ from metaoptim.compiler.compat import FakeTensor, OpOverload, unset_fake_tempora
 
 from ...ir.operators import op_info
 from ...ir.tensors import tensor_spec
-from ...ir.values import Entry, Number, Value
-from ...ir.walk import reached
+from ...ir.values import Entry, Number, Value, reached
 
 _OPTIONS = (
     *(bool, int, float, complex, str, type(None)),

@@ -1,16 +1,122 @@
-"""A run of calls that differ by what advances from one to the next becomes a Loop, and so do rounds of several."""
+"""Calls of step graphs, and the Loops that a run of calls, or rounds of several, become where they repeat."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-from .program import Operand
-from .step import Assign, Loop, StepCall
+from torch import Tensor
+
+from .step import EAGER, Lowering, StepGraph
 
 LONGEST = 32  # calls in a round
+
+
+@dataclass(slots=True)
+class StepCall:
+    """One recorded inner step: a StepGraph and what it was called with.
+
+    Attributes:
+        step: the graph.
+        theta: state indices behind the THETA inputs, in order.
+        update: state indices of theta', in order.
+        opt_state: state indices of the optimizer state before (None: created by this step) and after.
+        back: how many positions before its own lies the state that its loss has read.
+        inputs: what fills the META and SCAN inputs, in order.
+        metas: for each META input, the number under which its gradient is collected.
+        location: the user's line.
+        rng: state index of the random generator's state, if the step draws; -1 if not.
+        lowering: the backend and HVP mode of the step graphs.
+        spies: the tensor hooks that are part of the step.
+    """
+
+    step: StepGraph
+    theta: tuple[int, ...]
+    update: tuple[int, ...]
+    opt_state_in: tuple[int, ...]
+    opt_state_out: tuple[int, ...]
+    back: int
+    inputs: list[Any]
+    metas: tuple[Any, ...]
+    location: str
+    rng: int = -1
+    lowering: Lowering = EAGER
+    spies: tuple[Any, ...] = ()
+
+    def changed(self) -> Iterator[tuple[int, int]]:
+        """Outputs of the step and the state indices they go to."""
+        return enumerate((*self.update, *self.opt_state_out))
+
+
+@dataclass(slots=True)
+class Assign:
+    """State entries set to values from outside.
+
+    Attributes:
+        indices, values: what is set to what.
+        adoption: the values are a network's own parameters (cotangents that arrive here are theirs); otherwise the
+            assignment is a history cut (an in-place load), where cotangents end.
+    """
+
+    indices: tuple[int, ...]
+    values: list[Tensor]
+    adoption: bool = False
+
+
+@dataclass
+class Loop:
+    """Iterations that only differ in the slices and numbers their calls are given.
+
+    Attributes:
+        calls: those of the first iteration; in each later one they find their inputs where these have left them.
+        count: how many iterations.
+        strides: for each call, by how much each of its inputs advances from one iteration to the next (slices of a
+            scan, lifted numbers; else 0).
+    """
+
+    calls: tuple[StepCall, ...]
+    count: int
+    strides: tuple[tuple[int, ...], ...]
+
+
+def calls_of(item: StepCall | Loop) -> tuple[StepCall, ...]:
+    """A call, or those of one iteration of a loop."""
+    return item.calls if isinstance(item, Loop) else (item,)
+
+
+@dataclass(frozen=True)
+class Operand:
+    """An input of a call that is no register.
+
+    Attributes:
+        kind: "input", "scan" (a slice of one), "noise", "number", or "each" (of several, the one at ``at``).
+        of: the `Input`, the `Noise`, the number, or what there is to choose from.
+        at: for a slice, its position.
+    """
+
+    kind: str
+    of: Any
+    at: int = 0
+
+    def advanced(self, by: int) -> Operand:
+        """The one ``by`` further on."""
+        if self.kind in ("scan", "each"):
+            return Operand(self.kind, self.of, self.at + by)
+        return Operand(self.kind, self.of + by)
+
+    @property
+    def chosen(self) -> Operand:
+        """Itself, or the one of several that it stands for now."""
+        return self.of[self.at] if self.kind == "each" else self
+
+    @property
+    def sources(self) -> list[Any]:
+        """What it may read: an `Input`, a `Noise` or a number, or several."""
+        return [g.of for g in self.of] if self.kind == "each" else [self.of]
+
+
 Item = StepCall | Assign | Loop
 
 
