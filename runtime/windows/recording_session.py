@@ -200,7 +200,7 @@ class RecordedSession(OrdinarySession):
         )
         opt_state = self._state_indices(optimizer, step)
         call = step.call(engine, opt_state, self.options.lowering, self.networks.names)
-        if tell_unreachable(sliced, self.recorder.taint, self.networks):
+        if self.recorder.taint.of_storage and tell_unreachable(sliced, self.recorder.taint, self.networks):
             engine.reaches = True  # there is a better explanation
         update.grads.clear()  # a sliding window may replay below
         # nothing the user sees has changed so far, and nothing below fails

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from metaoptim.compiler.passes.build import GradientHooks
 from metaoptim.errors import LossError, MetaOptimError
 
 from .networks import Networks
+
+if TYPE_CHECKING:
+    from .session import Session
 
 _NUMBERS = (int, float, Tensor)
 
@@ -34,7 +37,7 @@ class InnerOptimizer(Protocol):
     symbolic: bool
     _normalizer: tuple[Any, float, bool] | None
     _tape: list[tuple[str, Tensor]]
-    _session: Any
+    _session: Session | None
 
     @property
     def state(self) -> MutableMapping[Tensor, Any]:
