@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -175,7 +175,8 @@ def trained(optimizer: InnerOptimizer, networks: Networks) -> list[tuple[int, in
 def update_by(
     optimizer: InnerOptimizer,
     networks: Networks,
-    grads: Iterable[Tensor | None],
+    members: list[tuple[int, int]],
+    grads: Sequence[Tensor | None],
     hyper: Hyper,
     *,
     allow_unused: bool,
@@ -189,18 +190,18 @@ def update_by(
     Args:
         optimizer: takes the step.
         networks: of its window.
-        grads: by its `trained` parameters; None where the loss does not depend on one.
+        members: its `trained` parameters.
+        grads: the gradient by each of them; None where the loss does not depend on one.
         hyper: its hyper-parameters.
         allow_unused: whether there may be such parameters: they keep their values.
         create_graph: whether the gradient is to be differentiated.
         prepare: is told the ordinals of the parameters that are updated, and gives them initial states where it can;
             whether others are part of the update. All of them are if nobody prepares.
     """
-    name, found = type(optimizer).__name__, list(grads)
-    members = trained(optimizer, networks)
+    name = type(optimizer).__name__
     used: list[tuple[int, int, Tensor]] = []
     unused = []
-    for (i, k), g in zip(members, found, strict=True):
+    for (i, k), g in zip(members, grads, strict=True):
         if g is None:
             unused.append(networks.names[i])
             continue
@@ -220,10 +221,10 @@ def update_by(
             "pass allow_unused=True: they keep their values"
         )
     ordinals, hooked = [i for i, *_ in used], [networks.originals[i]._backward_hooks for i, *_ in used]
-    grads, hooks = _through_hooks([g for *_, g in used], hooked, create_graph)
+    inner, hooks = _through_hooks([g for *_, g in used], hooked, create_graph)
     normalizer = optimizer._normalizer
     if normalizer is not None and normalizer[2]:
-        norm = nn.utils.get_total_norm([g.detach() for g in grads], normalizer[1])
+        norm = nn.utils.get_total_norm([g.detach() for g in inner], normalizer[1])
         if not bool(torch.isfinite(norm)):
             raise LossError(
                 f"{name}.step: the norm of the inner gradient is {float(norm)} and error_if_nonfinite is "
@@ -238,7 +239,7 @@ def update_by(
     plan = UpdatePlan(
         type(optimizer).update, hyper.groups, group_of, tuple(map(tuple, states)), hyper.clip, init
     )
-    return Update(ordinals, grads, hooks, states, plan, hyper.slots)
+    return Update(ordinals, inner, hooks, states, plan, hyper.slots)
 
 
 def _through_hooks(
