@@ -13,7 +13,7 @@ from metaoptim.errors import ProgramError
 
 from .operators import op_text
 from .slices import Keyed, hook_key
-from .step import Role, gradient, show
+from .step import RANK, Role, gradient, show
 from .tensors import TensorSpec
 from .trace import Input, Noise, ScanItem, Trace
 from .update import UpdatePlan
@@ -216,12 +216,9 @@ class Roles:
     outputs: dict[Place, Role]
 
 
-_RANK = {Role.THETA: 0, Role.THETA_NOW: 1, Role.OPT_STATE: 2, Role.CARRY: 2}
-
-
 def ordered(inputs: list[Role]) -> list[int]:
     """Places of the inputs in the order of a step graph's: theta, other values passed on, the rest."""
-    return sorted(range(len(inputs)), key=lambda at: (_RANK.get(inputs[at], 3), at))
+    return sorted(range(len(inputs)), key=lambda at: (RANK.get(inputs[at], 3), at))
 
 
 def roles_of(segment: Segment, kind: PartKind) -> Roles:

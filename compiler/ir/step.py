@@ -81,6 +81,8 @@ def again(value: Tensor) -> Tensor:
     return value
 
 
+#: The order of a step graph's inputs by role; all others come after these.
+RANK = {Role.THETA: 0, Role.THETA_NOW: 1, Role.OPT_STATE: 2, Role.CARRY: 2}
 _STATE = (Role.THETA, Role.OPT_STATE, Role.CARRY)
 _USUAL = ("eager", "aot_eager", "inductor")  # known without loading dynamo
 

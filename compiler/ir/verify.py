@@ -17,7 +17,7 @@ from metaoptim.errors import ProgramError
 from .calls import Loop, Operand, StepCall, calls_of
 from .operators import op_info, written
 from .program import Program
-from .step import Port, Role, StepGraph, given_ports, show, state_ports
+from .step import RANK, Port, Role, StepGraph, given_ports, show, state_ports
 from .tensors import tensor_spec
 from .text import registers_text
 from .trace import Noise
@@ -25,8 +25,7 @@ from .values import reached
 
 aten = torch.ops.aten
 _INNER = (Role.THETA, Role.OPT_STATE)
-_INPUT_RANK = {Role.THETA: 0, Role.THETA_NOW: 1, Role.OPT_STATE: 2, Role.CARRY: 2}
-_INPUTS = (*_INPUT_RANK, Role.META, Role.SCAN, Role.NOISE)
+_INPUTS = (*RANK, Role.META, Role.SCAN, Role.NOISE)
 _OUTPUTS = (Role.THETA, Role.OPT_STATE, Role.CARRY, Role.GRADIENT)
 
 
@@ -253,12 +252,12 @@ def _verify_ports(step: StepGraph, name: str, placeholders: list[fx.Node]) -> No
     for node, port in zip(placeholders, step.inputs, strict=True):
         if port.role not in _INPUTS:
             raise ProgramError(f"{name}: input {port.name} has the role of an output, {port.role.value}")
-        if _INPUT_RANK.get(port.role, 3) < rank:
+        if RANK.get(port.role, 3) < rank:
             raise ProgramError(
                 f"{name}: input {port.name} ({port.role.value}) comes after inputs it must precede; expected theta, "
                 "then state, then what is given from outside"
             )
-        rank = _INPUT_RANK.get(port.role, 3)
+        rank = RANK.get(port.role, 3)
         if node.meta.get("spec", port.spec) != port.spec:
             raise ProgramError(
                 f"{name}: input {port.name} is declared as {port.spec}, its placeholder holds "

@@ -31,7 +31,7 @@ class WithHooks:
     def __call__(self, value: Tensor) -> Tensor:
         if value.requires_grad:
             for hook in self.hooks:
-                value.register_hook(hook)
+                value.register_hook(hook)  # pyright: ignore[reportUnknownMemberType]
         return value
 
 
@@ -83,7 +83,8 @@ def build_segment(
         nodes[i] = builder.input(role, spec_of(segment.inputs[i]), f"{role.value}_{i}", i in kind.active)
     numbers = {i: builder.number(i) for i in lifted}
     builder.calls([nodes[i] for i in range(len(nodes))], numbers)
-    results, outputs = [], []
+    results: list[fx.Node] = []
+    outputs: list[Port] = []
     for k, (place, role) in enumerate(roles.outputs.items()):
         results.append(builder.value(("v", *place)))
         outputs.append(Port(role, kind.outputs[place], f"{role.value}_{k}'", place in kind.active_outputs))
@@ -158,21 +159,21 @@ class _Builder:
         call, kwargs = self.graph.call_function, {k: self.value(v) for k, v in key[2]}
         if not isinstance(op, OpOverload):
             return call(op, tuple(values), kwargs)
-        function, in_place = stand_in(op)
+        function, in_place = stand_in(op)  # pyright: ignore[reportUnknownArgumentType]
         if not in_place:
             return call(function, tuple(values), kwargs)
         # it may keep what it is given for its derivative
         made = call(function, (call(aten.clone.default, (values[0],)), *values[1:]), kwargs)
         return call(aten.copy_.default, (values[0], made))
 
-    def _select(self, source: Any, dim: Any, at: tuple[Any, ...]) -> fx.Node:
+    def _select(self, source: Any, dim: Any, at: tuple[str, int]) -> fx.Node:
         call, source, dim = self.graph.call_function, self.value(source), self.value(dim)
         if at[1] not in self.lifted:
             return call(aten.select.int, (source, dim, self.segment.numbers[at[1]]))
         index = call(aten.view.default, (self.numbers[at[1]], [1]))
         return call(aten.squeeze.dim, (call(aten.index_select.default, (source, dim, index)), dim))
 
-    def _slice(self, source: Any, dim: Any, at: tuple[Any, ...], length: Any, stride: Any) -> fx.Node:
+    def _slice(self, source: Any, dim: Any, at: tuple[str, int], length: Any, stride: Any) -> fx.Node:
         call, source = self.graph.call_function, self.value(source)
         dim, length, stride = map(self.value, (dim, length, stride))
         start = self.segment.numbers[at[1]]
@@ -187,16 +188,17 @@ class _Builder:
         return restored(token, self._found)
 
     def _found(self, token: tuple[Any, ...]) -> Any:
-        kind = token[0]
+        kind: str = token[0]
+        at: int = token[1]
         if kind == "n":
-            return self.numbers[token[1]] if token[1] in self.lifted else self.segment.numbers[token[1]]
+            return self.numbers[at] if at in self.lifted else self.segment.numbers[at]
         if token in self.hooked:
             return self.hooked[token]
         if kind == "x":
-            return self.given[token[1]]
+            return self.given[at]
         assert kind == "v", token
         if token[2] is None:
-            return self.nodes[token[1]]
+            return self.nodes[at]
         if token not in self.parts:
-            self.parts[token] = self.graph.call_function(operator.getitem, (self.nodes[token[1]], token[2]))
+            self.parts[token] = self.graph.call_function(operator.getitem, (self.nodes[at], token[2]))
         return self.parts[token]

@@ -107,10 +107,11 @@ class _Step:
         for entry, key in zip(sliced.entries, sliced.key[0], strict=True):
             self._take(entry, key)
         self._update(spec, new_states, hooks)
-        self.hooked_inputs = {}
+        self.hooked_inputs: dict[int, list[Any]] = {}
         for where, spies in sliced.hooks.items():
             if where[0] == "v":
-                self.trace.hooks.setdefault(id(self.trace.entries[where[1]]), {})[where[2]] = spies
+                at: int = where[1]
+                self.trace.hooks.setdefault(id(self.trace.entries[at]), {})[where[2]] = spies
             else:
                 self.hooked_inputs[id(self._value(where))] = spies
 
@@ -176,6 +177,9 @@ class _Step:
         return restored(token, self._found)
 
     def _found(self, token: tuple[Any, ...]) -> Any:
-        if token[0] == "v":
-            return Value(self.trace.entries[token[1]], token[2])
-        return {"t": self.thetas, "x": self.externals, "n": self.numbers}[token[0]][token[1]]
+        kind: str = token[0]
+        at: int = token[1]
+        if kind == "v":
+            return Value(self.trace.entries[at], token[2])
+        stands: dict[str, Sequence[Any]] = {"t": self.thetas, "x": self.externals, "n": self.numbers}
+        return stands[kind][at]

@@ -34,7 +34,10 @@ def mode(trace: Trace, options: Options) -> tuple[Trace, str]:
         for entry in mark.adopted:
             entry.op = aten.detach.default
         for target, value in mark.last:
-            key = tuple(map(id, target[:2])) + target[2:] if isinstance(target, tuple) else id(target)
+            key: Any = id(target)
+            if isinstance(target, tuple):
+                optimizer, tensor, name = target  # pyright: ignore[reportUnknownVariableType]
+                key = (id(optimizer), id(tensor), name)  # pyright: ignore[reportUnknownArgumentType]
             writes[key] = (target, value)
     writes.update((id(target), (target, value)) for target, value in trace.left)
     trace.writes = list(writes.values())

@@ -100,8 +100,8 @@ class Record:
     name: str
     done: str
     milliseconds: float
-    before: dict[str, int] = field(default_factory=dict)
-    after: dict[str, int] = field(default_factory=dict)
+    before: dict[str, int] = field(default_factory=dict[str, int])
+    after: dict[str, int] = field(default_factory=dict[str, int])
     text: str = ""
 
     def __str__(self) -> str:

@@ -52,9 +52,4 @@ def _spread(part: Part, inputs: set[int]) -> set[Place]:
             (isinstance(a, Value) and id(a.entry) in reached) or identity(a) in given for a in sources(entry)
         ):
             reached.add(id(entry))
-    found = set()
-    for number, index in part.kind.outputs:
-        entry = segment.entries[number]
-        if id(entry) in reached:
-            found.add((number, index))
-    return found
+    return {place for place in part.kind.outputs if id(segment.entries[place[0]]) in reached}

@@ -85,7 +85,8 @@ def _call(
     part: Part, step: StepGraph, lifted: tuple[int, ...], read: dict[str, Any], written: list[int]
 ) -> StepCall:
     segment = part.segment
-    state, given = [], []
+    state: list[int] = []
+    given: list[Operand] = []
     for at in roles_of(segment, part.kind).order:
         ref = segment.inputs[at]
         if isinstance(ref, Value):
@@ -207,7 +208,7 @@ class _Registers:
                 if not looped or carried:  # what all iterations read must outlast them
                     self._free.append(read[identity(ref)])
         free = self._free = list(dict.fromkeys(self._free))
-        carry = set()
+        carry = set[tuple[Any, ...]]()
         if looped:
             before = [
                 r

@@ -48,7 +48,7 @@ class _Rows:
     def replaced(self, a: Any) -> Any:
         """``a`` with rows in the place of values that are some."""
         if isinstance(a, tuple):
-            return tuple(self.replaced(b) for b in a)
+            return tuple([self.replaced(b) for b in a])  # pyright: ignore[reportUnknownVariableType]
         item = self._item(a.entry) if isinstance(a, Value) else None
         self.reads += item is not None
         return a if item is None else item

@@ -14,8 +14,8 @@ from torch import Tensor
 from metaoptim.compiler.compat import tree_flatten, tree_unflatten
 
 from ..compiler.capture import intercept
+from ..compiler.capture.symbolic.capturing import capturing
 from ..compiler.capture.symbolic.refusals import refusing
-from ..compiler.capture.symbolic.tracer import capturing
 from ..compiler.derive.tracing import uncollected
 from ..compiler.ir.trace import Input, Trace
 from ..compiler.lower.ambient import unaffected

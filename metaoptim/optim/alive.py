@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from metaoptim.compiler.capture.symbolic.tracer import preserving
+from metaoptim.compiler.capture.symbolic.capturing import preserving
 
 if TYPE_CHECKING:
     from .optimizer import MetaOptimizer

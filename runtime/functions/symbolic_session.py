@@ -25,7 +25,7 @@ from metaoptim.errors import CaptureError, WindowError, user_location
 from ..engine.graph import leaves_of
 from ..windows.networks import Networks
 from ..windows.session import AS_GRADIENT, WINDOW, Options, Session, _current, refuse_overwritten
-from ..windows.update import InnerOptimizer, Update, hyper_of, update_by
+from ..windows.update import InnerOptimizer, Update, hyper_of, trained, update_by
 from .loops import Loops
 
 aten = torch.ops.aten
@@ -238,14 +238,15 @@ class CapturedSession(Session):
             )
         tracer.settle_hooks()
         root = tracer.value_of(loss)
-        ordinals = self.ordinals(optimizer)
+        members = trained(optimizer, networks)
+        ordinals = [i for i, _ in members]
         self._refuse_overwritten(root, ordinals)
         hyper = hyper_of(optimizer, tracer.value_of, self._lifts)
         leaves = set(map(id, leaves_of(loss)))
         read = self._read(leaves, root, ordinals)
         # which parameters the loss depends on: a gradient has their shapes, so that nothing need be pulled back
         reached = [tracer.fakes.empty(tensor_spec(t)) if id(t) in leaves else None for t in read]
-        update = update_by(optimizer, networks, reached, hyper, allow_unused=allow_unused)
+        update = update_by(optimizer, networks, members, reached, hyper, allow_unused=allow_unused)
         if any(isinstance(c, Tensor) for hooks in update.hooks for hook in hooks for c in closed_over(hook)):
             raise CaptureError(
                 "a hook on a parameter closes over a tensor, whose values it would keep from the capture on; let it "

@@ -20,7 +20,7 @@ from ..engine.nodes import Begin, as_parameter
 from .networks import Networks
 from .ordinary_session import OrdinarySession
 from .session import AS_GRADIENT, Options, refuse_overwritten
-from .update import InnerOptimizer, gradient, hyper_of, update_by
+from .update import InnerOptimizer, gradient, hyper_of, trained, update_by
 
 # The fused attention kernels have no second derivative: none is taken while a full tape is open, in the whole process.
 _lock = Lock()
@@ -137,13 +137,14 @@ class FullTapeSession(OrdinarySession):
 
     def _step(self, optimizer: InnerOptimizer, loss: Tensor, allow_unused: bool) -> None:
         self.refuse_strangers()
-        ordinals, networks = self.ordinals(optimizer), self.networks
+        networks, members = self.networks, trained(optimizer, self.networks)
         create_graph, hook = not optimizer.first_order, self.options.backward_hook
-        grads = self._inner_gradient(loss, ordinals, create_graph)
+        grads = self._inner_gradient(loss, [i for i, _ in members], create_graph)
         with torch.enable_grad():
             update = update_by(
                 optimizer,
                 networks,
+                members,
                 grads,
                 hyper_of(optimizer, lambda t: t, lifts=False),
                 allow_unused=allow_unused,

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import math
+import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.distributed
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from metaoptim.compiler.capture import intercept
 from metaoptim.compiler.capture.eager.recorder import Recorder
@@ -15,21 +20,24 @@ from metaoptim.errors import LossError, WindowError, user_location, warn
 from ..engine.engine import Engine
 from . import oversights
 from .networks import Networks
-from .session import Member, Options, Session, _current
+from .session import Member, Options, Session, _current, current_session
 
 
 class OrdinarySession(Session):
     """Base of the strategies on real tensors.
 
-    Attributes:
-        notes: what the user does besides stepping.
+    They note what their user does besides stepping, and warn of it.
     """
 
     recorder: Recorder
 
     def __init__(self, options: Options, recorder: Recorder, networks: Networks) -> None:
         super().__init__(options, recorder, networks)
-        self.notes = oversights.Notes()
+        self._loss_told = False  # whether a loss that is not finite has been told of
+        self._steps_of_others: dict[
+            str, str
+        ] = {}  # names of parameters that torch's optimizers moved -> where
+        self._differentiated: dict[int, tuple[weakref.ref[Tensor], str]] = {}  # losses, and where
 
     def _close(self) -> None:
         """Drop every reference to the user's graph."""
@@ -41,6 +49,7 @@ class OrdinarySession(Session):
 
     def open(self) -> None:
         """Begin: from here on the calling thread's code is the window's."""
+        _watch_optimizers()
         intercept.install()
         oversights.remember(None)
         _current.set(self)
@@ -63,8 +72,7 @@ class OrdinarySession(Session):
         optimizer._tape = [*(optimizer._tape if member.steps else ()), *before]
         if member.steps == self.options.pickup_step:
             self._pick(member)
-        self.notes.stepped(name, member.steps, loss, self.recorder.clipped)
-        self.recorder.clipped = ""
+        self._tell_of_step(name, member.steps, loss)
         member.steps += 1
         if checked:
             self._check_finite(member)
@@ -96,24 +104,53 @@ class OrdinarySession(Session):
 
     # -- oversights ----------------------------------------------------------------------------------------------
 
+    def _tell_of_step(self, name: str, step: int, loss: Tensor) -> None:
+        """Warn of what the step just taken has taken no notice of; on the CPU, where nobody waits, look at its loss."""
+        if clipped := self.recorder.clipped:
+            self.recorder.clipped = ""
+            warn(
+                f"the gradients of the window's parameters were clipped at {clipped}, which {name}.step takes no "
+                "notice of: it takes the gradient of the loss itself. Clip inner gradients with "
+                f"{name}.reset_grad_normalizer(max_norm)"
+            )
+        ref, where = self._differentiated.get(id(loss), (None, ""))
+        if ref is not None and ref() is loss:
+            warn(
+                f"loss.backward() at {where} has added the gradient of an inner loss to .grad, where the meta-gradient "
+                f"goes; {name}.step(loss) takes the gradient itself. Take that backward out, or clone the loss if it "
+                "is an outer loss too"
+            )
+        if not self._loss_told and loss.device.type == "cpu" and not math.isfinite(loss.item()):
+            self._loss_told = True
+            warn(
+                f"{name}.step {step} (counted from 0): the inner loss is {loss.item()}; gradients through this step "
+                "mean nothing. SlidingWindow(check_finite=True) makes this an error"
+            )
+
+    def note_backward(self, outputs: Iterable[Tensor]) -> None:
+        """A backward that fills ``.grad`` has begun from ``outputs``."""
+        where = user_location()
+        self._differentiated = {k: v for k, v in self._differentiated.items() if v[0]() is not None}
+        self._differentiated.update((id(t), (weakref.ref(t), where)) for t in outputs)
+
     def note_step_of(self, optimizer: torch.optim.Optimizer) -> None:
         """An optimizer of torch steps inside the block."""
         what = f"{type(optimizer).__name__}.step at {user_location()}"
         own = {id(p): name for p, name in zip(self.networks.originals, self.networks.names, strict=True)}
         moved = [p for group in optimizer.param_groups for p in group["params"]]
-        self.notes.steps_of_others.update((own[id(p)], what) for p in moved if id(p) in own)
+        self._steps_of_others.update((own[id(p)], what) for p in moved if id(p) in own)
 
     def _tell_oversights(self) -> None:
         """Warn of what the whole block shows."""
         steps = sum(member.steps for member in self.members.values())
-        if not steps and self.notes.steps_of_others:
-            names, what = [*self.notes.steps_of_others], next(iter(self.notes.steps_of_others.values()))
+        if not steps and self._steps_of_others:
+            names, what = [*self._steps_of_others], next(iter(self._steps_of_others.values()))
             warn(
                 f"{what} moved {oversights.names_text(names)} in a window in which no inner optimizer has stepped, so "
                 "nothing in it was differentiated or put back; take inner steps by inner.step(loss)"
             )
         shown = [self.networks.shown[i].detach() for i in self.networks.joined] if steps else []
-        if not self.notes.loss_told and not oversights.all_finite(shown):
+        if not self._loss_told and not oversights.all_finite(shown):
             warn(
                 f"the parameters are no longer finite {self._since_when(steps)}, so that gradients through this window "
                 "mean nothing; SlidingWindow(check_finite=True) raises at the step where that begins"
@@ -212,3 +249,17 @@ def _average(values: list[Tensor], group: Any) -> list[Tensor]:
         torch.distributed.all_reduce(mean, group=group)
         mean /= torch.distributed.get_world_size(group)
     return means
+
+
+@functools.cache
+def _watch_optimizers() -> None:
+    """Look at every step of torch's optimizers, from the first window on."""
+    register_optimizer_step_pre_hook(_before_step)
+
+
+def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    session = current_session()
+    if isinstance(session, OrdinarySession):
+        session.note_step_of(optimizer)
+    elif session is None and (ended := oversights.last_ended()) is not None:
+        ended.step(optimizer)

@@ -1,12 +1,11 @@
-"""Ordinary mistakes that no single call shows: what happened beside a window's steps, and what came after it.
+"""Ordinary mistakes that no single call shows: what reaches no step, and what comes after a window.
 
-A window notes what its user does besides stepping; when it has ended, the next backward and the next step of each
-optimizer of torch are looked at once. Each mistake is told by a warning that points at the user's line.
+When a window has ended, the next backward and the next step of each optimizer of torch are looked at once. Each mistake
+is told by a warning that points at the user's line.
 """
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextvars import ContextVar
@@ -15,12 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 from metaoptim.compiler.capture.eager.taint import Taint
 from metaoptim.compiler.ir.slices import Slice
-from metaoptim.errors import UnreachableWarning, user_location, user_name_of, warn
+from metaoptim.errors import UnreachableWarning, user_name_of, warn
 
 from ..engine.graph import leaves_of, nodes_below
 from .networks import Networks
@@ -29,7 +27,6 @@ _SHOWN = 3  # names that a message lists
 _told: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensors that a warning after a window has named
 _unreached: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensors that a warning of a step has named
 _ended: ContextVar[Ended | None] = ContextVar("metaoptim_ended", default=None)
-_installed = False
 
 
 def names_text(names: Sequence[str]) -> str:
@@ -38,64 +35,9 @@ def names_text(names: Sequence[str]) -> str:
     return text + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
 
-class Notes:
-    """What is done in a window besides its steps.
-
-    Attributes:
-        loss_told: whether a loss that is not finite has been told of.
-        steps_of_others: names of parameters that an optimizer of torch has moved -> which one, and where.
-    """
-
-    def __init__(self) -> None:
-        self.loss_told = False
-        self.steps_of_others: dict[str, str] = {}
-        self._differentiated: dict[int, tuple[weakref.ref[Tensor], str]] = {}
-
-    def backward(self, outputs: Iterable[Tensor]) -> None:
-        """A backward that fills ``.grad`` has begun from ``outputs``."""
-        where = user_location()
-        self._differentiated = {k: v for k, v in self._differentiated.items() if v[0]() is not None}
-        self._differentiated.update((id(t), (weakref.ref(t), where)) for t in outputs)
-
-    def differentiated(self, loss: Tensor) -> str:
-        """Where ``loss.backward()`` was called; "" if it was not."""
-        ref, where = self._differentiated.get(id(loss), (None, ""))
-        return where if ref is not None and ref() is loss else ""
-
-    def stepped(self, name: str, step: int, loss: Tensor, clipped: str) -> None:
-        """Warn of what the step just taken has taken no notice of.
-
-        Args:
-            name: of the optimizer.
-            step: its number.
-            loss: the inner loss. On the CPU, where nobody has to wait for its value, it is looked at.
-            clipped: where gradients of the window's parameters were clipped since the step before; "" if they were not.
-        """
-        if clipped:
-            warn(
-                f"the gradients of the window's parameters were clipped at {clipped}, which {name}.step takes no "
-                "notice of: it takes the gradient of the loss itself. Clip inner gradients with "
-                f"{name}.reset_grad_normalizer(max_norm)"
-            )
-        if self._differentiated and (where := self.differentiated(loss)):
-            warn(
-                f"loss.backward() at {where} has added the gradient of an inner loss to .grad, where the meta-gradient "
-                f"goes; {name}.step(loss) takes the gradient itself. Take that backward out, or clone the loss if it "
-                "is an outer loss too"
-            )
-        if not self.loss_told and loss.device.type == "cpu" and not math.isfinite(loss.item()):
-            self.loss_told = True
-            warn(
-                f"{name}.step {step} (counted from 0): the inner loss is {loss.item()}; gradients through this step "
-                "mean nothing. SlidingWindow(check_finite=True) makes this an error"
-            )
-
-
 def tell_unreachable(sliced: Slice, taint: Taint, networks: Networks) -> bool:
     """Warn of what requires grad and reaches a step only where no gradient flows; whether anything does."""
     told = False
-    if not taint.of_storage:
-        return told
     reached = {id(x.source) for x in sliced.externals if x.grad}
     for x in sliced.externals:
         if x.grad:
@@ -214,30 +156,14 @@ def _leaves_below(outputs: Iterable[Tensor], ours: tuple[type, ...]) -> list[Ten
     return leaves
 
 
-def remember(window: Ended | None) -> Ended | None:
+def remember(window: Ended | None) -> None:
     """A window has ended, or (None) another one begins."""
-    global _installed
-    if not _installed:
-        register_optimizer_step_pre_hook(_before_step)
-        _installed = True
     _ended.set(window)
-    return window
 
 
 def last_ended() -> Ended | None:
     """The window that ended last in this thread, if no other has begun since."""
     return _ended.get()
-
-
-def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    from .ordinary_session import OrdinarySession
-    from .session import current_session
-
-    session = current_session()
-    if isinstance(session, OrdinarySession):
-        session.note_step_of(optimizer)
-    elif session is None and (ended := _ended.get()) is not None:
-        ended.step(optimizer)
 
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:

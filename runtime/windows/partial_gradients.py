@@ -172,7 +172,7 @@ def _run_backward(outputs: Any, *args: Any, **kwargs: Any) -> Any:
         if recorder is None or not recorder.depth:
             check(outputs, inputs, session)
     elif isinstance(session, OrdinarySession):
-        session.notes.backward(outputs)
+        session.note_backward(outputs)
     elif session is None and (ended := last_ended()) is not None:
         ended.backward(outputs, _OURS)
     return _original(outputs, *args, **kwargs)

@@ -79,7 +79,8 @@ class WholeReads:
         makes some states once for all its steps.
         """
         self._superstep, engine = superstep, self.engine
-        self._link_entered()
+        if self._unlinked:
+            self._link_entered()
         older = superstep - 3  # the last losses are there in any case
         if any(life.at < older for life in self.waiting):
             self._link(position, (), (), ())
@@ -90,7 +91,8 @@ class WholeReads:
 
     def step(self, position: int, metas: list[Tensor]) -> tuple[int, ...]:
         """A step at ``position`` has read ``metas``, which require grad; their numbers."""
-        self._link_entered()
+        if self._unlinked:
+            self._link_entered()
         numbers, new = self._metas.take(metas)
         if new:
             self._link(position, tuple(new), (), new.values())

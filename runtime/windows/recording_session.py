@@ -28,7 +28,7 @@ from .oversights import Ended, all_finite, tell_unreachable
 from .recorded_step import RecordedStep, unrecorded
 from .session import Member, Options, refuse_overwritten
 from .theta_view import ThetaView
-from .update import Hyper, InnerOptimizer, Update, gradient, hyper_of, update_by
+from .update import Hyper, InnerOptimizer, Update, gradient, hyper_of, trained, update_by
 
 _pure: weakref.WeakSet = weakref.WeakSet()  # updates that have been seen not to write into their arguments
 
@@ -200,7 +200,7 @@ class RecordedSession(OrdinarySession):
         )
         opt_state = self._state_indices(optimizer, step)
         call = step.call(engine, opt_state, self.options.lowering, self.networks.names)
-        if tell_unreachable(sliced, self.recorder.taint, self.networks):
+        if self.recorder.taint.of_storage and tell_unreachable(sliced, self.recorder.taint, self.networks):
             engine.reaches = True  # there is a better explanation
         update.grads.clear()  # a sliding window may replay below
         # nothing the user sees has changed so far, and nothing below fails
@@ -243,7 +243,8 @@ class RecordedSession(OrdinarySession):
     ) -> Update:
         indices, shown, view = self.view.indices, self.networks.shown, self.view
         read = {t.index: [t.tensor, *sliced.twins.get(k, ())] for k, t in enumerate(sliced.thetas)}
-        ordinals = self.ordinals(optimizer)
+        members = trained(optimizer, self.networks)
+        ordinals = [i for i, _ in members]
         if view.stepped.behind:
             view.stepped.check(loss, [shown[i] for i in ordinals])
         if stepped(loss) is None:
@@ -257,7 +258,9 @@ class RecordedSession(OrdinarySession):
                     raise unrecorded(self.networks.names[i])
             return self._sync_opt_state(optimizer, used)
 
-        return update_by(optimizer, self.networks, grads, hyper, allow_unused=allow_unused, prepare=prepare)
+        return update_by(
+            optimizer, self.networks, members, grads, hyper, allow_unused=allow_unused, prepare=prepare
+        )
 
     def _again(self, loss: Tensor, ordinals: list[int]) -> list[Tensor | None]:
         """The gradient of a loss that has been stepped by before, by the parameters as it has read them."""

@@ -204,7 +204,8 @@ class Session:
         member = self.members[id(optimizer)]
         with self.recorder.paused(), DisableAutocast():
             self.networks.check()
-            if not trained(optimizer, self.networks):
+            index_of = self.networks.index_of
+            if all(index_of(p) is None for g in optimizer.param_groups for p in g["params"]):
                 raise LossError(
                     f"{name}.step: none of its networks' parameters requires grad, so there is nothing to train; "
                     "unfreeze some with requires_grad_(True)"

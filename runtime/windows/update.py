@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, MutableMapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, MutableMapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from metaoptim.compiler.passes.build import GradientHooks
 from metaoptim.errors import LossError, MetaOptimError
 
 from .networks import Networks
+
+if TYPE_CHECKING:
+    from .session import Session
 
 _NUMBERS = (int, float, Tensor)
 
@@ -34,7 +37,7 @@ class InnerOptimizer(Protocol):
     symbolic: bool
     _normalizer: tuple[Any, float, bool] | None
     _tape: list[tuple[str, Tensor]]
-    _session: Any
+    _session: Session | None
 
     @property
     def state(self) -> MutableMapping[Tensor, Any]:
@@ -172,7 +175,8 @@ def trained(optimizer: InnerOptimizer, networks: Networks) -> list[tuple[int, in
 def update_by(
     optimizer: InnerOptimizer,
     networks: Networks,
-    grads: Iterable[Tensor | None],
+    members: list[tuple[int, int]],
+    grads: Sequence[Tensor | None],
     hyper: Hyper,
     *,
     allow_unused: bool,
@@ -186,18 +190,18 @@ def update_by(
     Args:
         optimizer: takes the step.
         networks: of its window.
-        grads: by its `trained` parameters; None where the loss does not depend on one.
+        members: its `trained` parameters.
+        grads: the gradient by each of them; None where the loss does not depend on one.
         hyper: its hyper-parameters.
         allow_unused: whether there may be such parameters: they keep their values.
         create_graph: whether the gradient is to be differentiated.
         prepare: is told the ordinals of the parameters that are updated, and gives them initial states where it can;
             whether others are part of the update. All of them are if nobody prepares.
     """
-    name, found = type(optimizer).__name__, list(grads)
-    members = trained(optimizer, networks)
+    name = type(optimizer).__name__
     used: list[tuple[int, int, Tensor]] = []
     unused = []
-    for (i, k), g in zip(members, found, strict=True):
+    for (i, k), g in zip(members, grads, strict=True):
         if g is None:
             unused.append(networks.names[i])
             continue
@@ -217,10 +221,10 @@ def update_by(
             "pass allow_unused=True: they keep their values"
         )
     ordinals, hooked = [i for i, *_ in used], [networks.originals[i]._backward_hooks for i, *_ in used]
-    grads, hooks = _through_hooks([g for *_, g in used], hooked, create_graph)
+    inner, hooks = _through_hooks([g for *_, g in used], hooked, create_graph)
     normalizer = optimizer._normalizer
     if normalizer is not None and normalizer[2]:
-        norm = nn.utils.get_total_norm([g.detach() for g in grads], normalizer[1])
+        norm = nn.utils.get_total_norm([g.detach() for g in inner], normalizer[1])
         if not bool(torch.isfinite(norm)):
             raise LossError(
                 f"{name}.step: the norm of the inner gradient is {float(norm)} and error_if_nonfinite is "
@@ -235,7 +239,7 @@ def update_by(
     plan = UpdatePlan(
         type(optimizer).update, hyper.groups, group_of, tuple(map(tuple, states)), hyper.clip, init
     )
-    return Update(ordinals, grads, hooks, states, plan, hyper.slots)
+    return Update(ordinals, inner, hooks, states, plan, hyper.slots)
 
 
 def _through_hooks(

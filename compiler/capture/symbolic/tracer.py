@@ -7,10 +7,8 @@ identity; nothing is computed and nothing outside changes.
 
 from __future__ import annotations
 
-import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -380,35 +378,3 @@ class Tracer(CaptureMode, Writer):
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:
     return a.layout is torch.strided and a.untyped_storage()._cdata == b.untyped_storage()._cdata
-
-
-#: Called when a capture begins: what they return puts Python state back that the captured function may change.
-preserving: list[Callable[[], Callable[[], None]]] = []
-
-
-@contextmanager
-def capturing() -> Iterator[Tracer]:
-    """Everything the calling thread does inside the block is traced, over fake tensors."""
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-    tracer = Tracer(fake)
-    restore = [keep() for keep in preserving]
-    warned = warnings.catch_warnings()
-    warned.__enter__()
-    warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # by copy.deepcopy
-    warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")  # by faking one
-    # autocast remembers the casts of leaves: fake ones would outlive the capture, real ones enter it as constants
-    cached = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        with fake:
-            tracer.__enter__()
-            try:
-                yield tracer
-            finally:
-                tracer.depth += 1
-                tracer.close()
-    finally:
-        warned.__exit__(None, None, None)
-        torch.set_autocast_cache_enabled(cached)
-        for put_back in restore:
-            put_back()
