@@ -6,7 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from types import FrameType
+from types import FrameType, ModuleType
 from typing import Any
 
 import torch
@@ -102,7 +102,8 @@ def user_scope() -> list[tuple[str, Any]]:
     if frame is None:
         return []
     own = list(frame.f_locals.items())
-    inner = [(f"{name}.{k}", v) for name, value in own for k, v in getattr(value, "__dict__", {}).items()]
+    holders = [(name, value) for name, value in own if not isinstance(value, ModuleType)]
+    inner = [(f"{name}.{k}", v) for name, value in holders for k, v in getattr(value, "__dict__", {}).items()]
     return [*own, *frame.f_globals.items(), *inner]
 
 
@@ -120,7 +121,7 @@ def user_name_of(tensor: torch.Tensor) -> str | None:
             for name, value in list(scope.items()):
                 if value is tensor:
                     return name
-        for name, value in list(frame.f_locals.items()):
+        for name, value in [x for x in frame.f_locals.items() if not isinstance(x[1], ModuleType)]:
             for attribute, inner in list(getattr(value, "__dict__", {}).items()):
                 if inner is tensor:
                     return f"{name}.{attribute}"

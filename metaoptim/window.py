@@ -218,8 +218,8 @@ class SlidingWindow:
                     f"window.scan: got {type(given).__name__}, expected tensors with one row for each step, as in "
                     "window.scan(xs, ys); make one of a list by torch.stack"
                 )
-        sizes = {t.shape[0] if t.dim() else None for t in tensors}
-        if len(sizes) != 1 or None in sizes:
+        sizes = {t.shape[0] if t.dim() else -1 for t in tensors}
+        if len(sizes) != 1 or -1 in sizes:
             raise ValueError(
                 f"window.scan: got leading sizes {[tuple(t.shape[:1]) for t in tensors]}, expected one size"
             )

@@ -60,15 +60,17 @@ class Loops:
         if len(facts) < 3:
             return
         before, now = facts[-2:]
-        for path in [p for p in now if p in before and now[p] != before[p]]:
+        changed = [p for p in now if p in before and now[p] != before[p]]
+        if changed:
+            path = min(changed, key=len)
             where, was, becomes = path.removesuffix(".__len__()"), before[path], now[path]
-            what = f"is {was}, then {becomes}"
+            what = f"a Python number changes: {path} is {was}, then {becomes}"
             if where != path:
-                what = f"holds {was}, then {becomes} values, in the middle of a scan"
+                what = f"{where} holds {was}, then {becomes} values in the middle of a scan"
             raise CaptureError(
-                f"{where} {what}, from one iteration of window.scan or window.range to the next: a few iterations are "
-                "captured and stand for all, so what goes by it would go by its first values. Scan a tensor of what "
-                "differs, use the number of window.range as an index, add up in a tensor, or use a plain `for`"
+                f"{what}, from one iteration of window.scan or window.range to the next. A few iterations are captured "
+                "and stand for all, so what goes by it would go by its first values. Scan a tensor of what differs, "
+                "use the number of window.range as an index, add up in a tensor, or use a plain `for`"
             )
 
     def _item(self, t: Tensor, k: int) -> Tensor:
@@ -94,9 +96,9 @@ class Loop:
         frame = sys._getframe(1)
         if dis.opname[frame.f_code.co_code[frame.f_lasti]] != "GET_ITER":
             raise CaptureError(
-                "window.scan or window.range is handed to something else than a `for` (zip, enumerate, list, ...): a few "
-                "iterations are captured and stand for all, and what runs beside them does not. Scan a tensor of it "
-                "as well, use the number of window.range as an index, or use a plain `for`"
+                "window.scan or window.range is handed to something else than a `for` (zip, enumerate, list, ...). A "
+                "few iterations are captured and stand for all, and what runs beside them does not. Scan a tensor of "
+                "it as well, use the number of window.range as an index, or use a plain `for`"
             )
         return self._iterations
 

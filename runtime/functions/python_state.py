@@ -40,7 +40,7 @@ def user_frames(end: str) -> Iterator[types.FrameType]:
 
 
 def facts_of(frames: Iterator[types.FrameType], ignored: type) -> dict[str, Any]:
-    """Python values that the code in ``frames`` can see, by where they are: not tensors, and none that is ``ignored``."""
+    """Python values that the code in ``frames`` sees, by where they are; no tensors, and none that is ``ignored``."""
     found: dict[str, Any] = {}
     seen: set[int] = set()
 
@@ -105,6 +105,8 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
         type(value).__module__, getattr(sys.modules.get(type(value).__module__), "__file__", "")
     ):
         yield from ((f".{k}", v) for k, v in getattr(value, "__dict__", {}).items())
+        slots = {name for cls in type(value).__mro__ for name in vars(cls).get("__slots__", ())}
+        yield from ((f".{k}", getattr(value, k)) for k in slots if hasattr(value, k))
 
 
 def _foreign(module: str, path: str | None) -> bool:
