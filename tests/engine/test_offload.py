@@ -413,7 +413,7 @@ def test_the_window_inside_says_where(tmp_path: Path, written: list[int]) -> Non
 
 def test_reads_that_are_given_up_give_their_memory_back(tmp_path: Path) -> None:
     """A truncated loop with losses at many steps reads ahead what it then does not need, again and again."""
-    steps = 65
+    steps = 41
 
     def setting() -> tuple[Any, ...]:
         torch.manual_seed(0)

@@ -16,7 +16,7 @@ from oracle import agree
 transformers = pytest.importorskip("transformers", reason="needs the extra 'models'", exc_type=ImportError)
 pytestmark = pytest.mark.slow
 
-STEPS = 4
+STEPS = 3
 _TOKENS = torch.randint(3, 50, (STEPS + 1, 2, 7), generator=torch.Generator().manual_seed(3))
 _IMAGES = torch.randn(STEPS + 1, 2, 3, 8, 8, generator=torch.Generator().manual_seed(4))
 _CLASSES = torch.randint(3, (STEPS + 1, 2), generator=torch.Generator().manual_seed(5))

@@ -72,7 +72,7 @@ def budgets(curve: Any) -> list[int]:
     """Some budgets of a curve, among them the first, that which just keeps every state, and the last."""
     found, work = zip(*curve, strict=True)
     every = max(budget for budget, factor in zip(found, work, strict=True) if factor >= 1)
-    return [*found[:: max(1, len(found) // 6)], every, found[-1]]
+    return [*found[:: max(1, len(found) // 4)], every, found[-1]]
 
 
 @pytest.mark.parametrize("offload", [False, True])
