@@ -185,6 +185,11 @@ class SlidingWindow:
             return _STRATEGIES[self._strategy](self._options)
         if self._strategy == "full_tape":
             raise WindowError("strategy='full_tape' cannot be compiled; take the decorator off")
+        if self._options.check_finite:
+            raise WindowError(
+                "SlidingWindow(check_finite=True) in a compiled function: values are not looked at there; take the "
+                "decorator off to find the step where they stop being finite"
+            )
         return CapturedSession(self._options, recorder)  # type: ignore[arg-type]
 
     def scan(self, *tensors: Tensor) -> Iterable[Any]:

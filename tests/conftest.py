@@ -16,7 +16,7 @@ torch.set_default_dtype(torch.float64)
 
 
 #: Folders whose tests count bytes. A window copies the networks of every optimizer that is alive.
-COUNTING = ("budget", "derive", "engine", "planning", "report", "states")
+COUNTING = ("budget", "derive", "engine", "planning", "report", "states", "windows")
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +37,6 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     """What there is by now stays: the collector need not look at it again."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(20_000, 20, 20)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

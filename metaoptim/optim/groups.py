@@ -38,12 +38,7 @@ def group_of(optimizer: MetaOptimizer, given: Any) -> tuple[dict[str, Any], nn.M
     cls = type(optimizer).__name__
     group = dict(given) if isinstance(given, dict) else {"params": given}
     for key in group.keys() - optimizer.defaults.keys() - _NO_OPTIONS:
-        close = difflib.get_close_matches(key, optimizer.defaults, 1) or [_ALSO.get(key)]
-        raise TypeError(
-            f"{cls}: got the group option {key!r}, expected some of "
-            f"{', '.join(map(repr, optimizer.defaults))}"
-            + (f"; did you mean {close[0]!r}?" if close[0] else "")
-        )
+        raise _unknown(optimizer, key)
     params: Any = group.get("params")
     whole = params if isinstance(params, nn.Module) else None
     if whole is not None:
@@ -86,6 +81,27 @@ def group_of(optimizer: MetaOptimizer, given: Any) -> tuple[dict[str, Any], nn.M
             )
         seen.add(id(p))
     return group, whole
+
+
+def check_misspelt(optimizer: MetaOptimizer) -> None:
+    """Raise for a key that was put into a group afterwards and looks like an option; others may be the user's own."""
+    for group in optimizer.param_groups:
+        for key in group.keys() - optimizer.defaults.keys() - _NO_OPTIONS:
+            if key in _ALSO or _meant(optimizer, key) == key.lower():
+                raise _unknown(optimizer, key)
+
+
+def _meant(optimizer: MetaOptimizer, key: str) -> str | None:
+    close = difflib.get_close_matches(key.lower(), optimizer.defaults, 1)
+    return close[0] if close else _ALSO.get(key)
+
+
+def _unknown(optimizer: MetaOptimizer, key: str) -> TypeError:
+    meant = _meant(optimizer, key)
+    return TypeError(
+        f"{type(optimizer).__name__}: got the group option {key!r}, expected some of "
+        f"{', '.join(map(repr, optimizer.defaults))}" + (f"; did you mean {meant!r}?" if meant else "")
+    )
 
 
 def matching(optimizer: MetaOptimizer, values: Mapping[Any, Tensor]) -> list[Tensor]:

@@ -16,7 +16,7 @@ from metaoptim.errors import WindowError
 from metaoptim.runtime.windows.session import Session, current_session
 
 from .alive import live_optimizers
-from .groups import check_network, group_of, matching, own
+from .groups import check_misspelt, check_network, group_of, matching, own
 from .hyper import Number, check_non_negative, detached, is_symbolic, learned
 
 #: What an optimizer trains: networks, or groups (see `MetaOptimizer`).
@@ -144,6 +144,7 @@ class MetaOptimizer(Optimizer):
                 f"{type(self).__name__}.step was called outside a window; put the inner loop inside "
                 "`with metaoptim.SlidingWindow(...):`"
             )
+        check_misspelt(self)
         for hook in self._optimizer_step_pre_hooks.values():
             hook(self, (loss,), {})
         if closure is not None:

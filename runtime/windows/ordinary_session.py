@@ -153,7 +153,8 @@ class OrdinarySession(Session):
         if not self._loss_told and not oversights.all_finite(shown):
             warn(
                 f"the parameters are no longer finite {self._since_when(steps)}, so that gradients through this window "
-                "mean nothing; SlidingWindow(check_finite=True) raises at the step where that begins"
+                "mean nothing; SlidingWindow(check_finite=True) raises at the step where that begins, unless it is a "
+                "compiled one"
             )
 
     def _since_when(self, steps: int) -> str:

@@ -108,8 +108,8 @@ class Ended:
         state = "back at its first parameters" if self.offline else "cut off from its history"
         warn(
             f"this loss depends on {names_text(names)} of a network whose window has ended, and nobody has asked for a "
-            f"gradient through that window: there the network is {state}. Compute the outer loss inside the window's "
-            "block; its backward may come later",
+            f"gradient through that window: after it the network is {state}. Compute the outer loss inside the "
+            "window's block; its backward may come later",
             UnreachableWarning,
         )
 
@@ -133,16 +133,19 @@ class Ended:
                 UnreachableWarning,
             )
         known = {id(p) for p, _ in own}
-        for p in without:
-            found = user_name_of(p) if id(p) not in known else None
-            if found is not None:
-                _told[p] = True
-                warn(
-                    f"{name}.step: {found!r} has no gradient: neither the inner steps nor the outer loss of the window "
-                    "before depend on it, or only through .detach(), float(), .item() or torch.no_grad(). Hand the "
-                    "tensor itself on",
-                    UnreachableWarning,
-                )
+        others = [(p, user_name_of(p)) for p in without if id(p) not in known]
+        named = [(p, repr(found)) for p, found in others if found is not None]
+        if not named and len(others) == len(moved):  # in no variable, say in a module or a list
+            p = others[0][0]
+            named = [(p, f"none of its {len(moved)} parameters, the first of shape {tuple(p.shape)},")]
+        for p, found in named:
+            _told[p] = True
+            has = "has a gradient" if found.startswith("none") else "has no gradient"
+            warn(
+                f"{name}.step: {found} {has}: neither the inner steps nor the outer loss of the window before depend "
+                "on it, or only through .detach(), float(), .item() or torch.no_grad(). Hand the tensor itself on",
+                UnreachableWarning,
+            )
 
 
 def _leaves_below(outputs: Iterable[Tensor], ours: tuple[type, ...]) -> list[Tensor] | None:

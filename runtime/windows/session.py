@@ -74,6 +74,12 @@ AS_GRADIENT = (
 )
 
 
+_ALL_FROZEN = (
+    "{}.step: none of its networks' parameters requires grad, so there is nothing to train; unfreeze some with "
+    "requires_grad_(True)"
+)
+
+
 def refuse_overwritten(name: str) -> None:
     """Raise for a parameter that was changed in place between its use in a loss and the step by that loss."""
     raise CaptureError(
@@ -193,6 +199,9 @@ class Session:
                 f"{name}.step: got a loss of shape {tuple(loss.shape)}, expected a scalar; reduce it, "
                 "for example with .mean()"
             )
+        parameters = [p for g in optimizer.param_groups for p in g["params"]]
+        if not loss.requires_grad and parameters and not any(p.requires_grad for p in parameters):
+            raise LossError(_ALL_FROZEN.format(name))
         if not loss.requires_grad:
             raise LossError(
                 f"{name}.step: the loss has no graph (it does not require grad); compute it from the network "
@@ -205,11 +214,8 @@ class Session:
         with self.recorder.paused(), DisableAutocast():
             self.networks.check()
             index_of = self.networks.index_of
-            if all(index_of(p) is None for g in optimizer.param_groups for p in g["params"]):
-                raise LossError(
-                    f"{name}.step: none of its networks' parameters requires grad, so there is nothing to train; "
-                    "unfreeze some with requires_grad_(True)"
-                )
+            if all(index_of(p) is None for p in parameters):
+                raise LossError(_ALL_FROZEN.format(name))
             self._take(member, loss, allow_unused)
 
     def _take(self, member: Member, loss: Tensor, allow_unused: bool) -> None:

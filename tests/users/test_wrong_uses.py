@@ -331,6 +331,20 @@ def loss_weight_as_a_number() -> None:
     outer.step()
 
 
+@wrong(
+    UnreachableWarning, "Adam.step: none of its 2 parameters", "shape (1, 1)", "has a gradient", ".detach()"
+)
+def weights_of_a_network_detached() -> None:
+    net, weigh = network(), nn.Linear(1, 1)
+    outer = torch.optim.Adam(weigh.parameters())
+    inner = MetaSGD([net])
+    with SlidingWindow(offline=True):
+        loss = loss_of(net)
+        inner.step(loss * weigh(loss.detach().view(1, 1)).sum().detach())
+        loss_of(net).backward()
+    outer.step()
+
+
 @wrong(UnreachableWarning, "'weight' requires grad", "no_grad")
 def loss_weight_under_no_grad() -> None:
     net, weight = network(), rate()
@@ -353,6 +367,15 @@ def option_misspelt() -> None:
 @wrong(TypeError, "'learning_rate'", "did you mean 'lr'")
 def option_of_another_library() -> None:
     MetaAdam([{"params": network(), "learning_rate": 0.1}])
+
+
+@wrong(TypeError, "MetaSGD", "'learning_rate'", "expected some of 'lr'", "did you mean 'lr'")
+def option_misspelt_afterwards() -> None:
+    net, log_lr = network(), rate()
+    inner = MetaSGD([net])
+    with SlidingWindow():
+        inner.param_groups[0]["learning_rate"] = log_lr.exp()
+        inner.step(loss_of(net))
 
 
 @wrong(TypeError, "param_groups[0]['lr'] is '0.1'", "expected a number or a tensor")
@@ -391,6 +414,14 @@ def frozen_network() -> None:
     inner = MetaSGD([net])
     with SlidingWindow():
         inner.step(loss_of(net) * weight)
+
+
+@wrong(LossError, "none of its networks' parameters requires grad", "requires_grad_(True)")
+def frozen_network_on_plain_data() -> None:
+    net = network().requires_grad_(False)
+    inner = MetaSGD([net])
+    with SlidingWindow():
+        inner.step(loss_of(net))
 
 
 @wrong(WindowError, "'2.weight'", "inside the window", "before the window")
@@ -464,6 +495,20 @@ def loader_in_a_compiled_function() -> None:
             return loss_of(net)
 
     meta_loss(network())
+
+
+@wrong(WindowError, "check_finite=True", "in a compiled function", "take the decorator off")
+def check_finite_in_a_compiled_function() -> None:
+    net = network()
+
+    @metaoptim.compile(backend="eager")
+    def meta_loss(net: nn.Module) -> Tensor:
+        inner = MetaSGD([net])
+        with SlidingWindow(offline=True, check_finite=True):
+            inner.step(loss_of(net))
+            return loss_of(net)
+
+    meta_loss(net)
 
 
 @wrong(metaoptim.CaptureError, "value is needed while the function is captured", "torch.where")
