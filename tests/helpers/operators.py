@@ -41,7 +41,7 @@ FORMS = {
 }
 TABLE = Path(__file__).parents[2] / "docs" / "operators.md"
 SAMPLES = 3  # of every entry, which make up one loss
-SHARE = 18  # tests take every so manieth operator by default,
+SHARE = 24  # tests take every so manieth operator by default,
 _SCANNED = 4  # and every so manieth is also tried in a scan
 _TRIED = 40  # samples among which these are looked for
 _LARGEST = 20_000  # numbers fed to an operator
