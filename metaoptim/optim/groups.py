@@ -85,8 +85,11 @@ def group_of(optimizer: MetaOptimizer, given: Any) -> tuple[dict[str, Any], nn.M
 
 def check_misspelt(optimizer: MetaOptimizer) -> None:
     """Raise for a key that was put into a group afterwards and looks like an option; others may be the user's own."""
+    known = optimizer.defaults.keys() | _NO_OPTIONS
     for group in optimizer.param_groups:
-        for key in group.keys() - optimizer.defaults.keys() - _NO_OPTIONS:
+        if group.keys() <= known:  # at every step, so in a fraction of a microsecond
+            continue
+        for key in group.keys() - known:
             if key in _ALSO or _meant(optimizer, key) == key.lower():
                 raise _unknown(optimizer, key)
 

@@ -199,10 +199,9 @@ class Session:
                 f"{name}.step: got a loss of shape {tuple(loss.shape)}, expected a scalar; reduce it, "
                 "for example with .mean()"
             )
-        parameters = [p for g in optimizer.param_groups for p in g["params"]]
-        if not loss.requires_grad and parameters and not any(p.requires_grad for p in parameters):
-            raise LossError(_ALL_FROZEN.format(name))
         if not loss.requires_grad:
+            if not any(p.requires_grad for g in optimizer.param_groups for p in g["params"]):
+                raise LossError(_ALL_FROZEN.format(name))
             raise LossError(
                 f"{name}.step: the loss has no graph (it does not require grad); compute it from the network "
                 "outside torch.no_grad() and without .detach() or .item()"
@@ -214,7 +213,7 @@ class Session:
         with self.recorder.paused(), DisableAutocast():
             self.networks.check()
             index_of = self.networks.index_of
-            if all(index_of(p) is None for p in parameters):
+            if all(index_of(p) is None for g in optimizer.param_groups for p in g["params"]):
                 raise LossError(_ALL_FROZEN.format(name))
             self._take(member, loss, allow_unused)
 
