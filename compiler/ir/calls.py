@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 from torch import Tensor
 
-from .step import EAGER, Lowering, StepGraph
+from .step import EAGER, Lowering, Role, StepGraph
 
 LONGEST = 32  # calls in a round
 
@@ -20,34 +20,38 @@ class StepCall:
 
     Attributes:
         step: the graph.
-        theta: state indices behind the THETA inputs, in order.
-        update: state indices of theta', in order.
-        opt_state: state indices of the optimizer state before (None: created by this step) and after.
-        back: how many positions before its own lies the state that its loss has read.
-        inputs: what fills the META and SCAN inputs, in order.
-        metas: for each META input, the number under which its gradient is collected.
+        reads: state indices behind the inputs that are state, in order.
+        writes: state indices that the outputs go to, in order; -1 for none. Gradients, the last outputs, have none.
+        inputs: what fills the other inputs, in order.
         location: the user's line.
+        back: how many positions before its own lies the state that its loss has read theta of.
+        metas: for each META input, the number under which its gradient is collected.
         rng: state index of the random generator's state, if the step draws; -1 if not.
         lowering: the backend and HVP mode of the step graphs.
         spies: the tensor hooks that are part of the step.
     """
 
     step: StepGraph
-    theta: tuple[int, ...]
-    update: tuple[int, ...]
-    opt_state_in: tuple[int, ...]
-    opt_state_out: tuple[int, ...]
-    back: int
+    reads: tuple[int, ...]
+    writes: tuple[int, ...]
     inputs: list[Any]
-    metas: tuple[Any, ...]
     location: str
+    back: int = 0
+    metas: tuple[Any, ...] = ()
     rng: int = -1
     lowering: Lowering = EAGER
     spies: tuple[Any, ...] = ()
 
-    def changed(self) -> Iterator[tuple[int, int]]:
-        """Outputs of the step and the state indices they go to."""
-        return enumerate((*self.update, *self.opt_state_out))
+    @property
+    def theta(self) -> tuple[int, ...]:
+        """State indices of the parameters that its loss has read."""
+        return self.reads[: self.step.thetas]
+
+    @property
+    def updated(self) -> tuple[int, ...]:
+        """State indices of theta'."""
+        pairs = zip(self.writes, self.step.outputs)
+        return tuple(i for i, port in pairs if port.role is Role.THETA)
 
 
 @dataclass(slots=True)
@@ -172,16 +176,7 @@ def _key(item: Item) -> tuple[Any, ...]:
     """Equal for calls that may be one and the same of a loop."""
     if not isinstance(item, StepCall) or item.spies:
         return (id(item),)
-    return (
-        id(item.step),
-        item.theta,
-        item.update,
-        item.opt_state_in,
-        item.opt_state_out,
-        item.back,
-        item.lowering,
-        item.location,
-    )
+    return id(item.step), item.reads, item.writes, item.back, item.lowering, item.location
 
 
 def _repeats(keys: list[tuple[Any, ...]]) -> dict[int, list[int]]:

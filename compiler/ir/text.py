@@ -249,11 +249,11 @@ def registers_text(registers: Sequence[int]) -> str:
 def _call_text(
     call: StepCall, strides: Sequence[int], names: Mapping[int, str], named: Mapping[Input, str]
 ) -> str:
-    read = [registers_text(call.opt_state_in)] if call.opt_state_in else []
+    read = [registers_text(call.reads)] if call.reads else []
     given = [_given_text(g, s, named) for g, s in zip(call.inputs, strides, strict=True)]
     arguments = "; ".join([*read, *([", ".join(given)] if given else [])])
     where = f"  # {_short(call.location)}" if call.location else ""
-    made = registers_text(call.opt_state_out) or "nothing"
+    made = registers_text(call.writes) or "nothing"
     return f"{made} = {names[id(call.step)]}({arguments}){where}"
 
 

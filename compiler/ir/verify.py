@@ -17,7 +17,7 @@ from metaoptim.errors import ProgramError
 from .calls import Loop, Operand, StepCall, calls_of
 from .operators import op_info, written
 from .program import Program
-from .step import RANK, Port, Role, StepGraph, given_ports, show, state_ports
+from .step import RANK, Port, Role, StepGraph, show
 from .tensors import tensor_spec
 from .text import registers_text
 from .trace import Noise
@@ -68,7 +68,7 @@ def verify_program(program: Program, *, pruned: bool = True, folded: bool = Fals
         for again in (False, True) if isinstance(item, Loop) else (False,):
             for call, name in zip(calls, named, strict=True):
                 _verify_reads(call, name + (" in its second iteration" if again else ""), held)
-                for k, register in call.changed():
+                for k, register in enumerate(call.writes):
                     if register >= 0:
                         held[register] = call.step.outputs[k]
         done += calls
@@ -76,18 +76,19 @@ def verify_program(program: Program, *, pruned: bool = True, folded: bool = Fals
 
 
 def _verify_arguments(call: StepCall, name: str, registers: int) -> None:
-    states, given = state_ports(call.step), given_ports(call.step)
+    count = call.step.states
+    states, given = call.step.inputs[:count], call.step.inputs[count:]
     for what, got, expected in (
-        ("registers read", call.opt_state_in, states),
+        ("registers read", call.reads, states),
         ("inputs from outside", call.inputs, given),
-        ("registers written", call.opt_state_out, call.step.outputs),
+        ("registers written", call.writes, call.step.outputs),
     ):
         if len(got) != len(expected):
             raise ProgramError(f"{name}: got {len(got)} {what}, the step graph has {len(expected)}")
-    for r in (*call.opt_state_in, *call.opt_state_out):
-        if not -1 <= r < registers or (r < 0 and r in call.opt_state_in):
+    for r in (*call.reads, *call.writes):
+        if not -1 <= r < registers or (r < 0 and r in call.reads):
             raise ProgramError(f"{name}: got register r{r}, expected one of r0 to r{registers - 1}")
-    kept = [r for r in call.opt_state_out if r >= 0]
+    kept = [r for r in call.writes if r >= 0]
     twice = sorted({r for r in kept if kept.count(r) > 1}) if len(set(kept)) < len(kept) else []
     if twice:
         raise ProgramError(f"{name}: two outputs go to one register, {registers_text(twice)}")
@@ -123,7 +124,7 @@ def _verify_given(given: Operand, port: Port, name: str) -> None:
 
 
 def _verify_reads(call: StepCall, name: str, held: dict[int, Port]) -> None:
-    for register, port in zip(call.opt_state_in, state_ports(call.step), strict=True):
+    for register, port in zip(call.reads, call.step.inputs[: call.step.states], strict=True):
         writer = held.get(register)
         where = f"{name}: input {port.name} reads r{register}"
         if writer is None:
@@ -152,7 +153,9 @@ def _verify_loop(loop: Loop, named: list[str]) -> None:
             raise ProgramError(
                 f"{name}: got {len(strides)} strides for {len(call.inputs)} inputs from outside"
             )
-        for given, stride, port in zip(call.inputs, strides, given_ports(call.step), strict=True):
+        for given, stride, port in zip(
+            call.inputs, strides, call.step.inputs[call.step.states :], strict=True
+        ):
             if stride and given.kind not in ("scan", "number", "each"):
                 raise ProgramError(
                     f"{name}: input {port.name} is the same for every iteration, but has stride {stride}"
@@ -172,8 +175,8 @@ def _verify_closed(loop: Loop, name: str, before: StepCall) -> None:
     if before.step is not call.step:
         return
     # The iteration before the loop is of the same kind: what this one reads of it, the next one reads of this one.
-    for port, was, now in zip(call.step.outputs, before.opt_state_out, call.opt_state_out, strict=True):
-        if was >= 0 and was in call.opt_state_in and now != was:
+    for port, was, now in zip(call.step.outputs, before.writes, call.writes, strict=True):
+        if was >= 0 and was in call.reads and now != was:
             raise ProgramError(
                 f"{name}: the loop is not closed: an iteration reads {port.name} of the one before it from r{was}, but "
                 f"leaves its own in {registers_text([now])}"

@@ -96,7 +96,7 @@ def _call(
         else:
             given.append(Operand("noise" if isinstance(ref, Noise) else "input", ref))
     given += [Operand("number", segment.numbers[i]) for i in lifted]
-    return StepCall(step, (), (), tuple(state), tuple(written), 0, given, (), part.location)
+    return StepCall(step, tuple(state), tuple(written), given, part.location)
 
 
 # -- loops -----------------------------------------------------------------------------------------------------------

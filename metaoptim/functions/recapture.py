@@ -50,7 +50,7 @@ def _difference(known: Any, again: Any) -> str | None:
                 if a != b:
                     return f"what it does {place} was\n    {a.strip()}\nand is\n    {b.strip()}\nSo it has changed"
             return f"it does something else {place}"
-        if _registers(was) != _registers(now):
+        if (was.reads, was.writes) != (now.reads, now.writes):
             return f"what it does {place} reads or leaves other values"
         for a, b in zip(was.inputs, now.inputs, strict=True):
             listed, listed_now = ((g.of if g.kind == "each" else (g,)) for g in (a, b))
@@ -80,10 +80,6 @@ def _calls(program: Program) -> list[tuple[StepCall, tuple]]:
         for item in program.calls
         for k, call in enumerate(calls_of(item))
     ]
-
-
-def _registers(call: Any) -> tuple:
-    return tuple(call.opt_state_in), tuple(call.opt_state_out)
 
 
 def _change(x: Any, y: Any, was: Mapping[Input, Source], now: Mapping[Input, Source]) -> str | None:

@@ -110,7 +110,7 @@ def changed_bytes(calls: Sequence[StepCall]) -> int:
     for call in calls:
         outputs = step_cost(call.step, call.lowering).outputs
         counted: set[int] = set()  # results whose memory has been: others may lie in it
-        for (k, index), made in zip(call.changed(), outputs, strict=False):
+        for (k, index), made in zip(enumerate(call.writes), outputs, strict=False):
             of = k if made.of_result < 0 else made.of_result
             if index >= 0:
                 sizes[index] = 0 if of in counted else outputs[of].size

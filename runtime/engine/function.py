@@ -77,16 +77,13 @@ class BoundProgram:
                 metas = (*metas[:meta], _target(given), *metas[meta + 1 :])
         return StepCall(
             first.step,
-            first.theta,
-            first.update,
-            first.opt_state_in,
-            first.opt_state_out,
-            0,
+            first.reads,
+            first.writes,
             inputs,
-            metas,
             first.location,
-            first.rng,
-            first.lowering,
+            metas=metas,
+            rng=first.rng,
+            lowering=first.lowering,
         )
 
     def takes_step(self, position: int) -> bool:
@@ -100,7 +97,7 @@ class BoundProgram:
         item = self.rolled.calls[at]
         call, strides = (item.calls[k], item.strides[k]) if isinstance(item, Loop) else (item, ())
         given: list[Operand] = call.inputs
-        ports = call.step.inputs[len(call.step.inputs) - len(given) :]
+        ports = call.step.inputs[call.step.states :]
         metas, moving, rng = [], [], -1
         for i, (g, port) in enumerate(zip(given, ports, strict=True)):
             meta = -1
@@ -111,11 +108,8 @@ class BoundProgram:
                 rng = self.rng
             if strides and strides[i]:
                 moving.append((i, g, strides[i], meta))
-        thetas = len(call.step.positions(Role.THETA))
         first = replace(
             call,
-            theta=call.opt_state_in[:thetas],
-            opt_state_in=call.opt_state_in[thetas:],
             inputs=[self.bind(g, port) for g, port in zip(given, ports, strict=True)],
             metas=tuple(metas),
             rng=rng,

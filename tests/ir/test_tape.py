@@ -26,8 +26,8 @@ STEP, OTHER = _step(), _step()
 
 
 def call(inputs: Any = (), **changes: Any) -> StepCall:
-    given = {"step": STEP, "back": 0, "metas": (), "location": "here", "update": (0,), **changes}
-    return StepCall(theta=(0,), opt_state_in=(1,), opt_state_out=(1,), inputs=list(inputs), **given)
+    given = {"step": STEP, "location": "here", **changes}
+    return StepCall(reads=(0, 1), writes=(0, 1), inputs=list(inputs), **given)
 
 
 def listed(calls: Iterable[Any]) -> list[Any]:
