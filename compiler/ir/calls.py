@@ -76,13 +76,10 @@ class Loop:
     Attributes:
         calls: those of the first iteration; in each later one they find their inputs where these have left them.
         count: how many iterations.
-        strides: for each call, by how much each of its inputs advances from one iteration to the next (slices of a
-            scan, lifted numbers; else 0).
     """
 
     calls: tuple[StepCall, ...]
     count: int
-    strides: tuple[tuple[int, ...], ...]
 
 
 def calls_of(item: StepCall | Loop) -> tuple[StepCall, ...]:
@@ -98,17 +95,20 @@ class Operand:
         kind: "input", "scan" (a slice of one), "noise", "number", or "each" (of several, the one at ``at``).
         of: the `Input`, the `Noise`, the number, or what there is to choose from.
         at: for a slice, its position.
+        stride: in a loop, by how much the position, or the number, advances from one iteration to the next.
     """
 
     kind: str
     of: Any
     at: int = 0
+    stride: int = 0
 
-    def advanced(self, by: int) -> Operand:
-        """The one ``by`` further on."""
-        if self.kind in ("scan", "each"):
-            return Operand(self.kind, self.of, self.at + by)
-        return Operand(self.kind, self.of + by)
+    def after(self, iterations: int) -> Operand:
+        """The one so many iterations later."""
+        by = self.stride * iterations
+        if self.kind == "number":
+            return Operand("number", self.of + by, 0, self.stride)
+        return Operand(self.kind, self.of, self.at + by, self.stride)
 
     @property
     def chosen(self) -> Operand:
@@ -159,7 +159,6 @@ def extended(known: Loop, calls: Sequence[Item]) -> int:
             _longer(m, known.count, [c.metas[i] for c in more]) for i, m in enumerate(own.metas)
         )
     known.count += count
-    known.strides = tuple(tuple(int(isinstance(x, Operand)) for x in c.inputs) for c in known.calls)
     return count * length
 
 
@@ -169,7 +168,7 @@ def _longer(column: Any, count: int, more: list[Any]) -> Any:
         return column
     if all(_same(x, column) for x in more):
         return column
-    return Operand("each", [column] * count + more)
+    return Operand("each", [column] * count + more, 0, 1)
 
 
 def _key(item: Item) -> tuple[Any, ...]:
@@ -191,37 +190,32 @@ def _repeats(keys: list[tuple[Any, ...]]) -> dict[int, list[int]]:
 
 
 def _loop(rounds: list[Any]) -> Loop:
-    calls, strides = [], []
-    for call, *others in zip(*rounds, strict=True):
-        columns = _columns([call.inputs, *(other.inputs for other in others)])
-        metas = _columns([call.metas, *(other.metas for other in others)])
-        calls.append(replace(call, inputs=[first for first, _ in columns], metas=tuple(m for m, _ in metas)))
-        strides.append(tuple(stride for _, stride in columns))
-    return Loop(tuple(calls), len(rounds), tuple(strides))
+    calls: list[StepCall] = []
+    for column in zip(*rounds, strict=True):
+        inputs = [_column(given) for given in zip(*(call.inputs for call in column), strict=True)]
+        metas = [_column(given) for given in zip(*(call.metas for call in column), strict=True)]
+        calls.append(replace(column[0], inputs=inputs, metas=tuple(metas)))
+    return Loop(tuple(calls), len(rounds))
 
 
-def _columns(rows: list[Any]) -> list[tuple[Any, int]]:
-    return [_column(column) for column in zip(*rows, strict=True)]
-
-
-def _column(given: Sequence[Any]) -> tuple[Any, int]:
-    """What stands for one input of a call in all rounds, and its stride."""
+def _column(given: Sequence[Any]) -> Any:
+    """What stands for one input of a call in all rounds."""
     first, second, *_ = given
     if not isinstance(first, Operand):  # of a recorded call
-        return (first, 0) if all(_same(g, first) for g in given) else (Operand("each", list(given)), 1)
+        return first if all(_same(g, first) for g in given) else Operand("each", list(given), 0, 1)
     if first.kind == "noise" or all(
         g.kind == first.kind and g.at == first.at and _same(g.of, first.of) for g in given
     ):
-        return first, 0
+        return first
     if first.kind == "scan" and all(g.kind == "scan" and g.of is first.of for g in given):
         stride = second.at - first.at
         if all(b.at - a.at == stride for a, b in pairwise(given)):
-            return first, stride
+            return replace(first, stride=stride)
     if all(g.kind == "number" and type(g.of) is int for g in given):
         stride = second.of - first.of
         if all(b.of - a.of == stride for a, b in pairwise(given)):
-            return first, stride
-    return Operand("each", tuple(given)), 1
+            return replace(first, stride=stride)
+    return Operand("each", tuple(given), 0, 1)
 
 
 def _same(a: object, b: object) -> bool:

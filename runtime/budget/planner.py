@@ -155,10 +155,8 @@ def _left_out(program: Program, short: Program) -> int:
         return 0
     read = {x for call, _ in short.counted() for g in call.inputs if g.kind != "each" for x in g.sources}
     for item in (c for c in short.calls if isinstance(c, Loop)):
-        for call, strides in zip(item.calls, item.strides, strict=True):
-            for g, stride in zip(call.inputs, strides, strict=True):
-                if g.kind == "each":
-                    read |= {g.advanced(k * stride).chosen.of for k in range(item.count)}
+        for g in (g for call in item.calls for g in call.inputs if g.kind == "each"):
+            read |= {g.after(k).chosen.of for k in range(item.count)}
     return sum(nbytes(x.spec) for x in listed - read)
 
 

@@ -14,11 +14,11 @@ from torch import Tensor, fx, nn
 import metaoptim
 from metaoptim.compiler.ir.calls import Loop, Operand, StepCall
 from metaoptim.compiler.ir.program import Program
-from metaoptim.compiler.ir.segments import Partition, verify_partition
+from metaoptim.compiler.ir.segments import Partition
 from metaoptim.compiler.ir.step import EAGER, Port, Role, StepGraph
 from metaoptim.compiler.ir.tensors import TensorSpec
 from metaoptim.compiler.ir.trace import Input, Noise
-from metaoptim.compiler.ir.verify import verify_program, verify_step
+from metaoptim.compiler.ir.verify import verify_partition, verify_program, verify_step
 from metaoptim.compiler.passes.canonicalize import canonicalize
 from metaoptim.compiler.passes.options import Options
 from metaoptim.compiler.passes.pipeline import compile_trace
@@ -100,7 +100,7 @@ def program(loop_at: int = 2, count: int = 5) -> Program:
             call(begin(), (), (0, 1), Operand("input", x)),
             call(moved, (0, 1), (0, 1), Operand("scan", data, 0)),
             call(moved, (0, 1), (0, 1), Operand("scan", data, 1)),
-            Loop((call(moved, (0, 1), (0, 1), Operand("scan", data, loop_at)),), count, ((1,),)),
+            Loop((call(moved, (0, 1), (0, 1), Operand("scan", data, loop_at, 1)),), count),
             call(end(), (0, 1), (2,)),
         ],
         registers=3,
@@ -214,16 +214,8 @@ REJECTED: dict[str, tuple[Callable[[Program], Any], str]] = {
         lambda p: p.calls.__setitem__(3, dataclasses.replace(p.calls[3], calls=())),
         r"call 3: a loop of no calls",
     ),
-    "the strides of too few calls": (
-        lambda p: p.calls.__setitem__(3, dataclasses.replace(p.calls[3], strides=())),
-        r"call 3.*got the strides of 0 calls for 1 of them",
-    ),
-    "a loop without strides": (
-        lambda p: p.calls.__setitem__(3, dataclasses.replace(p.calls[3], strides=((),))),
-        r"0 strides for 1",
-    ),
     "a moving invariant": (
-        _replace(3, inputs=[Operand("input", Input(torch.ones(3, dtype=torch.float64)))]),
+        _replace(3, inputs=[Operand("input", Input(torch.ones(3, dtype=torch.float64)), 0, 1)]),
         r"d is the same for every iteration, but has stride 1",
     ),
     "a loop that is not closed": (
