@@ -121,7 +121,7 @@ def _program_faults(program: Program, names: dict[int, str], folded: bool) -> It
             return
         named: list[tuple[StepCall, str]] = []
         for k, call in enumerate(calls):
-            place = f"{n}.{k}" if len(calls) > 1 else f"{n}"
+            place = f"{n}.{k}" if calls[1:] else f"{n}"
             where = f", {call.location}" if call.location else ""
             named.append((call, f"call {place} ({names[id(call.step)]}{where})"))
             yield from _argument_faults(*named[-1], program.registers)
