@@ -20,7 +20,7 @@ from ..compiler.derive.tracing import uncollected
 from ..compiler.ir.calls import Operand, StepCall
 from ..compiler.ir.program import Kept, Program
 from ..compiler.ir.retention import Retention
-from ..compiler.ir.step import Lowering, Role, given_ports
+from ..compiler.ir.step import Lowering
 from ..compiler.ir.text import plural
 from ..compiler.ir.trace import Input, Trace
 from ..compiler.lower.ambient import unaffected
@@ -180,12 +180,12 @@ class Specialization:
 
 def _reached(call: StepCall, hvp: str) -> list[Any]:
     """What a call is given that a gradient of it reaches."""
-    step, ports = call.step, given_ports(call.step)
-    if all(port.role is not Role.META for port in ports) or not cotangent_outputs(step):
+    step, first = call.step, call.step.states
+    at = step.metas
+    if not at or not cotangent_outputs(step):
         return []
-    grads = results_of(derived(step, hvp).graph)[len(step.inputs) - len(ports) :]
-    of_metas = zip(call.inputs, ports, grads, strict=False)
-    return [x for g, p, grad in of_metas if p.role is Role.META and grad is not None for x in g.sources]
+    grads = results_of(derived(step, hvp).graph)
+    return [x for i in at if grads[i] is not None for x in call.inputs[i - first].sources]
 
 
 def retention_of(program: Program, options: Options) -> Retention:
@@ -216,7 +216,7 @@ class StepSpecialization:
     def program(self) -> Program:
         """What it does: one call."""
         given = [Operand("input", x) for x in self.step.given]
-        return Program([StepCall(self.step.step, (), (), (), (), 0, given, (), "")])
+        return Program([StepCall(self.step.step, (), (), given, "")])
 
     def run(self, dependencies: Dependencies, window: RecordedSession | None) -> Any:
         """A step of the window: what the function returns."""
