@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
+import torch
 import torch._inductor.config
 from torch import Tensor, fx
 from torch._dynamo.backends.registry import lookup_backend
@@ -18,6 +19,8 @@ from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.cpu_vec_isa import VecISA
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from ..ir.tensors import TensorSpec
 
 
 def call_backend(backend: str, graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
@@ -48,3 +51,35 @@ def _takes(flags: str) -> bool:
     """Whether the C++ compiler takes these flags."""
     command = [get_cpp_compiler(), *flags.split(), "-x", "c++", "-fsyntax-only", os.devnull]
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def compile_to(
+    path: str, graph: fx.GraphModule, specs: Sequence[TensorSpec], threads: int, config: bytes | None
+) -> None:
+    """Compile a graph with inductor into a file.
+
+    Args:
+        path: of the file.
+        graph: flat, without constants.
+        specs: how its inputs are laid out.
+        threads: that its kernels run on.
+        config: inductor's options where they are not its defaults.
+    """
+    torch.set_num_threads(threads)
+    if config is not None:
+        torch._inductor.config.load_config(config)
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    with mode:
+        inputs = [torch.empty_strided(s.shape, s.stride, dtype=s.dtype, device=s.device) for s in specs]
+    with torch.no_grad(), options():
+        artifact = torch._inductor.standalone_compile(
+            graph, inputs, dynamic_shapes="from_example_inputs", fake_mode=mode, donate_graph_module=True
+        )
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        artifact.save(path=path)
+
+
+def load(path: str) -> Callable[..., Any]:
+    """The compiled graph of a file."""
+    with options():
+        return torch._inductor.CompiledArtifact.load(path=path)

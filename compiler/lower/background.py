@@ -1,0 +1,132 @@
+"""Compilation in other processes, while this one goes on: none of its time is taken, and no lock of its interpreter."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from typing import Any
+
+from . import worker
+from .worker import receive, send
+
+
+class Job:
+    """One graph on its way through the compiler.
+
+    Attributes:
+        path: where what becomes of it will lie.
+        complaint: why nothing became of it, once that is known.
+        seconds: how long it took.
+    """
+
+    def __init__(self, path: str, payload: bytes) -> None:
+        self.path, self.complaint, self.seconds = path, None, 0.0
+        self.message = (path, payload)
+        self._done, self._process = threading.Event(), os.getpid()
+
+    def end(self, complaint: str | None, seconds: float = 0.0) -> None:
+        """It is compiled, or there is a complaint."""
+        self.complaint, self.seconds = complaint, seconds
+        self._done.set()
+
+    @property
+    def ended(self) -> bool:
+        """Whether it is known what became of it."""
+        if not self._done.is_set() and self._process != os.getpid():
+            self.end("the process that had begun to compile has been forked")
+        return self._done.is_set()
+
+    def wait(self) -> None:
+        """Wait until that is known."""
+        if not self.ended:
+            self._done.wait()
+
+
+class Pool:
+    """Processes that compile, started when there is something to do.
+
+    Args:
+        size: how many at most.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
+        self._waiting = 0
+        self._lock = threading.Lock()
+        self._processes: list[subprocess.Popen[bytes] | None] = []
+
+    def submit(self, job: Job) -> None:
+        """Have a job done."""
+        with self._lock:
+            self._waiting += 1
+            if self._waiting > len(self._processes) < self.size:
+                self._processes.append(None)
+                lane = len(self._processes) - 1
+                threading.Thread(
+                    target=self._serve, args=(lane,), name="metaoptim-compile", daemon=True
+                ).start()
+        self._jobs.put(job)
+
+    def close(self) -> None:
+        """End all processes at once, with the compilers that they have called."""
+        for process in self._processes:
+            if process is not None and process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+    def _serve(self, lane: int) -> None:
+        """One process's jobs, one after the other."""
+        while True:
+            job = self._jobs.get()
+            try:
+                process = self._processes[lane]
+                if process is None or process.poll() is not None:
+                    process = self._processes[lane] = _start()
+                assert process.stdin is not None and process.stdout is not None
+                send(process.stdin, job.message)
+                job.end(*receive(process.stdout))
+            except (OSError, EOFError) as error:
+                job.end(f"the process that compiles has ended ({type(error).__name__})")
+            with self._lock:
+                self._waiting -= 1
+
+
+def _start() -> subprocess.Popen[bytes]:
+    # the modules of this process, not those of the folder that a module's name would be looked for in first
+    code = f"import sys; sys.path[:] = {sys.path!r}; from {worker.__name__} import main; main()"
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+_pool: Pool | None = None
+
+
+def submit(job: Job) -> Any:
+    """Have a job done by the processes of this one."""
+    global _pool
+    if _pool is None:
+        _pool = Pool(max(1, (os.cpu_count() or 1) - 1))
+        atexit.register(_pool.close)
+    _pool.submit(job)
+
+
+def _forget() -> None:
+    """A forked process has no threads of its parent's: it starts processes of its own."""
+    global _pool
+    if _pool is not None:
+        atexit.unregister(_pool.close)
+        _pool = None
+
+
+os.register_at_fork(after_in_child=_forget)
