@@ -129,6 +129,12 @@ def style(peer: str) -> dict[str, Any]:
     return {"color": colormaps["autumn"](place / len(others)), "marker": "v^<>sPXD*"[place % 9]}
 
 
+def shown(result: dict[str, Any], key: str) -> float | None:
+    """A number that a plot may show: positive, and not that of a wrong gradient."""
+    value = numbers(result)[key]
+    return value if value and value > 0 and "WRONG" not in remark(result) else None
+
+
 def against_horizon(found: dict[str, Any]) -> Any:
     """Time and memory against T, for problems with several; None if there are none."""
     from matplotlib.figure import Figure
@@ -137,22 +143,19 @@ def against_horizon(found: dict[str, Any]) -> Any:
     problems = list(dict.fromkeys(p for p, _ in points if len([1 for q, _ in points if q == p]) > 1))
     if not problems:
         return None
-    figure = Figure(figsize=(12, 4 * len(problems)), layout="constrained")
-    axes = figure.subplots(len(problems), 2, squeeze=False)
-    shown: dict[str, Any] = {}
-    for row, problem in zip(axes, problems):
+    figure = Figure(figsize=(13, 4 * len(problems)), layout="constrained")
+    handles: dict[str, Any] = {}
+    for row, problem in zip(figure.subplots(len(problems), 2, squeeze=False), problems):
         for ax, key, label in zip(row, ("steady", "memory"), ("CPU s", "peak MiB")):
-            for peer in PEERS:
-                line = sorted(
-                    (t, numbers(r)[key] or 0.0)
-                    for (p, t), results in points.items()
-                    for r in results
-                    if p == problem and r["peer"] == peer and (numbers(r)[key] or 0.0) > 0
-                )
-                if line:
-                    (shown[peer],) = ax.plot(*zip(*line), **style(peer), markersize=5, lw=1)
-            ax.set(xscale="log", yscale="log", xlabel="T", ylabel=label, title=problem)
-    _legend(figure, shown)
+            lines: dict[str, list[tuple[int, float]]] = {}
+            for (name, horizon), results in sorted(points.items()):
+                for result in results if name == problem else []:
+                    if (value := shown(result, key)) is not None:
+                        lines.setdefault(result["peer"], []).append((horizon, value))
+            for peer, line in lines.items():
+                (handles[peer],) = ax.plot(*zip(*line), **style(peer), markersize=5, lw=1)
+            _finish(ax, xlabel="T", ylabel=label, title=problem)
+    _legend(figure, handles)
     return figure
 
 
@@ -162,30 +165,34 @@ def time_against_memory(found: dict[str, Any]) -> Any:
 
     points = by_point(found)
     largest = {problem: max(t for p, t in points if p == problem) for problem, _ in points}
-    figure = Figure(figsize=(4.5 * len(largest), 5.5), layout="constrained")
-    shown: dict[str, Any] = {}
+    figure = Figure(figsize=(3 + 4 * len(largest), 4.5), layout="constrained")
+    handles: dict[str, Any] = {}
     for ax, (problem, horizon) in zip(figure.subplots(1, len(largest), squeeze=False)[0], largest.items()):
         for result in points[problem, horizon]:
-            n, peer = numbers(result), result["peer"]
-            if peer == "products" and n["steady"]:
-                shown[peer] = ax.axvline(n["steady"], color=style(peer)["color"], ls=":")
-            elif n["steady"] and n["memory"] and n["memory"] > 0:
-                shown[peer] = ax.scatter(
-                    n["steady"], n["memory"], **style(peer), s=60, edgecolor="black", lw=0.5
-                )
-        ax.set(
-            xscale="log", yscale="log", xlabel="CPU s", ylabel="peak MiB", title=f"{problem}, T = {horizon:,}"
-        )
-    _legend(figure, shown)
+            peer, steady, memory = result["peer"], shown(result, "steady"), shown(result, "memory")
+            if steady and peer == "products":
+                handles[peer] = ax.axvline(steady, color=style(peer)["color"], ls=":")
+            elif steady and memory:
+                handles[peer] = ax.scatter(steady, memory, **style(peer), s=60, edgecolor="black", lw=0.5)
+        _finish(ax, xlabel="CPU s", ylabel="peak MiB", title=f"{problem}, T = {horizon:,}")
+    _legend(figure, handles)
     return figure
 
 
-def _legend(figure: Any, shown: dict[str, Any]) -> None:
-    known = [peer for peer in PEERS if peer in shown]
+def _finish(ax: Any, **labels: str) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    ax.set(xscale="log", yscale="log", **labels)
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.set_minor_formatter(NullFormatter())
+
+
+def _legend(figure: Any, handles: dict[str, Any]) -> None:
+    known = [peer for peer in PEERS if peer in handles]
     labels = [("ours: " if peer.startswith("ours") else "") + PEERS[peer].label for peer in known]
-    figure.legend(
-        [shown[peer] for peer in known], labels, loc="outside lower center", ncols=4, fontsize="small"
-    )
+    figure.legend([handles[peer] for peer in known], labels, loc="outside right upper", fontsize="small")
 
 
 def write(found: dict[str, Any], folder: Path) -> str:

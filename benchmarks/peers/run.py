@@ -78,7 +78,7 @@ def run_process(command: list[str], environment: dict[str, str], limit: float) -
         try:
             code = process.wait(limit)
         except subprocess.TimeoutExpired:
-            return f"more than {limit:.0f} s"
+            return f"more than {limit:g} s"
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
