@@ -17,7 +17,8 @@ from ..compiler.capture import intercept
 from ..compiler.capture.symbolic.capturing import capturing
 from ..compiler.capture.symbolic.refusals import refusing
 from ..compiler.derive.tracing import uncollected
-from ..compiler.ir.trace import Input, Trace
+from ..compiler.ir.trace import Trace
+from ..compiler.ir.values import Input
 from ..compiler.lower.ambient import unaffected
 from ..runtime.functions.captured_step import CapturedStep, aside, compiled
 from ..runtime.functions.compiled_step import CompiledStep

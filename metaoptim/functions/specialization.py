@@ -17,7 +17,7 @@ from ..compiler.ir.program import Kept, Program
 from ..compiler.ir.retention import Retention
 from ..compiler.ir.step import Lowering
 from ..compiler.ir.text import plural
-from ..compiler.ir.trace import Input
+from ..compiler.ir.values import Input
 from ..compiler.lower.ambient import unaffected
 from ..compiler.lower.derivatives import derived
 from ..compiler.lower.waiting import waiting

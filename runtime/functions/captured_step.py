@@ -11,10 +11,9 @@ from torch import Tensor
 from metaoptim.compiler.capture import intercept
 from metaoptim.compiler.capture.symbolic.tracer import Tracer
 from metaoptim.compiler.compat import disable_current_modes
-from metaoptim.compiler.ir.segments import Roles, ordered
 from metaoptim.compiler.ir.step import Role
-from metaoptim.compiler.ir.trace import Input, Noise
-from metaoptim.compiler.ir.values import Value, exact, identity
+from metaoptim.compiler.ir.trace import Roles
+from metaoptim.compiler.ir.values import Input, Noise, Value, exact, identity
 from metaoptim.compiler.ir.verify import verify_step
 from metaoptim.compiler.lower.library import library
 from metaoptim.compiler.passes.build import build_segment
@@ -136,7 +135,7 @@ def compiled(
     inputs = [_role(x, id(x) in thetas, states, at in kind.active) for at, x in enumerate(segment.inputs)]
     last = [Role.THETA] * len(kinds["theta"]) + [Role.OPT_STATE] * len(kinds["state"])
     last += [Role.CARRY] * (len(places) - len(last))
-    roles = Roles(inputs, ordered(inputs), dict(zip(places, last, strict=True)))
+    roles = Roles(inputs, dict(zip(places, last, strict=True)))
     hooked = window.options.backward_hook is not None
     key = (segment.key, tuple(kind.outputs.items()), tuple(inputs), exact(segment.numbers), hooked)
     step = library.step((*key, "step"), lambda: build_segment(segment, kind, (), hooked, roles))

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaoptim.compiler.ir.segments import arguments
 from metaoptim.compiler.ir.step import gradient, show
+from metaoptim.compiler.ir.trace import arguments
 from metaoptim.compiler.ir.values import Entry, Value, identity, reached
 
 from ..engine.engine import Engine

@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from metaoptim.compiler.capture.symbolic.tracer import Tracer
-from metaoptim.compiler.ir.tensors import tensor_spec
-from metaoptim.compiler.ir.trace import Input, Scan, ScanItem
+from metaoptim.compiler.ir.trace import Scan
+from metaoptim.compiler.ir.values import Input, ScanItem
 from metaoptim.errors import CaptureError, user_location
 
 from .python_state import facts_of, user_frames
@@ -82,7 +82,7 @@ class Loops:
             item = tracer.faked(t)[0].detach()
             if source.grad:
                 item.requires_grad_()
-        tracer.bind(item, ScanItem(source, k, tensor_spec(item)))
+        tracer.bind(item, ScanItem(source, k))
         return item
 
 

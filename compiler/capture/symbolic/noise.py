@@ -12,8 +12,7 @@ from metaoptim.errors import CaptureError
 
 from ...ir.operators import op_info, slopes_of, written
 from ...ir.tensors import tensor_spec
-from ...ir.trace import Noise
-from ...ir.values import Value
+from ...ir.values import Noise, Value
 
 if TYPE_CHECKING:
     from .tracer import Tracer
