@@ -106,7 +106,8 @@ class _Step:
             self._take(entry, key)
         self._update(spec, new_states, hooks)
         for where, spies in sliced.hooks.items():
-            if where[0] == "v":
+            kind: str = where[0]
+            if kind == "v":
                 self.trace.hooks.setdefault(id(self.trace.entries[where[1]]), {})[where[2]] = spies
             else:
                 self.trace.hooks[id(self._value(where))] = {None: spies}
