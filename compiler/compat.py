@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch._C import DisableTorchFunction, _autograd, _DisableAutocast, _DisableTorchDispatch
 from torch._C._profiler import ProfilerConfig, ProfilerState, _ExperimentalConfig
-from torch._functorch.compile_utils import fx_graph_cse
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -57,7 +56,6 @@ __all__ = [
     "dispatch_modes",
     "end_profile",
     "function_modes",
-    "fx_graph_cse",
     "graph_task",
     "has_meta_kernel",
     "pop_dispatch_mode",

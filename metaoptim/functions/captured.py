@@ -16,7 +16,7 @@ from metaoptim.compiler.compat import tree_flatten, tree_unflatten
 from ..compiler.capture import intercept
 from ..compiler.capture.symbolic.capturing import capturing
 from ..compiler.capture.symbolic.refusals import refusing
-from ..compiler.derive.tracing import uncollected
+from ..compiler.derive.flat import uncollected
 from ..compiler.ir.trace import Input, Trace
 from ..compiler.lower.ambient import unaffected
 from ..runtime.functions.captured_step import CapturedStep, aside, compiled

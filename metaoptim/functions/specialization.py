@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compiler.derive.liveness import results_of
+from ..compiler.derive.graphs import results_of
 from ..compiler.derive.reverse import cotangent_outputs
 from ..compiler.ir.calls import Operand, StepCall
 from ..compiler.ir.program import Kept, Program
