@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..derive.tracing import uncollected
+from ..derive.flat import uncollected
 from ..ir.slices import Slice, restored
 from ..ir.step import Role, StepGraph, gradient
 from ..ir.tensors import TensorSpec
@@ -106,9 +106,9 @@ class _Step:
             self._take(entry, key)
         self._update(spec, new_states, hooks)
         for where, spies in sliced.hooks.items():
-            kind: str = where[0]
-            if kind == "v":
-                self.trace.hooks.setdefault(id(self.trace.entries[where[1]]), {})[where[2]] = spies
+            if where[0] == "v":
+                at: int = where[1]
+                self.trace.hooks.setdefault(id(self.trace.entries[at]), {})[where[2]] = spies
             else:
                 self.trace.hooks[id(self._value(where))] = {None: spies}
 
