@@ -75,7 +75,7 @@ def end() -> StepGraph:
 
 
 def call(step: StepGraph, read: tuple, written: tuple, *given: Operand) -> StepCall:
-    return StepCall(step, (), (), read, written, 0, list(given), (), "user.py:7")
+    return StepCall(step, read, written, list(given), "user.py:7")
 
 
 def program(loop_at: int = 2, count: int = 5) -> Program:
@@ -88,7 +88,7 @@ def program(loop_at: int = 2, count: int = 5) -> Program:
             call(begin(), (), (0, 1), Operand("input", x)),
             call(moved, (0, 1), (0, 1), Operand("scan", data, 0)),
             call(moved, (0, 1), (0, 1), Operand("scan", data, 1)),
-            Loop((call(moved, (0, 1), (0, 1), Operand("scan", data, loop_at)),), count, ((1,),)),
+            Loop((call(moved, (0, 1), (0, 1), Operand("scan", data, loop_at, 1)),), count),
             call(end(), (0, 1), (2,)),
         ],
         registers=3,
@@ -137,20 +137,20 @@ def _learnt(of: Tensor) -> Operand:
 
 REJECTED: dict[str, tuple[Callable[[Program], Any], str]] = {
     "a register nothing was written to": (
-        _replace(1, opt_state_in=(0, 2)),
+        _replace(1, reads=(0, 2)),
         r"call 1 .*user\.py:7.*c reads r2, which nothing",
     ),
     "a register that does not exist": (
-        _replace(1, opt_state_out=(0, 3)),
+        _replace(1, writes=(0, 3)),
         r"call 1.*got register r3, expected.*r0 to r2",
     ),
-    "a dropped value read": (_replace(1, opt_state_in=(-1, 1)), r"call 1.*got register r-1"),
-    "too few registers": (_replace(1, opt_state_in=(0,)), r"got 1 registers read, the step graph has 2"),
+    "a dropped value read": (_replace(1, reads=(-1, 1)), r"call 1.*got register r-1"),
+    "too few registers": (_replace(1, reads=(0,)), r"got 1 registers read, the step graph has 2"),
     "too many inputs": (
         _replace(0, inputs=[Operand("number", 1)] * 2),
         r"got 2 inputs from outside, .* has 1",
     ),
-    "two outputs in one register": (_replace(0, opt_state_out=(1, 1)), r"two outputs go to one register, r1"),
+    "two outputs in one register": (_replace(0, writes=(1, 1)), r"two outputs go to one register, r1"),
     "another shape along a register": (
         _with_step(4, lambda: _ports(end(), 1, spec=TWO)),
         r"call 4.*c reads r1, which holds c', float64 3 .*expected float64 2",
@@ -170,7 +170,7 @@ REJECTED: dict[str, tuple[Callable[[Program], Any], str]] = {
         r"cpu.*expected.*meta",
     ),
     "state read as a carry": (
-        _replace(4, opt_state_in=(1, 0)),
+        _replace(4, reads=(1, 0)),
         r"s reads r1 as opt_state, which holds c' as carry",
     ),
     "a gradient that is not passed on": (
@@ -202,24 +202,16 @@ REJECTED: dict[str, tuple[Callable[[Program], Any], str]] = {
         lambda p: p.calls.__setitem__(3, dataclasses.replace(p.calls[3], calls=())),
         r"call 3: a loop of no calls",
     ),
-    "the strides of too few calls": (
-        lambda p: p.calls.__setitem__(3, dataclasses.replace(p.calls[3], strides=())),
-        r"call 3.*got the strides of 0 calls for 1 of them",
-    ),
-    "a loop without strides": (
-        lambda p: p.calls.__setitem__(3, dataclasses.replace(p.calls[3], strides=((),))),
-        r"0 strides for 1",
-    ),
     "a moving invariant": (
-        _replace(3, inputs=[Operand("input", Input(torch.ones(3, dtype=torch.float64)))]),
+        _replace(3, inputs=[Operand("input", Input(torch.ones(3, dtype=torch.float64)), 0, 1)]),
         r"d is the same for every iteration, but has stride 1",
     ),
     "a loop that is not closed": (
-        _replace(3, opt_state_out=(0, 2)),
+        _replace(3, writes=(0, 2)),
         r"call 3.*the loop is not closed: an iteration reads c' of the one before it from r1, but leaves its own in r2",
     ),
     "a loop whose second iteration reads something else": (
-        _replace(3, opt_state_out=(1, 0)),
+        _replace(3, writes=(1, 0)),
         r"the loop is not closed",
     ),
     "an output that is never computed": (lambda p: setattr(p, "outputs", [7]), r"output 0 is read from r7"),
@@ -252,7 +244,7 @@ def test_a_loop_that_its_own_first_iteration_spoils() -> None:
     p = program()
     del p.calls[1:3]
     p.calls[1] = dataclasses.replace(
-        p.calls[1], calls=(dataclasses.replace(p.calls[1].calls[0], opt_state_out=(1, 0)),)
+        p.calls[1], calls=(dataclasses.replace(p.calls[1].calls[0], writes=(1, 0)),)
     )  # type: ignore[union-attr]
     with pytest.raises(
         ProgramError, match=r"call 1.*in its second iteration.*reads r0 as theta, which holds c'"

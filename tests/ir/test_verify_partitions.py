@@ -11,17 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import metaoptim
-from metaoptim.compiler.ir.segments import Partition, verify_partition
+from metaoptim.compiler.ir.segments import Partition
 from metaoptim.compiler.ir.step import EAGER
 from metaoptim.compiler.ir.tensors import TensorSpec
-from metaoptim.compiler.ir.verify import verify_program, verify_step
+from metaoptim.compiler.ir.verify import verify_partition, verify_program, verify_step
 from metaoptim.compiler.passes.canonicalize import canonicalize
 from metaoptim.compiler.passes.options import Options
 from metaoptim.compiler.passes.pipeline import compile_trace
 from metaoptim.compiler.passes.prune import prune
 from metaoptim.compiler.passes.split import split
 from metaoptim.errors import ProgramError
-from metaoptim.functions.captured import trace_of
+from metaoptim.functions.specialization import trace_of
 from oracle import leaves
 from problems import NETWORKS, problem
 
