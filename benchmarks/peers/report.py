@@ -117,16 +117,19 @@ def by_point(found: dict[str, Any]) -> dict[tuple[str, int], list[dict[str, Any]
 # -- plots ------------------------------------------------------------------------------------------------------------
 
 
+_OURS = [name for name in PEERS if name.startswith("ours")]
+_OTHERS = [name for name in PEERS if not name.startswith("ours")]
+_COLOURS = ("black", "red", "darkorange", "gold", "hotpink", "sienna", "mediumpurple", "darkviolet", "indigo")
+
+
 def style(peer: str) -> dict[str, Any]:
-    """One marker and colour for a peer in all plots; ours are filled circles, in greens and blues."""
+    """One marker and colour for a peer in all plots; ours are circles, from blue to green."""
     from matplotlib import colormaps
 
-    ours = [name for name in PEERS if name.startswith("ours")]
-    others = [name for name in PEERS if not name.startswith("ours")]
-    if peer in ours:
-        return {"color": colormaps["winter"](ours.index(peer) / len(ours)), "marker": "o"}
-    place = others.index(peer)
-    return {"color": colormaps["autumn"](place / len(others)), "marker": "v^<>sPXD*"[place % 9]}
+    if peer in _OURS:
+        return {"color": colormaps["winter"](_OURS.index(peer) / (len(_OURS) - 1)), "marker": "o"}
+    place = _OTHERS.index(peer)
+    return {"color": _COLOURS[place], "marker": "v^<>sPXD*"[place]}
 
 
 def shown(result: dict[str, Any], key: str) -> float | None:

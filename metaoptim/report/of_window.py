@@ -6,10 +6,10 @@ import time
 from collections import Counter
 from dataclasses import asdict, replace
 
-from ..compiler.derive.liveness import results_of
+from ..compiler.derive.graphs import results_of
 from ..compiler.ir.calls import Loop, Operand
-from ..compiler.ir.step import Lowering, Role, StepGraph
-from ..compiler.ir.tape import Tape
+from ..compiler.ir.program import Tape
+from ..compiler.ir.step import Lowering, StepGraph
 from ..compiler.ir.tensors import memory_of
 from ..compiler.ir.text import plural
 from ..compiler.lower.derivatives import derived
@@ -77,9 +77,9 @@ def _records(program: Tape, lowerings: dict[int, Lowering]) -> list[Record]:
         if r.name != "capture"  # that was the step itself
     ]
     calls = program.end - program.start
-    loops = sum(isinstance(x, Loop) for x in program.items)
+    loops = sum(isinstance(x, Loop) for x in program.calls)
     done = (
-        f"{plural(calls, 'call')} in {plural(loops, 'loop')} and {plural(len(program.items) - loops, 'call')}"
+        f"{plural(calls, 'call')} in {plural(loops, 'loop')} and {plural(len(program.calls) - loops, 'call')}"
     )
     found.append(Record("loop", done, program.milliseconds))
     begun = time.perf_counter()
@@ -97,7 +97,7 @@ def _paths(session: RecordedSession, program: Tape) -> tuple[dict[str, str], set
     names = program.names()
     for call, count in program.counted():
         grads = results_of(derived(call.step, call.lowering.hvp).graph)
-        at = call.step.positions(Role.META)
+        at = call.step.metas
         for meta in (m for m, i in zip(call.metas, at, strict=True) if grads[i] is not None):
             times = Counter(meta.of) if isinstance(meta, Operand) else {meta: count}
             for number, k in times.items():

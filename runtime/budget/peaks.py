@@ -13,7 +13,7 @@ from torch import Tensor
 
 from metaoptim.compiler.cost.step import measured
 from metaoptim.compiler.ir.calls import Assign, StepCall
-from metaoptim.compiler.ir.tape import Call, super_steps
+from metaoptim.compiler.ir.program import Call, super_steps
 from metaoptim.compiler.ir.tensors import memory_bytes
 
 from .planner import Peaks, changed_bytes, lengths
@@ -75,8 +75,7 @@ def _key(call: Call) -> tuple:
     if isinstance(call, Assign):
         return call.indices, tuple(map(memory_bytes, call.values)), call.adoption
     costs = measured(call.step, "replay", call.lowering), measured(call.step, "vjp", call.lowering)
-    state = call.theta, call.update, call.opt_state_in, call.opt_state_out
-    return id(call.step), call.lowering, costs, state, call.back, call.metas
+    return id(call.step), call.lowering, costs, call.reads, call.writes, call.back, call.metas
 
 
 def _bare(call: Call) -> Call:

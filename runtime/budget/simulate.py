@@ -17,7 +17,7 @@ from metaoptim.compiler.ir.calls import Assign, StepCall
 from metaoptim.compiler.ir.program import Program
 from metaoptim.compiler.ir.step import EAGER, Lowering, ResultMemory, Role
 from metaoptim.compiler.ir.tensors import TensorSpec, memory_bytes, nbytes
-from metaoptim.compiler.ir.trace import Input
+from metaoptim.compiler.ir.values import Input
 
 from ..engine.function import BoundProgram, generator_for, sweep_over
 from ..engine.interpreter import Interpreter, may_keep
@@ -293,7 +293,7 @@ def _size(where: int | Input, program: Program, i: int) -> int:
     if not isinstance(where, int):
         return nbytes(where.spec)
     for call, _ in reversed(list(program.counted())):
-        for k, register in call.changed():
+        for k, register in enumerate(call.writes):
             if register == where:
                 return nbytes(call.step.outputs[k].spec)
     raise AssertionError(f"output {i} is read from r{where}, which nothing writes to")

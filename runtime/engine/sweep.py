@@ -10,7 +10,7 @@ from torch import Tensor
 
 from metaoptim.compiler.ir.calls import Assign, StepCall
 from metaoptim.compiler.ir.step import Role
-from metaoptim.compiler.ir.trace import Input
+from metaoptim.compiler.ir.values import Input
 from metaoptim.errors import UnreachableWarning, warn
 
 # in the place of a state index, at the position after a step: the loss of that step (-1 stands for none)
@@ -93,7 +93,7 @@ class Sweep:
     def _receives(self, call: StepCall, cotangents: dict[int, Tensor]) -> bool:
         """Whether any of ``cotangents`` is of what ``call`` has made; they are `received` then."""
         self.call, self.received = call, {}
-        for k, index in ((LOSS, LOSS), *call.changed()):
+        for k, index in ((LOSS, LOSS), *enumerate(call.writes)):
             if index in cotangents:
                 self.received[k] = cotangents.pop(index)
         return bool(self.received)

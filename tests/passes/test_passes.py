@@ -16,9 +16,8 @@ import metaoptim
 from metaoptim.compile import CompiledFunction
 from metaoptim.compiler.cost.step import step_cost
 from metaoptim.compiler.ir.program import Kept, Program
-from metaoptim.compiler.ir.segments import Partition
 from metaoptim.compiler.ir.step import EAGER
-from metaoptim.compiler.ir.trace import Trace
+from metaoptim.compiler.ir.trace import Partition, Trace
 from metaoptim.compiler.lower.derivatives import derived, replayed, residuals
 from metaoptim.compiler.passes.canonicalize import canonicalize
 from metaoptim.compiler.passes.checkpoint import checkpoint
@@ -30,7 +29,7 @@ from metaoptim.compiler.passes.prune import prune
 from metaoptim.compiler.passes.roll import roll
 from metaoptim.compiler.passes.rows import rows
 from metaoptim.compiler.passes.split import split
-from metaoptim.functions.captured import trace_of
+from metaoptim.functions.specialization import trace_of
 from metaoptim.runtime.budget.simulate import predict
 
 T = 3
