@@ -10,10 +10,10 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from metaoptim.errors import WindowError
-from metaoptim.runtime.windows.session import Session, current_session
+from metaoptim.runtime.windows.session import current_session
+from metaoptim.runtime.windows.update import InnerOptimizer
 
 from .alive import live_optimizers
 from .groups import check_misspelt, check_network, group_of, matching, own
@@ -24,7 +24,7 @@ Params: TypeAlias = Iterable[nn.Module | dict[str, Any] | Tensor | tuple[str, Te
 _numbers = itertools.count()
 
 
-class MetaOptimizer(Optimizer):
+class MetaOptimizer(InnerOptimizer):
     """Base class: a subclass states `init_state` and `update`, both pure, and passes its defaults on.
 
     Args:
@@ -74,13 +74,9 @@ class MetaOptimizer(Optimizer):
         for name in ("init_state", "update"):
             if getattr(type(self), name) is getattr(MetaOptimizer, name):
                 raise TypeError(f"{type(self).__name__} states no {name}; write it, as in docs/optimizers.md")
-        self._networks: list[nn.Module] = []
-        self._whole: list[nn.Module | None] = []  # per group, the module all of whose parameters are in it
-        self._normalizer: tuple[Any, float, bool] | None = None
-        self._tape: list[tuple[str, Tensor]] = []
-        self._session: Session | None = None  # the window that it is in use by
-        self.first_order = first_order
-        self.symbolic = is_symbolic()  # made while a function is captured: it ends with the capture
+        self._networks, self._whole, self._tape = [], [], []
+        self._normalizer = self._session = None
+        self.first_order, self.symbolic = first_order, is_symbolic()
         self.thread, self.number = threading.get_ident(), next(_numbers)
         for network in [networks] if isinstance(networks, nn.Module) else networks or ():
             self._add_network(network)
@@ -100,20 +96,6 @@ class MetaOptimizer(Optimizer):
         session = current_session()
         if session is not None:
             session.join(self)
-
-    # -- what a subclass states ----------------------------------------------------------------------------------
-
-    @staticmethod
-    def init_state(param: Tensor, hyper: dict[str, Any]) -> dict[str, Tensor]:
-        """The optimizer state of a parameter before its first step, by name."""
-        raise NotImplementedError
-
-    @staticmethod
-    def update(
-        param: Tensor, grad: Tensor, state: dict[str, Tensor], hyper: dict[str, Any]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """``(param', state')``; pure, and differentiable by ``param``, ``grad``, ``state`` and tensors in ``hyper``."""
-        raise NotImplementedError
 
     # -- torch.optim's interface ---------------------------------------------------------------------------------
 
@@ -267,16 +249,6 @@ class MetaOptimizer(Optimizer):
         yield from self._tape
         for network in self._networks:
             yield from network.named_parameters()
-
-    @property
-    def networks(self) -> list[nn.Module]:
-        """The networks, in the order they were given."""
-        return list(self._networks)
-
-    @property
-    def whole_networks(self) -> list[nn.Module]:
-        """Those that are groups of their own, with all of their parameters."""
-        return [network for network in self._whole if network is not None]
 
     def _add_network(self, network: Any) -> None:
         check_network(self, network)

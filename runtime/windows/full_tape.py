@@ -219,7 +219,7 @@ class FullTapeSession(OrdinarySession):
                     found[i] = values[i], found[i][1] + g
         return [found[i][1] if i in found else None for i in ordinals]
 
-    def _close(self) -> None:
+    def _close(self, failed: bool) -> None:
         _open_tapes(-1)
         self._versions.clear()
         self._values.clear()

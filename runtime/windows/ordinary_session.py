@@ -24,10 +24,7 @@ from .session import Member, Options, Session, _current, current_session
 
 
 class OrdinarySession(Session):
-    """Base of the strategies on real tensors.
-
-    They note what their user does besides stepping, and warn of it.
-    """
+    """Base of the strategies on real tensors: they note what their user does besides stepping, and warn of it."""
 
     recorder: Recorder
 
@@ -36,12 +33,11 @@ class OrdinarySession(Session):
         self._loss_told = False  # whether a loss that is not finite has been told of
         self._steps_of_others: dict[
             str, str
-        ] = {}  # names of parameters that torch's optimizers moved -> where
+        ] = {}  # name of a parameter that an optimizer of torch moved -> where
         self._differentiated: dict[int, tuple[weakref.ref[Tensor], str]] = {}  # losses, and where
 
-    def _close(self) -> None:
+    def _close(self, failed: bool) -> None:
         """Drop every reference to the user's graph."""
-        raise NotImplementedError
 
     def steps_reading(self, t: Tensor) -> tuple[Engine, tuple[int, ...]] | None:
         """The tape and the positions of the steps that have read ``t``, which was computed inside."""
@@ -140,9 +136,8 @@ class OrdinarySession(Session):
         moved = [p for group in optimizer.param_groups for p in group["params"]]
         self._steps_of_others.update((own[id(p)], what) for p in moved if id(p) in own)
 
-    def _tell_oversights(self) -> None:
+    def _tell_oversights(self, steps: int) -> None:
         """Warn of what the whole block shows."""
-        steps = sum(member.steps for member in self.members.values())
         if not steps and self._steps_of_others:
             names, what = [*self._steps_of_others], next(iter(self._steps_of_others.values()))
             warn(
@@ -160,7 +155,7 @@ class OrdinarySession(Session):
     def _since_when(self, steps: int) -> str:
         return f"after {steps} inner steps"
 
-    def _ended(self) -> oversights.Ended | None:
+    def _ended(self, steps: int) -> oversights.Ended | None:
         """What is to be looked at afterwards."""
         return None
 
@@ -169,56 +164,53 @@ class OrdinarySession(Session):
     def close(self, failed: bool) -> None:
         """End: networks, buffers and optimizers as the mode says, or as at entry if the block failed."""
         self.recorder.depth += 1  # from here on nothing is the window's any more
-        ended = None
+        ended, failing = None, True
         try:
             if not failed:
-                self._tell_oversights()
-                ended = self._ended()
-            error = (self._rebinding() or self._unsettled()) if not failed else None
-            late = self._missing_pickup() if not failed and error is None else None
-            if failed or error or late:
-                self.networks.restore()
-                self.networks.undo()
-                for member in self.members.values():
-                    member.restore()
-                for p, grad in zip(self.networks.originals, self._grads, strict=True):
-                    p.grad = grad
-            else:
-                self._commit()
-            if error or late:
-                raise error or late  # type: ignore[misc]
+                steps = sum(member.steps for member in self.members.values())
+                self._tell_oversights(steps)
+                ended = self._ended(steps)
+                self.networks.check()
+                self._settle()
+                self._check_pickup()
+            failing = failed
         finally:
-            for member in self.members.values():
-                member.optimizer._session = None
-            self.recorder.leave()
-            intercept.recording.set(None)
-            intercept.binding.set(None)
-            _current.set(None)
-            intercept.uninstall()
-            oversights.remember(ended)
-            self._close()
-            self.members.clear()
+            try:
+                if failing:
+                    self._put_back()
+                else:
+                    self._commit()
+            finally:
+                for member in self.members.values():
+                    member.optimizer._session = None
+                self.recorder.leave()
+                intercept.recording.set(None)
+                intercept.binding.set(None)
+                _current.set(None)
+                intercept.uninstall()
+                oversights.remember(ended)
+                self._close(failing)
+                self.members.clear()
 
-    def _rebinding(self) -> WindowError | None:
-        try:
-            self.networks.check()
-        except WindowError as error:
-            return error
-        return None
+    def _settle(self) -> None:
+        """Wait for what goes on in the background."""
 
-    def _unsettled(self) -> BaseException | None:
-        """What keeps the window from ending, of what goes on in the background."""
-        return None
-
-    def _missing_pickup(self) -> WindowError | None:
+    def _check_pickup(self) -> None:
         k = self.options.pickup_step
-        short = [m for m in self.members.values() if k >= 0 and m.steps and m.picked is None]
-        if not short:
-            return None
-        return WindowError(
-            f"pickup_step={k}: {type(short[0].optimizer).__name__} took only {short[0].steps} steps in this "
-            "window (they count from 0)"
-        )
+        for m in self.members.values():
+            if k >= 0 and m.steps and m.picked is None:
+                raise WindowError(
+                    f"pickup_step={k}: {type(m.optimizer).__name__} took only {m.steps} steps in this "
+                    "window (they count from 0)"
+                )
+
+    def _put_back(self) -> None:
+        self.networks.restore()
+        self.networks.undo()
+        for member in self.members.values():
+            member.restore()
+        for p, grad in zip(self.networks.originals, self._grads, strict=True):
+            p.grad = grad
 
     def _commit(self) -> None:
         values = [shown.detach() for shown in self.networks.shown]
@@ -226,30 +218,23 @@ class OrdinarySession(Session):
             if self.options.offline:
                 member.restore()
                 continue
+            state = member.optimizer.state
             if member.picked is not None:
-                for i, value in member.picked[0].items():
+                theta, states, buffers = member.picked
+                for i, value in theta.items():
                     values[i] = value
-                member.optimizer.state.clear()
-                member.optimizer.state.update(member.picked[1])
-                for module, name, value in member.picked[2]:
+                state.clear()
+                state.update(states)
+                for module, name, value in buffers:
                     module._buffers[name] = value
-            for state in member.optimizer.state.values():
-                for name, value in state.items():
-                    state[name] = value.detach()
-        if self.options.sync is not False:
-            joined = sorted(self.networks.joined)
-            for i, mean in zip(joined, _average([values[i] for i in joined], self.options.sync), strict=True):
-                values[i] = mean
+            for of_parameter in state.values():
+                of_parameter.update({name: value.detach() for name, value in of_parameter.items()})
+        group = self.options.sync
+        for i in sorted(self.networks.joined) if group is not False else ():
+            mean = values[i] = values[i].clone()
+            torch.distributed.all_reduce(mean, group=group)
+            mean /= torch.distributed.get_world_size(group)
         self.networks.commit(values, self.options.offline)
-
-
-def _average(values: list[Tensor], group: Any) -> list[Tensor]:
-    """The mean of each tensor over the ranks of ``group``."""
-    means = [v.clone() for v in values]
-    for mean in means:
-        torch.distributed.all_reduce(mean, group=group)
-        mean /= torch.distributed.get_world_size(group)
-    return means
 
 
 @functools.cache

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,12 +11,15 @@ from torch.overrides import enable_reentrant_dispatch
 
 from metaoptim.compiler.capture.eager.recorder import Recorder
 from metaoptim.compiler.ir.calls import Assign, StepCall
+from metaoptim.compiler.ir.operators import LIFTS
+from metaoptim.compiler.ir.tensors import memory_of
 from metaoptim.compiler.ir.values import Epoch, Theta
 from metaoptim.errors import WindowError
 
 from ..engine.engine import Engine
 from ..engine.inputs import Inputs, Snapshot
 from ..engine.nodes import Begin, InnerParameter
+from ..states.tiered import check_device
 from . import partial_gradients
 from .losses import Stepped, Versions
 from .networks import Networks
@@ -27,35 +30,31 @@ from .session import AS_GRADIENT, Options
 class ThetaView:
     """Shows the engine's theta through the networks; the recorder's `Guard`.
 
-    Args:
-        options: of the window.
-        engine: the tape.
-        networks: of the window.
-        entering: called with the ordinals of parameters that are about to be put on the tape.
-
     Attributes:
         indices: ordinal of a parameter -> its state index, -1 while nothing has read it.
         versions: of theta, in the super-step at hand.
         reads: what joins the tape to autograd's graph.
         stepped: losses that steps have been taken by.
         inputs: what steps have read besides theta.
+        lifts: whether hyper-parameters that are numbers may become inputs.
+        grads: copies of the gradients that the user's own parameters had at entry.
     """
 
-    def __init__(
-        self, options: Options, engine: Engine, networks: Networks, entering: Callable[[list[int]], None]
-    ) -> None:
-        self.offline, self.engine, self.networks, self._entering = options.offline, engine, networks, entering
+    def __init__(self, options: Options, engine: Engine, networks: Networks) -> None:
+        self.options, self.engine, self.networks = options, engine, networks
         self.recorder = Recorder(self)
         self.recording = self.recorder.recording
         self.versions = Versions(self.recording, options.window)
-        self.reads: Reads = (
-            WholeReads(engine)
-            if options.window is None
-            else SlidingReads(engine, options.window, options.offline)
-        )
+        if options.window is None:
+            self.reads: Reads = WholeReads(engine)
+        else:
+            self.reads = SlidingReads(engine, options.window, options.offline)
         self.stepped = Stepped(engine, self.reads, self.versions.current)
         self.inputs = Inputs(networks.is_buffer, counted=options.retention.slots is None)
         self.indices: list[int] = []
+        self.lifts = True
+        self.grads: list[Tensor | None] = []
+        self._counted = 0  # bytes beside the tape that the budget knows of
         self._sliding = options.window is not None
         self._beside: dict[int, list[int]] = {}  # ordinal that nothing has read -> those that enter with it
         self._written: set[int] = set()  # ordinals that were overwritten before anything read them
@@ -80,6 +79,17 @@ class ThetaView:
             self.networks.show(i, t)
             self.recording.epoch.theta[id(t)] = Theta(-1, t, object())
         self._storages = None
+        self._weigh()
+
+    def _weigh(self, entering: Collection[int] = ()) -> None:
+        """Count what is kept beside the tape: to put gradients and buffers back, and copies that nothing has read."""
+        streaming = self.engine.streaming
+        if streaming is not None:
+            shown = enumerate(self.networks.shown)
+            unread = [t for i, t in shown if self.indices[i] < 0 and i not in entering]
+            kept = memory_of([*(g for g in self.grads if g is not None), *self.networks.copies, *unread])
+            streaming.aside += kept - self._counted
+            self._counted = kept
 
     def enter(self, theta: Theta) -> None:
         """A loss reads parameters for the first time (the recording asks)."""
@@ -87,10 +97,12 @@ class ThetaView:
         self._enter(self._beside[i])
 
     def _enter(self, ordinals: list[int]) -> None:
-        self._entering(ordinals)
         engine, epoch = self.engine, self.recording.epoch
         shown = [self.networks.shown[i] for i in ordinals]
         own: list[Tensor] = [self.networks.originals[i] for i in ordinals]
+        check_device(self.options.retention.offload, [p.device for p in own])
+        self.lifts = self.lifts and all(p.dtype in LIFTS for p in own)
+        self._weigh(set(ordinals))
         indices = tuple(range(len(engine.state), len(engine.state) + len(ordinals)))
         self.reads.enter(engine.position, indices, own)
         # what was read in an only epoch is still there after it
@@ -98,7 +110,7 @@ class ThetaView:
         with self.recorder.paused(), torch.no_grad():
             self._assign(indices, [t.detach() for t in shown], adoption=True, read=read)
         epoch.position = engine.position  # theta is the same here
-        engine.reaches |= self.offline
+        engine.reaches |= self.options.offline
         for i, t, p, index in zip(ordinals, shown, own, indices, strict=True):
             self.indices[i] = index
             self.versions.enter(epoch.theta[id(t)], index, engine.position)
@@ -122,14 +134,12 @@ class ThetaView:
     def join(self, ordinals: list[int], late: list[int]) -> None:
         """An optimizer of these parameters steps from now on; of ``late`` its loss has read the user's own."""
         self.need(ordinals)
-        own = self.networks.originals
+        own, current = self.networks.originals, self.versions.current
         self.engine.untrained.difference_update(self.indices[i] for i in ordinals)
         self.engine.closed.update(id(own[i]) for i in ordinals if i in self._written)
         if late:
-            indices, current = [self.indices[i] for i in late], self.versions.current
-            self.versions.late = {
-                id(own[i]): Theta(x, own[i], current[x]) for i, x in zip(late, indices, strict=True)
-            }
+            indices = [(i, self.indices[i]) for i in late]
+            self.versions.late = {id(own[i]): Theta(x, own[i], current[x]) for i, x in indices}
 
     def start(self, ordinals: list[int], values: list[Tensor]) -> None:
         """Let theta go on from ``values``, which receive its gradient from here on."""
@@ -164,8 +174,6 @@ class ThetaView:
         shown = zip(self.indices, self.networks.shown, strict=True)
         self.versions.show(self.engine.position, shown, [self.indices[i] for i in changed])
         self._storages = None
-
-    # -- a step --------------------------------------------------------------------------------------------------
 
     def take(
         self,
@@ -238,10 +246,8 @@ class ThetaView:
         for t in targets:
             storage = t.untyped_storage()._cdata
             ordinal = self._storages.get(storage)
-            if ordinal is None:
-                self.engine.protect(
-                    storage
-                )  # an alias of what an earlier step has shown, or of optimizer state
+            if ordinal is None:  # an alias of what an earlier step has shown, or of optimizer state
+                self.engine.protect(storage)
                 continue
             if torch.is_grad_enabled() and t.requires_grad:
                 raise WindowError(
@@ -283,7 +289,7 @@ class ThetaView:
     def close(self) -> None:
         """Drop every reference to the user's graph."""
         self.stepped.settle(over=True)
-        self._entering = lambda ordinals: None
+        self.grads = []
         self.inputs.clear()
         self.versions.close()
         self.reads.close()
