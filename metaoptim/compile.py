@@ -20,7 +20,7 @@ from .functions.reads import Reads
 from .functions.recapture import compare
 from .functions.specialization import name_of, specialize, specialize_step
 from .functions.specializations import Specializations
-from .optim.alive import refresh_optimizers
+from .optim.optimizer import refresh_optimizers
 from .report.of_function import report_of
 from .runtime.windows.recording_session import RecordedSession
 from .runtime.windows.session import current_session

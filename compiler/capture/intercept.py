@@ -21,7 +21,7 @@ from metaoptim.compiler.compat import CHECKPOINT, SingleLevelFunction
 from metaoptim.errors import CaptureError, WindowError, user_location
 
 from ..ir.values import Spy, Theta
-from . import memory
+from .eager import writes
 from .eager.recorder import Recorder
 from .modes import CaptureMode
 
@@ -92,35 +92,30 @@ def _retain_grad(self: Tensor) -> None:
 # -- histories and memory that change above the operators -------------------------------------------------------------
 
 
-def _detach_in_place(self: Tensor) -> Tensor:
-    mode = _mode()
-    detach = _original["detach_"]
-    return detach(self) if mode is None else mode.detach_in_place(self, detach)
-
-
-def _detach_function(input: Tensor) -> Tensor:
-    return input.detach_()
+def _detach_in_place(input: Tensor) -> Tensor:
+    mode, detach = _mode(), _original["detach_"]
+    return detach(input) if mode is None else mode.detach_in_place(input, detach)
 
 
 def _get_data(self: Tensor) -> Tensor:
     values = _original["data"].__get__(self)
     recorder = _recorder()
     if recorder is not None:
-        memory.note_loose(recorder, values)
+        recorder.loose[id(values)] = values  # it shares memory, and has no version counter
     return values
 
 
 def _set_data(self: Tensor, value: Tensor) -> None:
     recorder = _recorder()
     if recorder is not None:
-        memory.before_swap(recorder, self)
+        writes.before_swap(recorder, self)
     _original["data"].__set__(self, value)
 
 
 def _as_numpy(self: Tensor, *, force: bool = False) -> Any:
     array = _original["numpy"](self, force=force)
     recorder = _recorder()
-    if recorder is not None and memory.relies_on(recorder, self):
+    if recorder is not None and writes.relies_on(recorder, self):
         array.flags.writeable = False  # numpy itself refuses writes that no operator would show
     return array
 
@@ -138,7 +133,7 @@ def _to_dlpack(tensor: Tensor) -> Any:
 
 def _refuse_dlpack(tensor: Tensor) -> None:
     recorder = _recorder()
-    if recorder is not None and memory.relies_on(recorder, tensor):
+    if recorder is not None and writes.relies_on(recorder, tensor):
         raise CaptureError(
             f"a tensor of shape {tuple(tensor.shape)} that inner steps rely on was handed out through DLPack, where "
             "writes cannot be seen; hand out a clone made under torch.no_grad()"
@@ -182,7 +177,7 @@ _WRAPPERS: tuple[tuple[Any, str, Any], ...] = (
     (Tensor, "register_hook", _register_hook),
     (Tensor, "retain_grad", _retain_grad),
     (Tensor, "detach_", _detach_in_place),
-    (torch, "detach_", _detach_function),
+    (torch, "detach_", _detach_in_place),
     (Tensor, "data", property(_get_data, _set_data)),
     (Tensor, "numpy", _as_numpy),
     (Tensor, "__dlpack__", _as_dlpack),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import FunctionType
 from typing import Any, TypeAlias
@@ -11,17 +12,19 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from metaoptim.compiler.capture.symbolic.capturing import preserving
 from metaoptim.errors import WindowError
 from metaoptim.runtime.windows.session import current_session
-from metaoptim.runtime.windows.update import InnerOptimizer
+from metaoptim.runtime.windows.update import InnerOptimizer, parameters_of
 
-from .alive import live_optimizers
 from .groups import check_misspelt, check_network, group_of, matching, own
 from .hyper import Number, check_non_negative, detached, is_symbolic, learned
 
 #: What an optimizer trains: networks, or groups (see `MetaOptimizer`).
 Params: TypeAlias = Iterable[nn.Module | dict[str, Any] | Tensor | tuple[str, Tensor]] | None
 _numbers = itertools.count()
+#: Optimizers alive. Those that a thread has made may step in its windows, and are put back after its captures.
+live_optimizers: weakref.WeakSet[MetaOptimizer] = weakref.WeakSet()
 
 
 class MetaOptimizer(InnerOptimizer):
@@ -266,13 +269,53 @@ class MetaOptimizer(InnerOptimizer):
                 continue
             others = {id(p) for g in self.param_groups if g is not group for p in g["params"]}
             now = [p for p in map(own, whole.parameters()) if id(p) not in others]
-            if len(now) != len(group["params"]) or any(
-                p is not q for p, q in zip(now, group["params"], strict=True)
-            ):
+            if list(map(id, now)) != list(map(id, group["params"])):
                 changed = True
                 group["params"][:] = now
         if changed:
-            known = {id(p) for g in self.param_groups for p in g["params"]}
+            known = set(map(id, parameters_of(self)))
             for p in [p for p in self.state if id(p) not in known]:
                 del self.state[p]
         return changed
+
+
+def refresh_optimizers() -> bool:
+    """`MetaOptimizer.refresh` the optimizers alive that this thread has made; whether any has changed."""
+    here, changed = threading.get_ident(), False
+    for o in live_optimizers:
+        if o.thread == here and o._session is None:
+            changed |= o.refresh()
+    return changed
+
+
+def _preserve() -> Callable[[], None]:
+    """What puts optimizers back as they are now, and forgets those made until then."""
+    kept = []
+    for o in [o for o in live_optimizers if o.thread == threading.get_ident()]:
+        groups = [(g, {**g, "params": list(g["params"])}) for g in o.param_groups]
+        states = [(p, s, dict(s)) for p, s in o.state.items()]
+        rest = {"_normalizer": o._normalizer, "defaults": dict(o.defaults)}
+        rest |= {"_networks": list(o._networks), "_whole": list(o._whole)}
+        kept.append((o, o.param_groups, groups, o.state, states, rest))
+
+    def put_back() -> None:
+        known = {id(o) for o, *_ in kept}
+        for o in [o for o in live_optimizers if o.symbolic and id(o) not in known]:
+            live_optimizers.discard(o)
+        for o, all_groups, groups, state, states, rest in kept:
+            all_groups[:] = [g for g, _ in groups]
+            for g, values in groups:
+                g.clear()
+                g.update(values)
+            state.clear()
+            for p, s, values in states:
+                s.clear()
+                s.update(values)
+                state[p] = s
+            o.param_groups, o.state = all_groups, state
+            o.__dict__.update(rest)
+
+    return put_back
+
+
+preserving.append(_preserve)

@@ -89,7 +89,7 @@ def aside(window: RecordedSession) -> Iterator[None]:
     """The window steps aside: its networks have their own parameters, its modes are off."""
     tokens: list[Any] = [(_current, _current.set(None))]
     tokens += [(v, v.set(None)) for v in (intercept.recording, intercept.binding)]
-    with window.networks.hidden(), disable_current_modes():
+    with window.networks.showing(window.networks.originals), disable_current_modes():
         try:
             yield
         finally:

@@ -140,22 +140,16 @@ class FullTapeSession(OrdinarySession):
         networks, members = self.networks, trained(optimizer, self.networks)
         create_graph, hook = not optimizer.first_order, self.options.backward_hook
         grads = self._inner_gradient(loss, [i for i, _ in members], create_graph)
+        hyper = hyper_of(optimizer, lambda t: t, lifts=False)
+        options: Any = {"allow_unused": allow_unused, "create_graph": create_graph}
         with torch.enable_grad():
-            update = update_by(
-                optimizer,
-                networks,
-                members,
-                grads,
-                hyper_of(optimizer, lambda t: t, lifts=False),
-                allow_unused=allow_unused,
-                create_graph=create_graph,
-            )
-            inner = []
-            for g in update.grads:
-                if hook is not None and g.requires_grad:
-                    g = g.view_as(g)
-                    g.register_hook(hook)
-                inner.append(g)
+            update = update_by(optimizer, networks, members, grads, hyper, **options)
+            inner = update.grads
+            if hook is not None:
+                inner = [g.view_as(g) for g in inner]
+                for g in inner:
+                    if g.requires_grad:
+                        g.register_hook(hook)
             thetas = [networks.shown[i] for i in update.ordinals]
             new, new_states = update.plan(thetas, inner, update.states, list(map(_own, update.slots)))
             for i, value in zip(update.ordinals, new, strict=True):
@@ -186,29 +180,20 @@ class FullTapeSession(OrdinarySession):
             if i in ordinals and node in read:
                 refuse_overwritten(self.networks.names[i])
         self._cut = [(i, node) for i, node in self._cut if i not in ordinals]
+        options: Any = {"retain_graph": True, "create_graph": create_graph}
         newer: list[tuple[Tensor, Tensor]] = []  # what the loss has read, with its gradient by that alone
         found: dict[int, tuple[int, Tensor]] = {}  # ordinal -> the value it was read at, gradient
-        for shown, values in zip(
-            reversed(self._versions[-_LOOK_BACK:]), reversed(self._values[-_LOOK_BACK:]), strict=True
-        ):
-            members = [
-                i for i, t in enumerate(shown) if _key(t) in read and not any(t is m for m, _ in newer)
-            ]
-            tensors = [shown[i] for i in members]
-            if not members:
+        recent = zip(self._versions[-_LOOK_BACK:], self._values[-_LOOK_BACK:], strict=True)
+        for shown, values in reversed(list(recent)):
+            at = [i for i, t in enumerate(shown) if _key(t) in read and not any(t is m for m, _ in newer)]
+            tensors = [shown[i] for i in at]
+            if not at:
                 continue
-            grads = gradient(loss, tensors, retain_graph=True, create_graph=create_graph)
-            joints = [(t, g) for t, g in newer if t.grad_fn is not None]
-            through: Sequence[Tensor | None] = [None] * len(members)
-            if joints:
-                through = gradient(
-                    [t for t, _ in joints],
-                    tensors,
-                    [g for _, g in joints],
-                    retain_graph=True,
-                    create_graph=create_graph,
-                )
-            for i, t, g, h in zip(members, tensors, grads, through, strict=True):
+            grads = gradient(loss, tensors, **options)
+            through: Sequence[Tensor | None] = [None] * len(at)
+            if joints := [(t, g) for t, g in newer if t.grad_fn is not None]:
+                through = gradient([t for t, _ in joints], tensors, [g for _, g in joints], **options)
+            for i, t, g, h in zip(at, tensors, grads, through, strict=True):
                 if g is None:
                     continue
                 g = g if h is None else g - h

@@ -229,11 +229,11 @@ class OrdinarySession(Session):
                     module._buffers[name] = value
             for of_parameter in state.values():
                 of_parameter.update({name: value.detach() for name, value in of_parameter.items()})
-        group = self.options.sync
-        for i in sorted(self.networks.joined) if group is not False else ():
-            mean = values[i] = values[i].clone()
-            torch.distributed.all_reduce(mean, group=group)
-            mean /= torch.distributed.get_world_size(group)
+        if (group := self.options.sync) is not False:
+            for i in sorted(self.networks.joined):
+                mean = values[i] = values[i].clone()
+                torch.distributed.all_reduce(mean, group=group)
+                mean /= torch.distributed.get_world_size(group)
         self.networks.commit(values, self.options.offline)
 
 

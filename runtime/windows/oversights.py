@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
-from metaoptim.compiler.capture.eager.taint import Taint
+from metaoptim.compiler.capture.eager.recorder import Taint
 from metaoptim.compiler.ir.slices import Slice
 from metaoptim.errors import UnreachableWarning, user_name_of, warn
 
@@ -39,11 +39,8 @@ def tell_unreachable(sliced: Slice, taint: Taint, networks: Networks) -> bool:
     """Warn of what requires grad and reaches a step only where no gradient flows; whether anything does."""
     told = False
     reached = {id(x.source) for x in sliced.externals if x.grad}
-    for x in sliced.externals:
-        if x.grad:
-            continue
-        source = x.source
-        for ref in taint.of(x.held.tensor if source is None else source).values():
+    for x in (x for x in sliced.externals if not x.grad):
+        for ref in taint.of(x.held.tensor if x.source is None else x.source).values():
             leaf = ref()
             if (
                 leaf is None
@@ -54,9 +51,8 @@ def tell_unreachable(sliced: Slice, taint: Taint, networks: Networks) -> bool:
                 continue
             _unreached[leaf] = True
             name = user_name_of(leaf)
-            if name is not None and not any(
-                leaf is x for y in sliced.externals if y.tensor is not None for x in leaves_of(y.tensor)
-            ):
+            below = (a for y in sliced.externals if y.tensor is not None for a in leaves_of(y.tensor))
+            if name is not None and not any(leaf is a for a in below):
                 told = True
                 warn(
                     f"{name!r} requires grad, but reaches the inner loss only where no gradient flows (under "
@@ -123,26 +119,25 @@ class Ended:
         if not without or (len(without) == len(moved) and not self.asked):
             return
         name = type(optimizer).__name__
-        own = [(p, n) for p in without if (n := self.name_of(p)) is not None]
+        own = {id(p): n for p in without if (n := self.name_of(p)) is not None}
         if own and not self.offline:
-            _told.update((p, True) for p, _ in own)
+            _told.update((p, True) for p in without if id(p) in own)
             warn(
-                f"{name}.step: {names_text([n for _, n in own])} have no gradient, since the window before was online: "
+                f"{name}.step: {names_text([*own.values()])} have no gradient, since the window before was online: "
                 "there a network keeps what it has learnt, and only meta-parameters receive gradients. To learn its "
                 "first parameters (MAML), open the window with offline=True",
                 UnreachableWarning,
             )
-        known = {id(p) for p, _ in own}
-        others = [(p, user_name_of(p)) for p in without if id(p) not in known]
-        named = [(p, repr(found)) for p, found in others if found is not None]
-        if not named and len(others) == len(moved):  # in no variable, say in a module or a list
+        others = [(p, user_name_of(p)) for p in without if id(p) not in own]
+        told = [(p, f"{found!r} has no gradient") for p, found in others if found is not None]
+        if not told and len(others) == len(moved):  # in no variable, say in a module or a list
             p = others[0][0]
-            named = [(p, f"none of its {len(moved)} parameters, the first of shape {tuple(p.shape)},")]
-        for p, found in named:
+            many = f"none of its {len(moved)} parameters, the first of shape {tuple(p.shape)},"
+            told = [(p, f"{many} has a gradient")]
+        for p, what in told:
             _told[p] = True
-            has = "has a gradient" if found.startswith("none") else "has no gradient"
             warn(
-                f"{name}.step: {found} {has}: neither the inner steps nor the outer loss of the window before depend "
+                f"{name}.step: {what}: neither the inner steps nor the outer loss of the window before depend "
                 "on it, or only through .detach(), float(), .item() or torch.no_grad(). Hand the tensor itself on",
                 UnreachableWarning,
             )
@@ -164,9 +159,7 @@ def remember(window: Ended | None) -> None:
     _ended.set(window)
 
 
-def last_ended() -> Ended | None:
-    """The window that ended last in this thread, if no other has begun since."""
-    return _ended.get()
+last_ended = _ended.get  # the window that ended last in this thread, if no other has begun since
 
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:

@@ -10,8 +10,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,19 +29,14 @@ from .oversights import Ended, last_ended
 from .session import Session, current_session
 
 
-@dataclass(frozen=True)
-class _Mark:
-    """Where a tensor enters the tape.
+class _Mark(NamedTuple):
+    """Where a tensor enters the tape."""
 
-    Attributes:
-        engine: of the tape.
-        steps: positions of the steps that have read it; for theta, the one position from which it was shown.
-        index: for theta, its state index.
-    """
-
-    engine: weakref.ref[Engine]
-    steps: tuple[int, ...]
-    index: int | None
+    engine: weakref.ref[Engine]  # of the tape
+    steps: tuple[
+        int, ...
+    ]  # positions of the steps that have read it; of theta, the one from which it was shown
+    theta: int | None  # of theta, its state index
 
 
 _marks = WeakIdKeyDictionary()
@@ -63,7 +57,7 @@ def note_value(t: Tensor, engine: Engine, steps: tuple[int, ...]) -> None:
 
 def is_noted(t: Tensor) -> bool:
     """Whether steps have read ``t``, which is no theta."""
-    return bool(_marks) and (mark := _marks.get(t)) is not None and mark.index is None
+    return bool(_marks) and (mark := _marks.get(t)) is not None and mark.theta is None
 
 
 def _mark_of(t: Tensor, session: Session | None) -> _Mark | None:
@@ -77,27 +71,20 @@ def _mark_of(t: Tensor, session: Session | None) -> _Mark | None:
 
 
 def check(outputs: Iterable[Tensor], inputs: Iterable[Any], session: Session | None) -> None:
-    """Raise if a derivative of ``outputs`` by ``inputs`` has a part in steps that autograd does not see.
-
-    Raises:
-        CaptureError: naming the tensor's shape and what to do instead.
-    """
-    reads: list[Any] | None = None
+    """Raise if a derivative of ``outputs`` by ``inputs`` has a part in steps that autograd does not see."""
+    reads: list[Any] | None = (
+        None  # the nodes of theta, and of losses that have been stepped by, below ``outputs``
+    )
     for t in inputs:
         mark = _mark_of(t, session) if isinstance(t, Tensor) else None
         engine = None if mark is None else mark.engine()
         if mark is None or engine is None:
             continue
         if reads is None:
-            reads = _reads_below(outputs)
+            reads = [node for node in nodes_below(outputs) if isinstance(node, (*_READS, *STEPPED))]
         for node in reads:
             if node.engine is engine and node is not t.grad_fn and _affects(engine.program, mark, node):
                 raise _passed_by(t, mark, isinstance(node, STEPPED))
-
-
-def _reads_below(outputs: Iterable[Tensor]) -> list[Any]:
-    """The nodes of theta, and of losses that have been stepped by, that ``outputs`` depend on."""
-    return [node for node in nodes_below(outputs) if isinstance(node, (*_READS, *STEPPED))]
 
 
 def _affects(program: Tape, mark: _Mark, node: Any) -> bool:
@@ -105,7 +92,7 @@ def _affects(program: Tape, mark: _Mark, node: Any) -> bool:
     start, end = min(mark.steps), node.position
     bottom = max(program.start, getattr(node, "bottom", 0))
     if isinstance(node, STEPPED):
-        if mark.index is None and node.position in mark.steps:
+        if mark.theta is None and node.position in mark.steps:
             return True
         if not isinstance(node, _UNREAD):  # the other hangs on reads, which are looked at by themselves
             return False
@@ -114,9 +101,9 @@ def _affects(program: Tape, mark: _Mark, node: Any) -> bool:
         outside = start > end
     else:
         wanted, outside = node.indices, start >= end
-    if outside or (mark.index is not None and start < bottom):
+    if outside or (mark.theta is not None and start < bottom):
         return False
-    reached: set[int] = set() if mark.index is None else {mark.index}
+    reached: set[int] = set() if mark.theta is None else {mark.theta}
     at: dict[int, set[int]] = {}
     for position in range(max(start, bottom), end):
         at[position] = reached
@@ -126,7 +113,7 @@ def _affects(program: Tape, mark: _Mark, node: Any) -> bool:
             continue
         results = {*call.update, *call.opt_state_out}
         affected = (
-            (mark.index is None and position in mark.steps)
+            (mark.theta is None and position in mark.steps)
             or not at.get(position - call.back, set()).isdisjoint(call.theta)
             or not reached.isdisjoint((*call.update, *call.opt_state_in))
         )
@@ -142,7 +129,7 @@ def _passed_by(t: Tensor, mark: _Mark, stepped: bool) -> CaptureError:
             "inside the window. After its step a loss has given up its graph, and its gradient comes out of the steps, "
             "by initial parameters and meta-parameters. Ask before the step, or keep loss.clone() from before it."
         )
-    if mark.index is not None:
+    if mark.theta is not None:
         return CaptureError(
             f"a gradient was asked for by a parameter of shape {shape} as it was before later inner steps: what flows "
             "through those steps would be missing. Ask for the gradient by the initial parameters (taken before an "
@@ -179,11 +166,7 @@ def _run_backward(outputs: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def watch_backward(of: Engine | Ended) -> Callable[[], Any]:
-    """Look at every backward for as long as a tape, or the memory of a window that has ended, lives.
-
-    Returns:
-        What ends that before.
-    """
+    """Look at every backward for as long as ``of`` lives, or until the result is called."""
     global _installed, _original
     with _lock:
         _tapes.add(id(of))

@@ -6,7 +6,7 @@ Only calls that could carry a gradient are kept (`recording`).
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterable
 from typing import Any, cast
 
 import torch
@@ -16,25 +16,56 @@ from metaoptim.errors import CaptureError
 
 from ...ir.functions import Function, flattened
 from ...ir.operators import BATCH_NORM, RRELU, op_info, slopes_of
+from ...ir.tensors import ByStorage
 from ...ir.values import Spy, Value, reaches_theta
 from ..modes import CaptureMode
-from . import in_place
-from .guard import Guard, WriteGuard
-from .recording import Recording
-from .taint import Taint
+from . import writes
+from .recording import Guard, Recording, WriteGuard, tensors_in
 
 aten = torch.ops.aten
 _DETACH = aten.detach.default
 _ITEM = aten._local_scalar_dense.default
 
 
-class Recorder(CaptureMode):
-    """The dispatch mode of a window.
+Leaves = dict[int, weakref.ref[Tensor]]
 
-    Args:
-        guard: of parameters and of what is held; a `Guard` where calls are recorded.
-        record: whether to record; otherwise only the guard is served.
-    """
+
+def _both(a: Leaves, b: Leaves) -> Leaves:
+    if a is b or not b:
+        return a
+    return {k: ref for k, ref in (*a.items(), *b.items()) if ref() is not None} if a else b
+
+
+class Taint:
+    """Which leaves were read where no gradient flows (under no_grad, through detach), for the user to be told."""
+
+    def __init__(self) -> None:
+        self.of_storage: ByStorage[Leaves] = (
+            ByStorage()
+        )  # memory -> leaves, shared by all that has just these
+
+    def note(self, args: Iterable, out: Any, theta: Container[int]) -> None:
+        """``out`` was computed from ``args`` where no gradient flows; ``theta``: ids of leaves that do not count."""
+        leaves: Leaves = {}
+        for t in tensors_in(args):
+            if t.requires_grad and t._is_view() and t._base is not None:
+                t = t._base  # under no_grad, views of parameters that are no leaves say that they are
+            if t.requires_grad and t.is_leaf and id(t) not in theta:
+                leaves = _both(leaves, {id(t): weakref.ref(t)})
+            else:
+                leaves = _both(leaves, self.of(t))
+        if leaves:
+            for t in tensors_in(out if isinstance(out, (list, tuple)) else (out,)):
+                if t.layout is torch.strided:
+                    self.of_storage[t] = _both(self.of(t), leaves)
+
+    def of(self, t: Tensor) -> Leaves:
+        """The leaves that were read into ``t``."""
+        return (self.of_storage.get(t) if self.of_storage else None) or {}
+
+
+class Recorder(CaptureMode):
+    """The dispatch mode of a window; without ``record`` it only serves the guard."""
 
     symbolic = False  # real tensors, whose values may be looked at
 
@@ -59,19 +90,16 @@ class Recorder(CaptureMode):
             return self._leaky(func, types, args, kwargs)
         info = op_info(func)
         if info.writes:
-            return in_place.write(self, func, info, args, kwargs)
+            return writes.write(self, func, info, args, kwargs)
         if not self.record:
             return func(*args, **kwargs)
         if info.random and func is not aten.native_dropout.default:
             return func(*args, **kwargs)  # its result is an input of the step
         recording = self.recording
-        if not torch.is_grad_enabled():
+        grad = torch.is_grad_enabled()
+        if not grad or not recording.touches(args):
             out = func(*args, **kwargs)
-            self.taint.note(args, out, recording.epoch.theta)
-            return out
-        if not recording.touches(args):
-            out = func(*args, **kwargs)
-            if self.taint.of_storage:
+            if not grad or self.taint.of_storage:
                 self.taint.note(args, out, recording.epoch.theta)
             return out
         if func is _ITEM:
@@ -134,10 +162,7 @@ class Recorder(CaptureMode):
         """``t`` is about to get a hook, or to retain its gradient: autograd must see all of that gradient.
 
         Where ``t`` does not depend on theta, steps read it as a tensor from outside from now on, so that autograd
-        carries what they give it.
-
-        Returns:
-            Whether that is so; otherwise the gradient inside steps is theirs.
+        carries what they give it; whether that is so. Otherwise the gradient inside steps is theirs.
         """
         if not self.record:
             return False
@@ -173,7 +198,7 @@ class Recorder(CaptureMode):
         recording = self.recording
         found = recording.known(t)
         if found is None:
-            in_place.keep_histories(self, [t], dispatching=False)
+            writes.keep_histories(self, [t], dispatching=False)
         out = detach(t)
         if isinstance(found, Value):
             if found.entry.epoch is recording.epoch:
