@@ -15,7 +15,7 @@ from ..compiler.derive.reverse import cotangent_outputs
 from ..compiler.ir.calls import Operand, StepCall
 from ..compiler.ir.program import Kept, Program
 from ..compiler.ir.retention import Retention
-from ..compiler.ir.step import Lowering, Role
+from ..compiler.ir.step import Lowering
 from ..compiler.ir.text import plural
 from ..compiler.ir.trace import Input
 from ..compiler.lower.ambient import unaffected
@@ -116,8 +116,8 @@ class Specialization:
 
 def _reached(call: StepCall, hvp: str) -> list[Any]:
     """What a call is given that a gradient of it reaches."""
-    step, first = call.step, len(call.step.inputs) - len(call.inputs)
-    at = [i for i, port in enumerate(step.inputs) if port.role is Role.META]
+    step, first = call.step, call.step.states
+    at = step.metas
     if not at or not cotangent_outputs(step):
         return []
     grads = results_of(derived(step, hvp).graph)
@@ -150,7 +150,7 @@ class StepSpecialization:
     def program(self) -> Program:
         """What it does: one call."""
         given = [Operand("input", x) for x in self.step.given]
-        return Program([StepCall(self.step.step, (), (), (), (), 0, given, (), "")])
+        return Program([StepCall(self.step.step, (), (), given, "")])
 
     def fits(self, window: RecordedSession) -> bool:
         """Whether it can be run in this window."""

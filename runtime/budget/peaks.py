@@ -75,8 +75,7 @@ def _key(call: Call) -> tuple:
     if isinstance(call, Assign):
         return call.indices, tuple(map(memory_bytes, call.values)), call.adoption
     costs = measured(call.step, "replay", call.lowering), measured(call.step, "vjp", call.lowering)
-    state = call.theta, call.update, call.opt_state_in, call.opt_state_out
-    return id(call.step), call.lowering, costs, state, call.back, call.metas
+    return id(call.step), call.lowering, costs, call.reads, call.writes, call.back, call.metas
 
 
 def _bare(call: Call) -> Call:

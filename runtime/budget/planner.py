@@ -110,7 +110,7 @@ def changed_bytes(calls: Sequence[StepCall]) -> int:
     for call in calls:
         outputs = step_cost(call.step, call.lowering).outputs
         counted: set[int] = set()  # results whose memory has been: others may lie in it
-        for (k, index), made in zip(call.changed(), outputs, strict=False):
+        for (k, index), made in zip(enumerate(call.writes), outputs, strict=False):
             of = k if made.of_result < 0 else made.of_result
             if index >= 0:
                 sizes[index] = 0 if of in counted else outputs[of].size
@@ -155,10 +155,8 @@ def _left_out(program: Program, short: Program) -> int:
         return 0
     read = {x for call, _ in short.counted() for g in call.inputs if g.kind != "each" for x in g.sources}
     for item in (c for c in short.calls if isinstance(c, Loop)):
-        for call, strides in zip(item.calls, item.strides, strict=True):
-            for g, stride in zip(call.inputs, strides, strict=True):
-                if g.kind == "each":
-                    read |= {g.advanced(k * stride).chosen.of for k in range(item.count)}
+        for g in (g for call in item.calls for g in call.inputs if g.kind == "each"):
+            read |= {g.after(k).chosen.of for k in range(item.count)}
     return sum(nbytes(x.spec) for x in listed - read)
 
 

@@ -293,7 +293,7 @@ def _size(where: int | Input, program: Program, i: int) -> int:
     if not isinstance(where, int):
         return nbytes(where.spec)
     for call, _ in reversed(list(program.counted())):
-        for k, register in call.changed():
+        for k, register in enumerate(call.writes):
             if register == where:
                 return nbytes(call.step.outputs[k].spec)
     raise AssertionError(f"output {i} is read from r{where}, which nothing writes to")

@@ -171,7 +171,7 @@ class Streaming:
         if max(call.metas, default=-1) <= self._met:
             return
         if self._taken[id(call.step)] > REPEATS:
-            ports = zip(call.metas, call.step.positions(Role.META), strict=True)
+            ports = zip(call.metas, call.step.metas, strict=True)
             self._gradients += sum(nbytes(call.step.inputs[i].spec) for n, i in ports if n > self._met)
         self._met = max(call.metas)
 

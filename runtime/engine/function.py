@@ -61,7 +61,7 @@ class BoundProgram:
         self._ends = list(accumulate(sizes))
         self.end = self._ends[-1] if sizes else 0
         self._begins = [end - size for end, size in zip(self._ends, sizes, strict=True)]
-        self._first: dict[tuple[int, int], tuple[StepCall, list[tuple[int, Operand, int, int]]]] = {}
+        self._first: dict[tuple[int, int], tuple[StepCall, list[tuple[int, Operand, int]]]] = {}
 
     def __getitem__(self, position: int) -> StepCall:
         at = bisect_right(self._ends, position)
@@ -70,23 +70,20 @@ class BoundProgram:
         if not iteration:
             return first
         inputs, metas = list(first.inputs), first.metas
-        for i, given, stride, meta in moving:
-            given = given.advanced(iteration * stride)
+        for i, given, meta in moving:
+            given = given.after(iteration)
             inputs[i] = self.bind(given, first.step.inputs[i - len(inputs)])
             if meta >= 0:
                 metas = (*metas[:meta], _target(given), *metas[meta + 1 :])
         return StepCall(
             first.step,
-            first.theta,
-            first.update,
-            first.opt_state_in,
-            first.opt_state_out,
-            0,
+            first.reads,
+            first.writes,
             inputs,
-            metas,
             first.location,
-            first.rng,
-            first.lowering,
+            metas=metas,
+            rng=first.rng,
+            lowering=first.lowering,
         )
 
     def takes_step(self, position: int) -> bool:
@@ -95,12 +92,11 @@ class BoundProgram:
         calls = calls_of(self.rolled.calls[at])
         return calls[(position - self._begins[at]) % len(calls)].step.steps > 0
 
-    def _bind(self, at: int, k: int) -> tuple[StepCall, list[tuple[int, Operand, int, int]]]:
-        """A call in its first iteration, and which inputs move: place, the first, by how much, place in metas."""
-        item = self.rolled.calls[at]
-        call, strides = (item.calls[k], item.strides[k]) if isinstance(item, Loop) else (item, ())
+    def _bind(self, at: int, k: int) -> tuple[StepCall, list[tuple[int, Operand, int]]]:
+        """A call in its first iteration, and which inputs move: place, the first one, place in metas."""
+        call = calls_of(self.rolled.calls[at])[k]
         given: list[Operand] = call.inputs
-        ports = call.step.inputs[len(call.step.inputs) - len(given) :]
+        ports = call.step.inputs[call.step.states :]
         metas, moving, rng = [], [], -1
         for i, (g, port) in enumerate(zip(given, ports, strict=True)):
             meta = -1
@@ -109,13 +105,10 @@ class BoundProgram:
                 metas.append(_target(g))
             elif g.kind == "noise":
                 rng = self.rng
-            if strides and strides[i]:
-                moving.append((i, g, strides[i], meta))
-        thetas = len(call.step.positions(Role.THETA))
+            if g.stride:
+                moving.append((i, g, meta))
         first = replace(
             call,
-            theta=call.opt_state_in[:thetas],
-            opt_state_in=call.opt_state_in[thetas:],
             inputs=[self.bind(g, port) for g, port in zip(given, ports, strict=True)],
             metas=tuple(metas),
             rng=rng,

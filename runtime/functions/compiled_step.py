@@ -107,14 +107,12 @@ class CompiledStep:
             ):  # many are never run again: the first step of all, with no optimizer state yet
                 lowering = replace(lowering, backend="eager")
             call = self._call(window, held, lowering)
-            inputs = [engine.state[i] for i in (*call.theta, *call.opt_state_in)] + [h.get() for h in held]
+            inputs = [engine.state[i] for i in call.reads] + [h.get() for h in held]
             results = lowered(self.step, "replay", inputs, lowering, at_once=True)(*inputs)
             del inputs  # under a budget, the engine may run the step's derivative now, on numbers drawn again
-            changes = [
-                (i, v) for i, v in zip((*call.update, *call.opt_state_out), results, strict=True) if i >= 0
-            ]
+            changes = [(i, v) for i, v in zip(call.writes, results, strict=True) if i >= 0]
             self._show_state(window, call, results)
-            ports = self.step.inputs[len(self.step.inputs) - len(held) :]
+            ports = self.step.inputs[self.step.states :]
             metas = [
                 t for t, port in zip(given, ports, strict=True) if port.role is Role.META and t is not None
             ]
@@ -169,7 +167,7 @@ class CompiledStep:
     def _call(self, window: RecordedSession, held: list[Any], lowering: Lowering) -> StepCall:
         view, known = window.view, window.opt_state
         free = len(window.engine.state)
-        out = []
+        out = [view.indices[self._ordinal(window, p)] for p in self.thetas]
         for optimizer, p, name in self.states:
             key = (id(optimizer), self._ordinal(window, p), name)
             if key not in known:
@@ -180,18 +178,9 @@ class CompiledStep:
             if live and (id(self), k) not in window.results:
                 window.results[id(self), k], free = free, free + 1
             out.append(window.results[id(self), k] if live else -1)
-        return StepCall(
-            self.step,
-            tuple(view.indices[self._ordinal(window, p)] for p in self.reads),
-            tuple(view.indices[self._ordinal(window, p)] for p in self.thetas),
-            tuple(known[id(o), self._ordinal(window, p), name] for o, p, name in self.reads_state),
-            tuple(out),
-            0,
-            held,
-            (),
-            user_location(),
-            lowering=lowering,
-        )
+        reads = [view.indices[self._ordinal(window, p)] for p in self.reads]
+        reads += [known[id(o), self._ordinal(window, p), name] for o, p, name in self.reads_state]
+        return StepCall(self.step, tuple(reads), tuple(out), held, user_location(), lowering=lowering)
 
     def _show_state(self, window: RecordedSession, call: StepCall, results: Sequence[Tensor]) -> None:
         """Let the optimizers and the networks' buffers have their new values."""

@@ -153,12 +153,13 @@ class RecordedSession(OrdinarySession):
         options, names = self.options, self.networks.names
         fixed = optimizer.first_order, options.backward_hook is not None
         step = RecordedStep(engine, sliced, changed, back, update, indices, old, new, new_states, *fixed)
-        call = step.call(*self._state_indices(optimizer, update, new_states), options.lowering, names)
+        before, after = self._state_indices(optimizer, update, new_states)
+        call = step.call(before, after, options.lowering, names)
         if self.recorder.taint.of_storage and tell_unreachable(sliced, self.recorder.taint, self.networks):
             engine.reaches = True  # there is a better explanation
         update.grads.clear()  # a sliding window may replay below
         # nothing the user sees has changed so far, and nothing below fails
-        outputs = iter(call.opt_state_out)
+        outputs = iter(after)
         for i, state in zip(update.ordinals, new_states, strict=True):
             for name in state:
                 self.opt_state[id(optimizer), i, name] = next(outputs)
@@ -171,7 +172,7 @@ class RecordedSession(OrdinarySession):
         call.spies = tuple(spy for spies in sliced.hooks.values() for spy in spies)
         for spy in call.spies:
             spy.taken = True
-        changes = list(zip((*call.update, *call.opt_state_out), step.state, strict=True))
+        changes = list(zip(call.writes, step.state, strict=True))
         view.take(call, changes, epoch, metas, update.ordinals)
         view.stepped.leave(loss, call, sliced)
 
