@@ -29,9 +29,40 @@ recording: ContextVar[CaptureMode | None] = ContextVar("metaoptim_recorder", def
 # Called with the function handed to checkpoint; returns one that recomputes with the parameters of now.
 binding: ContextVar[Any] = ContextVar("metaoptim_binding", default=None)
 
-_lock = threading.Lock()
-_open = 0
-_original: dict[str, Any] = {}
+_MISSING = object()
+
+
+class Patches:
+    """Entry points of torch (owner, name, wrapper) that are wrapped while anybody has asked for it."""
+
+    def __init__(self, *wrappers: tuple[Any, str, Any]) -> None:
+        self.original: dict[str, Any] = {}
+        self._wrappers, self._saved, self._count = wrappers, list[Any](), 0
+        self._lock = threading.RLock()  # the collector may call `uninstall` within `install`
+
+    def install(self) -> None:
+        """Wrap the entry points (counted)."""
+        with self._lock:
+            self._count += 1
+            for owner, name, wrapper in () if self._saved else self._wrappers:
+                self._saved.append(vars(owner).get(name, _MISSING))
+                if owner is not torch:
+                    self.original[name] = getattr(owner, name)
+                setattr(owner, name, wrapper)
+
+    def uninstall(self) -> None:
+        """Undo one `install`; where others have wrapped ours since, it stays, and does nothing."""
+        with self._lock:
+            self._count -= 1
+            ours = all(vars(owner).get(name) is wrapper for owner, name, wrapper in self._wrappers)
+            if self._count or not ours:
+                return
+            for (owner, name, _), before in zip(self._wrappers, self._saved, strict=True):
+                if before is _MISSING:  # it was inherited
+                    delattr(owner, name)
+                else:
+                    setattr(owner, name, before)
+            self._saved.clear()
 
 
 def _mode() -> CaptureMode | None:
@@ -50,9 +81,8 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
 
     mode = _mode()
     if mode is None or (issubclass(cls, torch.autograd.Function) and transforms_active()):
-        return apply(
-            *args, **kwargs
-        )  # a transform of torch.func makes another Function of it, and applies that
+        # a transform of torch.func makes another Function of it, and applies that
+        return apply(*args, **kwargs)
     return mode.apply_function(cls, apply, args, kwargs)
 
 
@@ -173,9 +203,7 @@ def _clip(parameters: Any, *args: Any, **kwargs: Any) -> Any:
     return _original["_clip_grads_with_norm_"](parameters, *args, **kwargs)
 
 
-# -- installing -------------------------------------------------------------------------------------------------------
-
-_WRAPPERS: tuple[tuple[Any, str, Any], ...] = (
+patches = Patches(
     *((owner, "apply", classmethod(_apply)) for owner in FUNCTIONS),
     (checkpointing, CHECKPOINT, _checkpoint),
     (Tensor, "register_hook", _register_hook),
@@ -190,32 +218,4 @@ _WRAPPERS: tuple[tuple[Any, str, Any], ...] = (
     (torch.optim.Optimizer, "add_param_group", _add_param_group),
     (clip_grad, "_clip_grads_with_norm_", _clip),
 )
-_MISSING = object()
-_saved: list[Any] = []
-
-
-def install() -> None:
-    """Wrap the entry points (counted: one call per open window)."""
-    global _open
-    with _lock:
-        _open += 1
-        if _open == 1:
-            for owner, name, wrapper in _WRAPPERS:
-                _saved.append(vars(owner).get(name, _MISSING))
-                if owner is not torch:
-                    _original[name] = getattr(owner, name)
-                setattr(owner, name, wrapper)
-
-
-def uninstall() -> None:
-    """Undo one `install`."""
-    global _open
-    with _lock:
-        _open -= 1
-        if _open == 0:
-            for (owner, name, _), before in zip(_WRAPPERS, _saved, strict=True):
-                if before is _MISSING:  # it was inherited
-                    delattr(owner, name)
-                else:
-                    setattr(owner, name, before)
-            _saved.clear()
+_original = patches.original

@@ -50,7 +50,7 @@ def trace_of(
 ) -> tuple[Trace, Traced, CapturedStep | None]:
     """Run ``fn`` on these arguments, symbolically, watched by ``reads``; inside ``window``, as one of its steps."""
     begun = time.perf_counter()
-    intercept.install()
+    intercept.patches.install()
     try:
         with uncollected(), refusing(), capturing() as tracer:
             token = intercept.recording.set(tracer)
@@ -66,7 +66,7 @@ def trace_of(
             finally:
                 intercept.recording.reset(token)
     finally:
-        intercept.uninstall()
+        intercept.patches.uninstall()
     if reads is not None:
         for optimizer in tracer.stepped:
             reads.meet(optimizer, type(optimizer).__name__)

@@ -13,13 +13,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import enable_reentrant_dispatch
 
 from metaoptim.compiler.capture.eager.recorder import Recorder
-from metaoptim.errors import WindowError
 
 from ..engine.graph import nodes_below
 from ..engine.nodes import Begin, as_parameter
 from .networks import Networks
 from .ordinary_session import OrdinarySession
-from .session import AS_GRADIENT, Options, refuse_overwritten
+from .session import Options, refuse_overwritten, refuse_write
 from .update import InnerOptimizer, gradient, hyper_of, trained, update_by
 
 # The fused attention kernels have no second derivative: none is taken while a full tape is open, in the whole process.
@@ -223,13 +222,9 @@ class FullTapeSession(OrdinarySession):
 
     def before_write(self, targets: list[Tensor], op: Any) -> list[int]:
         """Ordinals of the parameters about to be overwritten."""
-        storages = {t.untyped_storage()._cdata: i for i, t in enumerate(self.networks.shown)}
-        hit = [storages[s] for t in targets if (s := t.untyped_storage()._cdata) in storages]
+        hit = [i for t in targets if (i := self.networks.at(t)) is not None]
         if hit and torch.is_grad_enabled() and any(t.requires_grad for t in targets):
-            raise WindowError(
-                f"parameter {self.networks.names[hit[0]]!r} was changed in place by {op} with grad mode on; "
-                + AS_GRADIENT
-            )
+            refuse_write(self.networks.names[hit[0]], op)
         return hit
 
     def after_write(self, hit: list[int]) -> None:

@@ -32,6 +32,9 @@ class Networks:
         self.shown: list[Tensor] = []
         self.joined: set[int] = set()
         self._index: dict[int, int] = {}
+        self._at: dict[int, int] | None = (
+            None  # memory of what is shown -> its ordinal; None to be found anew
+        )
         self._places: list[list[tuple[nn.Module, str]]] = []
         self._modules: dict[int, nn.Module] = {}
         self._inner: set[int] = set()  # ids of modules of optimizers that belong to the window
@@ -47,6 +50,12 @@ class Networks:
     def index_of(self, parameter: Tensor) -> int | None:
         """The ordinal of one of the user's own parameters."""
         return self._index.get(id(parameter))
+
+    def at(self, t: Tensor) -> int | None:
+        """The ordinal of the parameter shown in whose memory ``t`` lies."""
+        if self._at is None:
+            self._at = {t.untyped_storage()._cdata: i for i, t in enumerate(self.shown)}
+        return self._at.get(t.untyped_storage()._cdata)
 
     def original(self, parameter: nn.Parameter) -> nn.Parameter:
         """The user's own parameter behind one that is shown."""
@@ -161,7 +170,7 @@ class Networks:
 
     def show(self, i: int, value: Tensor) -> None:
         """Let the modules show ``value`` as parameter ``i``."""
-        self.shown[i] = value
+        self.shown[i], self._at = value, None
         if i not in self.joined:
             value.freeze = functools.partial(_freeze, weakref.ref(self), i)  # type: ignore[attr-defined]
         for module, name in self._places[i]:

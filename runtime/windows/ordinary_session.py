@@ -21,6 +21,7 @@ from ..engine.engine import Engine
 from . import oversights
 from .networks import Networks
 from .session import Member, Options, Session, _current, current_session
+from .update import parameters_of
 
 
 class OrdinarySession(Session):
@@ -46,7 +47,7 @@ class OrdinarySession(Session):
     def open(self) -> None:
         """Begin: from here on the calling thread's code is the window's."""
         _watch_optimizers()
-        intercept.install()
+        intercept.patches.install()
         oversights.remember(None)
         _current.set(self)
         intercept.recording.set(self.recorder)
@@ -63,7 +64,11 @@ class OrdinarySession(Session):
                 f"{name}.step {member.steps} (counted from 0): the inner loss is {float(loss.detach())}, expected "
                 "a finite number; lower the learning rate, clip with reset_grad_normalizer(), or mend the loss"
             )
-        before = self._record_tape(member) if self.options.record_grad_tape else []
+        before = []
+        if self.options.record_grad_tape:
+            named = [(self.networks.names[i], self.networks.shown[i]) for i in self.ordinals(optimizer)]
+            before = [(f"step_{member.steps}:{name}", t.detach().clone()) for name, t in named]
+            self._copied([t for _, t in before], now=False)
         self._step(optimizer, loss, allow_unused)
         optimizer._tape = [*(optimizer._tape if member.steps else ()), *before]
         if member.steps == self.options.pickup_step:
@@ -73,21 +78,18 @@ class OrdinarySession(Session):
         if checked:
             self._check_finite(member)
 
-    def _record_tape(self, member: Member) -> list[tuple[str, Tensor]]:
-        return [
-            (f"step_{member.steps}:{self.networks.names[i]}", self.networks.shown[i].detach().clone())
-            for i in self.ordinals(member.optimizer)
-        ]
-
-    def _pick(self, member: Member) -> list[Tensor]:
-        """Copy what ``pickup_step`` wants of an optimizer and its networks; the copies."""
-        theta = {i: self.networks.shown[i].detach().clone() for i in self.ordinals(member.optimizer)}
+    def _pick(self, member: Member) -> None:
+        """Copy what ``pickup_step`` wants of an optimizer and its networks."""
         optimizer = member.optimizer
+        theta = {i: self.networks.shown[i].detach().clone() for i in self.ordinals(optimizer)}
         states = {p: {k: v.detach().clone() for k, v in s.items()} for p, s in optimizer.state.items()}
         buffers = self.networks.buffers_of(optimizer.networks)
         member.picked = theta, states, buffers
         of_states = [v for s in states.values() for v in s.values()]
-        return [*theta.values(), *of_states, *(b for _, _, b in buffers)]
+        self._copied([*theta.values(), *of_states, *(b for _, _, b in buffers)], now=True)
+
+    def _copied(self, copies: list[Tensor], now: bool) -> None:
+        """The window keeps these: room is made for them ``now``, or by the step that is about to be taken."""
 
     def _check_finite(self, member: Member) -> None:
         for i in self.ordinals(member.optimizer):
@@ -133,8 +135,7 @@ class OrdinarySession(Session):
         """An optimizer of torch steps inside the block."""
         what = f"{type(optimizer).__name__}.step at {user_location()}"
         own = {id(p): name for p, name in zip(self.networks.originals, self.networks.names, strict=True)}
-        moved = [p for group in optimizer.param_groups for p in group["params"]]
-        self._steps_of_others.update((own[id(p)], what) for p in moved if id(p) in own)
+        self._steps_of_others.update((own[id(p)], what) for p in parameters_of(optimizer) if id(p) in own)
 
     def _tell_oversights(self, steps: int) -> None:
         """Warn of what the whole block shows."""
@@ -187,7 +188,7 @@ class OrdinarySession(Session):
                 intercept.recording.set(None)
                 intercept.binding.set(None)
                 _current.set(None)
-                intercept.uninstall()
+                intercept.patches.uninstall()
                 oversights.remember(ended)
                 self._close(failing)
                 self.members.clear()

@@ -22,6 +22,7 @@ from metaoptim.errors import UnreachableWarning, user_name_of, warn
 
 from ..engine.graph import leaves_of, nodes_below
 from .networks import Networks
+from .update import parameters_of
 
 _SHOWN = 3  # names that a message lists
 _told: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensors that a warning after a window has named
@@ -114,7 +115,7 @@ class Ended:
         if optimizer in self._optimizers:
             return
         self._optimizers.add(optimizer)
-        moved: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
+        moved = parameters_of(optimizer)
         without = [p for p in moved if p.grad is None and p.requires_grad and p not in _told]
         if not without or (len(without) == len(moved) and not self.asked):
             return

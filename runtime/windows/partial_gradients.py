@@ -7,7 +7,6 @@ in the steps that have read it. Backward without ``inputs`` does not care; ``tor
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from metaoptim.compiler.capture.intercept import recording
+from metaoptim.compiler.capture.intercept import Patches, recording
 from metaoptim.compiler.ir.calls import Assign
 from metaoptim.compiler.ir.tape import Tape
 from metaoptim.errors import CaptureError
@@ -142,15 +141,6 @@ def _passed_by(t: Tensor, mark: _Mark, stepped: bool) -> CaptureError:
     )
 
 
-# -- torch's one way into the engine ----------------------------------------------------------------------------------
-
-_lock = threading.RLock()  # the collector may call `_release` within `watch_backward`
-_tapes: set[int] = set()
-_autograd: Any = torch.autograd
-_original: Any = None
-_installed = False
-
-
 def _run_backward(outputs: Any, *args: Any, **kwargs: Any) -> Any:
     inputs = args[3] if len(args) > 3 else kwargs.get("inputs")
     session = current_session()
@@ -162,27 +152,17 @@ def _run_backward(outputs: Any, *args: Any, **kwargs: Any) -> Any:
         session.note_backward(outputs)
     elif session is None and (ended := last_ended()) is not None:
         ended.backward(outputs, _OURS)
-    return _original(outputs, *args, **kwargs)
+    return _backward.original["_engine_run_backward"](outputs, *args, **kwargs)
+
+
+_backward = Patches(
+    (torch.autograd, "_engine_run_backward", _run_backward)
+)  # torch's one way into the engine
 
 
 def watch_backward(of: Engine | Ended) -> Callable[[], Any]:
     """Look at every backward for as long as ``of`` lives, or until the result is called."""
-    global _installed, _original
-    with _lock:
-        _tapes.add(id(of))
-        release = weakref.finalize(of, _release, id(of))
-        release.atexit = False
-        if not _installed:
-            _original = _autograd._engine_run_backward
-            _autograd._engine_run_backward = _run_backward
-            _installed = True
+    _backward.install()
+    release = weakref.finalize(of, _backward.uninstall)
+    release.atexit = False
     return release
-
-
-def _release(tape: int) -> None:
-    global _installed
-    with _lock:
-        _tapes.discard(tape)
-        if not _tapes and _autograd._engine_run_backward is _run_backward:
-            _autograd._engine_run_backward = _original
-            _installed = False

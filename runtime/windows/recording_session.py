@@ -23,7 +23,7 @@ from .networks import Networks
 from .ordinary_session import OrdinarySession
 from .oversights import Ended, all_finite, tell_unreachable
 from .recorded_step import RecordedStep, applied, unrecorded
-from .session import Member, Options, refuse_overwritten
+from .session import Options, refuse_overwritten
 from .theta_view import ThetaView
 from .update import Hyper, InnerOptimizer, Update, gradient, hyper_of, trained, update_by
 
@@ -73,16 +73,11 @@ class RecordedSession(OrdinarySession):
         known = self.view.recording.known(t)
         return (self.engine, known.steps) if isinstance(known, Value) and known.steps else None
 
-    def _record_tape(self, member: Member) -> list[tuple[str, Tensor]]:
-        tape = super()._record_tape(member)
-        if self.engine.streaming is not None:
-            self.engine.streaming.keep([t for _, t in tape])
-        return tape
-
-    def _pick(self, member: Member) -> list[Tensor]:
-        copies = super()._pick(member)
-        self.engine.make_room(copies)
-        return copies
+    def _copied(self, copies: list[Tensor], now: bool) -> None:
+        if now:
+            self.engine.make_room(copies)
+        elif self.engine.streaming is not None:
+            self.engine.streaming.keep(copies)
 
     def _since_when(self, steps: int) -> str:
         """Between which of the states that are kept it began."""

@@ -73,6 +73,11 @@ def refuse_overwritten(name: str) -> None:
     )
 
 
+def refuse_write(name: str, op: Any) -> None:
+    """Raise for a parameter that is changed in place where autograd would have to follow."""
+    raise WindowError(f"parameter {name!r} was changed in place by {op} with grad mode on; {AS_GRADIENT}")
+
+
 class Session:
     """Base of the strategies. A strategy shows parameters (`_offer`, `_join`, `_start`) and takes steps (`_step`).
 

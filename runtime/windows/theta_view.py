@@ -14,17 +14,16 @@ from metaoptim.compiler.ir.calls import Assign, StepCall
 from metaoptim.compiler.ir.operators import LIFTS
 from metaoptim.compiler.ir.tensors import memory_of
 from metaoptim.compiler.ir.values import Epoch, Theta
-from metaoptim.errors import WindowError
 
 from ..engine.engine import Engine
-from ..engine.inputs import Inputs, Snapshot
+from ..engine.inputs import Inputs
 from ..engine.nodes import Begin, InnerParameter
 from ..states.tiered import check_device
 from . import partial_gradients
 from .losses import Stepped, Versions
 from .networks import Networks
 from .reads import Reads, SlidingReads, WholeReads
-from .session import AS_GRADIENT, Options
+from .session import Options, refuse_write
 
 
 class ThetaView:
@@ -51,6 +50,10 @@ class ThetaView:
             self.reads = SlidingReads(engine, options.window, options.offline)
         self.stepped = Stepped(engine, self.reads, self.versions.current)
         self.inputs = Inputs(networks.is_buffer, counted=options.retention.slots is None)
+        self.hold, self.on_tape = (
+            self.inputs.hold,
+            engine.holds,
+        )  # what is read from outside, what lies on the tape
         self.indices: list[int] = []
         self.lifts = True
         self.grads: list[Tensor | None] = []
@@ -59,7 +62,6 @@ class ThetaView:
         self._beside: dict[int, list[int]] = {}  # ordinal that nothing has read -> those that enter with it
         self._written: set[int] = set()  # ordinals that were overwritten before anything read them
         self._dirty: set[int] = set()  # ordinals that were overwritten since
-        self._storages: dict[int, int] | None = None  # of what is shown -> its ordinal
 
     @property
     def epochs(self) -> list[Epoch]:
@@ -78,7 +80,6 @@ class ThetaView:
             self._beside[i] = ordinals
             self.networks.show(i, t)
             self.recording.epoch.theta[id(t)] = Theta(-1, t, object())
-        self._storages = None
         self._weigh()
 
     def _weigh(self, entering: Collection[int] = ()) -> None:
@@ -173,7 +174,6 @@ class ThetaView:
         """An epoch begins, in which ``changed`` are new values."""
         shown = zip(self.indices, self.networks.shown, strict=True)
         self.versions.show(self.engine.position, shown, [self.indices[i] for i in changed])
-        self._storages = None
 
     def take(
         self,
@@ -195,10 +195,6 @@ class ThetaView:
         self.stepped.settle(over=False)
 
     # -- what is read from outside (the recorder asks) -----------------------------------------------------------
-
-    def hold(self, tensor: Tensor) -> Snapshot:
-        """The value of ``tensor`` as it is read now."""
-        return self.inputs.hold(tensor)
 
     def preserve(self, targets: list[Tensor]) -> None:
         """``targets`` are about to be overwritten."""
@@ -232,28 +228,18 @@ class ThetaView:
         index = node.indices[tensor.output_nr]  # type: ignore[union-attr]
         return Theta(index, tensor, version) if self.versions.current.get(index) is version else None
 
-    def on_tape(self, storage: int) -> bool:
-        """Whether the tape holds what lies in ``storage``."""
-        return self.engine.holds(storage)
-
     # -- writes into theta (the recorder asks) -------------------------------------------------------------------
 
     def before_write(self, targets: list[Tensor], op: Any) -> list[int]:
         """Ordinals of the parameters about to be overwritten, after saving what the tape holds of them."""
-        if self._storages is None:
-            self._storages = {t.untyped_storage()._cdata: i for i, t in enumerate(self.networks.shown)}
         hit = []
         for t in targets:
-            storage = t.untyped_storage()._cdata
-            ordinal = self._storages.get(storage)
+            storage, ordinal = t.untyped_storage()._cdata, self.networks.at(t)
             if ordinal is None:  # an alias of what an earlier step has shown, or of optimizer state
                 self.engine.protect(storage)
                 continue
             if torch.is_grad_enabled() and t.requires_grad:
-                raise WindowError(
-                    f"parameter {self.networks.names[ordinal]!r} was changed in place by {op} with grad mode "
-                    f"on; {AS_GRADIENT}"
-                )
+                refuse_write(self.networks.names[ordinal], op)
             if ordinal not in self._dirty:
                 self.engine.protect(storage)
             if self.indices[ordinal] < 0:
