@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from types import TracebackType
@@ -17,7 +16,7 @@ from .compiler.capture.intercept import recording
 from .compiler.ir.retention import Retention, check_count
 from .compiler.ir.step import Lowering
 from .errors import WindowError, warn
-from .optim.optimizer import live_optimizers, refresh_optimizers
+from .optim.optimizer import optimizers_here, refresh_optimizers
 from .report.of_window import explain_window
 from .report.report import Report
 from .runtime.functions.loops import Loop
@@ -169,8 +168,8 @@ class SlidingWindow:
         session = self._session = self._new_session()
         session.open()
         try:
-            for optimizer in sorted(live_optimizers, key=lambda o: o.number):  # the same order on every rank
-                if optimizer.thread == threading.get_ident() and optimizer._session is None:
+            for optimizer in optimizers_here():  # the same order on every rank
+                if optimizer._session is None:
                     with suppress(WindowError):  # raised where it steps, if it does
                         session.adopt(optimizer)
         except BaseException:

@@ -279,43 +279,54 @@ class MetaOptimizer(InnerOptimizer):
         return changed
 
 
+def optimizers_here() -> list[MetaOptimizer]:
+    """The optimizers alive that this thread has made, oldest first."""
+    here = threading.get_ident()
+    return sorted((o for o in live_optimizers if o.thread == here), key=lambda o: o.number)
+
+
 def refresh_optimizers() -> bool:
-    """`MetaOptimizer.refresh` the optimizers alive that this thread has made; whether any has changed."""
-    here, changed = threading.get_ident(), False
-    for o in live_optimizers:
-        if o.thread == here and o._session is None:
-            changed |= o.refresh()
-    return changed
+    """`MetaOptimizer.refresh` them, but for those in use by a window; whether any has changed."""
+    changed = [o.refresh() for o in optimizers_here() if o._session is None]
+    return any(changed)
+
+
+_PRESERVED = ("param_groups", "state", "defaults", "_normalizer", "_networks", "_whole")
 
 
 def _preserve() -> Callable[[], None]:
     """What puts optimizers back as they are now, and forgets those made until then."""
-    kept = []
-    for o in [o for o in live_optimizers if o.thread == threading.get_ident()]:
-        groups = [(g, {**g, "params": list(g["params"])}) for g in o.param_groups]
-        states = [(p, s, dict(s)) for p, s in o.state.items()]
-        rest = {"_normalizer": o._normalizer, "defaults": dict(o.defaults)}
-        rest |= {"_networks": list(o._networks), "_whole": list(o._whole)}
-        kept.append((o, o.param_groups, groups, o.state, states, rest))
+    kept = [(o, {name: o.__dict__[name] for name in _PRESERVED}) for o in optimizers_here()]
+    fillings = [_filling(attributes) for _, attributes in kept]
 
     def put_back() -> None:
-        known = {id(o) for o, *_ in kept}
+        known = {id(o) for o, _ in kept}
         for o in [o for o in live_optimizers if o.symbolic and id(o) not in known]:
             live_optimizers.discard(o)
-        for o, all_groups, groups, state, states, rest in kept:
-            all_groups[:] = [g for g, _ in groups]
-            for g, values in groups:
-                g.clear()
-                g.update(values)
-            state.clear()
-            for p, s, values in states:
-                s.clear()
-                s.update(values)
-                state[p] = s
-            o.param_groups, o.state = all_groups, state
-            o.__dict__.update(rest)
+        for (o, attributes), fill in zip(kept, fillings, strict=True):
+            fill()
+            o.__dict__.update(attributes)
 
     return put_back
+
+
+def _filling(container: Any) -> Callable[[], None]:
+    """What fills lists and dictionaries, and those in them, with what is in them now."""
+    if not isinstance(container, (dict, list)):
+        return lambda: None
+    content: Any = container.copy()
+    inner = [_filling(v) for v in (content.values() if isinstance(container, dict) else content)]
+
+    def fill() -> None:
+        container.clear()
+        if isinstance(container, dict):
+            container.update(content)
+        else:
+            container.extend(content)
+        for f in inner:
+            f()
+
+    return fill
 
 
 preserving.append(_preserve)

@@ -184,7 +184,7 @@ class OrdinarySession(Session):
             finally:
                 for member in self.members.values():
                     member.optimizer._session = None
-                self.recorder.leave()
+                self.recorder.close()
                 intercept.recording.set(None)
                 intercept.binding.set(None)
                 _current.set(None)

@@ -110,10 +110,6 @@ class Recorder(CaptureMode):
         recording.record(func, info, args, kwargs, out)
         return out
 
-    def leave(self) -> None:
-        """A window closes, and this mode with it."""
-        self.close()
-
     def release(self) -> None:
         """The window has ended: what it held dies now, not when the collector comes by."""
         self.recording.close()

@@ -116,9 +116,6 @@ class Tracer(CaptureMode, Writer):
                 )
         return self.record(func, args, kwargs)
 
-    def leave(self) -> None:
-        """A window closes; the capture goes on."""
-
     def give(self, t: Tensor) -> Any:
         """What stands for a tensor that the function returns, as it is now."""
         self.settle_hooks()
