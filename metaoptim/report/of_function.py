@@ -21,9 +21,8 @@ from ..compiler.passes.checkpoint import checkpoint
 from ..compiler.passes.options import Options
 from ..compiler.passes.pipeline import Record, compile_trace
 from ..errors import WindowError
-from ..functions.captured import captured_step, trace_of
 from ..functions.guards import Dependencies
-from ..functions.specialization import name_of, retention_of
+from ..functions.specialization import captured_step, name_of, retention_of, trace_of
 from ..functions.surroundings import tensor_names
 from ..runtime.budget.measure import measured_peak, rehearse
 from ..runtime.budget.planner import decide
@@ -128,7 +127,7 @@ def _step_report(
         **of_gradients(paths, {labels[x] for x in targets}),
         function=name_of(fn),
         form="step",
-        horizon=step.steps,
+        horizon=len(trace.steps),
         calls=1,
         num_programs=1,
         window=window.options.window,

@@ -21,7 +21,7 @@ from metaoptim.compiler.passes.pipeline import compile_trace
 from metaoptim.compiler.passes.prune import prune
 from metaoptim.compiler.passes.split import split
 from metaoptim.errors import ProgramError
-from metaoptim.functions.captured import trace_of
+from metaoptim.functions.specialization import trace_of
 from oracle import leaves
 from problems import NETWORKS, problem
 
