@@ -180,18 +180,20 @@ def reached(starts: Iterable[T], onwards: Callable[[T], Iterable[T]]) -> Iterato
             stack += onwards(a)
 
 
-def reaches_theta(value: Value) -> bool:
-    """Whether a gradient of ``value`` may flow into theta."""
+def thetas_below(value: Value, by_gradient: bool) -> Iterator[Theta]:
+    """The thetas that ``value`` depends on; ``by_gradient``: those that a gradient of it may flow into."""
 
     def onwards(a: Any) -> Iterable[Any]:
         if isinstance(a, Value):
-            t = a.ref and a.ref()
+            t = a.ref() if a.ref and by_gradient else None
             return () if a.apart is not None or (t is not None and not t.requires_grad) else (a.entry,)
         if isinstance(a, Entry):
-            return (*a.args, *a.deps, *a.kwargs.values()) if a.grad and a.op is not _DETACH else ()
+            passes = not by_gradient or (a.grad and a.op is not _DETACH)
+            return (*a.args, *a.deps, *a.kwargs.values()) if passes else ()
         return (a.value,) if isinstance(a, Carried) else a if isinstance(a, tuple) else ()
 
-    return any(isinstance(a, Theta) for a in reached([value], onwards))
+    start: list[Any] = [value]
+    return (a for a in reached(start, onwards) if isinstance(a, Theta))
 
 
 @dataclass(slots=True, eq=False, repr=False)

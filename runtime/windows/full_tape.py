@@ -89,13 +89,10 @@ class FullTapeSession(OrdinarySession):
         self._versions: list[list[Tensor]] = []  # what the networks have shown, oldest first
         self._values: list[list[int]] = []  # beside it: numbers that are equal where the values are
         self._count = 0
-        self._cuts: set[int] = (
-            set()
-        )  # ids of parameters that optimizers step: a write before that was a cut too
+        self._cuts: set[int] = set()  # ids of parameters that steps train: an earlier write was a cut too
         self._cut: list[tuple[int, Any]] = []  # overwritten parameters, and what had shown them
 
     def open(self) -> None:
-        """Begin: from here on the calling thread's code is the window's."""
         _open_tapes(+1)
         super().open()
 
@@ -210,10 +207,7 @@ class FullTapeSession(OrdinarySession):
         self._cut.clear()
         self.recorder.release()
 
-    # -- the recorder's guard ------------------------------------------------------------------------------------
-
     def statistics(self, stats: Sequence[Tensor], training: bool) -> list[Tensor]:
-        """The running statistics for a batch norm to use."""
         return self.networks.statistics(stats, training)
 
     def preserve(self, targets: list[Tensor]) -> None:
@@ -221,7 +215,6 @@ class FullTapeSession(OrdinarySession):
         self.networks.back_up(targets)
 
     def before_write(self, targets: list[Tensor], op: Any) -> list[int]:
-        """Ordinals of the parameters about to be overwritten."""
         hit = [i for t in targets if (i := self.networks.at(t)) is not None]
         if hit and torch.is_grad_enabled() and any(t.requires_grad for t in targets):
             refuse_write(self.networks.names[hit[0]], op)

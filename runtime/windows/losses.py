@@ -51,8 +51,6 @@ class Versions:
         """Whether a loss of the super-step at hand may have read theta."""
         return any(epoch.read for epoch in self.epochs)
 
-    # -- what is shown -------------------------------------------------------------------------------------------
-
     def enter(self, theta: Theta, index: int, position: int) -> None:
         """What is shown as ``theta`` is on the tape from ``position`` on, at state ``index``."""
         theta.index = index
@@ -96,8 +94,6 @@ class Versions:
             if epoch not in kept:
                 epoch.writes.clear()
         self.epochs = kept
-
-    # -- what a loss has read ------------------------------------------------------------------------------------
 
     def slice(self, roots: list[Any]) -> tuple[Slice, Epoch]:
         """The ancestor slice of a loss (first root) and hyper-parameters, and the epoch whose theta it read."""

@@ -17,7 +17,6 @@ from metaoptim.compiler.capture import intercept
 from metaoptim.compiler.capture.eager.recorder import Recorder
 from metaoptim.errors import LossError, WindowError, user_location, warn
 
-from ..engine.engine import Engine
 from . import oversights
 from .networks import Networks
 from .session import Member, Options, Session, _current, current_session
@@ -40,12 +39,7 @@ class OrdinarySession(Session):
     def _close(self, failed: bool) -> None:
         """Drop every reference to the user's graph."""
 
-    def steps_reading(self, t: Tensor) -> tuple[Engine, tuple[int, ...]] | None:
-        """The tape and the positions of the steps that have read ``t``, which was computed inside."""
-        return None
-
     def open(self) -> None:
-        """Begin: from here on the calling thread's code is the window's."""
         _watch_optimizers()
         intercept.patches.install()
         oversights.remember(None)
@@ -53,8 +47,6 @@ class OrdinarySession(Session):
         intercept.recording.set(self.recorder)
         intercept.binding.set(self.networks.bind)
         self.recorder.__enter__()
-
-    # -- steps ---------------------------------------------------------------------------------------------------
 
     def _take(self, member: Member, loss: Tensor, allow_unused: bool) -> None:
         optimizer, name = member.optimizer, type(member.optimizer).__name__
@@ -100,8 +92,6 @@ class OrdinarySession(Session):
                     "rate, or clip with reset_grad_normalizer()"
                 )
 
-    # -- oversights ----------------------------------------------------------------------------------------------
-
     def _tell_of_step(self, name: str, step: int, loss: Tensor) -> None:
         """Warn of what the step just taken has taken no notice of; on the CPU, where nobody waits, look at its loss."""
         if clipped := self.recorder.clipped:
@@ -126,7 +116,6 @@ class OrdinarySession(Session):
             )
 
     def note_backward(self, outputs: Iterable[Tensor]) -> None:
-        """A backward that fills ``.grad`` has begun from ``outputs``."""
         where = user_location()
         self._differentiated = {k: v for k, v in self._differentiated.items() if v[0]() is not None}
         self._differentiated.update((id(t), (weakref.ref(t), where)) for t in outputs)
@@ -160,10 +149,7 @@ class OrdinarySession(Session):
         """What is to be looked at afterwards."""
         return None
 
-    # -- exit ----------------------------------------------------------------------------------------------------
-
     def close(self, failed: bool) -> None:
-        """End: networks, buffers and optimizers as the mode says, or as at entry if the block failed."""
         self.recorder.depth += 1  # from here on nothing is the window's any more
         ended, failing = None, True
         try:

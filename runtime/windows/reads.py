@@ -155,26 +155,21 @@ class SlidingReads(_Reads):
 
     @property
     def truncates(self) -> bool:
-        """Whether there are steps that a read of now does not go back to."""
         return self._superstep > self.window
 
     def enter(self, position: int, indices: tuple[int, ...], own: list[Tensor]) -> None:
-        """Parameters are put on the tape at ``position``."""
         self._entered.update((index, position) for index in indices)
 
     def start(self, position: int, indices: tuple[int, ...], values: list[Tensor]) -> None:
-        """Theta goes on from ``values``, which receive its gradient, at ``position``."""
         for index, tensor in zip(indices, values, strict=True):
             if tensor.requires_grad:
                 self._started[position, index] = tensor, self._superstep
 
     def begin(self, position: int, superstep: int) -> None:
-        """A super-step begins at ``position``."""
         self._superstep = superstep
         self._starts.append(position)
 
     def step(self, position: int, metas: list[Tensor]) -> tuple[int, ...]:
-        """A step at ``position`` has read ``metas``, which require grad; their numbers."""
         numbers, _ = self._numbers(metas)
         for number, tensor in zip(numbers, metas, strict=True):
             known = self._read.get(number)
@@ -185,7 +180,6 @@ class SlidingReads(_Reads):
         return numbers
 
     def read(self, indices: list[int], own: Sequence[nn.Parameter]) -> tuple[Tensor, ...]:
-        """Theta at these state indices, as parameters."""
         engine, oldest = self.engine, self._superstep - self.window
         self._read = {n: (t, last) for n, (t, last) in self._read.items() if last > oldest}
         self._started = {k: (t, n) for k, (t, n) in self._started.items() if n >= oldest}
@@ -247,7 +241,6 @@ class SlidingReads(_Reads):
             )
 
     def close(self) -> None:
-        """Drop the user's tensors."""
         self._known.clear()
         self._read.clear()
         self._started.clear()

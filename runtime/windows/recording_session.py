@@ -18,10 +18,9 @@ from ..budget.streaming import Streaming
 from ..engine.engine import Engine
 from ..engine.nodes import gradient_of_loss, stepped
 from ..states.tiered import tier_for
-from . import partial_gradients
 from .networks import Networks
 from .ordinary_session import OrdinarySession
-from .oversights import Ended, all_finite, tell_unreachable
+from .oversights import Ended, all_finite, tell_unreachable, watch_backward
 from .recorded_step import RecordedStep, applied, unrecorded
 from .session import Options, refuse_overwritten
 from .theta_view import ThetaView
@@ -34,7 +33,7 @@ class RecordedSession(OrdinarySession):
     def __init__(self, options: Options) -> None:
         retention = options.retention
         self.engine = Engine(retention.slots, options.backward_hook, tier=tier_for(retention.offload))
-        partial_gradients.watch_backward(self.engine)
+        watch_backward(self.engine)
         networks = Networks()
         self.view = ThetaView(options, self.engine, networks)
         super().__init__(options, self.view.recorder, networks)
@@ -69,7 +68,6 @@ class RecordedSession(OrdinarySession):
             self._looked_at.update((id(t), t) for t in new)
 
     def steps_reading(self, t: Tensor) -> tuple[Engine, tuple[int, ...]] | None:
-        """The tape and the positions of the steps that have read ``t``, which was computed inside."""
         known = self.view.recording.known(t)
         return (self.engine, known.steps) if isinstance(known, Value) and known.steps else None
 
@@ -106,7 +104,7 @@ class RecordedSession(OrdinarySession):
         asked = self.engine.vjps > 0
         ended = Ended(self.options.offline, own, asked, self.engine.reaches, self.view.reads.waiting)
         if not asked:
-            ended.unwatch = partial_gradients.watch_backward(ended)
+            ended.unwatch = watch_backward(ended)
         return ended
 
     def _settle(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,7 @@ from metaoptim.compiler.ir.retention import UNSAID, Retention
 from metaoptim.compiler.ir.step import Lowering
 from metaoptim.errors import CaptureError, LossError, WindowError
 
+from ..engine.engine import Engine
 from .networks import Networks
 from .update import InnerOptimizer, parameters_of, trained
 
@@ -118,7 +119,11 @@ class Session:
         """An optimizer state for the window to show; the user may write into it."""
         return value.clone()
 
-    # -- optimizers -----------------------------------------------------------------------------------------------
+    def steps_reading(self, t: Tensor) -> tuple[Engine, tuple[int, ...]] | None:
+        """The tape and the positions of the steps that have read ``t``, which was computed inside."""
+
+    def note_backward(self, outputs: Iterable[Tensor]) -> None:
+        """A backward that fills ``.grad`` has begun from ``outputs``."""
 
     def adopt(self, optimizer: InnerOptimizer) -> list[int]:
         """Keep an optimizer and its networks as they are at entry; the ordinals of parameters not known before.
@@ -169,8 +174,6 @@ class Session:
             self.networks.check()
             self.refuse_strangers()
             self._join(ordinals, new if late else [])
-
-    # -- steps ---------------------------------------------------------------------------------------------------
 
     def step(self, optimizer: InnerOptimizer, loss: Any, allow_unused: bool) -> None:
         """One inner step; nothing changes if it raises."""

@@ -19,7 +19,7 @@ from ..engine.engine import Engine
 from ..engine.inputs import Inputs
 from ..engine.nodes import Begin, InnerParameter
 from ..states.tiered import check_device
-from . import partial_gradients
+from . import oversights
 from .losses import Stepped, Versions
 from .networks import Networks
 from .reads import Reads, SlidingReads, WholeReads
@@ -65,7 +65,6 @@ class ThetaView:
 
     @property
     def epochs(self) -> list[Epoch]:
-        """The epochs of the super-step at hand, oldest first."""
         return self.versions.epochs
 
     # -- showing -------------------------------------------------------------------------------------------------
@@ -93,7 +92,6 @@ class ThetaView:
             self._counted = kept
 
     def enter(self, theta: Theta) -> None:
-        """A loss reads parameters for the first time (the recording asks)."""
         i = next(i for i, t in enumerate(self.networks.shown) if t is theta.tensor)
         self._enter(self._beside[i])
 
@@ -118,7 +116,7 @@ class ThetaView:
             if i not in self.networks.joined:
                 engine.untrained.add(index)
             engine.thetas[index] = id(p)
-            partial_gradients.note_theta(t, engine, engine.position, index)
+            oversights.note_theta(t, engine, engine.position, index)
 
     def _assign(
         self, indices: tuple[int, ...], values: list[Tensor], *, read: bool, adoption: bool = False
@@ -197,13 +195,11 @@ class ThetaView:
     # -- what is read from outside (the recorder asks) -----------------------------------------------------------
 
     def preserve(self, targets: list[Tensor]) -> None:
-        """``targets`` are about to be overwritten."""
         copied, backups = self.inputs.preserve(targets), self.networks.back_up(targets)
         if copied or backups:
             self.engine.make_room(backups)
 
     def statistics(self, stats: Sequence[Tensor], training: bool) -> list[Tensor]:
-        """The running statistics for a batch norm to use."""
         fresh = self.networks.statistics(stats, training)
         if training:
             self.inputs.preserve(fresh)
@@ -212,16 +208,13 @@ class ThetaView:
     # -- what steps have read and autograd does not see (the recorder asks) ---------------------------------------
 
     def outlived(self, tensor: Tensor, steps: tuple[int, ...]) -> None:
-        """The recording forgets ``tensor``, which the steps at these positions have read."""
-        partial_gradients.note_value(tensor, self.engine, steps)
+        oversights.note_value(tensor, self.engine, steps)
 
     def was_read(self, tensor: Tensor) -> bool:
-        """Whether steps have read ``tensor``, of which the recording itself knows nothing any more."""
         old = isinstance(tensor, InnerParameter) and id(tensor) not in self.recording.epoch.theta
-        return old or partial_gradients.is_noted(tensor)
+        return old or oversights.is_noted(tensor)
 
     def still_shown(self, tensor: Tensor) -> Theta | None:
-        """Theta, if ``tensor`` was shown before another optimizer's step for a value that has not changed since."""
         node, version = tensor.grad_fn, getattr(tensor, "version", None)
         if version is None or getattr(node, "engine", None) is not self.engine:
             return None
@@ -248,7 +241,6 @@ class ThetaView:
         return hit
 
     def after_write(self, hit: list[int]) -> None:
-        """Overwritten parameters are leaves from now on: a history cut, for those that an optimizer steps."""
         with self.recorder.paused(), enable_reentrant_dispatch():
             for ordinal in hit:
                 shown = self.networks.shown[ordinal]
@@ -258,7 +250,6 @@ class ThetaView:
         self._dirty.update(i for i in hit if self.indices[i] >= 0)
 
     def settle(self) -> None:
-        """Put overwritten parameters on the tape before theta is read again."""
         if not self._dirty:
             return
         ordinals, engine = sorted(self._dirty), self.engine
@@ -269,7 +260,7 @@ class ThetaView:
             self._assign(indices, values, read=self.versions.read)
         for i, index in zip(ordinals, indices, strict=True):
             if i in self.networks.joined:  # shown without a Read from now on
-                partial_gradients.note_theta(self.networks.shown[i], engine, engine.position, index)
+                oversights.note_theta(self.networks.shown[i], engine, engine.position, index)
         self._open(ordinals)
 
     def close(self) -> None:

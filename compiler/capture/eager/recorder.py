@@ -17,7 +17,7 @@ from metaoptim.errors import CaptureError
 from ...ir.functions import Function, flattened
 from ...ir.operators import BATCH_NORM, RRELU, op_info, slopes_of
 from ...ir.tensors import ByStorage
-from ...ir.values import Spy, Value, reaches_theta
+from ...ir.values import Spy, Value, thetas_below
 from ..modes import CaptureMode
 from . import writes
 from .recording import Guard, Recording, WriteGuard, tensors_in
@@ -40,9 +40,7 @@ class Taint:
     """Which leaves were read where no gradient flows (under no_grad, through detach), for the user to be told."""
 
     def __init__(self) -> None:
-        self.of_storage: ByStorage[Leaves] = (
-            ByStorage()
-        )  # memory -> leaves, shared by all that has just these
+        self.of_storage: ByStorage[Leaves] = ByStorage()  # memory -> leaves; equal ones are one object
 
     def note(self, args: Iterable, out: Any, theta: Container[int]) -> None:
         """``out`` was computed from ``args`` where no gradient flows; ``theta``: ids of leaves that do not count."""
@@ -77,8 +75,6 @@ class Recorder(CaptureMode):
         self.clipped = ""  # where `.grad` of theta was clipped since the last step
         # tensors without a version counter of their memory, by id
         self.loose: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
-
-    # -- the mode ------------------------------------------------------------------------------------------------
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -136,10 +132,7 @@ class Recorder(CaptureMode):
         self.recording.values.pop(id(slopes), None)  # made in the loss, drawn out of its sight
         return self.__torch_dispatch__(times, types, (x, slopes))
 
-    # -- Python-level calls --------------------------------------------------------------------------------------
-
     def apply_function(self, cls: Any, apply: Callable, args: tuple, kwargs: dict) -> Any:
-        """Record a custom `autograd.Function` as one call: its backward is the user's, not that of its inner ops."""
         recording, entry = self.recording, None
         if self.record and torch.is_grad_enabled():
             leaves, spec = flattened(args, kwargs)
@@ -168,7 +161,12 @@ class Recorder(CaptureMode):
                 f"{what} on a tensor of shape {tuple(t.shape)} that an inner step has already read: the gradient from "
                 f"that step would not pass through it; call {what} right after computing the tensor"
             )
-        if not isinstance(found, Value) or not t.requires_grad or t.is_leaf or reaches_theta(found):
+        if (
+            not isinstance(found, Value)
+            or not t.requires_grad
+            or t.is_leaf
+            or any(thetas_below(found, by_gradient=True))
+        ):
             return False
         if found.apart is None:
             if t in found.entry.epoch.writes:
@@ -187,7 +185,6 @@ class Recorder(CaptureMode):
             value.hooks = [*(value.hooks or ()), (handle, spy)]
 
     def detach_in_place(self, t: Tensor, detach: Callable[[Tensor], Tensor]) -> Tensor:
-        """Record ``t.detach_()``, which happens above the operators."""
         if not self.record:
             return detach(t)
         self.recording.guard.settle()

@@ -16,7 +16,7 @@ from torch import Tensor
 from metaoptim.errors import CaptureError
 
 from ...ir.operators import EMPTY, MASKED, PARTING, OpInfo, op_info, parts
-from ...ir.values import Carried, Entry, Epoch, External, Hold, Theta, Value, reached, version_of
+from ...ir.values import Carried, Entry, Epoch, External, Hold, Theta, Value, thetas_below, version_of
 from ..modes import Writer
 
 aten = torch.ops.aten
@@ -157,7 +157,6 @@ class Recording(Writer):
         return False
 
     def value_of(self, t: Tensor) -> Theta | Value | Carried | External:
-        """What stands for ``t`` in the recording."""
         found = self.known(t)
         if isinstance(found, Theta):
             if found.index < 0:
@@ -219,17 +218,8 @@ class Recording(Writer):
     def _reads_current_theta(self, value: Value) -> bool:
         """Whether an older value depends on parameters that no step has changed since (the same super-step's)."""
         current = {c.index: c.tensor.untyped_storage()._cdata for c in self.epoch.theta.values()}
-
-        def onwards(a: Any) -> Iterable[Any]:
-            if isinstance(a, Value):
-                return () if a.apart is not None else (a.entry,)
-            if isinstance(a, Entry):
-                return (*a.args, *a.deps, *a.kwargs.values())
-            return (a.value,) if isinstance(a, Carried) else a if isinstance(a, tuple) else ()
-
-        start: list[Any] = [value]
-        thetas = (a for a in reached(start, onwards) if isinstance(a, Theta))
-        return any(current.get(a.index) == a.tensor.untyped_storage()._cdata for a in thetas)
+        thetas = thetas_below(value, by_gradient=False)
+        return any(current.get(t.index) == t.tensor.untyped_storage()._cdata for t in thetas)
 
     def external(self, t: Tensor) -> External:
         """``t``, read from outside as it is now."""
@@ -266,7 +256,6 @@ class Recording(Writer):
     # -- writing down --------------------------------------------------------------------------------------------
 
     def bind(self, t: Tensor, ref: Value) -> Value:
-        """Let ``ref`` stand for ``t``."""
         ref.ref = weakref.ref(t)
         self.values[id(t)] = ref
         return ref
@@ -296,7 +285,6 @@ class Recording(Writer):
         return self.entry(op, tokens, {}, reads, True)
 
     def bind_outputs(self, entry: Entry, out: Any) -> None:
-        """Let the outputs of ``entry`` stand for the tensors in ``out``."""
         super().bind_outputs(entry, out)
         if len(self.values) + len(self.epoch.externals) > self._sweep_at:
             self._sweep()
