@@ -167,9 +167,7 @@ class _Waiting(NamedTuple):
     loss: weakref.ref[Tensor]
     after: Tensor  # the loss with its later history
     version: int  # of its memory at its step
-    thetas: list[
-        tuple[int, object, weakref.ref[Tensor]]
-    ]  # state index, version and tensor of all theta it has read
+    thetas: list[tuple[int, object, weakref.ref[Tensor]]]  # that it has read: index, version, tensor
 
 
 class Stepped:

@@ -40,9 +40,7 @@ class Networks:
         self._inner: set[int] = set()  # ids of modules of optimizers that belong to the window
         self._buffers: list[tuple[nn.Module, str, Tensor]] = []  # with the user's own tensor
         self._copies: dict[int, Tensor] = {}  # id of a buffer of the user -> what the modules show
-        self._frozen: dict[
-            int, tuple[nn.Parameter, nn.Module]
-        ] = {}  # memory -> who lies there, trained by no step
+        self._frozen: dict[int, tuple[nn.Parameter, nn.Module]] = {}  # memory -> what no step trains
         self._lazy: dict[int, str] = {}  # id of a module -> its buffer that was not there at entry
         self._backups: list[tuple[nn.Parameter, nn.Module, Tensor]] = []
         self._read = WeakIdKeyDictionary()  # running statistics that autograd has saved

@@ -31,9 +31,7 @@ class OrdinarySession(Session):
     def __init__(self, options: Options, recorder: Recorder, networks: Networks) -> None:
         super().__init__(options, recorder, networks)
         self._loss_told = False  # whether a loss that is not finite has been told of
-        self._steps_of_others: dict[
-            str, str
-        ] = {}  # name of a parameter that an optimizer of torch moved -> where
+        self._steps_of_others: dict[str, str] = {}  # parameter that an optimizer of torch moved -> where
         self._differentiated: dict[int, tuple[weakref.ref[Tensor], str]] = {}  # losses, and where
 
     def _close(self, failed: bool) -> None:

@@ -307,9 +307,8 @@ def _run_backward(outputs: Any, *args: Any, **kwargs: Any) -> Any:
     return _backward.original["_engine_run_backward"](outputs, *args, **kwargs)
 
 
-_backward = Patches(
-    (torch.autograd, "_engine_run_backward", _run_backward)
-)  # torch's one way into the engine
+# torch's one way into the engine
+_backward = Patches((torch.autograd, "_engine_run_backward", _run_backward))
 
 
 def watch_backward(of: Engine | Ended) -> Callable[[], Any]:

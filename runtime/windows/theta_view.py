@@ -50,10 +50,7 @@ class ThetaView:
             self.reads = SlidingReads(engine, options.window, options.offline)
         self.stepped = Stepped(engine, self.reads, self.versions.current)
         self.inputs = Inputs(networks.is_buffer, counted=options.retention.slots is None)
-        self.hold, self.on_tape = (
-            self.inputs.hold,
-            engine.holds,
-        )  # what is read from outside, what lies on the tape
+        self.hold, self.on_tape = self.inputs.hold, engine.holds
         self.indices: list[int] = []
         self.lifts = True
         self.grads: list[Tensor | None] = []
