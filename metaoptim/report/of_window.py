@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from dataclasses import asdict, replace
 
-from ..compiler.derive.liveness import results_of
+from ..compiler.derive.graphs import results_of
 from ..compiler.ir.calls import Loop, Operand
 from ..compiler.ir.step import Lowering, StepGraph
 from ..compiler.ir.tape import Tape
