@@ -59,11 +59,6 @@ def _show(value: Tensor, own: nn.Parameter) -> Tensor:
     return _Show.apply(value, [own])
 
 
-def _own(hyper: Any) -> Any:
-    """Schedulers write into tensors that autograd saves here: a copy, where that changes no gradient."""
-    return hyper.clone() if isinstance(hyper, Tensor) and not hyper.requires_grad else hyper
-
-
 _SHOWN = (Begin._backward_cls, _Show._backward_cls)  # type: ignore[attr-defined]  # pyright: ignore
 
 
@@ -86,8 +81,8 @@ class FullTapeSession(OrdinarySession):
 
     def __init__(self, options: Options) -> None:
         super().__init__(options, Recorder(self, record=False), Networks())
-        self._versions: list[list[Tensor]] = []  # what the networks have shown, oldest first
-        self._values: list[list[int]] = []  # beside it: numbers that are equal where the values are
+        # what the networks have shown, oldest first, with numbers that are equal where the values are
+        self._versions: list[tuple[list[Tensor], list[int]]] = []
         self._count = 0
         self._cuts: set[int] = set()  # ids of parameters that steps train: an earlier write was a cut too
         self._cut: list[tuple[int, Any]] = []  # overwritten parameters, and what had shown them
@@ -109,8 +104,7 @@ class FullTapeSession(OrdinarySession):
         self._cuts.update(id(own[i]) for i in ordinals)
         if late:
             before = [own[i] if i in late else shown for i, shown in enumerate(self.networks.shown)]
-            self._versions.insert(-1, before)
-            self._values.insert(-1, list(self._values[-1]))
+            self._versions.insert(-1, (before, list(self._versions[-1][1])))
 
     def _start(self, ordinals: list[int], values: list[Tensor]) -> None:
         own = self.networks.originals
@@ -123,13 +117,12 @@ class FullTapeSession(OrdinarySession):
 
     def _shown_anew(self, changed: Sequence[int]) -> None:
         """Note what the networks show, where ``changed`` are new values."""
-        before = self._values[-1] if self._values else []
+        before = self._versions[-1][1] if self._versions else []
         values = [*before, *[0] * (len(self.networks.shown) - len(before))]
         for i in changed:
             self._count += 1
             values[i] = self._count
-        self._versions.append(list(self.networks.shown))
-        self._values.append(values)
+        self._versions.append((list(self.networks.shown), values))
 
     def _step(self, optimizer: InnerOptimizer, loss: Tensor, allow_unused: bool) -> None:
         self.refuse_strangers()
@@ -147,7 +140,9 @@ class FullTapeSession(OrdinarySession):
                     if g.requires_grad:
                         g.register_hook(hook)
             thetas = [networks.shown[i] for i in update.ordinals]
-            new, new_states = update.plan(thetas, inner, update.states, list(map(_own, update.slots)))
+            # schedulers write into tensors that autograd saves here: copies, where that changes no gradient
+            slots = [h.clone() if isinstance(h, Tensor) and not h.requires_grad else h for h in update.slots]
+            new, new_states = update.plan(thetas, inner, update.states, slots)
             for i, value in zip(update.ordinals, new, strict=True):
                 own = networks.originals[i]
                 learnt = value.requires_grad
@@ -179,8 +174,7 @@ class FullTapeSession(OrdinarySession):
         options: Any = {"retain_graph": True, "create_graph": create_graph}
         newer: list[tuple[Tensor, Tensor]] = []  # what the loss has read, with its gradient by that alone
         found: dict[int, tuple[int, Tensor]] = {}  # ordinal -> the value it was read at, gradient
-        recent = zip(self._versions[-_LOOK_BACK:], self._values[-_LOOK_BACK:], strict=True)
-        for shown, values in reversed(list(recent)):
+        for shown, values in reversed(self._versions[-_LOOK_BACK:]):
             at = [i for i, t in enumerate(shown) if _key(t) in read and not any(t is m for m, _ in newer)]
             tensors = [shown[i] for i in at]
             if not at:
@@ -203,7 +197,6 @@ class FullTapeSession(OrdinarySession):
     def _close(self, failed: bool) -> None:
         _open_tapes(-1)
         self._versions.clear()
-        self._values.clear()
         self._cut.clear()
         self.recorder.release()
 
@@ -225,13 +218,13 @@ class FullTapeSession(OrdinarySession):
         with self.recorder.paused(), enable_reentrant_dispatch():
             for i in hit:
                 self._count += 1
-                self._values[-1][i] = self._count
+                self._versions[-1][1][i] = self._count
                 shown = self.networks.shown[i]
                 if i not in self.networks.joined:
                     with torch.enable_grad():  # an ordinary network's, so far
                         (anew,) = Begin.apply(self._cuts, [shown.detach()], self.networks.originals[i])
                     self.networks.show(i, anew)
-                    self._versions[-1][i] = anew
+                    self._versions[-1][0][i] = anew
                 elif not shown.is_leaf:
                     self._cut.append((i, shown.grad_fn))
                     Tensor.detach_(shown)

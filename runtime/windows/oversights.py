@@ -106,9 +106,10 @@ class Ended:
         self.unwatch()
         if self._reads:  # a loss of the block waits for its backward, which may come next
             return
-        leaves = _leaves_below(outputs)
-        if leaves is None or not (self.offline or self.learns):
+        nodes = list(nodes_below(outputs))
+        if any(isinstance(node, _OURS) for node in nodes) or not (self.offline or self.learns):
             return
+        leaves = [node.variable for node in nodes if hasattr(node, "variable")]
         names = [name for t in leaves if (name := self.name_of(t)) is not None]
         if not names or (not self.offline and len(names) < len(leaves)):
             return
@@ -152,17 +153,6 @@ class Ended:
                 "on it, or only through .detach(), float(), .item() or torch.no_grad(). Hand the tensor itself on",
                 UnreachableWarning,
             )
-
-
-def _leaves_below(outputs: Iterable[Tensor]) -> list[Tensor] | None:
-    """The leaves that ``outputs`` depend on; None if they depend on nodes of a window."""
-    leaves = []
-    for node in nodes_below(outputs):
-        if isinstance(node, _OURS):
-            return None
-        if hasattr(node, "variable"):
-            leaves.append(node.variable)
-    return leaves
 
 
 def remember(window: Ended | None) -> None:

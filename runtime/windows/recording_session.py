@@ -38,6 +38,7 @@ class RecordedSession(OrdinarySession):
         self.view = ThetaView(options, self.engine, networks)
         super().__init__(options, self.view.recorder, networks)
         self.engine.closed, self.view.grads = self.closed, self._grads
+        self._offer, self._join, self._start = self.view.offer, self.view.join, self.view.start
         if retention.slots is None:
             offloads, slides = retention.offload is not None, options.window is not None
             ledger = self.view.inputs.ledger
@@ -50,15 +51,6 @@ class RecordedSession(OrdinarySession):
     def program(self) -> Tape:
         """What has been recorded."""
         return self.engine.program
-
-    def _offer(self, ordinals: list[int]) -> None:
-        self.view.offer(ordinals)
-
-    def _join(self, ordinals: list[int], late: list[int]) -> None:
-        self.view.join(ordinals, late)
-
-    def _start(self, ordinals: list[int], values: list[Tensor]) -> None:
-        self.view.start(ordinals, values)
 
     def look_at(self, tensors: Iterable[Tensor]) -> None:
         """Raise if a step is about to read a parameter that a network got inside the window."""

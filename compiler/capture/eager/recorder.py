@@ -80,8 +80,11 @@ class Recorder(CaptureMode):
         kwargs = kwargs or {}
         if self.depth:
             return func(*args, **kwargs)
-        if func in BATCH_NORM:
-            args = self._fresh_statistics(func, args)
+        if func in BATCH_NORM and args[BATCH_NORM[func][0]] is not None:
+            # in training mode it overwrites its running statistics without a trace: let the guard protect them
+            mean, _, training = BATCH_NORM[func]
+            fresh = self.guard.statistics(args[mean : mean + 2], training=args[training])
+            args = (*args[:mean], *fresh, *args[mean + 2 :])
         if func in RRELU:
             return self._leaky(func, types, args, kwargs)
         info = op_info(func)
@@ -111,14 +114,6 @@ class Recorder(CaptureMode):
         self.recording.close()
         self.taint = Taint()
         self.guard = None  # type: ignore[assignment]  # pyright: ignore
-
-    def _fresh_statistics(self, op: Any, args: tuple) -> tuple:
-        """Training-mode batch norm overwrites its running statistics without a trace: let the guard protect them."""
-        mean, _, training = BATCH_NORM[op]
-        if args[mean] is None:
-            return args
-        fresh = self.guard.statistics(args[mean : mean + 2], training=args[training])
-        return (*args[:mean], *fresh, *args[mean + 2 :])
 
     def _leaky(self, op: Any, types: Any, args: tuple, kwargs: dict) -> Any:
         """A leaky ReLU with slopes that are drawn, or fixed, is a product with them."""

@@ -169,14 +169,12 @@ class Recording(Writer):
                     return self.external(t)  # `requires_grad_()` made it the user's own leaf
                 # autograd hands saved outputs back through a detach: an alias, not a cut; unlike one that requires grad
                 # since a view of it was written into
-                resolved: Any = found
-                while (
-                    isinstance(resolved, Value) and resolved.entry.op is _DETACH and not _written_by_view(t)
-                ):
-                    resolved = resolved.entry.args[0]
-                if not isinstance(resolved, Value):
-                    return resolved
-                found = resolved
+                origin: Any = found
+                while isinstance(origin, Value) and origin.entry.op is _DETACH and not _written_by_view(t):
+                    origin = origin.entry.args[0]
+                if not isinstance(origin, Value):
+                    return origin
+                found = origin
             epoch = found.entry.epoch
             if epoch is self.epoch and found.apart is None:
                 return found

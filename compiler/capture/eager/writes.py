@@ -40,8 +40,9 @@ def write(recorder: Recorder, op: Any, info: OpInfo, args: tuple, kwargs: dict) 
         raise CaptureError(
             "a tensor with a hook or retain_grad() was changed in place; clone it before the change"
         )
-    if recorder.loose:
-        _suspect(recorder, [t for t in targets if _is_loose(recorder, t)])
+    if loose := recorder.loose:
+        families = [(t, (t, t._base) if t._is_view() else (t,)) for t in targets]
+        _suspect(recorder, [t for t, family in families if any(loose.get(id(x)) is x for x in family)])
     hit = guard.before_write(targets, op)
     if hit:
         guard.preserve(targets)
@@ -176,11 +177,6 @@ def relies_on(recorder: Recorder, t: Tensor) -> bool:
     recording.values = {k: v for k, v in recording.values.items() if not _lies_in(v.ref(), storage)}
     _suspect(recorder, [t])
     return False
-
-
-def _is_loose(recorder: Recorder, t: Tensor) -> bool:
-    base = t._base if t._is_view() else None
-    return any(x is not None and recorder.loose.get(id(x)) is x for x in (t, base))
 
 
 def _suspect(recorder: Recorder, targets: list[Tensor]) -> None:
