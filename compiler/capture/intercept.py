@@ -44,11 +44,14 @@ class Patches:
         """Wrap the entry points (counted)."""
         with self._lock:
             self._count += 1
-            for owner, name, wrapper in () if self._saved else self._wrappers:
-                self._saved.append(vars(owner).get(name, _MISSING))
-                if owner is not torch:
-                    self.original[name] = getattr(owner, name)
-                setattr(owner, name, wrapper)
+            for k, (owner, name, wrapper) in enumerate(self._wrappers) if self._count == 1 else ():
+                now = vars(owner).get(name, _MISSING)
+                if len(self._saved) == k:
+                    self._saved.append(now)
+                    if owner is not torch:
+                        self.original[name] = getattr(owner, name)
+                if now is self._saved[k]:  # otherwise ours is still there, below somebody else's
+                    setattr(owner, name, wrapper)
 
     def uninstall(self) -> None:
         """Undo one `install`; where others have wrapped ours since, it stays, and does nothing."""
