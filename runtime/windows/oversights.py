@@ -23,8 +23,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from metaoptim.compiler.capture.eager.recorder import Taint
 from metaoptim.compiler.capture.intercept import Patches, recording
 from metaoptim.compiler.ir.calls import Assign
+from metaoptim.compiler.ir.program import Tape
 from metaoptim.compiler.ir.slices import Slice
-from metaoptim.compiler.ir.tape import Tape
 from metaoptim.errors import CaptureError, UnreachableWarning, user_name_of, warn
 
 from ..engine.engine import Engine

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from metaoptim.compiler.ir.calls import Assign, StepCall
+from metaoptim.compiler.ir.program import Tape
 from metaoptim.compiler.ir.slices import Slice
-from metaoptim.compiler.ir.tape import Tape
 from metaoptim.compiler.ir.update import initial_state
 from metaoptim.compiler.ir.values import External, Value
 from metaoptim.errors import CaptureError, LossError, WindowError

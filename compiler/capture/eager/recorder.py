@@ -14,10 +14,9 @@ from torch import Tensor
 
 from metaoptim.errors import CaptureError
 
-from ...ir.functions import Function, flattened
-from ...ir.operators import BATCH_NORM, RRELU, op_info, slopes_of
+from ...ir.operators import BATCH_NORM, RRELU, Function, flattened, op_info, slopes_of
 from ...ir.tensors import ByStorage
-from ...ir.values import Spy, Value, thetas_below
+from ...ir.values import Spy, Value, reaches_theta
 from ..modes import CaptureMode
 from . import writes
 from .recording import Guard, Recording, WriteGuard, tensors_in
@@ -156,12 +155,7 @@ class Recorder(CaptureMode):
                 f"{what} on a tensor of shape {tuple(t.shape)} that an inner step has already read: the gradient from "
                 f"that step would not pass through it; call {what} right after computing the tensor"
             )
-        if (
-            not isinstance(found, Value)
-            or not t.requires_grad
-            or t.is_leaf
-            or any(thetas_below(found, by_gradient=True))
-        ):
+        if not isinstance(found, Value) or not t.requires_grad or t.is_leaf or reaches_theta(found):
             return False
         if found.apart is None:
             if t in found.entry.epoch.writes:

@@ -16,7 +16,7 @@ from torch import Tensor
 from metaoptim.errors import CaptureError
 
 from ...ir.operators import EMPTY, MASKED, PARTING, OpInfo, op_info, parts
-from ...ir.values import Carried, Entry, Epoch, External, Hold, Theta, Value, thetas_below, version_of
+from ...ir.values import Carried, Entry, Epoch, External, Hold, Theta, Value, parents, reached, version_of
 from ..modes import Writer
 
 aten = torch.ops.aten
@@ -216,8 +216,9 @@ class Recording(Writer):
     def _reads_current_theta(self, value: Value) -> bool:
         """Whether an older value depends on parameters that no step has changed since (the same super-step's)."""
         current = {c.index: c.tensor.untyped_storage()._cdata for c in self.epoch.theta.values()}
-        thetas = thetas_below(value, by_gradient=False)
-        return any(current.get(t.index) == t.tensor.untyped_storage()._cdata for t in thetas)
+        start: list[Any] = [value]
+        thetas = (a for a in reached(start, parents) if isinstance(a, Theta))
+        return any(current.get(a.index) == a.tensor.untyped_storage()._cdata for a in thetas)
 
     def external(self, t: Tensor) -> External:
         """``t``, read from outside as it is now."""
