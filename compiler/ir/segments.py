@@ -181,6 +181,11 @@ class Partition:
     kinds: list[PartKind] = field(default_factory=list)
     part_of: dict[int, int] = field(default_factory=dict)  # id of an entry -> its part
 
+    def made(self, value: Value) -> tuple[Part, Place]:
+        """The part that gives a value, and the value's place in it."""
+        part = self.parts[self.part_of[id(value.entry)]]
+        return part, (part.segment.number_of[id(value.entry)], value.index)
+
     def finals(self) -> list[Any]:
         """Values that are wanted at the end."""
         return [*self.trace.outputs, *(v for _, v in self.trace.writes)]
@@ -204,18 +209,16 @@ class Roles:
 
     Attributes:
         inputs: by place.
-        order: the places in the order of a step graph's inputs.
         outputs: by (entry, output), in order.
     """
 
     inputs: list[Role]
-    order: list[int]
     outputs: dict[Place, Role]
 
-
-def ordered(inputs: list[Role]) -> list[int]:
-    """Places of the inputs in the order of a step graph's: theta, other values passed on, the rest."""
-    return sorted(range(len(inputs)), key=lambda at: (RANK.get(inputs[at], 3), at))
+    @property
+    def order(self) -> list[int]:
+        """Places of the inputs in the order of a step graph's: theta, other values passed on, the rest."""
+        return sorted(range(len(self.inputs)), key=lambda at: (RANK.get(self.inputs[at], 3), at))
 
 
 def roles_of(segment: Segment, kind: PartKind) -> Roles:
@@ -233,4 +236,4 @@ def roles_of(segment: Segment, kind: PartKind) -> Roles:
     for number, index in kind.outputs:
         inner = is_inner_state(Value(segment.entries[number], index))
         outputs[number, index] = Role.OPT_STATE if inner else Role.CARRY
-    return Roles(inputs, ordered(inputs), outputs)
+    return Roles(inputs, outputs)

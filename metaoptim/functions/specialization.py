@@ -26,9 +26,8 @@ from ..compiler.ir.trace import Input, Trace
 from ..compiler.lower.ambient import unaffected
 from ..compiler.lower.derivatives import derived
 from ..compiler.lower.waiting import waiting
-from ..compiler.passes.checkpoint import checkpoint
 from ..compiler.passes.options import Options
-from ..compiler.passes.pipeline import Record, compile_trace
+from ..compiler.passes.pipeline import Record, checkpoint, compile_trace
 from ..errors import UnreachableWarning, warn
 from ..runtime.budget.amounts import tell_default
 from ..runtime.budget.planner import Plan, decide
