@@ -24,8 +24,8 @@ from ..compiler.ir.step import Lowering
 from ..compiler.ir.text import plural
 from ..compiler.ir.trace import Input, Trace
 from ..compiler.lower.ambient import unaffected
+from ..compiler.lower.compile_graph import waiting
 from ..compiler.lower.derivatives import derived
-from ..compiler.lower.waiting import waiting
 from ..compiler.passes.options import Options
 from ..compiler.passes.pipeline import Record, checkpoint, compile_trace
 from ..errors import UnreachableWarning, warn
