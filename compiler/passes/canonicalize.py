@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from ..ir.segments import Partition, Segment, arguments
 from ..ir.text import plural
-from ..ir.trace import Noise
-from ..ir.values import Value
+from ..ir.trace import Partition, Segment, arguments
+from ..ir.values import Noise, Value
 from .options import Options
 from .split import group
 
@@ -19,7 +18,7 @@ def canonicalize(partition: Partition, options: Options) -> tuple[Partition, str
     kept = _live(partition)
     for part in partition.parts:
         live = kept[id(part.kind)]
-        part.segment = Segment([e for i, e in enumerate(part.segment.entries) if i in live], partition.hooks)
+        part.segment = Segment([e for i, e in enumerate(part.segment.entries) if i in live], partition.trace)
     partition.parts = [u for u in partition.parts if u.segment.entries]
     partition.part_of = {id(e): n for n, u in enumerate(partition.parts) for e in u.segment.entries}
     group(partition)

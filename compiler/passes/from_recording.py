@@ -9,13 +9,12 @@ from typing import Any, NamedTuple
 import torch
 
 from ..derive.flat import uncollected
-from ..ir.segments import Hooks, Roles
 from ..ir.slices import Slice, restored
 from ..ir.step import Role, StepGraph, gradient
 from ..ir.tensors import TensorSpec
-from ..ir.trace import Input, Trace
+from ..ir.trace import Roles, Trace
 from ..ir.update import UpdatePlan
-from ..ir.values import Entry, Number, Value
+from ..ir.values import Entry, Input, Number, Value
 from ..ir.verify import verify_step
 from .build import GradientHooks, build_step_graph
 from .pipeline import shaped
@@ -68,7 +67,7 @@ def build_step(
     """
     step = _StepTrace(sliced, spec)
     step.update(spec, new_states, hooks)
-    partition = single(step.trace, Hooks(step.trace, step.hooked_inputs()))
+    partition = single(step.trace)
     records = shaped(partition)
     (part,) = partition.parts
     places = [partition.made(v)[1] for v in step.trace.outputs]
@@ -103,13 +102,11 @@ class _StepTrace:
             made.deps = tuple(entries[sliced.number_of[id(d)]] for d in entry.deps)
             made.grad, made.shape = entry.grad, entry.shape
         for where, spies in sliced.hooks.items():
-            if where[0] == "v":
-                self.trace.hooks.setdefault(id(entries[where[1]]), {})[where[2]] = spies  # pyright: ignore[reportUnknownArgumentType]
-
-    def hooked_inputs(self) -> dict[int, list[Any]]:
-        """Id of an input -> the hooks on it."""
-        hooks = self.sliced.hooks.items()
-        return {id(self._value(where)): spies for where, spies in hooks if where[0] != "v"}
+            made = self._value(where)
+            if isinstance(made, Value):
+                self.trace.hooks.setdefault(id(made.entry), {})[made.index] = spies
+            else:
+                self.trace.hooks[id(made)] = {None: spies}
 
     def update(self, spec: StepSpec, new_states: Sequence[State], hooks: Sequence[Sequence[Any]]) -> None:
         """Add the gradient and the update."""

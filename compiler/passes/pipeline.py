@@ -20,11 +20,10 @@ from metaoptim.errors import CaptureError
 from ..derive.flat import uncollected
 from ..ir.calls import Loop, folded
 from ..ir.program import Program
-from ..ir.segments import Partition
 from ..ir.step import StepGraph
 from ..ir.text import operator_count, partition_text, plural, trace_text
-from ..ir.trace import Input, Trace
-from ..ir.values import Value
+from ..ir.trace import Partition, Trace
+from ..ir.values import Input, Value
 from ..ir.verify import verify_partition, verify_program
 from ..lower.derivatives import derived, residuals
 from .canonicalize import canonicalize, outline

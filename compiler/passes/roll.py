@@ -9,10 +9,9 @@ from metaoptim.errors import CaptureError
 
 from ..ir.calls import Loop, Operand, StepCall
 from ..ir.program import Program
-from ..ir.segments import Part, Partition, PartKind, roles_of
 from ..ir.text import plural
-from ..ir.trace import Input, Noise, Scan, ScanItem
-from ..ir.values import Value, exact, identity
+from ..ir.trace import Part, Partition, PartKind, Scan, roles_of
+from ..ir.values import Input, Noise, ScanItem, Value, exact, identity
 from ..lower.library import Library
 from .build import build_step_graph
 from .options import Options

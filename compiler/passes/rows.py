@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from ..ir.step import gradient
-from ..ir.trace import Input, ScanItem, Trace
-from ..ir.values import Entry, Value, changed, owner
+from ..ir.trace import Trace
+from ..ir.values import Entry, Input, ScanItem, Value, changed, owner
 from .options import Options
 
 
@@ -35,7 +35,7 @@ def rows(trace: Trace, options: Options) -> tuple[Trace, str]:
             return None
         if len(source.spec.stride) != len(source.spec.shape):
             return None
-        return items.setdefault((id(source), at), ScanItem(source, at, source.spec.row))
+        return items.setdefault((id(source), at), ScanItem(source, at))
 
     def replaced(a: Any) -> Any:
         nonlocal reads

@@ -9,16 +9,15 @@ from typing import Any
 
 from metaoptim.errors import CaptureError, user_location
 
-from ..ir.segments import Hooks, Part, Partition, PartKind, Segment, sources
 from ..ir.step import gradient
-from ..ir.trace import Trace
+from ..ir.trace import Part, Partition, PartKind, Segment, Trace, sources
 from ..ir.values import Entry, Value, changed, reached
 from .options import Options
 
 
 def split(trace: Trace, options: Options) -> tuple[Partition, str]:
     """Cut a trace after every super-step, and around every iteration of a scan."""
-    partition = Partition(trace, Hooks(trace))
+    partition = Partition(trace)
     starts = {begin: (s, k) for s, scan in enumerate(trace.scans) for k, begin in enumerate(scan.begins)}
     ends = [end for end, _ in trace.steps]
     for begin, end in itertools.pairwise(_cuts(trace)):
@@ -30,9 +29,9 @@ def split(trace: Trace, options: Options) -> tuple[Partition, str]:
     return partition, f"{len(partition.parts)} parts, {len(partition.kinds)} of them distinct"
 
 
-def single(trace: Trace, hooks: Hooks | None = None) -> Partition:
+def single(trace: Trace) -> Partition:
     """A trace as one part."""
-    partition = Partition(trace, hooks or Hooks(trace))
+    partition = Partition(trace)
     _add(partition, trace.entries, len(trace.steps), user_location())
     group(partition)
     return partition
@@ -42,7 +41,7 @@ def _add(
     partition: Partition, entries: list[Entry], steps: int, where: str, scan: tuple[int, int] | None = None
 ) -> None:
     partition.part_of.update(dict.fromkeys(map(id, entries), len(partition.parts)))
-    partition.parts.append(Part(Segment(entries, partition.hooks), steps, where, scan))
+    partition.parts.append(Part(Segment(entries, partition.trace), steps, where, scan))
 
 
 def group(partition: Partition) -> None:

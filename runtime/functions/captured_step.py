@@ -12,10 +12,9 @@ from torch import Tensor
 from metaoptim.compiler.capture import intercept
 from metaoptim.compiler.capture.symbolic.tracer import Tracer
 from metaoptim.compiler.compat import disable_current_modes
-from metaoptim.compiler.ir.segments import Roles, arguments
 from metaoptim.compiler.ir.step import Role, gradient, show
-from metaoptim.compiler.ir.trace import Input, Noise
-from metaoptim.compiler.ir.values import Entry, Value, exact, identity, reached
+from metaoptim.compiler.ir.trace import Roles, arguments
+from metaoptim.compiler.ir.values import Entry, Input, Noise, Value, exact, identity, reached
 from metaoptim.compiler.ir.verify import verify_step
 from metaoptim.compiler.lower.library import library
 from metaoptim.compiler.passes.build import build_step_graph
