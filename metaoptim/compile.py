@@ -17,7 +17,7 @@ from typing import Any
 from .compiler.capture import intercept
 from .compiler.ir.retention import Retention, check_count
 from .compiler.ir.step import Lowering
-from .compiler.lower.waiting import waiting
+from .compiler.lower.compile_graph import waiting
 from .compiler.passes.options import Options
 from .errors import WindowError
 from .functions.guards import Dependencies
