@@ -14,21 +14,21 @@ from torch import Tensor
 
 from ..compiler.capture.symbolic.capturing import capturing
 from ..compiler.compat import tree_flatten, tree_unflatten
-from ..compiler.derive.liveness import results_of
+from ..compiler.derive.flat import uncollected
+from ..compiler.derive.graphs import results_of
 from ..compiler.derive.reverse import cotangent_outputs
-from ..compiler.derive.tracing import uncollected
 from ..compiler.ir.calls import Operand, StepCall
 from ..compiler.ir.program import Kept, Program
 from ..compiler.ir.retention import Retention
 from ..compiler.ir.step import Lowering
 from ..compiler.ir.text import plural
-from ..compiler.ir.trace import Input, Trace
+from ..compiler.ir.trace import Trace
+from ..compiler.ir.values import Input
 from ..compiler.lower.ambient import unaffected
+from ..compiler.lower.compile_graph import waiting
 from ..compiler.lower.derivatives import derived
-from ..compiler.lower.waiting import waiting
-from ..compiler.passes.checkpoint import checkpoint
 from ..compiler.passes.options import Options
-from ..compiler.passes.pipeline import Record, compile_trace
+from ..compiler.passes.pipeline import Record, checkpoint, compile_trace
 from ..errors import UnreachableWarning, warn
 from ..runtime.budget.amounts import tell_default
 from ..runtime.budget.planner import Plan, decide
