@@ -9,10 +9,10 @@ derivative of their own. Everything that runs (the replay of the step and its VJ
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
@@ -108,6 +108,11 @@ class Lowering:
             )
         return Lowering(backend, self_check, hvp, replays)
 
+    @cached_property
+    def uncompiled(self) -> Lowering:
+        """The same, with graphs that run as they are."""
+        return replace(self, backend="eager")
+
     def backend_of(self, kind: str) -> str:
         """What a step's graph of this kind runs on."""
         return self.backend if self.replays or kind != "replay" else "eager"
@@ -196,6 +201,15 @@ class Measured:
     made: tuple[ResultMemory | None, ...]  # of its results
 
 
+class Coming(Protocol):
+    """A compiled form that is being made."""
+
+    @property
+    def ended(self) -> bool: ...
+    @property
+    def complaint(self) -> str | None: ...
+
+
 @dataclass
 class Derived:
     """What has been derived from a step graph so far; each on first use, by HVP mode, kind of graph and lowering."""
@@ -207,6 +221,7 @@ class Derived:
     )  # None where it cannot be
     loss: StepGraph | None = None  # its loss alone
     lowered: dict[tuple[str, Lowering], Lowered] = field(default_factory=dict[tuple[str, Lowering], Lowered])
+    coming: dict[tuple[str, Lowering], Coming] = field(default_factory=dict[tuple[str, Lowering], Coming])
     costs: dict[str, StepCost] = field(default_factory=dict[str, StepCost])  # as its graphs say
     measured: dict[tuple[str, Lowering], Measured] = field(
         default_factory=dict[tuple[str, Lowering], Measured]

@@ -1,4 +1,4 @@
-"""Compiled graphs as files: what a graph's depends on, where it lies, and how it is made and read.
+"""Compiled graphs as files: what a graph's depends on, and where it lies.
 
 The files lie in inductor's own cache folder. Another process that has the same graph reads the file, and neither traces
 nor compiles.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import getpass
 import hashlib
+import io
 import os
 import pickle
 import platform
@@ -19,31 +20,28 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from metaoptim.compiler.compat import OpOverload
+
+from ..ir.step import FlatGraph
 from ..ir.tensors import TensorSpec
 
 
-def lifted(graph: fx.GraphModule) -> tuple[fx.GraphModule, list[Tensor]]:
-    """A copy of a graph whose constants are its last inputs, and these constants."""
-    copied, constants = fx.Graph(), dict[str, fx.Node]()
-    placeholders = [n for n in graph.graph.nodes if n.op == "placeholder"]
-    replaced = {n: copied.node_copy(n) for n in placeholders}
-    for n in graph.graph.nodes:
-        if n.op == "get_attr" and n.target not in constants:
-            constants[n.target] = copied.placeholder(f"constant_{len(constants)}")
-    for n in graph.graph.nodes:
-        if n.op == "get_attr":
-            replaced[n] = constants[n.target]
-        elif n.op == "output":
-            copied.output(fx.map_arg(n.args[0], replaced.__getitem__))
-        elif n.op != "placeholder":
-            replaced[n] = copied.node_copy(n, replaced.__getitem__)
-    return fx.GraphModule(torch.nn.Module(), copied), [getattr(graph, name) for name in constants]
+def lifted(flat: FlatGraph) -> tuple[fx.Graph, list[Tensor]]:
+    """A graph whose last inputs are the constants of ``flat``, and these constants."""
+    graph, constants = fx.Graph(), dict[str, fx.Node]()
+    replaced = {n: graph.node_copy(n) for n in flat.graph.find_nodes(op="placeholder")}
+    for n in flat.graph.find_nodes(op="get_attr"):
+        if n.target not in constants:
+            constants[n.target] = graph.placeholder(f"constant_{len(constants)}")
+        replaced[n] = constants[n.target]
+    graph.output(graph.graph_copy(flat.graph, replaced))
+    return graph, [flat.constants[name] for name in constants]
 
 
-def artifact_of(graph: fx.GraphModule, specs: Sequence[TensorSpec]) -> str:
+def artifact_of(graph: fx.Graph, specs: Sequence[TensorSpec]) -> str:
     """The path of the compiled form of a graph whose inputs are laid out like ``specs``."""
     facts = (
-        graph.code,
+        str(graph),
         [tuple(map(str, spec)) for spec in specs],
         torch.__version__,
         torch.version.git_version,
@@ -53,33 +51,66 @@ def artifact_of(graph: fx.GraphModule, specs: Sequence[TensorSpec]) -> str:
         torch.are_deterministic_algorithms_enabled(),
         torch.get_float32_matmul_precision(),
         torch.get_num_threads(),
-        _changed_config(),
+        "" if _config() is None else _config().codegen_config(),
     )
     name = hashlib.sha256(repr(facts).encode()).hexdigest()
     return os.path.join(folder(), f"{name}.pt2")
 
 
 def folder() -> str:
-    """Where artifacts lie: in inductor's cache folder, which need not be imported to be known."""
+    """Where artifacts lie. Inductor, whose folder it is in, need not be imported to know it."""
     inductors = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or os.path.join(
         tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}"
     )
-    return os.path.join(os.path.abspath(inductors), "metaoptim")
+    return os.path.join(os.path.abspath(inductors), "metaoptim-1")  # the number is that of the format
 
 
-def payload_of(graph: fx.GraphModule, specs: Sequence[TensorSpec]) -> bytes:
-    """What a process needs to compile a graph.
+class _Writer(pickle.Pickler):
+    def persistent_id(self, obj: Any) -> tuple[str, ...] | None:
+        if isinstance(obj, fx.Node):
+            return "node", obj.name
+        return ("operator", obj.name()) if isinstance(obj, OpOverload) else None
+
+
+class _Reader(pickle.Unpickler):
+    def __init__(self, stream: io.BytesIO) -> None:
+        super().__init__(stream)
+        self.nodes: dict[str, fx.Node] = {}
+
+    def persistent_load(self, pid: tuple[str, str]) -> Any:
+        kind, name = pid
+        if kind == "node":
+            return self.nodes[name]
+        name, _, overload = name.partition(".")
+        namespace, _, name = name.partition("::")
+        return getattr(getattr(getattr(torch.ops, namespace), name), overload or "default")
+
+
+def payload_of(graph: fx.Graph, specs: Sequence[TensorSpec]) -> bytes:
+    """What a process needs to compile a graph. (A pickled module would be traced anew, which runs what makes constants.)
 
     Raises:
-        Exception: whatever pickling raises, for a graph that cannot be sent.
+        Exception: what pickling raises, for arguments that cannot be sent.
     """
-    for n in graph.graph.nodes:
-        n.meta = {}
-    config: Any = sys.modules.get("torch._inductor.config")
-    return pickle.dumps((graph, list(specs), torch.get_num_threads(), config and config.save_config()))
+    stream = io.BytesIO()
+    writer = _Writer(stream)
+    config = None if _config() is None else _config().save_config()
+    writer.dump((list(specs), torch.get_num_threads(), config, len(graph.nodes)))
+    for n in graph.nodes:
+        writer.dump((n.name, n.op, n.target, n.args, n.kwargs))
+    return stream.getvalue()
 
 
-def _changed_config() -> str:
-    """Inductor's options that differ from its defaults; it need not be imported to have none."""
-    config: Any = sys.modules.get("torch._inductor.config")
-    return "" if config is None else config.codegen_config()
+def read_payload(payload: bytes) -> tuple[fx.Graph, list[TensorSpec], int, bytes | None]:
+    """The graph, how its inputs are laid out, on how many threads its kernels run, and inductor's options."""
+    graph, reader = fx.Graph(), _Reader(io.BytesIO(payload))
+    specs, threads, config, nodes = reader.load()
+    for _ in range(nodes):
+        name, op, target, args, kwargs = reader.load()
+        reader.nodes[name] = graph.create_node(op, target, args, kwargs, name)
+    return graph, specs, threads, config
+
+
+def _config() -> Any:
+    """Inductor's options; None where it has not been imported, and they are its defaults."""
+    return sys.modules.get("torch._inductor.config")

@@ -52,7 +52,7 @@ def _takes(flags: str) -> bool:
 
 
 def compile_to(
-    path: str, graph: fx.GraphModule, specs: Sequence[TensorSpec], threads: int, config: bytes | None
+    path: str, graph: fx.Graph, specs: Sequence[TensorSpec], threads: int, config: bytes | None
 ) -> None:
     """Compile a graph with inductor into a file.
 
@@ -70,8 +70,9 @@ def compile_to(
     with mode:
         inputs = [torch.empty_strided(s.shape, s.stride, dtype=s.dtype, device=s.device) for s in specs]
     with torch.no_grad(), options():
+        module = fx.GraphModule(torch.nn.Module(), graph)
         artifact = torch._inductor.standalone_compile(
-            graph, inputs, dynamic_shapes="from_example_inputs", fake_mode=mode, donate_graph_module=True
+            module, inputs, dynamic_shapes="from_example_inputs", fake_mode=mode, donate_graph_module=True
         )
         os.makedirs(os.path.dirname(path), exist_ok=True)
         artifact.save(path=path)

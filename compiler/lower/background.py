@@ -9,8 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-from typing import Any
-
 from . import worker
 from .worker import receive, send
 
@@ -24,9 +22,10 @@ class Job:
         seconds: how long it took.
     """
 
-    def __init__(self, path: str, payload: bytes) -> None:
-        self.path, self.complaint, self.seconds = path, None, 0.0
-        self.message = (path, payload)
+    def __init__(self, path: str) -> None:
+        self.path, self.seconds = path, 0.0
+        self.complaint: str | None = None
+        self.payload = b""  # what it takes
         self._done, self._process = threading.Event(), os.getpid()
 
     def end(self, complaint: str | None, seconds: float = 0.0) -> None:
@@ -48,24 +47,19 @@ class Job:
 
 
 class Pool:
-    """Processes that compile, started when there is something to do.
+    """Processes that compile, started when there is something to do."""
 
-    Args:
-        size: how many at most.
-    """
-
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self) -> None:
         self._jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
         self._waiting = 0
         self._lock = threading.Lock()
         self._processes: list[subprocess.Popen[bytes] | None] = []
 
-    def submit(self, job: Job) -> None:
-        """Have a job done."""
+    def submit(self, job: Job, most: int) -> None:
+        """Have a job done, by ``most`` processes at most."""
         with self._lock:
             self._waiting += 1
-            if self._waiting > len(self._processes) < self.size:
+            if self._waiting > len(self._processes) < most:
                 self._processes.append(None)
                 lane = len(self._processes) - 1
                 threading.Thread(
@@ -89,7 +83,7 @@ class Pool:
                 if process is None or process.poll() is not None:
                     process = self._processes[lane] = _start()
                 assert process.stdin is not None and process.stdout is not None
-                send(process.stdin, job.message)
+                send(process.stdin, (job.path, job.payload))
                 job.end(*receive(process.stdout))
             except (OSError, EOFError) as error:
                 job.end(f"the process that compiles has ended ({type(error).__name__})")
@@ -112,13 +106,14 @@ def _start() -> subprocess.Popen[bytes]:
 _pool: Pool | None = None
 
 
-def submit(job: Job) -> Any:
-    """Have a job done by the processes of this one."""
+def submit(job: Job, payload: bytes, waiting: bool) -> None:
+    """Have a job done by processes of this one's: as many as there are cores, or one less if it goes on meanwhile."""
     global _pool
+    job.payload = payload
     if _pool is None:
-        _pool = Pool(max(1, (os.cpu_count() or 1) - 1))
+        _pool = Pool()
         atexit.register(_pool.close)
-    _pool.submit(job)
+    _pool.submit(job, max(1, (os.cpu_count() or 1) - (not waiting)))
 
 
 def _forget() -> None:

@@ -19,6 +19,9 @@ from torch import Tensor, fx
 from metaoptim.compiler.compat import disable_current_modes
 
 from ..derive.graphs import copied
+from ..ir.step import FlatGraph
+from ..ir.tensors import tensor_spec
+from .handover import Handover
 from .rounding import agree, noise_of, precision_of, size_of
 
 _log = logging.getLogger("metaoptim.recompiles")
@@ -43,15 +46,15 @@ def waiting(what: str) -> Iterator[None]:
 
 
 def compiled(
-    graph: fx.GraphModule, inputs: Sequence[Tensor], backend: str, cotangents: int, check: bool
+    flat: FlatGraph, inputs: Sequence[Tensor], backend: str, cotangents: int, check: bool
 ) -> Callable[..., Any]:
-    """``graph`` compiled for ``inputs`` by ``backend``, or as it is where the compiled one is found to be wrong.
+    """``flat`` compiled for ``inputs`` by ``backend``, or as it is where the compiled one is found to be wrong.
 
     The graph holds its derivative already, so it is compiled for inference, without guards: whoever calls it has
     checked shapes and types.
 
     Args:
-        graph: flat, over ATen operators.
+        flat: a graph over ATen operators.
         inputs: what it will be called with first.
         backend: a backend of torch.compile.
         cotangents: how many of the last inputs are cotangents; the check uses random ones.
@@ -59,12 +62,16 @@ def compiled(
     """
     from . import backends  # takes a second, which windows that compile nothing do not wait for
 
+    graph, program = flat.module, None
     size, begun = len(graph.graph.nodes), time.perf_counter()
     what = f"{backend} compiles a graph of {size} nodes; the next process finds it in the cache ..."
     with disable_current_modes(), torch.no_grad(), backends.options():
         with waiting(what):
-            own = fx.GraphModule(graph, copied(graph.graph))  # the backend may take it apart
-            program = backends.call_backend(backend, own, inputs)
+            if backend == "inductor":
+                program = Handover(flat, [tensor_spec(t) for t in inputs]).program()
+            if program is None:
+                own = fx.GraphModule(graph, copied(graph.graph))  # the backend may take it apart
+                program = backends.call_backend(backend, own, inputs)
         seconds = time.perf_counter() - begun
         _log.info("%s compiled a graph of %d nodes in %.1f s", backend, size, seconds)
         if not check:

@@ -20,6 +20,7 @@ from ..ir.tensors import tensor_spec
 from ..ir.text import readable_bytes
 from .ambient import default_dtype, with_default_dtype
 from .compile_graph import compiled
+from .handover import Handover, tell, waits
 
 #: Below this many live bytes of reverse over reverse there is nothing worth saving: mixed mode takes a third more work.
 WORTH_SAVING = 64 << 20
@@ -45,20 +46,48 @@ def lowered(
     of, what = (_loss_of(step, inputs[-1]), "vjp") if kind == "loss" else (step, kind)
     backend, hvp = lowering.backend_of(kind), lowering.hvp
     results = _by_running(of, what, inputs, hvp) if at_once and backend == "eager" else None
-    example = inputs if step.dynamic else None
-    if what in ("forward", "backward"):
-        divided = residuals(of, hvp)
-        assert divided is not None
-        graph = divided.forward if what == "forward" else divided.backward
-    else:
-        graph = derived(of, hvp, example) if what == "vjp" else replayed(of, example)
-    program = graph
+    program = graph = _flat(of, what, hvp, inputs if step.dynamic else None)
     if backend != "eager":
+        if backend == "inductor" and kind == "replay" and waits():
+            _begin_vjp(step, lowering)
         cotangents = 0 if kind in ("replay", "forward") else len(cotangent_outputs(of))
         with default_dtype(step.default_dtype):
-            program = compiled(graph.module, inputs, backend, cotangents, lowering.check)
+            program = compiled(graph, inputs, backend, cotangents, lowering.check)
     program = step.derived.lowered[kind, lowering] = with_default_dtype(step.default_dtype, program)
     return program if results is None else lambda *_: results
+
+
+def taken(step: StepGraph, kind: str, inputs: Sequence[Tensor], lowering: Lowering) -> Lowering:
+    """How a step's graph runs now: by ``lowering`` once its compiled form is there, and as it is until then."""
+    if (kind, lowering) in step.derived.lowered or lowering.backend_of(kind) != "inductor" or waits():
+        return lowering
+    coming = step.derived.coming.get((kind, lowering))
+    if coming is None and (kind, lowering.uncompiled) in step.derived.lowered:
+        of, what = (_loss_of(step, inputs[-1]), "vjp") if kind == "loss" else (step, kind)
+        graph = _flat(of, what, lowering.hvp, inputs if step.dynamic else None)
+        coming = step.derived.coming[kind, lowering] = Handover(graph, [tensor_spec(t) for t in inputs])
+    if coming is None or not coming.ended:
+        return lowering.uncompiled
+    if coming.complaint is not None:
+        tell(coming.complaint)
+        step.derived.lowered[kind, lowering] = lowered(step, kind, inputs, lowering.uncompiled)
+    return lowering
+
+
+def _begin_vjp(step: StepGraph, lowering: Lowering) -> None:
+    """Have a step's VJP compiled while its replay is."""
+    outputs = cotangent_outputs(step)
+    if ("vjp", lowering) not in step.derived.coming and outputs and not step.dynamic:
+        specs = [*(p.spec for p in step.inputs), *(step.outputs[i].spec for i in outputs)]
+        step.derived.coming["vjp", lowering] = Handover(derived(step, lowering.hvp), specs)
+
+
+def _flat(step: StepGraph, kind: str, hvp: str, example: Sequence[Tensor] | None) -> FlatGraph:
+    if kind in ("forward", "backward"):
+        divided = residuals(step, hvp)
+        assert divided is not None
+        return divided.forward if kind == "forward" else divided.backward
+    return derived(step, hvp, example) if kind == "vjp" else replayed(step, example)
 
 
 def replayed(step: StepGraph, example: Sequence[Tensor] | None = None) -> FlatGraph:

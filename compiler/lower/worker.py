@@ -34,12 +34,13 @@ def main() -> None:
     jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(jobs,), daemon=True).start()
     from . import backends  # after the first job is on its way: it takes seconds
+    from .artifacts import read_payload
 
     while True:
         path, payload = jobs.get()
         begun = time.perf_counter()
         try:
-            backends.compile_to(path, *pickle.loads(payload))
+            backends.compile_to(path, *read_payload(payload))
             complaint = None
         except Exception as error:  # whatever a compiler raises is for the process that asked
             complaint = f"{type(error).__name__}: {error}"

@@ -1,0 +1,85 @@
+"""From a step's graph as it is to its compiled form, which is made elsewhere while the graph runs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from ..ir.step import FlatGraph
+from ..ir.tensors import TensorSpec, tensor_spec
+from .artifacts import artifact_of, lifted, payload_of
+from .background import Job, submit
+
+_told = False
+_log = logging.getLogger("metaoptim.recompiles")
+
+
+def waits() -> bool:
+    """Whether calls wait for the compiler: asked for by ``METAOPTIM_WAIT=1``, or results must not depend on time."""
+    return os.environ.get("METAOPTIM_WAIT", "0") != "0" or torch.are_deterministic_algorithms_enabled()
+
+
+class Handover:
+    """A graph on its way to its compiled form.
+
+    Args:
+        graph: the graph.
+        specs: how its inputs are laid out.
+    """
+
+    def __init__(self, graph: FlatGraph, specs: Sequence[TensorSpec]) -> None:
+        bare, self.constants = lifted(graph)
+        specs = [*specs, *map(tensor_spec, self.constants)]
+        self.path, self.size, self.job = artifact_of(bare, specs), len(graph.graph.nodes), None
+        if not os.path.exists(self.path):
+            self.job = Job(self.path)
+            try:
+                submit(self.job, payload_of(bare, specs), waits())
+            except Exception as error:  # whatever pickling raises, of an operator of the user's for one
+                self.job.end(f"the graph cannot be sent to another process: {error}")
+
+    @property
+    def ended(self) -> bool:
+        """Whether the compiled form is there, or is known not to come."""
+        return self.job is None or self.job.ended
+
+    @property
+    def complaint(self) -> str | None:
+        """Why there is no compiled form, once it has ended."""
+        return None if self.job is None else self.job.complaint
+
+    def program(self) -> Callable[..., Any] | None:
+        """The compiled form, once it is there; None where nothing came of it."""
+        from . import backends  # takes a second
+
+        if self.job is not None:
+            self.job.wait()
+        if self.complaint is not None:
+            _log.info("a graph of %d nodes was not compiled: %s", self.size, self.complaint)
+            return None
+        try:
+            run, constants = backends.load(self.path), self.constants
+        except Exception as error:  # whatever reading it raises, of a file that is cut off or of another machine
+            _log.warning("the compiled graph %s cannot be read, and is made again: %s", self.path, error)
+            os.unlink(self.path)
+            return None
+        return (lambda *inputs: run(*inputs, *constants)) if constants else run
+
+
+def tell(complaint: str) -> None:
+    """Warn, once in a process, that graphs run as they are."""
+    global _told
+    if not _told:
+        _told = True
+        warnings.warn(
+            f"a part of the inner loop could not be compiled in the background and runs as it is: {complaint}. "
+            "With METAOPTIM_WAIT=1 it is compiled in this process, and errors are those of the compiler. "
+            "METAOPTIM_LOGS=recompiles names further parts.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
