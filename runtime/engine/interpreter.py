@@ -13,12 +13,9 @@ from metaoptim.compiler.ir.step import Role
 from metaoptim.compiler.ir.tensors import TensorSpec
 from metaoptim.compiler.lower.derivatives import residuals
 
-from ..states.actions import Action, Advance, Keep, PullBack
-from ..states.slots import Slots, State
+from ..states.slots import Action, Advance, Keep, PullBack, Slots, State
 from ..states.streams import Keepable, always, forward, reverse
 from .sweep import LOSS, Sweep, Tell
-
-Results = Sequence[Any]
 
 
 class Interpreter:
@@ -54,7 +51,7 @@ class Interpreter:
 
     # -- what calls are run on -------------------------------------------------------------------------------------
 
-    def _lowered(self, call: StepCall, kind: str, operands: list[Any]) -> Callable[..., Results]:
+    def _lowered(self, call: StepCall, kind: str, operands: list[Any]) -> Callable[..., Sequence[Any]]:
         """One of a call's graphs, as a callable."""
         raise NotImplementedError
 
@@ -141,11 +138,9 @@ class Interpreter:
     def _after(self, position: int, state: State, passed: dict[int, State], saving: bool = False) -> State:
         """The state after the call at ``position``; ``passed`` has those that a super-step may still read."""
         call = self.program[position]
-        new = list(state)
         passed[position] = state
         if not isinstance(call, StepCall):  # after it, a super-step may go on that has begun before it
-            _set(new, zip(call.indices, call.values, strict=True))
-            return new
+            return changed(state, zip(call.indices, call.values, strict=True))
         self.replays += 1
         for old in [q for q in passed if q < position - self.program.reach]:
             del passed[old]
@@ -157,7 +152,7 @@ class Interpreter:
         results = self._lowered(call, "replay" if divided is None else "forward", operands)(*operands)
         if divided is not None:
             self._residuals[position] = [results[i] for i in divided.residuals]
-        _set(new, zip((*call.update, *call.opt_state_out), results, strict=False))
+        new = changed(state, zip((*call.update, *call.opt_state_out), results, strict=False))
         if call.rng >= 0:
             new[call.rng] = self._drawn
         return new
@@ -186,14 +181,8 @@ class Interpreter:
     ) -> Iterator[tuple[Role, Any, Any]]:
         """Pull cotangents back through one of a call's graphs: its "vjp", or that of its "loss", then the only output.
 
-        Args:
-            call: the call, at ``position``.
-            position: its position.
-            kind: which graph.
-            received: cotangent by output; those it takes are taken out.
-
-        Yields:
-            For each input that has a gradient: its role, its state index or meta-parameter, the gradient.
+        ``received`` has the cotangents by output, and loses those that are taken. Yields the role, the state index or
+        meta-parameter, and the gradient of each input that has one.
         """
         step, store = call.step, self.store
         operands = self.operands(call, store[position], store[position - call.back], position)
@@ -229,10 +218,12 @@ def may_keep(call: StepCall | Assign) -> bool:
     return isinstance(call, StepCall) and not call.back
 
 
-def _set(state: State, changes: Iterable[tuple[int, Any]]) -> None:
-    """Set entries of a state, the next one included."""
+def changed(state: State, changes: Iterable[tuple[int, Any]]) -> State:
+    """A state with other entries; the next one may be new."""
+    new = list(state)
     for index, value in changes:
-        if index == len(state):
-            state.append(value)
+        if index == len(new):
+            new.append(value)
         elif index >= 0:
-            state[index] = value
+            new[index] = value
+    return new

@@ -7,7 +7,7 @@ depends on it, so when a Link's backward runs, all cotangents above it have been
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -115,16 +115,34 @@ class Begin(torch.autograd.Function):
     def forward(ctx: Any, closed: set[int], values: list[Tensor], *own: nn.Parameter) -> tuple[Tensor, ...]:  # type: ignore[override]
         ctx.set_materialize_grads(False)
         ctx.closed, ctx.ids, ctx.hooked = closed, tuple(map(id, own)), hooked(own)
-        return tuple(as_parameter(value, p) for value, p in zip(values, own, strict=True))
+        return _as_parameters(values, own)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
-        return None, None, *defined(opened(grads, ctx.ids, ctx.closed), ctx.hooked)
+        return None, None, *defined(_opened(grads, ctx.ids, ctx.closed), ctx.hooked)
 
 
-def opened(grads: Sequence[Tensor | None], ids: Sequence[int], closed: set[int]) -> list[Tensor | None]:
+def _as_parameters(values: Iterable[Tensor], own: Sequence[nn.Parameter]) -> tuple[Tensor, ...]:
+    return tuple(as_parameter(value, p) for value, p in zip(values, own, strict=True))
+
+
+def _opened(grads: Sequence[Tensor | None], ids: Sequence[int], closed: set[int]) -> list[Tensor | None]:
     """Gradients of tensors with these ids, without those of ``closed`` ones."""
     return [None if i in closed else g for g, i in zip(grads, ids, strict=True)]
+
+
+def hooked(tensors: Sequence[Tensor]) -> dict[int, Tensor]:
+    """Zeros for those that have hooks: torch would call these with None where no gradient arrives."""
+    return {
+        k: torch.zeros((), dtype=t.dtype, device=t.device).expand(t.shape)
+        for k, t in enumerate(tensors)
+        if t._backward_hooks
+    }
+
+
+def defined(grads: list[Tensor | None], zeros: dict[int, Tensor]) -> list[Tensor | None]:
+    """Gradients, with ``zeros`` where there are none."""
+    return [zeros[k].clone() if g is None and k in zeros else g for k, g in enumerate(grads)]
 
 
 class Life:
@@ -155,18 +173,35 @@ class Read(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.engine, ctx.position, ctx.indices, ctx.life = engine, position, tuple(indices), life
-        state = engine.state
-        return tuple(as_parameter(state[i], p) for i, p in zip(indices, own, strict=True))
+        return _as_parameters((engine.state[i] for i in indices), own)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
-        refuse_third_order()
-        _tell_if_nothing_is_reached(ctx.engine)
-        sweep = ctx.engine.sweep_of(graph_task())
-        for index, grad in zip(ctx.indices, grads, strict=True):
-            if grad is not None:
-                sweep.deposit(ctx.position, index, grad)
+        _deposit(ctx, ctx.engine.sweep_of(graph_task()), grads)
         return *[None] * (len(ctx.needs_input_grad) - 1), torch.empty(0, device="cpu")
+
+
+def _deposit(ctx: Any, sweep: Sweep, grads: Sequence[Tensor | None]) -> None:
+    """Let cotangents of the state entries that ``ctx`` has shown join ``sweep``."""
+    refuse_third_order()
+    _tell_if_nothing_is_reached(ctx.engine)
+    for index, grad in zip(ctx.indices, grads, strict=True):
+        if grad is not None:
+            sweep.deposit(ctx.position, index, grad)
+
+
+def _tell_if_nothing_is_reached(engine: Engine) -> None:
+    if engine.program.begun and not engine.reaches:
+        engine.reaches = True  # once
+        opened = {i for i, own in engine.thetas.items() if own not in engine.closed}
+        if any(not opened.isdisjoint(c.theta) for c, _ in engine.program.counted()):
+            return  # networks of optimizers that do not step here
+        warn(
+            "the backward goes through inner steps of an online window, none of which has read a tensor that requires "
+            "grad: nothing receives a gradient from them. For a gradient of the initial parameters (MAML) open the "
+            "window with offline=True",
+            UnreachableWarning,
+        )
 
 
 class Results(torch.autograd.Function):
@@ -195,20 +230,6 @@ class StepLoss(torch.autograd.Function):
         _tell_if_nothing_is_reached(ctx.engine)
         ctx.engine.sweep_of(graph_task()).deposit(ctx.position + 1, LOSS, grad)
         return None, None, None, torch.empty(0, device="cpu")
-
-
-def _tell_if_nothing_is_reached(engine: Engine) -> None:
-    if engine.program.begun and not engine.reaches:
-        engine.reaches = True  # once
-        opened = {i for i, own in engine.thetas.items() if own not in engine.closed}
-        if any(not opened.isdisjoint(c.theta) for c, _ in engine.program.counted()):
-            return  # networks of optimizers that do not step here
-        warn(
-            "the backward goes through inner steps of an online window, none of which has read a tensor that requires "
-            "grad: nothing receives a gradient from them. For a gradient of the initial parameters (MAML) open the "
-            "window with offline=True",
-            UnreachableWarning,
-        )
 
 
 class Alias(torch.autograd.Function):
@@ -254,28 +275,15 @@ class Link(torch.autograd.Function):
         ctx.engine.pull_back(sweep, ctx.position)
         grads = [sweep.metas.pop(m, None) for m in ctx.metas]
         first = [sweep.adopted.pop((ctx.position, i), None) for i in ctx.thetas]
-        grads += opened(first, ctx.ids, closed)
-        return None, None, None, None, torch.empty(0, device="cpu"), *defined(grads, ctx.hooked)
-
-
-def hooked(tensors: Sequence[Tensor]) -> dict[int, Tensor]:
-    """Zeros for those that have hooks: torch would call these with None where no gradient arrives."""
-    return {
-        k: torch.zeros((), dtype=t.dtype, device=t.device).expand(t.shape)
-        for k, t in enumerate(tensors)
-        if t._backward_hooks
-    }
-
-
-def defined(grads: list[Tensor | None], zeros: dict[int, Tensor]) -> list[Tensor | None]:
-    """Gradients, with ``zeros`` where there are none."""
-    return [zeros[k].clone() if g is None and k in zeros else g for k, g in enumerate(grads)]
+        grads += _opened(first, ctx.ids, closed)
+        return *[None] * 4, torch.empty(0, device="cpu"), *defined(grads, ctx.hooked)
 
 
 class WindowedRead(torch.autograd.Function):
-    """Theta at a position with the last W super-steps behind it: its own root, its own sweep.
+    """Theta at a position with the last W super-steps behind it: its own root, its own sweep down to ``bottom``.
 
-    ``life`` is an object that lives as long as this node; the window keeps what living nodes need.
+    ``tensors`` are meta-parameters, of the numbers ``metas``, then what theta began as, at the positions and state
+    indices ``thetas``. ``life`` lives as long as this node; the window keeps what living nodes need.
     """
 
     @staticmethod
@@ -287,8 +295,8 @@ class WindowedRead(torch.autograd.Function):
         own: Sequence[nn.Parameter],  # type: ignore[override]
         bottom: int,
         metas: Sequence[int],
-        thetas: Sequence[int],
-        life: Any,
+        thetas: Sequence[tuple[int, int]],
+        life: Life,
         on_cut: Callable[[], None] | None,
         anchor: Tensor,
         *tensors: Tensor,
@@ -297,16 +305,12 @@ class WindowedRead(torch.autograd.Function):
         ctx.engine, ctx.position, ctx.indices, ctx.bottom = engine, position, tuple(indices), bottom
         ctx.metas, ctx.thetas, ctx.life, ctx.on_cut = tuple(metas), tuple(thetas), life, on_cut
         ctx.hooked, ctx.ids = hooked(tensors), tuple(map(id, tensors[len(ctx.metas) :]))
-        return tuple(as_parameter(engine.state[i], p) for i, p in zip(indices, own, strict=True))
+        return _as_parameters((engine.state[i] for i in indices), own)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
-        refuse_third_order()
-        _tell_if_nothing_is_reached(ctx.engine)
         sweep = Sweep()
-        for index, grad in zip(ctx.indices, grads, strict=True):
-            if grad is not None:
-                sweep.deposit(ctx.position, index, grad)
+        _deposit(ctx, sweep, grads)
         ctx.engine.pull_back(sweep, ctx.bottom)
         if ctx.on_cut is not None:
             ctx.on_cut()
@@ -314,7 +318,7 @@ class WindowedRead(torch.autograd.Function):
         first = [
             sweep.adopted.get((p, i)) if p >= ctx.bottom else sweep.cotangents.get(i) for p, i in ctx.thetas
         ]
-        found += opened(first, ctx.ids, ctx.engine.closed)
+        found += _opened(first, ctx.ids, ctx.engine.closed)
         return *[None] * 9, torch.empty(0, device="cpu"), *defined(found, ctx.hooked)
 
 
@@ -322,7 +326,7 @@ class WindowedLoss(torch.autograd.Function):
     """The loss of the step at ``position``, behind the reads of theta that it has been computed from.
 
     ``thetas`` are their state indices, ``metas`` the numbers of the meta-parameters that the step has read: those are
-    the ``tensors``. ``life`` as of a `WindowedRead`.
+    the ``tensors``. ``life`` is that of a `WindowedRead`.
     """
 
     @staticmethod

@@ -82,11 +82,10 @@ class Sweep:
         while self.position > bottom:
             position = self.position - 1
             call = program[position]
-            if isinstance(call, StepCall):
-                if self._receives(call, self.cotangents):
-                    yield position, position - call.back
-            else:
+            if not isinstance(call, StepCall):
                 self._assigned(call, position, untrained)
+            elif self._receives(call, self.cotangents):
+                yield position, position - call.back
             self.arrive(position)
             tell(position)
 
@@ -150,11 +149,6 @@ class TruncatedSweep(GradientSweep):
     Cotangents of what the user's own code carries from step to step (sums, hidden states) flow on without end, as on
     autograd's tape. Where they reach theta or optimizer state (an outer loss has read it there), a sweep of its own
     goes back W super-steps and ends: W step-VJPs for each such read.
-
-    Args:
-        zeros: for an input, zeros like it.
-        window: W.
-        offline: whether the initial parameters would receive a gradient.
     """
 
     def __init__(self, zeros: Callable[[Input], Tensor], window: int, offline: bool) -> None:
@@ -187,11 +181,7 @@ class TruncatedSweep(GradientSweep):
                 if self._receives(program[below], self._inner.cotangents):
                     yield below, below
         if cut and self.offline:
-            warn(
-                f"the loss lies more than window={self.window} steps after the start of an offline window: the "
-                "initial parameters receive no gradient (None) from it",
-                UnreachableWarning,
-            )
+            warn_cut(self.window)
 
     def take(self, position: int, role: Role, index: Any, grad: Tensor) -> None:
         """A gradient has come out of the call at ``position``."""
@@ -203,3 +193,12 @@ class TruncatedSweep(GradientSweep):
             self.deposit(position, index, grad)
         else:
             self.add(index, grad)
+
+
+def warn_cut(window: int) -> None:
+    """Warn that a loss lies too far from the start of an offline window."""
+    warn(
+        f"the loss lies more than window={window} steps after the start of an offline window: the initial parameters "
+        "receive no gradient (None) from it",
+        UnreachableWarning,
+    )

@@ -20,7 +20,7 @@ from metaoptim.errors import CaptureError, LossError, MetaOptimError, WindowErro
 from ..budget.streaming import Streaming
 from ..engine.engine import Engine
 from ..engine.nodes import gradient_of_loss, stepped
-from ..states.tiered import check_device, tier_for
+from ..states.disk import check_device, tier_for
 from . import partial_gradients
 from .networks import Networks
 from .ordinary_session import OrdinarySession
