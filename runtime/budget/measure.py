@@ -35,13 +35,7 @@ def rehearse(
     """Run a few steps of ``program`` and their derivatives, so that `measured` knows all its step graphs.
 
     Nothing outside changes: what the program would write is dropped, and the random generator stays where it is. Graphs
-    are compiled on the way, and checked where ``lowering`` says so.
-
-    Args:
-        program: of the compiled function.
-        tensors: behind its inputs.
-        lowering: the backend and HVP mode of the step graphs.
-        saving: whether with residuals.
+    are compiled on the way, and checked where ``lowering`` says so. ``saving``: with residuals.
     """
     kinds = ("forward", "backward") if saving else ("replay", "vjp")
     graphs = [g for g in program.step_graphs if not saving or residuals(g, lowering.hvp) is not None]

@@ -149,14 +149,9 @@ _known: dict[Any, Peaks] = {}  # windows come alike; the peaks hold the steps: t
 
 
 def window_peaks(calls: Sequence[Call], initial: Sequence[Tensor], offload: bool = False) -> Peaks:
-    """Peaks of a sweep back over ``calls`` and what may follow them.
+    """Peaks of a sweep back over a window's ``calls``, from the state ``initial`` on, and what may follow them.
 
     A few calls of every kind count, and the last super-step repeats.
-
-    Args:
-        calls: of the window, from where it remembers.
-        initial: the state there; empty if calls have made all of it.
-        offload: whether states without a slot go to a lower tier.
     """
     first, again = _few(calls)
     sizes = tuple(map(memory_bytes, initial))

@@ -26,35 +26,18 @@ from .simulate import predict
 
 @dataclass(frozen=True)
 class Plan:
-    """How a compiled function keeps to its budget.
-
-    Attributes:
-        budget: bytes.
-        slots: how many states are kept; None for all.
-        peak_bytes: predicted, beyond the caller's own tensors.
-        minimum: the smallest budget that there is a plan for.
-        saved: over how many of the last calls residuals are saved, of which their derivatives make use.
-        offload: whether states without a slot go to a lower tier.
-    """
+    """How a compiled function keeps to its budget, in bytes."""
 
     budget: int
-    slots: int | None
-    peak_bytes: int
-    minimum: int
-    saved: int = 0
-    offload: bool = False
+    slots: int | None  # how many states are kept; None for all
+    peak_bytes: int  # predicted, beyond the caller's own tensors
+    minimum: int  # the smallest budget that there is a plan for
+    saved: int = 0  # over how many of the last calls residuals are saved, of which their derivatives make use
+    offload: bool = False  # whether states without a slot go to a lower tier
 
 
 class Planner:
-    """Finds the plan with the least work for any budget.
-
-    Args:
-        program: of the compiled function.
-        lowering: the backend and HVP mode of the step graphs.
-        name: of the function, for errors.
-        offload: whether states without a slot may go to a lower tier.
-        beside: bytes that a call holds besides what going through ``program`` shows.
-    """
+    """Finds the plan with the least work for any budget; ``beside`` are bytes that going through the program hides."""
 
     def __init__(
         self, program: Program, lowering: Lowering, name: str, offload: bool = False, beside: int = 0
@@ -66,11 +49,7 @@ class Planner:
         self.tier = peaks_of(program, lowering, offload) if offload else self.alone
 
     def plan(self, budget: int) -> Plan:
-        """The plan for a call and its backward that may hold ``budget`` bytes beyond the caller's own tensors.
-
-        Raises:
-            BudgetError: if not even a single state can be kept.
-        """
+        """The plan for a call and its backward that may hold ``budget`` bytes beyond the caller's own tensors."""
         room, tiered = budget - self.beside, False
         slots = self.alone.fitting(room, self.states)
         if self.offload:
@@ -120,12 +99,7 @@ def decide(
 ) -> tuple[Kept, Plan | None]:
     """What a compiled function keeps, and the plan behind it where a budget decides.
 
-    Args:
-        program: of the function.
-        lowering: the backend and HVP mode of the step graphs.
-        retention: what the user asks to keep.
-        name: of the function, for errors.
-        tensors: behind the program's inputs, to measure a few of its steps with; None to believe the graphs' sizes.
+    With ``tensors`` behind the program's inputs a few of its steps are measured; else the graphs' sizes are believed.
 
     Raises:
         BudgetError: for a budget in which not even one state can be kept.

@@ -6,7 +6,6 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -30,21 +29,13 @@ from ..states.tier import WRITING
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a call of a compiled function, or a window's steps, and the backward will take.
+    """What a call of a compiled function, or a window's steps, and the backward will take."""
 
-    Attributes:
-        peak_bytes: most bytes held at once beyond the caller's own tensors.
-        forward_bytes: most bytes held at once in the call without its backward.
-        extra_forwards: steps run a second time.
-        kept: most states kept at a time, counting the initial one.
-        reached: inputs that a cotangent of the results reaches.
-    """
-
-    peak_bytes: int
-    forward_bytes: int
-    extra_forwards: int
-    kept: int
-    reached: frozenset[Input]
+    peak_bytes: int  # most that are held at once beyond the caller's own tensors
+    forward_bytes: int  # the same without the backward
+    extra_forwards: int  # steps run a second time
+    kept: int  # most states kept at a time, counting the initial one
+    reached: frozenset[Input]  # inputs that a cotangent of the results reaches
 
 
 class _Meter:
@@ -60,9 +51,7 @@ class _Meter:
 class _Block:
     """Stands for a tensor: it counts as long as anything refers to it.
 
-    Attributes:
-        reached: of a cotangent, whether one of the results' is behind it, or only zeros are.
-        root: the block that has the memory it lies in.
+    A cotangent is ``reached`` if one of the results' is behind it, and not only zeros.
     """
 
     __slots__ = ("meter", "size", "reached", "_within")
@@ -136,15 +125,12 @@ class _Shelf:
 
 
 class _Sizes(Interpreter):
-    """Carries out a schedule on blocks.
-
-    Attributes:
-        kept: most states that were kept at a time.
-    """
+    """Carries out a schedule on blocks."""
 
     def __init__(self, program: Any, slots: int | None, meter: _Meter, offload: bool) -> None:
         super().__init__(program, Slots(slots, _Shelf(meter) if offload and slots is not None else None))
-        self.meter, self.kept = meter, 0
+        self.meter = meter
+        self.kept = 0  # most states that were kept at a time
 
     def _values(self, call: StepCall, state: State, position: int) -> list[Any]:
         if call.rng >= 0:
@@ -206,15 +192,11 @@ def predict(
     """Go through a call of a program, and a backward from all its results, on sizes.
 
     Takes time proportional to the number of steps run, some microseconds each; traces step graphs that have not been.
-
-    Args:
-        program: of the compiled function.
-        slots: how many states may be kept; None for all.
-        lowering: the backend and HVP mode of the step graphs; what a backend allocates besides is known once measured.
-        offload: whether states without a slot go to a lower tier.
+    What a backend allocates besides is known once it was measured.
     """
     meter = _Meter()
-    copied = [x for x in program.inputs if x.grad or _is_target(x, program)]
+    targets = {id(t) for t, _ in program.writes}
+    copied = [x for x in program.inputs if x.grad or id(getattr(x, "tensor", None)) in targets]
     held = [_Block(meter, nbytes(x.spec)) for x in copied]
     calls = BoundProgram(program, lambda operand, port: None, lowering)
     engine = _Sizes(calls, slots, meter, offload)
@@ -224,7 +206,9 @@ def predict(
         state[-1] = _Block(meter, GENERATOR_BYTES)
     engine.run(state)
     del state
-    results = [_Block(meter, _size(where, program, i)) for i, where in enumerate(program.outputs)]
+    made = {r: call.step.outputs[k].spec for call, _ in program.counted() for k, r in call.changed()}
+    specs = [made[where] if isinstance(where, int) else where.spec for where in program.outputs]
+    results = [_Block(meter, nbytes(spec)) for spec in specs]
     forward = meter.peak
     cotangents = [_Block(meter, block.size) for block in results]  # that autograd makes of ones
     sweep: Any = sweep_over(program, lambda source: _Block(meter, nbytes(source.spec)))
@@ -239,13 +223,8 @@ def predict(
 class _Calls(list):
     """Calls by position."""
 
-    @property
-    def end(self) -> int:
-        return len(self)
-
-    @cached_property
-    def reach(self) -> int:
-        return max((c.back for c in self if isinstance(c, StepCall)), default=0)
+    end = property(list.__len__)
+    reach = 0
 
 
 def predict_sweep(
@@ -257,12 +236,8 @@ def predict_sweep(
 ) -> Prediction:
     """Go through a window's steps, and a sweep back from cotangents of all of its last state, on sizes.
 
-    Args:
-        calls: of a window's program, from some position on.
-        slots: how many states may be kept; None for all.
-        offload: whether those without a slot go to a lower tier.
-        initial: the state there, or one of the same sizes.
-        kept: positions whose states a window has kept that did not know how many would come; None for the best ones.
+    ``initial`` is the state where ``calls`` begin, or one of the same sizes; ``kept`` are positions of the states that
+    a window has kept that did not know how many would come, None for the best ones.
     """
     meter = _Meter()
     calls = list(calls)
@@ -272,6 +247,7 @@ def predict_sweep(
         replace(c, values=set_to[id(c.values)]) if isinstance(c, Assign) else replace(c, back=min(c.back, i))
         for i, c in enumerate(calls)
     )
+    program.reach = max((c.back for c in program if isinstance(c, StepCall)), default=0)
     engine = _Sizes(program, slots, meter, offload)
     engine.keepable = lambda position: may_keep(program[position])
     known = None if kept is None or offload else keeping(kept, program.end)
@@ -285,18 +261,3 @@ def predict_sweep(
 
 def _blocks_like(values: Sequence[Tensor], meter: _Meter) -> list[Any]:
     return [_Block(meter, memory_bytes(v)) for v in values]
-
-
-def _size(where: int | Input, program: Program, i: int) -> int:
-    if not isinstance(where, int):
-        return nbytes(where.spec)
-    for call, _ in reversed(list(program.counted())):
-        for k, register in call.changed():
-            if register == where:
-                return nbytes(call.step.outputs[k].spec)
-    raise AssertionError(f"output {i} is read from r{where}, which nothing writes to")
-
-
-def _is_target(x: Input, program: Program) -> bool:
-    tensor = getattr(x, "tensor", None)
-    return tensor is not None and any(t is tensor for t, _ in program.writes if isinstance(t, Tensor))

@@ -31,27 +31,18 @@ from .peaks import REPEATS, Peaks, larger, window_peaks
 class Streaming:
     """Keeps a window to its budget: states are given up when inputs that only the window holds take their room.
 
-    As long as half of the budget would do for everything, nothing is planned and every state is kept.
-
-    Args:
-        budget: bytes, text or a fraction; see `budget_bytes`. None for half of the free memory, which is no promise:
-            where not even one state fits, one is kept.
-        ledger: of the window's inputs.
-        offload: whether states without a slot go to a lower tier.
-        sliding: whether each read of theta sweeps by itself, beside the cotangents that it was given.
-
-    Attributes:
-        budget: in bytes, once the device is known.
-        aside: bytes kept beside the tape: gradients to put back, buffers that modules show, ...
-        waiting: bytes of cotangents of earlier losses.
+    As long as half of the budget would do for everything, nothing is planned and every state is kept. A budget of None
+    is half of the free memory, and no promise: where not even one state fits, one is kept. In a ``sliding`` window each
+    read of theta sweeps by itself, beside the cotangents that it was given.
     """
 
     def __init__(
         self, budget: int | float | str | None, ledger: Ledger, offload: bool = False, sliding: bool = False
     ) -> None:
         self._budget, self.offload, self.ledger = budget, offload, ledger
-        self.budget = -1
-        self.aside = self.waiting = 0
+        self.budget = -1  # bytes, when the device is known
+        self.aside = 0  # bytes kept beside the tape: gradients to put back, buffers that modules show, ...
+        self.waiting = 0  # bytes of cotangents of earlier losses
         self._thetas = 2 if sliding else 1
         # bytes of theta beside the current one: the last, for a loss; what it was given, if sliding
         self._shown = 0
@@ -80,11 +71,7 @@ class Streaming:
     # -- what comes ------------------------------------------------------------------------------------------------
 
     def slots(self, engine: Engine, call: StepCall, changes: Sequence[tuple[int, Tensor]]) -> int | None:
-        """How many states may be kept when ``call`` is appended, which makes ``changes``; None for all.
-
-        Raises:
-            BudgetError: if not even one may.
-        """
+        """How many states may be kept when ``call`` is appended, which makes ``changes``; None for all."""
         if self.budget < 0:
             device = engine.state[0].device
             stated = self._budget
@@ -103,11 +90,7 @@ class Streaming:
         return self._decided(engine, [call])
 
     def slots_between(self, engine: Engine, refusing: bool) -> int | None:
-        """How many states may be kept between steps, and before a sweep, where something has come to be held.
-
-        Raises:
-            BudgetError: if not even one may, where ``refusing``.
-        """
+        """How many states may be kept between steps, and before a sweep, where something has come to be held."""
         if self.budget < 0 or (self._budget is None and not refusing):
             return None
         self.ledger.look()
@@ -173,7 +156,10 @@ class Streaming:
         return self.beside + self._foreseen(engine, list(engine.program)).least
 
     def _decided(self, engine: Engine, more: Sequence[StepCall], refusing: bool = True) -> int | None:
-        """How many states may be kept; ``more`` is not on the tape yet."""
+        """How many states may be kept, ``more`` being not on the tape yet; where none may, a `BudgetError` is raised.
+
+        Not so if a budget that nobody has stated is too small, or it is too late for ``refusing``: then it is one.
+        """
         if self._peaks is None and self._roomy(engine, more):
             return None
         if self._peaks is None or any(_kind(c) not in self._planned for c in more):

@@ -25,9 +25,9 @@ from metaoptim.errors import CaptureError, StaleInputError, WindowError
 from ..states.slots import Action, Advance, Slots, State
 from ..states.streams import coming, rebase, shrink, slide
 from ..states.tier import Tier
+from . import progress
 from .interpreter import Interpreter, changed, may_keep
 from .noise import Stream
-from .progress import watching
 from .sweep import Sweep
 
 Lower = Callable[[StepCall, str, Sequence[Tensor]], Lowered]
@@ -71,7 +71,7 @@ class Engine(Interpreter):
         self.reaches = False  # whether anything can receive a gradient through its steps
         self.thetas: dict[int, int] = {}  # state index -> id of the user's own parameter behind it
         self.closed: set[int] = set()  # ids of those that no gradient reaches
-        self._watch = watching() if lower is lowered_for else None
+        self._watch = progress.current.get() if lower is lowered_for else None
         self._ran = 0  # calls that `run` has run
         self.stream = Stream()
         self._sweeps: dict[int, Sweep] = {}
@@ -112,8 +112,7 @@ class Engine(Interpreter):
     def make_room(self, kept: Sequence[Tensor] = (), refusing: bool = True) -> None:
         """Give up states for what has come to be held since the last step, of which ``kept`` lies beside the tape.
 
-        Raises:
-            BudgetError: if that is not enough, where ``refusing``; otherwise one state is kept.
+        Where that is not enough, a `BudgetError` is raised if ``refusing``; otherwise one state is kept.
         """
         if self.streaming is None or self._refused:
             return

@@ -30,10 +30,8 @@ from .sweep import GradientSweep, TruncatedSweep
 class BoundProgram:
     """A rolled program with tensors for its inputs: position -> call, made when asked for.
 
-    Args:
-        rolled: the program; the register after its own is for the generator's state.
-        bind: what a call is given for an operand, at a port.
-        lowering: the backend and HVP mode of the step graphs.
+    ``bind`` says what a call is given for an operand, at a port. The register after the program's own is for the state
+    of the random generator.
     """
 
     start = reach = 0

@@ -60,13 +60,7 @@ class Snapshot:
     """The value of a tensor as a step read it.
 
     Views of one tensor (`xs[t]`) are kept as the place they have in its memory: as objects they are ten times as large.
-
-    Attributes:
-        memory: the user's, or a copy.
-        layout: shape and strides of a view of it, equal ones being one object; None for all of it.
-        offset: of a view.
-        digest: of the value, to find out whether it was overwritten; None if it cannot be.
-        private: whether it is a copy.
+    The ``digest`` of the value tells whether it was overwritten.
     """
 
     __slots__ = ("memory", "layout", "offset", "digest", "label", "private", "__weakref__")
@@ -74,7 +68,10 @@ class Snapshot:
     def __init__(
         self, tensor: Tensor | Memory, digest: int | Tensor | None, label: str, private: bool = False
     ) -> None:
-        self.memory = Memory(tensor) if isinstance(tensor, Tensor) else tensor
+        self.memory = (
+            Memory(tensor) if isinstance(tensor, Tensor) else tensor
+        )  # the user's, or a ``private`` copy
+        # shape and strides of a view of it, equal ones being one object, and its offset; None for all of it
         self.layout: tuple | None = None
         self.offset = 0
         self.digest, self.label, self.private = digest, label, private
@@ -159,11 +156,8 @@ class Inputs:
     """Holds on everything that the steps of a window read from outside.
 
     Meta-parameters and buffers are expected to change: they are copied, once per value. Everything else is held by
-    reference, copied when an operator is about to overwrite it, and watched for overwriting that no operator shows.
-
-    Args:
-        is_buffer: whether a tensor is a buffer of the inner networks.
-        counted: whether anybody asks the `ledger` what they come to.
+    reference, copied when an operator is about to overwrite it, and watched for overwriting that no operator shows. The
+    ``ledger`` knows what they come to, if that is ``counted``.
     """
 
     def __init__(self, is_buffer: Callable[[Tensor], bool], counted: bool = False) -> None:

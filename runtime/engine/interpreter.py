@@ -21,28 +21,19 @@ from .sweep import LOSS, Sweep, Tell
 class Interpreter:
     """Runs calls and pulls cotangents back through them, on tensors or on what stands for them.
 
-    Args:
-        program: position -> call, with the position at its ``end`` and how far back calls ``reach`` for theta.
-        store: the states.
-
-    Attributes:
-        state: the last one.
-        begin: no sweep goes back further over inner steps that `run` runs.
-        saving: from which position on `run` saves residuals.
-        replays: calls that were run.
-        vjps: calls that were pulled back through.
-        keepable: whether the state at a position may be kept.
-        passing: told of every call that is run, by position.
-        untrained: state indices of parameters that no optimizer steps: written into, they are the leaves they were.
+    ``program`` maps a position to a call, and knows the position at its ``end`` and how far back calls ``reach`` for
+    theta; ``store`` has the states.
     """
 
     def __init__(self, program: Any, store: Slots) -> None:
         self.program, self.store = program, store
-        self.state: State = []
-        self.begin, self.saving = 0, sys.maxsize
-        self.replays = self.vjps = 0
+        self.state: State = []  # the last one
+        self.begin = 0  # no sweep goes back further over inner steps that `run` runs
+        self.saving = sys.maxsize  # from which position on `run` saves residuals
+        self.replays = self.vjps = 0  # calls that were run, and pulled back through
         self.keepable: Keepable = always
-        self.passing: Tell | None = None
+        self.passing: Tell | None = None  # told of every call that is run, by position
+        # state indices of parameters that no optimizer steps: written into, they are the leaves they were
         self.untrained: set[int] = set()
         self._passed: dict[int, State] = {}  # states that a super-step may still read
         self._stands = -1  # where the last advance has ended

@@ -35,19 +35,14 @@ class _Watch(weakref.ref):
 
 
 class _Kept:
-    """What is held of one piece of memory.
-
-    Attributes:
-        memories: what refers to it, each by one tensor.
-        sure: bytes of it that count.
-        recent: the step until the end of which it counts anyway.
-    """
+    """What is held of one piece of memory."""
 
     __slots__ = ("memories", "recent", "sure")
 
     def __init__(self, memory: Memory) -> None:
-        self.memories = weakref.WeakSet([memory])
-        self.sure, self.recent = 0, -1
+        self.memories = weakref.WeakSet([memory])  # what refers to it, each by one tensor
+        self.sure = 0  # bytes of it that count
+        self.recent = -1  # the step until the end of which it counts anyway
 
 
 class Ledger:
@@ -55,10 +50,8 @@ class Ledger:
 
     What somebody else refers to when a step is taken may be dropped later: it is looked at when the user's tensor dies,
     and, since views of it may live on, at later steps until it is nobody else's. What one variable of the user's refers
-    to counts until the next step, since that is about to be bound to something else.
-
-    Args:
-        counted: whether anybody asks; otherwise nothing is noted.
+    to counts until the next step, since that is about to be bound to something else. Nothing is noted unless it is
+    ``counted``.
     """
 
     def __init__(self, counted: bool) -> None:

@@ -107,8 +107,7 @@ def refuse_third_order() -> None:
 class Begin(torch.autograd.Function):
     """The user's own parameters, as networks show them from the entry of the window on.
 
-    Its backward gives them their gradient unless they are ``closed`` by then: an online window cuts them off once their
-    optimizer steps in it.
+    They receive their gradient unless they are ``closed``: an online window cuts them off once their optimizer steps.
     """
 
     @staticmethod
@@ -119,16 +118,12 @@ class Begin(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
-        return None, None, *defined(_opened(grads, ctx.ids, ctx.closed), ctx.hooked)
+        opened = [None if i in ctx.closed else g for g, i in zip(grads, ctx.ids, strict=True)]
+        return None, None, *defined(opened, ctx.hooked)
 
 
 def _as_parameters(values: Iterable[Tensor], own: Sequence[nn.Parameter]) -> tuple[Tensor, ...]:
     return tuple(as_parameter(value, p) for value, p in zip(values, own, strict=True))
-
-
-def _opened(grads: Sequence[Tensor | None], ids: Sequence[int], closed: set[int]) -> list[Tensor | None]:
-    """Gradients of tensors with these ids, without those of ``closed`` ones."""
-    return [None if i in closed else g for g, i in zip(grads, ids, strict=True)]
 
 
 def hooked(tensors: Sequence[Tensor]) -> dict[int, Tensor]:
@@ -145,12 +140,27 @@ def defined(grads: list[Tensor | None], zeros: dict[int, Tensor]) -> list[Tensor
     return [zeros[k].clone() if g is None and k in zeros else g for k, g in enumerate(grads)]
 
 
-class Life:
-    """Lives as long as a read of theta, and so as long as a loss behind which it is.
+def _enter(
+    ctx: Any, metas: Sequence[int], thetas: Sequence[tuple[int, int]], tensors: Sequence[Tensor]
+) -> None:
+    """``tensors`` enter the tape: the meta-parameters ``metas``, then theta, at positions and state indices."""
+    ctx.metas, ctx.thetas, ctx.hooked = tuple(metas), tuple(thetas), hooked(tensors)
+    ctx.ids = tuple(map(id, tensors[len(ctx.metas) :]))
 
-    Attributes:
-        at: what whoever counts them needs to know of it.
-    """
+
+def _gradients(ctx: Any, sweep: Sweep, bottom: int) -> list[Tensor | None]:
+    """Gradients of what has entered at ``ctx``, pulled back down to ``bottom``."""
+    ctx.engine.pull_back(sweep, bottom)
+    found = [sweep.metas.pop(m, None) for m in ctx.metas]
+    for (position, index), own in zip(ctx.thetas, ctx.ids, strict=True):
+        at_bottom = sweep.cotangents.get(index) if position < bottom else None
+        grad = sweep.adopted.pop((position, index), at_bottom)
+        found.append(None if own in ctx.engine.closed else grad)
+    return defined(found, ctx.hooked)
+
+
+class Life:
+    """Lives as long as a read of theta, and so as long as a loss behind it; ``at`` is for whoever counts them."""
 
     __slots__ = ("at", "__weakref__")
 
@@ -247,8 +257,8 @@ class Alias(torch.autograd.Function):
 class Link(torch.autograd.Function):
     """Where differentiable tensors enter: a new token that stands for them and for everything before.
 
-    ``metas`` are the numbers of the meta-parameters among ``tensors``; ``thetas`` the state indices of the rest,
-    which are parameters adopted at ``position``.
+    ``metas`` are the numbers of the meta-parameters among ``tensors``; ``thetas`` the state indices of the rest, which
+    are parameters adopted at ``position``.
     """
 
     @staticmethod
@@ -261,29 +271,23 @@ class Link(torch.autograd.Function):
         token: Tensor,  # type: ignore[override]
         *tensors: Tensor,
     ) -> Tensor:
-        ctx.engine, ctx.position, ctx.metas, ctx.thetas = engine, position, tuple(metas), tuple(thetas)
-        ctx.hooked, ctx.ids = hooked(tensors), tuple(map(id, tensors[len(ctx.metas) :]))
+        ctx.engine, ctx.position = engine, position
+        _enter(ctx, metas, [(position, i) for i in thetas], tensors)
         return torch.empty(0, device="cpu")
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         refuse_third_order()
-        closed = ctx.engine.closed
-        if ctx.thetas and closed.issuperset(ctx.ids):
+        if ctx.thetas and ctx.engine.closed.issuperset(ctx.ids):
             return *[None] * 4, torch.empty(0, device="cpu"), *[None] * len(ctx.ids)
-        sweep = ctx.engine.sweep_of(graph_task())
-        ctx.engine.pull_back(sweep, ctx.position)
-        grads = [sweep.metas.pop(m, None) for m in ctx.metas]
-        first = [sweep.adopted.pop((ctx.position, i), None) for i in ctx.thetas]
-        grads += _opened(first, ctx.ids, closed)
-        return *[None] * 4, torch.empty(0, device="cpu"), *defined(grads, ctx.hooked)
+        grads = _gradients(ctx, ctx.engine.sweep_of(graph_task()), ctx.position)
+        return *[None] * 4, torch.empty(0, device="cpu"), *grads
 
 
 class WindowedRead(torch.autograd.Function):
     """Theta at a position with the last W super-steps behind it: its own root, its own sweep down to ``bottom``.
 
-    ``tensors`` are meta-parameters, of the numbers ``metas``, then what theta began as, at the positions and state
-    indices ``thetas``. ``life`` lives as long as this node; the window keeps what living nodes need.
+    The window keeps what nodes need whose ``life`` has not ended.
     """
 
     @staticmethod
@@ -303,31 +307,22 @@ class WindowedRead(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.engine, ctx.position, ctx.indices, ctx.bottom = engine, position, tuple(indices), bottom
-        ctx.metas, ctx.thetas, ctx.life, ctx.on_cut = tuple(metas), tuple(thetas), life, on_cut
-        ctx.hooked, ctx.ids = hooked(tensors), tuple(map(id, tensors[len(ctx.metas) :]))
+        ctx.life, ctx.on_cut = life, on_cut
+        _enter(ctx, metas, thetas, tensors)
         return _as_parameters((engine.state[i] for i in indices), own)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
         sweep = Sweep()
         _deposit(ctx, sweep, grads)
-        ctx.engine.pull_back(sweep, ctx.bottom)
+        found = _gradients(ctx, sweep, ctx.bottom)
         if ctx.on_cut is not None:
             ctx.on_cut()
-        found = [sweep.metas.get(m) for m in ctx.metas]
-        first = [
-            sweep.adopted.get((p, i)) if p >= ctx.bottom else sweep.cotangents.get(i) for p, i in ctx.thetas
-        ]
-        found += _opened(first, ctx.ids, ctx.engine.closed)
-        return *[None] * 9, torch.empty(0, device="cpu"), *defined(found, ctx.hooked)
+        return *[None] * 9, torch.empty(0, device="cpu"), *found
 
 
 class WindowedLoss(torch.autograd.Function):
-    """The loss of the step at ``position``, behind the reads of theta that it has been computed from.
-
-    ``thetas`` are their state indices, ``metas`` the numbers of the meta-parameters that the step has read: those are
-    the ``tensors``. ``life`` is that of a `WindowedRead`.
-    """
+    """The loss of the step at ``position``, behind the reads of ``thetas`` and the ``metas`` that it has read."""
 
     @staticmethod
     def forward(

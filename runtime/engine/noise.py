@@ -65,16 +65,13 @@ def _device(given: Given) -> torch.device:
 
 
 class Stream:
-    """The random numbers of a program's steps, each of which goes on where the last has left the generator.
-
-    Attributes:
-        first: whether they are drawn from the process's generator, for the first time. Where another thread has moved
-            it since the last step, the state that was found is kept for that position.
-    """
+    """The random numbers of a program's steps, each of which goes on where the last has left the generator."""
 
     def __init__(self) -> None:
-        self.first = False
-        self._moved: dict[int, Tensor] = {}
+        self.first = False  # whether they are drawn from the process's generator, for the first time
+        self._moved: dict[
+            int, Tensor
+        ] = {}  # position -> its state, where another thread had moved it by then
 
     def draw(self, given: Given, position: int, state: Tensor) -> tuple[list[Tensor], Tensor]:
         """Values for the step at a position, the generator's ``state`` before it being known; its state after."""
@@ -86,33 +83,26 @@ class Stream:
         return values, after
 
 
-class _Draw:
-    """What a step drew, until all of it has been asked for, and the generator's state before."""
-
-    def __init__(self, noises: Sequence[Noise]) -> None:
-        self.noises = noises
-        self.values: list[Tensor] | None
-        self.values, self.state, _ = draw(noises)
-
-
 class Redrawn:
-    """One of the random inputs of a step that has been taken: kept as the generator's state, drawn again on replay."""
+    """One of the random inputs of a step that has been taken: kept as the generator's state, drawn again on replay.
 
-    def __init__(self, of: _Draw, k: int) -> None:
-        self.of, self.k = of, k
+    The inputs of a step share ``values``, which are there until all have been asked for.
+    """
+
+    def __init__(self, k: int, noises: Sequence[Noise], state: Tensor, values: list[Tensor]) -> None:
+        self.k, self.noises, self.state, self.values = k, noises, state, values
 
     def get(self) -> Tensor:
         """The numbers that were drawn."""
-        of = self.of
-        if of.values is None:
-            of.values, _ = redraw(of.noises, of.state)
-        value = of.values[self.k]
-        if self.k == len(of.noises) - 1:
-            of.values = None
+        if not self.values:
+            self.values += redraw(self.noises, self.state)[0]
+        value = self.values[self.k]
+        if self.k == len(self.noises) - 1:
+            self.values.clear()
         return value
 
 
 def redrawn(noises: Sequence[Noise]) -> list[Redrawn]:
     """Draw the random inputs of a step, in order."""
-    of = _Draw(noises) if noises else None
-    return [] if of is None else [Redrawn(of, k) for k in range(len(noises))]
+    values, state, _ = draw(noises) if noises else ([], torch.empty(0), None)
+    return [Redrawn(k, noises, state, values) for k in range(len(noises))]

@@ -19,27 +19,19 @@ Tell = Callable[[int], object]
 
 
 class Sweep:
-    """Cotangents on their way back through the tape.
+    """Cotangents on their way back through the tape, from position ``top``; they have come to ``position``."""
 
-    Attributes:
-        position: they have been pulled back to here.
-        top: they came from there.
-        cotangents: state index -> cotangent at `position`.
-        deposits: tape position -> cotangents that join there.
-        metas: meta-parameter (its number, or what else stands for it) -> its gradient so far.
-        adopted: position, state index -> cotangent that arrived where that parameter was adopted, or started anew.
-        call: the call that is being pulled back through.
-        received: output of it, or `LOSS` -> cotangent.
-    """
-
-    call: StepCall
-    received: dict[int, Tensor]
+    call: StepCall  # that is being pulled back through
+    received: dict[int, Tensor]  # output of it, or `LOSS` -> cotangent
 
     def __init__(self) -> None:
         self.position = self.top = -1
-        self.cotangents: dict[int, Tensor] = {}
-        self.deposits: dict[int, list[tuple[int, Tensor]]] = {}
-        self.metas: dict[Any, Tensor] = {}
+        self.cotangents: dict[int, Tensor] = {}  # by state index, at `position`
+        self.deposits: dict[int, list[tuple[int, Tensor]]] = {}  # position -> cotangents that join there
+        self.metas: dict[
+            Any, Tensor
+        ] = {}  # gradients so far, by number, or what else stands for a meta-parameter
+        # position, state index -> cotangent that arrived where that parameter was adopted, or started anew
         self.adopted: dict[tuple[int, int], Tensor] = {}
 
     def deposit(self, position: int, index: int, grad: Tensor) -> None:
@@ -65,18 +57,10 @@ class Sweep:
     def targets(
         self, program: Any, bottom: int, tell: Tell, untrained: Container[int] = ()
     ) -> Iterator[tuple[int, int]]:
-        """The calls that cotangents arrive at, from `position` down to ``bottom``.
+        """Calls that cotangents arrive at, down to ``bottom``: the position of each, and that which its loss has read.
 
-        Each must have been pulled back through, by `take`, before the next is asked for.
-
-        Args:
-            program: position -> call.
-            bottom: where to stop.
-            tell: called with every position that is left behind.
-            untrained: state indices of parameters that no optimizer steps.
-
-        Yields:
-            The position of a call, and the position that its loss has read.
+        Each must have been pulled back through, by `take`, before the next is asked for. ``tell`` is called with every
+        position that is left behind; ``untrained`` are state indices of parameters that no optimizer steps.
         """
         self.arrive(self.position)
         while self.position > bottom:
@@ -116,11 +100,7 @@ class Sweep:
 
 
 class GradientSweep(Sweep):
-    """A sweep over a whole program, in which the gradients of a scanned tensor's slices gather in one tensor.
-
-    Args:
-        zeros: for an input, zeros like it.
-    """
+    """A sweep over a whole program, in which the gradients of a scanned tensor's slices gather in one (``zeros``)."""
 
     def __init__(self, zeros: Callable[[Input], Tensor]) -> None:
         super().__init__()

@@ -43,11 +43,7 @@ def tier_for(value: str | os.PathLike[str] | None) -> Tier | None:
 
 
 def check_device(value: str | os.PathLike[str] | None, devices: Iterable[torch.device]) -> None:
-    """Raise if ``offload="host"`` would move states of ``devices`` to where they are.
-
-    Raises:
-        ValueError: for the host's memory, where all devices are the CPU.
-    """
+    """Raise a ValueError if ``offload="host"`` would move states of ``devices`` to where they are."""
     if value == "host" and all(d.type == "cpu" for d in devices):
         raise ValueError(
             "offload='host': the networks are on the CPU, so their states are in the host's memory already; "
@@ -143,19 +139,12 @@ def _drop(files: Files, written: Future[File]) -> None:
 
 @dataclass(eq=False)
 class File:
-    """A file and what was written to it.
-
-    Attributes:
-        path: where it is.
-        parts: place and checksum of each of its parts.
-        nbytes: its size.
-        used: how many of its parts are needed still.
-    """
+    """A file and what was written to it."""
 
     path: Path
-    parts: list[tuple[int, int]]
+    parts: list[tuple[int, int]]  # place and checksum of each
     nbytes: int
-    used: int
+    used: int  # how many of its parts are needed still
 
 
 class Files:
@@ -172,11 +161,7 @@ class Files:
         self._closed = False
 
     def write(self, parts: Sequence[Tensor]) -> File:
-        """A new file with ``parts``, tensors of bytes on the CPU.
-
-        Raises:
-            OSError: if it cannot be written; nothing of it stays.
-        """
+        """A new file with ``parts``, tensors of bytes on the CPU; nothing of it stays if it cannot be written."""
         self._check_open()
         if self._directory is None:
             self._directory = self._made()
@@ -211,12 +196,7 @@ class Files:
             os.close(self._lock)  # another process came in between, and has removed it
 
     def read(self, file: File, number: int, into: Tensor) -> None:
-        """Fill ``into``, a tensor of bytes on the CPU, with a part of a file.
-
-        Raises:
-            Damaged: if the file is shorter than it was, or the checksum of the part is another one.
-            OSError: if it cannot be read.
-        """
+        """Fill ``into``, a tensor of bytes on the CPU, with a part of a file, or raise `Damaged` or an OSError."""
         at, checksum = file.parts[number]
         memory = _memory(into)
         with open(file.path, "rb") as opened:

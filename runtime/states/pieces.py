@@ -14,24 +14,20 @@ _ALIGNED = 64  # bytes; a piece begins at such a place, so that a view in it is 
 
 
 class Piece:
-    """A stretch of memory that states in a lower tier consist of.
-
-    Attributes:
-        nbytes: its size.
-        device: where it belongs.
-        users: how many of the states kept have it.
-        source: what the tier keeps it in, once that is written, and ``number``, its place in there.
-        tensor: one of the tape's that lies in it; as long as it lives nobody changes its memory unheard.
-        storage: the address of its storage. ``begin``: the byte of it where the piece begins.
-    """
+    """A stretch of memory that states in a lower tier consist of."""
 
     __slots__ = ("begin", "device", "nbytes", "number", "source", "storage", "tensor", "users")
 
     def __init__(self, nbytes: int, device: torch.device) -> None:
         self.nbytes, self.device = nbytes, device
+        self.users = 0  # how many of the states kept have it
+        # what the tier keeps it in, once that is written, and its place in there
         self.source: Future[Any] = Future()
+        self.number = 0
+        # one of the tape's that lies in it: as long as it lives nobody changes its memory unheard; the address of the
+        # storage, and the byte where the piece begins
         self.tensor: TensorWeakRef | None = None
-        self.users = self.number = self.begin = self.storage = 0
+        self.storage = self.begin = 0
 
     def at_hand(self) -> UntypedStorage | None:
         """The storage that has its bytes, if the tape has it still."""
@@ -107,12 +103,7 @@ class Index:
 
 
 def taken_apart(state: Sequence[Any], index: Index) -> tuple[list[Any], list[tuple[Piece, Tensor]]]:
-    """A state as views of pieces.
-
-    Returns:
-        The entries, each a `View` or what is no tensor; and the pieces that ``index`` has not known, with their bytes
-        (which share the state's memory).
-    """
+    """A state as views of pieces, and those pieces that are new to ``index``, with their bytes in the state's memory."""
     new: list[tuple[Piece, Tensor]] = []
     pieces: dict[int, list[tuple[int, int, Piece]]] = {}  # storage -> begin, end and piece
     for storage, begin, end, tensor in _stretches(t for t in state if isinstance(t, Tensor) and t.numel()):

@@ -80,12 +80,8 @@ def with_tier(horizon: int, slots: int, choices: Sequence[int]) -> tuple[int, bo
 
     Work is what is replayed and, with a tier, what is moved: a state that goes down and comes up counts as a step. It
     is T or a little less for any number of slots, by how many states of the last segment stay on the device; from
-    about √(2T) slots on, these alone need no more.
-
-    Args:
-        horizon: T.
-        slots: how many there can be; the result is 0 where there can be none.
-        choices: which numbers of them there can be beside what a tier takes, ascending.
+    about √(2T) slots on, these alone need no more. There can be ``slots``, 0 for none; ``choices`` are the numbers of
+    them that there can be beside what a tier takes, ascending.
     """
     work = {c: tiered_forwards(horizon, c) + offloaded_states(horizon, c) for c in reversed(choices)}
     best = min(work, key=work.__getitem__, default=0)
@@ -129,10 +125,8 @@ def crowded_out(kept: Sequence[int], position: int, slots: int) -> int:
     average over T: enumerated for c ≤ 60, T ≤ 6,000. No scheme stays below 1.15 with 2 slots, or below 1.10 with 3.
     One slot leaves nothing to decide.
 
-    Args:
-        kept: ascending positions of the kept states, as many as there are slots. The first, the initial one, stays.
-        position: of the new state, above them; the result if that is the one not to keep.
-        slots: c, on which the time depends linearly.
+    ``kept`` are ascending positions of the kept states, as many as there are slots; the first, the initial one, stays.
+    The result is ``position``, above them, if the new state is the one not to keep. Takes O(c) time.
     """
     if slots == 1:
         return position

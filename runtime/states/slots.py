@@ -77,20 +77,14 @@ class Slots:
     Args:
         slots: how many states may be kept, counting the initial one; None keeps all.
         tier: where states go that have no slot; None gives them up.
-
-    Attributes:
-        kept: positions of the states in slots, ascending.
-        far: positions of the states in the tier, ascending.
-        work: states at hand that take no slot, by position.
-        initial: the state at position 0, where steps before `base` can be run from it again.
     """
 
     def __init__(self, slots: int | None, tier: Below | None = None) -> None:
         self.slots, self.tier = slots, tier
-        self.kept = [0]
-        self.far: list[int] = []
-        self.work: dict[int, State] = {}
-        self.initial: State = []
+        self.kept = [0]  # positions of the states in slots, ascending
+        self.far: list[int] = []  # positions of the states in the tier, ascending
+        self.work: dict[int, State] = {}  # states at hand that take no slot
+        self.initial: State = []  # the state at position 0, where steps before `base` can be run from it again
         self._states: dict[int, State] = {0: []}
 
     def __contains__(self, position: int) -> bool:

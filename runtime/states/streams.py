@@ -235,14 +235,7 @@ class _Nowhere:
 
 
 def whole(steps: int, slots: int | None, tiered: bool = False, known: bool = True) -> Iterator[Action]:
-    """The schedule of a forward pass and of a sweep back over all of it, to be printed or drawn.
-
-    Args:
-        steps: T.
-        slots: c; None keeps every state.
-        tiered: whether states without a slot go to a lower tier.
-        known: whether T is known to the forward pass.
-    """
+    """The schedule of a forward pass, to which T = ``steps`` is ``known`` or not, and of a sweep back over all of it."""
     nowhere: Any = _Nowhere() if tiered else None
     held = Slots(slots, nowhere)
 

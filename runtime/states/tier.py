@@ -60,11 +60,7 @@ class Tier:
         self._process = os.getpid()
 
     def save(self, position: int, state: State) -> None:
-        """Keep a state.
-
-        Raises:
-            StoreError: if an earlier one could not be written, or this one is no such thing as can be.
-        """
+        """Keep a state; a `StoreError` is raised if an earlier one could not be written, or this one cannot be."""
         self._look()
         while len(self._writing) >= WRITING:
             self._written()
@@ -88,11 +84,7 @@ class Tier:
         self._kept[position] = entries
 
     def load(self, position: int) -> State:
-        """A state that is kept.
-
-        Raises:
-            StoreError: if it cannot be read, or is not what was written.
-        """
+        """A state that is kept; a `StoreError` is raised if it cannot be read, or is not what was written."""
         self._look()
         reading = self.prefetch(position)
         with disable_current_modes(), unaffected():
@@ -155,11 +147,7 @@ class Tier:
         return self._index.holds(storage)
 
     def overwritten(self, storage: int) -> bool:
-        """Somebody is about to write into ``storage``: have what is kept of it written by then.
-
-        Returns:
-            Whether a state on the device may lie in it.
-        """
+        """Have what is kept of ``storage`` written before somebody overwrites it; whether a state may lie in it."""
         ahead = () if self._ahead is None else self._ahead.pieces.values()
         if any(not isinstance(m, Tensor) and m._cdata == storage for m, _ in ahead):
             self.rest()
@@ -169,11 +157,7 @@ class Tier:
         return self._index.overwritten(storage)
 
     def settle(self) -> None:
-        """Wait until all is written.
-
-        Raises:
-            StoreError: if something cannot be.
-        """
+        """Wait until all is written."""
         while self._writing:
             self._written()
 
