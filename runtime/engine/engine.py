@@ -223,15 +223,10 @@ class Engine(Interpreter):
 
     def sweep_of(self, task: int) -> Sweep:
         """The sweep that belongs to one call of backward."""
-        found = self._sweeps.get(task)
-        if found is None:
-            found = self._sweeps[task] = Sweep()
-
-            def forget() -> None:
-                self._sweeps.pop(task, None)
-
-            queue_callback(forget)
-        return found
+        if task not in self._sweeps:
+            self._sweeps[task] = Sweep()
+            queue_callback(lambda: self._sweeps.pop(task, None))
+        return self._sweeps[task]
 
     def pull_back(self, sweep: Sweep, bottom: int) -> None:
         """Sweep from the highest deposit (or where the sweep stands) down to ``bottom``."""

@@ -129,21 +129,11 @@ class Snapshot:
 class _Holds:
     """Holds by reference on one piece of memory."""
 
-    __slots__ = ("again", "holds", "memory")
+    __slots__ = ("holds", "memory")
 
     def __init__(self) -> None:
         self.memory: weakref.ref[Memory]  # of which views are kept as places in it
-        self.holds: list[weakref.ref[Snapshot]] = []
-        self.again = 64  # when so many are listed, the dead are looked for
-
-    def __bool__(self) -> bool:
-        return self.memory() is not None or any(ref() is not None for ref in self.holds)
-
-    def add(self, held: Snapshot) -> None:
-        if len(self.holds) >= self.again:
-            self.holds = [ref for ref in self.holds if ref() is not None]
-            self.again = max(64, 2 * len(self.holds))
-        self.holds.append(weakref.ref(held))
+        self.holds: weakref.WeakSet[Snapshot] = weakref.WeakSet()
 
 
 def _lie_alike(a: Tensor, b: Tensor) -> bool:
@@ -188,14 +178,14 @@ class Inputs:
             held = Snapshot(tensor.detach(), checksum(tensor), label)
         if holds is None:
             if len(self._at) >= self._prune_at:
-                self._at = {k: v for k, v in self._at.items() if v}
+                self._at = {k: v for k, v in self._at.items() if v.memory() is not None or v.holds}
                 self.ledger.watch_only(self._at)
                 self._prune_at = max(64, 2 * len(self._at))
             holds = self._at[storage] = _Holds()
         if memory is None:
             holds.memory = weakref.ref(held.memory)
             self.ledger.watch(tensor, storage)
-        holds.add(held)
+        holds.holds.add(held)
         return held
 
     def _copied(self, tensor: Tensor, label: str) -> Snapshot:
@@ -219,11 +209,10 @@ class Inputs:
             if self._at and t.layout is torch.strided:
                 storage = t.untyped_storage()._cdata
                 holds = self._at.pop(storage, None)
-                for ref in () if holds is None else holds.holds:
-                    if (held := ref()) is not None:
-                        held.keep()
-                        self.ledger.add(held.memory)
-                        copied = True
+                for held in () if holds is None else holds.holds:
+                    held.keep()
+                    self.ledger.add(held.memory)
+                    copied = True
                 self.ledger.overwritten(storage)
         return copied
 

@@ -36,16 +36,7 @@ class InnerParameter(nn.Parameter):
     #: Freezes it, where no optimizer that trains it has stepped; raises otherwise.
     freeze: Callable[[], None] | None = None
 
-    def _own_grad(self) -> Tensor | None:
-        return self.own.grad
-
-    def _set_own_grad(self, value: Tensor | None) -> None:
-        self.own.grad = value
-
-    grad = property(_own_grad, _set_own_grad)  # type: ignore[assignment]  # pyright: ignore
-
-    def _values(self) -> Tensor:
-        return torch.Tensor.data.__get__(self)  # type: ignore[attr-defined]
+    grad = property(lambda self: self.own.grad, lambda self, value: setattr(self.own, "grad", value))  # type: ignore[assignment]  # pyright: ignore
 
     def _set_values(self, value: Tensor) -> None:
         # what the tape knows of this parameter is its memory: copy into it (a history cut), never swap it
@@ -58,7 +49,7 @@ class InnerParameter(nn.Parameter):
         with torch.no_grad():
             self.copy_(value)
 
-    data = property(_values, _set_values)  # type: ignore[assignment]  # pyright: ignore
+    data = property(torch.Tensor.data.__get__, _set_values)  # type: ignore[assignment]  # pyright: ignore
 
     def detach_(self) -> Tensor:
         """Refused: it would freeze the parameter."""
@@ -78,10 +69,7 @@ class InnerParameter(nn.Parameter):
             )
         return super().requires_grad_()
 
-    def _needs_grad(self) -> bool:
-        return torch.Tensor.requires_grad.__get__(self)  # type: ignore[attr-defined]
-
-    requires_grad = property(_needs_grad, requires_grad_)  # type: ignore[assignment]  # pyright: ignore
+    requires_grad = property(torch.Tensor.requires_grad.__get__, requires_grad_)  # type: ignore[assignment]  # pyright: ignore
 
     def __deepcopy__(self, memo: dict) -> nn.Parameter:
         copy = memo[id(self)] = nn.Parameter(self.detach().clone(), self.own.requires_grad)

@@ -60,31 +60,52 @@ class DiskTier(Tier):
         self._worker: ThreadPoolExecutor | None = None
         self._threads: list[int] = []  # its only one
 
-    def _submit(self, job: Callable[..., Any], *arguments: Any) -> Future[Any]:
+    def _submit(self, job: Callable[[], Any]) -> Future[Any]:
         if self._worker is None:
             threads = self._threads  # the thread must not keep the tier alive
             self._worker = ThreadPoolExecutor(
                 1, "metaoptim-disk", lambda: threads.append(threading.get_ident())
             )
-        return self._worker.submit(job, self._files, *arguments)
+        return self._worker.submit(job)
 
     def _on_host(self, part: Tensor) -> Tensor:
         return part if part.device.type == "cpu" else super()._on_host(part)
 
+    # What the thread is given does not keep the tier alive. It lets go of tensors before the caller learns that it is
+    # done, so that it is never the last to have them: memory is given back where it was taken.
+
     def _put(self, parts: list[Tensor], copied: list[Any]) -> Future[Any]:
-        return self._submit(_write, list(parts), copied)
+        files, own = self._files, list(parts)
+
+        def write() -> File:
+            try:
+                for event in copied:
+                    event.synchronize()
+                return files.write(own)
+            finally:
+                own.clear()
+
+        return self._submit(write)
 
     def _get(self, piece: Piece) -> tuple[Tensor, Future[Any]]:
         pinned = piece.device.type == "cuda"
         memory = torch.empty(piece.nbytes, dtype=torch.uint8, device="cpu", pin_memory=pinned)
-        into = [memory]
-        reading = self._submit(_read, piece.source, piece.number, into)
+        files, source, number, into = self._files, piece.source, piece.number, [memory]
+
+        def read() -> None:
+            try:
+                files.read(source.result(), number, into[0])
+            finally:
+                into.clear()
+
+        reading = self._submit(read)
         # at once, if it is cancelled: its turn may be far off
         reading.add_done_callback(lambda _: into.clear())
         return memory, reading
 
     def _remove(self, piece: Piece) -> None:
-        self._submit(_drop, piece.source)
+        files, source = self._files, piece.source
+        self._submit(lambda: files.drop(source.result()))
 
     def _failed(self, error: BaseException, position: int, piece: Piece | None) -> StoreError:
         state = f"the state at position {position} of the inner loop"
@@ -111,30 +132,6 @@ class DiskTier(Tier):
                 worker.shutdown(wait=threading.get_ident() not in self._threads, cancel_futures=True)
         finally:
             self._files.close()
-
-
-# What the thread does. It lets go of tensors before the caller learns that it is done, so that it is never the last to
-# have them: memory is given back where it was taken.
-
-
-def _write(files: Files, parts: list[Tensor], copied: list[Any]) -> File:
-    try:
-        for event in copied:
-            event.synchronize()
-        return files.write(parts)
-    finally:
-        parts.clear()
-
-
-def _read(files: Files, written: Future[File], number: int, into: list[Tensor]) -> None:
-    try:
-        files.read(written.result(), number, into[0])
-    finally:
-        into.clear()
-
-
-def _drop(files: Files, written: Future[File]) -> None:
-    files.drop(written.result())
 
 
 @dataclass(eq=False)

@@ -103,7 +103,7 @@ class Index:
 
 
 def taken_apart(state: Sequence[Any], index: Index) -> tuple[list[Any], list[tuple[Piece, Tensor]]]:
-    """A state as views of pieces, and those pieces that are new to ``index``, with their bytes in the state's memory."""
+    """A state as views of pieces, and the pieces that are new to ``index``, with their bytes in the state's memory."""
     new: list[tuple[Piece, Tensor]] = []
     pieces: dict[int, list[tuple[int, int, Piece]]] = {}  # storage -> begin, end and piece
     for storage, begin, end, tensor in _stretches(t for t in state if isinstance(t, Tensor) and t.numel()):

@@ -235,7 +235,7 @@ class _Nowhere:
 
 
 def whole(steps: int, slots: int | None, tiered: bool = False, known: bool = True) -> Iterator[Action]:
-    """The schedule of a forward pass, to which T = ``steps`` is ``known`` or not, and of a sweep back over all of it."""
+    """The schedule of a forward pass, to which T (``steps``) is ``known`` or not, and of a sweep over all of it."""
     nowhere: Any = _Nowhere() if tiered else None
     held = Slots(slots, nowhere)
 

@@ -26,11 +26,11 @@ class Damaged(Exception):
 
 
 class _Reading(NamedTuple):
-    """A state on its way up: its entries, and piece -> a tensor that it is read into, and when that is done; or the
-    storage that has its bytes, and where they begin in it."""
+    """A state on its way up."""
 
     position: int
     entries: list[Any]
+    # a tensor that a piece is read into, and when that is done; or the storage that has its bytes, and from where on
     pieces: dict[Piece, tuple[Any, Future[Any] | int | None]]
 
     def stop(self) -> None:
@@ -148,9 +148,7 @@ class Tier:
 
     def overwritten(self, storage: int) -> bool:
         """Have what is kept of ``storage`` written before somebody overwrites it; whether a state may lie in it."""
-        ahead = () if self._ahead is None else self._ahead.pieces.values()
-        if any(not isinstance(m, Tensor) and m._cdata == storage for m, _ in ahead):
-            self.rest()
+        self.rest()
         for _, future, parts in self._writing:
             if any(address(part) == storage for part in parts):
                 wait([future])
