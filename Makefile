@@ -6,7 +6,10 @@ PYTHON ?= python3
 JOBS ?= 2
 ARGS ?=
 
-VENV := .venv
+# TORCH=2.14.1 runs the same with that release of torch, in an environment of its own.
+TORCH ?=
+VENV := .venv$(TORCH:%=-torch-%)
+PIN := $(if $(TORCH),torch==$(TORCH),-c constraints.txt)
 BIN := $(VENV)/bin
 # One torch thread per test process: two on few cores slow each other down a hundredfold.
 THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
@@ -15,7 +18,7 @@ help:
 	@echo "make demo       train the few-shot example (minutes on two CPU cores) and draw its pictures"
 	@echo "make demo-long  learn example weights through 2,000 training steps (minutes), and draw what was learnt"
 	@echo "make demo-rl    learn gamma and lambda while an agent learns CartPole (minutes), and draw pictures"
-	@echo "make test       run the whole test suite   (ARGS='-k window -x', JOBS=4)"
+	@echo "make test       run the whole test suite   (ARGS='-k window -x', JOBS=4, TORCH=2.14.1)"
 	@echo "make lint       ruff and pyright           (make format: let ruff fix and format)"
 	@echo "make bench      run every benchmarks/bench_*.py"
 	@echo "make gpu-check  tests and figures on a GPU, in minutes (without one: a rehearsal on the CPU)"
@@ -56,12 +59,12 @@ $(VENV)/.made:
 
 # The stamp's name is the list of extras.
 $(VENV)/.%: $(VENV)/.made pyproject.toml constraints.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIN) -e '.[$*]'
 	touch $@
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis torch_compile_debug
-	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf $(VENV)
+	rm -rf .venv .venv-torch-*

@@ -10,9 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch._C import DisableTorchFunction, _autograd, _DisableAutocast, _DisableTorchDispatch
 from torch._C._profiler import ProfilerConfig, ProfilerState, _ExperimentalConfig
-from torch._functorch.compile_utils import fx_graph_cse
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import (
     disable_fake_tensor_cache,
     unset_fake_temporarily,
 )
-from torch.autograd.function import _SingleLevelFunction
+from torch.autograd.function import Function, _SingleLevelFunction
 from torch.nn.parallel.distributed import _DDPSink
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
@@ -42,6 +42,7 @@ __all__ = [
     "DisableTorchDispatch",
     "DisableTorchFunction",
     "DynamicOutputShapeException",
+    "FUNCTIONS",
     "FakeTensor",
     "FakeTensorMode",
     "OpOverload",
@@ -57,7 +58,6 @@ __all__ = [
     "dispatch_modes",
     "end_profile",
     "function_modes",
-    "fx_graph_cse",
     "graph_task",
     "has_meta_kernel",
     "pop_dispatch_mode",
@@ -67,6 +67,7 @@ __all__ = [
     "storage_users",
     "swap_tensors",
     "tops_dispatch",
+    "transforms_active",
     "tree_flatten",
     "tree_leaves",
     "tree_unflatten",
@@ -78,10 +79,24 @@ DisableAutocast = _DisableAutocast
 DisableTorchDispatch = _DisableTorchDispatch
 disable_current_modes = _disable_current_modes
 
-#: The base whose ``apply`` every custom `torch.autograd.Function` goes through.
 SingleLevelFunction = _SingleLevelFunction
-#: What `torch.utils.checkpoint` without reentrance is made of.
-CHECKPOINT = "_checkpoint_without_reentrant_generator"
+#: The classes whose ``apply`` a custom `torch.autograd.Function` goes through. From torch 2.14 on `Function` has one of
+#: its own, in C++, which does not call its base's.
+FUNCTIONS = (
+    (SingleLevelFunction,)
+    if isinstance(vars(Function)["apply"], classmethod)
+    else (SingleLevelFunction, Function)
+)
+transforms_active = torch._C._are_functorch_transforms_active
+#: What `torch.utils.checkpoint` without reentrance is made of; from torch 2.14 on, the second of these.
+CHECKPOINT = next(
+    name
+    for name in (
+        "_checkpoint_without_reentrant_generator_impl",
+        "_checkpoint_without_reentrant_generator",
+    )
+    if hasattr(torch.utils.checkpoint, name)
+)
 DDPSink = _DDPSink
 
 any_autocast_enabled = torch._C._is_any_autocast_enabled

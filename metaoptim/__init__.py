@@ -1,7 +1,7 @@
 """metaoptim: exact meta-gradients in bounded memory, from ordinary PyTorch code."""
 
 from . import logs
-from .compile import compile
+from .compile import compile, explain
 from .errors import (
     BudgetError,
     CaptureError,
@@ -13,7 +13,6 @@ from .errors import (
     UnreachableWarning,
     WindowError,
 )
-from .explain import explain
 from .optim import MetaAdam, MetaOptimizer, MetaRMSprop, MetaSGD, safe_sqrt
 from .plan import plan
 from .runtime.engine.progress import progress

@@ -1,4 +1,7 @@
-"""compile: a function that holds a window, captured whole, rewritten by passes and run by torch.compile's backends."""
+"""compile: a function that holds a window, captured whole, rewritten by passes and run by torch.compile's backends.
+
+explain: what such a function becomes, what it will cost, and where its gradients go.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 from .compiler.capture import intercept
@@ -18,14 +23,16 @@ from .errors import WindowError
 from .functions.guards import Dependencies
 from .functions.reads import Reads
 from .functions.recapture import compare
-from .functions.specialization import name_of, specialize, specialize_step
+from .functions.specialization import StepSpecialization, name_of, specialize
 from .functions.specializations import Specializations
 from .optim.alive import refresh_optimizers
 from .report.of_function import report_of
+from .report.report import Report
 from .runtime.windows.recording_session import RecordedSession
 from .runtime.windows.session import current_session
 
 _graphs = logging.getLogger("metaoptim.graphs")
+_UNSEEN = nullcontext  # outside of windows nobody looks
 
 
 class CompiledFunction:
@@ -39,63 +46,46 @@ class CompiledFunction:
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         return self if instance is None else BoundFunction(self, instance)
 
-    def explain(self, *args: Any, **kwargs: Any) -> Any:
+    def explain(self, *args: Any, **kwargs: Any) -> Report:
         """What a call with these arguments compiles to and costs; see `metaoptim.explain`."""
         return report_of(self._fn, self._options, args, kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the function: capture and compile it on first use, and whenever a guard fails."""
-        recorder = intercept.recording.get()
+        recorder, session = intercept.recording.get(), current_session()
         if recorder is not None and recorder.symbolic:
             return self._fn(*args, **kwargs)
-        session = current_session()
-        if isinstance(session, RecordedSession):
-            return self._step(session, args, kwargs)
-        if session is not None:
-            return self._fn(*args, **kwargs)  # full_tape: the oracle is not compiled
-        return self._call(args, kwargs)
+        if session is None or isinstance(session, RecordedSession):
+            return self._call(session, args, kwargs)
+        return self._fn(*args, **kwargs)  # full_tape: the oracle is not compiled
 
-    def _call(self, args: tuple, kwargs: dict) -> Any:
-        """A call outside of windows."""
-        fn, options = self._fn, self._options
-        dependencies = Dependencies.of_call(fn, args, kwargs)
-        found = self._specializations.find(dependencies)
-        if found is None and refresh_optimizers():
+    def _call(self, window: RecordedSession | None, args: tuple, kwargs: dict) -> Any:
+        """A call outside of windows, or one compiled inner step of the window that is open."""
+        fn, options, unseen = self._fn, self._options, _UNSEEN if window is None else window.recorder.paused
+        with unseen():
+            dependencies = Dependencies.of_call(fn, args, kwargs, window)
+            found = self._specializations.find(dependencies, window)
+        if window is not None:
+            window.look_at(dependencies.tensors)
+        elif found is None and refresh_optimizers():
             dependencies = Dependencies.of_call(fn, args, kwargs)
             found = self._specializations.find(dependencies)
         if found is None:
+            if window is not None:
+                self._check_retention()
             begun = time.perf_counter()
-            key, reads = dependencies.key, Reads(fn, args, kwargs)
+            with unseen():
+                reads = Reads(fn, args, kwargs, window)
             with waiting(f"capturing {self._name} ..."):
-                found = specialize(fn, options, dependencies, args, kwargs, reads)
-            self._specializations.add(key, reads, found, time.perf_counter() - begun)
+                found = specialize(fn, options, window, dependencies, args, kwargs, reads)
+            self._specializations.add(reads, found, time.perf_counter() - begun)
             if _graphs.isEnabledFor(logging.INFO):
-                text = found.program.text(operators=_graphs.isEnabledFor(logging.DEBUG))
+                step = found.step.step if isinstance(found, StepSpecialization) else None
+                text = step or found.program.text(operators=_graphs.isEnabledFor(logging.DEBUG))
                 _graphs.info("%s: %s", self._name, text)
         elif options.recapture:
-            compare(self._name, found, specialize(fn, options, dependencies, args, kwargs))
-        return found.run(dependencies)
-
-    def _step(self, window: RecordedSession, args: tuple, kwargs: dict) -> Any:
-        """One compiled inner step of the window that is open."""
-        fn, options = self._fn, self._options
-        with window.recorder.paused():
-            dependencies = Dependencies.of_call(fn, args, kwargs, window)
-            found = self._specializations.find(dependencies, window)
-        window.look_at(dependencies.tensors)
-        if found is None:
-            self._check_retention()
-            begun = time.perf_counter()
-            with window.recorder.paused():
-                key, reads = dependencies.key, Reads(fn, args, kwargs, window)
-            with waiting(f"capturing {self._name} ..."):
-                found = specialize_step(fn, options, window, dependencies, args, kwargs, reads)
-            self._specializations.add(key, reads, found, time.perf_counter() - begun)
-            _graphs.info("%s: %s", self._name, found.step.step)
-        elif options.recapture:
-            again = specialize_step(fn, options, window, dependencies, args, kwargs)
-            compare(self._name, found, again)
-        return found.run(window, dependencies)
+            compare(self._name, found, specialize(fn, options, window, dependencies, args, kwargs))
+        return found.run(dependencies, window)
 
     def _check_retention(self) -> None:
         said = self._options.retention
@@ -121,7 +111,7 @@ class BoundFunction:
         """Run the method."""
         return self.function(self.instance, *args, **kwargs)
 
-    def explain(self, *args: Any, **kwargs: Any) -> Any:
+    def explain(self, *args: Any, **kwargs: Any) -> Report:
         """What a call with these arguments compiles to and costs; see `metaoptim.explain`."""
         return self.function.explain(self.instance, *args, **kwargs)
 
@@ -194,3 +184,46 @@ def compile(
     if fn is None:
         return lambda f: CompiledFunction(f, options)
     return CompiledFunction(fn, options)
+
+
+def explain(fn: Callable, *, measure: bool = False, verbose: bool = False) -> Callable[..., Report]:
+    """Explain what `metaoptim.compile` makes of a function.
+
+    ``explain(fn)(*args)`` captures ``fn`` as it would act on these arguments, takes it through the passes and goes
+    through a run of it on sizes alone. Nothing is computed: networks, optimizers, their states and every ``.grad`` stay
+    as they are, and the random generator stays where it is. Inside an ordinary window it explains a compiled step.
+
+    Args:
+        fn: a compiled function, or a plain one, which is then explained with the default options of `compile`.
+        measure: run it too, forward and backward, and measure its peak beside the predicted one. Everything stays as it
+            is all the same; a profiler makes the run slow.
+        verbose: let the report's text show the program before and after each pass, too; `Report.programs` is that text.
+
+    Returns:
+        A function of the same arguments that returns a `Report`: text by ``str``, values by `Report.to_dict`, tables
+        in a terminal if `rich` is installed.
+
+    Raises:
+        CaptureError: for what cannot be captured.
+        BudgetError: for a memory budget in which not even one state can be kept.
+
+    Example:
+        >>> net, log_lr = torch.nn.Linear(3, 1), torch.tensor(-2.0, requires_grad=True)
+        >>> @metaoptim.compile(backend="eager", slots=3)
+        ... def meta_loss(net, log_lr, xs):
+        ...     inner = metaoptim.MetaSGD([net], lr=log_lr.exp())
+        ...     with metaoptim.SlidingWindow(offline=True) as window:
+        ...         for x in window.scan(xs):
+        ...             inner.step(net(x).square().mean())
+        ...         return net(xs[0]).square().mean()
+        >>> report = metaoptim.explain(meta_loss)(net, log_lr, torch.ones(20, 2, 3))
+        >>> report.horizon, report.gradient_targets
+        (20, ['net.weight', 'net.bias', 'log_lr'])
+    """
+    compiled, instance = compiled_of(fn)
+
+    def explained(*args: Any, **kwargs: Any) -> Report:
+        found = report_of(compiled._fn, compiled._options, (*instance, *args), kwargs, measure)
+        return replace(found, verbose=verbose)
+
+    return explained

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import warnings
@@ -89,6 +90,7 @@ class UnreachableWarning(UserWarning):
 
 
 def _user_frames() -> Iterator[FrameType]:
+    """The frames that belong to neither metaoptim nor torch, innermost first."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if not frame.f_code.co_filename.startswith(_SKIP):
@@ -96,19 +98,23 @@ def _user_frames() -> Iterator[FrameType]:
         frame = frame.f_back
 
 
-def user_scope() -> list[tuple[str, Any]]:
-    """What the innermost such frame sees, by name: locals, globals, and attributes of locals."""
-    frame = next(_user_frames(), None)
-    if frame is None:
-        return []
+def _seen_by(frame: FrameType) -> Iterator[tuple[str, Any]]:
+    """What a frame sees, by name: locals, globals, and attributes of locals."""
     own = list(frame.f_locals.items())
-    holders = [(name, value) for name, value in own if not isinstance(value, ModuleType)]
-    inner = [(f"{name}.{k}", v) for name, value in holders for k, v in getattr(value, "__dict__", {}).items()]
-    return [*own, *frame.f_globals.items(), *inner]
+    yield from own
+    yield from list(frame.f_globals.items())
+    for name, value in own:
+        if not isinstance(value, ModuleType):
+            yield from ((f"{name}.{k}", v) for k, v in list(getattr(value, "__dict__", {}).items()))
+
+
+def user_scope() -> list[tuple[str, Any]]:
+    """What the innermost frame of the user's sees, by name."""
+    return [named for frame in itertools.islice(_user_frames(), 1) for named in _seen_by(frame)]
 
 
 def user_location() -> str:
-    """File and line of the innermost frame that belongs to neither metaoptim nor torch."""
+    """File and line of the innermost frame of the user's."""
     for frame in _user_frames():
         return sys.intern(f"{frame.f_code.co_filename}:{frame.f_lineno}")
     return ""
@@ -116,16 +122,7 @@ def user_location() -> str:
 
 def user_name_of(tensor: torch.Tensor) -> str | None:
     """The name ``tensor`` has in a calling frame (a local, a global, or an attribute of one), if any."""
-    for frame in _user_frames():
-        for scope in (frame.f_locals, frame.f_globals):
-            for name, value in list(scope.items()):
-                if value is tensor:
-                    return name
-        for name, value in [x for x in frame.f_locals.items() if not isinstance(x[1], ModuleType)]:
-            for attribute, inner in list(getattr(value, "__dict__", {}).items()):
-                if inner is tensor:
-                    return f"{name}.{attribute}"
-    return None
+    return next((name for f in _user_frames() for name, value in _seen_by(f) if value is tensor), None)
 
 
 def warn(message: str, category: type[Warning] = UserWarning) -> None:

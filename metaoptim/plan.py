@@ -20,8 +20,7 @@ from .compiler.ir.retention import Retention
 from .compiler.ir.tensors import TensorSpec
 from .compiler.passes.pipeline import compile_trace
 from .errors import WindowError
-from .functions.captured import trace_of
-from .functions.specialization import retention_of
+from .functions.specialization import retention_of, trace_of
 from .report.cost import Cost, setting_of
 from .runtime.budget.amounts import budget_bytes
 from .runtime.budget.planner import default_plan, device_of

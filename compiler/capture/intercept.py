@@ -17,7 +17,7 @@ from torch.nn.utils import clip_grad
 from torch.utils import dlpack
 from torch.utils.hooks import RemovableHandle
 
-from metaoptim.compiler.compat import CHECKPOINT, SingleLevelFunction
+from metaoptim.compiler.compat import CHECKPOINT, FUNCTIONS, SingleLevelFunction, transforms_active
 from metaoptim.errors import CaptureError, WindowError, user_location
 
 from ..ir.values import Spy, Theta
@@ -49,7 +49,11 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         return super(SingleLevelFunction, cls).apply(*a, **k)  # type: ignore[misc]  # pyright: ignore
 
     mode = _mode()
-    return apply(*args, **kwargs) if mode is None else mode.apply_function(cls, apply, args, kwargs)
+    if mode is None or (issubclass(cls, torch.autograd.Function) and transforms_active()):
+        return apply(
+            *args, **kwargs
+        )  # a transform of torch.func makes another Function of it, and applies that
+    return mode.apply_function(cls, apply, args, kwargs)
 
 
 def _checkpoint(fn: Any, *args: Any, **kwargs: Any) -> Any:
@@ -177,7 +181,7 @@ def _clip(parameters: Any, *args: Any, **kwargs: Any) -> Any:
 # -- installing -------------------------------------------------------------------------------------------------------
 
 _WRAPPERS: tuple[tuple[Any, str, Any], ...] = (
-    (SingleLevelFunction, "apply", classmethod(_apply)),
+    *((owner, "apply", classmethod(_apply)) for owner in FUNCTIONS),
     (checkpointing, CHECKPOINT, _checkpoint),
     (Tensor, "register_hook", _register_hook),
     (Tensor, "retain_grad", _retain_grad),

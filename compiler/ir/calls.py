@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 from torch import Tensor
 
-from .step import EAGER, Lowering, StepGraph
+from .step import EAGER, Lowering, Role, StepGraph
 
 LONGEST = 32  # calls in a round
 
@@ -20,34 +20,38 @@ class StepCall:
 
     Attributes:
         step: the graph.
-        theta: state indices behind the THETA inputs, in order.
-        update: state indices of theta', in order.
-        opt_state: state indices of the optimizer state before (None: created by this step) and after.
-        back: how many positions before its own lies the state that its loss has read.
-        inputs: what fills the META and SCAN inputs, in order.
-        metas: for each META input, the number under which its gradient is collected.
+        reads: state indices behind the inputs that are state, in order.
+        writes: state indices that the outputs go to, in order; -1 for none. Gradients, the last outputs, have none.
+        inputs: what fills the other inputs, in order.
         location: the user's line.
+        back: how many positions before its own lies the state that its loss has read theta of.
+        metas: for each META input, the number under which its gradient is collected.
         rng: state index of the random generator's state, if the step draws; -1 if not.
         lowering: the backend and HVP mode of the step graphs.
         spies: the tensor hooks that are part of the step.
     """
 
     step: StepGraph
-    theta: tuple[int, ...]
-    update: tuple[int, ...]
-    opt_state_in: tuple[int, ...]
-    opt_state_out: tuple[int, ...]
-    back: int
+    reads: tuple[int, ...]
+    writes: tuple[int, ...]
     inputs: list[Any]
-    metas: tuple[Any, ...]
     location: str
+    back: int = 0
+    metas: tuple[Any, ...] = ()
     rng: int = -1
     lowering: Lowering = EAGER
     spies: tuple[Any, ...] = ()
 
-    def changed(self) -> Iterator[tuple[int, int]]:
-        """Outputs of the step and the state indices they go to."""
-        return enumerate((*self.update, *self.opt_state_out))
+    @property
+    def theta(self) -> tuple[int, ...]:
+        """State indices of the parameters that its loss has read."""
+        return self.reads[: self.step.thetas]
+
+    @property
+    def updated(self) -> tuple[int, ...]:
+        """State indices of theta'."""
+        pairs = zip(self.writes, self.step.outputs)
+        return tuple(i for i, port in pairs if port.role is Role.THETA)
 
 
 @dataclass(slots=True)
@@ -72,13 +76,10 @@ class Loop:
     Attributes:
         calls: those of the first iteration; in each later one they find their inputs where these have left them.
         count: how many iterations.
-        strides: for each call, by how much each of its inputs advances from one iteration to the next (slices of a
-            scan, lifted numbers; else 0).
     """
 
     calls: tuple[StepCall, ...]
     count: int
-    strides: tuple[tuple[int, ...], ...]
 
 
 def calls_of(item: StepCall | Loop) -> tuple[StepCall, ...]:
@@ -94,17 +95,20 @@ class Operand:
         kind: "input", "scan" (a slice of one), "noise", "number", or "each" (of several, the one at ``at``).
         of: the `Input`, the `Noise`, the number, or what there is to choose from.
         at: for a slice, its position.
+        stride: in a loop, by how much the position, or the number, advances from one iteration to the next.
     """
 
     kind: str
     of: Any
     at: int = 0
+    stride: int = 0
 
-    def advanced(self, by: int) -> Operand:
-        """The one ``by`` further on."""
-        if self.kind in ("scan", "each"):
-            return Operand(self.kind, self.of, self.at + by)
-        return Operand(self.kind, self.of + by)
+    def after(self, iterations: int) -> Operand:
+        """The one so many iterations later."""
+        by = self.stride * iterations
+        if self.kind == "number":
+            return Operand("number", self.of + by, 0, self.stride)
+        return Operand(self.kind, self.of, self.at + by, self.stride)
 
     @property
     def chosen(self) -> Operand:
@@ -155,7 +159,6 @@ def extended(known: Loop, calls: Sequence[Item]) -> int:
             _longer(m, known.count, [c.metas[i] for c in more]) for i, m in enumerate(own.metas)
         )
     known.count += count
-    known.strides = tuple(tuple(int(isinstance(x, Operand)) for x in c.inputs) for c in known.calls)
     return count * length
 
 
@@ -165,23 +168,14 @@ def _longer(column: Any, count: int, more: list[Any]) -> Any:
         return column
     if all(_same(x, column) for x in more):
         return column
-    return Operand("each", [column] * count + more)
+    return Operand("each", [column] * count + more, 0, 1)
 
 
 def _key(item: Item) -> tuple[Any, ...]:
     """Equal for calls that may be one and the same of a loop."""
     if not isinstance(item, StepCall) or item.spies:
         return (id(item),)
-    return (
-        id(item.step),
-        item.theta,
-        item.update,
-        item.opt_state_in,
-        item.opt_state_out,
-        item.back,
-        item.lowering,
-        item.location,
-    )
+    return id(item.step), item.reads, item.writes, item.back, item.lowering, item.location
 
 
 def _repeats(keys: list[tuple[Any, ...]]) -> dict[int, list[int]]:
@@ -196,37 +190,32 @@ def _repeats(keys: list[tuple[Any, ...]]) -> dict[int, list[int]]:
 
 
 def _loop(rounds: list[Any]) -> Loop:
-    calls, strides = [], []
-    for call, *others in zip(*rounds, strict=True):
-        columns = _columns([call.inputs, *(other.inputs for other in others)])
-        metas = _columns([call.metas, *(other.metas for other in others)])
-        calls.append(replace(call, inputs=[first for first, _ in columns], metas=tuple(m for m, _ in metas)))
-        strides.append(tuple(stride for _, stride in columns))
-    return Loop(tuple(calls), len(rounds), tuple(strides))
+    calls: list[StepCall] = []
+    for column in zip(*rounds, strict=True):
+        inputs = [_column(given) for given in zip(*(call.inputs for call in column), strict=True)]
+        metas = [_column(given) for given in zip(*(call.metas for call in column), strict=True)]
+        calls.append(replace(column[0], inputs=inputs, metas=tuple(metas)))
+    return Loop(tuple(calls), len(rounds))
 
 
-def _columns(rows: list[Any]) -> list[tuple[Any, int]]:
-    return [_column(column) for column in zip(*rows, strict=True)]
-
-
-def _column(given: Sequence[Any]) -> tuple[Any, int]:
-    """What stands for one input of a call in all rounds, and its stride."""
+def _column(given: Sequence[Any]) -> Any:
+    """What stands for one input of a call in all rounds."""
     first, second, *_ = given
     if not isinstance(first, Operand):  # of a recorded call
-        return (first, 0) if all(_same(g, first) for g in given) else (Operand("each", list(given)), 1)
+        return first if all(_same(g, first) for g in given) else Operand("each", list(given), 0, 1)
     if first.kind == "noise" or all(
         g.kind == first.kind and g.at == first.at and _same(g.of, first.of) for g in given
     ):
-        return first, 0
+        return first
     if first.kind == "scan" and all(g.kind == "scan" and g.of is first.of for g in given):
         stride = second.at - first.at
         if all(b.at - a.at == stride for a, b in pairwise(given)):
-            return first, stride
+            return replace(first, stride=stride)
     if all(g.kind == "number" and type(g.of) is int for g in given):
         stride = second.of - first.of
         if all(b.of - a.of == stride for a, b in pairwise(given)):
-            return first, stride
-    return Operand("each", tuple(given)), 1
+            return replace(first, stride=stride)
+    return Operand("each", tuple(given), 0, 1)
 
 
 def _same(a: object, b: object) -> bool:

@@ -129,7 +129,7 @@ class Program(Calls):
         sizes: dict[int, int] = {}
         most = 0
         for call, _ in self.counted():
-            for k, register in call.changed():
+            for k, register in enumerate(call.writes):
                 if register >= 0:
                     sizes[register] = nbytes(call.step.outputs[k].spec)
             most = max(most, sum(sizes.values()))

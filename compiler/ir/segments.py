@@ -9,9 +9,6 @@ from typing import Any
 
 import torch
 
-from metaoptim.errors import ProgramError
-
-from .operators import op_text
 from .slices import Keyed, hook_key
 from .step import RANK, Role, gradient, show
 from .tensors import TensorSpec
@@ -237,61 +234,3 @@ def roles_of(segment: Segment, kind: PartKind) -> Roles:
         inner = is_inner_state(Value(segment.entries[number], index))
         outputs[number, index] = Role.OPT_STATE if inner else Role.CARRY
     return Roles(inputs, ordered(inputs), outputs)
-
-
-def verify_partition(partition: Partition, *, outlined: bool = True) -> None:
-    """Check a program in the making.
-
-    Args:
-        partition: parts, between two passes.
-        outlined: whether what is passed between parts is known, as it is from canonicalize on.
-
-    Raises:
-        ProgramError: it names the part and the call.
-    """
-    kinds = {id(b): b for b in partition.kinds}
-    for n, part in enumerate(partition.parts):
-        name = f"part {n}"
-        first = part.kind.parts[0] if id(part.kind) in kinds and part.kind.parts else None
-        if first is None or (first is not part and first.segment.key != part.segment.key):
-            raise ProgramError(f"{name} shares its kind with a part of another structure")
-        for k, entry in enumerate(part.segment.entries):
-            if partition.part_of.get(id(entry)) != n:
-                raise ProgramError(
-                    f"{name}: call {k} ({op_text(entry.op)}) is listed in part {partition.part_of.get(id(entry))}"
-                )
-            for a in arguments(entry):
-                wrong = _wrong(partition, a, n, k, outlined) if isinstance(a, Value) else ""
-                if wrong:
-                    raise ProgramError(f"{name}: call {k} ({op_text(entry.op)}) reads {wrong}")
-            for write in entry.deps:
-                if part.segment.number_of.get(id(write), k) >= k:
-                    raise ProgramError(
-                        f"{name}: call {k} ({op_text(entry.op)}) depends on a write that is not before it"
-                    )
-    for i, value in enumerate(partition.finals()):
-        wrong = (
-            _wrong(partition, value, len(partition.parts), 0, outlined) if isinstance(value, Value) else ""
-        )
-        if wrong:
-            raise ProgramError(f"result {i} is {wrong}")
-
-
-def _wrong(partition: Partition, value: Value, n: int, k: int, outlined: bool) -> str:
-    """What is wrong with reading ``value`` in call ``k`` of part ``n``; nothing is the rule, and costs no text."""
-    at = partition.part_of.get(id(value.entry))
-    if at is None:
-        return f"an output of {op_text(value.entry.op)}, which is part of the program no more"
-    part = partition.parts[at]
-    number = part.segment.number_of[id(value.entry)]
-    if (at, number) >= (n, k):
-        return f"an output of {op_text(value.entry.op)} in part {at}, which comes later"
-    if not outlined or at == n:
-        return ""
-    spec = part.kind.outputs.get((number, value.index))
-    if spec is not None and spec == value.ref:
-        return ""
-    what = f"an output of {op_text(value.entry.op)} in part {at}"
-    if spec is None:
-        return f"{what}, which that part does not give"
-    return f"{what}: got {spec}, expected {value.ref}"

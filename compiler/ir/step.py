@@ -83,7 +83,6 @@ def again(value: Tensor) -> Tensor:
 
 #: The order of a step graph's inputs by role; all others come after these.
 RANK = {Role.THETA: 0, Role.THETA_NOW: 1, Role.OPT_STATE: 2, Role.CARRY: 2}
-_STATE = (Role.THETA, Role.OPT_STATE, Role.CARRY)
 _USUAL = ("eager", "aot_eager", "inductor")  # known without loading dynamo
 
 
@@ -295,9 +294,20 @@ class StepGraph:
         """How many inner steps it takes."""
         return sum(node.target is gradient for node in self.graph.nodes)
 
-    def positions(self, *roles: Role) -> list[int]:
-        """Positions of the inputs with these roles."""
-        return [i for i, port in enumerate(self.inputs) if port.role in roles]
+    @cached_property
+    def thetas(self) -> int:
+        """How many inputs, the first ones, are theta."""
+        return sum(port.role is Role.THETA for port in self.inputs)
+
+    @cached_property
+    def states(self) -> int:
+        """How many inputs, the first ones, are found in the state: theta and other values passed on."""
+        return sum(port.role in RANK for port in self.inputs)
+
+    @property
+    def metas(self) -> list[int]:
+        """Positions of the inputs that receive a gradient and are not found in the state."""
+        return [i for i, port in enumerate(self.inputs) if port.role is Role.META]
 
     def __str__(self) -> str:
         lines = [f"step({', '.join(map(str, self.inputs))}):"]
@@ -324,13 +334,3 @@ def _show(value: Any) -> str:
     if isinstance(value, (tuple, list)):
         return "(" + ", ".join(map(_show, value)) + ("," if len(value) == 1 else "") + ")"
     return str(value)
-
-
-def state_ports(step: StepGraph) -> list[Port]:
-    """The inputs of a step graph that are registers, in order."""
-    return [p for p in step.inputs if p.role in _STATE]
-
-
-def given_ports(step: StepGraph) -> list[Port]:
-    """The inputs of a step graph that are none, in order."""
-    return [p for p in step.inputs if p.role not in _STATE]

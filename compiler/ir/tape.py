@@ -155,13 +155,11 @@ def _nth(loop: Loop, n: int) -> StepCall:
     call = loop.calls[which]
     return StepCall(
         call.step,
-        call.theta,
-        call.update,
-        call.opt_state_in,
-        call.opt_state_out,
-        call.back,
+        call.reads,
+        call.writes,
         [x.of[k] if type(x) is Operand else x for x in call.inputs],
-        tuple([m.of[k] if type(m) is Operand else m for m in call.metas]),
         call.location,
+        call.back,
+        tuple([m.of[k] if type(m) is Operand else m for m in call.metas]),
         lowering=call.lowering,
     )

@@ -50,13 +50,10 @@ def program_text(
     ]
     for item in program.calls:
         if not isinstance(item, Loop):
-            lines.append("  " + _call_text(item, [0] * len(item.inputs), names, named))
+            lines.append("  " + _call_text(item, names, named))
             continue
         loop = f"  loop {item.count} times, t = 0, 1, ...:"
-        inside = [
-            _call_text(call, strides, names, named)
-            for call, strides in zip(item.calls, item.strides, strict=True)
-        ]
+        inside = [_call_text(call, names, named) for call in item.calls]
         lines += [f"{loop} {inside[0]}"] if len(inside) == 1 else [loop, *("    " + i for i in inside)]
     lines.append("  return " + (", ".join(_place_text(w, named) for w in program.outputs) or "nothing"))
     lines += [f"  {_target_text(t, named)} := {_place_text(w, named)}" for t, w in program.writes]
@@ -246,30 +243,30 @@ def registers_text(registers: Sequence[int]) -> str:
     return " ".join(texts)
 
 
-def _call_text(
-    call: StepCall, strides: Sequence[int], names: Mapping[int, str], named: Mapping[Input, str]
-) -> str:
-    read = [registers_text(call.opt_state_in)] if call.opt_state_in else []
-    given = [_given_text(g, s, named) for g, s in zip(call.inputs, strides, strict=True)]
+def _call_text(call: StepCall, names: Mapping[int, str], named: Mapping[Input, str]) -> str:
+    read = [registers_text(call.reads)] if call.reads else []
+    given = [_given_text(g, named) for g in call.inputs]
     arguments = "; ".join([*read, *([", ".join(given)] if given else [])])
     where = f"  # {_short(call.location)}" if call.location else ""
-    made = registers_text(call.opt_state_out) or "nothing"
+    made = registers_text(call.writes) or "nothing"
     return f"{made} = {names[id(call.step)]}({arguments}){where}"
 
 
-def _given_text(given: Operand, stride: int, named: Mapping[Input, str]) -> str:
+def _given_text(given: Operand, named: Mapping[Input, str]) -> str:
     if given.kind == "each":
-        first, *_, last = (_given_text(g, 0, named) for g in given.of)
-        return f"({first}, ..., {last})[{_moving(given.at, stride)}]"
+        first, *_, last = (_given_text(g, named) for g in given.of)
+        return f"({first}, ..., {last})[{_moving(given.at, given.stride)}]"
     if given.kind == "noise":
         return given.of.op._schema.name.removeprefix("aten::") + "()"
     if given.kind == "number":
-        return f"{given.of}" if not stride else _moving(given.of, stride)
+        return _moving(given.of, given.stride)
     name = named[given.of]
-    return name if given.kind == "input" else f"{name}[{_moving(given.at, stride) if stride else given.at}]"
+    return name if given.kind == "input" else f"{name}[{_moving(given.at, given.stride)}]"
 
 
-def _moving(start: int, stride: int) -> str:
+def _moving(start: float, stride: int) -> str:
+    if not stride:
+        return str(start)
     return (f"{start} + " if start else "") + (f"{stride}·t" if stride != 1 else "t")
 
 

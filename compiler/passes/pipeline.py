@@ -9,12 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..derive.tracing import uncollected
+from ..derive.flat import uncollected
 from ..ir.program import Program
-from ..ir.segments import Partition, verify_partition
+from ..ir.segments import Partition
 from ..ir.text import operator_count, partition_text, trace_text
 from ..ir.trace import Input, Trace
-from ..ir.verify import verify_program
+from ..ir.verify import verify_partition, verify_program
 from .canonicalize import canonicalize, outline
 from .checkpoint import checkpoint
 from .differentiate import differentiate

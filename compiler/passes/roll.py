@@ -55,8 +55,8 @@ def roll(partition: Partition, options: Options) -> tuple[Program, str]:
             scan, parts = moved[n]
             strides = _strides(call, scan, parts, lifted[id(part.kind)])
             k = len(scan.labels) - 1 if n in templates else part.scan[1]
-            call = _moved(call, strides, k - _shift(part, scan))
-            program.calls.append(Loop((call,), scan.count - k, (strides,)) if n in templates else call)
+            call = _moved(call, strides, k - _shift(part, scan), n in templates)
+            program.calls.append(Loop((call,), scan.count - k) if n in templates else call)
         else:
             program.calls.append(call)
     program.registers = registers.count
@@ -96,7 +96,7 @@ def _call(
         else:
             given.append(Operand("noise" if isinstance(ref, Noise) else "input", ref))
     given += [Operand("number", segment.numbers[i]) for i in lifted]
-    return StepCall(step, (), (), tuple(state), tuple(written), 0, given, (), part.location)
+    return StepCall(step, tuple(state), tuple(written), given, part.location)
 
 
 # -- loops -----------------------------------------------------------------------------------------------------------
@@ -167,9 +167,10 @@ def _shift(part: Part, scan: Any) -> int:
     return scan.labels[part.scan[1]]
 
 
-def _moved(call: StepCall, strides: tuple[int, ...], by: int) -> StepCall:
-    inputs = [g.advanced(by * s) if s else g for g, s in zip(call.inputs, strides, strict=True)]
-    return replace(call, inputs=inputs)
+def _moved(call: StepCall, strides: tuple[int, ...], by: int, looped: bool) -> StepCall:
+    """The call so many iterations later, alone or the first one of a loop."""
+    inputs = [replace(g, stride=s).after(by) for g, s in zip(call.inputs, strides, strict=True)]
+    return replace(call, inputs=inputs if looped else [replace(g, stride=0) for g in inputs])
 
 
 # -- registers -------------------------------------------------------------------------------------------------------

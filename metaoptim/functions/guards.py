@@ -1,4 +1,7 @@
-"""What a compiled function depends on: flat facts, equal for calls that one program serves, and a list of tensors."""
+"""What a compiled function depends on: flat facts, equal for calls that one program serves, and a list of tensors.
+
+The facts are about the arguments and surroundings of the function, and about places that its capture has read.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import sys
 import types
 import weakref
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,8 +31,20 @@ from .surroundings import argument_names, contents, is_library, is_python_class,
 Fact = tuple[Any, ...]
 Source = int | Tensor  # the place of a tensor among `Dependencies.tensors`, or the very tensor
 
-_NONE = type(None)
-_ATOMS = {int, bool, str, bytes, _NONE, range, torch.dtype, torch.device, torch.Size, torch.layout, type(...)}
+_ATOMS = {
+    int,
+    bool,
+    str,
+    bytes,
+    type(None),
+    range,
+    torch.dtype,
+    torch.device,
+    torch.Size,
+    torch.layout,
+    type(...),
+}
+MISSING = object()
 
 
 class Dependencies:
@@ -50,10 +65,9 @@ class Dependencies:
         self.paths: list[str] | None = [] if named else None
         self.tensors: list[Tensor] = []
         self.objects: list[Any] = []
-        self._seen: dict[int, int] = {}
-        self._alive: list[Any] = []
+        self._seen: dict[int, tuple[int, Any]] = {}  # held, or another might get its id
         self._late: list[tuple[nn.Module, str]] | None = (
-            None  # networks of optimizers, which may have better names
+            None  # networks of optimizers: they may have better names
         )
 
     @classmethod
@@ -106,17 +120,16 @@ class Dependencies:
 
     def mark(self) -> tuple[int, ...]:
         """How far it has come, for `back_to`."""
-        return len(self.facts), len(self.tensors), len(self.objects), len(self._alive)
+        return len(self.facts), len(self.tensors), len(self.objects), len(self._seen)
 
     def back_to(self, mark: tuple[int, ...]) -> None:
         """Forget what was described since."""
-        facts, tensors, objects, alive = mark
+        facts, tensors, objects, seen = mark
         del self.facts[facts:], self.tensors[tensors:], self.objects[objects:]
         if self.paths is not None:
             del self.paths[facts:]
-        for value in self._alive[alive:]:
-            del self._seen[id(value)]
-        del self._alive[alive:]
+        while len(self._seen) > seen:
+            self._seen.popitem()
 
     def since(self, mark: tuple[int, ...]) -> tuple[Fact, ...]:
         """The facts found since."""
@@ -146,12 +159,11 @@ class Dependencies:
                 self._compound(value, kind, path)
 
     def _again(self, value: Any, path: str) -> bool:
-        at = self._seen.get(id(value))
-        if at is not None:
-            self.fact(path, ("again", at))
+        known = self._seen.get(id(value))
+        if known is not None:
+            self.fact(path, ("again", known[0]))
             return True
-        self._seen[id(value)] = len(self._seen)
-        self._alive.append(value)  # or another might get its id
+        self._seen[id(value)] = len(self._seen), value
         return False
 
     def _compound(self, value: Any, kind: type, path: str) -> None:
@@ -217,8 +229,7 @@ class Dependencies:
 
     def _dict(self, value: Mapping[Any, Any], path: str, form: str = "{}[{!r}]") -> None:
         keys = tuple([(type(k), k if type(k) in _ATOMS else id(k)) for k in value])
-        if any(type(k) not in _ATOMS for k in value):
-            self.objects += [k for k in value if type(k) not in _ATOMS]
+        self.objects += [k for k in value if type(k) not in _ATOMS]
         self.fact(f"the keys of {path}" if path else "", ("keys", keys))
         for k, v in value.items():
             self.describe(v, path and form.format(path, k))
@@ -312,3 +323,63 @@ def _is_hashable(value: Any) -> bool:
     except TypeError:
         return False
     return True
+
+
+# -- places -----------------------------------------------------------------------------------------------------------
+
+
+class Place:
+    """Where something was read: an attribute, a name in a dict of globals, a closure's variable; or an object."""
+
+    __slots__ = ("kind", "holder", "name", "path")
+
+    def __init__(self, kind: str, holder: Any, name: str, path: str) -> None:
+        self.kind, self.name, self.path = kind, name, path
+        self.holder: Any = holder if kind in ("global", "cell") else reference(holder)
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """Equal for two places that are one."""
+        return self.kind, id(self.holder) if self.kind in ("global", "cell") else id(self.holder()), self.name
+
+    def value(self) -> Any:
+        """What is there now."""
+        if self.kind == "global":
+            return self.holder.get(self.name, MISSING)
+        if self.kind == "cell":
+            return contents(self.holder)
+        holder = self.holder()
+        if self.kind == "own":
+            return dict_of(holder).get(self.name, MISSING)
+        if self.kind == "names":
+            return tuple(dict_of(holder))
+        if self.kind == "attribute":
+            try:
+                return object.__getattribute__(holder, self.name)
+            except AttributeError:
+                return MISSING
+        return getattr(holder, self.name, MISSING) if self.kind == "class" else holder
+
+    def describe(self, dependencies: Dependencies) -> None:
+        """Extend ``dependencies`` by what is there now."""
+        value = self.value()
+        if value is MISSING:
+            dependencies.fact(self.path, ("missing",))
+        else:
+            dependencies.describe(value, self.path)
+
+
+def look(dependencies: Dependencies, places: Sequence[Place]) -> Iterator[tuple[Fact, ...]]:
+    """What is at each of the places now, as facts; ``dependencies`` is extended by them."""
+    for place in places:
+        mark = dependencies.mark()
+        place.describe(dependencies)
+        yield dependencies.since(mark)
+
+
+def dict_of(o: Any) -> dict[str, Any]:
+    """The attributes that an object has by itself."""
+    try:
+        return object.__getattribute__(o, "__dict__")
+    except AttributeError:  # it has slots
+        return {}

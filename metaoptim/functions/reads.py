@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from metaoptim.compiler.compat import FakeTensor
 
 from ..optim.optimizer import MetaOptimizer
-from .guards import Dependencies, Fact
-from .places import MISSING, Place, dict_of, look
+from .guards import MISSING, Dependencies, Fact, Place, dict_of, look
 from .surroundings import (
     argument_names,
     contents,
@@ -72,6 +71,7 @@ class Reads:
     """Watches one capture.
 
     Attributes:
+        key: what the call depends on by itself.
         places: where it has read, once that is settled.
         found: the facts that were there.
         dependencies: what the call depends on, until then.
@@ -86,6 +86,7 @@ class Reads:
 
     def __init__(self, fn: Callable, args: tuple, kwargs: dict[str, Any], window: Any = None) -> None:
         self.dependencies = Dependencies.of_call(fn, args, kwargs, window, named=True)
+        self.key = self.dependencies.key
         self.told: dict[Any, tuple[str, Fact]] = {}
         self.places: list[Place] = []
         self.found: list[tuple[Fact, ...]] = []

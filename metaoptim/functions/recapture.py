@@ -7,8 +7,6 @@ from typing import Any
 
 import torch
 
-from ..compiler.ir.calls import Loop, StepCall, calls_of
-from ..compiler.ir.program import Program
 from ..compiler.ir.tensors import tensor_spec
 from ..compiler.ir.text import plural
 from ..compiler.ir.trace import Input, Noise
@@ -42,15 +40,15 @@ def _difference(known: Any, again: Any) -> str | None:
         return f"what it returns besides tensors was {_result(known)[0]}, and is {_result(again)[0]}"
     if known.program.horizon != again.program.horizon:
         return f"it took {plural(known.program.horizon, 'inner step')}, and takes {again.program.horizon}"
-    calls, calls_now = _calls(known.program), _calls(again.program)
-    for (was, moved), (now, moves) in zip(calls, calls_now, strict=False):
+    calls, calls_now = list(known.program.counted()), list(again.program.counted())
+    for (was, count), (now, counts) in zip(calls, calls_now, strict=False):
         place = f"at {now.location}" if now.location else "after the last inner step"
         if was.step is not now.step:
             for a, b in zip(str(was.step).splitlines(), str(now.step).splitlines(), strict=False):
                 if a != b:
                     return f"what it does {place} was\n    {a.strip()}\nand is\n    {b.strip()}\nSo it has changed"
             return f"it does something else {place}"
-        if _registers(was) != _registers(now):
+        if (was.reads, was.writes) != (now.reads, now.writes):
             return f"what it does {place} reads or leaves other values"
         for a, b in zip(was.inputs, now.inputs, strict=True):
             listed, listed_now = ((g.of if g.kind == "each" else (g,)) for g in (a, b))
@@ -60,7 +58,7 @@ def _difference(known: Any, again: Any) -> str | None:
                 change = _change(x.of, y.of, known.sources, again.sources)
                 if change:
                     return f"{change} {place}"
-        if moved != moves:
+        if (count, [g.stride for g in was.inputs]) != (counts, [g.stride for g in now.inputs]):
             return (
                 f"what it reads {place} is another row or number in other iterations, or so are their numbers"
             )
@@ -71,19 +69,6 @@ def _difference(known: Any, again: Any) -> str | None:
 
 def _result(program: Any) -> tuple[str, Any]:
     return repr(program.traced.leaves), program.traced.spec
-
-
-def _calls(program: Program) -> list[tuple[StepCall, tuple]]:
-    """Each call, with how often it is made and by how much its inputs move on."""
-    return [
-        (call, (item.count, item.strides[k]) if isinstance(item, Loop) else (1,))
-        for item in program.calls
-        for k, call in enumerate(calls_of(item))
-    ]
-
-
-def _registers(call: Any) -> tuple:
-    return tuple(call.opt_state_in), tuple(call.opt_state_out)
 
 
 def _change(x: Any, y: Any, was: Mapping[Input, Source], now: Mapping[Input, Source]) -> str | None:

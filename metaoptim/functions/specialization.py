@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..compiler.derive.liveness import results_of
+from ..compiler.capture.symbolic.capturing import capturing
+from ..compiler.compat import tree_flatten, tree_unflatten
+from ..compiler.derive.flat import uncollected
+from ..compiler.derive.graphs import results_of
 from ..compiler.derive.reverse import cotangent_outputs
 from ..compiler.ir.calls import Operand, StepCall
 from ..compiler.ir.program import Kept, Program
 from ..compiler.ir.retention import Retention
-from ..compiler.ir.step import Lowering, Role
+from ..compiler.ir.step import Lowering
 from ..compiler.ir.text import plural
-from ..compiler.ir.trace import Input
+from ..compiler.ir.trace import Input, Trace
 from ..compiler.lower.ambient import unaffected
 from ..compiler.lower.derivatives import derived
 from ..compiler.lower.waiting import waiting
@@ -28,13 +33,72 @@ from ..errors import UnreachableWarning, warn
 from ..runtime.budget.amounts import tell_default
 from ..runtime.budget.planner import Plan, decide
 from ..runtime.engine.function import Call, Run
+from ..runtime.functions.captured_step import CapturedStep, aside, compiled
 from ..runtime.functions.compiled_step import CompiledStep
 from ..runtime.windows.recording_session import RecordedSession
-from .captured import Traced, captured_step, trace_of
-from .guards import Dependencies, Source
+from .guards import Dependencies
 from .reads import Reads
 
 _plans = logging.getLogger("metaoptim.plans")
+_TENSOR = object()
+
+
+@dataclass
+class Traced:
+    """What a captured function returned: what stands for its tensors, whatever else it was, and how they nest."""
+
+    tensors: list[Any]
+    leaves: list[Any]
+    spec: Any
+
+    def restored(self, tensors: Iterable[Tensor]) -> Any:
+        """The result, with ``tensors`` in the place of its tensors."""
+        given = iter(tensors)
+        return tree_unflatten([next(given) if leaf is _TENSOR else leaf for leaf in self.leaves], self.spec)
+
+
+def trace_of(
+    fn: Callable,
+    args: tuple,
+    kwargs: dict,
+    window: RecordedSession | None = None,
+    reads: Reads | None = None,
+) -> tuple[Trace, Traced, CapturedStep | None]:
+    """Run ``fn`` on these arguments, symbolically, watched by ``reads``; inside ``window``, as one of its steps."""
+    begun = time.perf_counter()
+    with uncollected(), capturing() as tracer:
+        session = None if window is None else CapturedStep(window, tracer)
+        with nullcontext() if session is None else session.stepping():
+            with nullcontext() if reads is None else reads.watching():
+                result = fn(*args, **kwargs)
+            leaves, spec = tree_flatten(result)
+            given = [tracer.give(t) for t in leaves if isinstance(t, Tensor)]
+            tracer.trace.left = [(t, tracer.give(t)) for t, _ in tracer.overwritten.values()]
+    if reads is not None:
+        for optimizer in tracer.stepped:
+            reads.meet(optimizer, type(optimizer).__name__)
+    trace = tracer.trace
+    trace.milliseconds = 1e3 * (time.perf_counter() - begun)
+    if session is None:
+        trace.outputs = given
+    kept = [_TENSOR if isinstance(x, Tensor) else x for x in leaves]
+    return trace, Traced(given, kept, spec), session
+
+
+def captured_step(
+    fn: Callable,
+    window: RecordedSession,
+    args: tuple,
+    kwargs: dict,
+    reads: Reads | None = None,
+    texts: Mapping[Input, str] | None = None,
+) -> tuple[CompiledStep, Trace, Traced]:
+    """Capture ``fn`` as a step of ``window``, which is left as it is; ``texts`` as of `compiled`."""
+    with aside(window):
+        trace, traced, session = trace_of(fn, args, kwargs, window, reads)
+    assert session is not None
+    with unaffected():
+        return compiled(session, traced.tensors, texts), trace, traced
 
 
 class Specialization:
@@ -73,8 +137,8 @@ class Specialization:
             if isinstance(self.sources[x], int):
                 del x.tensor  # another call brings another one
 
-    def run(self, dependencies: Dependencies) -> Any:
-        """A call: what the function returns."""
+    def run(self, dependencies: Dependencies, window: RecordedSession | None = None) -> Any:
+        """A call, outside of windows: what the function returns."""
         tensors = {x: dependencies.tensor(source) for x, source in self.sources.items()}
         program = self.program
         differentiable = torch.is_grad_enabled() and bool(self._keys)
@@ -116,8 +180,8 @@ class Specialization:
 
 def _reached(call: StepCall, hvp: str) -> list[Any]:
     """What a call is given that a gradient of it reaches."""
-    step, first = call.step, len(call.step.inputs) - len(call.inputs)
-    at = [i for i, port in enumerate(step.inputs) if port.role is Role.META]
+    step, first = call.step, call.step.states
+    at = step.metas
     if not at or not cotangent_outputs(step):
         return []
     grads = results_of(derived(step, hvp).graph)
@@ -129,7 +193,6 @@ def retention_of(program: Program, options: Options) -> Retention:
     return program.retention if program.retention.given else options.retention
 
 
-@dataclass
 class StepSpecialization:
     """A captured step of an ordinary window.
 
@@ -137,43 +200,50 @@ class StepSpecialization:
         step: what runs.
         sources: the source of the tensor behind each input of the step.
         remembered: references to the objects that the capture knows by identity.
-        lowering: the backend and HVP mode of the step's graphs.
     """
 
-    step: CompiledStep
-    sources: dict[Input, Source]
-    remembered: list[Any]
-    traced: Traced
-    lowering: Lowering
+    def __init__(
+        self, step: CompiledStep, lowering: Lowering, dependencies: Dependencies, traced: Traced
+    ) -> None:
+        self.step, self.traced, self._lowering = step, traced, lowering
+        self.remembered, source = dependencies.remembered(), dependencies.sources()
+        inputs = [x for x in (*step.given, *step.left) if isinstance(x, Input)]
+        self.sources = {x: source(x.tensor) for x in inputs}
+        for x in self.sources:
+            del x.tensor  # another call brings another one
 
     @property
     def program(self) -> Program:
         """What it does: one call."""
         given = [Operand("input", x) for x in self.step.given]
-        return Program([StepCall(self.step.step, (), (), (), (), 0, given, (), "")])
+        return Program([StepCall(self.step.step, (), (), given, "")])
 
-    def fits(self, window: RecordedSession) -> bool:
-        """Whether it can be run in this window."""
-        return self.step.fits(window)
-
-    def run(self, window: RecordedSession, dependencies: Dependencies) -> Any:
+    def run(self, dependencies: Dependencies, window: RecordedSession | None) -> Any:
         """A step of the window: what the function returns."""
-        results = self.step.run(window, lambda x: dependencies.tensor(self.sources[x]), self.lowering)
+        assert window is not None
+        results = self.step.run(window, lambda x: dependencies.tensor(self.sources[x]), self._lowering)
         return self.traced.restored(results)
 
 
 def specialize(
     fn: Callable,
     options: Options,
+    window: RecordedSession | None,
     dependencies: Dependencies,
     args: tuple,
     kwargs: dict,
     reads: Reads | None = None,
-) -> Specialization:
-    """Capture ``fn`` as it acts on these arguments, and take its trace through the passes.
+) -> Specialization | StepSpecialization:
+    """Capture ``fn`` as it acts on these arguments, inside ``window`` as its step, and take it through the passes.
 
     ``dependencies`` are extended by what the capture ``reads``.
     """
+    if window is not None:
+        step, _, traced = captured_step(fn, window, args, kwargs, reads)
+        if reads is not None:
+            with window.recorder.paused():
+                reads.settle(dependencies)
+        return StepSpecialization(step, options.lowering, dependencies, traced)
     trace, traced, _ = trace_of(fn, args, kwargs, reads=reads)
     if reads is not None:
         reads.settle(dependencies)
@@ -187,25 +257,6 @@ def specialize(
             UnreachableWarning,
         )
     return Specialization(name_of(fn), options, dependencies, program, records, traced)
-
-
-def specialize_step(
-    fn: Callable,
-    options: Options,
-    window: RecordedSession,
-    dependencies: Dependencies,
-    args: tuple,
-    kwargs: dict,
-    reads: Reads | None = None,
-) -> StepSpecialization:
-    """Capture ``fn`` as a step of ``window``; see `specialize`."""
-    step, _, traced = captured_step(fn, window, args, kwargs, reads=reads)
-    if reads is not None:
-        with window.recorder.paused():
-            reads.settle(dependencies)
-    source = dependencies.sources()
-    sources = {x: source(x.tensor) for x in (*step.given, *step.left) if isinstance(x, Input)}
-    return StepSpecialization(step, sources, dependencies.remembered(), traced, options.lowering)
 
 
 def name_of(fn: Callable) -> str:

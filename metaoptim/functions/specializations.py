@@ -1,4 +1,4 @@
-"""The specializations of one function: which of them serves a call, and why a new one was needed."""
+"""The specializations of one function: which of them serves a call, and which failed guard made a new one needed."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import logging
 from typing import Any
 
 from ..errors import warn
-from .changes import Change, first_change
-from .guards import Dependencies, Fact
-from .places import Place, look
+from .guards import Dependencies, Fact, Place, look
 from .reads import Reads
+from .specialization import Specialization, StepSpecialization
 
 _recompiles = logging.getLogger("metaoptim.recompiles")
 #: After so many recompilations of one function a warning names what makes it compile anew.
@@ -25,7 +24,7 @@ class Specializations:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.known: dict[tuple[Any, int, Any], list[Any]] = {}
+        self.known: dict[tuple[Any, int, Any], list[Specialization | StepSpecialization]] = {}
         self._places: dict[
             tuple[Fact, ...], list[list[Place]]
         ] = {}  # lists of places that captures have read
@@ -38,36 +37,89 @@ class Specializations:
             candidates = self.known.get((key, i, tuple(look(dependencies, places))), [])
             for found in list(candidates):
                 if all(ref() is o for ref, o in zip(found.remembered, dependencies.objects, strict=True)):
-                    if window is None or found.fits(window):
+                    if isinstance(found, Specialization) or found.step.fits(window):
                         return found
                     candidates.remove(found)  # a layer is another one than in its last window
             dependencies.back_to(mark)
         return None
 
-    def add(self, key: tuple[Fact, ...], reads: Reads, new: Any, seconds: float) -> None:
-        """Keep a new one; say why it was needed, if there was another.
-
-        Args:
-            key: what the call depends on by itself.
-            reads: of the capture.
-            new: the specialization.
-            seconds: how long it took to make.
-        """
+    def add(self, reads: Reads, new: Specialization | StepSpecialization, seconds: float) -> None:
+        """Keep a new one, whose capture took ``seconds``; say why it was needed, if there was another."""
         recompilations = sum(map(len, self.known.values()))
         if self._last is None:
             _recompiles.info("%s compiled in %.2f s", self.name, seconds)
         elif _recompiles.isEnabledFor(logging.INFO) or recompilations == RECOMPILE_LIMIT:
-            change = first_change(self._last, reads) or Change("an object: is another one than before")
-            _recompiles.info(
-                "%s recompiled in %.2f s, since a guard failed: %s", self.name, seconds, change.text
-            )
+            text, advice = _first_change(self._last, reads)
+            _recompiles.info("%s recompiled in %.2f s, since a guard failed: %s", self.name, seconds, text)
             if recompilations == RECOMPILE_LIMIT:
                 warn(
                     f"{self.name} has been recompiled {RECOMPILE_LIMIT} times, the last time since a guard failed: "
-                    f"{change.text}. {change.advice}"
+                    f"{text}. {advice}"
                 )
         self._last = reads
-        lists, at = self._places.setdefault(key, []), [place.identity for place in reads.places]
+        lists, at = self._places.setdefault(reads.key, []), [place.identity for place in reads.places]
         i = next((i for i, places in enumerate(lists) if [p.identity for p in places] == at), len(lists))
         lists[i:] = lists[i:] or [reads.places]
-        self.known.setdefault((key, i, tuple(reads.found)), []).append(new)
+        self.known.setdefault((reads.key, i, tuple(reads.found)), []).append(new)
+
+
+# -- which guard failed -----------------------------------------------------------------------------------------------
+
+_VALUES = (
+    "Python values are part of what is compiled. Pass a number that changes as a tensor (torch.tensor(value)), or keep "
+    "it out of the compiled function"
+)
+_KINDS = (
+    "Every kind of arguments is compiled once: pass the same objects and shapes again, or pad to few shapes"
+)
+_WAS = "{path}: was {old}, is {new}"
+_OBJECTS = {"module": "a module", "optimizer": "an optimizer", "object": "an object"}
+_TENSOR = ("shape", "dtype", "strides", "device", "requires_grad")
+_KIND = "{path}: its class, or its hooks, are others than before"
+#: First entry of two facts -> for each other entry, what to say where it is the first that differs.
+_SAID = {
+    "tensor": [
+        *(f"{{path}}: {of} was {{old}}, is {{new}}" for of in _TENSOR),
+        "{path}: has other hooks than before",
+    ],
+    "kind": [_KIND, _KIND, "{path}.training: was {old}, is {new}"],
+    "is": ["{path}: {new}"],
+    "mode": [_WAS],
+    "name": [_WAS],
+    "keys": ["{path}: others than before, or in another order"],
+    **{kind: [f"{{path}}: another {kind} than before"] for kind in _OBJECTS},
+}
+
+
+def _first_change(old: Reads, new: Reads) -> tuple[str, str]:
+    """The first fact of a capture that differs from that of an earlier one, in words; what to do about it."""
+    for key, (path, b) in new.told.items():
+        _, a = old.told.get(key, (path, b))
+        if a != b:
+            kind, same = b[0], a[0] == b[0]
+            if not same or kind not in _SAID:
+                text = _WAS.format(path=path, old=_described(a, same), new=_described(b, same))
+                return text, _KINDS if kind in _OBJECTS else _VALUES
+            at = next(i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y)
+            was, now = (str(tuple(x)) if isinstance(x, tuple) else str(x) for x in (a[at], b[at]))
+            of_value = kind in ("is", "keys") or (kind, at) == ("kind", 3)
+            return _SAID[kind][at - 1].format(path=path, old=was, new=now), _VALUES if of_value else _KINDS
+    return "an object: is another one than before", _KINDS
+
+
+def _described(fact: Fact, same: bool) -> str:
+    """A fact in words, beside another one that is about the ``same`` kind of thing or not."""
+    kind = fact[0]
+    if kind is float:
+        return repr(float.fromhex(fact[1]))
+    if kind == "tensor":
+        return f"a tensor of shape {tuple(fact[1])}"
+    if isinstance(kind, type) and issubclass(kind, (list, tuple)):
+        return str(fact[1]) if same else f"a {kind.__name__} of length {fact[1]}"
+    words: dict[Any, str] = {
+        "missing": "not there",
+        "again": "an object met before",
+        "keys": "a dict",
+        **_OBJECTS,
+    }
+    return words.get(kind) or (repr(fact[1]) if len(fact) == 2 else "another one")

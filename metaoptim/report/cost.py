@@ -302,12 +302,7 @@ def _stretched(loop: Loop, count: int) -> Loop:
 
 def _learnt_bytes(loop: Loop) -> int:
     """Bytes that an iteration adds: a gradient and a copy of rows and of listed tensors that it alone reads."""
-    moving = [
-        g
-        for call, strides in zip(loop.calls, loop.strides, strict=True)
-        for g, stride in zip(call.inputs, strides, strict=True)
-        if stride
-    ]
+    moving = [g for call in loop.calls for g in call.inputs if g.stride]
     read = [x for g in moving for x in (g.of if g.kind == "each" else [g])]
     rows = {x.of for x in read if x.kind == "scan" and x.of.grad}
     listed = {x.of for x in read if x.kind == "input" and x.of.grad}

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..compiler.compat import profiling
 from ..compiler.cost.step import step_cost
 from ..compiler.ir.program import Kept, Program
-from ..compiler.ir.step import Role, given_ports
+from ..compiler.ir.step import Role
 from ..compiler.ir.tensors import nbytes
 from ..compiler.ir.text import plural, signature
 from ..compiler.ir.trace import Input, Trace
@@ -21,9 +21,8 @@ from ..compiler.passes.checkpoint import checkpoint
 from ..compiler.passes.options import Options
 from ..compiler.passes.pipeline import Record, compile_trace
 from ..errors import WindowError
-from ..functions.captured import captured_step, trace_of
 from ..functions.guards import Dependencies
-from ..functions.specialization import name_of, retention_of
+from ..functions.specialization import captured_step, name_of, retention_of, trace_of
 from ..functions.surroundings import tensor_names
 from ..runtime.budget.measure import measured_peak, rehearse
 from ..runtime.budget.planner import decide
@@ -115,7 +114,8 @@ def _step_report(
         names = tensor_names(fn, args, kwargs)
         step, trace, _ = captured_step(fn, window, args, kwargs, texts={})
     cost = step_cost(step.step, options.lowering)
-    given = list(zip(step.given, given_ports(step.step), cost.depends[-len(step.given) :], strict=False))
+    first = step.step.states
+    given = list(zip(step.given, step.step.inputs[first:], cost.depends[first:], strict=False))
     targets = {x: "this step" for x, p, depends in given if p.role is Role.META and depends}
     labels = {x: names.get(id(x.tensor)) or _unnamed(x) for x in trace.inputs}
     own = {id(p) for p in window.networks.originals}
@@ -127,7 +127,7 @@ def _step_report(
         **of_gradients(paths, {labels[x] for x in targets}),
         function=name_of(fn),
         form="step",
-        horizon=step.steps,
+        horizon=len(trace.steps),
         calls=1,
         num_programs=1,
         window=window.options.window,
@@ -182,7 +182,7 @@ def _paths(program: Program) -> dict[Input, str]:
     names, counts = program.names(), dict[Input, Counter[str]]()
     for call, count in program.counted():
         times: dict[Input, int] = {}
-        for g, p in zip(call.inputs, given_ports(call.step), strict=True):
+        for g, p in zip(call.inputs, call.step.inputs[call.step.states :], strict=True):
             if p.role is Role.META:
                 listed = Counter(
                     x for x in g.sources if isinstance(x, Input)

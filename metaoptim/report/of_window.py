@@ -6,9 +6,9 @@ import time
 from collections import Counter
 from dataclasses import asdict, replace
 
-from ..compiler.derive.liveness import results_of
+from ..compiler.derive.graphs import results_of
 from ..compiler.ir.calls import Loop, Operand
-from ..compiler.ir.step import Lowering, Role, StepGraph
+from ..compiler.ir.step import Lowering, StepGraph
 from ..compiler.ir.tape import Tape
 from ..compiler.ir.tensors import memory_of
 from ..compiler.ir.text import plural
@@ -97,7 +97,7 @@ def _paths(session: RecordedSession, program: Tape) -> tuple[dict[str, str], set
     names = program.names()
     for call, count in program.counted():
         grads = results_of(derived(call.step, call.lowering.hvp).graph)
-        at = call.step.positions(Role.META)
+        at = call.step.metas
         for meta in (m for m, i in zip(call.metas, at, strict=True) if grads[i] is not None):
             times = Counter(meta.of) if isinstance(meta, Operand) else {meta: count}
             for number, k in times.items():

@@ -78,7 +78,7 @@ def changed_bytes(calls: Iterable[Call]) -> int:
             continue
         outputs = step_cost(call.step, call.lowering).outputs
         counted: set[int] = set()  # results whose memory has been: others may lie in it
-        for (k, index), made in zip(call.changed(), outputs, strict=False):
+        for (k, index), made in zip(enumerate(call.writes), outputs, strict=False):
             of = k if made.of_result < 0 else made.of_result
             if index >= 0:
                 sizes[index] = 0 if of in counted else outputs[of].size
@@ -136,10 +136,8 @@ def left_out(program: Program, short: Program) -> int:
         return 0
     read = {x for call, _ in short.counted() for g in call.inputs if g.kind != "each" for x in g.sources}
     for item in (c for c in short.calls if isinstance(c, Loop)):
-        for call, strides in zip(item.calls, item.strides, strict=True):
-            for g, stride in zip(call.inputs, strides, strict=True):
-                if g.kind == "each":
-                    read |= {g.advanced(k * stride).chosen.of for k in range(item.count)}
+        for g in (g for call in item.calls for g in call.inputs if g.kind == "each"):
+            read |= {g.after(k).chosen.of for k in range(item.count)}
     return sum(nbytes(x.spec) for x in listed - read)
 
 
@@ -192,8 +190,7 @@ def _key(call: Call) -> tuple:
     if isinstance(call, Assign):
         return call.indices, tuple(map(memory_bytes, call.values)), call.adoption
     costs = measured(call.step, "replay", call.lowering), measured(call.step, "vjp", call.lowering)
-    state = call.theta, call.update, call.opt_state_in, call.opt_state_out
-    return id(call.step), call.lowering, costs, state, call.back, call.metas
+    return id(call.step), call.lowering, costs, call.reads, call.writes, call.back, call.metas
 
 
 def _bare(call: Call) -> Call:

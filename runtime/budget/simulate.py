@@ -135,7 +135,7 @@ class _Sizes(Interpreter):
     def _values(self, call: StepCall, state: State, position: int) -> list[Any]:
         if call.rng >= 0:
             self._drawn = _Block(self.meter, GENERATOR_BYTES)
-        ports = call.step.inputs[len(call.step.inputs) - len(call.inputs) :]
+        ports = call.step.inputs[call.step.states :]
         values = [_Block(self.meter, nbytes(p.spec)) if p.role is Role.NOISE else None for p in ports]
         if any(values):
             self.meter.note(GENERATOR_BYTES)  # of one state more, while they are drawn
@@ -206,7 +206,7 @@ def predict(
         state[-1] = _Block(meter, GENERATOR_BYTES)
     engine.run(state)
     del state
-    made = {r: call.step.outputs[k].spec for call, _ in program.counted() for k, r in call.changed()}
+    made = {r: call.step.outputs[k].spec for call, _ in program.counted() for k, r in enumerate(call.writes)}
     specs = [made[where] if isinstance(where, int) else where.spec for where in program.outputs]
     results = [_Block(meter, nbytes(spec)) for spec in specs]
     forward = meter.peak

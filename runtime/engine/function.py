@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaoptim.compiler.derive.cotangent_hook import stand_in
+from metaoptim.compiler.derive.interpret import measuring_hook
 from metaoptim.compiler.ir.calls import Loop, Operand, StepCall, calls_of
 from metaoptim.compiler.ir.program import Kept, Program
 from metaoptim.compiler.ir.step import Lowering, Port, Role
@@ -43,7 +43,7 @@ class BoundProgram:
         self._ends = list(accumulate(sizes))
         self.end = self._ends[-1] if sizes else 0
         self._begins = [end - size for end, size in zip(self._ends, sizes, strict=True)]
-        self._first: dict[tuple[int, int], tuple[StepCall, list[tuple[int, Operand, int, int]]]] = {}
+        self._first: dict[tuple[int, int], tuple[StepCall, list[tuple[int, Operand, int]]]] = {}
 
     def __getitem__(self, position: int) -> StepCall:
         at = bisect_right(self._ends, position)
@@ -52,14 +52,20 @@ class BoundProgram:
         if not iteration:
             return first
         inputs, metas, ports = list(first.inputs), list(first.metas), first.step.inputs
-        for i, given, stride, meta in moving:
-            given = given.advanced(iteration * stride)
+        for i, given, meta in moving:
+            given = given.after(iteration)
             inputs[i] = self.bind(given, ports[i - len(inputs)])
             if meta >= 0:
                 metas[meta] = _target(given)
-        state = first.theta, first.update, first.opt_state_in, first.opt_state_out
         return StepCall(
-            first.step, *state, 0, inputs, tuple(metas), first.location, first.rng, first.lowering
+            first.step,
+            first.reads,
+            first.writes,
+            inputs,
+            first.location,
+            metas=tuple(metas),
+            rng=first.rng,
+            lowering=first.lowering,
         )
 
     def takes_step(self, position: int) -> bool:
@@ -68,24 +74,20 @@ class BoundProgram:
         calls = calls_of(self.rolled.calls[at])
         return calls[(position - self._begins[at]) % len(calls)].step.steps > 0
 
-    def _bind(self, at: int, k: int) -> tuple[StepCall, list[tuple[int, Operand, int, int]]]:
-        """A call in its first iteration, and which inputs move: place, the first, by how much, place in metas."""
-        item = self.rolled.calls[at]
-        call, strides = (item.calls[k], item.strides[k]) if isinstance(item, Loop) else (item, ())
+    def _bind(self, at: int, k: int) -> tuple[StepCall, list[tuple[int, Operand, int]]]:
+        """A call in its first iteration, and which inputs move: place, the first one, place in metas."""
+        call = calls_of(self.rolled.calls[at])[k]
         given: list[Operand] = call.inputs
-        ports = call.step.inputs[len(call.step.inputs) - len(given) :]
+        ports = call.step.inputs[call.step.states :]
         metas, moving = [], []
         for i, (g, port) in enumerate(zip(given, ports, strict=True)):
             meta = len(metas) if port.role is Role.META else -1
             if meta >= 0:
                 metas.append(_target(g))
-            if strides and strides[i]:
-                moving.append((i, g, strides[i], meta))
-        thetas = len(call.step.positions(Role.THETA))
+            if g.stride:
+                moving.append((i, g, meta))
         first = replace(
             call,
-            theta=call.opt_state_in[:thetas],
-            opt_state_in=call.opt_state_in[thetas:],
             inputs=[self.bind(g, port) for g, port in zip(given, ports, strict=True)],
             metas=tuple(metas),
             rng=self.rolled.registers if any(g.kind == "noise" for g in given) else -1,
@@ -144,7 +146,7 @@ class Run:
         self.program = BoundProgram(rolled, partial(bound, self.held), lowering)
         check_device(kept.offload, [x.spec.device for x in rolled.inputs])
         tier = None if kept.slots is None else tier_for(kept.offload)
-        hook = stand_in if rehearsal else rolled.backward_hook
+        hook = measuring_hook if rehearsal else rolled.backward_hook
         self.engine = Engine(kept.slots, hook, self.program, tier, lower)
         self.engine.saving = self.program.end - kept.saved
         self.engine.begin = self.program.end - rolled.swept

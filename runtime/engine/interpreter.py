@@ -143,17 +143,15 @@ class Interpreter:
         results = self._lowered(call, "replay" if divided is None else "forward", operands)(*operands)
         if divided is not None:
             self._residuals[position] = [results[i] for i in divided.residuals]
-        new = changed(state, zip((*call.update, *call.opt_state_out), results, strict=False))
+        new = changed(state, zip(call.writes, results, strict=False))
         if call.rng >= 0:
             new[call.rng] = self._drawn
         return new
 
     def operands(self, call: StepCall, state: State, base: State, position: int) -> list[Any]:
         """What a call's graphs are given, from the state at its position and the one its loss has read."""
-        found = [base[i] for i in call.theta]
-        if call.step.positions(Role.THETA_NOW):
-            found += [state[i] for i in call.update]
-        found += [state[i] for i in call.opt_state_in]
+        thetas = call.step.thetas
+        found = [base[i] for i in call.reads[:thetas]] + [state[i] for i in call.reads[thetas:]]
         return found + self._values(call, state, position)
 
     def _pull(self, position: int, sweep: Sweep) -> None:
@@ -187,16 +185,9 @@ class Interpreter:
                 operands.append(self._cotangent(step.outputs[i].spec, received.pop(i, None)))
             self.vjps += 1
         vjp = self._lowered(call, kind, operands)
-        state = iter(call.opt_state_in)
-        indices = {
-            Role.THETA: iter(call.theta),
-            Role.THETA_NOW: iter(call.update),
-            Role.OPT_STATE: state,
-            Role.CARRY: state,
-            Role.META: iter(call.metas),
-        }
+        indices = iter((*call.reads, *call.metas))
         for port, grad in zip(step.inputs, vjp(*operands), strict=True):
-            index = next(indices[port.role]) if port.role in indices else None
+            index = None if port.role in (Role.SCAN, Role.NOISE) else next(indices)
             if grad is not None and index is not None:
                 yield port.role, index, grad
 

@@ -76,7 +76,7 @@ class Sweep:
     def _receives(self, call: StepCall, cotangents: dict[int, Tensor]) -> bool:
         """Whether any of ``cotangents`` is of what ``call`` has made; they are `received` then."""
         self.call, self.received = call, {}
-        for k, index in ((LOSS, LOSS), *call.changed()):
+        for k, index in ((LOSS, LOSS), *enumerate(call.writes)):
             if index in cotangents:
                 self.received[k] = cotangents.pop(index)
         return bool(self.received)

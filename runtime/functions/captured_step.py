@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from metaoptim.compiler.capture import intercept
 from metaoptim.compiler.capture.symbolic.tracer import Tracer
 from metaoptim.compiler.compat import disable_current_modes
-from metaoptim.compiler.ir.segments import Roles, ordered
-from metaoptim.compiler.ir.step import Role
+from metaoptim.compiler.ir.segments import Roles, arguments, ordered
+from metaoptim.compiler.ir.step import Role, gradient, show
 from metaoptim.compiler.ir.trace import Input, Noise
-from metaoptim.compiler.ir.values import Value, exact, identity
+from metaoptim.compiler.ir.values import Entry, Value, exact, identity, reached
 from metaoptim.compiler.ir.verify import verify_step
 from metaoptim.compiler.lower.library import library
 from metaoptim.compiler.passes.build import build_segment
@@ -25,22 +26,28 @@ from ..windows.recording_session import RecordedSession
 from ..windows.session import Options, _current
 from ..windows.update import InnerOptimizer
 from .compiled_step import CompiledStep
-from .dependence import loss_inputs, shown_in
 from .symbolic_session import CapturedSession
+
+aten = torch.ops.aten
 
 
 class CapturedStep(CapturedSession):
-    """Stands in for the window while one of its steps is captured."""
+    """Stands in for the window while one of its steps is captured.
+
+    Attributes:
+        left: what has a new value after the step, and which.
+        thetas: id of an input that is a parameter as it is before the step -> whose.
+        shown: id of a call that shows a parameter as it is after the step -> whose.
+        taken: the optimizers that step, and how often each does.
+    """
 
     def __init__(self, window: RecordedSession, tracer: Tracer) -> None:
         super().__init__(Options(offline=True), tracer)
-        self.window = window
-        self.keeps_state = True
-        self.left: list[tuple[Any, Value]] = []  # what has a new value after the step, and which
-        # id of an input that is a parameter as it is before the step, of a call that shows it after the step -> whose
+        self.window, self.keeps_state = window, True
+        self.left: list[tuple[Any, Value]] = []
         self.thetas: dict[int, Tensor] = {}
         self.shown: dict[int, Tensor] = {}
-        self.taken: list[tuple[InnerOptimizer, int]] = []  # optimizers, and how many steps each takes
+        self.taken: list[tuple[InnerOptimizer, int]] = []
 
     @contextmanager
     def stepping(self) -> Iterator[None]:
@@ -87,13 +94,13 @@ class CapturedStep(CapturedSession):
 @contextmanager
 def aside(window: RecordedSession) -> Iterator[None]:
     """The window steps aside: its networks have their own parameters, its modes are off."""
-    tokens: list[Any] = [(_current, _current.set(None))]
-    tokens += [(v, v.set(None)) for v in (intercept.recording, intercept.binding)]
+    variables: list[Any] = [_current, intercept.recording, intercept.binding]
+    tokens = [v.set(None) for v in variables]
     with window.networks.hidden(), disable_current_modes():
         try:
             yield
         finally:
-            for variable, token in reversed(tokens):
+            for variable, token in zip(variables, tokens, strict=True):
                 variable.reset(token)
 
 
@@ -117,13 +124,16 @@ def compiled(
     }
     for x in trace.inputs:
         x.grad = x.grad or id(x.tensor) in states
-    kinds: dict[str, list] = {"theta": [], "state": [], "buffer": []}
+    kinds: dict[Role, list] = {Role.THETA: [], Role.OPT_STATE: [], Role.CARRY: []}
     for target, value in captured.left:
-        kind = "state" if isinstance(target, tuple) else "theta" if id(target) in own else "buffer"
-        kinds[kind].append((target, value))
+        of_state = isinstance(target, tuple)
+        kinds[Role.OPT_STATE if of_state else Role.THETA if id(target) in own else Role.CARRY].append(
+            (target, value)
+        )
     where = {id(own): (module, name) for module, name, own in captured.networks._buffers}
-    current = [shown_in(v, captured.shown) for v in outputs]
     input_of = {id(x.tensor): x for x in reversed(trace.inputs)}
+    current = [[captured.shown[id(e)] for e in _ancestors(v) if id(e) in captured.shown] for v in outputs]
+    last = [role for role, of_kind in kinds.items() for _ in of_kind]
     trace.outputs = [v for of_kind in kinds.values() for _, v in of_kind]
     trace.outputs += [*(v for _, v in trace.left), *outputs]
 
@@ -132,29 +142,26 @@ def compiled(
     (part,) = partition.parts
     segment, kind = part.segment, part.kind
     places = [(segment.number_of[id(v.entry)], v.index) for v in trace.outputs]
-    results = places[len(places) - len(outputs) :]
-    inputs = [_role(x, id(x) in thetas, states, at in kind.active) for at, x in enumerate(segment.inputs)]
-    last = [Role.THETA] * len(kinds["theta"]) + [Role.OPT_STATE] * len(kinds["state"])
     last += [Role.CARRY] * (len(places) - len(last))
+    inputs = [_role(x, id(x) in thetas, states, at in kind.active) for at, x in enumerate(segment.inputs)]
     roles = Roles(inputs, ordered(inputs), dict(zip(places, last, strict=True)))
     hooked = window.options.backward_hook is not None
     key = (segment.key, tuple(kind.outputs.items()), tuple(inputs), exact(segment.numbers), hooked)
     step = library.step((*key, "step"), lambda: build_segment(segment, kind, (), hooked, roles))
     verify_step(step)
 
-    live = [place in kind.active_outputs for place in results]
+    live = [place in kind.active_outputs for place in places[len(places) - len(outputs) :]]
     refs = [segment.inputs[at] for at in roles.order]
     reads = [thetas[id(x)] for x in refs if id(x) in thetas]
     reads_state = [states[id(x.tensor)] for x in refs if isinstance(x, Input) and id(x.tensor) in states]
     given = refs[len(reads) + len(reads_state) :]
-    of_losses = loss_inputs(segment.entries)
+    of_losses = _loss_inputs(segment.entries)
     return CompiledStep(
         step=step,
         records=records,
-        steps=len(trace.steps),
-        thetas=[p for p, _ in kinds["theta"]],
-        states=[target for target, _ in kinds["state"]],
-        buffers=[where[id(target)] for target, _ in kinds["buffer"]],
+        thetas=[p for p, _ in kinds[Role.THETA]],
+        states=[target for target, _ in kinds[Role.OPT_STATE]],
+        buffers=[where[id(target)] for target, _ in kinds[Role.CARRY]],
         left=[input_of[id(t)] for t, _ in trace.left],
         live=live,
         current=[of for of, is_live in zip(current, live, strict=True) if is_live],
@@ -175,3 +182,24 @@ def _role(x: Any, is_theta: bool, states: dict[int, tuple], active: bool) -> Rol
     if id(x.tensor) in states:
         return Role.OPT_STATE
     return Role.META if active else Role.SCAN
+
+
+def _loss_inputs(entries: Sequence[Entry]) -> set[Any]:
+    """Identities of what inner losses among ``entries`` depend on and that was not computed by them."""
+    inside = {id(e) for e in entries}
+    losses = [e.args[0] for e in entries if e.op is gradient]
+    read = [*losses, *(a for loss in losses for entry in _ancestors(loss) for a in arguments(entry))]
+    return {identity(a) for a in read if not (isinstance(a, Value) and id(a.entry) in inside)}
+
+
+def _ancestors(value: Any) -> list[Entry]:
+    """The calls that a gradient of ``value`` passes, down to those that show parameters."""
+
+    def carrying(calls: Iterable[Entry]) -> list[Entry]:
+        return [e for e in calls if e.grad and e.op is not aten.detach.default]
+
+    def before(entry: Entry) -> list[Entry]:
+        computed = [a.entry for a in arguments(entry) if isinstance(a, Value)]
+        return [] if entry.op is show else carrying([*computed, *entry.deps])
+
+    return list(reached(carrying([value.entry] if isinstance(value, Value) else []), before))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -18,10 +19,11 @@ from metaoptim.compiler.passes.lower import FEW
 from metaoptim.compiler.passes.pipeline import Record
 from metaoptim.errors import CaptureError, WindowError, user_location
 
+from ..engine.engine import Engine
+from ..engine.graph import nodes_below
 from ..engine.noise import redrawn
 from ..windows.recording_session import RecordedSession
 from ..windows.update import InnerOptimizer
-from .dependence import depends_on, mark
 
 StateKey: TypeAlias = tuple[InnerOptimizer, Tensor, str]  # an optimizer, a parameter, the name of a state
 
@@ -33,7 +35,6 @@ class CompiledStep:
     Attributes:
         step: its graph.
         records: what the passes have done.
-        steps: how many inner steps it takes.
         thetas, states, buffers: parameters, optimizer states and buffers that have a new value after it.
         left: inputs that the function writes into.
         live: for each tensor that the function returns, whether it can be differentiated.
@@ -48,7 +49,6 @@ class CompiledStep:
 
     step: StepGraph
     records: list[Record]
-    steps: int
     thetas: list[Tensor]
     states: list[StateKey]
     buffers: list[tuple[nn.Module, str]]
@@ -61,7 +61,6 @@ class CompiledStep:
     reaches_loss: list[bool]
     buffers_given: list[tuple[nn.Module, str] | None]
     taken: list[tuple[InnerOptimizer, int]]
-    _fresh: bool = True
     _runs: int = 0
 
     def run(
@@ -97,27 +96,19 @@ class CompiledStep:
                 for x, place in zip(self.given, self.buffers_given, strict=True)
             ]
             self._check_given(window, given)
-            if self._fresh:
-                self._forget()
             noise = iter(redrawn([x for x in self.given if isinstance(x, Noise)]))
             held: list[Any] = [next(noise) if t is None else view.hold(t) for t in given]
             self._runs += 1
-            if (
-                self._runs <= FEW
-            ):  # many are never run again: the first step of all, with no optimizer state yet
+            if self._runs <= FEW:  # many never run again: the first step of all, with no optimizer state yet
                 lowering = replace(lowering, backend="eager")
             call = self._call(window, held, lowering)
-            inputs = [engine.state[i] for i in (*call.theta, *call.opt_state_in)] + [h.get() for h in held]
+            inputs = [engine.state[i] for i in call.reads] + [h.get() for h in held]
             results = lowered(self.step, "replay", inputs, lowering, at_once=True)(*inputs)
             del inputs  # under a budget, the engine may run the step's derivative now, on numbers drawn again
-            changes = [
-                (i, v) for i, v in zip((*call.update, *call.opt_state_out), results, strict=True) if i >= 0
-            ]
+            changes = [(i, v) for i, v in zip(call.writes, results, strict=True) if i >= 0]
             self._show_state(window, call, results)
-            ports = self.step.inputs[len(self.step.inputs) - len(held) :]
-            metas = [
-                t for t, port in zip(given, ports, strict=True) if port.role is Role.META and t is not None
-            ]
+            ports = self.step.inputs[self.step.states :]
+            metas = [t for t, p in zip(given, ports, strict=True) if p.role is Role.META and t is not None]
             updated = [self._ordinal(window, p) for p in self.thetas]
             view.take(call, changes, view.recording.epoch, metas, updated)
             for optimizer, steps in self.taken:
@@ -138,17 +129,9 @@ class CompiledStep:
             return None
         return tensor_of(x) if place is None else place[0]._buffers[place[1]]
 
-    def _forget(self) -> None:
-        """Let go of the tensors seen at capture, with all that hangs on them: from now on each call brings its own."""
-        self._fresh = False
-        for x in (*self.given, *self.left):
-            if isinstance(x, Input):
-                x.tensor = None  # type: ignore[assignment]
-
     def _check_given(self, window: RecordedSession, given: list[Tensor | None]) -> None:
-        learnt = [
-            t for t, reaches in zip(given, self.reaches_loss) if reaches and t is not None and t.requires_grad
-        ]
+        """Refuse what depends on the parameters that the step trains, as they are: see `depends_on`."""
+        learnt = [t for t, at in zip(given, self.reaches_loss) if at and t is not None and t.requires_grad]
         if not learnt:
             return
         shown = [window.networks.shown[i] for optimizer, _ in self.taken for i in window.ordinals(optimizer)]
@@ -169,7 +152,7 @@ class CompiledStep:
     def _call(self, window: RecordedSession, held: list[Any], lowering: Lowering) -> StepCall:
         view, known = window.view, window.opt_state
         free = len(window.engine.state)
-        out = []
+        out = [view.indices[self._ordinal(window, p)] for p in self.thetas]
         for optimizer, p, name in self.states:
             key = (id(optimizer), self._ordinal(window, p), name)
             if key not in known:
@@ -180,18 +163,9 @@ class CompiledStep:
             if live and (id(self), k) not in window.results:
                 window.results[id(self), k], free = free, free + 1
             out.append(window.results[id(self), k] if live else -1)
-        return StepCall(
-            self.step,
-            tuple(view.indices[self._ordinal(window, p)] for p in self.reads),
-            tuple(view.indices[self._ordinal(window, p)] for p in self.thetas),
-            tuple(known[id(o), self._ordinal(window, p), name] for o, p, name in self.reads_state),
-            tuple(out),
-            0,
-            held,
-            (),
-            user_location(),
-            lowering=lowering,
-        )
+        reads = [view.indices[self._ordinal(window, p)] for p in self.reads]
+        reads += [known[id(o), self._ordinal(window, p), name] for o, p, name in self.reads_state]
+        return StepCall(self.step, tuple(reads), tuple(out), held, user_location(), lowering=lowering)
 
     def _show_state(self, window: RecordedSession, call: StepCall, results: Sequence[Tensor]) -> None:
         """Let the optimizers and the networks' buffers have their new values."""
@@ -212,8 +186,37 @@ class CompiledStep:
             indices = [window.results[id(self), k] for k in at]
             with window.recorder.paused(), torch.enable_grad():
                 reads = window.view.reads.results(indices)
-            networks = window.networks
-            mark(reads, [[networks.shown[self._ordinal(window, p)] for p in of] for of in self.current])
+            shown: Any = window.networks.shown
+            node: Any = reads[0].grad_fn  # of all of them
+            node.current = {
+                t.output_nr: [weakref.ref(shown[self._ordinal(window, p)]) for p in of]
+                for t, of in zip(reads, self.current, strict=True)
+            }
             for k, t in zip(at, reads, strict=True):
                 found[k] = t
         return [t if live else t.clone() for t, live in zip(found, self.live, strict=True)]
+
+
+def depends_on(tensor: Tensor, shown: Sequence[Tensor]) -> bool:
+    """Whether a gradient of ``tensor`` reaches one of ``shown``, the parameters as they are, other than by the tape.
+
+    The inner gradient of a compiled step is taken by the parameters that it reads itself. A path that leads to them
+    through an argument would be missed, where the same code without the decorator follows it.
+    """
+    current = {id(p) for p in shown}
+    if tensor.grad_fn is None:
+        return id(tensor) in current
+    edges = {(id(p.grad_fn), p.output_nr) for p in shown if p.grad_fn is not None}
+    # what was computed before the parameters were shown cannot depend on them; leaves have been there from the start
+    oldest = min((0 if p.grad_fn is None else p.grad_fn._sequence_nr() for p in shown), default=0)
+
+    def ends(node: Any) -> bool:
+        return node._sequence_nr() < oldest or isinstance(getattr(node, "engine", None), Engine)
+
+    def leads(node: Any, number: int) -> bool:
+        marked = getattr(node, "current", {}).get(number, ())
+        met = (id(node), number) in edges or id(getattr(node, "variable", None)) in current
+        return met or any(id(ref()) in current for ref in marked)
+
+    below = (edge for node in nodes_below([tensor], ends) if not ends(node) for edge in node.next_functions)
+    return leads(tensor.grad_fn, tensor.output_nr) or any(leads(*edge) for edge in below)

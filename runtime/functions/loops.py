@@ -1,20 +1,30 @@
-"""`window.scan` in a captured function: a few iterations of a loop are captured, and stand for all."""
+"""`window.scan` in a captured function: a few iterations of a loop are captured, and stand for all.
+
+A count, a list that grows, or a scheduler acts in the captured iterations as it does at their numbers, and would in all
+others as well: the Python values that the code around the loop may go by must be the same in every iteration.
+"""
 
 from __future__ import annotations
 
 import dis
+import enum
+import itertools
+import operator
+import os
 import sys
-from collections.abc import Callable, Iterator
+import types
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from metaoptim.compiler.capture.symbolic.tracer import Tracer
 from metaoptim.compiler.ir.tensors import tensor_spec
 from metaoptim.compiler.ir.trace import Input, Scan, ScanItem
 from metaoptim.errors import CaptureError, user_location
-
-from .python_state import facts_of, user_frames
 
 # Iterations of a scan that are captured: one may differ (state is created), the others show what is carried from one to
 # the next, and that nothing is carried further.
@@ -56,7 +66,7 @@ class Loops:
         """Refuse Python values that change from one iteration to the next, after the first; ``facts``: those so far."""
         if count <= CAPTURED_ITERATIONS:  # all of them are captured
             return
-        facts.append(facts_of(user_frames("metaoptim.functions.captured"), Iteration))
+        facts.append(_facts())
         if len(facts) < 3:
             return
         before, now = facts[-2:]
@@ -141,3 +151,89 @@ for _name in (
 
 def _moved(value: Any) -> Any:
     return value if value is NotImplemented else Iteration(value)
+
+
+# -- Python values that the code around a loop may go by --------------------------------------------------------------
+
+_SIMPLE = (int, float, complex, str, bytes, type(None), enum.Enum, torch.dtype, torch.device)
+_DEPTH, _LONGEST = 4, 256
+_OWN = __name__.partition(".")[0]
+_LIBRARIES = (
+    os.path.dirname(os.__file__) + os.sep,
+    *(f"{os.sep}{x}-packages{os.sep}" for x in ("site", "dist")),
+)
+
+
+def _facts() -> dict[str, Any]:
+    """Python values that the user's code sees, from here up to what is captured, by where they are; no tensors."""
+    found: dict[str, Any] = {}
+    seen: set[int] = set()
+
+    def note(path: str, value: Any, depth: int) -> None:
+        if isinstance(value, (Iteration, Tensor, type, types.ModuleType)):
+            return
+        if isinstance(value, _SIMPLE):
+            found[path] = repr(value)
+        elif depth and id(value) not in seen:
+            seen.add(id(value))
+            for name, inner in _parts(value):
+                note(f"{path}{name}", inner, depth - 1)
+
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__") != "metaoptim.functions.specialization":
+        names, code = frame.f_globals, frame.f_code
+        if not _foreign(names.get("__name__", ""), code.co_filename):
+            for name, value in ({n: names[n] for n in code.co_names if n in names} | frame.f_locals).items():
+                note(name, value, _DEPTH)
+        frame = frame.f_back
+    return found
+
+
+def _parts(value: Any) -> Iterator[tuple[str, Any]]:
+    """What a value is made of, each part with what is written after the value to have it."""
+    if isinstance(value, torch.optim.Optimizer):
+        for i, group in enumerate(value.param_groups):
+            yield from ((f".param_groups[{i}][{k!r}]", v) for k, v in group.items() if k != "params")
+    elif isinstance(value, nn.Module):
+        for path, module in value.named_modules():
+            own = ((k, v) for k, v in vars(module).items() if k[0] != "_")
+            yield from (("." + (f"{path}." if path else "") + k, v) for k, v in own)
+    elif isinstance(value, Mapping):
+        yield ".__len__()", len(value)
+        yield from (
+            (f"[{k!r}]", value[k]) for k in itertools.islice(value, _LONGEST) if isinstance(k, _SIMPLE)
+        )
+    elif isinstance(value, (list, tuple, deque, set, frozenset)):
+        yield ".__len__()", len(value)
+        if not isinstance(value, (set, frozenset)):
+            yield from ((f"[{i}]", v) for i, v in enumerate(itertools.islice(value, _LONGEST)))
+    elif type(value).__module__ == "numpy" and hasattr(value, "tobytes"):
+        yield ".tobytes()", hash(value.tobytes())
+    elif isinstance(value, types.FunctionType):
+        names = value.__code__.co_names
+        cells = zip(value.__code__.co_freevars, value.__closure__ or ())
+        yield from ((f"'s {n}", c.cell_contents) for n, c in cells if c != types.CellType())
+        if not _foreign(value.__module__ or "", value.__code__.co_filename):
+            yield from ((f"'s {n}", value.__globals__[n]) for n in names if n in value.__globals__)
+    elif isinstance(value, types.MethodType):
+        yield ".__self__", value.__self__
+    elif isinstance(value, types.GeneratorType):
+        if value.gi_frame is not None:
+            yield ".gi_frame", value.gi_frame.f_lasti
+            yield from ((f".{k}", v) for k, v in value.gi_frame.f_locals.items())
+    elif hasattr(value, "__next__"):
+        left = operator.length_hint(value, -1)
+        yield " (an iterator)", left if left >= 0 else repr(value)
+    elif isinstance(value, LRScheduler):
+        yield ".last_epoch", value.last_epoch
+    elif not _foreign(
+        type(value).__module__, getattr(sys.modules.get(type(value).__module__), "__file__", "")
+    ):
+        yield from ((f".{k}", v) for k, v in getattr(value, "__dict__", {}).items())
+        slots = {name for cls in type(value).__mro__ for name in vars(cls).get("__slots__", ())}
+        yield from ((f".{k}", getattr(value, k)) for k in slots if hasattr(value, k))
+
+
+def _foreign(module: str, path: str | None) -> bool:
+    """Whether code is of a library, or of ours."""
+    return module.partition(".")[0] == _OWN or any(library in (path or "") for library in _LIBRARIES)

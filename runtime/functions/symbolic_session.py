@@ -82,9 +82,7 @@ class CapturedSession(Session):
         self._lifts = True
         self._updates: dict[tuple, tuple[list[TensorSpec], list[dict[str, TensorSpec]]]] = {}
         self._overwritten: set[int] = set()
-        self._taken: dict[
-            int, Entry
-        ] = {}  # the calls that take in parameters of which no optimizer has stepped
+        self._taken: dict[int, Entry] = {}  # calls that take in parameters of which no optimizer has stepped
         self._cut: list[tuple[int, Any]] = []  # overwritten parameters, and what had shown them
 
     def _own(self, value: Tensor) -> Tensor:

@@ -124,11 +124,11 @@ def _affects(program: Tape, mark: _Mark, node: Any) -> bool:
         if isinstance(call, Assign):
             reached = reached - (set(call.indices) - node.engine.untrained)
             continue
-        results = {*call.update, *call.opt_state_out}
+        results = set(call.writes)
         affected = (
             (mark.index is None and position in mark.steps)
             or not at.get(position - call.back, set()).isdisjoint(call.theta)
-            or not reached.isdisjoint((*call.update, *call.opt_state_in))
+            or not reached.isdisjoint((*call.updated, *call.reads[call.step.thetas :]))
         )
         reached = reached | results if affected else reached - results
     return not reached.isdisjoint(wanted)

@@ -97,8 +97,9 @@ class RecordedStep:
             for i, dtype in zip(lifted, dtypes, strict=True)
         ]
         before, after = opt_state
-        where, at = user_location(), tuple(place)
-        call = StepCall(graph, at, self.indices, before, after, self.back, held, (), where, lowering=lowering)
+        reads = (*place, *(self.indices if self.stale else ()), *before)
+        writes = (*self.indices, *after)
+        call = StepCall(graph, reads, writes, held, user_location(), self.back, lowering=lowering)
         suspect = any(x.suspect for x in (*sliced.externals, *sliced.values))
         if new or graph.opaque or suspect:
             try:

@@ -204,7 +204,7 @@ class RecordedSession(OrdinarySession):
             engine.reaches = True  # there is a better explanation
         update.grads.clear()  # a sliding window may replay below
         # nothing the user sees has changed so far, and nothing below fails
-        outputs = iter(call.opt_state_out)
+        outputs = iter(opt_state[1])
         for i, state in zip(update.ordinals, new_states, strict=True):
             for name in state:
                 self.opt_state[id(optimizer), i, name] = next(outputs)
@@ -217,7 +217,7 @@ class RecordedSession(OrdinarySession):
         call.spies = tuple(spy for spies in sliced.hooks.values() for spy in spies)
         for spy in call.spies:
             spy.taken = True
-        changes = list(zip((*call.update, *call.opt_state_out), step.state, strict=True))
+        changes = list(zip(call.writes, step.state, strict=True))
         view.take(call, changes, epoch, metas, update.ordinals)
         view.stepped.leave(loss, call, sliced)
 

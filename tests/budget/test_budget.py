@@ -16,7 +16,7 @@ from budget_cases import Case, state_bytes
 from metaoptim.compiler.ir.step import EAGER
 from metaoptim.compiler.passes.options import Options
 from metaoptim.compiler.passes.pipeline import compile_trace
-from metaoptim.functions.captured import trace_of
+from metaoptim.functions.specialization import trace_of
 from metaoptim.runtime.budget.meter import AllocatorMeter
 from metaoptim.runtime.budget.peaks import peaks_of
 from metaoptim.runtime.budget.simulate import predict

@@ -22,7 +22,7 @@ def mlp(seed: int = 0) -> nn.Module:
     return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
 
 
-def leaf(value: float = 0.5) -> Tensor:
+def leaf(value: Any = 0.5) -> Tensor:
     return torch.tensor(value, requires_grad=True)
 
 

@@ -26,8 +26,8 @@ STEP, OTHER = _step(), _step()
 
 
 def call(inputs: Any = (), **changes: Any) -> StepCall:
-    given = {"step": STEP, "back": 0, "metas": (), "location": "here", "update": (0,), **changes}
-    return StepCall(theta=(0,), opt_state_in=(1,), opt_state_out=(1,), inputs=list(inputs), **given)
+    given = {"step": STEP, "location": "here", "writes": (0, 1), **changes}
+    return StepCall(reads=(0, 1), inputs=list(inputs), **given)
 
 
 def listed(calls: Iterable[Any]) -> list[Any]:
@@ -64,7 +64,7 @@ def test_rounds_of_two_steps_are_one_loop(rounds: int) -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"step": OTHER}, {"back": 1}, {"spies": ("hook",)}, {"location": "there"}, {"update": (1,)}],
+    [{"step": OTHER}, {"back": 1}, {"spies": ("hook",)}, {"location": "there"}, {"writes": (1, 1)}],
     ids=lambda changes: next(iter(changes)),
 )
 def test_what_differs_in_more_than_what_it_is_given_is_apart(changes: dict[str, Any]) -> None:

@@ -8,29 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
-import metaoptim
 from metaoptim.compiler.ir.calls import Loop, Operand, StepCall
 from metaoptim.compiler.ir.program import Program
-from metaoptim.compiler.ir.segments import Partition, verify_partition
-from metaoptim.compiler.ir.step import EAGER, Port, Role, StepGraph
+from metaoptim.compiler.ir.step import Port, Role, StepGraph
 from metaoptim.compiler.ir.tensors import TensorSpec
 from metaoptim.compiler.ir.trace import Input, Noise
 from metaoptim.compiler.ir.verify import verify_program, verify_step
-from metaoptim.compiler.passes.canonicalize import canonicalize
-from metaoptim.compiler.passes.options import Options
-from metaoptim.compiler.passes.pipeline import compile_trace
-from metaoptim.compiler.passes.prune import prune
-from metaoptim.compiler.passes.split import split
 from metaoptim.errors import ProgramError
-from metaoptim.functions.captured import trace_of
-from oracle import leaves
-from problems import NETWORKS, problem
 
 aten = torch.ops.aten
-OPTIONS = Options(lowering=EAGER)
 CPU = torch.device("cpu")
 THREE = TensorSpec((3,), torch.float64, (1,), CPU)
 TWO = TensorSpec((2,), torch.float64, (1,), CPU)
@@ -87,7 +75,7 @@ def end() -> StepGraph:
 
 
 def call(step: StepGraph, read: tuple, written: tuple, *given: Operand) -> StepCall:
-    return StepCall(step, (), (), read, written, 0, list(given), (), "user.py:7")
+    return StepCall(step, read, written, list(given), "user.py:7")
 
 
 def program(loop_at: int = 2, count: int = 5) -> Program:
@@ -100,7 +88,7 @@ def program(loop_at: int = 2, count: int = 5) -> Program:
             call(begin(), (), (0, 1), Operand("input", x)),
             call(moved, (0, 1), (0, 1), Operand("scan", data, 0)),
             call(moved, (0, 1), (0, 1), Operand("scan", data, 1)),
-            Loop((call(moved, (0, 1), (0, 1), Operand("scan", data, loop_at)),), count, ((1,),)),
+            Loop((call(moved, (0, 1), (0, 1), Operand("scan", data, loop_at, 1)),), count),
             call(end(), (0, 1), (2,)),
         ],
         registers=3,
@@ -149,20 +137,20 @@ def _learnt(of: Tensor) -> Operand:
 
 REJECTED: dict[str, tuple[Callable[[Program], Any], str]] = {
     "a register nothing was written to": (
-        _replace(1, opt_state_in=(0, 2)),
+        _replace(1, reads=(0, 2)),
         r"call 1 .*user\.py:7.*c reads r2, which nothing",
     ),
     "a register that does not exist": (
-        _replace(1, opt_state_out=(0, 3)),
+        _replace(1, writes=(0, 3)),
         r"call 1.*got register r3, expected.*r0 to r2",
     ),
-    "a dropped value read": (_replace(1, opt_state_in=(-1, 1)), r"call 1.*got register r-1"),
-    "too few registers": (_replace(1, opt_state_in=(0,)), r"got 1 registers read, the step graph has 2"),
+    "a dropped value read": (_replace(1, reads=(-1, 1)), r"call 1.*got register r-1"),
+    "too few registers": (_replace(1, reads=(0,)), r"got 1 registers read, the step graph has 2"),
     "too many inputs": (
         _replace(0, inputs=[Operand("number", 1)] * 2),
         r"got 2 inputs from outside, .* has 1",
     ),
-    "two outputs in one register": (_replace(0, opt_state_out=(1, 1)), r"two outputs go to one register, r1"),
+    "two outputs in one register": (_replace(0, writes=(1, 1)), r"two outputs go to one register, r1"),
     "another shape along a register": (
         _with_step(4, lambda: _ports(end(), 1, spec=TWO)),
         r"call 4.*c reads r1, which holds c', float64 3 .*expected float64 2",
@@ -182,7 +170,7 @@ REJECTED: dict[str, tuple[Callable[[Program], Any], str]] = {
         r"cpu.*expected.*meta",
     ),
     "state read as a carry": (
-        _replace(4, opt_state_in=(1, 0)),
+        _replace(4, reads=(1, 0)),
         r"s reads r1 as opt_state, which holds c' as carry",
     ),
     "a gradient that is not passed on": (
@@ -214,24 +202,16 @@ REJECTED: dict[str, tuple[Callable[[Program], Any], str]] = {
         lambda p: p.calls.__setitem__(3, dataclasses.replace(p.calls[3], calls=())),
         r"call 3: a loop of no calls",
     ),
-    "the strides of too few calls": (
-        lambda p: p.calls.__setitem__(3, dataclasses.replace(p.calls[3], strides=())),
-        r"call 3.*got the strides of 0 calls for 1 of them",
-    ),
-    "a loop without strides": (
-        lambda p: p.calls.__setitem__(3, dataclasses.replace(p.calls[3], strides=((),))),
-        r"0 strides for 1",
-    ),
     "a moving invariant": (
-        _replace(3, inputs=[Operand("input", Input(torch.ones(3, dtype=torch.float64)))]),
+        _replace(3, inputs=[Operand("input", Input(torch.ones(3, dtype=torch.float64)), 0, 1)]),
         r"d is the same for every iteration, but has stride 1",
     ),
     "a loop that is not closed": (
-        _replace(3, opt_state_out=(0, 2)),
+        _replace(3, writes=(0, 2)),
         r"call 3.*the loop is not closed: an iteration reads c' of the one before it from r1, but leaves its own in r2",
     ),
     "a loop whose second iteration reads something else": (
-        _replace(3, opt_state_out=(1, 0)),
+        _replace(3, writes=(1, 0)),
         r"the loop is not closed",
     ),
     "an output that is never computed": (lambda p: setattr(p, "outputs", [7]), r"output 0 is read from r7"),
@@ -264,12 +244,21 @@ def test_a_loop_that_its_own_first_iteration_spoils() -> None:
     p = program()
     del p.calls[1:3]
     p.calls[1] = dataclasses.replace(
-        p.calls[1], calls=(dataclasses.replace(p.calls[1].calls[0], opt_state_out=(1, 0)),)
+        p.calls[1], calls=(dataclasses.replace(p.calls[1].calls[0], writes=(1, 0)),)
     )  # type: ignore[union-attr]
     with pytest.raises(
         ProgramError, match=r"call 1.*in its second iteration.*reads r0 as theta, which holds c'"
     ):
         verify_program(p)
+
+
+def test_the_error_says_what_to_do() -> None:
+    broken = program()
+    broken.outputs = [7]
+    with pytest.raises(
+        ProgramError, match=r"defect of metaoptim; please report.*Without @metaoptim\.compile"
+    ):
+        verify_program(broken)
 
 
 # -- step graphs -----------------------------------------------------------------------------------------------------
@@ -392,115 +381,3 @@ def test_numbers_drawn_and_not_read_are_inputs_all_the_same() -> None:
     verify_step(drawing(aten.alias.default))
     with pytest.raises(ProgramError, match=r"node exp_default is dead"):
         verify_step(drawing(aten.exp.default))
-
-
-# -- partitions -----------------------------------------------------------------------------------------------------
-
-
-def traced() -> Any:
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2), nn.Dropout(0.5))
-    xs = torch.randn(6, 5, 3)
-
-    def fn(net: nn.Module, xs: Tensor) -> Tensor:
-        inner = metaoptim.MetaAdam([net], lr=0.1)
-        with metaoptim.SlidingWindow(offline=True) as window:
-            for x in window.scan(xs):
-                inner.step(F.mse_loss(net(x), torch.ones(5, 2)))
-            return net(xs[0]).square().mean()
-
-    return trace_of(fn, (net, xs), {})[0]
-
-
-def partitioned() -> Partition:
-    partition, _ = split(traced(), OPTIONS)
-    canonicalize(partition, OPTIONS)
-    prune(partition, OPTIONS)
-    return partition
-
-
-def test_a_real_function_passes_at_every_stage() -> None:
-    partition, _ = split(traced(), OPTIONS)
-    verify_partition(partition, outlined=False)
-    canonicalize(partition, OPTIONS)
-    verify_partition(partition)
-    prune(partition, OPTIONS)
-    verify_partition(partition)
-    rolled, records = compile_trace(traced(), OPTIONS)
-    verify_program(rolled)
-    names = ["mode", "rows", "split", "canonicalize", "prune", "roll", "loop", "differentiate", "lower"]
-    assert [r.name for r in records] == ["capture", *names, "verify"]
-
-
-def _swap_parts(partition: Partition) -> None:
-    partition.parts[0], partition.parts[1] = partition.parts[1], partition.parts[0]
-    partition.part_of = {id(e): n for n, u in enumerate(partition.parts) for e in u.segment.entries}
-
-
-def _lose_part(partition: Partition) -> None:
-    lost = partition.parts.pop(0)
-    partition.part_of = {id(e): n for n, u in enumerate(partition.parts) for e in u.segment.entries}
-    lost.kind.parts.remove(lost)
-
-
-def _mislabel(partition: Partition) -> None:
-    partition.part_of[id(partition.parts[1].segment.entries[0])] = 0
-
-
-def _respecify(partition: Partition) -> None:
-    outputs = partition.parts[0].kind.outputs
-    place = next(iter(outputs))
-    outputs[place] = TWO
-
-
-PARTITIONS: dict[str, tuple[Callable[[Partition], Any], str]] = {
-    "parts out of order": (
-        _swap_parts,
-        r"part 0: call .* reads an output of .* in part 1, which comes later",
-    ),
-    "a lost part": (_lose_part, r"which is part of the program no more"),
-    "a call listed elsewhere": (_mislabel, r"part 1: call 0 .* is listed in part 0"),
-    "a value that is not given": (
-        lambda d: d.parts[0].kind.outputs.clear(),
-        r"in part 0, which that part does not give",
-    ),
-    "a value of another shape": (_respecify, r"in part 0: got float64 2 "),
-    "unequal parts taken for equal": (
-        lambda d: (d.parts[0].kind.parts.append(d.parts[1]), setattr(d.parts[1], "kind", d.parts[0].kind)),
-        r"part 1 shares its kind with a part of another structure",
-    ),
-}
-
-
-@pytest.mark.parametrize("rule", PARTITIONS)
-def test_an_unsound_partition_is_rejected(rule: str) -> None:
-    spoil, match = PARTITIONS[rule]
-    partition = partitioned()
-    spoil(partition)
-    with pytest.raises(ProgramError, match=match):
-        verify_partition(partition)
-
-
-def test_the_error_says_what_to_do() -> None:
-    broken = program()
-    broken.outputs = [7]
-    with pytest.raises(
-        ProgramError, match=r"defect of metaoptim; please report.*Without @metaoptim\.compile"
-    ):
-        verify_program(broken)
-
-
-@pytest.mark.parametrize("network", NETWORKS)
-def test_step_graphs_of_ordinary_windows_pass(network: str) -> None:
-    case = problem(network, "amsgrad", 3, offline=True, carry=network != "lstm")
-    torch.manual_seed(3)
-    net, metas = case.build(), leaves(case.metas)
-    inner = case.optimizer_class([net], **case.hyper(metas), **case.options)
-    carried: dict[str, Any] = {}
-    with metaoptim.SlidingWindow(offline=True) as window:
-        for t in range(case.steps):
-            inner.step(case.loss(net, t, metas, carried), allow_unused=case.allow_unused)
-        graphs = window.program.step_graphs
-    assert len(graphs) >= 2
-    for g in graphs:
-        verify_step(g)

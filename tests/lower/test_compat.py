@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-
 import pytest
 import torch
 from torch import Tensor
@@ -52,6 +50,37 @@ def test_the_stack_of_dispatch_modes() -> None:
     assert not compat.tops_dispatch(inner)
 
 
+@pytest.mark.parametrize("separate", [False, True], ids=["with ctx", "setup_context"])
+def test_custom_functions_are_applied_by_these_classes(
+    separate: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[type] = []
+
+    def apply(cls, *args):  # type: ignore[no-untyped-def]
+        seen.append(cls)
+        return super(compat.SingleLevelFunction, cls).apply(*args)  # type: ignore[misc]  # pyright: ignore
+
+    class Combined(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x: Tensor) -> Tensor:  # type: ignore[no-untyped-def, override]
+            return x.clone()
+
+    class Separate(torch.autograd.Function):
+        @staticmethod
+        def forward(x: Tensor) -> Tensor:  # type: ignore[override]
+            return x.clone()
+
+        @staticmethod
+        def setup_context(ctx, inputs: tuple, output: Tensor) -> None:  # type: ignore[no-untyped-def, override]
+            pass
+
+    for owner in compat.FUNCTIONS:
+        monkeypatch.setattr(owner, "apply", classmethod(apply))
+    kind = Separate if separate else Combined
+    assert torch.equal(kind.apply(torch.ones(3)), torch.ones(3))
+    assert seen == [kind]
+
+
 def test_what_a_backward_tells() -> None:
     seen: list[int] = []
 
@@ -67,7 +96,6 @@ def test_what_a_backward_tells() -> None:
             compat.queue_callback(lambda: seen.append(-2))
             return grad
 
-    assert issubclass(Told, compat.SingleLevelFunction)
     x = torch.ones(3, requires_grad=True)
     Told.apply(Told.apply(x)).sum().backward()
     first = seen.copy()
@@ -104,9 +132,16 @@ def test_the_profiler() -> None:
     assert max(sizes) >= x.nbytes and not compat.profiling()
 
 
-def test_what_is_caught_by_name() -> None:
-    generator = getattr(checkpoint, compat.CHECKPOINT)
-    assert next(iter(inspect.signature(generator).parameters)) == "fn"
+def test_what_is_caught_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator, seen = getattr(checkpoint, compat.CHECKPOINT), []
+
+    def spied(fn, *args, **kwargs):  # type: ignore[no-untyped-def]
+        seen.append(fn)
+        return generator(fn, *args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, compat.CHECKPOINT, spied)
+    checkpoint.checkpoint(torch.sin, torch.ones(3), use_reentrant=False)
+    assert seen == [torch.sin]
     assert issubclass(compat.DDPSink, torch.autograd.Function)
     assert issubclass(torch.autograd.Function, compat.SingleLevelFunction)
 
@@ -142,11 +177,3 @@ def test_attributes_of_tensors() -> None:
     before = x._version
     view.add_(1)
     assert x._version == before + 1
-
-
-def test_equal_calls_are_merged() -> None:
-    def f(x: Tensor) -> Tensor:
-        return x.sin() * x.sin()
-
-    merged = compat.fx_graph_cse(torch.fx.symbolic_trace(f).graph)
-    assert len([n for n in merged.nodes if n.op == "call_method"]) == 1

@@ -30,7 +30,7 @@ from metaoptim.compiler.passes.prune import prune
 from metaoptim.compiler.passes.roll import roll
 from metaoptim.compiler.passes.rows import rows
 from metaoptim.compiler.passes.split import split
-from metaoptim.functions.captured import trace_of
+from metaoptim.functions.specialization import trace_of
 from metaoptim.runtime.budget.simulate import predict
 
 T = 3

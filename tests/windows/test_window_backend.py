@@ -17,7 +17,7 @@ from metaoptim.compiler.lower.derivatives import lowered
 from metaoptim.compiler.lower.library import Library, library
 from metaoptim.compiler.passes.options import Options
 from metaoptim.compiler.passes.pipeline import compile_trace
-from metaoptim.functions.captured import trace_of
+from metaoptim.functions.specialization import trace_of
 from metaoptim.runtime.budget.measure import rehearse
 from oracle import agree, run_oracle, run_window
 from problems import NETWORKS, OPTIMIZERS, problem

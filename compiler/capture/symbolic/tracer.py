@@ -31,9 +31,8 @@ from ...ir.tensors import tensor_spec
 from ...ir.trace import Input, Trace
 from ...ir.values import Entry, Spy, Value, is_removed
 from ..modes import CaptureMode, Writer
-from . import functionalize, noise
-from .constants import Constants
-from .fakes import FakeCalls
+from . import effects
+from .fakes import Constants, FakeCalls, mapped
 
 aten = torch.ops.aten
 _DETACH = aten.detach.default
@@ -94,7 +93,9 @@ class Tracer(CaptureMode, Writer):
         if func in _LIFTED:
             return self._constant(args[0])
         if func in RRELU:
-            return self.__torch_dispatch__(RRELU[func][0], types, (args[0], noise.fixed_slope(args, kwargs)))
+            return self.__torch_dispatch__(
+                RRELU[func][0], types, (args[0], effects.fixed_slope(args, kwargs))
+            )
         if func in _BY_PLACE:
             args = (args[0], self._places(args[1]), *args[2:])
         elif func is aten.masked_select.default and args[0].shape == args[1].shape:
@@ -103,11 +104,11 @@ class Tracer(CaptureMode, Writer):
                 func, args = aten.index.Tensor, (args[0], places)
         info = op_info(func)
         if info.random:
-            return noise.draw(self, func, args, kwargs)
+            return effects.draw(self, func, args, kwargs)
         if func in BATCH_NORM and args[BATCH_NORM[func][0]] is not None and args[BATCH_NORM[func][2]]:
-            return functionalize.batch_norm(self, func, args)
+            return effects.batch_norm(self, func, args)
         if info.writes:
-            return functionalize.write(self, func, info, args, kwargs)
+            return effects.write(self, func, info, args, kwargs)
         if info.dynamic:
             found = self.constants.call(func, self.token(args), self.token(kwargs))
             if found is not None:
@@ -119,6 +120,11 @@ class Tracer(CaptureMode, Writer):
     def leave(self) -> None:
         """A window closes; the capture goes on."""
 
+    def end(self) -> None:
+        """The capture is over."""
+        self.depth += 1
+        self.close()
+
     def give(self, t: Tensor) -> Any:
         """What stands for a tensor that the function returns, as it is now."""
         self.settle_hooks()
@@ -129,9 +135,8 @@ class Tracer(CaptureMode, Writer):
 
     def run(self, func: Any, args: tuple, kwargs: dict) -> Any:
         """The fake result of a call."""
-        fake_args, fake_kwargs = self.faked(args), self.faked(kwargs)
         try:
-            return self.fakes(func, fake_args, fake_kwargs)
+            return self.fakes(func, self.faked(args), self.faked(kwargs))
         except DataDependentOutputException as error:
             raise CaptureError(_NO_VALUE) from error
         except DynamicOutputShapeException as error:
@@ -142,18 +147,15 @@ class Tracer(CaptureMode, Writer):
 
     def faked(self, a: Any) -> Any:
         """``a`` with every real tensor replaced by its fake."""
-        if isinstance(a, Tensor):
-            if isinstance(a, FakeTensor):
-                return a
-            fake = self.fake.from_tensor(a, static_shapes=True)
-            if fake.layout is torch.strided and id(a) not in self.overwritten:
-                self.given[fake.untyped_storage()._cdata] = fake, a
-            return fake
-        if isinstance(a, (list, tuple)):
-            return type(a)(self.faked(b) for b in a) if not hasattr(a, "_fields") else a
-        if isinstance(a, dict):
-            return {k: self.faked(v) for k, v in a.items()}
-        return a
+        return mapped(self._faked, a)
+
+    def _faked(self, t: Tensor) -> Tensor:
+        if isinstance(t, FakeTensor):
+            return t
+        fake = self.fake.from_tensor(t, static_shapes=True)
+        if fake.layout is torch.strided and id(t) not in self.overwritten:
+            self.given[fake.untyped_storage()._cdata] = fake, t
+        return fake
 
     def _constant(self, t: Tensor) -> Tensor:
         """What `torch.tensor` has made, its maker's own."""
@@ -205,13 +207,13 @@ class Tracer(CaptureMode, Writer):
 
     def known(self, t: Tensor) -> Any:
         """What stands for the very tensor ``t``, if it was made or read by what is traced."""
-        t = self.taken_over(t)
+        t = self._taken_over(t)
         found = self._refs.get(id(t))
         return found[1] if found is not None and found[0]() is t else None
 
     def bind(self, t: Tensor, ref: Any) -> Any:
         """Let ``ref`` stand for ``t``."""
-        t = self.taken_over(t)
+        t = self._taken_over(t)
         weak = weakref.ref(t)
         if self.known(t) is None and t.layout is torch.strided:
             self._at.setdefault(t.untyped_storage()._cdata, []).append(weak)
@@ -270,12 +272,11 @@ class Tracer(CaptureMode, Writer):
 
     def taken_over(self, a: Any) -> Any:
         """``a`` with what stands for the given tensors that have been changed."""
-        if isinstance(a, Tensor):
-            found = self.overwritten.get(id(a))
-            return a if found is None else found[1]
-        if isinstance(a, (list, tuple)):
-            return type(a)(self.taken_over(b) for b in a) if not hasattr(a, "_fields") else a
-        return {k: self.taken_over(v) for k, v in a.items()} if isinstance(a, dict) else a
+        return mapped(self._taken_over, a)
+
+    def _taken_over(self, t: Tensor) -> Tensor:
+        found = self.overwritten.get(id(t))
+        return t if found is None else found[1]
 
     # -- writing down --------------------------------------------------------------------------------------------
 

@@ -1,7 +1,4 @@
-"""What a compiled function reads by way of modules and functions, and writes itself: nothing is frozen in silence.
-
-Each case is taken through calls between which something changes, and compared with the tape, step by step.
-"""
+"""What a compiled function reads by way of modules and functions, and writes itself, and how it changes."""
 
 from __future__ import annotations
 
@@ -9,23 +6,17 @@ import functools
 from typing import Any
 
 import numpy as np
-import pytest
 from torch import Tensor, nn
 
 import changing
 import metaoptim
-from stale import Case, Settings, X, loss_after_a_step, nothing_is_frozen
+from stale import Case, Settings
+from tables import into
 
 SCALE = 1.0
 COUNT = 0
-
-
 CASES: dict[str, type[Case]] = {}
-
-
-def case(cls: type[Case]) -> type[Case]:
-    CASES[cls.__name__] = cls
-    return cls
+case = into(CASES)
 
 
 # -- functions that are called ----------------------------------------------------------------------------------------
@@ -351,24 +342,3 @@ class ArrayWritten(Case):
     def factor(self) -> Any:
         self.array[0] += 1
         return float(self.array[0])
-
-
-@pytest.mark.parametrize("form", ["B", "C"])
-@pytest.mark.parametrize("name", CASES)
-def test_nothing_is_frozen(name: str, form: str) -> None:
-    nothing_is_frozen(CASES[name], form)
-
-
-def test_the_change_is_named(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO", "metaoptim.recompiles")
-    for name, text in (
-        ("GlobalOfAHelper", "SCALE: was 1.0, is 2.0"),
-        ("AnotherModule", "changing.SCALE: was 1.0, is 2.0"),
-    ):
-        made = CASES[name]()
-        loss = loss_after_a_step if name == "LearningRate" else CASES[name].loss
-        f = metaoptim.compile(loss, backend="eager")
-        f(made, X)
-        made.change()
-        f(made, X)
-        assert text in caplog.records[-1].getMessage()
