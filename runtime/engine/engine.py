@@ -28,7 +28,7 @@ from ..states.tier import Tier
 from . import progress
 from .interpreter import Interpreter, changed, may_keep
 from .noise import Stream
-from .sweep import Sweep
+from .sweep import Sweep, Tell
 
 Lower = Callable[[StepCall, str, Sequence[Tensor]], Lowered]
 
@@ -228,19 +228,17 @@ class Engine(Interpreter):
             queue_callback(lambda: self._sweeps.pop(task, None))
         return self._sweeps[task]
 
-    def pull_back(self, sweep: Sweep, bottom: int) -> None:
-        """Sweep from the highest deposit (or where the sweep stands) down to ``bottom``."""
+    def pull_back(self, sweep: Sweep, bottom: int, tell: Tell | None = None) -> None:
+        """Sweep from the highest deposit (or where the sweep stands) down to ``bottom``; progress is shown."""
         self.check_admitted()
         if sweep.position < 0:
             # for batches, say, that the user has let go of: it is too late to refuse them
             self.make_room(refusing=False)
-        with disable_current_modes(), unaffected(), hooking(self.backward_hook):
-            super().pull_back(sweep, bottom)
-
-    def tell(self, sweep: Sweep, position: int) -> None:
-        """A sweep has come down to ``position``: show progress, if anyone watches."""
         if self._watch is not None:
-            self._watch(self._ran + sweep.top - position, self._ran + sweep.top - self.program.start)
+            watch, ran, start = self._watch, self._ran, self.program.start
+            tell = lambda position: watch(ran + sweep.top - position, ran + sweep.top - start)
+        with disable_current_modes(), unaffected(), hooking(self.backward_hook):
+            super().pull_back(sweep, bottom, tell)
 
     def _through(
         self, call: StepCall, position: int, kind: str, received: dict[int, Tensor]

@@ -48,24 +48,25 @@ class BoundProgram:
     def __getitem__(self, position: int) -> StepCall:
         at = bisect_right(self._ends, position)
         iteration, k = divmod(position - self._begins[at], len(calls_of(self.rolled.calls[at])))
-        first, moving = self._first.get((at, k)) or self._bind(at, k)
+        call, moving = self._first.get((at, k)) or self._bind(at, k)
         if not iteration:
-            return first
-        inputs, metas, ports = list(first.inputs), list(first.metas), first.step.inputs
+            return call
+        inputs, metas, ports = list(call.inputs), list(call.metas), call.step.inputs
         for i, given, meta in moving:
             given = given.after(iteration)
             inputs[i] = self.bind(given, ports[i - len(inputs)])
             if meta >= 0:
                 metas[meta] = _target(given)
         return StepCall(
-            first.step,
-            first.reads,
-            first.writes,
+            call.step,
+            call.reads,
+            call.writes,
             inputs,
-            first.location,
-            metas=tuple(metas),
-            rng=first.rng,
-            lowering=first.lowering,
+            call.location,
+            0,
+            tuple(metas),
+            call.rng,
+            call.lowering,
         )
 
     def takes_step(self, position: int) -> bool:

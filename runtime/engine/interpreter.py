@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 from metaoptim.compiler.derive.reverse import cotangent_outputs
@@ -83,8 +82,8 @@ class Interpreter:
         self.state = store.work.pop(end)
         return self.state
 
-    def pull_back(self, sweep: Sweep, bottom: int) -> None:
-        """Sweep from the highest deposit (or where the sweep stands) down to ``bottom``."""
+    def pull_back(self, sweep: Sweep, bottom: int, tell: Tell | None = None) -> None:
+        """Sweep from the highest deposit (or where the sweep stands) down to ``bottom``; see `Sweep.targets`."""
         top = max(sweep.deposits, default=bottom)
         if sweep.position < 0 or sweep.position < bottom:
             sweep.position = max(top, bottom)
@@ -92,14 +91,11 @@ class Interpreter:
             raise AssertionError(f"a cotangent came for position {top} after the sweep had passed it")
         sweep.top = max(sweep.top, sweep.position)
         self.store.settle()
-        targets = sweep.targets(self.program, bottom, partial(self.tell, sweep), self.untrained)
+        targets = sweep.targets(self.program, bottom, tell, self.untrained)
         try:
             self.carry_out(reverse(self.store, targets, self.keepable), sweep)
         finally:
             self.store.rest()
-
-    def tell(self, sweep: Sweep, position: int) -> None:
-        """A sweep has come down to ``position``."""
 
     def _advance(self, start: int, stop: int, saving: bool) -> None:
         if self._stands != start:

@@ -55,7 +55,7 @@ class Sweep:
             self.add(index, grad)
 
     def targets(
-        self, program: Any, bottom: int, tell: Tell, untrained: Container[int] = ()
+        self, program: Any, bottom: int, tell: Tell | None = None, untrained: Container[int] = ()
     ) -> Iterator[tuple[int, int]]:
         """Calls that cotangents arrive at, down to ``bottom``: the position of each, and that which its loss has read.
 
@@ -71,7 +71,8 @@ class Sweep:
             elif self._receives(call, self.cotangents):
                 yield position, position - call.back
             self.arrive(position)
-            tell(position)
+            if tell is not None:
+                tell(position)
 
     def _receives(self, call: StepCall, cotangents: dict[int, Tensor]) -> bool:
         """Whether any of ``cotangents`` is of what ``call`` has made; they are `received` then."""
@@ -138,7 +139,7 @@ class TruncatedSweep(GradientSweep):
         self._below = False  # whether it is they that are pulled back
 
     def targets(
-        self, program: Any, bottom: int, tell: Tell, untrained: Container[int] = ()
+        self, program: Any, bottom: int, tell: Tell | None = None, untrained: Container[int] = ()
     ) -> Iterator[tuple[int, int]]:
         """The calls that cotangents arrive at; those of the last W super-steps, again for each read of theta."""
         steps = [p for p in range(program.end) if program.takes_step(p)]
@@ -150,7 +151,8 @@ class TruncatedSweep(GradientSweep):
             if self._receives(program[position], self.cotangents):
                 yield position, position
             self.arrive(position)
-            tell(position)
+            if tell is not None:
+                tell(position)
             if not self._inner.cotangents:
                 continue
             self._below = True

@@ -75,7 +75,9 @@ class Tier:
             entries, new = taken_apart(state, self._index)
             if new:
                 parts = [self._on_host(part) for _, part in new]
-                future = self._put(parts, _copied({part.device for _, part in new}))
+                devices = {part.device for _, part in new if part.device.type == "cuda"}
+                copied = [torch.cuda.current_stream(d).record_event() for d in devices]
+                future = self._put(parts, copied)
                 self._writing.append((position, future, parts))
                 for number, (piece, _) in enumerate(new):
                     piece.source, piece.number = future, number
@@ -230,8 +232,3 @@ class Tier:
 
 def _pieces(entries: Iterable[Any]) -> list[Piece]:
     return list(dict.fromkeys(e.piece for e in entries if isinstance(e, View) and e.piece is not None))
-
-
-def _copied(devices: Iterable[torch.device]) -> list[Any]:
-    """Events that happen when what has been asked of ``devices`` so far is done."""
-    return [torch.cuda.current_stream(d).record_event() for d in devices if d.type == "cuda"]
