@@ -28,12 +28,6 @@ class Memory:
         self.tensor = tensor
 
 
-class _Watch(weakref.ref):
-    """The user's tensor object, weakly; and the key of its memory."""
-
-    __slots__ = ("key",)
-
-
 class _Kept:
     """What is held of one piece of memory."""
 
@@ -56,10 +50,9 @@ class Ledger:
 
     def __init__(self, counted: bool) -> None:
         self.counted = counted
-        self._let_go: deque[_Watch] = (
-            deque()
-        )  # of memory that the user seems to have dropped, or has overwritten
-        self._watches: dict[int, _Watch] = {}
+        # memory that the user seems to have dropped, or has overwritten
+        self._let_go: deque[weakref.KeyedRef[int, Tensor]] = deque()
+        self._watches: dict[int, weakref.KeyedRef[int, Tensor]] = {}
         self._copied = 0
         self._dead: deque[int] = deque()  # bytes of copies that are forgotten
         self.restart()
@@ -77,8 +70,8 @@ class Ledger:
         """Look out for the death of the tensor that the user has: ``tensor`` may be a view made for a moment."""
         if self.counted:
             base = tensor._base
-            watch = self._watches[key] = _Watch(tensor if base is None else base, self._let_go.append)
-            watch.key = key
+            own = tensor if base is None else base
+            self._watches[key] = weakref.KeyedRef(own, self._let_go.append, key)
 
     def overwritten(self, key: int) -> None:
         """There are copies of all that was held of this memory."""
@@ -134,9 +127,12 @@ class Ledger:
             kept.memories.add(memory)
             return
         kept = self._memories[key] = _Kept(memory)
-        if self._look(key) == 1:
+        others, watch = self._look(key), self._watches.get(key)
+        if others == 1:
             kept.recent = self._step
             self._recent += memory_bytes(tensor)
+        if others and (watch is None or watch() is None):
+            self._shared.append(key)
 
     def look(self) -> None:
         """Look at what seems to have been dropped, and at some of what was when others referred to it still."""
