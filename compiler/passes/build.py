@@ -11,10 +11,10 @@ from torch import Tensor, fx
 
 from metaoptim.compiler.compat import OpOverload
 
-from ..ir.segments import PartKind, Roles, Segment, roles_of, spec_of
 from ..ir.slices import hook_key, restored
 from ..ir.step import Port, Role, StepGraph
 from ..ir.tensors import TensorSpec
+from ..ir.trace import PartKind, Roles, Segment, roles_of, spec_of
 from ..ir.update import UpdatePlan
 from .substitutes import stand_in
 

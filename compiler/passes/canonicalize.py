@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from ..ir.segments import Partition, Segment, arguments
 from ..ir.text import plural
-from ..ir.trace import Noise
-from ..ir.values import Entry, Value, reached
+from ..ir.trace import Partition, Segment, arguments
+from ..ir.values import Entry, Noise, Value, reached
 from .options import Options
 from .split import group
 
@@ -21,7 +20,7 @@ def canonicalize(partition: Partition, options: Options) -> tuple[Partition, str
     kept = _live(partition)
     for part in partition.parts:
         live = kept[id(part.kind)]
-        part.segment = Segment([e for i, e in enumerate(part.segment.entries) if i in live], partition.hooks)
+        part.segment = Segment([e for i, e in enumerate(part.segment.entries) if i in live], partition.trace)
     partition.parts = [u for u in partition.parts if u.segment.entries]
     partition.part_of = {id(e): n for n, u in enumerate(partition.parts) for e in u.segment.entries}
     group(partition)

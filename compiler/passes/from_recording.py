@@ -9,13 +9,12 @@ from typing import Any, NamedTuple
 import torch
 
 from ..derive.flat import uncollected
-from ..ir.segments import Hooks, Roles, ordered
 from ..ir.slices import Slice, restored
 from ..ir.step import Role, StepGraph, gradient
 from ..ir.tensors import TensorSpec
-from ..ir.trace import Input, Trace
+from ..ir.trace import Roles, Trace
 from ..ir.update import UpdatePlan
-from ..ir.values import Entry, Number, Value
+from ..ir.values import Entry, Input, Number, Value
 from ..ir.verify import verify_step
 from .build import GradientHooks, build_segment
 from .pipeline import shaped
@@ -71,13 +70,13 @@ def build_step(
 
 
 def _built(step: _Step, spec: StepSpec, lifted: Sequence[int], hooked: bool) -> StepGraph:
-    partition = single(step.trace, Hooks(step.trace, step.hooked_inputs))
+    partition = single(step.trace)
     records = shaped(partition)
     (part,) = partition.parts
     segment = part.segment
     inputs = [step.roles[id(x)] for x in segment.inputs]
     places = [(segment.number_of[id(v.entry)], v.index) for v in step.trace.outputs]
-    roles = Roles(inputs, ordered(inputs), dict(zip(places, step.output_roles, strict=True)))
+    roles = Roles(inputs, dict(zip(places, step.output_roles, strict=True)))
     graph = build_segment(segment, part.kind, lifted, spec.hooked, roles, spec.first_order)
     graph.opaque |= hooked
     graph.records = records
@@ -92,7 +91,6 @@ class _Step:
         trace: the calls of its slice, its gradient and its update.
         roles: id of an input -> its role.
         output_roles: in order.
-        hooked_inputs: id of an input -> the hooks on it.
     """
 
     def __init__(
@@ -107,13 +105,12 @@ class _Step:
         for entry, key in zip(sliced.entries, sliced.key[0], strict=True):
             self._take(entry, key)
         self._update(spec, new_states, hooks)
-        self.hooked_inputs: dict[int, list[Any]] = {}
         for where, spies in sliced.hooks.items():
             if where[0] == "v":
                 at: int = where[1]
                 self.trace.hooks.setdefault(id(self.trace.entries[at]), {})[where[2]] = spies
             else:
-                self.hooked_inputs[id(self._value(where))] = spies
+                self.trace.hooks[id(self._value(where))] = {None: spies}
 
     def _input(self, role: Role, spec: TensorSpec) -> Input:
         made = Input.of(spec, role is not Role.SCAN)

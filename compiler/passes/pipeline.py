@@ -11,9 +11,9 @@ from typing import Any
 
 from ..derive.flat import uncollected
 from ..ir.program import Program
-from ..ir.segments import Partition
 from ..ir.text import operator_count, partition_text, trace_text
-from ..ir.trace import Input, Trace
+from ..ir.trace import Partition, Trace
+from ..ir.values import Input
 from ..ir.verify import verify_partition, verify_program
 from .canonicalize import canonicalize, outline
 from .checkpoint import checkpoint

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from ..ir.segments import Part, Partition, Place, sources
-from ..ir.trace import Noise
-from ..ir.values import Value, identity
+from ..ir.trace import Part, Partition, Place, sources
+from ..ir.values import Noise, Value, identity
 from .options import Options
 
 

@@ -9,11 +9,10 @@ from metaoptim.errors import CaptureError
 
 from ..ir.calls import Loop, Operand, StepCall
 from ..ir.program import Program
-from ..ir.segments import Part, Partition, PartKind, roles_of
 from ..ir.step import StepGraph
 from ..ir.text import plural
-from ..ir.trace import Input, Noise, ScanItem
-from ..ir.values import Value, exact, identity
+from ..ir.trace import Part, Partition, PartKind, roles_of
+from ..ir.values import Input, Noise, ScanItem, Value, exact, identity
 from ..lower.library import Library
 from .build import build_segment
 from .options import Options

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from ..ir.step import gradient
-from ..ir.trace import Input, ScanItem, Trace
-from ..ir.values import Entry, Value, changed, owner
+from ..ir.trace import Trace
+from ..ir.values import Entry, Input, ScanItem, Value, changed, owner
 from .options import Options
 
 aten = torch.ops.aten
@@ -64,5 +64,5 @@ class _Rows:
         if len(source.spec.stride) != len(source.spec.shape):
             return None
         if (id(source), at) not in self.items:
-            self.items[id(source), at] = ScanItem(source, at, source.spec.row)
+            self.items[id(source), at] = ScanItem(source, at)
         return self.items[id(source), at]

@@ -9,16 +9,15 @@ from typing import Any
 
 from metaoptim.errors import CaptureError, user_location
 
-from ..ir.segments import Hooks, Part, Partition, PartKind, Segment, sources
 from ..ir.step import gradient
-from ..ir.trace import Trace
+from ..ir.trace import Part, Partition, PartKind, Segment, Trace, sources
 from ..ir.values import Entry, Value, changed, reached
 from .options import Options
 
 
 def split(trace: Trace, options: Options) -> tuple[Partition, str]:
     """Cut a trace after every super-step, and around every iteration of a scan."""
-    partition = Partition(trace, Hooks(trace))
+    partition = Partition(trace)
     cuts = _cuts(trace)
     starts = {begin: (s, k) for s, scan in enumerate(trace.scans) for k, begin in enumerate(scan.begins)}
     ends = [end for end, _ in trace.steps]
@@ -28,9 +27,7 @@ def split(trace: Trace, options: Options) -> tuple[Partition, str]:
         entries = trace.entries[begin:end]
         number = len(partition.parts)
         partition.part_of.update((id(e), number) for e in entries)
-        partition.parts.append(
-            Part(Segment(entries, partition.hooks), last - first, location, starts.get(begin))
-        )
+        partition.parts.append(Part(Segment(entries, trace), last - first, location, starts.get(begin)))
     _refuse_aliases_across(partition)
     group(partition)
     return partition, f"{len(partition.parts)} parts, {len(partition.kinds)} of them distinct"
@@ -38,15 +35,15 @@ def split(trace: Trace, options: Options) -> tuple[Partition, str]:
 
 def whole(trace: Trace) -> Partition:
     """A trace as one part."""
-    partition = single(trace, Hooks(trace))
+    partition = single(trace)
     _refuse_aliases_across(partition)
     return partition
 
 
-def single(trace: Trace, hooks: Hooks) -> Partition:
+def single(trace: Trace) -> Partition:
     """A trace as one part, of a recording: there, what shares memory has been seen."""
-    partition = Partition(trace, hooks)
-    partition.parts.append(Part(Segment(trace.entries, hooks), len(trace.steps), user_location(), None))
+    partition = Partition(trace)
+    partition.parts.append(Part(Segment(trace.entries, trace), len(trace.steps), user_location(), None))
     partition.part_of.update((id(e), 0) for e in trace.entries)
     group(partition)
     return partition

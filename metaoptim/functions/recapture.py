@@ -9,7 +9,7 @@ import torch
 
 from ..compiler.ir.tensors import tensor_spec
 from ..compiler.ir.text import plural
-from ..compiler.ir.trace import Input, Noise
+from ..compiler.ir.values import Input, Noise
 from ..errors import CaptureError
 from .guards import Source
 

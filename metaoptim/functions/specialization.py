@@ -22,7 +22,8 @@ from ..compiler.ir.program import Kept, Program
 from ..compiler.ir.retention import Retention
 from ..compiler.ir.step import Lowering
 from ..compiler.ir.text import plural
-from ..compiler.ir.trace import Input, Trace
+from ..compiler.ir.trace import Trace
+from ..compiler.ir.values import Input
 from ..compiler.lower.ambient import unaffected
 from ..compiler.lower.derivatives import derived
 from ..compiler.lower.waiting import waiting

@@ -16,7 +16,8 @@ from ..compiler.ir.program import Kept, Program
 from ..compiler.ir.step import Role
 from ..compiler.ir.tensors import nbytes
 from ..compiler.ir.text import plural, signature
-from ..compiler.ir.trace import Input, Trace
+from ..compiler.ir.trace import Trace
+from ..compiler.ir.values import Input
 from ..compiler.passes.checkpoint import checkpoint
 from ..compiler.passes.options import Options
 from ..compiler.passes.pipeline import Record, compile_trace

@@ -8,8 +8,8 @@ from dataclasses import asdict, replace
 
 from ..compiler.derive.graphs import results_of
 from ..compiler.ir.calls import Loop, Operand
+from ..compiler.ir.program import Tape
 from ..compiler.ir.step import Lowering, StepGraph
-from ..compiler.ir.tape import Tape
 from ..compiler.ir.tensors import memory_of
 from ..compiler.ir.text import plural
 from ..compiler.lower.derivatives import derived
@@ -77,9 +77,9 @@ def _records(program: Tape, lowerings: dict[int, Lowering]) -> list[Record]:
         if r.name != "capture"  # that was the step itself
     ]
     calls = program.end - program.start
-    loops = sum(isinstance(x, Loop) for x in program.items)
+    loops = sum(isinstance(x, Loop) for x in program.calls)
     done = (
-        f"{plural(calls, 'call')} in {plural(loops, 'loop')} and {plural(len(program.items) - loops, 'call')}"
+        f"{plural(calls, 'call')} in {plural(loops, 'loop')} and {plural(len(program.calls) - loops, 'call')}"
     )
     found.append(Record("loop", done, program.milliseconds))
     begun = time.perf_counter()

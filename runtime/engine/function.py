@@ -16,7 +16,7 @@ from metaoptim.compiler.derive.interpret import measuring_hook
 from metaoptim.compiler.ir.calls import Loop, Operand, StepCall, calls_of
 from metaoptim.compiler.ir.program import Kept, Program
 from metaoptim.compiler.ir.step import Lowering, Port, Role
-from metaoptim.compiler.ir.trace import Input, Noise
+from metaoptim.compiler.ir.values import Input, Noise
 from metaoptim.compiler.lower.ambient import unaffected
 
 from ..states.disk import check_device, tier_for
@@ -35,7 +35,7 @@ class BoundProgram:
     """
 
     start = reach = 0
-    items: tuple = ()
+    calls: tuple = ()
 
     def __init__(self, rolled: Program, bind: Callable[[Operand, Port], Any], lowering: Lowering) -> None:
         self.rolled, self.bind, self.lowering = rolled, bind, lowering

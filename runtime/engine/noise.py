@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from metaoptim.compiler.ir.operators import op_info
-from metaoptim.compiler.ir.trace import Noise
+from metaoptim.compiler.ir.values import Noise
 
 Given = Sequence[Tensor | Noise]
 

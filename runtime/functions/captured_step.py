@@ -12,10 +12,9 @@ from torch import Tensor
 from metaoptim.compiler.capture import intercept
 from metaoptim.compiler.capture.symbolic.tracer import Tracer
 from metaoptim.compiler.compat import disable_current_modes
-from metaoptim.compiler.ir.segments import Roles, arguments, ordered
 from metaoptim.compiler.ir.step import Role, gradient, show
-from metaoptim.compiler.ir.trace import Input, Noise
-from metaoptim.compiler.ir.values import Entry, Value, exact, identity, reached
+from metaoptim.compiler.ir.trace import Roles, arguments
+from metaoptim.compiler.ir.values import Entry, Input, Noise, Value, exact, identity, reached
 from metaoptim.compiler.ir.verify import verify_step
 from metaoptim.compiler.lower.library import library
 from metaoptim.compiler.passes.build import build_segment
@@ -144,7 +143,7 @@ def compiled(
     places = [(segment.number_of[id(v.entry)], v.index) for v in trace.outputs]
     last += [Role.CARRY] * (len(places) - len(last))
     inputs = [_role(x, id(x) in thetas, states, at in kind.active) for at, x in enumerate(segment.inputs)]
-    roles = Roles(inputs, ordered(inputs), dict(zip(places, last, strict=True)))
+    roles = Roles(inputs, dict(zip(places, last, strict=True)))
     hooked = window.options.backward_hook is not None
     key = (segment.key, tuple(kind.outputs.items()), tuple(inputs), exact(segment.numbers), hooked)
     step = library.step((*key, "step"), lambda: build_segment(segment, kind, (), hooked, roles))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from metaoptim.compiler.ir.calls import StepCall
 from metaoptim.compiler.ir.step import Lowering, Role, StepGraph
-from metaoptim.compiler.ir.trace import Input, Noise
+from metaoptim.compiler.ir.values import Input, Noise
 from metaoptim.compiler.lower.ambient import unaffected
 from metaoptim.compiler.lower.derivatives import lowered
 from metaoptim.compiler.passes.lower import FEW

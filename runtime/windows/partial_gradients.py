@@ -19,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from metaoptim.compiler.capture.intercept import recording
 from metaoptim.compiler.ir.calls import Assign
-from metaoptim.compiler.ir.tape import Tape
+from metaoptim.compiler.ir.program import Tape
 from metaoptim.errors import CaptureError
 
 from ..engine.engine import Engine

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from metaoptim.compiler.ir.calls import Assign, StepCall
 from metaoptim.compiler.ir.operators import LIFTS
+from metaoptim.compiler.ir.program import Tape
 from metaoptim.compiler.ir.slices import Slice
-from metaoptim.compiler.ir.tape import Tape
 from metaoptim.compiler.ir.tensors import memory_of
 from metaoptim.compiler.ir.update import initial_state
 from metaoptim.compiler.ir.values import External, Value

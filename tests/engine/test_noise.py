@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import metaoptim
-from metaoptim.compiler.ir.trace import Noise
+from metaoptim.compiler.ir.values import Noise
 from metaoptim.runtime.engine import noise
 
 Draw = Callable[[Tensor], Tensor]

@@ -16,9 +16,8 @@ import metaoptim
 from metaoptim.compile import CompiledFunction
 from metaoptim.compiler.cost.step import step_cost
 from metaoptim.compiler.ir.program import Kept, Program
-from metaoptim.compiler.ir.segments import Partition
 from metaoptim.compiler.ir.step import EAGER
-from metaoptim.compiler.ir.trace import Trace
+from metaoptim.compiler.ir.trace import Partition, Trace
 from metaoptim.compiler.lower.derivatives import derived, replayed, residuals
 from metaoptim.compiler.passes.canonicalize import canonicalize
 from metaoptim.compiler.passes.checkpoint import checkpoint

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from metaoptim.errors import CaptureError
 
-from ...ir.functions import Function, flattened
-from ...ir.operators import BATCH_NORM, RRELU, op_info, slopes_of
+from ...ir.operators import BATCH_NORM, RRELU, Function, flattened, op_info, slopes_of
 from ...ir.values import Spy, Value, reaches_theta
 from ..modes import CaptureMode
 from . import in_place

@@ -16,7 +16,7 @@ from torch import Tensor
 from metaoptim.errors import CaptureError
 
 from ...ir.operators import EMPTY, MASKED, PARTING, OpInfo, op_info, parts
-from ...ir.values import Carried, Entry, Epoch, External, Theta, Value, reached, version_of
+from ...ir.values import Carried, Entry, Epoch, External, Theta, Value, parents, reached, version_of
 from ..modes import Writer
 from .guard import Guard
 
@@ -170,15 +170,8 @@ class Recording(Writer):
         """Whether an older value depends on parameters that no step has changed since (the same super-step's)."""
         current = {c.index: c.tensor.untyped_storage()._cdata for c in self.epoch.theta.values()}
 
-        def onwards(a: Any) -> Iterable[Any]:
-            if isinstance(a, Value):
-                return () if a.apart is not None else (a.entry,)
-            if isinstance(a, Entry):
-                return (*a.args, *a.deps, *a.kwargs.values())
-            return (a.value,) if isinstance(a, Carried) else a if isinstance(a, tuple) else ()
-
         start: list[Any] = [value]
-        thetas = (a for a in reached(start, onwards) if isinstance(a, Theta))
+        thetas = (a for a in reached(start, parents) if isinstance(a, Theta))
         return any(current.get(a.index) == a.tensor.untyped_storage()._cdata for a in thetas)
 
     def external(self, t: Tensor) -> External:
