@@ -25,11 +25,10 @@ from ..compiler.ir.text import plural
 from ..compiler.ir.trace import Trace
 from ..compiler.ir.values import Input
 from ..compiler.lower.ambient import unaffected
+from ..compiler.lower.compile_graph import waiting
 from ..compiler.lower.derivatives import derived
-from ..compiler.lower.waiting import waiting
-from ..compiler.passes.checkpoint import checkpoint
 from ..compiler.passes.options import Options
-from ..compiler.passes.pipeline import Record, compile_trace
+from ..compiler.passes.pipeline import Record, checkpoint, compile_trace
 from ..errors import UnreachableWarning, warn
 from ..runtime.budget.amounts import tell_default
 from ..runtime.budget.planner import Plan, decide

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from metaoptim.compiler.compat import disable_current_modes
+from metaoptim.compiler.compat import disable_current_modes  # pyright: ignore[reportPrivateUsage]
 from metaoptim.compiler.lower.ambient import unaffected
 from metaoptim.errors import StoreError
 
