@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.utils.checkpoint as checkpointing
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.nn.utils import clip_grad
 from torch.utils import dlpack
 from torch.utils.hooks import RemovableHandle
@@ -87,6 +88,16 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         # a transform of torch.func makes another Function of it, and applies that
         return apply(*args, **kwargs)
     return mode.apply_function(cls, apply, args, kwargs)
+
+
+def _no_other_way(self: Any) -> None:
+    mode = _mode()
+    if mode is not None and getattr(mode, "record", True) and torch.is_grad_enabled() and not transforms_active():
+        name = self._forward_cls.__qualname__
+        raise CaptureError(
+            f"{name}.apply was looked up before the window, and torch {torch.__version__} shows nobody such a call; "
+            f"call {name}.apply(...) where it is used"
+        )
 
 
 def _checkpoint(fn: Any, *args: Any, **kwargs: Any) -> Any:
@@ -208,6 +219,7 @@ def _clip(parameters: Any, *args: Any, **kwargs: Any) -> Any:
 
 patches = Patches(
     *((owner, "apply", classmethod(_apply)) for owner in FUNCTIONS),
+    (BackwardCFunction, "__init__", _no_other_way),
     (checkpointing, CHECKPOINT, _checkpoint),
     (Tensor, "register_hook", _register_hook),
     (Tensor, "retain_grad", _retain_grad),

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+
 from . import worker
 from .worker import receive, send
 

@@ -48,8 +48,6 @@ def lowered(
     results = _by_running(of, what, inputs, hvp) if at_once and backend == "eager" else None
     program = graph = _flat(of, what, hvp, inputs if step.dynamic else None)
     if backend != "eager":
-        if backend == "inductor" and kind == "replay" and waits():
-            _begin_vjp(step, lowering)
         cotangents = 0 if kind in ("replay", "forward") else len(cotangent_outputs(of))
         with default_dtype(step.default_dtype):
             program = compiled(graph, inputs, backend, cotangents, lowering.check)
@@ -74,12 +72,23 @@ def taken(step: StepGraph, kind: str, inputs: Sequence[Tensor], lowering: Loweri
     return lowering
 
 
-def _begin_vjp(step: StepGraph, lowering: Lowering) -> None:
-    """Have a step's VJP compiled while its replay is."""
-    outputs = cotangent_outputs(step)
-    if ("vjp", lowering) not in step.derived.coming and outputs and not step.dynamic:
+def begin(step: StepGraph, lowering: Lowering) -> None:
+    """Have a step's VJP compiled: it will be needed last, and takes longest."""
+    outputs, key = cotangent_outputs(step), ("vjp", lowering)
+    if lowering.backend != "inductor" or step.dynamic or not outputs or key in step.derived.coming:
+        return
+    if key not in step.derived.lowered:
         specs = [*(p.spec for p in step.inputs), *(step.outputs[i].spec for i in outputs)]
-        step.derived.coming["vjp", lowering] = Handover(derived(step, lowering.hvp), specs)
+        step.derived.coming[key] = Handover(derived(step, lowering.hvp), specs)
+
+
+def settled(steps: Sequence[StepGraph], lowering: Lowering) -> Lowering:
+    """What runs ``steps`` from now on: ``lowering``, unless the compiled form of one has not been taken over yet."""
+    if lowering.backend != "inductor" or waits():
+        return lowering
+    asked = [(step, key) for step in steps for key in step.derived.coming if key[1] == lowering]
+    taken_over = asked and all(key in step.derived.lowered for step, key in asked)
+    return lowering if taken_over else lowering.uncompiled
 
 
 def _flat(step: StepGraph, kind: str, hvp: str, example: Sequence[Tensor] | None) -> FlatGraph:

@@ -26,7 +26,7 @@ from ..compiler.ir.trace import Trace
 from ..compiler.ir.values import Input
 from ..compiler.lower.ambient import unaffected
 from ..compiler.lower.compile_graph import waiting
-from ..compiler.lower.derivatives import derived
+from ..compiler.lower.derivatives import begin, derived, settled
 from ..compiler.passes.options import Options
 from ..compiler.passes.pipeline import Record, checkpoint, compile_trace
 from ..errors import UnreachableWarning, warn
@@ -125,6 +125,7 @@ class Specialization:
         self.remembered = dependencies.remembered()
         self.plan: Plan | None = None
         self._name, self._options = name, options
+        self._planned = options.lowering  # what the plan is for
         source = dependencies.sources()
         calls = [call for call, _ in program.counted()]
         found = {x for c in calls for g in c.inputs for x in g.sources if isinstance(x, Input)}
@@ -154,9 +155,12 @@ class Specialization:
 
     def _kept(self, tensors: dict[Input, Tensor]) -> Kept:
         """What to keep for the backward, decided in the first call."""
-        program, lowering = self.program, self._options.lowering
-        if program.kept is None:
-            retention = retention_of(program, self._options)
+        program, retention = self.program, retention_of(self.program, self._options)
+        lowering = settled(program.step_graphs, self._options.lowering)
+        if program.kept is None or (lowering != self._planned and retention.memory_budget is not None):
+            self._planned = lowering
+            for step in program.step_graphs:
+                begin(step, program.lowering_of(step, self._options.lowering))
             with waiting(f"planning what {self._name} keeps ..."):
                 kept, self.plan = decide(program, lowering, retention, self._name, tensors)
             checkpoint(program, replace(self._options, kept=kept))

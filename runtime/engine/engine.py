@@ -5,6 +5,7 @@ It holds detached tensors only, so that autograd nodes may refer to it without a
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -16,10 +17,10 @@ from metaoptim.compiler.compat import disable_current_modes, queue_callback
 from metaoptim.compiler.derive.interpret import hooking
 from metaoptim.compiler.ir.calls import Assign, StepCall
 from metaoptim.compiler.ir.program import Tape
-from metaoptim.compiler.ir.step import Role
+from metaoptim.compiler.ir.step import Lowering, Role
 from metaoptim.compiler.ir.tensors import TensorSpec, memory_of
 from metaoptim.compiler.lower.ambient import unaffected
-from metaoptim.compiler.lower.derivatives import Lowered, lowered
+from metaoptim.compiler.lower.derivatives import Lowered, lowered, taken
 from metaoptim.errors import CaptureError, StaleInputError, WindowError
 
 from ..states.slots import Action, Advance, Slots, State
@@ -73,6 +74,8 @@ class Engine(Interpreter):
         self.closed: set[int] = set()  # ids of those that no gradient reaches
         self._watch = progress.current.get() if lower is lowered_for else None
         self._ran = 0  # calls that `run` has run
+        self._reached = 0  # up to which position calls have been run
+        self._since: dict[tuple[int, str], int] = {}  # step and kind of graph -> from where on it ran compiled
         self.stream = Stream()
         self._sweeps: dict[int, Sweep] = {}
         self._memory: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
@@ -203,11 +206,30 @@ class Engine(Interpreter):
             return cotangent
         return torch.empty_strided(shape, stride, dtype=dtype, device=device).copy_(cotangent)
 
-    def _lowered(self, call: StepCall, kind: str, operands: Sequence[Tensor]) -> Lowered:
+    def _lowered(self, call: StepCall, kind: str, operands: Sequence[Tensor], position: int) -> Lowered:
         try:
-            return self._lower(call, kind, operands)
+            if self._lower is not lowered_for:
+                return self._lower(call, kind, operands)
+            lowering = call.lowering
+            if lowering.backend == "inductor":
+                lowering = self._taken(call, kind, operands, position)
+            return lowered(call.step, kind, operands, lowering, at_once=True)
         except CaptureError as error:
             raise CaptureError(f"of the inner step at {call.location}: {error.reason}") from error
+
+    def _taken(self, call: StepCall, kind: str, operands: Sequence[Tensor], position: int) -> Lowering:
+        """How a graph runs: compiled once that is done, but a replay does what the first run of its position did."""
+        if kind in ("vjp", "backward", "loss"):
+            return taken(call.step, kind, operands, call.lowering)
+        graph = id(call.step), kind
+        if position < self._reached:
+            compiled = position >= self._since.get(graph, sys.maxsize)
+            return call.lowering if compiled else call.lowering.uncompiled
+        self._reached = position + 1
+        lowering = taken(call.step, kind, operands, call.lowering)
+        if lowering is call.lowering:
+            self._since.setdefault(graph, position)
+        return lowering
 
     def _values(self, call: StepCall, state: State, position: int) -> list[Tensor]:
         """What a call is given besides the state."""

@@ -41,8 +41,10 @@ class Interpreter:
 
     # -- what calls are run on -------------------------------------------------------------------------------------
 
-    def _lowered(self, call: StepCall, kind: str, operands: list[Any]) -> Callable[..., Sequence[Any]]:
-        """One of a call's graphs, as a callable."""
+    def _lowered(
+        self, call: StepCall, kind: str, operands: list[Any], position: int
+    ) -> Callable[..., Sequence[Any]]:
+        """One of the graphs of the call at ``position``, as a callable."""
         raise NotImplementedError
 
     def _values(self, call: StepCall, state: State, position: int) -> list[Any]:
@@ -136,7 +138,8 @@ class Interpreter:
             base = self.state_at(position - call.back)
         operands = self.operands(call, state, base, position)
         divided = residuals(call.step, call.lowering.hvp) if saving else None
-        results = self._lowered(call, "replay" if divided is None else "forward", operands)(*operands)
+        kind = "replay" if divided is None else "forward"
+        results = self._lowered(call, kind, operands, position)(*operands)
         if divided is not None:
             self._residuals[position] = [results[i] for i in divided.residuals]
         new = changed(state, zip(call.writes, results, strict=False))
@@ -180,7 +183,7 @@ class Interpreter:
             for i in cotangent_outputs(step):
                 operands.append(self._cotangent(step.outputs[i].spec, received.pop(i, None)))
             self.vjps += 1
-        vjp = self._lowered(call, kind, operands)
+        vjp = self._lowered(call, kind, operands, position)
         indices = iter((*call.reads, *call.metas))
         for port, grad in zip(step.inputs, vjp(*operands), strict=True):
             index = None if port.role in (Role.SCAN, Role.NOISE) else next(indices)
