@@ -108,16 +108,12 @@ class Segment(Keyed):
 
     A hook acts where its tensor is made, on the whole of its gradient. One on a parameter acts in the step that takes
     the gradient by it.
-
-    Attributes:
-        inputs: what they read from outside, in the order they are met.
-        key: their structure.
     """
 
     def __init__(self, entries: list[Entry], trace: Trace) -> None:
         super().__init__(entries)
         self.indexed = trace.indexed
-        self.inputs: list[Any] = []
+        self.inputs: list[Any] = []  # what they read from outside, in the order they are met
         self._input_at: dict[Any, int] = {}
         calls = self.entry_keys()
         inner = _shown(entries)
