@@ -58,10 +58,8 @@ class CostModel:
     transient_bytes: int  # A, most that one step's derivative allocates
     state_bytes: int  # S, of a kept state
     step_bytes: int  # B, what every further step adds: gradients of the data, where it has some
-    forward_flops: (
-        int | Fraction
-    )  # F, floating point operations of matrix products and convolutions in a step
-    vjp_flops: int | Fraction  # V, in its derivative
+    forward_flops: int | Fraction  # F, floating point operations of products and convolutions in a step
+    vjp_flops: int | Fraction  # V, those in its derivative
     residual_bytes: int = 0  # R, of one step's residuals
     residual_fixed_bytes: int = 0  # E, what those of the calls after the steps take more, and saving any
     saved_flops: int | Fraction = 0  # H, what residuals save of a step and its derivative
