@@ -205,6 +205,11 @@ class Partition:
     kinds: list[PartKind] = field(default_factory=list[PartKind])
     part_of: dict[int, int] = field(default_factory=dict[int, int])  # id of an entry -> its part
 
+    def made(self, value: Value) -> tuple[Part, Place]:
+        """The part that gives a value, and the value's place in it."""
+        part = self.parts[self.part_of[id(value.entry)]]
+        return part, (part.segment.number_of[id(value.entry)], value.index)
+
     def finals(self) -> list[Any]:
         """Values that are wanted at the end."""
         return [*self.trace.outputs, *(v for _, v in self.trace.writes)]

@@ -25,11 +25,10 @@ from ..compiler.ir.text import plural
 from ..compiler.ir.trace import Trace
 from ..compiler.ir.values import Input
 from ..compiler.lower.ambient import unaffected
+from ..compiler.lower.compile_graph import waiting
 from ..compiler.lower.derivatives import derived
-from ..compiler.lower.waiting import waiting
-from ..compiler.passes.checkpoint import checkpoint
 from ..compiler.passes.options import Options
-from ..compiler.passes.pipeline import Record, compile_trace
+from ..compiler.passes.pipeline import Record, checkpoint, compile_trace
 from ..errors import UnreachableWarning, warn
 from ..runtime.budget.amounts import tell_default
 from ..runtime.budget.planner import Plan, decide
@@ -145,7 +144,7 @@ class Specialization:
         differentiable = torch.is_grad_enabled() and bool(self._keys)
         kept = self._kept(tensors) if differentiable else Kept(1)
         written = [dependencies.tensor(t) for t in self._writes if not isinstance(t, tuple)]
-        run = Run(program, tensors, self._options.lowering, program.backward_hook, kept, written)
+        run = Run(program, tensors, self._options.lowering, kept, written)
         if differentiable:
             found = Call.apply(run, self._keys, program.dead, *(tensors[x] for x in self._keys))
         else:

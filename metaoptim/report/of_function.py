@@ -18,9 +18,8 @@ from ..compiler.ir.tensors import nbytes
 from ..compiler.ir.text import plural, signature
 from ..compiler.ir.trace import Trace
 from ..compiler.ir.values import Input
-from ..compiler.passes.checkpoint import checkpoint
 from ..compiler.passes.options import Options
-from ..compiler.passes.pipeline import Record, compile_trace
+from ..compiler.passes.pipeline import Record, checkpoint, compile_trace
 from ..errors import WindowError
 from ..functions.guards import Dependencies
 from ..functions.specialization import captured_step, name_of, retention_of, trace_of

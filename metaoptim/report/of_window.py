@@ -13,8 +13,7 @@ from ..compiler.ir.step import Lowering, StepGraph
 from ..compiler.ir.tensors import memory_of
 from ..compiler.ir.text import plural
 from ..compiler.lower.derivatives import derived
-from ..compiler.passes.differentiate import derive_all
-from ..compiler.passes.pipeline import Record
+from ..compiler.passes.pipeline import Record, derive_all
 from ..errors import WindowError, user_scope
 from ..functions.surroundings import names_in
 from ..runtime.budget.simulate import predict_sweep
