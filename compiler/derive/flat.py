@@ -52,12 +52,24 @@ def uncollected() -> Iterator[None]:
 
 
 @contextmanager
-def tracing() -> Iterator[None]:
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """The default dtype is ``dtype`` inside the block: integers become it where they meet a fraction, for instance."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextmanager
+def tracing(dtype: torch.dtype | None = None) -> Iterator[None]:
     """One trace at a time, outside the window, the user's modes, autocast and inference mode, with grad mode on."""
     recorder = recording.set(None)
     with (
         uncollected(),
         _lock,
+        default_dtype(dtype or torch.get_default_dtype()),
         disable_current_modes(),
         torch.inference_mode(False),
         torch.enable_grad(),
