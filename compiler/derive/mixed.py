@@ -73,13 +73,9 @@ def why_not_mixed(step: StepGraph) -> str | None:
 
 
 class _MixedStep:
-    """A step graph on either side of its gradient.
+    """A step graph on either side of the node ``taken``, its gradient of ``loss`` by ``thetas``.
 
-    Attributes:
-        taken: the node of the gradient.
-        loss, thetas: the nodes that it is taken of and by.
-        wanted: positions of the inputs that get a cotangent.
-        marks: what the nodes being traced hold in their ``meta``: their phase, for `rematerialised`.
+    The inputs at ``wanted`` get a cotangent. ``marks`` gives traced nodes the phase that `rematerialised` goes by.
     """
 
     def __init__(self, step: StepGraph) -> None:

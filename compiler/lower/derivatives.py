@@ -1,7 +1,4 @@
-"""The graphs of a step, derived and lowered on first use, and which derivative it gets.
-
-Its VJP is by reverse over reverse, or by mixed mode with rematerialisation.
-"""
+"""The graphs of a step, derived and lowered on first use: its VJP by reverse over reverse, or by mixed mode."""
 
 from __future__ import annotations
 
@@ -33,12 +30,10 @@ def lowered(
 
     Args:
         step: the step.
-        kind: "replay" or "vjp"; "loss", the VJP of its loss alone; or, where `residuals` has a split, "forward" or
-            "backward".
+        kind: "replay" or "vjp"; "loss", the VJP of its loss alone; "forward" or "backward" of its `residuals`.
         inputs: what it will be called with first.
         lowering: the backend and HVP mode of the step graphs.
-        at_once: it will be called with ``inputs`` now, and with nothing else: a graph that is not there yet may then be
-            found by running the step, and has its results.
+        at_once: it is called with ``inputs`` now and no more, so a graph may be found by running the step.
     """
     program = step.derived.lowered.get((kind, lowering))
     if program is not None:

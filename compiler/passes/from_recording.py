@@ -28,7 +28,7 @@ class StepSpec(NamedTuple):
     """What a step is besides its slice. All of it is part of the step's signature.
 
     Attributes:
-        plan: the update; its slots are the slice's roots after the first.
+        plan: the update; its hyper-references are the slice's roots after the first.
         params: for each updated parameter, its place among the slice's thetas.
         stale: whether the update finds other parameters than the loss has read.
         thetas, now: specs of the slice's thetas and of the updated parameters.
