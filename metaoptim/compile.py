@@ -25,7 +25,7 @@ from .functions.reads import Reads
 from .functions.recapture import compare
 from .functions.specialization import StepSpecialization, name_of, specialize
 from .functions.specializations import Specializations
-from .optim.alive import refresh_optimizers
+from .optim.optimizer import refresh_optimizers
 from .report.of_function import report_of
 from .report.report import Report
 from .runtime.windows.recording_session import RecordedSession

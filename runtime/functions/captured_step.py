@@ -95,7 +95,7 @@ def aside(window: RecordedSession) -> Iterator[None]:
     """The window steps aside: its networks have their own parameters, its modes are off."""
     variables: list[Any] = [_current, intercept.recording, intercept.binding]
     tokens = [v.set(None) for v in variables]
-    with window.networks.hidden(), disable_current_modes():
+    with window.networks.showing(window.networks.originals), disable_current_modes():
         try:
             yield
         finally:

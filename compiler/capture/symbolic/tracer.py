@@ -116,9 +116,6 @@ class Tracer(CaptureMode, Writer):
                 )
         return self.record(func, args, kwargs)
 
-    def leave(self) -> None:
-        """A window closes; the capture goes on."""
-
     def end(self) -> None:
         """The capture is over."""
         self.depth += 1
