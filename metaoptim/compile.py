@@ -89,10 +89,8 @@ class CompiledFunction:
 
     def _check_retention(self) -> None:
         said = self._options.retention
-        for name, value, short in (
-            ("memory_budget", said.memory_budget, "the budget"),
-            ("offload", said.place, "offload"),
-        ):
+        told = ("memory_budget", said.memory_budget, "the budget"), ("offload", said.place, "offload")
+        for name, value, short in told:
             if value is not None:
                 raise WindowError(
                     f"{name}={value!r} of {self._name}, a compiled step: the window it is called in decides what is "

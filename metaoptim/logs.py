@@ -43,10 +43,9 @@ def configure(spec: str) -> None:
                 f"METAOPTIM_LOGS: got {word!r}, expected names separated by commas, of\n{known}\n  all"
             )
         levels.update(dict.fromkeys(ARTIFACTS if name == "all" else [name], level))
+    others = logging.CRITICAL if levels else logging.NOTSET
     for name in ARTIFACTS:
-        logging.getLogger(f"{_ROOT}.{name}").setLevel(
-            levels.get(name, logging.NOTSET if not levels else logging.CRITICAL)
-        )
+        logging.getLogger(f"{_ROOT}.{name}").setLevel(levels.get(name, others))
     root = logging.getLogger(_ROOT)
     for handler in [h for h in root.handlers if isinstance(h, _Handler)]:
         root.removeHandler(handler)

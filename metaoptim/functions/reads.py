@@ -13,6 +13,7 @@ import sys
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,10 +44,7 @@ _WHOLE = ("__dict__", "__reduce_ex__", "__getstate__")  # by them, all attribute
 
 
 class _Glance(Dependencies):
-    """What a place held when it was read, but for what is inside modules, optimizers and tensors.
-
-    A capture shows other tensors for a while.
-    """
+    """What a place held when it was read, but for what is inside modules, optimizers and tensors: they change."""
 
     def __init__(self, reads: Reads) -> None:
         super().__init__(named=True)
@@ -67,31 +65,28 @@ class _Glance(Dependencies):
         self.object(optimizer, "optimizer", path)
 
 
+@dataclass
+class _Noted:
+    """A place that was read: what holds it, what was there, and whether what was read has only been counted up."""
+
+    place: Place
+    holder: Any
+    facts: tuple[Fact, ...]
+    counts: bool
+
+
 class Reads:
-    """Watches one capture.
-
-    Attributes:
-        key: what the call depends on by itself.
-        places: where it has read, once that is settled.
-        found: the facts that were there.
-        dependencies: what the call depends on, until then.
-        told: what the facts are about, by the name that the caller has for it, and the facts, each by a key of its own.
-
-    Args:
-        fn: the function.
-        args: its positional arguments.
-        kwargs: its keyword arguments.
-        window: the ordinary window that it is called in, if it is a step.
-    """
+    """Watches one capture of ``fn`` on these arguments, as a step of ``window`` if there is one."""
 
     def __init__(self, fn: Callable, args: tuple, kwargs: dict[str, Any], window: Any = None) -> None:
-        self.dependencies = Dependencies.of_call(fn, args, kwargs, window, named=True)
-        self.key = self.dependencies.key
-        self.told: dict[Any, tuple[str, Fact]] = {}
-        self.places: list[Place] = []
-        self.found: list[tuple[Fact, ...]] = []
-        self._places: dict[tuple[int, str], tuple[Place, Any, tuple[Fact, ...]]] = {}
-        self._counted: dict[tuple[int, str], tuple[Place, Any, tuple[Fact, ...]]] = {}
+        self.dependencies = Dependencies.of_call(fn, args, kwargs, window, named=True)  # until `settle`
+        self.key = self.dependencies.key  # what the call depends on by itself
+        self.told: dict[
+            Any, tuple[str, Fact]
+        ] = {}  # facts, each by a key of its own, and what they are about
+        self.places: list[Place] = []  # where the capture has read, once that is settled
+        self.found: list[tuple[Fact, ...]] = []  # the facts that were there
+        self._noted: dict[tuple[int, str], _Noted] = {}
         self._written: set[tuple[int, str]] = set()
         self._known: dict[int, tuple[Any, str]] = {}
         self._entered: dict[int, types.CodeType] = {}
@@ -134,29 +129,24 @@ class Reads:
 
     # -- what is read --------------------------------------------------------------------------------------------
 
-    def _note(self, kind: str, holder: Any, name: str, path: str, counted: bool = False) -> None:
+    def _note(self, kind: str, holder: Any, name: str, path: str, counts: bool = False) -> None:
         key = (id(holder), name)
-        if key in self._places or (counted and key in self._counted):
-            return
-        if key in self._counted:
-            self._places[key] = self._counted.pop(key)
-            return
-        if key in self._written:
-            return
-        place = Place(kind, holder, name, path)
-        busy, self._busy = self._busy, True
-        try:
-            glance = _Glance(self)
-            place.describe(glance)
-        finally:
-            self._busy = busy
-        if not glance.symbolic:
-            (self._counted if counted else self._places)[key] = place, holder, glance.key
+        if key in self._noted:
+            self._noted[key].counts &= counts
+        elif key not in self._written:
+            place, glance = Place(kind, holder, name, path), _Glance(self)
+            busy, self._busy = self._busy, True
+            try:
+                place.describe(glance)
+            finally:
+                self._busy = busy
+            if not glance.symbolic:
+                self._noted[key] = _Noted(place, holder, glance.key, counts)
 
     def attribute(self, o: Any, name: str) -> None:
         """An attribute of ``o`` is about to be read."""
-        key = (id(o), name)
-        if self._busy or key in self._places or id(o) not in self._known:
+        noted = self._noted.get((id(o), name))
+        if self._busy or (noted is not None and not noted.counts) or id(o) not in self._known:
             return
         frame = sys._getframe(2)
         if name[:2] == "__":
@@ -192,9 +182,8 @@ class Reads:
 
     def wrote(self, o: Any, name: str) -> None:
         """An attribute of ``o`` is about to be written."""
-        key = (id(o), name)
-        if not self._busy and key not in self._places and key not in self._counted and id(o) in self._known:
-            self._written.add(key)
+        if not self._busy and (id(o), name) not in self._noted and id(o) in self._known:
+            self._written.add((id(o), name))
 
     # -- what is entered -----------------------------------------------------------------------------------------
 
@@ -231,31 +220,28 @@ class Reads:
 
     def _globals(self, code: types.CodeType, names: dict[str, Any]) -> None:
         for name in (*global_names(code), *texts(code, "globals")):
-            if name in names:
-                value = names[name]
-                if isinstance(value, types.ModuleType):
-                    self._module(value, code, name)
-                elif isinstance(value, type):
-                    self._class(value, code)
-                elif names is self._own and name in self._given:
-                    continue  # told by itself
-                elif not isinstance(value, _FUNCTIONS) or not is_library(value.__module__):
-                    self._note("global", names, name, name)
+            value = names.get(name, MISSING)
+            if isinstance(value, (types.ModuleType, type)):
+                self._whole(value, code, name)
+            elif value is MISSING or (names is self._own and name in self._given):
+                continue  # told by itself
+            elif not isinstance(value, _FUNCTIONS) or not is_library(value.__module__):
+                self._note("global", names, name, name)
         for module in imports(code, names):
-            self._module(module, code, module.__name__)
+            self._whole(module, code, module.__name__)
 
-    def _module(self, module: types.ModuleType, code: types.CodeType, path: str) -> None:
-        if is_library(module.__name__):
-            return
-        for name in (*code.co_names, *texts(code, "getattr")):
-            value = vars(module).get(name)
-            if isinstance(value, types.ModuleType):
-                if value is not module:
-                    self._module(value, code, f"{path}.{name}")
-            elif isinstance(value, type):
-                self._class(value, code)
-            elif name in vars(module):
-                self._note("global", vars(module), name, f"{path}.{name}")
+    def _whole(self, value: types.ModuleType | type, code: types.CodeType, path: str) -> None:
+        """Code refers to a module or a class: of it, it may read what it has names for."""
+        if isinstance(value, type):
+            self._class(value, code)
+        elif not is_library(value.__name__):
+            for name in (*code.co_names, *texts(code, "getattr")):
+                inner = vars(value).get(name, MISSING)
+                if not isinstance(inner, (types.ModuleType, type)):
+                    if inner is not MISSING:
+                        self._note("global", vars(value), name, f"{path}.{name}")
+                elif inner is not value:
+                    self._whole(inner, code, f"{path}.{name}")
 
     def _class(self, cls: type, code: types.CodeType) -> None:
         if is_library(cls.__module__):
@@ -294,8 +280,10 @@ class Reads:
         named = self.dependencies
         assert named.paths is not None
         self.told.update(enumerate(zip(named.paths, named.facts, strict=True)))
-        for place, _, before in self._places.values():
-            glance, mark = _Glance(self), len(named.paths)
+        for noted in self._noted.values():
+            if noted.counts:
+                continue
+            place, before, glance, mark = noted.place, noted.facts, _Glance(self), len(named.paths)
             place.describe(glance)
             place.describe(named)
             # what the function has changed itself counts as it was before; it will be captured anew
@@ -305,6 +293,5 @@ class Reads:
             told = zip(named.paths[mark:], facts, strict=False)
             self.told.update(((place.identity, k), fact) for k, fact in enumerate(told))
         del self.dependencies  # from here on it keeps nothing alive
-        self._places.clear()
-        self._counted.clear()
+        self._noted.clear()
         self._known.clear()

@@ -15,16 +15,7 @@ from .guards import Source
 
 
 def compare(name: str, known: Any, again: Any) -> None:
-    """Compare two captures of one function for equal guards.
-
-    Args:
-        name: of the function.
-        known: a program, or a compiled step, as it was captured first.
-        again: as it was captured just now.
-
-    Raises:
-        CaptureError: at the first difference: something has changed that is frozen at capture.
-    """
+    """Raise at the first difference of two captures of one function for equal guards: the first one, and one of now."""
     where = _difference(known, again)
     if where is None:
         return
@@ -59,9 +50,8 @@ def _difference(known: Any, again: Any) -> str | None:
                 if change:
                     return f"{change} {place}"
         if (count, [g.stride for g in was.inputs]) != (counts, [g.stride for g in now.inputs]):
-            return (
-                f"what it reads {place} is another row or number in other iterations, or so are their numbers"
-            )
+            told = "is another row or number in other iterations, or so are their numbers"
+            return f"what it reads {place} {told}"
     if len(calls) != len(calls_now):
         return f"it consisted of {len(calls)} parts, and consists of {len(calls_now)}"
     return None

@@ -102,15 +102,7 @@ def captured_step(
 
 
 class Specialization:
-    """A captured function.
-
-    Attributes:
-        program: what it runs.
-        records: what each pass did.
-        plan: how it keeps to its memory budget, once it has run under one.
-        sources: the source of the tensor behind each input of the program.
-        remembered: references to the objects that the capture knows by identity.
-    """
+    """A captured function: the program that it runs, and what each pass did."""
 
     def __init__(
         self,
@@ -122,14 +114,16 @@ class Specialization:
         traced: Traced,
     ) -> None:
         self.program, self.records, self.traced = program, records, traced
-        self.remembered = dependencies.remembered()
-        self.plan: Plan | None = None
+        self.remembered = (
+            dependencies.remembered()
+        )  # references to objects that the capture knows by identity
+        self.plan: Plan | None = None  # how it keeps to its memory budget, once it has run under one
         self._name, self._options = name, options
         source = dependencies.sources()
         calls = [call for call, _ in program.counted()]
         found = {x for c in calls for g in c.inputs for x in g.sources if isinstance(x, Input)}
         found |= {where for where in program.outputs if isinstance(where, Input)}
-        self.sources = {x: source(x.tensor) for x in found}
+        self.sources = {x: source(x.tensor) for x in found}  # of the tensor behind each input
         self._writes = [source(t) if isinstance(t, Tensor) else t for t, _ in program.writes]
         reached = {x for c in calls for x in _reached(c, options.lowering.hvp)}
         self._keys = [x for x in found if x.grad and x in reached]
@@ -194,19 +188,11 @@ def retention_of(program: Program, options: Options) -> Retention:
 
 
 class StepSpecialization:
-    """A captured step of an ordinary window.
+    """A captured step of an ordinary window; the fields are those of `Specialization`."""
 
-    Attributes:
-        step: what runs.
-        sources: the source of the tensor behind each input of the step.
-        remembered: references to the objects that the capture knows by identity.
-    """
-
-    def __init__(
-        self, step: CompiledStep, lowering: Lowering, dependencies: Dependencies, traced: Traced
-    ) -> None:
+    def __init__(self, step: CompiledStep, lowering: Lowering, of: Dependencies, traced: Traced) -> None:
         self.step, self.traced, self._lowering = step, traced, lowering
-        self.remembered, source = dependencies.remembered(), dependencies.sources()
+        self.remembered, source = of.remembered(), of.sources()
         inputs = [x for x in (*step.given, *step.left) if isinstance(x, Input)]
         self.sources = {x: source(x.tensor) for x in inputs}
         for x in self.sources:

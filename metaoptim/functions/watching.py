@@ -52,11 +52,8 @@ def listening(listener: Listener) -> Iterator[None]:
 def watch(cls: type) -> None:
     """Have a class tell, until the last capture is over."""
     with _lock:
-        if (
-            cls in _changed
-            or not is_python_class(cls)
-            or (cls is not nn.Module and issubclass(cls, nn.Module))
-        ):
+        inherits = cls is not nn.Module and issubclass(cls, nn.Module)
+        if inherits or cls in _changed or not is_python_class(cls):
             return
         own = {name: vars(cls).get(name, _MISSING) for name in ("__getattribute__", "__setattr__")}
         read: Any = cls.__getattribute__

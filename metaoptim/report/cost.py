@@ -241,9 +241,8 @@ def setting_of(
     each = sum(call.step.steps for call in longest.calls)
     count = longest.count + more // max(each, 1)
     if count < 1:
-        raise ValueError(
-            f"horizon: got {horizon}, expected at least {program.horizon - each * (longest.count - 1)}"
-        )
+        least = program.horizon - each * (longest.count - 1)
+        raise ValueError(f"horizon: got {horizon}, expected at least {least}")
     stretched = _stretched(longest, count)
     longer = replace(program, calls=[stretched if x is longest else x for x in program.calls])
     learnt = _learnt_bytes(longest)

@@ -6,7 +6,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
-from typing import Any
 
 from torch import Tensor
 
@@ -32,15 +31,13 @@ from ..runtime.windows.session import current_session
 from .report import CUT_OFF, NO_FLOW, Report, calls_text, of_gradients, of_program, shape_of
 
 
-def report_of(
-    fn: Callable, options: Options, args: tuple, kwargs: dict[str, Any], measure: bool = False
-) -> Report:
+def report_of(fn: Callable, options: Options, args: tuple, kwargs: dict, measure: bool = False) -> Report:
     """What `explain` returns, for a call of ``fn`` with these arguments."""
     session = current_session()
     if measure and (session is not None or profiling()):
         raise WindowError("explain(measure=True): call it outside windows, and while no profiler is active")
     if isinstance(session, RecordedSession):
-        return _step_report(fn, options, session, args, kwargs)
+        return _of_step(fn, options, session, args, kwargs)
     if session is not None:
         raise WindowError("explain inside a full_tape window, where nothing is compiled; call it outside")
     names = tensor_names(fn, args, kwargs)
@@ -71,11 +68,9 @@ def report_of(
     _, done = checkpoint(program, replace(options, kept=kept))
     done += f"; {plural(prediction.extra_forwards, 'call')} made again"
     records.append(Record("checkpoint", done, 1e3 * (time.perf_counter() - begun)))
-    whole = (
-        predict(replace(program, window=None), slots, lowering).reached
-        if program.window
-        else prediction.reached
-    )
+    whole = prediction.reached
+    if program.window:
+        whole = predict(replace(program, window=None), slots, lowering).reached
     paths, targets = _gradients(trace, program, labels, names, prediction.reached, whole)
     dependencies = _learnable(names, fn, args, kwargs)
     read = {id(x.tensor) for x in trace.inputs}
@@ -107,9 +102,7 @@ def report_of(
     )
 
 
-def _step_report(
-    fn: Callable, options: Options, window: RecordedSession, args: tuple, kwargs: dict[str, Any]
-) -> Report:
+def _of_step(fn: Callable, options: Options, window: RecordedSession, args: tuple, kwargs: dict) -> Report:
     with window.recorder.paused():
         names = tensor_names(fn, args, kwargs)
         step, trace, _ = captured_step(fn, window, args, kwargs, texts={})

@@ -78,9 +78,8 @@ def _records(program: Tape, lowerings: dict[int, Lowering]) -> list[Record]:
     ]
     calls = program.end - program.start
     loops = sum(isinstance(x, Loop) for x in program.items)
-    done = (
-        f"{plural(calls, 'call')} in {plural(loops, 'loop')} and {plural(len(program.items) - loops, 'call')}"
-    )
+    done = f"{plural(calls, 'call')} in {plural(loops, 'loop')} and "
+    done += plural(len(program.items) - loops, "call")
     found.append(Record("loop", done, program.milliseconds))
     begun = time.perf_counter()
     modes: dict[str, list[StepGraph]] = {}
