@@ -22,11 +22,10 @@ from .compiler.passes.options import Options
 from .errors import WindowError
 from .functions.guards import Dependencies
 from .functions.reads import Reads
-from .functions.recapture import compare
-from .functions.specialization import StepSpecialization, name_of, specialize
+from .functions.specialization import StepSpecialization, compare, name_of, specialize
 from .functions.specializations import Specializations
 from .optim.alive import refresh_optimizers
-from .report.of_function import report_of
+from .report.explain import report_of
 from .report.report import Report
 from .runtime.windows.recording_session import RecordedSession
 from .runtime.windows.session import current_session

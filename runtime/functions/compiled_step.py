@@ -10,7 +10,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from metaoptim.compiler.ir.calls import StepCall
+from metaoptim.compiler.ir.calls import Operand, StepCall
+from metaoptim.compiler.ir.program import Program
 from metaoptim.compiler.ir.step import Lowering, Role, StepGraph
 from metaoptim.compiler.ir.trace import Input, Noise
 from metaoptim.compiler.lower.ambient import unaffected
@@ -95,6 +96,12 @@ class CompiledStep:
             for x, value in zip(self.left, results, strict=False):
                 tensor_of(x).copy_(value)
         return self._results(window, call, results[len(self.left) :])
+
+    @property
+    def program(self) -> Program:
+        """What it does: one call."""
+        given = [Operand("input", x) for x in self.given]
+        return Program([StepCall(self.step, (), (), given, "")])
 
     def fits(self, window: RecordedSession) -> bool:
         """Whether the parameters that it reads are those of the window's networks."""
