@@ -45,9 +45,8 @@ class Dependencies:
         self.tensors: list[Tensor] = []  # in the order they are met; the same order for equal facts
         self.objects: list[Any] = []  # what the facts know by identity
         self._seen: dict[int, tuple[int, Any]] = {}  # held, or another might get its id
-        self._late: list[tuple[nn.Module, str]] | None = (
-            None  # networks of optimizers: they may have better names
-        )
+        # networks of optimizers, which may have better names
+        self._late: list[tuple[nn.Module, str]] | None = None
 
     @classmethod
     def of_call(
@@ -107,10 +106,6 @@ class Dependencies:
             del self.paths[facts:]
         while len(self._seen) > seen:
             self._seen.popitem()
-
-    def since(self, mark: tuple[int, ...]) -> tuple[Fact, ...]:
-        """The facts found since."""
-        return tuple(self.facts[mark[0] :])
 
     def fact(self, path: str, fact: Fact) -> None:
         """Note one."""
@@ -349,9 +344,9 @@ class Place:
 def look(dependencies: Dependencies, places: Sequence[Place]) -> Iterator[tuple[Fact, ...]]:
     """What is at each of the places now, as facts; ``dependencies`` is extended by them."""
     for place in places:
-        mark = dependencies.mark()
+        before = len(dependencies.facts)
         place.describe(dependencies)
-        yield dependencies.since(mark)
+        yield tuple(dependencies.facts[before:])
 
 
 def dict_of(o: Any) -> dict[str, Any]:

@@ -10,9 +10,11 @@ import functools
 import gc
 import logging
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,11 +31,11 @@ from .surroundings import (
     global_names,
     imports,
     is_library,
+    is_python_class,
     only_counts,
     surroundings,
     texts,
 )
-from .watching import listening, watch
 
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
 _METHODS = (types.FunctionType, staticmethod, classmethod)
@@ -81,9 +83,8 @@ class Reads:
     def __init__(self, fn: Callable, args: tuple, kwargs: dict[str, Any], window: Any = None) -> None:
         self.dependencies = Dependencies.of_call(fn, args, kwargs, window, named=True)  # until `settle`
         self.key = self.dependencies.key  # what the call depends on by itself
-        self.told: dict[
-            Any, tuple[str, Fact]
-        ] = {}  # facts, each by a key of its own, and what they are about
+        # facts, each by a key of its own, and what they are about
+        self.told: dict[Any, tuple[str, Fact]] = {}
         self.places: list[Place] = []  # where the capture has read, once that is settled
         self.found: list[tuple[Fact, ...]] = []  # the facts that were there
         self._noted: dict[tuple[int, str], _Noted] = {}
@@ -121,7 +122,7 @@ class Reads:
                 self._globals(inner.__code__, inner.__globals__)
                 self._note("object", inner, "", path)
         elif self._watches and not isinstance(value, type):
-            watch(type(value))
+            _watch(type(value))
 
     def meet(self, value: Any, path: str) -> None:
         """An object that the function depends on, however it came by it."""
@@ -261,19 +262,31 @@ class Reads:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Watch what the calling thread reads inside the block."""
-        previous = sys.gettrace()
-        self._watches = True
-        for value, _ in list(self._known.values()):
-            if not isinstance(value, type):
-                watch(type(value))
-        # modules under torch.compile run eagerly here; dynamo must not look into what reports their reads
-        with listening(self), torch.compiler.set_stance("force_eager"):
-            sys.settrace(self._trace(previous))
-            try:
-                yield
-            finally:
-                sys.settrace(previous)
-                self._watches = False
+        global _captures
+        previous, token = sys.gettrace(), _listener.set(self)
+        with _lock:
+            _captures += 1
+        try:
+            self._watches = True
+            _watch(nn.Module)
+            for value, _ in list(self._known.values()):
+                if not isinstance(value, type):
+                    _watch(type(value))
+            # modules under torch.compile run eagerly here; dynamo must not look into what reports their reads
+            with torch.compiler.set_stance("force_eager"):
+                sys.settrace(self._trace(previous))
+                try:
+                    yield
+                finally:
+                    sys.settrace(previous)
+        finally:
+            self._watches = False
+            _listener.reset(token)
+            with _lock:
+                _captures -= 1
+                if not _captures:
+                    _as_before.close()
+                    _watched.clear()
 
     def settle(self, dependencies: Dependencies) -> None:
         """The capture is over: fill `places`, `found` and `told`, and extend ``dependencies`` by what is there now."""
@@ -295,3 +308,46 @@ class Reads:
         del self.dependencies  # from here on it keeps nothing alive
         self._noted.clear()
         self._known.clear()
+
+
+# -- classes that tell of the attributes of their instances -----------------------------------------------------------
+
+_listener: ContextVar[Reads | None] = ContextVar("metaoptim_listener", default=None)
+_lock = threading.RLock()
+_captures = 0  # under way, in all threads: the last of them lets the classes be as they were
+_watched: set[type] = set()
+_as_before = ExitStack()
+
+
+def _watch(cls: type) -> None:
+    """Have a class tell what is read and written, just before, until the last capture is over."""
+    with _lock:
+        inherits = cls is not nn.Module and issubclass(cls, nn.Module)
+        if inherits or cls in _watched or not is_python_class(cls):
+            return
+        read: Any = cls.__getattribute__
+        write: Any = cls.__setattr__
+
+        def get(self: Any, name: str) -> Any:
+            listener = _listener.get()
+            if listener is not None:
+                listener.attribute(self, name)
+            return read(self, name)
+
+        def put(self: Any, name: str, value: Any) -> None:
+            listener = _listener.get()
+            if listener is not None:
+                listener.wrote(self, name)
+            write(self, name, value)
+
+        for name, method in (("__getattribute__", get), ("__setattr__", put)):
+            own = vars(cls).get(name, MISSING)
+            try:
+                type.__setattr__(cls, name, method)  # whatever the metaclass thinks of it
+            except TypeError:  # it is of an extension module (pybind11), whose classes cannot be changed
+                return
+            if own is MISSING:
+                _as_before.callback(type.__delattr__, cls, name)
+            else:
+                _as_before.callback(type.__setattr__, cls, name, own)
+        _watched.add(cls)

@@ -31,6 +31,7 @@ from ..compiler.passes.checkpoint import checkpoint
 from ..compiler.passes.options import Options
 from ..compiler.passes.pipeline import Record, compile_trace
 from ..errors import CaptureError, UnreachableWarning, warn
+from ..optim.alive import preserved
 from ..runtime.budget.amounts import tell_default
 from ..runtime.budget.planner import Plan, decide
 from ..runtime.engine.function import Call, Run
@@ -59,15 +60,11 @@ class Traced:
 
 
 def trace_of(
-    fn: Callable,
-    args: tuple,
-    kwargs: dict,
-    window: RecordedSession | None = None,
-    reads: Reads | None = None,
+    fn: Callable, args: tuple, kwargs: dict, window: RecordedSession | None = None, reads: Reads | None = None
 ) -> tuple[Trace, Traced, CapturedStep | None]:
     """Run ``fn`` on these arguments, symbolically, watched by ``reads``; inside ``window``, as one of its steps."""
     begun = time.perf_counter()
-    with uncollected(), capturing() as tracer:
+    with uncollected(), preserved(), capturing() as tracer:
         session = None if window is None else CapturedStep(window, tracer)
         with nullcontext() if session is None else session.stepping():
             with nullcontext() if reads is None else reads.watching():

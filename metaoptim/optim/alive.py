@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
-
-from metaoptim.compiler.capture.symbolic.capturing import preserving
 
 if TYPE_CHECKING:
     from .optimizer import MetaOptimizer
@@ -25,8 +24,9 @@ def refresh_optimizers() -> bool:
     return changed
 
 
-def _preserve() -> Callable[[], None]:
-    """What puts optimizers back as they are now, and forgets those made until then."""
+@contextmanager
+def preserved() -> Iterator[None]:
+    """Put this thread's optimizers back after the block, and forget those made in it."""
     kept = []
     for o in list(live_optimizers):
         if o.thread == threading.get_ident():
@@ -40,7 +40,9 @@ def _preserve() -> Callable[[], None]:
             }
             kept.append((o, o.param_groups, groups, o.state, states, rest))
 
-    def put_back() -> None:
+    try:
+        yield
+    finally:
         known = {id(o) for o, *_ in kept}
         for o in [o for o in live_optimizers if o.symbolic and id(o) not in known]:
             live_optimizers.discard(o)
@@ -56,8 +58,3 @@ def _preserve() -> Callable[[], None]:
                 state[p] = s
             o.param_groups, o.state = all_groups, state
             o.__dict__.update(rest)
-
-    return put_back
-
-
-preserving.append(_preserve)
