@@ -220,10 +220,13 @@ class CapturedSession(Session):
     def _start(self, ordinals: list[int], values: list[Tensor]) -> None:
         for i, v in zip(ordinals, values, strict=True):
             self._show(i, tensor_spec(v), self.recorder.value_of(v))
-        # what the values were computed from, maybe
-        for i in set(range(len(self.networks.shown))) - set(ordinals):
-            shown = self.networks.shown[i]
-            self._show(i, tensor_spec(shown), self.recorder.value_of(shown))
+        self._show_others(ordinals)  # what the values were computed from, maybe
+
+    def _show_others(self, ordinals: list[int], read: set[int] | None = None) -> None:
+        """Show the parameters besides these anew, of all or of those whose ids are ``read``."""
+        for i, t in enumerate(list(self.networks.shown)):
+            if i not in ordinals and (read is None or id(t) in read):
+                self._show(i, tensor_spec(t), self.recorder.value_of(t))
 
     # -- steps ---------------------------------------------------------------------------------------------------
 
@@ -274,10 +277,7 @@ class CapturedSession(Session):
                 tracer.bind(value, self._part(of, name))
         # An inner gradient is the derivative at the state it is taken at: what this step has read of other networks is
         # shown anew, so that their own steps do not look back through it.
-        for i in set(range(len(networks.shown))) - set(ordinals):
-            t = networks.shown[i]
-            if id(t) in leaves:
-                self._show(i, tensor_spec(t), tracer.value_of(t))
+        self._show_others(ordinals, leaves)
         if not optimizer.symbolic and optimizer not in tracer.stepped:
             tracer.stepped.append(optimizer)
         tracer.trace.steps.append((len(tracer.trace.entries), user_location()))
