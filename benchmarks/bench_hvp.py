@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import metaoptim
-from metaoptim.compiler.derive.liveness import peak_bytes
+from metaoptim.compiler.derive.graphs import peak_bytes
 from metaoptim.compiler.derive.reverse import cotangent_outputs
 from metaoptim.compiler.ir.step import Port, StepGraph
 from metaoptim.compiler.lower.derivatives import derived

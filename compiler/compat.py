@@ -13,7 +13,6 @@ import torch
 import torch.utils.checkpoint
 from torch._C import DisableTorchFunction, _autograd, _DisableAutocast, _DisableTorchDispatch
 from torch._C._profiler import ProfilerConfig, ProfilerState, _ExperimentalConfig
-from torch._functorch.compile_utils import fx_graph_cse
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -59,7 +58,6 @@ __all__ = [
     "dispatch_modes",
     "end_profile",
     "function_modes",
-    "fx_graph_cse",
     "graph_task",
     "has_meta_kernel",
     "pop_dispatch_mode",

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx
 
-from ..derive.liveness import peak_bytes, results_of, storages
+from ..derive.graphs import peak_bytes, results_of, storages
 from ..derive.reverse import cotangent_outputs
 from ..ir.step import Lowering, Measured, ResultMemory, StepCost, StepGraph
 from ..ir.tensors import nbytes

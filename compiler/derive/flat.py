@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from operator import getitem
+from threading import RLock
 from typing import Any, NamedTuple
 
 import torch
@@ -13,20 +16,58 @@ from torch import Tensor, fx
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from metaoptim.compiler.compat import (
+    DisableAutocast,
     FakeTensor,
-    OpOverload,
     TorchDispatchMode,
+    disable_current_modes,
     tree_leaves,
     unset_fake_temporarily,
 )
 from metaoptim.errors import CaptureError
 
-from ..ir.operators import EMPTY, functional, op_info, shapes_known
+from ..capture.intercept import recording
+from ..ir.operators import functional, op_info, shapes_known
 from ..ir.tensors import tensor_spec
 
 aten = torch.ops.aten
 _LIFTED = (aten.lift_fresh.default, aten.lift.default)
 _NONE: Mapping[str, Any] = {}
+_lock = RLock()  # of what is patched while a step is traced
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Python's cycle collector rests inside the block.
+
+    A trace is many objects, all of them alive, and no cycles: the collector would go through them, and through all that
+    torch has loaded, again and again (more than half of the time that a capture of 1,000 steps took).
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@contextmanager
+def tracing() -> Iterator[None]:
+    """One trace at a time, outside the window, the user's modes, autocast and inference mode, with grad mode on."""
+    recorder = recording.set(None)
+    with (
+        uncollected(),
+        _lock,
+        disable_current_modes(),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        DisableAutocast(),
+        torch.autograd.set_detect_anomaly(False),
+    ):
+        try:
+            yield
+        finally:
+            recording.reset(recorder)
 
 
 class Unfollowed(Exception):
@@ -34,13 +75,7 @@ class Unfollowed(Exception):
 
 
 class Traced(NamedTuple):
-    """The operators a function has called.
-
-    Attributes:
-        graph: of them.
-        constants: what it has used besides its arguments.
-        results: what it has returned.
-    """
+    """The operators a function has called, the tensors it has used besides its arguments, and what it returned."""
 
     graph: fx.Graph
     constants: dict[str, Tensor]
@@ -50,13 +85,14 @@ class Traced(NamedTuple):
 def flat_graph(
     fn: Callable[..., tuple],
     inputs: Sequence[Tensor],
-    instead: Mapping[Any, Callable] | None = None,
+    instead: Mapping[Any, Callable] = _NONE,
     real: bool = False,
+    marks: Mapping[str, Any] = _NONE,
 ) -> Traced:
     """The operators that ``fn(*inputs)`` calls below autograd, those of its backward passes included.
 
-    What torch's own make_fx gives for static shapes, in less time: no proxies, no functorch, no symbolic numbers; and
-    without detaches, which mean nothing there, and in-place operators whose memory nobody shares.
+    What torch's own make_fx gives for static shapes, in less time: no proxies, no symbolic numbers; and without
+    detaches, which mean nothing there, and in-place operators whose memory nobody shares.
 
     Args:
         fn: returns a tuple of tensors and None.
@@ -64,19 +100,23 @@ def flat_graph(
             ``fn`` uses becomes a constant of the graph.
         instead: operator -> what to call in its place.
         real: whether the results are wanted: the graph must then hold for other values too.
+        marks: what nodes are to hold in their ``meta``; ``fn`` may change it as it goes.
 
     Raises:
         Unfollowed: with ``real``, where an operator looks at values, draws random numbers, or reads a tensor from
             elsewhere.
     """
     graph = fx.Graph()
-    writer = _Writer(graph, instead or {}, real)
+    writer = _Writer(graph, instead, real, marks)
     for i, t in enumerate(inputs):
         writer.bind(t, graph.placeholder(f"input_{i}"))
     with writer:
         results = fn(*inputs)
     graph.output(tuple(writer.token(r) for r in results))
     return Traced(graph, writer.constants, results)
+
+
+_memories = itertools.count()  # no two traces name their memory alike
 
 
 class _Memory:
@@ -90,43 +130,42 @@ class _Memory:
 
     __slots__ = ("key", "held", "within")
 
-    def __init__(self, key: Any, held: StorageWeakRef) -> None:
-        self.key, self.held = key, held
+    def __init__(self, held: StorageWeakRef) -> None:
+        self.key, self.held = next(_memories), held
         self.within: list[tuple[weakref.ref[Tensor], fx.Node]] = []
 
 
 class _Writer(TorchDispatchMode):
     """Writes down every operator that reaches it."""
 
-    def __init__(self, graph: fx.Graph, instead: Mapping[Any, Callable], real: bool) -> None:
+    def __init__(
+        self, graph: fx.Graph, instead: Mapping[Any, Callable], real: bool, marks: Mapping[str, Any]
+    ) -> None:
         super().__init__()
-        self.graph, self.instead, self.real = graph, instead, real
+        self.graph, self.instead, self.real, self.marks = graph, instead, real, marks
         self.constants: dict[str, Tensor] = {}
         self._nodes: dict[int, tuple[weakref.ref[Tensor], fx.Node]] = {}
         self._memory: dict[int, _Memory] = {}  # by storage
-        self._keys = itertools.count()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if func in self.instead:
             with self:
                 return self.instead[func](*args, **kwargs)
-        if func.namespace != "prim":
-            if self.real:
-                self._check(func, args, kwargs)
-            elif self._is_constant(func, args, kwargs):
-                with unset_fake_temporarily():
-                    return func(*args, **kwargs)
-            if self._instead_of_writing(func, args, kwargs):
-                return args[0]
-        out = func(*args, **kwargs)
         if func.namespace == "prim":
-            return out
+            return func(*args, **kwargs)
+        if self.real:
+            self._check(func, args, kwargs)
+        elif self._is_constant(func, args, kwargs):
+            with unset_fake_temporarily():
+                return func(*args, **kwargs)
+        if self._instead_of_writing(func, args, kwargs):
+            return args[0]
+        out = func(*args, **kwargs)
         if func is aten.detach.default:
             self.bind(out, self.token(args[0]), made=False)
             return out
-        target = aten.lift_fresh_copy.default if func in _LIFTED else func
-        node = self._write(target, args, kwargs)
+        node = self._write(aten.lift_fresh_copy.default if func in _LIFTED else func, args, kwargs)
         if isinstance(out, Tensor):
             self.bind(out, node)
         elif isinstance(out, (list, tuple)):
@@ -141,6 +180,7 @@ class _Writer(TorchDispatchMode):
         node.args = self.token(args)
         if kwargs:
             node.kwargs = self.token(kwargs)
+        node.meta.update(self.marks)
         return node
 
     def _check(self, func: Any, args: tuple, kwargs: dict) -> None:
@@ -177,8 +217,7 @@ class _Writer(TorchDispatchMode):
             return False
         node = self._write(pure, args, kwargs)
         func(*args, **kwargs)
-        memory.key, sharing = next(self._keys), memory.within
-        memory.within = []
+        memory.key, sharing, memory.within = next(_memories), memory.within, []
         for ref, _ in sharing:
             if (t := ref()) is not None:
                 self.bind(t, node)
@@ -197,8 +236,7 @@ class _Writer(TorchDispatchMode):
             storage = t.untyped_storage()
             memory = self._memory.get(storage._cdata)
             if memory is None:
-                memory = _Memory(next(self._keys), StorageWeakRef(storage))
-                self._memory[storage._cdata] = memory
+                memory = self._memory[storage._cdata] = _Memory(StorageWeakRef(storage))
             memory.within.append((ref, node))
             if made:
                 node.meta["memory"] = ((memory.key, storage.nbytes()),)
@@ -227,36 +265,3 @@ class _Writer(TorchDispatchMode):
             node = self.graph.get_attr(name)
         self.bind(t, node)
         return node
-
-
-def merge_equal(graph: fx.Graph) -> None:
-    """One node for all that compute the same. For graphs in which nothing is written in place."""
-    first: dict[Any, fx.Node] = {}
-    for node in list(graph.nodes):
-        target: Any = node.target
-        if node.op != "call_function" or target in EMPTY:
-            continue
-        if isinstance(target, OpOverload) and op_info(target).random:
-            continue
-        same = first.setdefault((target, _frozen(node.args), _frozen(node.kwargs)), node)
-        if same is not node:
-            node.replace_all_uses_with(same)
-            graph.erase_node(node)
-
-
-def drop_dead(graph: fx.Graph) -> None:
-    """Drop what nothing needs. What writes in place stays."""
-    for node in reversed(list(graph.nodes)):
-        target: Any = node.target
-        writes = isinstance(target, OpOverload) and target._schema.is_mutable
-        if node.op in ("call_function", "get_attr") and not node.users and not writes:
-            graph.erase_node(node)
-
-
-def _frozen(a: Any) -> Any:
-    """Equal for equal arguments, to the bit."""
-    if isinstance(a, (list, tuple)):
-        return tuple(map(_frozen, a))
-    if isinstance(a, (dict, slice)):
-        return tuple((k, _frozen(v)) for k, v in sorted(a.items())) if isinstance(a, dict) else repr(a)
-    return (type(a), repr(a)) if isinstance(a, (int, float, complex)) else a

@@ -1,71 +1,41 @@
 """Rematerialisation: the forward half of a graph is cut at narrow places, and each part run again for its backward.
 
 Between two cuts only what crosses them stays alive. Where to cut is found by trying: candidates are the places where
-least is alive, and the number of cuts is the one with the lowest peak (`liveness`).
+least is alive, and the number of cuts is the one with the lowest peak (`graphs`).
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import Any
 
 from torch import fx
 
-from ..ir.step import FlatGraph
 from ..ir.values import reached
-from .liveness import peak_bytes, storages
+from .graphs import alive_bytes, copied, peak_bytes, storages
 
 _WIDTHS = 6  # how many widths of cuts are tried
 
 
-def rematerialised(flat: FlatGraph) -> FlatGraph:
-    """``flat`` with the nodes of a forward phase made again, part by part, for those of its backward phase.
+def rematerialised(graph: fx.Graph) -> fx.Graph:
+    """``graph`` with the nodes of a forward phase made again, part by part, for those that read them later.
 
-    Nodes say in ``meta["phase"]`` where they belong; both pairs of phases are looked at.
+    Nodes say in ``meta["phase"]`` where they belong; both forward phases are looked at.
     """
-    best, least = flat.graph, peak_bytes(flat.graph)
-    for forward, backward in (("first forward", "first backward"), ("forward", "backward")):
-        graph = best
-        for cuts in _proposals(graph, forward):
-            tried = _cut(graph, forward, backward, cuts)
+    best, least = graph, peak_bytes(graph)
+    for phase in ("first forward", "forward"):
+        start = best
+        for cuts in _proposals(start, phase):
+            tried = _cut(start, phase, cuts)
             peak = peak_bytes(tried)
             if peak < 0.95 * least:
                 best, least = tried, peak
-    return FlatGraph(best, flat.constants)
+    return best
 
 
-def _proposals(graph: fx.Graph, phase: str) -> list[list[int]]:
-    """Sets of places to cut at: those up to some width, all of them or every second."""
-    places = _narrow_places(graph, phase)
-    found: dict[tuple[int, ...], None] = {}
-    for limit in sorted({width for _, width in places})[:_WIDTHS]:
-        chosen = [at for at, width in places if width <= limit]
-        for stride in (1, 2):
-            found[tuple(chosen[::stride])] = None
-    return [list(cuts) for cuts in found if cuts]
-
-
-def _narrow_places(graph: fx.Graph, phase: str) -> list[tuple[int, int]]:
-    """Ordinals of nodes of ``phase`` after which less of it is alive than around, with how much."""
-    nodes = [n for n in graph.nodes if n.meta.get("phase") == phase]
-    at = {n: i for i, n in enumerate(nodes)}
-    home = _makers(graph)
-    made: dict[Any, tuple[int, int]] = {}
-    last: dict[Any, int] = {}
-    for i, node in enumerate(nodes):
-        for s, size in storages(node):
-            if home[s] not in at:
-                continue  # a view of what lives anyway
-            made.setdefault(s, (i, size))
-            last[s] = max([last.get(s, i), *(at[u] for u in node.users if u in at)])
-    change = [0] * (len(nodes) + 1)
-    for s, (begin, size) in made.items():
-        change[begin] += size
-        change[last[s]] -= size
-    alive = list(accumulate(change))[: len(nodes)]
-    inner = range(1, len(nodes) - 1)
-    return [(i, alive[i]) for i in inner if 0 < alive[i] < alive[i - 1] and alive[i] <= alive[i + 1]]
+def _of_phase(graph: fx.Graph, phase: str) -> list[fx.Node]:
+    return [n for n in graph.nodes if n.meta.get("phase") == phase]
 
 
 def _makers(graph: fx.Graph) -> dict[Any, fx.Node]:
@@ -73,47 +43,46 @@ def _makers(graph: fx.Graph) -> dict[Any, fx.Node]:
     return {s: n for n in reversed(graph.nodes) for s, _ in storages(n)}
 
 
-def _cut(graph: fx.Graph, forward: str, backward: str, cuts: Sequence[int]) -> fx.Graph:
-    """A copy of ``graph`` in which every backward node that reads a forward value reads one made again."""
-    nodes = [n for n in graph.nodes if n.meta.get("phase") == forward]
-    part: dict[fx.Node, int] = {}
-    k = 0
-    for i, node in enumerate(nodes):
-        part[node] = k
-        if k < len(cuts) and i == cuts[k]:
-            k += 1
-    home = _makers(graph)
-    crossing = {n for n in nodes if any(part.get(u, part[n]) != part[n] for u in n.users)}
-    new = fx.Graph()
-    env: dict[fx.Node, fx.Node] = {}
+def _proposals(graph: fx.Graph, phase: str) -> list[tuple[int, ...]]:
+    """Ordinals of nodes of ``phase`` to cut after: where less is alive than around, up to some width, all or half."""
+    nodes = _of_phase(graph, phase)
+    elsewhere = {s for s, n in _makers(graph).items() if n.meta.get("phase") != phase}
+    alive = alive_bytes(nodes, elsewhere, after=True)
+    inner = range(1, len(nodes) - 1)
+    narrow = [i for i in inner if 0 < alive[i] < alive[i - 1] and alive[i] <= alive[i + 1]]
+    found: dict[tuple[int, ...], None] = {}
+    for limit in sorted({alive[i] for i in narrow})[:_WIDTHS]:
+        chosen = [i for i in narrow if alive[i] <= limit]
+        found |= {tuple(chosen[::stride]): None for stride in (1, 2)}
+    return list(found)
+
+
+def _cut(graph: fx.Graph, phase: str, cuts: Sequence[int]) -> fx.Graph:
+    """A copy of ``graph`` in which all that reads a value of ``phase`` from outside of it reads one made again."""
+    new = copied(graph)
+    home = _makers(new)
+    part = {n: bisect_left(cuts, i) for i, n in enumerate(_of_phase(new, phase))}
+    crossing = {n for n in part if any(part.get(u, part[n]) != part[n] for u in n.users)}
+    dropped = {n for n in part if n not in crossing and part[n] != len(cuts)}
     again: dict[fx.Node, fx.Node] = {}
 
-    def dropped(node: fx.Node) -> bool:
-        return node in part and node not in crossing and part[node] != k
+    def name_memory(node: fx.Node, of: fx.Node) -> None:
+        """``node`` lies where ``of`` does, or where that has been made again."""
+        node.meta["memory"] = tuple(
+            (("again", s) if home[s] in again else s, size) for s, size in storages(of)
+        )
 
-    def made_again(node: fx.Node) -> fx.Node:
-        if not dropped(node):
-            return env[node]
-        missing = reached([node], lambda n: [a for a in n.all_input_nodes if dropped(a) and a not in again])
-        for top in sorted(n for n in missing if n not in again):
-            copy = new.node_copy(top, lambda a: again.get(a, env[a]))
-            copy.meta = dict(top.meta)
-            remade = [s for s, _ in storages(top) if home[s] in again or home[s] is top]
-            copy.meta["copies"] = {**top.meta.get("copies", {}), **{s: ("again", s) for s in remade}}
-            again[top] = copy
-        return again[node]
-
-    for node in graph.nodes:
-        reader = node.meta.get("phase") == backward or node.op == "output" or node not in part
-        lookup: Any = made_again if reader and node not in part else (lambda a: env[a])
-        if node.op == "output":
-            new.output(fx.map_arg(node.args[0], lookup))
+    for node in list(new.nodes):
+        if node in part:
             continue
-        copy = new.node_copy(node, lookup)
-        copy.meta = dict(node.meta)
-        if lookup is made_again:  # it may be a view of what was made again
-            views = {s: ("again", s) for s, _ in storages(node) if home[s] in again}
-            copy.meta["copies"] = {**node.meta.get("copies", {}), **views}
-        env[node] = copy
+        reads = [a for a in node.all_input_nodes if a in dropped]
+        missing = reached(reads, lambda n: [a for a in n.all_input_nodes if a in dropped])
+        with new.inserting_before(node):
+            for top in sorted(n for n in missing if n not in again):
+                again[top] = new.node_copy(top, lambda a: again.get(a, a))
+                name_memory(again[top], top)
+        for used in reads:
+            node.replace_input_with(used, again[used])
+        name_memory(node, node)
     new.lint()
     return new

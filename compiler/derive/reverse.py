@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,24 +19,48 @@ from metaoptim.errors import CaptureError, MetaOptimError
 from ..ir.operators import op_info, written
 from ..ir.step import FlatGraph, Port, Role, StepGraph, gradient
 from ..ir.tensors import TensorSpec, tensor_spec
-from .cotangent_hook import call_cotangent_hook
-from .flat import Traced, Unfollowed, drop_dead, flat_graph, merge_equal
+from .flat import Traced, Unfollowed, flat_graph, tracing
+from .graphs import distinct, drop_dead, merge_equal, mutates, results_of
 from .interpret import interpret
-from .liveness import results_of, storages
-from .tracing import tracing
 
 aten = torch.ops.aten
 _DIFFERENTIATED = (Role.THETA, Role.THETA_NOW, Role.OPT_STATE, Role.CARRY, Role.META)
 
 
-def replay_graph(step: StepGraph, example: Sequence[Tensor] | None = None) -> FlatGraph:
-    """inputs -> outputs, without autograd."""
-    return _trace("replay", step, example)
+def cotangent_outputs(step: StepGraph) -> list[int]:
+    """Positions of the outputs that take a cotangent."""
+    roles = (Role.THETA, Role.OPT_STATE, Role.CARRY)
+    return [i for i, p in enumerate(step.outputs) if p.role in roles and p.differentiable]
 
 
-def vjp_graph(step: StepGraph, example: Sequence[Tensor] | None = None) -> FlatGraph:
-    """inputs, cotangents of (theta', float opt_state') -> a cotangent, or None, per input."""
-    return _trace("vjp", step, example)
+def ports_of(step: StepGraph, kind: str) -> list[Port]:
+    """What a "replay" takes: the inputs; and a "vjp": the inputs, then the cotangents."""
+    return [*step.inputs, *(step.outputs[i] for i in cotangent_outputs(step) if kind == "vjp")]
+
+
+def derived_by_tracing(step: StepGraph, kind: str, example: Sequence[Tensor] | None = None) -> FlatGraph:
+    """The flat graph of a step's "replay" or "vjp".
+
+    Args:
+        step: the step.
+        kind: "replay", inputs -> outputs, without autograd; "vjp", inputs and cotangents of (theta', float opt_state')
+            -> a cotangent, or None, per input.
+        example: real inputs, for a step whose shapes depend on values; others are traced over fake tensors.
+    """
+    fn = _FUNCTIONS[kind](step)
+    with tracing():
+        try:
+            if step.dynamic:
+                if example is None:
+                    raise ValueError("a step whose shapes depend on values is traced over real inputs")
+                return _cleaned(kind, flat_graph(fn, [t.detach().clone() for t in example]))
+            with FakeTensorMode(allow_non_fake_inputs=True):
+                found = flat_graph(fn, [p.empty() for p in ports_of(step, kind)], true_zeros(step))
+            return _cleaned(kind, found)
+        except (MetaOptimError, torch.OutOfMemoryError):
+            raise
+        except RuntimeError as error:
+            raise CaptureError(_without_derivative(error)) from error
 
 
 def derived_by_running(
@@ -48,18 +71,16 @@ def derived_by_running(
     None where the graph might not hold for other values, and where the user's own Python is part of the step: there it
     takes a trace over fake tensors.
     """
-    ports = step.inputs if kind == "replay" else _taken(step)
     strided = [t for t in inputs if t.layout is torch.strided]
     apart = len({t.untyped_storage()._cdata for t in strided}) == len(inputs)
     if step.opaque or step.dynamic or step.hooked or not apart:
         return None
-    if any(tensor_spec(t) != p.spec for t, p in zip(inputs, ports, strict=True)):
+    if any(tensor_spec(t) != p.spec for t, p in zip(inputs, ports_of(step, kind), strict=True)):
         return None
+    given = [t.detach() for t in inputs]
     with tracing():
         try:
-            found = flat_graph(
-                _FUNCTIONS[kind](step), [t.detach() for t in inputs], true_zeros(step), real=True
-            )
+            found = flat_graph(_FUNCTIONS[kind](step), given, true_zeros(step), real=True)
         except (Unfollowed, RuntimeError):
             return None
         results, seen = [], set()
@@ -72,29 +93,21 @@ def derived_by_running(
 
 def _replay(step: StepGraph) -> Callable[..., tuple]:
     def replay(*inputs: Tensor) -> tuple:
-        held = _as_leaves(step, inputs, (Role.THETA,))
-        return interpret(step, held, create_graph=False)
+        return interpret(step, _as_leaves(step, inputs, (Role.THETA,)), create_graph=False)
 
     return replay
 
 
 def _vjp(step: StepGraph) -> Callable[..., tuple]:
-    hook = call_cotangent_hook if step.hooked else None
-
     def vjp(*args: Tensor) -> tuple:
         inputs, cotangents = args[: len(step.inputs)], args[len(step.inputs) :]
         held = _as_leaves(step, inputs, _DIFFERENTIATED)
-        results = interpret(step, held, create_graph=True, cotangent_hook=hook)
-        outs = [results[i] for i in cotangent_outputs(step)]
-        pairs = [(o, c) for o, c in zip(outs, cotangents, strict=True) if o.requires_grad]
+        results = interpret(step, held, create_graph=True)
         wanted = [i for i, p in enumerate(step.inputs) if p.differentiable and held[i].requires_grad]
         grads: list[Tensor | None] = [None] * len(held)
-        if pairs and wanted:
-            found = torch.autograd.grad(
-                [o for o, _ in pairs], [held[i] for i in wanted], [c for _, c in pairs], allow_unused=True
-            )
-            for i, g in zip(wanted, found, strict=True):
-                grads[i] = g
+        outs = [results[i] for i in cotangent_outputs(step)]
+        for i, g in zip(wanted, pulled_back(outs, cotangents, [held[i] for i in wanted]), strict=True):
+            grads[i] = g
         return tuple(grads)
 
     return vjp
@@ -103,36 +116,21 @@ def _vjp(step: StepGraph) -> Callable[..., tuple]:
 _FUNCTIONS = {"replay": _replay, "vjp": _vjp}
 
 
-def _taken(step: StepGraph) -> list[Port]:
-    """What the VJP takes: the inputs, then the cotangents."""
-    return [*step.inputs, *(step.outputs[i] for i in cotangent_outputs(step))]
-
-
-def distinct(graph: fx.Graph) -> None:
-    """A tensor of its own for every result: equal ones have become one, and the user will see two states."""
-    (output,) = graph.find_nodes(op="output")
-    seen: set[fx.Node] = set()
-    results = []
-    with graph.inserting_before(output):
-        for node in output.args[0]:  # type: ignore[union-attr]
-            if node in seen:
-                original, node = node, graph.call_function(aten.clone.default, (node,))
-                node.meta = {
-                    **original.meta,
-                    "memory": tuple((("again", id(node)), n) for _, n in storages(original)),
-                }
-            seen.add(node)
-            results.append(node)
-    output.args = (tuple(results),)
-
-
-def cotangent_outputs(step: StepGraph) -> list[int]:
-    """Positions of the outputs that take a cotangent."""
+def _as_leaves(step: StepGraph, inputs: Sequence[Tensor], roles: tuple[Role, ...]) -> list[Tensor]:
     return [
-        i
-        for i, p in enumerate(step.outputs)
-        if p.role in (Role.THETA, Role.OPT_STATE, Role.CARRY) and p.differentiable
+        t.detach().requires_grad_() if p.role in roles and (p.differentiable or p.role is Role.THETA) else t
+        for t, p in zip(inputs, step.inputs, strict=True)
     ]
+
+
+def pulled_back(
+    results: Sequence[Tensor], cotangents: Sequence[Tensor], sources: Sequence[Tensor]
+) -> Sequence[Tensor | None]:
+    """Cotangents of the sources, by those of the results, of which some may not require grad."""
+    pairs = [(r, c) for r, c in zip(results, cotangents, strict=True) if r.requires_grad]
+    if not pairs or not sources:
+        return [None] * len(sources)
+    return torch.autograd.grad([r for r, _ in pairs], sources, [c for _, c in pairs], allow_unused=True)
 
 
 def loss_graph(step: StepGraph, spec: TensorSpec) -> StepGraph:
@@ -147,31 +145,6 @@ def loss_graph(step: StepGraph, spec: TensorSpec) -> StepGraph:
     outputs = (Port(Role.CARRY, spec, "loss"),)
     dtype = step.default_dtype
     return StepGraph(graph, step.inputs, outputs, step.opaque, step.dynamic, default_dtype=dtype)
-
-
-def _as_leaves(step: StepGraph, inputs: Sequence[Tensor], roles: tuple[Role, ...]) -> list[Tensor]:
-    return [
-        t.detach().requires_grad_() if p.role in roles and (p.differentiable or p.role is Role.THETA) else t
-        for t, p in zip(inputs, step.inputs, strict=True)
-    ]
-
-
-def _trace(kind: str, step: StepGraph, example: Sequence[Tensor] | None) -> FlatGraph:
-    """The flat graph over fake tensors, or over ``example`` where shapes depend on values."""
-    fn, ports = _FUNCTIONS[kind](step), step.inputs if kind == "replay" else _taken(step)
-    with tracing():
-        try:
-            if step.dynamic:
-                if example is None:
-                    raise ValueError("a step whose shapes depend on values is traced over real inputs")
-                return _cleaned(kind, flat_graph(fn, [t.detach().clone() for t in example]))
-            with FakeTensorMode(allow_non_fake_inputs=True):
-                found = flat_graph(fn, [p.empty() for p in ports], true_zeros(step))
-            return _cleaned(kind, found)
-        except (MetaOptimError, torch.OutOfMemoryError):
-            raise
-        except RuntimeError as error:
-            raise CaptureError(_without_derivative(error)) from error
 
 
 def _without_derivative(error: RuntimeError) -> str:
@@ -191,27 +164,33 @@ def _without_derivative(error: RuntimeError) -> str:
 
 def true_zeros(step: StepGraph) -> dict[Any, Callable]:
     """A decomposition of autograd's immaterial zeros, on which some operators fail."""
-    return {aten._efficientzerotensor.default: functools.partial(_zeros, step.inputs[0].spec.device)}
+    home = step.inputs[0].spec.device
 
+    def zeros(size: Any, *, device: Any = None, dtype: Any = None, **options: Any) -> Tensor:
+        on_meta = device is None or torch.device(device).type == "meta"  # as a fake tensor's formula asks
+        return torch.zeros(size, device=home if on_meta else device, dtype=dtype)
 
-def _zeros(home: torch.device, size: Any, *, device: Any = None, **options: Any) -> Tensor:
-    """For autograd's immaterial zeros, which a fake tensor's formula asks for on the meta device."""
-    device = torch.device(home if device is None else device)
-    return torch.zeros(size, device=home if device.type == "meta" else device, dtype=options.get("dtype"))
+    return {aten._efficientzerotensor.default: zeros}
 
 
 def _cleaned(kind: str, traced: Traced) -> FlatGraph:
-    """Without dead nodes and duplicates.
+    """Without dead nodes and duplicates."""
+    flat = checked(traced)
+    if not any(map(mutates, flat.graph.nodes)):
+        merge_equal(flat.graph)
+    if kind == "replay":
+        distinct(flat.graph)
+    return flat
+
+
+def checked(traced: Traced) -> FlatGraph:
+    """A traced graph without dead nodes, and its own constants.
 
     In-place operators may remain: they write into what the graph itself made, never into its inputs.
     """
     graph, constants = traced.graph, traced.constants
     drop_dead(graph)
     _check(graph, constants)
-    if not any(mutates(n) for n in graph.nodes):
-        merge_equal(graph)
-    if kind == "replay":
-        distinct(graph)
     used = {str(n.target) for n in graph.find_nodes(op="get_attr")}
     return FlatGraph(graph, {name: constants[name].clone() for name in used})
 
@@ -220,12 +199,15 @@ def _check(graph: fx.Graph, constants: dict[str, Tensor]) -> None:
     """What the graph has picked up besides its inputs: nothing may be drawn, tensors are frozen as they are."""
     for node in graph.nodes:
         target: Any = node.target
-        into = written(target, node.args, node.kwargs, fx.Node)
-        if any(_memory_of(n).op == "placeholder" for n in into):
-            raise CaptureError(
-                f"a hook, a custom Function or the optimizer's update changes its argument in place ({target}); clone "
-                "it there and return the clone"
-            )
+        into: Any
+        for into in written(target, node.args, node.kwargs, fx.Node):
+            while into.op == "call_function" and getattr(into.target, "is_view", False):
+                into = into.args[0]
+            if into.op == "placeholder":
+                raise CaptureError(
+                    f"a hook, a custom Function or the optimizer's update changes its argument in place ({target}); "
+                    "clone it there and return the clone"
+                )
         if isinstance(target, OpOverload) and op_info(target).random:
             raise CaptureError(
                 f"a hook, a custom Function or the optimizer's update draws random numbers ({target}), which a replay "
@@ -237,16 +219,3 @@ def _check(graph: fx.Graph, constants: dict[str, Tensor]) -> None:
                 f"{tuple(constants[str(target)].shape)} that requires grad but is none of its arguments, so it would "
                 "receive no gradient; pass it as an argument, or detach it"
             )
-
-
-def _memory_of(node: Any) -> fx.Node:
-    """The node that made the memory ``node`` is a view of."""
-    while node.op == "call_function" and getattr(node.target, "is_view", False):
-        node = node.args[0]
-    return node
-
-
-def mutates(node: fx.Node) -> bool:
-    """Whether it is an operator that changes an argument in place."""
-    target: Any = node.target
-    return isinstance(target, OpOverload) and target._schema.is_mutable

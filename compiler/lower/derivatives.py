@@ -1,4 +1,7 @@
-"""The graphs of a step, derived and lowered on first use."""
+"""The graphs of a step, derived and lowered on first use, and which derivative it gets.
+
+Its VJP is by reverse over reverse, or by mixed mode with rematerialisation.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,20 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..derive.choose import WORTH_SAVING, chosen, derivative
-from ..derive.liveness import peak_bytes
-from ..derive.mixed import why_not_mixed
+from metaoptim.errors import CaptureError
+
+from ..derive.graphs import peak_bytes
+from ..derive.mixed import NotMixed, mixed_vjp_graph, why_not_mixed
 from ..derive.residuals import split
-from ..derive.reverse import cotangent_outputs, derived_by_running, loss_graph, replay_graph
+from ..derive.reverse import cotangent_outputs, derived_by_running, derived_by_tracing, loss_graph
 from ..ir.step import EAGER, FlatGraph, Lowered, Lowering, Split, StepGraph
 from ..ir.tensors import tensor_spec
+from ..ir.text import readable_bytes
 from .ambient import default_dtype, with_default_dtype
 from .compile_graph import compiled
+
+#: Below this many live bytes of reverse over reverse there is nothing worth saving: mixed mode takes a third more work.
+WORTH_SAVING = 64 << 20
 
 
 def lowered(
@@ -32,40 +40,96 @@ def lowered(
             found by running the step, and has its results.
     """
     program = step.derived.lowered.get((kind, lowering))
-    if program is None:
-        of, what = (loss_of(step, inputs[-1]), "vjp") if kind == "loss" else (step, kind)
-        backend = lowering.backend_of(kind)
-        results = _by_running(of, what, inputs, lowering.hvp) if at_once and backend == "eager" else None
-        graph = _graph(of, what, lowering.hvp, inputs if step.dynamic else None)
-        if backend == "eager":
-            program = with_default_dtype(step.default_dtype, graph)
-        else:
-            cotangents = 0 if kind in ("replay", "forward") else len(cotangent_outputs(of))
-            with default_dtype(step.default_dtype):
-                program = compiled(graph.module, inputs, backend, cotangents, lowering.check)
-            program = with_default_dtype(step.default_dtype, program)
-        step.derived.lowered[kind, lowering] = program
-        if results is not None:
-            return lambda *_: results
-    return program
-
-
-def _graph(step: StepGraph, kind: str, hvp: str, example: Sequence[Tensor] | None) -> FlatGraph:
-    if kind in ("forward", "backward"):
-        divided = residuals(step, hvp)
+    if program is not None:
+        return program
+    of, what = (_loss_of(step, inputs[-1]), "vjp") if kind == "loss" else (step, kind)
+    backend, hvp = lowering.backend_of(kind), lowering.hvp
+    results = _by_running(of, what, inputs, hvp) if at_once and backend == "eager" else None
+    example = inputs if step.dynamic else None
+    if what in ("forward", "backward"):
+        divided = residuals(of, hvp)
         assert divided is not None
-        return divided.forward if kind == "forward" else divided.backward
-    return derived(step, hvp, example) if kind == "vjp" else replayed(step, example)
+        graph = divided.forward if what == "forward" else divided.backward
+    else:
+        graph = derived(of, hvp, example) if what == "vjp" else replayed(of, example)
+    program = graph
+    if backend != "eager":
+        cotangents = 0 if kind in ("replay", "forward") else len(cotangent_outputs(of))
+        with default_dtype(step.default_dtype):
+            program = compiled(graph.module, inputs, backend, cotangents, lowering.check)
+    program = step.derived.lowered[kind, lowering] = with_default_dtype(step.default_dtype, program)
+    return program if results is None else lambda *_: results
+
+
+def replayed(step: StepGraph, example: Sequence[Tensor] | None = None) -> FlatGraph:
+    """The flat graph of a step's replay; ``example``: real inputs, for a step whose shapes depend on values."""
+    if step.derived.replay is None:
+        with default_dtype(step.default_dtype):
+            step.derived.replay = derived_by_tracing(step, "replay", example)
+    return step.derived.replay
+
+
+def derived(step: StepGraph, hvp: str, example: Sequence[Tensor] | None = None) -> FlatGraph:
+    """The flat graph of a step's VJP, by the mode ``hvp`` asks for; `StepGraph.derivatives` notes what it became.
+
+    Args:
+        step: the step.
+        hvp: "reverse", "mixed", or "auto": mixed where it is legal and takes much less memory than a reverse over
+            reverse that takes a lot.
+        example: real inputs, for a step whose shapes depend on values.
+
+    Raises:
+        CaptureError: where "mixed" is asked for and impossible.
+    """
+    found = step.derived.vjp.get(hvp)
+    if found is None:
+        with default_dtype(step.default_dtype):
+            if hvp == "mixed" and step.steps:
+                found = _mixed(step)
+            else:
+                found = _chosen(step, hvp, derived_by_tracing(step, "vjp", example))
+            step.derived.vjp[hvp] = found
+    return found
+
+
+def _mixed(step: StepGraph) -> FlatGraph:
+    try:
+        graph = mixed_vjp_graph(step)
+    except NotMixed as error:
+        raise CaptureError(
+            f"hvp='mixed': a step has no mixed-mode derivative: {error}. Use hvp='auto' or 'reverse'"
+        ) from error
+    step.derivatives["mixed"] = f"mixed, {readable_bytes(peak_bytes(graph.graph))} alive"
+    return graph
+
+
+def _chosen(step: StepGraph, hvp: str, reverse: FlatGraph) -> FlatGraph:
+    """The derivative of a step, given the one by reverse over reverse."""
+    peak = peak_bytes(reverse.graph)
+    step.derivatives[hvp] = f"reverse, {readable_bytes(peak)} alive"
+    if hvp == "auto" and step.steps and peak > WORTH_SAVING:
+        try:
+            mixed = mixed_vjp_graph(step)
+        except NotMixed as error:
+            step.derivatives[hvp] += f" (not mixed: {error})"
+            return reverse
+        less = peak_bytes(mixed.graph)
+        if less < 0.6 * peak:
+            step.derivatives[hvp] = f"mixed, {readable_bytes(less)} alive instead of {readable_bytes(peak)}"
+            return mixed
+    return reverse
 
 
 def _by_running(
     step: StepGraph, kind: str, inputs: Sequence[Tensor], hvp: str
 ) -> Sequence[Tensor | None] | None:
     """What a replay or VJP gives that has not been traced yet; None where it has been, or must be traced by itself."""
-    if kind == "vjp":
-        if hvp in step.derived.vjp or not _reverse_will_do(step, hvp):
-            return None
-    elif kind != "replay" or step.derived.replay is not None:
+    known = step.derived.replay if kind == "replay" else step.derived.vjp.get(hvp)
+    if (
+        known is not None
+        or kind not in ("replay", "vjp")
+        or (kind == "vjp" and not _reverse_will_do(step, hvp))
+    ):
         return None
     with default_dtype(step.default_dtype):
         found = derived_by_running(step, kind, inputs)
@@ -73,7 +137,7 @@ def _by_running(
         return None
     graph, results = found
     if kind == "vjp":
-        step.derived.vjp[hvp] = chosen(step, hvp, graph)
+        step.derived.vjp[hvp] = _chosen(step, hvp, graph)
     else:
         step.derived.replay = graph
     return results
@@ -88,28 +152,11 @@ def _reverse_will_do(step: StepGraph, hvp: str) -> bool:
     return small or why_not_mixed(step) is not None
 
 
-def derived(step: StepGraph, hvp: str, example: Sequence[Tensor] | None = None) -> FlatGraph:
-    """The flat graph of a step's VJP."""
-    found = step.derived.vjp.get(hvp)
-    if found is None:
-        with default_dtype(step.default_dtype):
-            found = step.derived.vjp[hvp] = derivative(step, hvp, example)
-    return found
-
-
-def loss_of(step: StepGraph, cotangent: Tensor) -> StepGraph:
+def _loss_of(step: StepGraph, cotangent: Tensor) -> StepGraph:
     """A step's loss, whose ``cotangent`` looks like it, as a graph of its own."""
     if step.derived.loss is None:
         step.derived.loss = loss_graph(step, tensor_spec(cotangent))
     return step.derived.loss
-
-
-def replayed(step: StepGraph, example: Sequence[Tensor] | None = None) -> FlatGraph:
-    """The flat graph of a step's replay."""
-    if step.derived.replay is None:
-        with default_dtype(step.default_dtype):
-            step.derived.replay = replay_graph(step, example)
-    return step.derived.replay
 
 
 def residuals(step: StepGraph, hvp: str) -> Split | None:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..derive.tracing import uncollected
+from ..derive.flat import uncollected
 from ..ir.segments import Hooks, Roles, ordered
 from ..ir.slices import Slice, restored
 from ..ir.step import Role, StepGraph, gradient

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..derive.tracing import uncollected
+from ..derive.flat import uncollected
 from ..ir.program import Program
 from ..ir.segments import Partition
 from ..ir.text import operator_count, partition_text, trace_text

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ..compiler.capture.symbolic.capturing import capturing
 from ..compiler.compat import tree_flatten, tree_unflatten
-from ..compiler.derive.liveness import results_of
+from ..compiler.derive.flat import uncollected
+from ..compiler.derive.graphs import results_of
 from ..compiler.derive.reverse import cotangent_outputs
-from ..compiler.derive.tracing import uncollected
 from ..compiler.ir.calls import StepCall
 from ..compiler.ir.program import Kept, Program
 from ..compiler.ir.retention import Retention

@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 
 from ..compiler.compat import profiling
 from ..compiler.cost.step import step_cost
-from ..compiler.derive.liveness import results_of
+from ..compiler.derive.graphs import results_of
 from ..compiler.ir.calls import Loop, Operand
 from ..compiler.ir.program import Kept, Program
 from ..compiler.ir.step import Lowering, Role, StepGraph

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from metaoptim.compiler.compat import profiling
 from metaoptim.compiler.cost.step import made_of, measured
-from metaoptim.compiler.derive.cotangent_hook import stand_in
+from metaoptim.compiler.derive.interpret import measuring_hook
 from metaoptim.compiler.ir.calls import Loop, StepCall
 from metaoptim.compiler.ir.program import Kept, Program
 from metaoptim.compiler.ir.step import Lowering, Measured
@@ -59,7 +59,7 @@ def rehearse(
         return
     short = shortened(program, _ITERATIONS)
     kept = Kept(None, short.positions) if saving else Kept(1)
-    run = Run(short, tensors, lowering, stand_in, kept, engine=_MeteredEngine, rehearsal=True)
+    run = Run(short, tensors, lowering, measuring_hook, kept, engine=_MeteredEngine, rehearsal=True)
     _run_and_pull(run, program)
 
 
@@ -76,7 +76,7 @@ def measured_peak(
         kept: what is kept for the backward.
     """
     with AllocatorMeter() as meter, progress(meter.watch):
-        _run_and_pull(Run(program, tensors, lowering, stand_in, kept, rehearsal=True), program)
+        _run_and_pull(Run(program, tensors, lowering, measuring_hook, kept, rehearsal=True), program)
     return meter.peak
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from metaoptim.compiler.compat import disable_current_modes, profiling
 from metaoptim.compiler.cost.step import check_bytes, measured, step_cost
-from metaoptim.compiler.derive import cotangent_hook
+from metaoptim.compiler.derive.interpret import hooking, measuring_hook
 from metaoptim.compiler.derive.reverse import cotangent_outputs
 from metaoptim.compiler.ir.calls import Assign, StepCall
 from metaoptim.compiler.ir.step import Role
@@ -292,7 +292,7 @@ def _measure(engine: Engine, call: StepCall) -> None:
     """Derive a step that was not met before, on what it is given now, and run that once, to see what it takes."""
     if measured(call.step, "vjp", call.lowering) is not None:
         return
-    with disable_current_modes(), unaffected(), cotangent_hook.active(cotangent_hook.stand_in):
+    with disable_current_modes(), unaffected(), hooking(measuring_hook):
         base = engine.state_at(engine.position - call.back) if call.back else engine.state
         inputs = engine.operands(call, engine.state, base, engine.position)
         inputs += [call.step.outputs[i].empty().zero_() for i in cotangent_outputs(call.step)]

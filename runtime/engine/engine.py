@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from metaoptim.compiler.compat import disable_current_modes, queue_callback
-from metaoptim.compiler.derive import cotangent_hook
+from metaoptim.compiler.derive.interpret import hooking
 from metaoptim.compiler.ir.calls import Assign, StepCall
 from metaoptim.compiler.ir.step import Role
 from metaoptim.compiler.ir.tape import Tape
@@ -249,7 +249,7 @@ class Engine(Interpreter):
         if sweep.position < 0:
             # for batches, say, that the user has let go of: it is too late to refuse them
             self.make_room(refusing=False)
-        with disable_current_modes(), unaffected(), cotangent_hook.active(self.backward_hook):
+        with disable_current_modes(), unaffected(), hooking(self.backward_hook):
             super().pull_back(sweep, bottom)
 
     def tell(self, sweep: Sweep, position: int) -> None:

@@ -10,7 +10,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -70,6 +74,7 @@ def checked() -> Iterator[tuple[Checked, FakeTensorMode]]:
 
 
 NAMES = sorted({op.name for op in op_db if torch.float64 in op.supported_dtypes("cpu")})
+NAMES = [name for name in NAMES if not name.startswith("jiterator")]  # which needs a GPU
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -92,8 +97,11 @@ def test_operators_of_torchs_own_database(part: int, request: pytest.FixtureRequ
                     if loss:
                         sum(t.real for t in loss).backward()
                     done += 1
-                except Exception:  # values are asked for, or no fake implementation exists
+                except (DataDependentOutputException, DynamicOutputShapeException):
                     continue
+                except RuntimeError as error:
+                    if "data is not allocated" not in str(error):  # values are asked for all the same
+                        raise
     assert done > (50 if whole else 12)
 
 

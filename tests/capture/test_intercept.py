@@ -268,7 +268,7 @@ def test_detach_in_place_between_the_steps_of_two_optimizers() -> None:
             for t in range(STEPS):
                 advantage = YS[t] * w - critic(XS[t])
                 later = actor(XS[t])
-                inner[0].step((advantage * YS[t]).mean() + critic(XS[t]).square().mean())
+                inner[0].step((advantage * YS[t]).sum(1).square().mean() + critic(XS[t]).square().mean())
                 advantage.detach_()
                 inner[1].step((later * advantage).mean() + later.square().mean())
             (loss_of(critic, STEPS) + loss_of(actor, STEPS)).backward()

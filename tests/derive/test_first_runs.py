@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import metaoptim
-from metaoptim.compiler.derive.flat import Unfollowed, flat_graph
-from metaoptim.compiler.derive.tracing import tracing
+from metaoptim.compiler.derive.flat import Unfollowed, flat_graph, tracing
 from metaoptim.compiler.lower import derivatives
 from metaoptim.compiler.lower.library import library
 from oracle import agree, run_oracle, run_window

@@ -108,6 +108,7 @@ class Loop:
         tape.lr = lr.detach().clone().requires_grad_()
         self.net.zero_grad()
         tape.run("A", {"strategy": "full_tape"})
+        assert all(bool(g.any()) for g in tape.gradients())
         agree(found, tape.gradients())
 
 
@@ -228,7 +229,9 @@ def test_what_another_thread_draws_is_none_of_a_captures_business(act: Callable)
         thread.join()
         return torch.ones(4, 2)
 
-    Loop(draw).run("C", {})
+    loop = Loop(draw)
+    loop.run("C", {})
+    loop.check()
 
 
 @pytest.mark.parametrize("alone", [True, False])

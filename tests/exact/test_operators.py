@@ -11,6 +11,9 @@ import pytest
 
 from operators import OPS, SHARE, TABLE, rows, sweep
 
+#: What a plain tape differentiates none of the samples of.
+UNCOMPARED = ("__rpow__", "linalg.eig", "nn.functional.ctc_loss", "sparse.sampled_addmm", "to_sparse")
+
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """``operator``: the name of one."""
@@ -25,6 +28,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_operator(operator: str) -> None:
     found = list(sweep(operator))
+    assert found or operator in UNCOMPARED
     assert not [str(f) for f in found if f.outcome in ("wrong", "crashed")]
     names = tuple(f"| `{name}` |" for name in {f.name for f in found})
     assert rows(found) == [line for line in TABLE.read_text().splitlines() if line.startswith(names)]

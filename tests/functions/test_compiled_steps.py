@@ -77,6 +77,7 @@ class Bench:
 def same(run: Callable[..., list[Tensor | None]], **window: Any) -> None:
     """``run(wrap, **window)`` leaves the same with compiled steps as with ordinary ones and with the full tape."""
     tape = run(plain, strategy="full_tape", **window)
+    assert any(v is not None and bool(v.any()) for v in tape), "nothing has a gradient, by the tape too"
     for got in (run(plain, **window), run(compiled, **window), run(compiled, slots=2, **window)):
         assert len(got) == len(tape)
         for k, (g, e) in enumerate(zip(got, tape, strict=True)):

@@ -462,7 +462,7 @@ def test_overwritten_before_backward() -> None:
             p.add_(1.0)
     agree({"lr": torch.autograd.grad(loss, world.log_lr, retain_graph=True)[0]}, {"lr": expected})
     x.zero_()
-    with pytest.raises(metaoptim.StaleInputError):
+    with pytest.raises(metaoptim.StaleInputError, match="was overwritten after the step had read it"):
         torch.autograd.grad(loss, world.log_lr)
 
 

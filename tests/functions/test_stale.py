@@ -107,6 +107,6 @@ def test_classes_are_as_before_after_a_capture() -> None:
     before = [vars(cls).get("__getattribute__") for cls in (nn.Module, Settings, type(made))]
     gradients(made, "C", torch.tensor(0.5, requires_grad=True), 2)
     assert [vars(cls).get("__getattribute__") for cls in (nn.Module, Settings, type(made))] == before
-    with pytest.raises(metaoptim.CaptureError):
+    with pytest.raises(metaoptim.CaptureError, match="value is needed while the function is captured"):
         metaoptim.compile(lambda: made.net(X).sum().item() * made.settings.k, backend="eager")()
     assert [vars(cls).get("__getattribute__") for cls in (nn.Module, Settings, type(made))] == before

@@ -177,11 +177,3 @@ def test_attributes_of_tensors() -> None:
     before = x._version
     view.add_(1)
     assert x._version == before + 1
-
-
-def test_equal_calls_are_merged() -> None:
-    def f(x: Tensor) -> Tensor:
-        return x.sin() * x.sin()
-
-    merged = compat.fx_graph_cse(torch.fx.symbolic_trace(f).graph)
-    assert len([n for n in merged.nodes if n.op == "call_method"]) == 1

@@ -19,7 +19,7 @@ from torch._inductor.utils import fresh_cache
 
 import metaoptim
 from forms import full_tape, run_compiled, run_step
-from metaoptim.compiler.derive.liveness import peak_bytes
+from metaoptim.compiler.derive.graphs import peak_bytes
 from metaoptim.compiler.derive.mixed import NotMixed, mixed_vjp_graph
 from metaoptim.compiler.derive.reverse import cotangent_outputs
 from metaoptim.compiler.lower import backends, compile_graph
@@ -168,7 +168,7 @@ def test_what_is_not_mixed_says_why() -> None:
     step = steps_of(fn)[0]
     step.opaque = True
     with pytest.raises(NotMixed, match="hooks, custom Functions"):
-        mixed_vjp_graph(step, cotangent_outputs(step))
+        mixed_vjp_graph(step)
 
 
 # -- backends ---------------------------------------------------------------------------------------------------------

@@ -178,10 +178,10 @@ def test_a_loss_from_a_block_that_failed(tmp_path: Path) -> None:
     def after(t: int) -> None:
         if t == 12:
             kept.append(F.mse_loss(scene.net(scene.xs[0]), scene.ys[0]))
-            raise ValueError
+            raise ValueError("in the block")
 
     scene.after = after  # type: ignore[method-assign]
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="in the block"):
         scene.steps(offload=tmp_path)
     with pytest.raises(metaoptim.StoreError, match="the window has ended with an exception"):
         kept[0].backward()
