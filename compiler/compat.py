@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 import torch.utils.checkpoint
-from torch._C import DisableTorchFunction, _autograd, _DisableAutocast, _DisableTorchDispatch
+from torch._C import DisableTorchFunction, _autograd
+from torch._C import _DisableAutocast as DisableAutocast
+from torch._C import _DisableTorchDispatch as DisableTorchDispatch
 from torch._C._profiler import ProfilerConfig, ProfilerState, _ExperimentalConfig
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import (
@@ -22,64 +24,16 @@ from torch._subclasses.fake_tensor import (
     disable_fake_tensor_cache,
     unset_fake_temporarily,
 )
-from torch.autograd.function import Function, _SingleLevelFunction
-from torch.nn.parallel.distributed import _DDPSink
+from torch.autograd.function import Function
+from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
+from torch.nn.parallel.distributed import _DDPSink as DDPSink
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
-from torch.utils._python_dispatch import (
-    TorchDispatchMode,
-    _disable_current_modes,
-    _get_current_dispatch_mode_stack,
-)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack as dispatch_modes
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
-__all__ = [
-    "CHECKPOINT",
-    "DDPSink",
-    "DataDependentOutputException",
-    "DeviceContext",
-    "DisableAutocast",
-    "DisableTorchDispatch",
-    "DisableTorchFunction",
-    "DynamicOutputShapeException",
-    "FUNCTIONS",
-    "FakeTensor",
-    "FakeTensorMode",
-    "OpOverload",
-    "ProfilerEvent",
-    "SingleLevelFunction",
-    "TorchDispatchMode",
-    "TreeSpec",
-    "any_autocast_enabled",
-    "begin_profile",
-    "current_autograd_node",
-    "disable_current_modes",
-    "disable_fake_tensor_cache",
-    "dispatch_modes",
-    "end_profile",
-    "function_modes",
-    "graph_task",
-    "has_meta_kernel",
-    "pop_dispatch_mode",
-    "profiling",
-    "push_dispatch_mode",
-    "queue_callback",
-    "storage_users",
-    "swap_tensors",
-    "tops_dispatch",
-    "transforms_active",
-    "tree_flatten",
-    "tree_leaves",
-    "tree_unflatten",
-    "unset_fake_temporarily",
-]
-
-#: A switch for a `with` block each.
-DisableAutocast = _DisableAutocast
-DisableTorchDispatch = _DisableTorchDispatch
-disable_current_modes = _disable_current_modes
-
-SingleLevelFunction = _SingleLevelFunction
 #: The classes whose ``apply`` a custom `torch.autograd.Function` goes through. From torch 2.14 on `Function` has one of
 #: its own, in C++, which does not call its base's.
 FUNCTIONS = (
@@ -88,16 +42,10 @@ FUNCTIONS = (
     else (SingleLevelFunction, Function)
 )
 transforms_active = torch._C._are_functorch_transforms_active
-#: What `torch.utils.checkpoint` without reentrance is made of; from torch 2.14 on, the second of these.
-CHECKPOINT = next(
-    name
-    for name in (
-        "_checkpoint_without_reentrant_generator_impl",
-        "_checkpoint_without_reentrant_generator",
-    )
-    if hasattr(torch.utils.checkpoint, name)
-)
-DDPSink = _DDPSink
+#: What `torch.utils.checkpoint` without reentrance is made of; from torch 2.14 on, its ``_impl``.
+CHECKPOINT = "_checkpoint_without_reentrant_generator"
+if hasattr(torch.utils.checkpoint, f"{CHECKPOINT}_impl"):
+    CHECKPOINT += "_impl"
 
 any_autocast_enabled = torch._C._is_any_autocast_enabled
 swap_tensors = torch._C._swap_tensor_impl
@@ -123,7 +71,6 @@ def has_meta_kernel(op: OpOverload) -> bool:
 
 # -- stacks of modes --------------------------------------------------------------------------------------------------
 
-dispatch_modes = _get_current_dispatch_mode_stack
 push_dispatch_mode = torch._C._push_on_torch_dispatch_stack
 
 

@@ -17,14 +17,14 @@ from typing import Any
 from .compiler.capture import intercept
 from .compiler.ir.retention import Retention, check_count
 from .compiler.ir.step import Lowering
-from .compiler.lower.waiting import waiting
+from .compiler.lower.compile_graph import waiting
 from .compiler.passes.options import Options
 from .errors import WindowError
 from .functions.guards import Dependencies
 from .functions.reads import Reads
 from .functions.specialization import StepSpecialization, compare, name_of, specialize
 from .functions.specializations import Specializations
-from .optim.alive import refresh_optimizers
+from .optim.optimizer import refresh_optimizers
 from .report.explain import report_of
 from .report.report import Report
 from .runtime.windows.recording_session import RecordedSession

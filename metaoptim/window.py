@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from inspect import signature
 from types import TracebackType
 from typing import Any
 
@@ -17,7 +17,7 @@ from .compiler.capture.intercept import recording
 from .compiler.ir.retention import Retention, check_count
 from .compiler.ir.step import Lowering
 from .errors import WindowError, warn
-from .optim.alive import live_optimizers, refresh_optimizers
+from .optim.optimizer import optimizers_here, refresh_optimizers
 from .report.explain import explain_window
 from .report.report import Report
 from .runtime.functions.loops import Loop
@@ -30,7 +30,15 @@ _STRATEGIES: dict[str, type[RecordedSession] | type[FullTapeSession]] = {
     "auto": RecordedSession,
     "full_tape": FullTapeSession,
 }
-_OF_FULL_TAPE = ("offline", "backward_hook", "record_grad_tape", "pickup_step", "sync", "check_finite")
+_OF_FULL_TAPE = (
+    "offline",
+    "backward_hook",
+    "record_grad_tape",
+    "pickup_step",
+    "sync",
+    "check_finite",
+    "strategy",
+)
 
 
 class SlidingWindow:
@@ -118,6 +126,7 @@ class SlidingWindow:
         self_check: bool = True,
         strategy: str = "auto",
     ) -> None:
+        given = dict(locals())
         if not isinstance(offline, bool):
             raise TypeError(f"offline: got {type(offline).__name__}, expected True or False")
         if strategy not in _STRATEGIES:
@@ -130,13 +139,15 @@ class SlidingWindow:
         lowering = Lowering.stated(backend, hvp, self_check, replays=False)
         said = offline, backward_hook, record_grad_tape, pickup_step, window
         self._options = Options(*said, retention, check_finite, sync, lowering)
-        if strategy == "full_tape":
-            for name, value in self._said().items():
-                if name not in _OF_FULL_TAPE:
-                    raise ValueError(
-                        f"{name}={value!r}: a full_tape window keeps everything, on autograd's own tape; use "
-                        "strategy='auto'"
-                    )
+        self._said = {k: given[k] for k, default in _DEFAULTS.items() if given[k] != default}
+        if retention.place is not None:
+            self._said["offload"] = retention.place
+        for name, value in self._said.items() if strategy == "full_tape" else ():
+            if name not in _OF_FULL_TAPE:
+                raise ValueError(
+                    f"{name}={value!r}: a full_tape window keeps everything, on autograd's own tape; use "
+                    "strategy='auto'"
+                )
         if not isinstance(pickup_step, int) or pickup_step < -1:
             raise ValueError(
                 f"pickup_step: got {pickup_step!r}, expected a step counted from 0, or -1 for the last"
@@ -154,11 +165,6 @@ class SlidingWindow:
         self._session: Session | None = None
         self._program: Any = None
 
-    def _said(self) -> dict[str, Any]:
-        """The options that are not as by default."""
-        defaults = _by_name(Options())
-        return {name: value for name, value in _by_name(self._options).items() if value != defaults[name]}
-
     def __enter__(self) -> SlidingWindow:
         if current_session() is not None:
             raise WindowError(
@@ -169,8 +175,8 @@ class SlidingWindow:
         session = self._session = self._new_session()
         session.open()
         try:
-            for optimizer in sorted(live_optimizers, key=lambda o: o.number):  # the same order on every rank
-                if optimizer.thread == threading.get_ident() and optimizer._session is None:
+            for optimizer in optimizers_here():  # the same order on every rank
+                if optimizer._session is None:
                     with suppress(WindowError):  # raised where it steps, if it does
                         session.adopt(optimizer)
         except BaseException:
@@ -273,10 +279,7 @@ class SlidingWindow:
             )
 
     def __repr__(self) -> str:
-        shown = self._said()
-        if self._strategy != "auto":
-            shown["strategy"] = self._strategy
-        return f"SlidingWindow({', '.join(f'{k}={v!r}' for k, v in shown.items())})"
+        return f"SlidingWindow({', '.join(f'{k}={v!r}' for k, v in self._said.items())})"
 
     def explain(self) -> Report:
         """What the steps taken so far have become, what a backward from here will cost, and who gets a gradient.
@@ -315,17 +318,7 @@ class SlidingWindow:
         return self._session.program if isinstance(self._session, RecordedSession) else self._program
 
 
-def _by_name(options: Options) -> dict[str, Any]:
-    """Options by the names that `SlidingWindow` has for them."""
-    found: dict[str, Any] = {}
-    for name, value in vars(options).items():
-        if isinstance(value, Retention):
-            found |= {**vars(value), "offload": value.place}
-        elif isinstance(value, Lowering):
-            found |= {"backend": value.backend, "hvp": value.hvp, "self_check": value.check}
-        else:
-            found[name] = value
-    return found
+_DEFAULTS = {name: option.default for name, option in signature(SlidingWindow).parameters.items()}
 
 
 def _check_sync(group: Any, offline: bool) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from metaoptim.compiler.lower.library import library
-from metaoptim.optim.alive import live_optimizers
+from metaoptim.optim.optimizer import live_optimizers
 
 torch.set_num_threads(1)
 torch.set_default_dtype(torch.float64)

@@ -21,7 +21,7 @@ from metaoptim.compiler.compat import CHECKPOINT, FUNCTIONS, SingleLevelFunction
 from metaoptim.errors import CaptureError, WindowError, user_location
 
 from ..ir.values import Spy, Theta
-from . import memory
+from .eager import writes
 from .eager.recorder import Recorder
 from .modes import CaptureMode
 
@@ -29,9 +29,43 @@ recording: ContextVar[CaptureMode | None] = ContextVar("metaoptim_recorder", def
 # Called with the function handed to checkpoint; returns one that recomputes with the parameters of now.
 binding: ContextVar[Any] = ContextVar("metaoptim_binding", default=None)
 
-_lock = threading.Lock()
-_open = 0
-_original: dict[str, Any] = {}
+_MISSING = object()
+
+
+class Patches:
+    """Entry points of torch (owner, name, wrapper) that are wrapped while anybody has asked for it."""
+
+    def __init__(self, *wrappers: tuple[Any, str, Any]) -> None:
+        self.original: dict[str, Any] = {}
+        self._wrappers, self._saved, self._count = wrappers, list[Any](), 0
+        self._lock = threading.RLock()  # the collector may call `uninstall` within `install`
+
+    def install(self) -> None:
+        """Wrap the entry points (counted)."""
+        with self._lock:
+            self._count += 1
+            for k, (owner, name, wrapper) in enumerate(self._wrappers) if self._count == 1 else ():
+                now = vars(owner).get(name, _MISSING)
+                if len(self._saved) == k:
+                    self._saved.append(now)
+                    if owner is not torch:
+                        self.original[name] = getattr(owner, name)
+                if now is self._saved[k]:  # otherwise ours is still there, below somebody else's
+                    setattr(owner, name, wrapper)
+
+    def uninstall(self) -> None:
+        """Undo one `install`; where others have wrapped ours since, it stays, and does nothing."""
+        with self._lock:
+            self._count -= 1
+            ours = all(vars(owner).get(name) is wrapper for owner, name, wrapper in self._wrappers)
+            if self._count or not ours:
+                return
+            for (owner, name, _), before in zip(self._wrappers, self._saved, strict=True):
+                if before is _MISSING:  # it was inherited
+                    delattr(owner, name)
+                else:
+                    setattr(owner, name, before)
+            self._saved.clear()
 
 
 def _mode() -> CaptureMode | None:
@@ -50,9 +84,8 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
 
     mode = _mode()
     if mode is None or (issubclass(cls, torch.autograd.Function) and transforms_active()):
-        return apply(
-            *args, **kwargs
-        )  # a transform of torch.func makes another Function of it, and applies that
+        # a transform of torch.func makes another Function of it, and applies that
+        return apply(*args, **kwargs)
     return mode.apply_function(cls, apply, args, kwargs)
 
 
@@ -96,35 +129,30 @@ def _retain_grad(self: Tensor) -> None:
 # -- histories and memory that change above the operators -------------------------------------------------------------
 
 
-def _detach_in_place(self: Tensor) -> Tensor:
-    mode = _mode()
-    detach = _original["detach_"]
-    return detach(self) if mode is None else mode.detach_in_place(self, detach)
-
-
-def _detach_function(input: Tensor) -> Tensor:
-    return input.detach_()
+def _detach_in_place(input: Tensor) -> Tensor:
+    mode, detach = _mode(), _original["detach_"]
+    return detach(input) if mode is None else mode.detach_in_place(input, detach)
 
 
 def _get_data(self: Tensor) -> Tensor:
     values = _original["data"].__get__(self)
     recorder = _recorder()
     if recorder is not None:
-        memory.note_loose(recorder, values)
+        recorder.loose[id(values)] = values  # it shares memory, and has no version counter
     return values
 
 
 def _set_data(self: Tensor, value: Tensor) -> None:
     recorder = _recorder()
     if recorder is not None:
-        memory.before_swap(recorder, self)
+        writes.before_swap(recorder, self)
     _original["data"].__set__(self, value)
 
 
 def _as_numpy(self: Tensor, *, force: bool = False) -> Any:
     array = _original["numpy"](self, force=force)
     recorder = _recorder()
-    if recorder is not None and memory.relies_on(recorder, self):
+    if recorder is not None and writes.relies_on(recorder, self):
         array.flags.writeable = False  # numpy itself refuses writes that no operator would show
     return array
 
@@ -142,7 +170,7 @@ def _to_dlpack(tensor: Tensor) -> Any:
 
 def _refuse_dlpack(tensor: Tensor) -> None:
     recorder = _recorder()
-    if recorder is not None and memory.relies_on(recorder, tensor):
+    if recorder is not None and writes.relies_on(recorder, tensor):
         raise CaptureError(
             f"a tensor of shape {tuple(tensor.shape)} that inner steps rely on was handed out through DLPack, where "
             "writes cannot be seen; hand out a clone made under torch.no_grad()"
@@ -178,15 +206,13 @@ def _clip(parameters: Any, *args: Any, **kwargs: Any) -> Any:
     return _original["_clip_grads_with_norm_"](parameters, *args, **kwargs)
 
 
-# -- installing -------------------------------------------------------------------------------------------------------
-
-_WRAPPERS: tuple[tuple[Any, str, Any], ...] = (
+patches = Patches(
     *((owner, "apply", classmethod(_apply)) for owner in FUNCTIONS),
     (checkpointing, CHECKPOINT, _checkpoint),
     (Tensor, "register_hook", _register_hook),
     (Tensor, "retain_grad", _retain_grad),
     (Tensor, "detach_", _detach_in_place),
-    (torch, "detach_", _detach_function),
+    (torch, "detach_", _detach_in_place),
     (Tensor, "data", property(_get_data, _set_data)),
     (Tensor, "numpy", _as_numpy),
     (Tensor, "__dlpack__", _as_dlpack),
@@ -195,32 +221,4 @@ _WRAPPERS: tuple[tuple[Any, str, Any], ...] = (
     (torch.optim.Optimizer, "add_param_group", _add_param_group),
     (clip_grad, "_clip_grads_with_norm_", _clip),
 )
-_MISSING = object()
-_saved: list[Any] = []
-
-
-def install() -> None:
-    """Wrap the entry points (counted: one call per open window)."""
-    global _open
-    with _lock:
-        _open += 1
-        if _open == 1:
-            for owner, name, wrapper in _WRAPPERS:
-                _saved.append(vars(owner).get(name, _MISSING))
-                if owner is not torch:
-                    _original[name] = getattr(owner, name)
-                setattr(owner, name, wrapper)
-
-
-def uninstall() -> None:
-    """Undo one `install`."""
-    global _open
-    with _lock:
-        _open -= 1
-        if _open == 0:
-            for (owner, name, _), before in zip(_WRAPPERS, _saved, strict=True):
-                if before is _MISSING:  # it was inherited
-                    delattr(owner, name)
-                else:
-                    setattr(owner, name, before)
-            _saved.clear()
+_original = patches.original

@@ -62,10 +62,6 @@ class CaptureMode(TorchDispatchMode):
         for other in reversed(above):
             push_dispatch_mode(other)
 
-    def leave(self) -> None:
-        """A window closes."""
-        raise NotImplementedError
-
     def apply_function(self, cls: Any, apply: Callable, args: tuple, kwargs: dict) -> Any:
         """Record a custom `autograd.Function` as one call: its backward is the user's, not that of its inner ops."""
         raise NotImplementedError

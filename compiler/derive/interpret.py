@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from ..ir.step import StepGraph, gradient, show
+from ..ir.update import UpdatePlan
 
 
 def interpret(step: StepGraph, inputs: Sequence[Tensor], *, create_graph: bool) -> tuple[Any, ...]:
@@ -46,7 +47,7 @@ class _Interpreter(fx.Interpreter):
                 )
         # after the gradient nothing but its derivative needs a graph
         with torch.set_grad_enabled(
-            n.meta.get("grad", True) and (self.create_graph or not n.meta.get("update", False))
+            n.meta.get("grad", True) and (self.create_graph or not isinstance(n.target, UpdatePlan))
         ):
             return n.target(*args, **kwargs)  # type: ignore[operator]
 

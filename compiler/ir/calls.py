@@ -5,42 +5,32 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
 from .step import EAGER, Lowering, Role, StepGraph
+from .values import Input, Noise, Spy
 
 LONGEST = 32  # calls in a round
 
 
 @dataclass(slots=True)
 class StepCall:
-    """One recorded inner step: a StepGraph and what it was called with.
-
-    Attributes:
-        step: the graph.
-        reads: state indices behind the inputs that are state, in order.
-        writes: state indices that the outputs go to, in order; -1 for none. Gradients, the last outputs, have none.
-        inputs: what fills the other inputs, in order.
-        location: the user's line.
-        back: how many positions before its own lies the state that its loss has read theta of.
-        metas: for each META input, the number under which its gradient is collected.
-        rng: state index of the random generator's state, if the step draws; -1 if not.
-        lowering: the backend and HVP mode of the step graphs.
-        spies: the tensor hooks that are part of the step.
-    """
+    """A step graph and what it is called with."""
 
     step: StepGraph
-    reads: tuple[int, ...]
-    writes: tuple[int, ...]
-    inputs: list[Any]
-    location: str
-    back: int = 0
-    metas: tuple[Any, ...] = ()
-    rng: int = -1
+    reads: tuple[int, ...]  # state indices behind the inputs that are state, in order
+    writes: tuple[
+        int, ...
+    ]  # state indices the outputs go to, in order; -1 for none. Gradients, the last, have none.
+    inputs: list[Any]  # what fills the other inputs, in order
+    location: str  # the user's line
+    back: int = 0  # how many positions before its own lies the state whose theta its loss has read
+    metas: tuple[Any, ...] = ()  # for each META input, the number under which its gradient is collected
+    rng: int = -1  # state index of the random generator's state, if the step draws
     lowering: Lowering = EAGER
-    spies: tuple[Any, ...] = ()
+    spies: tuple[Spy, ...] = ()  # the tensor hooks that are part of the step
 
     @property
     def theta(self) -> tuple[int, ...]:
@@ -50,18 +40,15 @@ class StepCall:
     @property
     def updated(self) -> tuple[int, ...]:
         """State indices of theta'."""
-        pairs = zip(self.writes, self.step.outputs)
-        return tuple(i for i, port in pairs if port.role is Role.THETA)
+        return tuple(i for i, port in zip(self.writes, self.step.outputs) if port.role is Role.THETA)
 
 
 @dataclass(slots=True)
 class Assign:
     """State entries set to values from outside.
 
-    Attributes:
-        indices, values: what is set to what.
-        adoption: the values are a network's own parameters (cotangents that arrive here are theirs); otherwise the
-            assignment is a history cut (an in-place load), where cotangents end.
+    Of an ``adoption`` the values are a network's own parameters, and cotangents that arrive here are theirs; otherwise
+    it is a history cut (an in-place load), where cotangents end.
     """
 
     indices: tuple[int, ...]
@@ -73,35 +60,23 @@ class Assign:
 class Loop:
     """Iterations that only differ in the slices and numbers their calls are given.
 
-    Attributes:
-        calls: those of the first iteration; in each later one they find their inputs where these have left them.
-        count: how many iterations.
+    In each one after the first, whose ``calls`` are told, they find what they read where the one before has left it.
     """
 
     calls: tuple[StepCall, ...]
     count: int
 
 
-def calls_of(item: StepCall | Loop) -> tuple[StepCall, ...]:
-    """A call, or those of one iteration of a loop."""
-    return item.calls if isinstance(item, Loop) else (item,)
-
-
 @dataclass(frozen=True)
 class Operand:
-    """An input of a call that is no register.
+    """An input of a call that is no register."""
 
-    Attributes:
-        kind: "input", "scan" (a slice of one), "noise", "number", or "each" (of several, the one at ``at``).
-        of: the `Input`, the `Noise`, the number, or what there is to choose from.
-        at: for a slice, its position.
-        stride: in a loop, by how much the position, or the number, advances from one iteration to the next.
-    """
-
-    kind: str
-    of: Any
-    at: int = 0
-    stride: int = 0
+    kind: (
+        str  # "input", "scan" (a slice of one), "noise", "number", or "each" (of several, the one at ``at``)
+    )
+    of: Any  # the `Input`, the `Noise`, the number, or what there is to choose from
+    at: int = 0  # of a slice, its position
+    stride: int = 0  # in a loop, by how much position or number advance from one iteration to the next
 
     def after(self, iterations: int) -> Operand:
         """The one so many iterations later."""
@@ -116,12 +91,21 @@ class Operand:
         return self.of[self.at] if self.kind == "each" else self
 
     @property
-    def sources(self) -> list[Any]:
-        """What it may read: an `Input`, a `Noise` or a number, or several."""
+    def sources(self) -> list[Input | Noise | float]:
+        """What it may read, one or several."""
         return [g.of for g in self.of] if self.kind == "each" else [self.of]
 
 
-Item = StepCall | Assign | Loop
+Call: TypeAlias = StepCall | Assign
+Item: TypeAlias = StepCall | Assign | Loop
+
+
+def calls_of(item: StepCall | Loop) -> tuple[StepCall, ...]:
+    """A call, or those of one iteration of a loop."""
+    return item.calls if isinstance(item, Loop) else (item,)
+
+
+# -- rounds that repeat ----------------------------------------------------------------------------------------------
 
 
 def folded(calls: Sequence[Any]) -> list[Any]:
@@ -135,12 +119,20 @@ def folded(calls: Sequence[Any]) -> list[Any]:
         count = 1 + alike[length][at] // length if length else 1
         if count == 1:
             found.append(calls[at])
-            at += 1
-            continue
-        rounds = [calls[at + k * length : at + (k + 1) * length] for k in range(count)]
-        found.append(_loop(rounds))
+            length = 1
+        else:
+            found.append(_loop([calls[at + k * length : at + (k + 1) * length] for k in range(count)]))
         at += length * count
     return found
+
+
+def nth(loop: Loop, n: int) -> StepCall:
+    """The ``n``-th call of a Loop of recorded calls."""
+    k, which = divmod(n, len(loop.calls))
+    call = loop.calls[which]
+    inputs, metas = ([x.of[k] if type(x) is Operand else x for x in of] for of in (call.inputs, call.metas))
+    step, reads, writes, where = call.step, call.reads, call.writes, call.location
+    return StepCall(step, reads, writes, inputs, where, call.back, tuple(metas), lowering=call.lowering)
 
 
 def extended(known: Loop, calls: Sequence[Item]) -> int:
@@ -155,9 +147,8 @@ def extended(known: Loop, calls: Sequence[Item]) -> int:
     for k, own in enumerate(known.calls):
         more: list[Any] = list(calls[k : count * length : length])
         own.inputs = [_longer(x, known.count, [c.inputs[i] for c in more]) for i, x in enumerate(own.inputs)]
-        own.metas = tuple(
-            _longer(m, known.count, [c.metas[i] for c in more]) for i, m in enumerate(own.metas)
-        )
+        metas = enumerate(own.metas)
+        own.metas = tuple([_longer(m, known.count, [c.metas[i] for c in more]) for i, m in metas])
     known.count += count
     return count * length
 
@@ -165,10 +156,9 @@ def extended(known: Loop, calls: Sequence[Item]) -> int:
 def _longer(column: Any, count: int, more: list[Any]) -> Any:
     if isinstance(column, Operand):
         column.of.extend(more)
-        return column
-    if all(_same(x, column) for x in more):
-        return column
-    return Operand("each", [column] * count + more, 0, 1)
+    elif not all(_same(x, column) for x in more):
+        return Operand("each", [column] * count + more, 0, 1)
+    return column
 
 
 def _key(item: Item) -> tuple[Any, ...]:
@@ -180,16 +170,15 @@ def _key(item: Item) -> tuple[Any, ...]:
 
 def _repeats(keys: list[tuple[Any, ...]]) -> dict[int, list[int]]:
     """Length of a round -> for each place, how many places from there on are like the one a round later."""
-    found = {}
+    found: dict[int, list[int]] = {}
     for length in range(1, min(LONGEST, len(keys) // 2) + 1):
-        counts = [0] * len(keys)
+        counts = found[length] = [0] * len(keys)
         for at in range(len(keys) - length - 1, -1, -1):
             counts[at] = counts[at + 1] + 1 if keys[at] == keys[at + length] else 0
-        found[length] = counts
     return found
 
 
-def _loop(rounds: list[Any]) -> Loop:
+def _loop(rounds: list[Sequence[StepCall]]) -> Loop:
     calls: list[StepCall] = []
     for column in zip(*rounds, strict=True):
         inputs = [_column(given) for given in zip(*(call.inputs for call in column), strict=True)]
@@ -200,21 +189,19 @@ def _loop(rounds: list[Any]) -> Loop:
 
 def _column(given: Sequence[Any]) -> Any:
     """What stands for one input of a call in all rounds."""
-    first, second, *_ = given
+    first = given[0]
     if not isinstance(first, Operand):  # of a recorded call
         return first if all(_same(g, first) for g in given) else Operand("each", list(given), 0, 1)
-    if first.kind == "noise" or all(
-        g.kind == first.kind and g.at == first.at and _same(g.of, first.of) for g in given
-    ):
+    kind = first.kind
+    if kind == "noise" or all(g.kind == kind and g.at == first.at and _same(g.of, first.of) for g in given):
         return first
-    if first.kind == "scan" and all(g.kind == "scan" and g.of is first.of for g in given):
-        stride = second.at - first.at
-        if all(b.at - a.at == stride for a, b in pairwise(given)):
-            return replace(first, stride=stride)
-    if all(g.kind == "number" and type(g.of) is int for g in given):
-        stride = second.of - first.of
-        if all(b.of - a.of == stride for a, b in pairwise(given)):
-            return replace(first, stride=stride)
+    strides: set[int] = set()
+    if kind == "scan" and all(g.kind == "scan" and g.of is first.of for g in given):
+        strides = {b.at - a.at for a, b in pairwise(given)}
+    elif all(g.kind == "number" and type(g.of) is int for g in given):
+        strides = {b.of - a.of for a, b in pairwise(given)}
+    if len(strides) == 1:
+        return replace(first, stride=strides.pop())
     return Operand("each", tuple(given), 0, 1)
 
 

@@ -1,16 +1,24 @@
-"""What the recorder must know about an ATen operator: what it writes, whether it is random, what can be lifted."""
+"""What a capture must know about an operator: what it writes, whether it is random, what a custom Function is given."""
 
 from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import CheckpointFunction
 
-from metaoptim.compiler.compat import OpOverload, has_meta_kernel
+from metaoptim.compiler.compat import (
+    OpOverload,
+    TreeSpec,
+    has_meta_kernel,
+    tree_flatten,
+    tree_leaves,
+    tree_unflatten,
+)
 from metaoptim.errors import CaptureError
 
 aten = torch.ops.aten
@@ -26,7 +34,6 @@ class OpInfo(NamedTuple):
     lifts_number: bool  # a Python number among its two operands may become an input
 
 
-_INFO: dict[Any, OpInfo] = {}
 # Python numbers become inputs beside these; elsewhere one counts more digits than a tensor would.
 LIFTS = (torch.float32, torch.float64)
 _TWO_OPERANDS = {
@@ -43,31 +50,54 @@ EMPTY = {
 }
 
 
+# Fused attention: its operators say that they are random, and are where dropout is asked for, which is refused.
+ATTENTION = (
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+    aten._scaled_dot_product_efficient_attention.default,
+)
+
+
+@functools.cache
 def op_info(op: Any) -> OpInfo:
     """Facts about ``op``, computed once."""
-    info = _INFO.get(op)
-    if info is None:
-        writes: list[int | str] = []
-        for position, argument in enumerate(op._schema.arguments):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                writes.append(argument.name if argument.kwarg_only else position)
-        info = _INFO[op] = OpInfo(
-            tuple(writes),
-            torch.Tag.nondeterministic_seeded in op.tags and op not in SUBSTITUTES,
-            torch.Tag.dynamic_output_shape in op.tags or op is aten._pack_padded_sequence.default,
-            op in _TWO_OPERANDS,
-        )
-    return info
+    writes: list[int | str] = []
+    for position, argument in enumerate(op._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            writes.append(argument.name if argument.kwarg_only else position)
+    return OpInfo(
+        tuple(writes),
+        torch.Tag.nondeterministic_seeded in op.tags and op not in ATTENTION,
+        torch.Tag.dynamic_output_shape in op.tags or op is aten._pack_padded_sequence.default,
+        op in _TWO_OPERANDS,
+    )
+
+
+def is_operator(op: object) -> bool:
+    """Whether it is one of torch's, and no other function."""
+    return isinstance(op, OpOverload)
+
+
+def is_several(a: object) -> TypeGuard[Sequence[Any]]:
+    """Whether it is a tuple or a list."""
+    return isinstance(a, (tuple, list))
+
+
+def is_named(a: object) -> TypeGuard[dict[Any, Any]]:
+    """Whether it is a dictionary."""
+    return isinstance(a, dict)
 
 
 def op_text(op: Any) -> str:
-    return str(op) if isinstance(op, OpOverload) else getattr(op, "__name__", None) or str(op)
+    """What is called, as text."""
+    return str(op) if is_operator(op) or isinstance(op, Function) else getattr(op, "__name__", str(op))
 
 
 @functools.cache
 def shapes_known(op: Any) -> bool:
     """Whether what results are like follows from what arguments are like: it has a kernel without data."""
-    return torch.Tag.data_dependent_output not in op.tags and (has_meta_kernel(op))
+    return torch.Tag.data_dependent_output not in op.tags and has_meta_kernel(op)
 
 
 @functools.cache
@@ -89,9 +119,9 @@ def _types(op: Any) -> list[str]:
 def written(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any], kind: type[T]) -> list[T]:
     """The arguments of a ``kind`` that a call changes in place: tensors, or what stands for them."""
     found: list[Any] = []
-    for where in op_info(op).writes if isinstance(op, OpOverload) else ():
+    for where in op_info(op).writes if is_operator(op) else ():
         a = kwargs.get(where) if isinstance(where, str) else args[where] if where < len(args) else None
-        found += a if isinstance(a, (list, tuple)) else [a]
+        found += a if is_several(a) else [a]
     return [a for a in found if a is not None and isinstance(a, kind)]
 
 
@@ -115,8 +145,8 @@ RRELU = {
 
 
 def slopes_of(
-    x: Tensor,
-    noise: Tensor,
+    x: Any,
+    noise: Any,
     lower: float = 1 / 8,
     upper: float = 1 / 3,
     training: bool = False,
@@ -131,9 +161,7 @@ def without_running_stats(op: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
     where = BATCH_NORM.get(op)
     if where is None or not args[where[2]]:
         return args
-    args_list = list(args)
-    args_list[where[0]] = args_list[where[1]] = None
-    return tuple(args_list)
+    return tuple([None if i in where[:2] else a for i, a in enumerate(args)])
 
 
 def from_the_front(op: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -141,27 +169,17 @@ def from_the_front(op: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
     if op is aten.select.int:
         t, dim, index = args
         return t, dim, index % t.shape[dim]
-    return _sliced(*args)
-
-
-def _sliced(
-    t: Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
-) -> tuple[Any, ...]:
-    return t, dim, *slice(start, end, step).indices(t.shape[dim])
+    given: list[Any] = [*args, *(None, 0, None, None, None)[len(args) :]]
+    return *given[:2], *slice(*given[2:]).indices(given[0].shape[given[1]])
 
 
 def parts(op: Any, args: tuple[Any, ...]) -> list[tuple[Any, tuple[Any, ...]]]:
     """What gives one by one the parts that a call takes a tensor apart into: operators and their arguments."""
+    given: tuple[Any, ...] = (*args, 0)  # the dimension may be left out
     if op is aten.unbind.int:
-        return _rows(*args)
-    return _split(*args)
-
-
-def _rows(t: Tensor, dim: int = 0) -> list[tuple[Any, tuple[Any, ...]]]:
-    return [(aten.select.int, (t, dim, i)) for i in range(t.shape[dim])]
-
-
-def _split(t: Tensor, sizes: int | list[int], dim: int = 0) -> list[tuple[Any, tuple[Any, ...]]]:
+        t, dim = given[:2]
+        return [(aten.select.int, (t, dim, i)) for i in range(t.shape[dim])]
+    t, sizes, dim = given[:3]
     if isinstance(sizes, int):
         sizes = [sizes] * max(1, -(-t.shape[dim] // max(1, sizes)))
     ends = itertools.accumulate(sizes)
@@ -173,109 +191,85 @@ def lifts(info: OpInfo, args: tuple[Any, ...]) -> bool:
     return info.lifts_number and type(args[1]) in (int, float) and args[0].dtype in LIFTS
 
 
-def attention_by_math(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    attn_mask: Tensor | None = None,
-    scale: float | None = None,
-) -> tuple[Tensor, None]:
-    """Scaled-dot-product attention from differentiable parts: the fused kernels have no second derivative."""
-    if dropout_p:
-        raise CaptureError(
-            "dropout inside a fused kernel of scaled_dot_product_attention cannot be repeated; call it within "
-            "torch.nn.attention.sdpa_kernel(SDPBackend.MATH), or put the dropout outside"
-        )
-    grouped = query.shape[-3] != key.shape[-3]  # several heads of the query share one of the key
-    out = aten._scaled_dot_product_attention_math(
-        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=grouped
-    )[0]
-    # laid out in memory like the query, as the fused kernel does it: the views taken of it depend on that
-    order = sorted(range(query.dim()), key=query.stride, reverse=True)
-    return out.permute(order).contiguous().permute([order.index(d) for d in range(query.dim())]), None
+# -- custom autograd Functions: one call each, whose arguments may be of any structure --------------------------------
+
+_TENSOR = object()
+_PLAIN = (Tensor, int, float, str, type(None))
 
 
-def _cuda_flash(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    p: float = 0.0,
-    causal: bool = False,
-    _debug: bool = False,
-    **options: Any,
-) -> tuple[Tensor, None]:
-    return attention_by_math(query, key, value, p, causal, **options)
+def flattened(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Sequence[Any], TreeSpec | None]:
+    """What arguments hold, and how it lies in them; None for positional ones without containers, found out quickly."""
+    if not kwargs and all(isinstance(a, _PLAIN) for a in args):
+        return args, None
+    # torch would make a plain tuple of a Size
+    return tree_flatten((args, kwargs), is_leaf=lambda a: isinstance(a, torch.Size))
 
 
-def _cuda_cudnn(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    _logsumexp: bool,
-    p: float = 0.0,
-    causal: bool = False,
-    _debug: bool = False,
-    **options: Any,
-) -> tuple[Tensor, None]:
-    return attention_by_math(query, key, value, p, causal, attn_mask=bias, **options)
+class Function:
+    """A user's `autograd.Function` with all it is given besides tensors, applied again whenever a recording is run.
 
-
-def _cuda_efficient(*args: Any, **options: Any) -> tuple[Tensor, None]:
-    out = _cuda_cudnn(*args, **options)[0]
-    return out.transpose(1, 2).contiguous().transpose(1, 2), None  # however the query is laid out
-
-
-def lstm_by_parts(
-    input: Tensor,
-    w0: Tensor,
-    w1: Tensor,
-    w2: Tensor,
-    w3: Tensor,
-    hx: Tensor,
-    cx: Tensor,
-    reverse: bool,
-    batch_sizes: list[int],
-    mode: int,
-    hidden_size: int,
-    num_layers: int,
-    has_biases: bool,
-    bidirectional: bool,
-    batch_first: bool,
-    train: bool,
-) -> tuple[Tensor, Tensor, Tensor, None]:
-    """One LSTM layer, step by step: the derivative of oneDNN's fused layer cannot be traced.
-
-    i, f, g, o = split(x W_ih^T + b_ih + h W_hh^T + b_hh); c' = σ(f) c + σ(i) tanh(g); h' = σ(o) tanh(c').
+    Called with the tensors one by one, it puts them where they were: in lists, tuples, named tuples and dictionaries
+    made anew, since ``forward`` may keep or change them. Equal ones do the same to the same tensors.
     """
-    h, c = hx.reshape(input.shape[1], -1), cx.reshape(input.shape[1], -1)
-    outputs = []
-    steps = range(input.shape[0])
-    for t in reversed(steps) if reverse else steps:
-        gates = torch.nn.functional.linear(input[t], w0, w2) + torch.nn.functional.linear(h, w1, w3)
-        i, f, g, o = gates.chunk(4, 1)
-        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-        h = o.sigmoid() * c.tanh()
-        outputs.append(h)
-    if reverse:
-        outputs.reverse()
-    return torch.stack(outputs), h.reshape(hx.shape), c.reshape(cx.shape), None
+
+    def __init__(self, cls: Any, leaves: Iterable[Any], spec: TreeSpec | None) -> None:
+        """A call of ``cls.apply`` with arguments that have been `flattened`.
+
+        Raises:
+            CaptureError: for a container that cannot be made anew, and for reentrant checkpointing.
+        """
+        if cls is CheckpointFunction:
+            raise CaptureError(
+                "reentrant activation checkpointing cannot be differentiated twice; call checkpoint(..., "
+                "use_reentrant=False)"
+            )
+        self.cls, self.__name__ = cls, cls.__name__
+        self._leaves = [_TENSOR if isinstance(a, Tensor) else a for a in leaves]
+        self._spec = spec
+        self._key = (cls, spec, *[a if a is _TENSOR else _key(cls, a) for a in self._leaves])
+        self._hash = hash(self._key)
+
+    def arguments(self, tensors: Iterable[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments, with these tensors."""
+        given = iter(tensors)
+        leaves = [next(given) if a is _TENSOR else a for a in self._leaves]
+        return (tuple(leaves), {}) if self._spec is None else tree_unflatten(leaves, self._spec)
+
+    def __call__(self, *tensors: Tensor) -> Any:
+        args, kwargs = self.arguments(tensors)
+        return self.cls.apply(*args, **kwargs)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Function) and self._hash == other._hash and self._key == other._key
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __str__(self) -> str:
+        args, kwargs = self.arguments(itertools.repeat(_Blank()))
+        return f"{self.__name__}({', '.join([*map(repr, args), *(f'{k}={v!r}' for k, v in kwargs.items())])})"
 
 
-def trace_by_sum(x: Tensor) -> Tensor:
-    """The trace: the second derivative of torch's own looks at values."""
-    return x.diagonal().sum()
+class _Blank:
+    def __repr__(self) -> str:
+        return "·"
 
 
-# Operators without a second derivative, or without one that can be traced, and what stands for them in a step graph.
-SUBSTITUTES: dict[Any, Any] = {
-    aten._scaled_dot_product_flash_attention_for_cpu.default: attention_by_math,
-    aten._scaled_dot_product_flash_attention.default: _cuda_flash,
-    aten._scaled_dot_product_cudnn_attention.default: _cuda_cudnn,
-    aten._scaled_dot_product_efficient_attention.default: _cuda_efficient,
-    aten.mkldnn_rnn_layer.default: lstm_by_parts,
-    aten.trace.default: trace_by_sum,
-}
+def _key(cls: Any, a: Any) -> tuple[Any, ...]:
+    """What must be equal for another argument to do the same."""
+    if isinstance(a, float):
+        return (type(a), a.hex())  # -0.0 is not 0.0, and nan is nan
+    if isinstance(a, complex):
+        return (type(a), a.real.hex(), a.imag.hex())
+    try:
+        hash(a)
+        hashable = True
+    except TypeError:
+        hashable = False
+    if issubclass(type(a), (list, tuple, dict, set, frozenset)):  # of a type that torch takes for a leaf
+        if not hashable or any(isinstance(b, Tensor) for b in tree_leaves(list(a))):
+            raise CaptureError(
+                f"{cls.__name__}.apply is given a {type(a).__name__}, which cannot be made anew when the inner step is "
+                "run again; pass a list, a tuple, a named tuple or a dict of the same"
+            )
+    return (type(a), a if hashable else id(a))  # pyright: ignore[reportUnknownVariableType]

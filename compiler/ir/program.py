@@ -1,33 +1,32 @@
-"""A whole function as calls of step graphs on registers: what the passes arrive at and the engine runs."""
+"""Programs: a whole function as calls on registers, and the tape of what a window has recorded."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from time import perf_counter
 from typing import Any
 
-from .calls import Loop, StepCall, calls_of
+from .calls import LONGEST, Assign, Call, Item, Loop, Operand, StepCall, calls_of, extended, folded, nth
 from .retention import UNSAID, Retention
 from .step import Lowering, Role, StepGraph
 from .tensors import nbytes
 from .text import plural, program_text, step_name
-from .trace import Input
+from .values import Input
 
 
 @dataclass(frozen=True)
 class Kept:
-    """What of an inner loop is kept for its derivative.
+    """What of an inner loop is kept for its derivative."""
 
-    Attributes:
-        slots: how many states at a time, others being made again; None for all.
-        saved: over how many of the last calls residuals are.
-        offload: where states go that have no slot; see `metaoptim.compile`.
-    """
-
-    slots: int | None = None
-    saved: int = 0
-    offload: str | os.PathLike[str] | None = None
+    slots: int | None = None  # how many states at a time, others being made again; None for all
+    saved: int = 0  # over how many of the last calls residuals are
+    offload: str | os.PathLike[str] | None = (
+        None  # where states go that have no slot; see `metaoptim.compile`
+    )
 
     def __str__(self) -> str:
         text = "every state" if self.slots is None else f"at most {plural(self.slots, 'state')}"
@@ -38,9 +37,14 @@ class Kept:
 class Calls:
     """Calls of step graphs, those of loops once: what a program is, of a function or of a window."""
 
+    calls: Any  # in order, of a program or a tape
+
     def counted(self) -> Iterator[tuple[StepCall, int]]:
         """Each call, and how many times it is made."""
-        raise NotImplementedError
+        for item in self.calls:
+            if not isinstance(item, Assign):
+                for call in calls_of(item):
+                    yield call, item.count if isinstance(item, Loop) else 1
 
     @property
     def horizon(self) -> int:
@@ -59,38 +63,28 @@ class Calls:
 
 @dataclass
 class Program(Calls):
-    """A whole function as calls on registers.
+    """A whole function as calls on registers: what the passes arrive at and the engine runs."""
 
-    Attributes:
-        calls: in order.
-        registers: how many values are alive at most.
-        outputs, writes: where what the function returns, and what it leaves in tensors from outside, is found in the
-            end: a register, or an `Input` passed through.
-        dead: places of the outputs that carry no gradient.
-        retention, backward_hook: options of its windows.
-        kept: what the pass checkpoint has decided on.
-        compiled: ids of the step graphs that go through the compiler, as the pass lower has decided; None for all.
-        window: W, where gradients are truncated.
-        offline: whether a window's own parameters receive a gradient.
-    """
-
-    calls: list[StepCall | Loop] = field(default_factory=list)
-    registers: int = 0
-    outputs: list[int | Input] = field(default_factory=list)
-    writes: list[tuple[Any, int | Input]] = field(default_factory=list)
-    dead: tuple[int, ...] = ()
-    retention: Retention = UNSAID
+    calls: list[StepCall | Loop] = field(default_factory=list["StepCall | Loop"])
+    registers: int = 0  # how many values are alive at most
+    # Where what the function returns, and what it leaves in tensors from outside, is found in the end: a register, or
+    # an `Input` passed through.
+    outputs: list[int | Input] = field(default_factory=list["int | Input"])
+    writes: list[tuple[Any, int | Input]] = field(default_factory=list[tuple[Any, "int | Input"]])
+    dead: tuple[int, ...] = ()  # places of the outputs that carry no gradient
+    retention: Retention = UNSAID  # this and the next are options of its windows
     backward_hook: Callable[..., Any] | None = None
-    kept: Kept | None = None
-    compiled: frozenset[int] | None = None
-    window: int | None = None
-    offline: bool = False
+    kept: Kept | None = None  # as the pass checkpoint has decided
+    compiled: frozenset[int] | None = (
+        None  # ids of the step graphs that the pass lower has compiled; None for all
+    )
+    window: int | None = None  # W, where gradients are truncated
+    offline: bool = False  # whether a window's own parameters receive a gradient
 
     def lowering_of(self, step: StepGraph, stated: Lowering) -> Lowering:
         """The lowering of one of its step graphs, where ``stated`` is asked for."""
-        if self.compiled is None or id(step) in self.compiled:
-            return stated
-        return replace(stated, backend="eager")
+        eager = self.compiled is not None and id(step) not in self.compiled
+        return replace(stated, backend="eager") if eager else stated
 
     @property
     def positions(self) -> int:
@@ -129,9 +123,8 @@ class Program(Calls):
         sizes: dict[int, int] = {}
         most = 0
         for call, _ in self.counted():
-            for k, register in enumerate(call.writes):
-                if register >= 0:
-                    sizes[register] = nbytes(call.step.outputs[k].spec)
+            outputs = zip(call.writes, call.step.outputs)
+            sizes.update((register, nbytes(port.spec)) for register, port in outputs if register >= 0)
             most = max(most, sum(sizes.values()))
         return most
 
@@ -142,15 +135,127 @@ class Program(Calls):
         found = [*given, *self.outputs, *(where for _, where in self.writes)]
         return list({id(x): x for x in found if isinstance(x, Input)}.values())
 
-    def counted(self) -> Iterator[tuple[StepCall, int]]:
-        """Each call, and how many times it is made."""
-        for item in self.calls:
-            for call in calls_of(item):
-                yield call, item.count if isinstance(item, Loop) else 1
-
     def text(self, inputs: Mapping[Input, str] | None = None, *, operators: bool = False) -> str:
         """See `text.program_text`."""
         return program_text(self, inputs, operators=operators)
 
     def __str__(self) -> str:
         return self.text()
+
+
+class Tape(Calls):
+    """The inner loop of a window: tape position -> call, from the position ``start`` on.
+
+    All calls but the last few are folded, so that a long window holds little besides what its steps were given.
+    """
+
+    def __init__(self, start: int = 0, calls: Iterable[Call] = ()) -> None:
+        self.start = start
+        self.calls: list[Item] = []
+        self._ends: list[int] = []  # position after each of them
+        self._loose = 0  # how many at the end may still be folded
+        self.milliseconds = 0.0  # how long folding took
+        self.begun = False  # whether a step has been taken
+        self.reach = 0  # how many calls back steps read theta, at most: super-steps may overlap
+        for call in calls:
+            self.append(call)
+
+    @property
+    def end(self) -> int:
+        """The position after the last call."""
+        return self._ends[-1] if self._ends else self.start
+
+    def __getitem__(self, position: int) -> Call:
+        at = bisect_right(self._ends, position)
+        item = self.calls[at]
+        return nth(item, position - self._begin(at)) if isinstance(item, Loop) else item
+
+    def __iter__(self) -> Iterator[Call]:
+        return (self[position] for position in range(self.start, self.end))
+
+    def append(self, call: Call) -> None:
+        """Extend it by a call."""
+        self._ends.append(self.end + 1)
+        self.calls.append(call)
+        if isinstance(call, StepCall):
+            self.begun = True
+            self.reach = max(self.reach, call.back)
+        self._loose += 1
+        if self._loose > 2 * LONGEST:
+            self.fold()
+
+    def fold(self) -> None:
+        """Fold what has come since it was last done."""
+        begun = perf_counter()
+        at = len(self.calls) - self._loose
+        loose = self.calls[at:]
+        if at and isinstance(before := self.calls[at - 1], Loop):
+            del loose[: extended(before, loose)]
+            at -= 1
+            loose.insert(0, before)
+        self._replace(at, len(self.calls), folded(loose))
+        loops = (n for n, item in enumerate(reversed(self.calls)) if isinstance(item, Loop))
+        self._loose = min(next(loops, len(self.calls)), LONGEST)
+        self.milliseconds += 1e3 * (perf_counter() - begun)
+
+    def forget(self, start: int) -> None:
+        """Drop the calls before ``start``."""
+        gone = bisect_right(self._ends, start)
+        rest = self._cut(gone, start)
+        self.start = start
+        self._replace(0, gone + bool(rest), rest)
+        self._loose = min(self._loose, len(self.calls))
+
+    def _cut(self, at: int, start: int) -> list[Call | Loop]:
+        """What is left of an item from ``start`` on, if that lies within it."""
+        if at == len(self.calls) or start == self._begin(at):
+            return []
+        loop = self.calls[at]
+        assert isinstance(loop, Loop)
+        rounds, begun = divmod(start - self._begin(at), len(loop.calls))
+        ending: list[Call | Loop] = []
+        if begun:
+            until = (rounds + 1) * len(loop.calls)
+            ending += [nth(loop, n) for n in range(until - len(loop.calls) + begun, until)]
+            rounds += 1
+        for call in loop.calls:
+            for column in (*call.inputs, *call.metas):
+                if type(column) is Operand:
+                    del column.of[:rounds]
+        loop.count -= rounds
+        return [*ending, loop] if loop.count else ending
+
+    def _begin(self, at: int) -> int:
+        return self._ends[at - 1] if at else self.start
+
+    def _replace(self, first: int, last: int, items: list[Call | Loop]) -> None:
+        """Have ``items`` in the place of those from ``first`` to ``last``."""
+        sizes = [x.count * len(x.calls) if isinstance(x, Loop) else 1 for x in items]
+        self._ends[first:last] = list(accumulate(sizes, initial=self._begin(first)))[1:]
+        self.calls[first:last] = items
+
+    def __str__(self) -> str:
+        self.fold()
+        graphs, names = self.step_graphs, self.names()
+        lines = [f"program of {plural(self.horizon, 'inner step')}, {len(graphs)} distinct"]
+        if self.start:
+            lines[0] += f" (what lies before position {self.start} is forgotten)"
+        for item in self.calls:
+            if isinstance(item, Assign):
+                lines.append(f"  {plural(len(item.indices), 'tensor')} of the state set")
+            else:
+                made = ", ".join(names[id(c.step)] for c in calls_of(item))
+                lines.append(f"  loop {item.count} times: {made}" if isinstance(item, Loop) else f"  {made}")
+        for g in graphs:
+            lines.append(str(g).replace("step(", f"{names[id(g)]}(", 1))
+        return "\n".join(lines)
+
+
+def super_steps(calls: Iterable[Call]) -> list[list[Call]]:
+    """Calls put together that belong together: each from where its loss has read theta to itself."""
+    found: list[list[Call]] = []
+    for call in calls:
+        found.append([call])
+        while isinstance(call, StepCall) and call.back >= len(found[-1]) and len(found) > 1:
+            found[-2:] = [found[-2] + found[-1]]
+    return found

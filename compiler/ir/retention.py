@@ -19,20 +19,17 @@ _UNITS = {"": 1, "B": 1} | {
 class Retention:
     """How many states are kept, and where others go.
 
-    Attributes:
-        slots: how many states, at most; None for as many as fit, or all.
-        memory_budget: most that may be held: bytes, text such as ``"512MiB"``, or a fraction of the free memory.
-        offload: where states without a slot go: ``"host"``, ``"disk"`` or the path of a directory; None for nowhere.
-
     Raises:
         ValueError: for slots below 1; a budget that is not positive, a fraction above 1, or text that is no amount of
             memory; slots beside a budget; an ``offload`` that names no place, or has nothing to do.
         TypeError: for a budget or an ``offload`` of another type.
     """
 
-    slots: int | None = None
-    memory_budget: int | float | str | None = None
-    offload: str | os.PathLike[str] | None = None
+    slots: int | None = None  # how many states, at most; None for as many as fit, or all
+    memory_budget: int | float | str | None = (
+        None  # bytes, text such as "512MiB", or a fraction of the free memory
+    )
+    offload: str | os.PathLike[str] | None = None  # where others go: "host", "disk" or a directory's path
 
     def __post_init__(self) -> None:
         if self.memory_budget is not None:
@@ -93,7 +90,7 @@ def _check_budget(value: Any, slots: int | None) -> None:
 
 
 def _check_offload(value: Any, kept: bool) -> None:
-    if not isinstance(value, (str, os.PathLike)):
+    if not hasattr(value, "__fspath__") and not isinstance(value, str):
         raise TypeError(
             f"offload: got {type(value).__name__}, expected 'host', 'disk', or the path of a directory"
         )

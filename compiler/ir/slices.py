@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
-import torch
 from torch import Tensor
 
-from .functions import Function
-from .operators import INDEXING
+from .operators import INDEXING, Function, is_named, is_several
+from .tensors import memory_key
 from .values import Carried, Entry, External, Number, Spy, Theta, Value, changed, identity, is_removed, origin
+
+Token = tuple[Any, ...]
 
 
 class Keyed:
-    """Calls and their structure: what equal steps share.
+    """Calls, in the order they were made, and their structure: what equal steps share.
 
     Attributes:
-        entries: calls, in the order they were made.
-        number_of: id of an entry -> its place.
         numbers: values of the numbers that may be lifted.
         hooks: for each hooked value, the hooks that changed their gradient (known once they have run).
         spies: all hooks met.
@@ -34,7 +33,7 @@ class Keyed:
         self.entries = entries
         self.number_of = {id(e): i for i, e in enumerate(entries)}
         self.numbers: list[float] = []
-        self.hooks: dict[tuple[Any, ...], list[Spy]] = {}
+        self.hooks: dict[Token, list[Spy]] = {}
         self.spies: list[Spy] = []
         self.values: list[Value] = []
         self.opaque = False
@@ -50,8 +49,8 @@ class Keyed:
             self.numbers.append(a.value)
             return ("n", len(self.numbers) - 1)
         if isinstance(a, tuple):
-            return ("()", *map(self.token, a))
-        if isinstance(a, dict):
+            return ("()", *map(self.token, a))  # pyright: ignore[reportUnknownArgumentType]
+        if is_named(a):
             return ("d", tuple((k, self.token(v)) for k, v in a.items()))
         if isinstance(a, float):
             return ("c", a.hex())  # -0.0 is not 0.0, and nan is nan
@@ -68,7 +67,7 @@ class Keyed:
         """Memory that is written -> the place of the last call that does."""
         return {self.memory_of(ref): i for i, e in enumerate(self.entries) for ref in changed(e)}
 
-    def _note_hooks(self, where: tuple[Any, ...], hooks: Any) -> None:
+    def _note_hooks(self, where: Token, hooks: list[tuple[Any, Spy]] | None) -> None:
         if hooks and where not in self.hooks:
             spies = [spy for handle, spy in hooks if not is_removed(handle)]
             self.spies += spies
@@ -77,7 +76,16 @@ class Keyed:
             if changing:
                 self.hooks[where] = changing
 
-    def _entry_key(self, entry: Entry) -> tuple[Any, ...]:
+    def hook_keys(self) -> Token:
+        """What the hooks do, and where."""
+        self.opaque |= bool(self.hooks)
+        return tuple((at, tuple(hook_key(s.hook) for s in spies)) for at, spies in self.hooks.items())
+
+    def entry_keys(self) -> tuple[Token, ...]:
+        """What each call does to what: operator, tokens of its arguments, grad mode, shapes that values decide."""
+        return tuple([self._entry_key(e) for e in self.entries])
+
+    def _entry_key(self, entry: Entry) -> Token:
         self.opaque |= isinstance(entry.op, Function)
         args = self._lift_index(entry)
         if args is None:
@@ -85,7 +93,7 @@ class Keyed:
         kwargs = tuple((k, self.token(v)) for k, v in entry.kwargs.items()) if entry.kwargs else ()
         return (entry.op, args, kwargs, entry.grad, entry.shape)
 
-    def _lift_index(self, entry: Entry) -> tuple[Any, ...] | None:
+    def _lift_index(self, entry: Entry) -> Token | None:
         """The arguments of an index that is a number of the step, not of its program: it may be another in each step.
 
         In the place of the view there is then a copy, which will do where nobody writes into its memory after it.
@@ -101,18 +109,18 @@ class Keyed:
         return (*where, len(range(start, *end)), end[1]) if end else where
 
 
-def restored(token: Any, found: Callable[[tuple[Any, ...]], Any]) -> Any:
+def restored(token: Any, found: Callable[[Token], Any]) -> Any:
     """The argument that `Keyed.token` has made ``token`` of; ``found``: values, inputs and numbers by their tokens."""
-    if not isinstance(token, tuple):
+    if not is_several(token):
         return token
-    kind = token[0]
+    kind, *parts = token
     if kind == "()":
-        return tuple([restored(t, found) for t in token[1:]])
+        return tuple([restored(t, found) for t in parts])
     if kind == "d":
-        return {k: restored(t, found) for k, t in token[1]}
+        return {k: restored(t, found) for k, t in parts[0]}
     if kind == "c":
-        return float.fromhex(token[1]) if len(token) == 2 else token[2]
-    return found(token)
+        return float.fromhex(parts[0]) if len(parts) == 1 else parts[1]
+    return found(tuple(token))
 
 
 class Slice(Keyed):
@@ -142,13 +150,10 @@ class Slice(Keyed):
         self.externals: list[External] = []
         self._theta_at: dict[int, int] = {}
         self._external_at: dict[int, int] = {}
-        body = tuple(self._entry_key(e) for e in self.entries)
+        body = self.entry_keys()
         self.roots = tuple(self.token(r) for r in roots)
         specs = tuple((x.held.spec, x.grad) for x in self.externals)
-        hooks = tuple((at, tuple(hook_key(s.hook) for s in spies)) for at, spies in self.hooks.items())
-        if hooks:
-            self.opaque = True
-        self.key = (body, self.roots, specs, hooks)
+        self.key = (body, self.roots, specs, self.hook_keys())
 
     def _resolved(self, a: Any) -> Any:
         """What stands for ``a`` in this very step."""
@@ -164,23 +169,19 @@ class Slice(Keyed):
         """A hashable stand-in for one argument: ("v", entry, output), ("t", k), ("x", k), ("n", k) or a constant."""
         a = self._resolved(a)
         if isinstance(a, External):
-            at = self._external_at.get(id(a))
-            if at is None:
-                at = self._external_at[id(a)] = len(self.externals)
+            at = self._external_at.setdefault(id(a), len(self.externals))
+            if at == len(self.externals):
                 self.externals.append(a)
             return ("x", at)
         if isinstance(a, Theta):
-            at = self._theta_at.get(a.index)
-            if at is None:
-                at = self._theta_at[a.index] = len(self.thetas)
+            at = self._theta_at.setdefault(a.index, len(self.thetas))
+            if at == len(self.thetas):
                 self.thetas.append(a)
             elif (known := self.thetas[at]).tensor is not a.tensor:
                 if known.version is not a.version or known.hooks or a.hooks:
                     self.consistent = False
-                else:
-                    twins = self.twins.setdefault(at, [])
-                    if not any(t is a.tensor for t in twins):
-                        twins.append(a.tensor)
+                elif all(t is not a.tensor for t in self.twins.setdefault(at, [])):
+                    self.twins[at].append(a.tensor)
             where = ("t", at)
             self._note_hooks(where, a.hooks)
             return where
@@ -191,48 +192,39 @@ class Slice(Keyed):
         while isinstance(ref := self._resolved(ref), Value) and (of := origin(ref.entry)) is not None:
             ref = of
         t = None if isinstance(ref, Value) else ref.source if isinstance(ref, External) else ref.tensor
-        if t is None:  # one from outside that is gone is written into by this name alone
-            return identity(ref)
-        return t.untyped_storage()._cdata if t.layout is torch.strided else id(t)
+        # one from outside that is gone is written into by this name alone
+        return identity(ref) if t is None else memory_key(t)
 
 
 def _ancestors(roots: list[Any], carry: bool) -> list[Entry]:
-    seen: set[int] = set()
-    found: list[Entry] = []
-    stack: list[Any] = list(roots)
+    found: dict[int, Entry] = {}
+    stack = list(roots)
     while stack:
         a = stack.pop()
-        if isinstance(a, Carried):
-            if not carry:
-                continue
+        if isinstance(a, tuple):
+            stack.extend(a)  # pyright: ignore[reportUnknownArgumentType]
+            continue
+        if isinstance(a, Carried) and carry:
             a = a.value
-        if isinstance(a, Value):
-            if a.apart is not None:
-                continue
-            entry = a.entry
-        elif isinstance(a, Entry):
-            entry = a
-        elif isinstance(a, tuple):
-            stack.extend(a)
-            continue
-        else:
-            continue
-        if id(entry) in seen:
-            continue
-        seen.add(id(entry))
-        found.append(entry)
-        stack.extend(entry.args)
-        stack.extend(entry.deps)
-        if entry.kwargs:
-            stack.extend(entry.kwargs.values())
-    found.sort(key=lambda e: e.seq)
-    return found
+        if isinstance(a, Value) and a.apart is None:
+            a = a.entry
+        if isinstance(a, Entry) and id(a) not in found:
+            found[id(a)] = a
+            stack.extend(a.args)
+            stack.extend(a.deps)
+            if a.kwargs:
+                stack.extend(a.kwargs.values())
+    return sorted(found.values(), key=lambda e: e.seq)
+
+
+def _is_partial(hook: Any) -> TypeGuard[functools.partial[Any]]:
+    return isinstance(hook, functools.partial)
 
 
 def closed_over(hook: Any) -> list[Any]:
     """What a hook refers to besides its argument and globals."""
     found: list[Any] = []
-    if isinstance(hook, functools.partial):
+    if _is_partial(hook):
         found += [*closed_over(hook.func), *hook.args, *hook.keywords.values()]
     code = getattr(hook, "__func__", hook)
     found += [c.cell_contents for c in getattr(code, "__closure__", None) or ()]
@@ -242,7 +234,7 @@ def closed_over(hook: Any) -> list[Any]:
 
 def hook_key(hook: Any) -> Any:
     """What must be equal for two hooks to do the same: code, defaults, and what they close over."""
-    if isinstance(hook, functools.partial):
+    if _is_partial(hook):
         return (hook_key(hook.func), tuple(map(_cell_key, hook.args)), tuple(sorted(hook.keywords.items())))
     if hasattr(hook, "__self__"):
         return (hook_key(hook.__func__), id(hook.__self__)) if hasattr(hook, "__func__") else id(hook)
@@ -258,6 +250,4 @@ def _cell_key(value: Any) -> Any:
         return (type(value), value)
     if isinstance(value, Tensor):
         return ("tensor", id(value), value._version)
-    if callable(value) and hasattr(value, "__code__"):
-        return hook_key(value)
-    return ("object", id(value))
+    return hook_key(value) if callable(value) and hasattr(value, "__code__") else ("object", id(value))

@@ -1,13 +1,9 @@
-"""StepGraphs and their calls: what an inner loop is, as data.
+"""StepGraphs: what an inner step is, as data.
 
 A `StepGraph` is an fx graph of one inner step: from theta, optimizer state, meta-parameters and data to the loss, from
 the loss to its gradient (one `gradient` node), from the gradient to theta' and the new optimizer state. Its operators
 are ATen calls; custom autograd Functions, hooks and the optimizer's update are calls too, since they may have a
-derivative of their own. Everything
-that runs - the replay of the step and its VJP - is derived from this graph and from nothing else.
-
-An inner loop is a sequence of calls of such graphs: `program.Program` for a whole function,
-`tape.Tape` for what a window records.
+derivative of their own. Everything that runs (the replay of the step and its VJP) is derived from this graph alone.
 """
 
 from __future__ import annotations
@@ -21,9 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from metaoptim.compiler.compat import OpOverload
-
-from .functions import Function
+from .operators import is_several, op_text
 from .tensors import TensorSpec
 
 Lowered = Callable[..., Sequence[Any]]
@@ -88,19 +82,13 @@ _USUAL = ("eager", "aot_eager", "inductor")  # known without loading dynamo
 
 @dataclass(frozen=True)
 class Lowering:
-    """How flat graphs are run.
+    """How flat graphs are run."""
 
-    Attributes:
-        backend: "eager", or another backend of torch.compile.
-        check: whether a compiled graph is compared with its uncompiled form on first use.
-        hvp: how steps are differentiated: "reverse", "mixed" or "auto".
-        replays: whether replays run on the backend too. Not where the forward was eager PyTorch's own: a state that is
-            made again must be the same to the bit.
-    """
-
-    backend: str = "eager"
-    check: bool = True
-    hvp: str = "reverse"
+    backend: str = "eager"  # or another backend of torch.compile
+    check: bool = True  # whether a compiled graph is compared with its uncompiled form on first use
+    hvp: str = "reverse"  # how steps are differentiated: "reverse", "mixed" or "auto"
+    # Whether replays run on the backend too. Not where the forward was eager PyTorch's own: a state that is made again
+    # must be the same to the bit.
     replays: bool = True
 
     @staticmethod
@@ -112,8 +100,8 @@ class Lowering:
         """
         if hvp not in ("auto", "reverse", "mixed"):
             raise ValueError(f"hvp: got {hvp!r}, expected 'auto', 'reverse' or 'mixed'")
-        if backend not in _USUAL and backend not in torch.compiler.list_backends(exclude_tags=()):
-            usual = {*_USUAL, *torch.compiler.list_backends()}
+        if backend not in _USUAL and backend not in torch.compiler.list_backends(exclude_tags=()):  # pyright: ignore
+            usual = {*_USUAL, *torch.compiler.list_backends()}  # pyright: ignore[reportUnknownMemberType]
             raise ValueError(
                 f"backend: got {backend!r}, expected one of {', '.join(sorted(usual))}, or another backend of "
                 "torch.compile"
@@ -129,15 +117,11 @@ EAGER = Lowering()
 
 
 class FlatGraph:
-    """A flat graph and its constants. It becomes code when it is called again: many are called once, or never.
-
-    Attributes:
-        graph: inputs -> a tuple of results.
-        constants: by the names of its attributes.
-    """
+    """A flat graph and its constants. It becomes code when it is called again: many are called once, or never."""
 
     def __init__(self, graph: fx.Graph, constants: Mapping[str, Any]) -> None:
-        self.graph, self.constants = graph, dict(constants)
+        self.graph = graph  # inputs -> a tuple of results
+        self.constants = dict(constants)  # by the names of its attributes
         self._called = False
 
     @cached_property
@@ -169,125 +153,83 @@ class FlatGraph:
 
 @dataclass(frozen=True)
 class Split:
-    """A step's two graphs.
+    """A step's two graphs."""
 
-    Attributes:
-        forward: inputs -> outputs but for the loss, then residuals that are none of them.
-        backward: inputs, residuals, cotangents -> a cotangent, or None, per input: what the VJP gives.
-        residuals: which results of the forward they are; what is kept as a state anyway costs nothing.
-        fresh: how many of these results are residuals alone.
-        saves: operators that the backward does not run again.
-    """
-
-    forward: FlatGraph
-    backward: FlatGraph
-    residuals: tuple[int, ...]
-    fresh: int
-    saves: int
+    forward: FlatGraph  # inputs -> outputs but for the loss, then residuals that are none of them
+    backward: (
+        FlatGraph  # inputs, residuals, cotangents -> a cotangent, or None, per input: what the VJP gives
+    )
+    residuals: tuple[int, ...]  # which results of the forward they are; what is a state anyway costs nothing
+    fresh: int  # how many of these results are residuals alone
+    saves: int  # operators that the backward does not run again
 
 
 @dataclass(frozen=True)
 class ResultMemory:
-    """One result of a flat graph.
+    """The memory of one result of a flat graph."""
 
-    Attributes:
-        size: bytes of memory of its own; 0 where it shares some.
-        of_input: which argument of the graph it lies in the memory of; -1 for none.
-        of_result: which earlier result; -1 for none.
-    """
-
-    size: int
-    of_input: int = -1
-    of_result: int = -1
+    size: int  # bytes of its own; 0 where it shares some
+    of_input: int = -1  # the argument of the graph whose memory it shares; -1 for none
+    of_result: int = -1  # the earlier result whose memory it shares; -1 for none
 
 
 @dataclass(frozen=True)
 class StepCost:
-    """Of one step graph.
+    """What calls of one step graph cost."""
 
-    Attributes:
-        replay_bytes, vjp_bytes: most that a call of either allocates, its results included.
-        replay_operators, vjp_operators: how many operators they call.
-        outputs: memory of the replay's results, in the order of the step's outputs without the loss.
-        gradients: for each input, memory of its gradient, or None where it has none. Arguments of the VJP are the
-            inputs, then the cotangents.
-        depends: for each input, the outputs whose cotangents its gradient depends on.
-    """
-
-    replay_bytes: int
+    replay_bytes: int  # most that a replay allocates, its results included
     vjp_bytes: int
-    replay_operators: int
+    replay_operators: int  # how many operators it calls
     vjp_operators: int
-    outputs: tuple[ResultMemory, ...]
+    outputs: tuple[ResultMemory, ...]  # of the replay, in the order of the step's outputs without the loss
+    # Per input, of its gradient; None where it has none. Arguments of the VJP are the inputs, then the cotangents.
     gradients: tuple[ResultMemory | None, ...]
-    depends: tuple[frozenset[int], ...]
+    depends: tuple[frozenset[int], ...]  # per input, the outputs whose cotangents its gradient depends on
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What the lowered program of a step graph was seen to take.
+    """What the lowered program of a step graph was seen to take."""
 
-    Attributes:
-        peak_bytes: most that a call allocates, its results included.
-        first_bytes: the same of its compilation and first-use check.
-        made: memory of its results.
-    """
-
-    peak_bytes: int
-    first_bytes: int
-    made: tuple[ResultMemory | None, ...]
+    peak_bytes: int  # most that a call allocates, its results included
+    first_bytes: int  # the same of its compilation and first-use check
+    made: tuple[ResultMemory | None, ...]  # of its results
 
 
 @dataclass
 class Derived:
-    """What has been derived from a step graph so far; each on first use.
-
-    Attributes:
-        replay: the flat graph of its replay.
-        vjp: HVP mode -> the flat graph of its VJP.
-        splits: HVP mode -> how a call and its derivative share residuals; None where they cannot.
-        loss: its loss alone, as a step graph.
-        lowered: (kind of graph, lowering) -> what runs.
-        costs: HVP mode -> what its graphs say that it costs.
-        measured: (kind of graph, lowering) -> what the lowered graph was seen to take.
-    """
+    """What has been derived from a step graph so far; each on first use, by HVP mode, kind of graph and lowering."""
 
     replay: FlatGraph | None = None
-    vjp: dict[str, FlatGraph] = field(default_factory=dict)
-    splits: dict[str, Split | None] = field(default_factory=dict)
-    loss: StepGraph | None = None
-    lowered: dict[tuple[str, Lowering], Lowered] = field(default_factory=dict)
-    costs: dict[str, StepCost] = field(default_factory=dict)
-    measured: dict[tuple[str, Lowering], Measured] = field(default_factory=dict)
+    vjp: dict[str, FlatGraph] = field(default_factory=dict[str, FlatGraph])
+    splits: dict[str, Split | None] = field(
+        default_factory=dict[str, "Split | None"]
+    )  # None where it cannot be
+    loss: StepGraph | None = None  # its loss alone
+    lowered: dict[tuple[str, Lowering], Lowered] = field(default_factory=dict[tuple[str, Lowering], Lowered])
+    costs: dict[str, StepCost] = field(default_factory=dict[str, StepCost])  # as its graphs say
+    measured: dict[tuple[str, Lowering], Measured] = field(
+        default_factory=dict[tuple[str, Lowering], Measured]
+    )
 
 
 @dataclass
 class StepGraph:
-    """One distinct inner step.
+    """One distinct inner step."""
 
-    Attributes:
-        graph: placeholders in the order of `inputs`; the output node holds one tuple in the order of `outputs`.
-        inputs, outputs: the ports.
-        opaque: holds custom Functions or hooks, so every use is checked against eager.
-        dynamic: holds an operator whose output shape depends on values.
-        first_order: g is taken as a constant (FOMAML).
-        default_dtype: torch's when it was captured: operators depend on it.
-        derived: its graphs, what runs, and what it costs.
-        derivatives: which mode of differentiation was taken, by what was asked for.
-        records: what the passes did that made it.
-    """
-
-    graph: fx.Graph
+    graph: (
+        fx.Graph
+    )  # placeholders in the order of `inputs`; the output node holds a tuple in the order of `outputs`
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
-    opaque: bool = False
-    dynamic: bool = False
-    first_order: bool = False
-    hooked: bool = False
-    default_dtype: torch.dtype = field(default_factory=torch.get_default_dtype)
+    opaque: bool = False  # holds custom Functions or hooks, so every use is checked against eager
+    dynamic: bool = False  # holds an operator whose output shape depends on values
+    first_order: bool = False  # g is taken as a constant (FOMAML)
+    hooked: bool = False  # the window has a backward_hook
+    default_dtype: torch.dtype = field(default_factory=torch.get_default_dtype)  # operators depend on it
     derived: Derived = field(default_factory=Derived)
-    derivatives: dict[str, str] = field(default_factory=dict)
-    records: list[Any] = field(default_factory=list)
+    derivatives: dict[str, str] = field(default_factory=dict[str, str])  # HVP mode asked for -> the one taken
+    records: list[Any] = field(default_factory=list[Any])  # what the passes did that made it
 
     @cached_property
     def steps(self) -> int:
@@ -313,24 +255,17 @@ class StepGraph:
         lines = [f"step({', '.join(map(str, self.inputs))}):"]
         for node in self.graph.nodes:
             if node.op == "call_function":
-                args = ", ".join(
-                    [_show(a) for a in node.args] + [f"{k}={_show(v)}" for k, v in node.kwargs.items()]
-                )
+                args = [*map(_shown, node.args), *(f"{k}={_shown(v)}" for k, v in node.kwargs.items())]
                 mark = "" if node.meta.get("grad", True) else "  # no_grad"
-                lines.append(f"  {node.name} = {_target_name(node.target)}({args}){mark}")
+                lines.append(f"  {node.name} = {op_text(node.target)}({', '.join(args)}){mark}")
         (result,) = self.graph.find_nodes(op="output")
-        pairs = zip(self.outputs, result.args[0], strict=True)
-        lines.append("  return " + ", ".join(f"{p.name}={_show(v)}" for p, v in pairs))
+        values: Any = result.args[0]
+        pairs = zip(self.outputs, values, strict=True)
+        lines.append("  return " + ", ".join(f"{p.name}={_shown(v)}" for p, v in pairs))
         return "\n".join(lines)
 
 
-def _target_name(target: Any) -> str:
-    if isinstance(target, (OpOverload, Function)):
-        return str(target)
-    return getattr(target, "__name__", str(target))
-
-
-def _show(value: Any) -> str:
-    if isinstance(value, (tuple, list)):
-        return "(" + ", ".join(map(_show, value)) + ("," if len(value) == 1 else "") + ")"
+def _shown(value: Any) -> str:
+    if is_several(value):
+        return f"({', '.join(map(_shown, value))}{',' * (len(value) == 1)})"
     return str(value)

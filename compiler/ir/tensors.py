@@ -58,12 +58,18 @@ def memory_bytes(t: Tensor) -> int:
     return t.numel() * t.element_size()
 
 
+def memory_key(t: Tensor) -> int:
+    """Equal for tensors that are alive and lie in the same memory."""
+    return _address(t.untyped_storage()) if t.layout is torch.strided else id(t)
+
+
+def _address(storage: torch.UntypedStorage) -> int:
+    return storage._cdata  # pyright: ignore[reportPrivateUsage]
+
+
 def memory_of(tensors: Iterable[Tensor]) -> int:
     """Bytes of the memory that tensors keep alive; what they share counts once."""
-    found = {}
-    for t in tensors:
-        found[t.untyped_storage()._cdata if t.layout is torch.strided else id(t)] = memory_bytes(t)
-    return sum(found.values())
+    return sum({memory_key(t): memory_bytes(t) for t in tensors}.values())
 
 
 class ByStorage(Generic[T]):
@@ -88,16 +94,16 @@ class ByStorage(Generic[T]):
 
     def get(self, t: Tensor) -> T | None:
         """What is known of the memory of ``t``."""
-        found = self._at.get(t.untyped_storage()._cdata) if t.layout is torch.strided else None
+        found = self._at.get(memory_key(t)) if t.layout is torch.strided else None
         return None if found is None else found[1]
 
     def __setitem__(self, t: Tensor, value: T) -> None:
         storage = t.untyped_storage()
-        known = self._at.get(storage._cdata)
+        known = self._at.get(address := _address(storage))
         if known is None and len(self._at) >= self._sweep_at:
             self._at = {k: found for k, found in self._at.items() if not found[0].expired()}
             self._sweep_at = max(_FEW, 2 * len(self._at))
-        self._at[storage._cdata] = (StorageWeakRef(storage) if known is None else known[0], value)
+        self._at[address] = (StorageWeakRef(storage) if known is None else known[0], value)
 
     def clear(self) -> None:
         """Forget everything."""

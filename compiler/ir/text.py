@@ -11,15 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from metaoptim.compiler.compat import OpOverload
-
 from .calls import Loop, Operand, StepCall
-from .segments import Part, Partition, arguments
-from .step import Port, StepGraph, gradient, show
+from .operators import is_operator, is_several
+from .step import Port, StepGraph
 from .tensors import TensorSpec, nbytes
-from .trace import Input, Noise, ScanItem, Trace
+from .trace import Part, Partition, Trace, arguments
 from .update import UpdatePlan
-from .values import Value, identity
+from .values import Input, Noise, ScanItem, Value, identity
 
 if TYPE_CHECKING:
     from .program import Program
@@ -41,12 +39,12 @@ def program_text(
     named = {x: f"x{i}" for i, x in enumerate(program.inputs)} | dict(inputs or {})
     names = program.names()
     mode = "offline" if program.offline else "online"
+    truncated = f", truncated to {program.window} super-steps" if program.window else ""
+    kept = f"; kept: {program.kept}" if program.kept is not None else ""
     lines = [
         f"program of {plural(program.horizon, 'inner step')}, {mode}: {plural(program.positions, 'call')} of "
         f"{plural(len(names), 'step graph')}, {plural(program.registers, 'register')} "
-        f"({readable_bytes(program.state_bytes)})"
-        + (f", truncated to {program.window} super-steps" if program.window else "")
-        + (f"; kept: {program.kept}" if program.kept is not None else "")
+        f"({readable_bytes(program.state_bytes)}){truncated}{kept}"
     ]
     for item in program.calls:
         if not isinstance(item, Loop):
@@ -66,9 +64,9 @@ def program_text(
 
 def trace_text(trace: Trace) -> str:
     """A trace: its calls by kind, its windows and loops."""
-    kinds = Counter(map(kind_of, (e.op for e in trace.entries)))
+    kinds = Counter(_kind_of(e.op) for e in trace.entries)
     listed = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common(8))
-    rest = sum(kinds.values()) - sum(n for _, n in kinds.most_common(8))
+    rest = len(trace.entries) - sum(n for _, n in kinds.most_common(8))
     rows = sum(isinstance(a, ScanItem) for e in trace.entries for a in arguments(e))
     read = f"{plural(len(trace.inputs), 'tensor')} read" + (f", rows of them {rows} times" if rows else "")
     lines = [
@@ -88,41 +86,30 @@ def trace_text(trace: Trace) -> str:
 
 def partition_text(partition: Partition) -> str:
     """A partition: its parts in order, equal ones in one line, with what each reads and gives."""
-    letters = {id(b): _letter(i) for i, b in enumerate(partition.kinds)}
-    total = sum(len(u.segment.entries) for u in partition.parts)
-    lines = [f"{total} calls in {len(partition.parts)} parts, {len(partition.kinds)} of them distinct"]
-    runs: list[list[Any]] = []
-    for _, group in groupby(
-        range(len(partition.parts)),
-        key=lambda n: (letters[id(partition.parts[n].kind)], _reads(partition, n)),
-    ):
-        parts = list(group)
-        runs.append([parts[0], len(parts)])
-    for first, count in runs[:_MOST_LINES]:
-        part = partition.parts[first]
-        numbers = f"part {first}" if count == 1 else f"parts {first}-{first + count - 1}"
-        lines.append(
-            f"  {numbers}: {letters[id(part.kind)]}, {_part_text(part)}; reads {_reads(partition, first)}"
-        )
+    letters = {id(b): chr(65 + i) if i < 26 else f"kind {i}" for i, b in enumerate(partition.kinds)}
+    parts = partition.parts
+    total = sum(len(u.segment.entries) for u in parts)
+    lines = [f"{total} calls in {len(parts)} parts, {len(partition.kinds)} of them distinct"]
+    reads = [_sources(partition, part.segment.inputs, n) for n, part in enumerate(parts)]
+    alike = groupby(range(len(parts)), key=lambda n: (id(parts[n].kind), reads[n]))
+    runs = [list(group) for _, group in alike]
+    for run in runs[:_MOST_LINES]:
+        first, part = run[0], parts[run[0]]
+        numbers = f"part {first}" if len(run) == 1 else f"parts {first}-{run[-1]}"
+        lines.append(f"  {numbers}: {letters[id(part.kind)]}, {_part_text(part)}; reads {reads[first]}")
     if len(runs) > _MOST_LINES:
         lines.append(f"  and {len(runs) - _MOST_LINES} more")
-    lines.append(f"  results: {_sources(partition, partition.finals(), len(partition.parts))}")
+    lines.append(f"  results: {_sources(partition, partition.finals(), len(parts))}")
     return "\n".join(lines)
 
 
-def kind_of(op: Any) -> str:
+def _kind_of(op: Any) -> str:
     """A short name for what is called."""
-    if op is show or op is gradient:
-        return op.__name__
     if isinstance(op, UpdatePlan):
         return "update"
-    if isinstance(op, OpOverload):
-        return op._schema.name.partition("::")[2]
+    if is_operator(op):
+        return op.name().partition("::")[2].partition(".")[0]
     return getattr(op, "__name__", type(op).__name__)
-
-
-def _letter(i: int) -> str:
-    return chr(65 + i) if i < 26 else f"kind {i}"
 
 
 def _part_text(part: Part) -> str:
@@ -138,10 +125,6 @@ def _part_text(part: Part) -> str:
     return text
 
 
-def _reads(partition: Partition, n: int) -> str:
-    return _sources(partition, partition.parts[n].segment.inputs, n)
-
-
 def _sources(partition: Partition, refs: list[Any], n: int) -> str:
     """Where values come from, relative to part ``n``."""
     counts: Counter[str] = Counter()
@@ -149,20 +132,14 @@ def _sources(partition: Partition, refs: list[Any], n: int) -> str:
         if isinstance(ref, Value):
             back = n - partition.part_of[id(ref.entry)]
             # far back and fixed is a place of its own; near is the same for every repetition
-            counts["the part before" if back == 1 else f"part {n - back}"] += 1
+            counts["of the part before" if back == 1 else f"of part {n - back}"] += 1
         elif isinstance(ref, Input):
             counts["inputs that require grad" if ref.grad else "inputs"] += 1
         elif isinstance(ref, ScanItem):
             counts["slices"] += 1
         elif isinstance(ref, Noise):
             counts["random numbers"] += 1
-    return (
-        ", ".join(
-            f"{k} {where}" if not where.startswith(("part", "the part")) else f"{k} of {where}"
-            for where, k in counts.items()
-        )
-        or "nothing"
-    )
+    return ", ".join(f"{k} {where}" for where, k in counts.items()) or "nothing"
 
 
 def step_name(i: int) -> str:
@@ -178,11 +155,10 @@ def plural(count: int | None, word: str) -> str:
 
 def readable_bytes(size: float) -> str:
     """``size`` bytes, as people write it."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(size) < 1024 or unit == "GiB":
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    raise AssertionError
+    if abs(size) < 1024:
+        return f"{size:.0f} B"
+    power = next((p for p in (1, 2) if abs(size) < 1024 ** (p + 1)), 3)
+    return f"{size / 1024**power:.1f} {' KMG'[power]}iB"
 
 
 def shapes_text(specs: Iterable[TensorSpec]) -> str:
@@ -190,7 +166,7 @@ def shapes_text(specs: Iterable[TensorSpec]) -> str:
     groups: dict[torch.dtype, list[TensorSpec]] = {}
     for spec in specs:
         groups.setdefault(spec.dtype, []).append(spec)
-    parts = []
+    parts: list[str] = []
     for dtype, group in groups.items():
         counts = Counter("×".join(map(str, s.shape)) or "scalar" for s in group)
         shown = [name + (f" ({n} of them)" if n > 1 else "") for name, n in counts.items()]
@@ -230,13 +206,13 @@ def registers_text(registers: Sequence[int]) -> str:
     """r0-r4 r7 r3-r1: runs, up or down, are shortened; what is dropped (-1) is an underscore."""
     runs: list[list[int]] = []
     for r in registers:
-        run = runs[-1] if runs else []
+        run: list[int] = runs[-1] if runs else []
         step = r - run[-1] if run else 0
         if run and abs(step) == 1 and min(r, run[-1]) >= 0 and (len(run) == 1 or run[1] - run[0] == step):
             run.append(r)
         else:
             runs.append([r])
-    texts = []
+    texts: list[str] = []
     for run in runs:
         names = ["_" if r < 0 else f"r{r}" for r in run]
         texts.append(f"{names[0]}-{names[-1]}" if len(run) > 2 else " ".join(names))
@@ -244,12 +220,11 @@ def registers_text(registers: Sequence[int]) -> str:
 
 
 def _call_text(call: StepCall, names: Mapping[int, str], named: Mapping[Input, str]) -> str:
-    read = [registers_text(call.reads)] if call.reads else []
-    given = [_given_text(g, named) for g in call.inputs]
-    arguments = "; ".join([*read, *([", ".join(given)] if given else [])])
-    where = f"  # {_short(call.location)}" if call.location else ""
-    made = registers_text(call.writes) or "nothing"
-    return f"{made} = {names[id(call.step)]}({arguments}){where}"
+    given = ", ".join(_given_text(g, named) for g in call.inputs)
+    read = "; ".join(filter(None, [registers_text(call.reads), given]))
+    location = call.location.replace("\\", "/").rpartition("/")[2]
+    where = f"  # {location}" if location else ""
+    return f"{registers_text(call.writes) or 'nothing'} = {names[id(call.step)]}({read}){where}"
 
 
 def _given_text(given: Operand, named: Mapping[Input, str]) -> str:
@@ -257,7 +232,7 @@ def _given_text(given: Operand, named: Mapping[Input, str]) -> str:
         first, *_, last = (_given_text(g, named) for g in given.of)
         return f"({first}, ..., {last})[{_moving(given.at, given.stride)}]"
     if given.kind == "noise":
-        return given.of.op._schema.name.removeprefix("aten::") + "()"
+        return _kind_of(given.of.op) + "()"
     if given.kind == "number":
         return _moving(given.of, given.stride)
     name = named[given.of]
@@ -275,12 +250,8 @@ def _place_text(where: int | Input, named: Mapping[Input, str]) -> str:
 
 
 def _target_text(target: Any, named: Mapping[Input, str]) -> str:
-    if isinstance(target, tuple):
+    if is_several(target):
         optimizer, _, name = target
         return f"{type(optimizer).__name__}.state[...][{name!r}]"
     known = (name for x, name in named.items() if getattr(x, "tensor", None) is target)
     return next(known, f"a tensor of shape {tuple(target.shape)}")
-
-
-def _short(location: str) -> str:
-    return location.replace("\\", "/").rpartition("/")[2]

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from metaoptim.errors import WindowError
 
+from .operators import is_named, is_several
+
 State = dict[str, Tensor]
 
 _fitting: set[Callable[..., Any]] = set()  # updates whose results have been looked at
@@ -33,30 +35,28 @@ class Clip:
 
 def clip_gradients(grads: Sequence[Tensor], max_norm: Any, norm_type: float) -> list[Tensor]:
     """g · min(1, max_norm / (‖g‖ + 1e-6)), over all of ``grads`` together (Pascanu et al. 2013, Algorithm 1)."""
-    norms = [torch.linalg.vector_norm(g, norm_type) for g in grads]
-    total = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]), norm_type)
+    norms = [_norm(g, norm_type) for g in grads]
+    total = _norm(torch.stack([n.to(norms[0].device) for n in norms]), norm_type)
     scale = torch.clamp(max_norm / (total + 1e-6), max=1.0)
     return [g * scale.to(g.device) for g in grads]
 
 
+def _norm(of: Tensor, order: float) -> Tensor:
+    return torch.linalg.vector_norm(of, order)  # pyright: ignore
+
+
 @dataclass(frozen=True)
 class UpdatePlan:
-    """What the update does, but for the values it does it to.
+    """What the update does, but for the values it does it to."""
 
-    Attributes:
-        update: pure ``(param, grad, state, hyper) -> (param', state')``.
-        groups: per parameter group, name -> constant, `HyperRef`, or a tuple of these.
-        group_of: per updated parameter, its group.
-        states: per updated parameter, the names of the optimizer state it has before the step.
-        clip: clipping of the gradients, or None.
-        init: pure ``(param, hyper) -> state``, if the initial state depends on the parameter: part of the step then.
-    """
-
-    update: Callable[..., tuple[Tensor, State]]
-    groups: tuple[tuple[tuple[str, Any], ...], ...]
-    group_of: tuple[int, ...]
-    states: tuple[tuple[str, ...], ...]
+    update: Callable[..., tuple[Tensor, State]]  # pure: (param, grad, state, hyper) -> (param', state')
+    groups: tuple[
+        tuple[tuple[str, Any], ...], ...
+    ]  # per group, names and constants, `HyperRef`s or tuples of these
+    group_of: tuple[int, ...]  # per updated parameter, its group
+    states: tuple[tuple[str, ...], ...]  # per updated parameter, names of the state it has before the step
     clip: Clip | None = None
+    # Pure: (param, hyper) -> state, if the initial state depends on the parameter: it is part of the step then.
     init: Callable[..., State] | None = None
 
     @property
@@ -67,14 +67,16 @@ class UpdatePlan:
         self, thetas: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[State], slots: Sequence[Any]
     ) -> tuple[list[Tensor], list[State]]:
         """New parameters and new states."""
-
         groups = [{name: _fill(value, slots) for name, value in group} for group in self.groups]
         if self.clip is not None:
             grads = clip_gradients(grads, _fill(self.clip.max_norm, slots), self.clip.norm_type)
-        new_thetas, new_states = [], []
+        new_thetas: list[Tensor] = []
+        new_states: list[State] = []
         known = self.update in _fitting
         for theta, grad, state, group in zip(thetas, grads, states, self.group_of, strict=True):
-            hyper = _matching(groups[group], theta)
+            hyper = groups[group]
+            if not theta.dim():  # a 0-dim tensor would promote it, as it does no tensor that has dimensions
+                hyper = {k: _cast(v, theta.dtype) for k, v in hyper.items()}
             if self.init is not None and not state:
                 state = initial_state(self.init, theta, hyper)
             result = self.update(theta, grad, state, hyper)
@@ -101,8 +103,8 @@ def initial_state(init: Callable[..., State], param: Tensor, hyper: dict[str, An
 
 
 def _check_result(name: str, theta: Tensor, result: Any) -> None:
-    fits = isinstance(result, (tuple, list)) and len(result) == 2 and isinstance(result[0], Tensor)
-    if not fits or not _is_state(result[1]):
+    fits = is_several(result) and len(result) == 2 and isinstance(result[0], Tensor) and _is_state(result[1])
+    if not fits:
         raise TypeError(
             f"{name}: got {_outline(result)}, expected two results: the new parameter, and its new state as a "
             "dictionary of tensors by name ({} for none)"
@@ -119,15 +121,15 @@ def _grown(name: str, new: Tensor, theta: Tensor, hyper: dict[str, Any]) -> Wind
 
 
 def _is_state(state: Any) -> bool:
-    return isinstance(state, dict) and all(isinstance(v, Tensor) for v in state.values())
+    return is_named(state) and all(isinstance(v, Tensor) for v in state.values())
 
 
 def _outline(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
-    if isinstance(value, (tuple, list)):
+    if is_several(value):
         return f"({', '.join(map(_outline, value))})"
-    if isinstance(value, dict):
+    if is_named(value):
         return f"{{{', '.join(f'{k!r}: {_outline(v)}' for k, v in value.items())}}}"
     return repr(value)
 
@@ -135,17 +137,10 @@ def _outline(value: Any) -> str:
 def _fill(value: Any, slots: Sequence[Any]) -> Any:
     if isinstance(value, HyperRef):
         return slots[value.at]
-    return tuple([_fill(v, slots) for v in value]) if isinstance(value, tuple) else value
+    return tuple([_fill(v, slots) for v in value]) if is_several(value) else value
 
 
-def _matching(group: dict[str, Any], theta: Tensor) -> dict[str, Any]:
-    # a 0-dim tensor does not promote tensors that have dimensions, but it does promote a 0-dim parameter
-    if theta.dim():
-        return group
-    return {k: _cast(v, theta) for k, v in group.items()}
-
-
-def _cast(value: Any, theta: Tensor) -> Any:
+def _cast(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, Tensor):
-        return value.to(theta.dtype)
-    return tuple([_cast(v, theta) for v in value]) if isinstance(value, tuple) else value
+        return value.to(dtype)
+    return tuple([_cast(v, dtype) for v in value]) if is_several(value) else value

@@ -1,114 +1,92 @@
-"""What a recording is made of: calls, their values, and what stands for tensors from outside."""
+"""What a recording or a trace is made of: calls, their values, and what stands for what they read from outside."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
-import torch
 from torch import Tensor
 
-from metaoptim.errors import CaptureError
+from metaoptim.errors import CaptureError, user_location
 
-from .operators import written
+from .operators import aten, is_several, written
 from .step import again
-from .tensors import ByStorage, TensorSpec
+from .tensors import ByStorage, TensorSpec, tensor_spec
 
-aten = torch.ops.aten
 T = TypeVar("T")
 _DETACH = aten.detach.default
 
 
 def version_of(t: Tensor) -> int:
+    """The version counter of a tensor; inference tensors have none."""
     return 0 if t.is_inference() else t._version
 
 
 @dataclass(slots=True, eq=False, repr=False)
-class Theta:
-    """A version of one theta tensor: its state index, and the tensor the networks show for it.
-
-    Attributes:
-        index, tensor: these.
-        version: equal for tensors that were shown for the same value.
-        hooks: of the tensor, with their handles.
-        suspect: it was overwritten behind autograd's back, which may have saved it.
-    """
-
-    index: int
-    tensor: Tensor
-    version: object
-    hooks: list[tuple[Any, Spy]] | None = None
-    suspect: bool = False
-
-
-@dataclass(slots=True, eq=False, repr=False)
-class Epoch:
-    """The stretch of user code between two changes of theta.
-
-    Attributes:
-        position: the tape position whose state the networks show.
-        superstep: ordinal of the super-step it was opened in.
-        theta: id of a tensor the networks show -> its `Theta`.
-        writes: memory -> in-place entries on it, oldest first.
-        externals: id of a tensor read from outside -> weak reference to what stands for it.
-        apart: memory of values that are set apart (see `Value`).
-        read: whether any theta has been read in it.
-    """
-
-    position: int
-    superstep: int
-    theta: dict[int, Theta]
-    writes: ByStorage[list[Entry]] = field(default_factory=ByStorage)
-    externals: dict[int, weakref.ref[External]] = field(default_factory=dict)
-    apart: ByStorage[bool] = field(default_factory=ByStorage)
-    read: bool = False
-
-
-@dataclass(slots=True, eq=False, repr=False)
 class Entry:
-    """One recorded call.
-
-    Attributes:
-        op: what is called.
-        args, kwargs: its arguments, with what stands for tensors in their place.
-        epoch: when; of no account in a trace.
-        seq: its place in the order of calls.
-        deps: earlier calls that have written into memory that it reads.
-        grad: whether grad mode was on.
-        shape: shapes of its results, where they depend on values.
-    """
+    """One recorded call."""
 
     op: Any
-    args: tuple[Any, ...]
+    args: tuple[Any, ...]  # with what stands for tensors in their place
     kwargs: dict[str, Any]
-    epoch: Epoch
-    seq: int
-    deps: tuple[Any, ...]
-    grad: bool
-    shape: tuple[Any, ...] | None = None
+    epoch: Epoch  # when; of no account in a trace
+    seq: int  # its place in the order of calls
+    deps: tuple[Entry, ...]  # earlier calls that have written into memory that it reads
+    grad: bool  # whether grad mode was on
+    shape: tuple[Any, ...] | None = None  # of its results, where they depend on values
 
 
 @dataclass(slots=True, eq=False, repr=False)
 class Value:
-    """An output of an entry (the only one if ``index`` is None).
-
-    Attributes:
-        ref: weak reference to the tensor.
-        hooks: of the tensor, with their handles.
-        apart: what steps read in its place, where autograd itself must see all of its gradient (a hook, retain_grad).
-        steps: tape positions of the steps that have read it.
-        suspect: see `External`.
-    """
+    """An output of an entry (the only one if ``index`` is None)."""
 
     entry: Entry
     index: int | None
-    ref: Any = None
-    hooks: list[tuple[Any, Spy]] | None = None
+    ref: Any = None  # weak reference to the tensor; in a trace, its spec
+    hooks: list[tuple[Any, Spy]] | None = None  # of the tensor, with their handles
+    # What steps read in its place, where autograd itself must see all of its gradient (a hook, retain_grad).
     apart: External | None = None
-    steps: tuple[int, ...] = ()
-    suspect: bool = False
+    steps: tuple[int, ...] = ()  # tape positions of the steps that have read it
+    suspect: bool = False  # see `External`
+
+
+@dataclass(slots=True, eq=False, repr=False)
+class Number:
+    """A Python number that may differ between otherwise equal steps."""
+
+    value: float
+
+
+# -- a window's recording --------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True, eq=False, repr=False)
+class Theta:
+    """A version of one theta tensor: its state index, and the tensor the networks show for it."""
+
+    index: int
+    tensor: Tensor
+    version: object  # equal for tensors that were shown for the same value
+    hooks: list[tuple[Any, Spy]] | None = None  # of the tensor, with their handles
+    suspect: bool = False  # it was overwritten behind autograd's back, which may have saved it
+
+
+@dataclass(slots=True, eq=False, repr=False)
+class Epoch:
+    """The stretch of user code between two changes of theta."""
+
+    position: int  # the tape position whose state the networks show
+    superstep: int  # ordinal of the super-step it was opened in
+    theta: dict[int, Theta]  # by the id of the tensor that the networks show
+    writes: ByStorage[list[Entry]] = field(
+        default_factory=lambda: ByStorage()
+    )  # in-place calls, oldest first
+    # What stands for tensors read from outside, by their id.
+    externals: dict[int, weakref.ref[External]] = field(default_factory=dict[int, "weakref.ref[External]"])
+    apart: ByStorage[bool] = field(default_factory=lambda: ByStorage())  # memory of values that are set apart
+    read: bool = False  # whether any theta has been read in it
 
 
 class Hold(Protocol):
@@ -130,24 +108,21 @@ class Hold(Protocol):
 
 
 class External:
-    """A tensor that came from outside what is recorded, as it was read.
-
-    Attributes:
-        tensor: where its gradient goes, if it could carry one: the source, or a copy with the history that the source
-            had when it was read.
-        grad: whether it could carry a gradient then.
-        held: the guard's hold on its value.
-        written: whether recorded in-place calls go into it, so that it is read anew from the recording.
-        suspect: whether its memory may have changed since behind autograd's back, which may have saved it.
-    """
+    """A tensor that came from outside what is recorded, as it was read."""
 
     __slots__ = ("_source", "tensor", "version", "grad", "held", "written", "suspect", "__weakref__")
 
     def __init__(self, tensor: Tensor, held: Hold) -> None:
         self._source = weakref.ref(tensor)  # calls that write into it would keep it alive, and it them
-        self.version, self.grad = version_of(tensor), tensor.requires_grad
+        self.version = version_of(tensor)
+        self.grad = tensor.requires_grad  # whether it could carry a gradient then
+        # where its gradient goes: the source, or a copy with the history that the source had when it was read
         self.tensor = tensor if self.grad else None
-        self.held, self.written, self.suspect = held, False, False
+        self.held = held
+        self.written = False  # whether recorded in-place calls go into it: it is read anew from the recording
+        self.suspect = (
+            False  # whether its memory may have changed behind autograd's back, which may have saved it
+        )
 
     @property
     def source(self) -> Tensor | None:
@@ -164,12 +139,7 @@ class Carried:
 
 
 def reached(starts: Iterable[T], onwards: Callable[[T], Iterable[T]]) -> Iterator[T]:
-    """Each object that is reached from ``starts``, once; depth first, the last ones first.
-
-    Args:
-        starts: where the walk begins; they are reached.
-        onwards: what one step from an object leads to.
-    """
+    """Each object that ``starts`` lead to, themselves included, once; depth first, the last ones first."""
     stack = list(starts)
     seen: dict[int, T] = {}  # held, so that no other object comes to lie at its address
     while stack:
@@ -180,25 +150,28 @@ def reached(starts: Iterable[T], onwards: Callable[[T], Iterable[T]]) -> Iterato
             stack += onwards(a)
 
 
+def parents(a: Any) -> Iterable[Any]:
+    """What a value, a call or a tuple of arguments comes from directly."""
+    if isinstance(a, Value):
+        return () if a.apart is not None else (a.entry,)
+    if isinstance(a, Entry):
+        return (*a.args, *a.deps, *a.kwargs.values())
+    return (a.value,) if isinstance(a, Carried) else a if is_several(a) else ()
+
+
 def reaches_theta(value: Value) -> bool:
     """Whether a gradient of ``value`` may flow into theta."""
 
     def onwards(a: Any) -> Iterable[Any]:
         if isinstance(a, Value):
             t = a.ref and a.ref()
-            return () if a.apart is not None or (t is not None and not t.requires_grad) else (a.entry,)
-        if isinstance(a, Entry):
-            return (*a.args, *a.deps, *a.kwargs.values()) if a.grad and a.op is not _DETACH else ()
-        return (a.value,) if isinstance(a, Carried) else a if isinstance(a, tuple) else ()
+            if t is not None and not t.requires_grad:
+                return ()
+        cut = isinstance(a, Entry) and (not a.grad or a.op is _DETACH)
+        return () if cut else parents(a)
 
-    return any(isinstance(a, Theta) for a in reached([value], onwards))
-
-
-@dataclass(slots=True, eq=False, repr=False)
-class Number:
-    """A Python number that may differ between otherwise equal steps."""
-
-    value: float
+    start: list[Any] = [value]
+    return any(isinstance(a, Theta) for a in reached(start, onwards))
 
 
 class Spy:
@@ -237,6 +210,61 @@ def is_removed(handle: Any) -> bool:
 def exact(numbers: Iterable[Any]) -> tuple[Any, ...]:
     """Equal for numbers that are alike to the last bit: -0.0 is not 0.0, and nan is nan."""
     return tuple([n.hex() if isinstance(n, float) else n for n in numbers])
+
+
+# -- what a trace reads from outside ---------------------------------------------------------------------------------
+
+
+class Input:
+    """A real tensor that the function reads: an argument, a parameter, a constant."""
+
+    __slots__ = ("tensor", "grad", "spec", "location")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor, self.grad = tensor, tensor.requires_grad
+        self.spec = tensor_spec(tensor)
+        self.location = user_location()
+
+    @classmethod
+    def of(cls, spec: TensorSpec, grad: bool) -> Input:
+        """One of which no more is known than this: a recorded step serves many tensors."""
+        made = cls.__new__(cls)
+        made.grad, made.spec, made.location = grad, spec, ""
+        return made
+
+
+@dataclass(slots=True, eq=False, repr=False)
+class Noise:
+    """Random numbers, drawn whenever the program runs."""
+
+    op: Any  # takes a generator: it makes them, or fills a tensor in place
+    args: tuple[Any, ...]  # what it is given besides, all numbers and options
+    kwargs: dict[str, Any]
+    spec: TensorSpec  # of the tensor they are
+    grad: ClassVar[bool] = False
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What must be equal for two steps to draw alike."""
+        return (self.op, self.args, tuple(sorted(self.kwargs.items(), key=lambda kv: kv[0])))
+
+
+@dataclass(slots=True, eq=False, repr=False)
+class ScanItem:
+    """What one iteration of `window.scan` sees of a tensor: its slice at ``position`` along the leading axis."""
+
+    source: Input
+    position: int
+
+    @property
+    def spec(self) -> TensorSpec:
+        """That of the slice."""
+        return self.source.spec.row
+
+    @property
+    def grad(self) -> bool:
+        """Whether it can carry a gradient."""
+        return self.source.grad
 
 
 # -- whose memory a value lies in, and which calls write into it -----------------------------------------------------

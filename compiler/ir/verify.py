@@ -11,18 +11,16 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from metaoptim.compiler.compat import OpOverload
 from metaoptim.errors import ProgramError
 
 from .calls import Loop, Operand, StepCall, calls_of
-from .operators import aten, op_info, op_text, written
+from .operators import aten, is_operator, is_several, op_info, op_text, written
 from .program import Program
-from .segments import Partition, arguments
 from .step import RANK, Port, Role, StepGraph, show
 from .tensors import tensor_spec
 from .text import registers_text
-from .trace import Noise
-from .values import Value, reached
+from .trace import Partition, arguments
+from .values import Noise, Value, reached
 
 _INNER = (Role.THETA, Role.OPT_STATE)
 _INPUTS = (*RANK, Role.META, Role.SCAN, Role.NOISE)
@@ -296,7 +294,7 @@ def _port_faults(step: StepGraph, placeholders: list[fx.Node]) -> Iterator[str]:
             yield (f"input {port.name} is declared as {port.spec}, its placeholder holds {node.meta['spec']}")
     results = step.graph.find_nodes(op="output")
     values: Any = results[0].args[0] if len(results) == 1 else None
-    got: Sequence[Any] | None = values if isinstance(values, tuple) else None
+    got: Sequence[Any] | None = values if is_several(values) else None
     if got is None or len(got) != len(step.outputs):
         yield f"got {'none' if got is None else len(got)} results for {len(step.outputs)} outputs"
         return
@@ -309,7 +307,7 @@ def _port_faults(step: StepGraph, placeholders: list[fx.Node]) -> Iterator[str]:
 
 def _operator_faults(node: fx.Node) -> Iterator[str]:
     target: Any = node.target
-    if node.op != "call_function" or not isinstance(target, OpOverload):
+    if node.op != "call_function" or not is_operator(target):
         return
     off = target is aten.native_dropout.default and not node.args[2]
     if op_info(target).random and not off:
@@ -329,10 +327,11 @@ def _written(node: fx.Node) -> list[fx.Node]:
 def _memory_of(node: Any) -> fx.Node:
     """The node that made the memory ``node`` lies in."""
     while node.op == "call_function":
-        target = node.target
-        overload = isinstance(target, OpOverload)
-        same = overload and (target.is_view or target is aten.type_as.default or op_info(target).writes)
-        if not (same or target in (show, operator.getitem) or type(target).__name__ == "WithHooks"):
+        target: Any = node.target
+        same = target in (show, operator.getitem) or getattr(target, "__name__", "") == "with_hooks"
+        if is_operator(target):
+            same = target.is_view or target is aten.type_as.default or bool(op_info(target).writes)
+        if not same:
             break
         node = node.args[0]
     return node

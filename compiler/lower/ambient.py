@@ -19,26 +19,19 @@ from metaoptim.compiler.compat import (
 _AUTOCAST = ("cpu", "cuda", "xpu", "mps", "hpu", "mtia")
 
 
-def ambient() -> tuple[Any, ...]:
-    """What decides, beside its arguments, which operators a function calls; named in `AMBIENT`."""
-    return (
-        torch.get_default_dtype(),
-        tuple(torch.get_autocast_dtype(d) if torch.is_autocast_enabled(d) else None for d in _AUTOCAST)
-        if any_autocast_enabled()
-        else None,
-        torch.are_deterministic_algorithms_enabled(),
-        torch.get_float32_matmul_precision(),
-        tuple(m.device if isinstance(m, DeviceContext) else type(m) for m in function_modes()),
-    )
-
-
-AMBIENT = (
-    "torch.get_default_dtype()",
-    "autocast",
-    "torch.are_deterministic_algorithms_enabled()",
-    "torch.get_float32_matmul_precision()",
-    "the default device, or another torch function mode",
-)
+def ambient() -> dict[str, Any]:
+    """What decides, beside its arguments, which operators a function calls, by name."""
+    casts = _AUTOCAST if any_autocast_enabled() else ()  # asking each device takes time
+    devices = [m.device if isinstance(m, DeviceContext) else type(m) for m in function_modes()]
+    return {
+        "torch.get_default_dtype()": torch.get_default_dtype(),
+        "autocast": tuple(
+            torch.get_autocast_dtype(d) if torch.is_autocast_enabled(d) else None for d in casts
+        ),
+        "torch.are_deterministic_algorithms_enabled()": torch.are_deterministic_algorithms_enabled(),
+        "torch.get_float32_matmul_precision()": torch.get_float32_matmul_precision(),
+        "the default device, or another torch function mode": tuple(devices),
+    }
 
 
 @contextmanager
@@ -57,7 +50,7 @@ def unaffected() -> Iterator[None]:
 
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """The default dtype is ``dtype`` inside the block."""
+    """The default dtype is ``dtype`` inside the block: integers become it where they meet a fraction, for instance."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -67,7 +60,7 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def with_default_dtype(dtype: torch.dtype, program: Callable[..., Any]) -> Callable[..., Any]:
-    """``program``, run with that default dtype: integers become it where they meet a fraction, for instance."""
+    """``program``, run with that default dtype."""
 
     def run(*inputs: Any) -> Any:
         if torch.get_default_dtype() is dtype:

@@ -7,7 +7,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
@@ -34,13 +34,11 @@ def options() -> Iterator[None]:
     To find out which vector instructions there are, inductor builds, links and loads a program for each kind, a third
     of a first call. On Linux the flags tell: whether PyTorch's own libraries load is known, it runs.
     """
-    with ExitStack() as stack:
-        stack.enter_context(torch._inductor.config.patch(size_asserts=False, alignment_asserts=False))
-        if platform.system() == "Linux" and platform.machine() == "x86_64":
-            stack.enter_context(
-                mock.patch.object(VecISA, "check_build", lambda isa, code: _takes(isa._arch_flags))
-            )
-        yield
+    probing = mock.patch.object(VecISA, "check_build", lambda isa, code: _takes(isa._arch_flags))
+    known = platform.system() == "Linux" and platform.machine() == "x86_64"
+    with torch._inductor.config.patch(size_asserts=False, alignment_asserts=False):
+        with probing if known else nullcontext():
+            yield
 
 
 @functools.cache

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import tempfile
+import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,10 +18,28 @@ from torch import Tensor, fx
 
 from metaoptim.compiler.compat import disable_current_modes
 
+from ..derive.graphs import copied
 from .rounding import agree, noise_of, precision_of, size_of
-from .waiting import waiting
 
 _log = logging.getLogger("metaoptim.recompiles")
+SECONDS = 2.0
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Say ``what`` is going on if the block has not ended after two seconds and stderr is a terminal."""
+
+    def tell() -> None:
+        if sys.stderr.isatty():
+            print(f"metaoptim: {what}", file=sys.stderr, flush=True)
+
+    timer = threading.Timer(SECONDS, tell)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def compiled(
@@ -38,26 +59,22 @@ def compiled(
     """
     from . import backends  # takes a second, which windows that compile nothing do not wait for
 
-    begun = time.perf_counter()
+    size, begun = len(graph.graph.nodes), time.perf_counter()
+    what = f"{backend} compiles a graph of {size} nodes; the next process finds it in the cache ..."
     with disable_current_modes(), torch.no_grad(), backends.options():
-        size = len(graph.graph.nodes)
-        with waiting(
-            f"{backend} compiles a graph of {size} nodes; the next process finds it in the cache ..."
-        ):
-            program = backends.call_backend(backend, _copied(graph), inputs)
-        _log.info(
-            "%s compiled a graph of %d nodes in %.1f s",
-            backend,
-            size,
-            time.perf_counter() - begun,
-        )
+        with waiting(what):
+            own = fx.GraphModule(graph, copied(graph.graph))  # the backend may take it apart
+            program = backends.call_backend(backend, own, inputs)
+        seconds = time.perf_counter() - begun
+        _log.info("%s compiled a graph of %d nodes in %.1f s", backend, size, seconds)
         if not check:
             return program
         given = [*inputs[: len(inputs) - cotangents], *map(_random_like, inputs[len(inputs) - cotangents :])]
         complaint = difference(graph, program, given)
     if complaint is None:
         return program
-    where = _reproduction(graph, given)
+    where = os.path.join(tempfile.mkdtemp(prefix="metaoptim-"), "reproduction.pt")
+    torch.save({"code": graph.code, "inputs": [t.detach().clone() for t in given]}, where)
     warnings.warn(
         f"the backend {backend!r} compiled a part of the inner loop wrongly: {complaint}. That part runs uncompiled. "
         f"Please report it with {where}: torch.load(...) gives its code and inputs.",
@@ -90,17 +107,3 @@ def difference(graph: fx.GraphModule, program: Callable[..., Any], inputs: Seque
 def _random_like(t: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(0)  # the user's stays where it is
     return torch.empty_like(t).copy_(torch.randn(t.shape, generator=generator, dtype=t.dtype))
-
-
-def _reproduction(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> str:
-    path = os.path.join(tempfile.mkdtemp(prefix="metaoptim-"), "reproduction.pt")
-    torch.save({"code": graph.code, "inputs": [t.detach().clone() for t in inputs]}, path)
-    return path
-
-
-def _copied(graph: fx.GraphModule) -> fx.GraphModule:
-    """A copy for the backend to take apart."""
-    copy = fx.GraphModule(graph, fx.Graph())
-    copy.graph.output(copy.graph.graph_copy(graph.graph, {}))
-    copy.recompile()
-    return copy

@@ -15,22 +15,20 @@ _TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.float16: 2e-2, tor
 _TRIALS = 4
 
 
-def _coarser(a: torch.dtype, b: torch.dtype) -> torch.dtype:
-    return a if torch.finfo(a).eps >= torch.finfo(b).eps else b
-
-
 def _is_real(dtype: Any) -> bool:
     return isinstance(dtype, torch.dtype) and (dtype.is_floating_point or dtype.is_complex)
 
 
+def _coarsest(dtypes: Iterable[Any]) -> torch.dtype:
+    return max(
+        (d.to_real() for d in dtypes if _is_real(d)), key=lambda d: torch.finfo(d).eps, default=torch.float64
+    )
+
+
 def precision_of(graph: fx.Graph, inputs: Iterable[Tensor]) -> torch.dtype:
     """The coarsest type in which ``graph`` computes on ``inputs``: autocast's casts are calls like others."""
-    found = torch.float64
-    named = (a for n in graph.nodes for a in tree_leaves((n.args, n.kwargs)) if isinstance(a, torch.dtype))
-    for dtype in (*(t.dtype for t in inputs), *named):
-        if _is_real(dtype):
-            found = _coarser(found, dtype.to_real())
-    return found
+    named = (a for n in graph.nodes for a in tree_leaves((n.args, n.kwargs)))
+    return _coarsest([*(t.dtype for t in inputs), *named])
 
 
 def size_of(t: Tensor) -> float:
@@ -62,7 +60,7 @@ def agree(
         if not torch.equal(got.isfinite(), finite):
             return False
         worst, size = size_of(got[finite] - want[finite]), size_of(want)
-    tolerance = _TOLERANCE.get(_coarser(precision, want.dtype.to_real()), 5e-2)
+    tolerance = _TOLERANCE.get(_coarsest((precision, want.dtype)), 5e-2)
     return worst <= tolerance * (size + 1e-3 * largest) + 10 * noise + 1e-30
 
 

@@ -1,4 +1,4 @@
-"""One rewrite per file, in the order of `pipeline`; between two of them the program is verified.
+"""Rewrites, in the order of `pipeline`; between two of them the program is verified.
 
 In: a trace, of a function or of one recorded step. Out: a program. Imports: `ir`, `derive`, `lower`.
 """

@@ -1,26 +1,32 @@
-"""The passes in order, the verifier between them, and a record of what each one did."""
+"""The passes in order, the verifier between them, and a record of what each one did.
+
+Passes that are a few lines are here, the others in the file of their name.
+"""
 
 from __future__ import annotations
 
 import inspect
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
+from metaoptim.errors import CaptureError
+
 from ..derive.flat import uncollected
+from ..ir.calls import Loop, folded
 from ..ir.program import Program
-from ..ir.segments import Partition
-from ..ir.text import operator_count, partition_text, trace_text
-from ..ir.trace import Input, Trace
+from ..ir.step import StepGraph
+from ..ir.text import operator_count, partition_text, plural, trace_text
+from ..ir.trace import Partition, Trace
+from ..ir.values import Input, Value
 from ..ir.verify import verify_partition, verify_program
+from ..lower.derivatives import derived, residuals
 from .canonicalize import canonicalize, outline
-from .checkpoint import checkpoint
-from .differentiate import differentiate
-from .loop import loop
-from .lower import lower
-from .mode import mode
 from .options import Options
 from .prune import keep_all, prune
 from .roll import roll
@@ -29,39 +35,114 @@ from .split import split
 
 Form = Trace | Partition | Program
 _log = logging.getLogger("metaoptim.passes")
+#: A step graph that a call runs no more often than this runs as it is.
+FEW = 2
 
 
-def _check_split(partition: Partition, options: Options) -> None:
-    verify_partition(partition, outlined=False)
+def mode(trace: Trace, options: Options) -> tuple[Trace, str]:
+    """Say what is written back, and where gradients are truncated.
+
+    Online, the parameters that a window adopts are cut off from the user's own, and what it leaves is written back.
+    Offline, neither.
+    """
+    stated = {mark.window for mark in trace.windows}
+    if len(stated) > 1:
+        raise CaptureError(
+            f"windows of one compiled function must agree on window=: got {sorted(map(str, stated))}"
+        )
+    if len({mark.backward_hook for mark in trace.windows}) > 1:
+        raise CaptureError("windows of one compiled function must have the same backward_hook")
+    writes: dict[Any, tuple[Any, Value]] = {}
+    online = [mark for mark in trace.windows if not mark.offline]
+    for mark in online:
+        for entry in mark.adopted:
+            entry.op = torch.ops.aten.detach.default
+        for target, value in mark.last:
+            key: Any = id(target)
+            if isinstance(target, tuple):
+                optimizer, tensor, name = target  # pyright: ignore[reportUnknownVariableType]
+                key = (id(optimizer), id(tensor), name)  # pyright: ignore[reportUnknownArgumentType]
+            writes[key] = (target, value)
+    writes.update((id(target), (target, value)) for target, value in trace.left)
+    trace.writes = list(writes.values())
+    window = next(iter(stated), None)
+    trace.window = options.window if window is None else window
+    cut = sum(len(mark.adopted) for mark in online)
+    note = f"{cut} parameters cut off at entry, {len(writes)} tensors written back"
+    return trace, note + (f", truncated to {window} super-steps" if window else "")
 
 
-def _check_partition(partition: Partition, options: Options) -> None:
-    verify_partition(partition)
+def loop(program: Program, options: Options) -> tuple[Program, str]:
+    """Fold rounds of calls that leave their results where the next round looks for them into Loops.
+
+    A plain ``for`` leaves many: of one call each, or of several where optimizers step by turns. What calls are given
+    besides is the same in every round, or a row or a whole number that moves on by as much every time, or listed.
+    """
+    before = len(program.calls)
+    program.calls = folded(program.calls)
+    loops = sum(isinstance(item, Loop) for item in program.calls)
+    return program, f"{plural(before, 'entry')} now {len(program.calls)}, {plural(loops, 'loop')} among them"
 
 
-def _check_rolled(program: Program, options: Options) -> None:
-    verify_program(program, pruned="canonicalize" not in options.skip)
+def differentiate(program: Program, options: Options) -> tuple[Program, str]:
+    """Derive the step graphs that a gradient can flow through, in the mode that legality and cost allow."""
+    learnt = any(x.grad for x in program.inputs)
+    return program, derive_all(program.step_graphs if learnt else (), options.lowering.hvp)
 
 
-def _check_looped(program: Program, options: Options) -> None:
-    verify_program(program, pruned="canonicalize" not in options.skip, folded=True)
+def derive_all(graphs: Iterable[StepGraph], hvp: str) -> str:
+    """Derive those of the step graphs that a gradient can flow through, and say which mode each got."""
+    chosen: Counter[str] = Counter()
+    for step in graphs:
+        if any(p.differentiable for p in step.inputs) and any(p.differentiable for p in step.outputs):
+            derived(step, hvp)
+            chosen[step.derivatives[hvp]] += 1
+    return "; ".join(f"{count} × {what}" for what, count in chosen.items()) or "no part carries a gradient"
+
+
+def lower(program: Program, options: Options) -> tuple[Program, str]:
+    """State which step graphs are compiled: those that repeat in a call, or all where none does."""
+    graphs, backend = len(program.step_graphs), options.lowering.backend
+    if backend == "eager":
+        return program, f"{plural(graphs, 'step graph')}, all run as they are"
+    counts: Counter[int] = Counter()
+    for call, count in program.counted():
+        counts[id(call.step)] += count
+    repeated = frozenset(step for step, count in counts.items() if count > FEW)
+    program.compiled = repeated or None
+    compiled = len(repeated) or graphs
+    rest = f"; the others run at most {FEW} times a call, as they are" if compiled < graphs else ""
+    return program, f"{compiled} of {plural(graphs, 'step graph')} compiled by {backend}{rest}"
+
+
+def checkpoint(program: Program, options: Options) -> tuple[Program, str]:
+    """State what is kept for the derivative: which states, and the residuals of which calls, as a plan says.
+
+    The steps of the last ``kept.saved`` calls are divided anew: into a forward that gives residuals and a backward that
+    goes on from them, in the place of a replay and a derivative that runs it again.
+    """
+    assert options.kept is not None
+    program.kept = options.kept
+    left, divided = options.kept.saved, set[int]()
+    for call, count in reversed(list(program.counted())):
+        if left > 0 and residuals(call.step, options.lowering.hvp) is not None:
+            divided.add(id(call.step))
+        left -= count
+    note = f"; {len(divided)} of {len(program.step_graphs)} step graphs divided" if divided else ""
+    return program, f"{program.kept}{note}"
 
 
 @dataclass(frozen=True)
 class Pass:
-    """One rewrite in its place.
+    """One rewrite in its place: (program, options) -> (program, note of what was done).
 
     Attributes:
-        run: (program, options) -> (program, note of what was done).
-        check: the verifier of what it makes.
+        run: does it.
         instead: what is done where it is skipped.
-        planned: whether it waits for a plan of what is kept, which a call makes.
     """
 
     run: Callable[[Any, Options], tuple[Form, str]]
-    check: Callable[[Any, Options], None] | None = None
     instead: Callable[[Any, Options], tuple[Form, str]] | None = None
-    planned: bool = False
 
     @property
     def name(self) -> str:
@@ -72,20 +153,13 @@ class Pass:
         return f"{self.name:<14}{(inspect.getdoc(self.run) or '').partition(chr(10))[0]}"
 
 
-PIPELINE = (
-    Pass(mode),
-    Pass(rows),
-    Pass(split, _check_split),
-    Pass(canonicalize, _check_partition, instead=outline),
-    Pass(prune, _check_partition, instead=keep_all),
-    Pass(roll, _check_rolled, instead=roll),
-    Pass(loop, _check_looped),
-    Pass(differentiate),
-    Pass(lower),
-    Pass(checkpoint, planned=True),
+_SHAPING = (Pass(canonicalize, instead=outline), Pass(prune, instead=keep_all))
+_UNPLANNED = (
+    *(Pass(mode), Pass(rows), Pass(split), *_SHAPING),
+    *(Pass(roll, instead=roll), Pass(loop), Pass(differentiate), Pass(lower)),
 )
-#: Those that apply to a partition that is one part: a step, recorded or compiled.
-OF_A_STEP = tuple(p for p in PIPELINE if p.run in (canonicalize, prune))
+#: All passes; the last one waits for a plan of what is kept, which a call makes.
+PIPELINE = (*_UNPLANNED, Pass(checkpoint))
 
 
 @dataclass(frozen=True)
@@ -108,60 +182,6 @@ class Record:
         return f"{self.name:<14}{self.done}  ({self.milliseconds:.1f} ms)"
 
 
-class PassLog:
-    """Runs passes and records them, with the verifier after each.
-
-    Args:
-        trace: what was captured.
-        texts: names for the tensors it reads, to keep the program as text after each pass; None to keep none.
-    """
-
-    def __init__(self, trace: Trace, texts: Mapping[Input, str] | None = None) -> None:
-        self.records: list[Record] = []
-        self.texts = texts
-        self._checked = 0.0
-        sizes = sizes_of(trace)
-        self._note(
-            Record("capture", f"{sizes['calls']} calls", trace.milliseconds, {}, sizes, self._text(trace))
-        )
-
-    def run(self, passes: Sequence[Pass], program: Form, options: Options) -> Form:
-        """Take a program through passes."""
-        for one in passes:
-            run = one.instead if one.name in options.skip else one.run
-            if run is None:
-                continue
-            before, begun = sizes_of(program), time.perf_counter()
-            program, note = run(program, options)
-            milliseconds = 1e3 * (time.perf_counter() - begun)
-            self._note(Record(one.name, note, milliseconds, before, sizes_of(program), self._text(program)))
-            if one.check is not None:
-                self.check(one.check, program, options)
-        return program
-
-    def check(self, check: Callable[[Any, Options], None], program: Form, options: Options) -> None:
-        """Run a verifier."""
-        begun = time.perf_counter()
-        check(program, options)
-        self._checked += 1e3 * (time.perf_counter() - begun)
-
-    def end(self) -> list[Record]:
-        """All records, the verifier's own among them."""
-        self._note(Record("verify", "the program is well-formed after every pass", self._checked))
-        return self.records
-
-    def _note(self, record: Record) -> None:
-        self.records.append(record)
-        _log.info("%s", record)
-
-    def _text(self, program: Form) -> str:
-        if self.texts is None:
-            return ""
-        if isinstance(program, Trace):
-            return trace_text(program)
-        return partition_text(program) if isinstance(program, Partition) else program.text(self.texts)
-
-
 @uncollected()
 def compile_trace(
     trace: Trace, options: Options, texts: Mapping[Input, str] | None = None
@@ -177,21 +197,54 @@ def compile_trace(
         CaptureError: for what cannot be compiled.
         ProgramError: where the verifier finds a pass to be wrong.
     """
-    log = PassLog(trace, texts)
-    program = log.run([p for p in PIPELINE if not p.planned], trace, options)
+    program, records = _run(_UNPLANNED, trace, trace, options, texts)
     assert isinstance(program, Program)
-    return program, log.end()
+    return program, records
 
 
 def shaped(partition: Partition, texts: Mapping[Input, str] | None = None) -> list[Record]:
-    """Take a partition that is one part, a compiled step, through the passes that apply to it."""
-    log, options = PassLog(partition.trace, texts), Options()
-    log.check(_check_split, partition, options)
-    log.run(OF_A_STEP, partition, options)
-    return log.end()
+    """Take a partition that is one part, a recorded or compiled step, through the passes that apply to it."""
+    verify_partition(partition, outlined=False)
+    return _run(_SHAPING, partition.trace, partition, Options(), texts)[1]
 
 
-def sizes_of(program: Trace | Partition | Program) -> dict[str, int]:
+def _run(
+    passes: Sequence[Pass], trace: Trace, form: Form, options: Options, texts: Mapping[Input, str] | None
+) -> tuple[Form, list[Record]]:
+    """Take a form of ``trace`` through passes, with the verifier after each that rewrites."""
+    records: list[Record] = []
+    verifying = 0.0
+
+    def note(name: str, done: str, milliseconds: float, before: dict[str, int], form: Form) -> None:
+        text = "" if texts is None else _text(form, texts)
+        records.append(Record(name, done, milliseconds, before, sizes_of(form), text))
+        _log.info("%s", records[-1])
+
+    note("capture", f"{len(trace.entries)} calls", trace.milliseconds, {}, trace)
+    for one in passes:
+        run = one.instead if one.name in options.skip else one.run
+        if run is not None:
+            before, begun = sizes_of(form), time.perf_counter()
+            form, done = run(form, options)
+            note(one.name, done, 1e3 * (time.perf_counter() - begun), before, form)
+            begun = time.perf_counter()
+            if isinstance(form, Partition):
+                verify_partition(form, outlined=one.run is not split)
+            elif isinstance(form, Program) and one.run in (roll, loop):
+                verify_program(form, pruned="canonicalize" not in options.skip, folded=one.run is loop)
+            verifying += 1e3 * (time.perf_counter() - begun)
+    records.append(Record("verify", "the program is well-formed after every pass", verifying))
+    _log.info("%s", records[-1])
+    return form, records
+
+
+def _text(form: Form, texts: Mapping[Input, str]) -> str:
+    if isinstance(form, Trace):
+        return trace_text(form)
+    return partition_text(form) if isinstance(form, Partition) else form.text(texts)
+
+
+def sizes_of(program: Form) -> dict[str, int]:
     """Sizes of a program in whatever form.
 
     Returns:

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from ..ir.segments import Part, Partition, Place, sources
-from ..ir.trace import Noise
-from ..ir.values import Value, identity
+from ..ir.trace import Part, Partition, Place, sources
+from ..ir.values import Noise, Value, identity
 from .options import Options
 
 
 def prune(partition: Partition, options: Options) -> tuple[Partition, str]:
     """Find which inputs and outputs of each part depend on something that requires grad."""
-    rounds = True
-    while rounds:
-        rounds = False
+    changing = True
+    while changing:
+        changing = False
         for part in partition.parts:
             kind = part.kind
             now = {at for at, ref in enumerate(part.segment.inputs) if _active(partition, ref)}
             if now - kind.active or (not kind.active_outputs and now):
                 kind.active |= now
-                found = _spread(kind.parts[0], kind.active) & set(kind.outputs)
-                rounds |= bool(found - kind.active_outputs)
+                found = _spread(kind.parts[0], kind.active)
+                changing |= bool(found - kind.active_outputs)
                 kind.active_outputs |= found
     total = sum(len(b.outputs) for b in partition.kinds)
     active = sum(len(b.active_outputs) for b in partition.kinds)
@@ -38,12 +37,12 @@ def keep_all(partition: Partition, options: Options) -> tuple[Partition, str]:
 def _active(partition: Partition, ref: object) -> bool:
     if not isinstance(ref, Value):
         return bool(getattr(ref, "grad", False))
-    part = partition.parts[partition.part_of[id(ref.entry)]]
-    return (part.segment.number_of[id(ref.entry)], ref.index) in part.kind.active_outputs
+    part, place = partition.made(ref)
+    return place in part.kind.active_outputs
 
 
 def _spread(part: Part, inputs: set[int]) -> set[Place]:
-    """Places of the calls' outputs that depend on the inputs at ``inputs``."""
+    """Places of the part's outputs that depend on the inputs at ``inputs``."""
     segment = part.segment
     given = {identity(segment.inputs[at]) for at in inputs}
     reached: set[int] = set()

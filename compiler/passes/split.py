@@ -9,60 +9,48 @@ from typing import Any
 
 from metaoptim.errors import CaptureError, user_location
 
-from ..ir.segments import Hooks, Part, Partition, PartKind, Segment, sources
 from ..ir.step import gradient
-from ..ir.trace import Trace
+from ..ir.trace import Part, Partition, PartKind, Segment, Trace, sources
 from ..ir.values import Entry, Value, changed, reached
 from .options import Options
 
 
 def split(trace: Trace, options: Options) -> tuple[Partition, str]:
     """Cut a trace after every super-step, and around every iteration of a scan."""
-    partition = Partition(trace, Hooks(trace))
-    cuts = _cuts(trace)
+    partition = Partition(trace)
     starts = {begin: (s, k) for s, scan in enumerate(trace.scans) for k, begin in enumerate(scan.begins)}
     ends = [end for end, _ in trace.steps]
-    for begin, end in itertools.pairwise(cuts):
+    for begin, end in itertools.pairwise(_cuts(trace)):
         first, last = bisect_right(ends, begin), bisect_right(ends, end)
         location = trace.steps[last - 1][1] if last > first else ""
-        entries = trace.entries[begin:end]
-        number = len(partition.parts)
-        partition.part_of.update((id(e), number) for e in entries)
-        partition.parts.append(
-            Part(Segment(entries, partition.hooks), last - first, location, starts.get(begin))
-        )
-    _refuse_aliases_across(partition)
+        _add(partition, trace.entries[begin:end], last - first, location, starts.get(begin))
+    refuse_aliases_across(partition)
     group(partition)
     return partition, f"{len(partition.parts)} parts, {len(partition.kinds)} of them distinct"
 
 
-def whole(trace: Trace) -> Partition:
+def single(trace: Trace) -> Partition:
     """A trace as one part."""
-    partition = single(trace, Hooks(trace))
-    _refuse_aliases_across(partition)
-    return partition
-
-
-def single(trace: Trace, hooks: Hooks) -> Partition:
-    """A trace as one part, of a recording: there, what shares memory has been seen."""
-    partition = Partition(trace, hooks)
-    partition.parts.append(Part(Segment(trace.entries, hooks), len(trace.steps), user_location(), None))
-    partition.part_of.update((id(e), 0) for e in trace.entries)
+    partition = Partition(trace)
+    _add(partition, trace.entries, len(trace.steps), user_location())
     group(partition)
     return partition
+
+
+def _add(
+    partition: Partition, entries: list[Entry], steps: int, where: str, scan: tuple[int, int] | None = None
+) -> None:
+    partition.part_of.update(dict.fromkeys(map(id, entries), len(partition.parts)))
+    partition.parts.append(Part(Segment(entries, partition.trace), steps, where, scan))
 
 
 def group(partition: Partition) -> None:
     """Let equal segments share a kind."""
     kinds: dict[Any, PartKind] = {}
-    partition.kinds = []
     for part in partition.parts:
-        key = (part.segment.key, part.steps > 0)
-        if key not in kinds:
-            kinds[key] = PartKind()
-            partition.kinds.append(kinds[key])
-        part.kind = kinds[key]
+        part.kind = kinds.setdefault((part.segment.key, part.steps > 0), PartKind())
         part.kind.parts.append(part)
+    partition.kinds = list(kinds.values())
 
 
 def _cuts(trace: Trace) -> list[int]:
@@ -88,22 +76,25 @@ def _cuts(trace: Trace) -> list[int]:
 def _first_use_of_theta(taken: Entry) -> int:
     """The first call on a path from the parameters to the loss of a `gradient` entry."""
     loss, thetas = taken.args
-    shown = {id(t.entry) for t in thetas}
+    dependent = {id(t.entry) for t in thetas}
     oldest = min(t.entry.seq for t in thetas)
 
+    def calls(refs: Iterable[Any]) -> list[Entry]:
+        return [a.entry for a in refs if isinstance(a, Value)]
+
     def later(refs: Iterable[Any]) -> list[Entry]:
-        calls = (a.entry for a in refs if isinstance(a, Value))
-        return [e for e in calls if e.seq > oldest and id(e) not in shown]
+        return [e for e in calls(refs) if e.seq > oldest and id(e) not in dependent]
 
-    between = sorted(reached(later([loss]), lambda e: later(sources(e))), key=lambda e: e.seq)
-    dependent = set(shown)
-    for entry in between:
-        if any(isinstance(a, Value) and id(a.entry) in dependent for a in sources(entry)):
+    first = taken.seq
+    for entry in sorted(reached(later([loss]), lambda e: later(sources(e))), key=lambda e: e.seq):
+        if any(id(e) in dependent for e in calls(sources(entry))):
             dependent.add(id(entry))
-    return min((e.seq for e in between if id(e) in dependent), default=taken.seq)
+            first = min(first, entry.seq)
+    return first
 
 
-def _refuse_aliases_across(partition: Partition) -> None:
+def refuse_aliases_across(partition: Partition) -> None:
+    """That nothing is changed in place in one part that another reads by other memory."""
     for entry in partition.trace.entries:
         for write in entry.deps:
             inside = partition.parts[partition.part_of[id(write)]].segment

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from metaoptim.compiler.compat import OpOverload
+from metaoptim.errors import CaptureError
 
-from ..ir.operators import SUBSTITUTES, functional
+from ..ir.operators import ATTENTION, functional
 
 aten = torch.ops.aten
 
@@ -31,9 +32,9 @@ class StandIn(NamedTuple):
 def stand_in(op: OpOverload) -> StandIn:
     """What is called for ``op`` in a step graph."""
     pure = None if op is aten.copy_.default else functional(op)
-    if pure in _SUBSTITUTES:
-        return StandIn(_SUBSTITUTES[pure], True)
-    return StandIn(_SUBSTITUTES.get(op, op), False)
+    if pure in SUBSTITUTES:
+        return StandIn(SUBSTITUTES[pure], True)
+    return StandIn(SUBSTITUTES.get(op, op), False)
 
 
 def copied(x: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
@@ -123,7 +124,71 @@ def _multiplied(x: Tensor, target: Tensor, source: Tensor, include_self: bool, m
     return _laid_out(product.index_select(0, last).view(x.shape), x)
 
 
-_SUBSTITUTES: dict[Any, Callable[..., Any]] = SUBSTITUTES | {
+def _by_math(op: Any) -> Callable[..., tuple[Tensor, None]]:
+    """Scaled-dot-product attention from differentiable parts: the fused kernels have no second derivative."""
+    names: list[str] = [a.name for a in op._schema.arguments]
+
+    def attention_by_math(*args: Any, **options: Any) -> tuple[Tensor, None]:
+        given: dict[str, Any] = dict(zip(names, args)) | options
+        if given.get("dropout_p"):
+            raise CaptureError(
+                "dropout inside a fused kernel of scaled_dot_product_attention cannot be repeated; call it within "
+                "torch.nn.attention.sdpa_kernel(SDPBackend.MATH), or put the dropout outside"
+            )
+        query, key, value = args[:3]
+        mask = given.get("attn_mask", given.get("attn_bias"))
+        grouped = query.shape[-3] != key.shape[-3]  # several heads of the query share one of the key
+        causal, scale = given.get("is_causal", False), given.get("scale")
+        out: Tensor = aten._scaled_dot_product_attention_math(
+            query, key, value, mask, 0.0, causal, scale=scale, enable_gqa=grouped
+        )[0]
+        # laid out in memory like the query, as the fused kernels do it: the views taken of it depend on that
+        order = sorted(range(query.dim()), key=query.stride, reverse=True)
+        if op is aten._scaled_dot_product_efficient_attention.default:  # however the query is laid out
+            order = [0, 2, 1, 3]
+        return out.permute(order).contiguous().permute([order.index(d) for d in range(query.dim())]), None
+
+    return attention_by_math
+
+
+def lstm_by_parts(
+    input: Tensor,
+    w0: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    w3: Tensor,
+    hx: Tensor,
+    cx: Tensor,
+    reverse: bool,
+    *_: Any,
+) -> tuple[Tensor, Tensor, Tensor, None]:
+    """One LSTM layer, step by step: the derivative of oneDNN's fused layer cannot be traced.
+
+    i, f, g, o = split(x W_ih^T + b_ih + h W_hh^T + b_hh); c' = σ(f) c + σ(i) tanh(g); h' = σ(o) tanh(c').
+    """
+    h, c = hx.reshape(input.shape[1], -1), cx.reshape(input.shape[1], -1)
+    outputs: list[Tensor] = []
+    steps = range(input.shape[0])
+    for t in reversed(steps) if reverse else steps:
+        gates = torch.nn.functional.linear(input[t], w0, w2) + torch.nn.functional.linear(h, w1, w3)
+        i, f, g, o = gates.chunk(4, 1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        h = o.sigmoid() * c.tanh()
+        outputs.append(h)
+    if reverse:
+        outputs.reverse()
+    return torch.stack(outputs), h.reshape(hx.shape), c.reshape(cx.shape), None
+
+
+def trace_by_sum(x: Tensor) -> Tensor:
+    """The trace: the second derivative of torch's own looks at values."""
+    return x.diagonal().sum()
+
+
+#: Operators without a second derivative, or without one that can be traced, and what stands for them in a step graph.
+SUBSTITUTES: dict[Any, Callable[..., Any]] = {op: _by_math(op) for op in ATTENTION} | {
+    aten.mkldnn_rnn_layer.default: lstm_by_parts,
+    aten.trace.default: trace_by_sum,
     aten.copy.default: copied,
     aten.index_fill.int_Tensor: filled,
     aten.index_put.default: put,

@@ -23,7 +23,7 @@ from torch.nn.parameter import is_lazy
 
 from metaoptim.compiler.compat import FakeTensor
 
-from ..compiler.lower.ambient import AMBIENT, ambient
+from ..compiler.lower.ambient import ambient
 from ..errors import CaptureError
 from ..optim.optimizer import MetaOptimizer
 from .surroundings import argument_names, contents, is_library, is_python_class, reference, surroundings
@@ -59,7 +59,7 @@ class Dependencies:
         if window is not None:
             hooked = "without" if window.options.backward_hook is None else "with"
             dependencies.fact("the window", ("is", f"{hooked} a backward_hook"))
-        for path, mode in zip(AMBIENT, ambient(), strict=True):
+        for path, mode in ambient().items():
             dependencies.fact(path, ("mode", mode))
         labels = argument_names(fn, args) if named else ()
         dependencies.fact("the number of positional arguments", (int, len(args)))

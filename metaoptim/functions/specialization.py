@@ -23,15 +23,15 @@ from ..compiler.ir.retention import Retention
 from ..compiler.ir.step import Lowering
 from ..compiler.ir.tensors import tensor_spec
 from ..compiler.ir.text import plural
-from ..compiler.ir.trace import Input, Noise, Trace
+from ..compiler.ir.trace import Trace
+from ..compiler.ir.values import Input, Noise
 from ..compiler.lower.ambient import unaffected
+from ..compiler.lower.compile_graph import waiting
 from ..compiler.lower.derivatives import derived
-from ..compiler.lower.waiting import waiting
-from ..compiler.passes.checkpoint import checkpoint
 from ..compiler.passes.options import Options
-from ..compiler.passes.pipeline import Record, compile_trace
+from ..compiler.passes.pipeline import Record, checkpoint, compile_trace
 from ..errors import CaptureError, UnreachableWarning, warn
-from ..optim.alive import preserved
+from ..optim.optimizer import preserved
 from ..runtime.budget.amounts import tell_default
 from ..runtime.budget.planner import Plan, decide
 from ..runtime.engine.function import Call, Run

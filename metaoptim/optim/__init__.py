@@ -4,7 +4,6 @@ In: networks and hyper-parameters. Out: pure update functions, and steps handed 
 `runtime` and what is below it.
 """
 
-from . import schedulers as schedulers
 from .adam import MetaAdam
 from .hyper import safe_sqrt
 from .optimizer import MetaOptimizer

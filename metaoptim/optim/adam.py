@@ -68,15 +68,8 @@ class MetaAdam(MetaOptimizer):
             value = float(beta.detach()) if isinstance(beta, Tensor) else beta
             if not 0.0 <= value < 1.0:
                 raise ValueError(f"betas[{i}]: got {value}, expected a number in [0, 1)")
-        defaults = dict(
-            lr=lr,
-            betas=tuple(betas),
-            eps=eps,
-            weight_decay=weight_decay,
-            amsgrad=amsgrad,
-            maximize=maximize,
-            eps_root=eps_root,
-        )
+        defaults = dict(lr=lr, betas=tuple(betas), eps=eps)
+        defaults |= dict(weight_decay=weight_decay, amsgrad=amsgrad, maximize=maximize, eps_root=eps_root)
         super().__init__(params, defaults, networks=networks, first_order=first_order)
 
     @staticmethod

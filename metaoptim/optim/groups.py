@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from metaoptim.runtime.windows.session import current_session
+from metaoptim.runtime.windows.update import parameters_of
 
 if TYPE_CHECKING:
     from .optimizer import MetaOptimizer
@@ -72,7 +73,7 @@ def group_of(optimizer: MetaOptimizer, given: Any) -> tuple[dict[str, Any], nn.M
             raise TypeError(
                 f"{cls}: parameter {names[id(p)]!r} is {p.dtype}, expected a real floating-point type"
             )
-    seen = {id(p) for g in optimizer.param_groups for p in g["params"]}
+    seen = set(map(id, parameters_of(optimizer)))
     for p in group["params"]:
         if id(p) in seen:
             raise ValueError(
@@ -114,7 +115,7 @@ def matching(optimizer: MetaOptimizer, values: Mapping[Any, Tensor]) -> list[Ten
         raise TypeError(
             f"{cls}.start: got {type(values).__name__}, expected a dictionary {{name of a parameter: tensor}}"
         )
-    mine = {id(p) for g in optimizer.param_groups for p in g["params"]}
+    mine = set(map(id, parameters_of(optimizer)))
     named: dict[Any, list[Tensor]] = {}
     for network in optimizer._networks:
         for name, p in network.named_parameters():
@@ -124,17 +125,15 @@ def matching(optimizer: MetaOptimizer, values: Mapping[Any, Tensor]) -> list[Ten
     for key, value in values.items():
         found = [own(key)] if isinstance(key, Tensor) and id(own(key)) in mine else named.get(key, [])
         if len(found) != 1:
-            what = "more than one parameter" if found else "no parameter"
             raise KeyError(
-                f"{cls}.start: {key!r} is {what} that this optimizer trains, of "
-                f"{', '.join(named)}; the key may also be the parameter itself"
+                f"{cls}.start: {key!r} is {'more than one' if found else 'no'} parameter that this optimizer trains, "
+                f"of {', '.join(named)}; the key may also be the parameter itself"
             )
         (p,) = found
         like = (p.shape, p.dtype, p.device)
         if not isinstance(value, Tensor) or (value.shape, value.dtype, value.device) != like:
-            got: Any = type(value).__name__
-            if isinstance(value, Tensor):
-                got = f"{tuple(value.shape)} of {value.dtype}"
+            tensor = isinstance(value, Tensor)
+            got = f"{tuple(value.shape)} of {value.dtype}" if tensor else type(value).__name__
             raise ValueError(
                 f"{cls}.start: {key!r} got {got}, expected a tensor of shape {tuple(p.shape)} and "
                 f"{p.dtype}, on {p.device}"

@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import itertools
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from types import FunctionType
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from metaoptim.errors import WindowError
-from metaoptim.runtime.windows.session import Session, current_session
+from metaoptim.runtime.windows.session import current_session
+from metaoptim.runtime.windows.update import InnerOptimizer, parameters_of
 
-from .alive import live_optimizers
 from .groups import check_misspelt, check_network, group_of, matching, own
 from .hyper import Number, check_non_negative, detached, is_symbolic, learned
 
 #: What an optimizer trains: networks, or groups (see `MetaOptimizer`).
 Params: TypeAlias = Iterable[nn.Module | dict[str, Any] | Tensor | tuple[str, Tensor]] | None
 _numbers = itertools.count()
+#: Optimizers alive. Those that a thread has made may step in its windows, and are put back after its captures.
+live_optimizers: weakref.WeakSet[MetaOptimizer] = weakref.WeakSet()
 
 
-class MetaOptimizer(Optimizer):
+class MetaOptimizer(InnerOptimizer):
     """Base class: a subclass states `init_state` and `update`, both pure, and passes its defaults on.
 
     Args:
@@ -74,13 +77,9 @@ class MetaOptimizer(Optimizer):
         for name in ("init_state", "update"):
             if getattr(type(self), name) is getattr(MetaOptimizer, name):
                 raise TypeError(f"{type(self).__name__} states no {name}; write it, as in docs/optimizers.md")
-        self._networks: list[nn.Module] = []
-        self._whole: list[nn.Module | None] = []  # per group, the module all of whose parameters are in it
-        self._normalizer: tuple[Any, float, bool] | None = None
-        self._tape: list[tuple[str, Tensor]] = []
-        self._session: Session | None = None  # the window that it is in use by
-        self.first_order = first_order
-        self.symbolic = is_symbolic()  # made while a function is captured: it ends with the capture
+        self._networks, self._whole, self._tape = [], [], []
+        self._normalizer = self._session = None
+        self.first_order, self.symbolic = first_order, is_symbolic()
         self.thread, self.number = threading.get_ident(), next(_numbers)
         for network in [networks] if isinstance(networks, nn.Module) else networks or ():
             self._add_network(network)
@@ -100,20 +99,6 @@ class MetaOptimizer(Optimizer):
         session = current_session()
         if session is not None:
             session.join(self)
-
-    # -- what a subclass states ----------------------------------------------------------------------------------
-
-    @staticmethod
-    def init_state(param: Tensor, hyper: dict[str, Any]) -> dict[str, Tensor]:
-        """The optimizer state of a parameter before its first step, by name."""
-        raise NotImplementedError
-
-    @staticmethod
-    def update(
-        param: Tensor, grad: Tensor, state: dict[str, Tensor], hyper: dict[str, Any]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """``(param', state')``; pure, and differentiable by ``param``, ``grad``, ``state`` and tensors in ``hyper``."""
-        raise NotImplementedError
 
     # -- torch.optim's interface ---------------------------------------------------------------------------------
 
@@ -268,16 +253,6 @@ class MetaOptimizer(Optimizer):
         for network in self._networks:
             yield from network.named_parameters()
 
-    @property
-    def networks(self) -> list[nn.Module]:
-        """The networks, in the order they were given."""
-        return list(self._networks)
-
-    @property
-    def whole_networks(self) -> list[nn.Module]:
-        """Those that are groups of their own, with all of their parameters."""
-        return [network for network in self._whole if network is not None]
-
     def _add_network(self, network: Any) -> None:
         check_network(self, network)
         if not any(n is network for n in self._networks):
@@ -294,13 +269,62 @@ class MetaOptimizer(Optimizer):
                 continue
             others = {id(p) for g in self.param_groups if g is not group for p in g["params"]}
             now = [p for p in map(own, whole.parameters()) if id(p) not in others]
-            if len(now) != len(group["params"]) or any(
-                p is not q for p, q in zip(now, group["params"], strict=True)
-            ):
+            if list(map(id, now)) != list(map(id, group["params"])):
                 changed = True
                 group["params"][:] = now
         if changed:
-            known = {id(p) for g in self.param_groups for p in g["params"]}
+            known = set(map(id, parameters_of(self)))
             for p in [p for p in self.state if id(p) not in known]:
                 del self.state[p]
         return changed
+
+
+def optimizers_here() -> list[MetaOptimizer]:
+    """The optimizers alive that this thread has made, oldest first."""
+    here = threading.get_ident()
+    return sorted((o for o in live_optimizers if o.thread == here), key=lambda o: o.number)
+
+
+def refresh_optimizers() -> bool:
+    """`MetaOptimizer.refresh` them, but for those in use by a window; whether any has changed."""
+    changed = [o.refresh() for o in optimizers_here() if o._session is None]
+    return any(changed)
+
+
+_PRESERVED = ("param_groups", "state", "defaults", "_normalizer", "_networks", "_whole")
+
+
+@contextmanager
+def preserved() -> Iterator[None]:
+    """Put this thread's optimizers back after the block, and forget those made in it."""
+    kept = [(o, {name: o.__dict__[name] for name in _PRESERVED}) for o in optimizers_here()]
+    fillings = [_filling(attributes) for _, attributes in kept]
+
+    try:
+        yield
+    finally:
+        known = {id(o) for o, _ in kept}
+        for o in [o for o in live_optimizers if o.symbolic and id(o) not in known]:
+            live_optimizers.discard(o)
+        for (o, attributes), fill in zip(kept, fillings, strict=True):
+            fill()
+            o.__dict__.update(attributes)
+
+
+def _filling(container: Any) -> Callable[[], None]:
+    """What fills lists and dictionaries, and those in them, with what is in them now."""
+    if not isinstance(container, (dict, list)):
+        return lambda: None
+    content: Any = container.copy()
+    inner = [_filling(v) for v in (content.values() if isinstance(container, dict) else content)]
+
+    def fill() -> None:
+        container.clear()
+        if isinstance(container, dict):
+            container.update(content)
+        else:
+            container.extend(content)
+        for f in inner:
+            f()
+
+    return fill

@@ -60,15 +60,8 @@ class MetaRMSprop(MetaOptimizer):
         first_order: bool = False,
     ) -> None:
         check_non_negative(lr=lr, alpha=alpha, eps=eps, weight_decay=weight_decay, momentum=momentum)
-        defaults = dict(
-            lr=lr,
-            alpha=alpha,
-            eps=eps,
-            weight_decay=weight_decay,
-            momentum=momentum,
-            centered=centered,
-            maximize=maximize,
-        )
+        defaults = dict(lr=lr, alpha=alpha, eps=eps)
+        defaults |= dict(weight_decay=weight_decay, momentum=momentum, centered=centered, maximize=maximize)
         super().__init__(params, defaults, networks=networks, first_order=first_order)
 
     @staticmethod

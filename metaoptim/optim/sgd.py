@@ -59,14 +59,8 @@ class MetaSGD(MetaOptimizer):
         check_non_negative(lr=lr, momentum=momentum, weight_decay=weight_decay)
         if nesterov and (not active(momentum) or active(dampening)):
             raise ValueError("Nesterov momentum requires a momentum and zero dampening")
-        defaults = dict(
-            lr=lr,
-            momentum=momentum,
-            dampening=dampening,
-            weight_decay=weight_decay,
-            nesterov=nesterov,
-            maximize=maximize,
-        )
+        defaults = dict(lr=lr, momentum=momentum, dampening=dampening)
+        defaults |= dict(weight_decay=weight_decay, nesterov=nesterov, maximize=maximize)
         super().__init__(params, defaults, networks=networks, first_order=first_order)
 
     @staticmethod

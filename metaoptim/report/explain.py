@@ -11,17 +11,15 @@ from ..compiler.compat import profiling
 from ..compiler.cost.step import step_cost
 from ..compiler.derive.graphs import results_of
 from ..compiler.ir.calls import Loop, Operand
-from ..compiler.ir.program import Kept, Program
+from ..compiler.ir.program import Kept, Program, Tape
 from ..compiler.ir.step import Lowering, Role, StepGraph
-from ..compiler.ir.tape import Tape
 from ..compiler.ir.tensors import memory_of, nbytes
 from ..compiler.ir.text import plural, signature
-from ..compiler.ir.trace import Input, Trace
+from ..compiler.ir.trace import Trace
+from ..compiler.ir.values import Input
 from ..compiler.lower.derivatives import derived
-from ..compiler.passes.checkpoint import checkpoint
-from ..compiler.passes.differentiate import derive_all
 from ..compiler.passes.options import Options
-from ..compiler.passes.pipeline import Record, compile_trace
+from ..compiler.passes.pipeline import Record, checkpoint, compile_trace, derive_all
 from ..errors import WindowError, user_scope
 from ..functions.guards import Dependencies
 from ..functions.specialization import captured_step, name_of, retention_of, trace_of
@@ -264,9 +262,9 @@ def _records(program: Tape, lowerings: dict[int, Lowering]) -> list[Record]:
         if r.name != "capture"  # that was the step itself
     ]
     calls = program.end - program.start
-    loops = sum(isinstance(x, Loop) for x in program.items)
+    loops = sum(isinstance(x, Loop) for x in program.calls)
     done = f"{plural(calls, 'call')} in {plural(loops, 'loop')} and "
-    done += plural(len(program.items) - loops, "call")
+    done += plural(len(program.calls) - loops, "call")
     found.append(Record("loop", done, program.milliseconds))
     begun = time.perf_counter()
     modes: dict[str, list[StepGraph]] = {}

@@ -18,7 +18,7 @@ from metaoptim.compiler.derive.interpret import measuring_hook
 from metaoptim.compiler.ir.calls import Loop, StepCall
 from metaoptim.compiler.ir.program import Kept, Program
 from metaoptim.compiler.ir.step import Lowering, Measured
-from metaoptim.compiler.ir.trace import Input
+from metaoptim.compiler.ir.values import Input
 from metaoptim.compiler.lower.derivatives import lowered, residuals
 from metaoptim.errors import UnreachableWarning
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from metaoptim.compiler.cost.step import measured
 from metaoptim.compiler.ir.calls import Assign, StepCall
-from metaoptim.compiler.ir.tape import Call, super_steps
+from metaoptim.compiler.ir.program import Call, super_steps
 from metaoptim.compiler.ir.tensors import memory_bytes
 
 from .planner import Peaks, changed_bytes, lengths

@@ -17,7 +17,7 @@ from metaoptim.compiler.ir.retention import Retention
 from metaoptim.compiler.ir.step import Lowering
 from metaoptim.compiler.ir.tensors import nbytes
 from metaoptim.compiler.ir.text import readable_bytes
-from metaoptim.compiler.ir.trace import Input
+from metaoptim.compiler.ir.values import Input
 from metaoptim.errors import BudgetError
 
 from ..states.schedule import with_tier

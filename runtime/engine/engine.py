@@ -15,8 +15,8 @@ from torch import Tensor
 from metaoptim.compiler.compat import disable_current_modes, queue_callback
 from metaoptim.compiler.derive.interpret import hooking
 from metaoptim.compiler.ir.calls import Assign, StepCall
+from metaoptim.compiler.ir.program import Tape
 from metaoptim.compiler.ir.step import Role
-from metaoptim.compiler.ir.tape import Tape
 from metaoptim.compiler.ir.tensors import TensorSpec, memory_of
 from metaoptim.compiler.lower.ambient import unaffected
 from metaoptim.compiler.lower.derivatives import Lowered, lowered
@@ -185,7 +185,7 @@ class Engine(Interpreter):
             for values in [
                 self.state,
                 *self.store.states,
-                *(c.values for c in self.program.items if isinstance(c, Assign)),
+                *(c.values for c in self.program.calls if isinstance(c, Assign)),
             ]:
                 values[:] = [kept(t) for t in values]
 

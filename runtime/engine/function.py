@@ -15,7 +15,7 @@ from torch import Tensor
 from metaoptim.compiler.ir.calls import Loop, Operand, StepCall, calls_of
 from metaoptim.compiler.ir.program import Kept, Program
 from metaoptim.compiler.ir.step import Lowering, Port, Role
-from metaoptim.compiler.ir.trace import Input
+from metaoptim.compiler.ir.values import Input
 from metaoptim.compiler.lower.ambient import unaffected
 
 from ..states.tiered import check_device, tier_for
@@ -53,7 +53,7 @@ class BoundProgram:
     """
 
     start = reach = 0
-    items: tuple = ()
+    calls: tuple = ()
 
     def __init__(self, rolled: Program, bind: Bind, rng: int, lowering: Lowering) -> None:
         self.rolled, self.bind, self.rng, self.lowering = rolled, bind, rng, lowering

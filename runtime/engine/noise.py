@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from metaoptim.compiler.ir.operators import op_info
-from metaoptim.compiler.ir.trace import Noise
+from metaoptim.compiler.ir.values import Noise
 
 GENERATOR_BYTES = 5056  # of the CPU generator's state
 _turn = RLock()  # to draw from a process's generator: its state must not be taken by two

@@ -13,15 +13,14 @@ from torch import Tensor
 from metaoptim.compiler.capture import intercept
 from metaoptim.compiler.capture.symbolic.tracer import Tracer
 from metaoptim.compiler.compat import disable_current_modes
-from metaoptim.compiler.ir.segments import Roles, arguments, ordered
 from metaoptim.compiler.ir.step import Role, gradient, show
-from metaoptim.compiler.ir.trace import Input, Noise
-from metaoptim.compiler.ir.values import Entry, Value, exact, identity, reached
+from metaoptim.compiler.ir.trace import Roles, arguments
+from metaoptim.compiler.ir.values import Entry, Input, Noise, Value, exact, identity, reached
 from metaoptim.compiler.ir.verify import verify_step
 from metaoptim.compiler.lower.library import library
-from metaoptim.compiler.passes.build import build_segment
+from metaoptim.compiler.passes.build import build_step_graph
 from metaoptim.compiler.passes.pipeline import shaped
-from metaoptim.compiler.passes.split import whole
+from metaoptim.compiler.passes.split import refuse_aliases_across, single
 
 from ..windows.recording_session import RecordedSession
 from ..windows.session import Options, _current
@@ -88,7 +87,7 @@ def aside(window: RecordedSession) -> Iterator[None]:
     """The window steps aside: its networks have their own parameters, its modes are off."""
     variables: list[Any] = [_current, intercept.recording, intercept.binding]
     tokens = [v.set(None) for v in variables]
-    with window.networks.hidden(), disable_current_modes():
+    with window.networks.showing(window.networks.originals), disable_current_modes():
         try:
             yield
         finally:
@@ -121,11 +120,12 @@ def compiled(
     trace.outputs = [v for of_kind in kinds.values() for _, v in of_kind]
     trace.outputs += [*(v for _, v in trace.left), *outputs]
 
-    partition = whole(trace)
+    partition = single(trace)
+    refuse_aliases_across(partition)
     records = shaped(partition, texts)
     (part,) = partition.parts
     segment, kind = part.segment, part.kind
-    places = [(segment.number_of[id(v.entry)], v.index) for v in trace.outputs]
+    places = [partition.made(v)[1] for v in trace.outputs]
     last += [Role.CARRY] * (len(places) - len(last))
 
     def role(at: int, x: Any) -> Role:
@@ -134,10 +134,10 @@ def compiled(
         return Role.OPT_STATE if id(x.tensor) in states else Role.META if at in kind.active else Role.SCAN
 
     inputs = list(starmap(role, enumerate(segment.inputs)))
-    roles = Roles(inputs, ordered(inputs), dict(zip(places, last, strict=True)))
+    roles = Roles(inputs, dict(zip(places, last, strict=True)))
     hooked = window.options.backward_hook is not None
     key = (segment.key, tuple(kind.outputs.items()), tuple(inputs), exact(segment.numbers), hooked)
-    step = library.step((*key, "step"), lambda: build_segment(segment, kind, (), hooked, roles))
+    step = library.step((*key, "step"), lambda: build_step_graph(part, (), hooked, roles))
     verify_step(step)
 
     live = [place in kind.active_outputs for place in places[len(places) - len(outputs) :]]

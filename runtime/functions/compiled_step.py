@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from metaoptim.compiler.ir.calls import Operand, StepCall
 from metaoptim.compiler.ir.program import Program
 from metaoptim.compiler.ir.step import Lowering, Role, StepGraph
-from metaoptim.compiler.ir.trace import Input, Noise
+from metaoptim.compiler.ir.values import Input, Noise
 from metaoptim.compiler.lower.ambient import unaffected
 from metaoptim.compiler.lower.derivatives import lowered
-from metaoptim.compiler.passes.lower import FEW
-from metaoptim.compiler.passes.pipeline import Record
+from metaoptim.compiler.passes.pipeline import FEW, Record
 from metaoptim.errors import CaptureError, WindowError, user_location
 
 from ..engine.engine import Engine

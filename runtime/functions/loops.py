@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from metaoptim.compiler.capture.symbolic.tracer import Tracer
-from metaoptim.compiler.ir.tensors import tensor_spec
-from metaoptim.compiler.ir.trace import Input, Scan, ScanItem
+from metaoptim.compiler.ir.trace import Scan
+from metaoptim.compiler.ir.values import Input, ScanItem
 from metaoptim.errors import CaptureError, user_location
 
 # Iterations of a scan that are captured: one may differ (state is created), the others show what is carried from one to
@@ -88,7 +88,7 @@ class Loops:
             item = tracer.faked(t)[0].detach()
             if source.grad:
                 item.requires_grad_()
-        tracer.bind(item, ScanItem(source, k, tensor_spec(item)))
+        tracer.bind(item, ScanItem(source, k))
         return item
 
 

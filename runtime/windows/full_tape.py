@@ -13,13 +13,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import enable_reentrant_dispatch
 
 from metaoptim.compiler.capture.eager.recorder import Recorder
-from metaoptim.errors import WindowError
 
 from ..engine.graph import nodes_below
 from ..engine.nodes import Begin, as_parameter
 from .networks import Networks
 from .ordinary_session import OrdinarySession
-from .session import AS_GRADIENT, Options, refuse_overwritten
+from .session import Options, refuse_overwritten, refuse_write
 from .update import InnerOptimizer, gradient, hyper_of, trained, update_by
 
 # The fused attention kernels have no second derivative: none is taken while a full tape is open, in the whole process.
@@ -60,11 +59,6 @@ def _show(value: Tensor, own: nn.Parameter) -> Tensor:
     return _Show.apply(value, [own])
 
 
-def _own(hyper: Any) -> Any:
-    """Schedulers write into tensors that autograd saves here: a copy, where that changes no gradient."""
-    return hyper.clone() if isinstance(hyper, Tensor) and not hyper.requires_grad else hyper
-
-
 _SHOWN = (Begin._backward_cls, _Show._backward_cls)  # type: ignore[attr-defined]  # pyright: ignore
 
 
@@ -87,16 +81,13 @@ class FullTapeSession(OrdinarySession):
 
     def __init__(self, options: Options) -> None:
         super().__init__(options, Recorder(self, record=False), Networks())
-        self._versions: list[list[Tensor]] = []  # what the networks have shown, oldest first
-        self._values: list[list[int]] = []  # beside it: numbers that are equal where the values are
+        # what the networks have shown, oldest first, with numbers that are equal where the values are
+        self._versions: list[tuple[list[Tensor], list[int]]] = []
         self._count = 0
-        self._cuts: set[int] = (
-            set()
-        )  # ids of parameters that optimizers step: a write before that was a cut too
+        self._cuts: set[int] = set()  # ids of parameters that steps train: an earlier write was a cut too
         self._cut: list[tuple[int, Any]] = []  # overwritten parameters, and what had shown them
 
     def open(self) -> None:
-        """Begin: from here on the calling thread's code is the window's."""
         _open_tapes(+1)
         super().open()
 
@@ -113,8 +104,7 @@ class FullTapeSession(OrdinarySession):
         self._cuts.update(id(own[i]) for i in ordinals)
         if late:
             before = [own[i] if i in late else shown for i, shown in enumerate(self.networks.shown)]
-            self._versions.insert(-1, before)
-            self._values.insert(-1, list(self._values[-1]))
+            self._versions.insert(-1, (before, list(self._versions[-1][1])))
 
     def _start(self, ordinals: list[int], values: list[Tensor]) -> None:
         own = self.networks.originals
@@ -127,37 +117,32 @@ class FullTapeSession(OrdinarySession):
 
     def _shown_anew(self, changed: Sequence[int]) -> None:
         """Note what the networks show, where ``changed`` are new values."""
-        before = self._values[-1] if self._values else []
+        before = self._versions[-1][1] if self._versions else []
         values = [*before, *[0] * (len(self.networks.shown) - len(before))]
         for i in changed:
             self._count += 1
             values[i] = self._count
-        self._versions.append(list(self.networks.shown))
-        self._values.append(values)
+        self._versions.append((list(self.networks.shown), values))
 
     def _step(self, optimizer: InnerOptimizer, loss: Tensor, allow_unused: bool) -> None:
         self.refuse_strangers()
         networks, members = self.networks, trained(optimizer, self.networks)
         create_graph, hook = not optimizer.first_order, self.options.backward_hook
         grads = self._inner_gradient(loss, [i for i, _ in members], create_graph)
+        hyper = hyper_of(optimizer, lambda t: t, lifts=False)
+        options: Any = {"allow_unused": allow_unused, "create_graph": create_graph}
         with torch.enable_grad():
-            update = update_by(
-                optimizer,
-                networks,
-                members,
-                grads,
-                hyper_of(optimizer, lambda t: t, lifts=False),
-                allow_unused=allow_unused,
-                create_graph=create_graph,
-            )
-            inner = []
-            for g in update.grads:
-                if hook is not None and g.requires_grad:
-                    g = g.view_as(g)
-                    g.register_hook(hook)
-                inner.append(g)
+            update = update_by(optimizer, networks, members, grads, hyper, **options)
+            inner = update.grads
+            if hook is not None:
+                inner = [g.view_as(g) for g in inner]
+                for g in inner:
+                    if g.requires_grad:
+                        g.register_hook(hook)
             thetas = [networks.shown[i] for i in update.ordinals]
-            new, new_states = update.plan(thetas, inner, update.states, list(map(_own, update.slots)))
+            # schedulers write into tensors that autograd saves here: copies, where that changes no gradient
+            slots = [h.clone() if isinstance(h, Tensor) and not h.requires_grad else h for h in update.slots]
+            new, new_states = update.plan(thetas, inner, update.states, slots)
             for i, value in zip(update.ordinals, new, strict=True):
                 own = networks.originals[i]
                 learnt = value.requires_grad
@@ -186,29 +171,19 @@ class FullTapeSession(OrdinarySession):
             if i in ordinals and node in read:
                 refuse_overwritten(self.networks.names[i])
         self._cut = [(i, node) for i, node in self._cut if i not in ordinals]
+        options: Any = {"retain_graph": True, "create_graph": create_graph}
         newer: list[tuple[Tensor, Tensor]] = []  # what the loss has read, with its gradient by that alone
         found: dict[int, tuple[int, Tensor]] = {}  # ordinal -> the value it was read at, gradient
-        for shown, values in zip(
-            reversed(self._versions[-_LOOK_BACK:]), reversed(self._values[-_LOOK_BACK:]), strict=True
-        ):
-            members = [
-                i for i, t in enumerate(shown) if _key(t) in read and not any(t is m for m, _ in newer)
-            ]
-            tensors = [shown[i] for i in members]
-            if not members:
+        for shown, values in reversed(self._versions[-_LOOK_BACK:]):
+            at = [i for i, t in enumerate(shown) if _key(t) in read and not any(t is m for m, _ in newer)]
+            tensors = [shown[i] for i in at]
+            if not at:
                 continue
-            grads = gradient(loss, tensors, retain_graph=True, create_graph=create_graph)
-            joints = [(t, g) for t, g in newer if t.grad_fn is not None]
-            through: Sequence[Tensor | None] = [None] * len(members)
-            if joints:
-                through = gradient(
-                    [t for t, _ in joints],
-                    tensors,
-                    [g for _, g in joints],
-                    retain_graph=True,
-                    create_graph=create_graph,
-                )
-            for i, t, g, h in zip(members, tensors, grads, through, strict=True):
+            grads = gradient(loss, tensors, **options)
+            through: Sequence[Tensor | None] = [None] * len(at)
+            if joints := [(t, g) for t, g in newer if t.grad_fn is not None]:
+                through = gradient([t for t, _ in joints], tensors, [g for _, g in joints], **options)
+            for i, t, g, h in zip(at, tensors, grads, through, strict=True):
                 if g is None:
                     continue
                 g = g if h is None else g - h
@@ -219,17 +194,13 @@ class FullTapeSession(OrdinarySession):
                     found[i] = values[i], found[i][1] + g
         return [found[i][1] if i in found else None for i in ordinals]
 
-    def _close(self) -> None:
+    def _close(self, failed: bool) -> None:
         _open_tapes(-1)
         self._versions.clear()
-        self._values.clear()
         self._cut.clear()
         self.recorder.release()
 
-    # -- the recorder's guard ------------------------------------------------------------------------------------
-
     def statistics(self, stats: Sequence[Tensor], training: bool) -> list[Tensor]:
-        """The running statistics for a batch norm to use."""
         return self.networks.statistics(stats, training)
 
     def preserve(self, targets: list[Tensor]) -> None:
@@ -237,14 +208,9 @@ class FullTapeSession(OrdinarySession):
         self.networks.back_up(targets)
 
     def before_write(self, targets: list[Tensor], op: Any) -> list[int]:
-        """Ordinals of the parameters about to be overwritten."""
-        storages = {t.untyped_storage()._cdata: i for i, t in enumerate(self.networks.shown)}
-        hit = [storages[s] for t in targets if (s := t.untyped_storage()._cdata) in storages]
+        hit = [i for t in targets if (i := self.networks.at(t)) is not None]
         if hit and torch.is_grad_enabled() and any(t.requires_grad for t in targets):
-            raise WindowError(
-                f"parameter {self.networks.names[hit[0]]!r} was changed in place by {op} with grad mode on; "
-                + AS_GRADIENT
-            )
+            refuse_write(self.networks.names[hit[0]], op)
         return hit
 
     def after_write(self, hit: list[int]) -> None:
@@ -252,13 +218,13 @@ class FullTapeSession(OrdinarySession):
         with self.recorder.paused(), enable_reentrant_dispatch():
             for i in hit:
                 self._count += 1
-                self._values[-1][i] = self._count
+                self._versions[-1][1][i] = self._count
                 shown = self.networks.shown[i]
                 if i not in self.networks.joined:
                     with torch.enable_grad():  # an ordinary network's, so far
                         (anew,) = Begin.apply(self._cuts, [shown.detach()], self.networks.originals[i])
                     self.networks.show(i, anew)
-                    self._versions[-1][i] = anew
+                    self._versions[-1][0][i] = anew
                 elif not shown.is_leaf:
                     self._cut.append((i, shown.grad_fn))
                     Tensor.detach_(shown)

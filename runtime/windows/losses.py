@@ -30,10 +30,6 @@ from .reads import Reads
 class Versions:
     """Versions of theta in the super-step at hand.
 
-    Args:
-        recording: of the window.
-        window: W, or None.
-
     Attributes:
         epochs: the epochs of the super-step, oldest first.
         superstep: how many have begun.
@@ -55,20 +51,16 @@ class Versions:
         """Whether a loss of the super-step at hand may have read theta."""
         return any(epoch.read for epoch in self.epochs)
 
-    # -- what is shown -------------------------------------------------------------------------------------------
-
     def enter(self, theta: Theta, index: int, position: int) -> None:
         """What is shown as ``theta`` is on the tape from ``position`` on, at state ``index``."""
         theta.index = index
         self.current[index], self._since[index] = theta.version, position
 
     def show(self, position: int, shown: Iterable[tuple[int, Tensor]], changed: Sequence[int]) -> None:
-        """An epoch begins at ``position``.
+        """An epoch begins at ``position``, where ``changed`` are new values.
 
-        Args:
-            position: of the tape.
-            shown: state index and tensor of all parameters, -1 for those that nothing has read.
-            changed: state indices of new values, which a tensor may have been written into for.
+        ``shown``: state index and tensor of all parameters, -1 for those that nothing has read. What is shown for a new
+        value may be the tensor of the old one, written into.
         """
         for index in changed:
             self.current[index] = object()
@@ -102,8 +94,6 @@ class Versions:
             if epoch not in kept:
                 epoch.writes.clear()
         self.epochs = kept
-
-    # -- what a loss has read ------------------------------------------------------------------------------------
 
     def slice(self, roots: list[Any]) -> tuple[Slice, Epoch]:
         """The ancestor slice of a loss (first root) and hyper-parameters, and the epoch whose theta it read."""
@@ -172,28 +162,16 @@ def _can_leave(loss: Tensor) -> bool:
 
 
 class _Waiting(NamedTuple):
-    """A loss that still has its graph.
-
-    Attributes:
-        loss: it.
-        after: the same with its later history.
-        version: of its memory at its step.
-        thetas: state index, version and tensor of all theta that it has read.
-    """
+    """A loss that still has its graph."""
 
     loss: weakref.ref[Tensor]
-    after: Tensor
-    version: int
-    thetas: list[tuple[int, object, weakref.ref[Tensor]]]
+    after: Tensor  # the loss with its later history
+    version: int  # of its memory at its step
+    thetas: list[tuple[int, object, weakref.ref[Tensor]]]  # that it has read: index, version, tensor
 
 
 class Stepped:
     """The losses of the super-step at hand that have been stepped by.
-
-    Args:
-        engine: the tape.
-        reads: what joins the tape to autograd's graph.
-        versions: state index -> version of the theta shown.
 
     Attributes:
         behind: whether a loss has left its graph although parameters that it has read are still shown.

@@ -32,14 +32,16 @@ class Networks:
         self.shown: list[Tensor] = []
         self.joined: set[int] = set()
         self._index: dict[int, int] = {}
+        self._at: dict[int, int] | None = (
+            None  # memory of what is shown -> its ordinal; None to be found anew
+        )
         self._places: list[list[tuple[nn.Module, str]]] = []
         self._modules: dict[int, nn.Module] = {}
         self._inner: set[int] = set()  # ids of modules of optimizers that belong to the window
         self._buffers: list[tuple[nn.Module, str, Tensor]] = []  # with the user's own tensor
         self._copies: dict[int, Tensor] = {}  # id of a buffer of the user -> what the modules show
-        # storage -> a parameter that no step trains, and the module it is in
-        self._frozen: dict[int, tuple[nn.Parameter, nn.Module]] = {}
-        self._lazy: dict[int, tuple[nn.Module, str]] = {}  # modules with a buffer that was not there at entry
+        self._frozen: dict[int, tuple[nn.Parameter, nn.Module]] = {}  # memory -> what no step trains
+        self._lazy: dict[int, str] = {}  # id of a module -> its buffer that was not there at entry
         self._backups: list[tuple[nn.Parameter, nn.Module, Tensor]] = []
         self._read = WeakIdKeyDictionary()  # running statistics that autograd has saved
 
@@ -47,12 +49,16 @@ class Networks:
         """The ordinal of one of the user's own parameters."""
         return self._index.get(id(parameter))
 
+    def at(self, t: Tensor) -> int | None:
+        """The ordinal of the parameter shown in whose memory ``t`` lies."""
+        if self._at is None:
+            self._at = {t.untyped_storage()._cdata: i for i, t in enumerate(self.shown)}
+        return self._at.get(t.untyped_storage()._cdata)
+
     def original(self, parameter: nn.Parameter) -> nn.Parameter:
         """The user's own parameter behind one that is shown."""
-        for i, shown in enumerate(self.shown):
-            if shown is parameter:
-                return self.originals[i]
-        return parameter
+        found = (own for own, shown in zip(self.originals, self.shown, strict=True) if shown is parameter)
+        return next(found, parameter)
 
     def strange(self, network: nn.Module, among: Collection[int] | None = None) -> Iterator[str]:
         """Names of trainable parameters (``among`` these ids) that the window neither shows nor has adopted."""
@@ -62,7 +68,7 @@ class Networks:
                 yield name
 
     def adopt(self, modules: Sequence[nn.Module], trained: Collection[int]) -> list[int]:
-        """Take modules in: their buffers are swapped for copies; the ordinals of parameters not known before.
+        """Take modules in, with copies of their buffers; the ordinals of parameters not known before.
 
         Args:
             modules: networks of an optimizer.
@@ -74,23 +80,19 @@ class Networks:
         new: list[int] = []
         _check_memory(modules)
         self._copy_buffers(modules)
-        for root in modules:
-            for prefix, module in root.named_modules():
-                known = id(module) in self._modules
-                self._modules[id(module)] = module
-                for name, p in module._parameters.items():
-                    if p is None or (known and any(p is s for s in self.shown)):
-                        continue
-                    if isinstance(p, UninitializedParameter):  # a lazy module makes it at its first call
-                        continue
-                    if not p.requires_grad:
-                        self._frozen[p.untyped_storage()._cdata] = p, module
-                        continue
-                    if id(p) not in trained:
-                        continue
-                    i = self._index.get(id(p))
-                    if i is None:
-                        i = self._index[id(p)] = len(self.originals)
+        for prefix, module in (named for root in modules for named in root.named_modules()):
+            known = id(module) in self._modules
+            self._modules[id(module)] = module
+            for name, p in module._parameters.items():
+                if p is None or (known and any(p is s for s in self.shown)):
+                    continue
+                if isinstance(p, UninitializedParameter):  # a lazy module makes it at its first call
+                    continue
+                if not p.requires_grad:
+                    self._frozen[p.untyped_storage()._cdata] = p, module
+                elif id(p) in trained:
+                    i = self._index.setdefault(id(p), len(self.originals))
+                    if i == len(self.originals):
                         self.originals.append(p)
                         self.names.append(f"{prefix}.{name}" if prefix else name)
                         self._places.append([])
@@ -98,10 +100,10 @@ class Networks:
                         new.append(i)
                     self._places[i].append((module, name))
                     module._parameters[name] = self.shown[i]  # type: ignore[assignment]
-                for name, b in module._buffers.items():
-                    if b is not None and not b.requires_grad and not known and not is_lazy(b):
-                        self._buffers.append((module, name, b))
-                        module._buffers[name] = self._copies[id(b)]
+            for name, b in module._buffers.items():
+                if b is not None and not b.requires_grad and not known and not is_lazy(b):
+                    self._buffers.append((module, name, b))
+                    module._buffers[name] = self._copies[id(b)]
         return new
 
     def join(self, modules: Sequence[nn.Module], parameters: Iterable[Tensor]) -> list[int]:
@@ -110,16 +112,14 @@ class Networks:
         Raises:
             WindowError: for a module with a buffer that was not there at entry, so that it cannot be put back.
         """
-        for module, name in (
-            self._lazy[id(m)] for root in modules for m in root.modules() if id(m) in self._lazy
-        ):
+        inner = {id(m): m for root in modules for m in root.modules()}
+        for key in inner.keys() & self._lazy.keys():
             raise WindowError(
-                f"buffer {name!r} of a {type(module).__name__} had no shape when the window opened; run the network "
-                "once before the window, under torch.no_grad()"
+                f"buffer {self._lazy[key]!r} of a {type(inner[key]).__name__} had no shape when the window opened; run "
+                "the network once before the window, under torch.no_grad()"
             )
-        self._inner.update(id(m) for root in modules for m in root.modules())
-        found = (self._index.get(id(p)) for p in parameters)
-        ordinals = [i for i in found if i is not None]
+        self._inner.update(inner)
+        ordinals = [i for p in parameters if (i := self._index.get(id(p))) is not None]
         self.joined.update(ordinals)
         for i in ordinals:
             self.shown[i].freeze = None  # type: ignore[attr-defined]
@@ -149,7 +149,7 @@ class Networks:
                 if b is None or b.requires_grad or id(b) in self._copies:  # a learnt one is a meta-parameter
                     continue
                 if is_lazy(b):
-                    self._lazy.setdefault(id(module), (module, name))
+                    self._lazy.setdefault(id(module), name)
                     continue
                 if b.layout is not torch.strided:
                     self._copies[id(b)] = b.detach().clone()
@@ -162,34 +162,47 @@ class Networks:
                     )
                 if storage._cdata not in storages:
                     storages[storage._cdata] = storage.clone()
+                at: Any = storages[storage._cdata], b.storage_offset(), b.shape, b.stride()
                 with torch.no_grad():
-                    copy = b.new_empty(0).set_(
-                        storages[storage._cdata], b.storage_offset(), b.shape, b.stride()
-                    )  # type: ignore[call-overload]
-                self._copies[id(b)] = copy
+                    self._copies[id(b)] = b.new_empty(0).set_(*at)
 
     def show(self, i: int, value: Tensor) -> None:
         """Let the modules show ``value`` as parameter ``i``."""
-        self.shown[i] = value
+        self.shown[i], self._at = value, None
         if i not in self.joined:
             value.freeze = functools.partial(_freeze, weakref.ref(self), i)  # type: ignore[attr-defined]
         for module, name in self._places[i]:
             module._parameters[name] = value  # type: ignore[assignment]
 
     @contextmanager
-    def hidden(self) -> Iterator[None]:
-        """Inside the block the modules have their own parameters (and the window's buffers)."""
-        shown = list(self.shown)
-        self._place(self.originals)
+    def showing(self, parameters: Sequence[Tensor]) -> Iterator[None]:
+        """Inside the block the modules have ``parameters``, by ordinal, and the window's buffers."""
+        now = [(m, name, m._parameters.get(name)) for places in self._places for m, name in places]
+        self._place(parameters)
         try:
             yield
         finally:
-            self._place(shown)
+            for module, name, value in now:
+                module._parameters[name] = value
+            self._refresh()
+
+    def bind(self, fn: Callable) -> Callable:
+        """``fn`` for the recomputation of activation checkpointing: it sees the parameters of now."""
+        then = list(self.shown)
+
+        def bound(*args: Any, **kwargs: Any) -> Any:
+            with self.showing(then):
+                return fn(*args, **kwargs)
+
+        return bound
 
     def _place(self, parameters: Sequence[Tensor]) -> None:
-        for places, p in zip(self._places, parameters, strict=True):
+        for places, p in zip(self._places, parameters, strict=False):  # those that came later have none yet
             for module, name in places:
                 module._parameters[name] = p  # type: ignore[assignment]
+        self._refresh()
+
+    def _refresh(self) -> None:
         for module in self._modules.values():
             refresh: Any = getattr(module, "_init_flat_weights", None)  # torch's RNNs cache their weights
             if refresh is not None:
@@ -276,12 +289,8 @@ class Networks:
         """
         back = self._inner if offline else set()
         last = [(module, name, own, module._buffers.get(name)) for module, name, own in self._buffers]
-        bound = [
-            (module, name, value)
-            for i, places in enumerate(self._places)
-            for module, name in places
-            if (value := module._parameters.get(name)) is not self.shown[i]
-        ]
+        placed = [(m, name, i) for i, places in enumerate(self._places) for m, name in places]
+        bound = [(m, name, p) for m, name, i in placed if (p := m._parameters.get(name)) is not self.shown[i]]
         self.restore()
         for module, name, value in bound:  # by the user, in a network that is none of this window's
             module._parameters[name] = value
@@ -299,26 +308,6 @@ class Networks:
             else:
                 own.copy_(value)
 
-    def bind(self, fn: Callable) -> Callable:
-        """``fn`` for the recomputation of activation checkpointing: it sees the parameters of now."""
-        then = [
-            (module, name, value)
-            for places, value in zip(self._places, self.shown, strict=True)
-            for module, name in places
-        ]
-
-        def bound(*args: Any, **kwargs: Any) -> Any:
-            now = [(module, name, module._parameters.get(name)) for module, name, _ in then]
-            for module, name, value in then:
-                module._parameters[name] = value  # type: ignore[assignment]
-            try:
-                return fn(*args, **kwargs)
-            finally:
-                for module, name, value in now:
-                    module._parameters[name] = value
-
-        return bound
-
 
 def _freeze(networks: weakref.ref[Networks], ordinal: int) -> None:
     found = networks()
@@ -333,10 +322,9 @@ def _check_memory(modules: Sequence[nn.Module]) -> None:
         for name, p in root.named_parameters():
             if isinstance(p, UninitializedParameter) or p.layout is not torch.strided or not p.numel():
                 continue
-            start = p.storage_offset()
-            end: Any = (
-                start + 1 + sum((size - 1) * stride for size, stride in zip(p.shape, p.stride(), strict=True))
-            )
+            sizes = zip(p.shape, p.stride(), strict=True)
+            start: Any = p.storage_offset()
+            end = start + 1 + sum((size - 1) * stride for size, stride in sizes)
             others = seen.setdefault(p.untyped_storage()._cdata, [])
             for low, high, other, q in others:
                 if q is not p and start < high and low < end:

@@ -17,47 +17,34 @@ from metaoptim.compiler.capture import intercept
 from metaoptim.compiler.capture.eager.recorder import Recorder
 from metaoptim.errors import LossError, WindowError, user_location, warn
 
-from ..engine.engine import Engine
 from . import oversights
 from .networks import Networks
 from .session import Member, Options, Session, _current, current_session
+from .update import parameters_of
 
 
 class OrdinarySession(Session):
-    """Base of the strategies on real tensors.
-
-    They note what their user does besides stepping, and warn of it.
-    """
+    """Base of the strategies on real tensors: they note what their user does besides stepping, and warn of it."""
 
     recorder: Recorder
 
     def __init__(self, options: Options, recorder: Recorder, networks: Networks) -> None:
         super().__init__(options, recorder, networks)
         self._loss_told = False  # whether a loss that is not finite has been told of
-        self._steps_of_others: dict[
-            str, str
-        ] = {}  # names of parameters that torch's optimizers moved -> where
+        self._steps_of_others: dict[str, str] = {}  # parameter that an optimizer of torch moved -> where
         self._differentiated: dict[int, tuple[weakref.ref[Tensor], str]] = {}  # losses, and where
 
-    def _close(self) -> None:
+    def _close(self, failed: bool) -> None:
         """Drop every reference to the user's graph."""
-        raise NotImplementedError
-
-    def steps_reading(self, t: Tensor) -> tuple[Engine, tuple[int, ...]] | None:
-        """The tape and the positions of the steps that have read ``t``, which was computed inside."""
-        return None
 
     def open(self) -> None:
-        """Begin: from here on the calling thread's code is the window's."""
         _watch_optimizers()
-        intercept.install()
+        intercept.patches.install()
         oversights.remember(None)
         _current.set(self)
         intercept.recording.set(self.recorder)
         intercept.binding.set(self.networks.bind)
         self.recorder.__enter__()
-
-    # -- steps ---------------------------------------------------------------------------------------------------
 
     def _take(self, member: Member, loss: Tensor, allow_unused: bool) -> None:
         optimizer, name = member.optimizer, type(member.optimizer).__name__
@@ -67,7 +54,11 @@ class OrdinarySession(Session):
                 f"{name}.step {member.steps} (counted from 0): the inner loss is {float(loss.detach())}, expected "
                 "a finite number; lower the learning rate, clip with reset_grad_normalizer(), or mend the loss"
             )
-        before = self._record_tape(member) if self.options.record_grad_tape else []
+        before = []
+        if self.options.record_grad_tape:
+            named = [(self.networks.names[i], self.networks.shown[i]) for i in self.ordinals(optimizer)]
+            before = [(f"step_{member.steps}:{name}", t.detach().clone()) for name, t in named]
+            self._copied([t for _, t in before], now=False)
         self._step(optimizer, loss, allow_unused)
         optimizer._tape = [*(optimizer._tape if member.steps else ()), *before]
         if member.steps == self.options.pickup_step:
@@ -77,21 +68,18 @@ class OrdinarySession(Session):
         if checked:
             self._check_finite(member)
 
-    def _record_tape(self, member: Member) -> list[tuple[str, Tensor]]:
-        return [
-            (f"step_{member.steps}:{self.networks.names[i]}", self.networks.shown[i].detach().clone())
-            for i in self.ordinals(member.optimizer)
-        ]
-
-    def _pick(self, member: Member) -> list[Tensor]:
-        """Copy what ``pickup_step`` wants of an optimizer and its networks; the copies."""
-        theta = {i: self.networks.shown[i].detach().clone() for i in self.ordinals(member.optimizer)}
+    def _pick(self, member: Member) -> None:
+        """Copy what ``pickup_step`` wants of an optimizer and its networks."""
         optimizer = member.optimizer
+        theta = {i: self.networks.shown[i].detach().clone() for i in self.ordinals(optimizer)}
         states = {p: {k: v.detach().clone() for k, v in s.items()} for p, s in optimizer.state.items()}
         buffers = self.networks.buffers_of(optimizer.networks)
         member.picked = theta, states, buffers
         of_states = [v for s in states.values() for v in s.values()]
-        return [*theta.values(), *of_states, *(b for _, _, b in buffers)]
+        self._copied([*theta.values(), *of_states, *(b for _, _, b in buffers)], now=True)
+
+    def _copied(self, copies: list[Tensor], now: bool) -> None:
+        """The window keeps these: room is made for them ``now``, or by the step that is about to be taken."""
 
     def _check_finite(self, member: Member) -> None:
         for i in self.ordinals(member.optimizer):
@@ -101,8 +89,6 @@ class OrdinarySession(Session):
                     f"{self.networks.names[i]!r} non-finite: its gradient or the update overflows; lower the learning "
                     "rate, or clip with reset_grad_normalizer()"
                 )
-
-    # -- oversights ----------------------------------------------------------------------------------------------
 
     def _tell_of_step(self, name: str, step: int, loss: Tensor) -> None:
         """Warn of what the step just taken has taken no notice of; on the CPU, where nobody waits, look at its loss."""
@@ -128,7 +114,6 @@ class OrdinarySession(Session):
             )
 
     def note_backward(self, outputs: Iterable[Tensor]) -> None:
-        """A backward that fills ``.grad`` has begun from ``outputs``."""
         where = user_location()
         self._differentiated = {k: v for k, v in self._differentiated.items() if v[0]() is not None}
         self._differentiated.update((id(t), (weakref.ref(t), where)) for t in outputs)
@@ -137,12 +122,10 @@ class OrdinarySession(Session):
         """An optimizer of torch steps inside the block."""
         what = f"{type(optimizer).__name__}.step at {user_location()}"
         own = {id(p): name for p, name in zip(self.networks.originals, self.networks.names, strict=True)}
-        moved = [p for group in optimizer.param_groups for p in group["params"]]
-        self._steps_of_others.update((own[id(p)], what) for p in moved if id(p) in own)
+        self._steps_of_others.update((own[id(p)], what) for p in parameters_of(optimizer) if id(p) in own)
 
-    def _tell_oversights(self) -> None:
+    def _tell_oversights(self, steps: int) -> None:
         """Warn of what the whole block shows."""
-        steps = sum(member.steps for member in self.members.values())
         if not steps and self._steps_of_others:
             names, what = [*self._steps_of_others], next(iter(self._steps_of_others.values()))
             warn(
@@ -160,65 +143,59 @@ class OrdinarySession(Session):
     def _since_when(self, steps: int) -> str:
         return f"after {steps} inner steps"
 
-    def _ended(self) -> oversights.Ended | None:
+    def _ended(self, steps: int) -> oversights.Ended | None:
         """What is to be looked at afterwards."""
         return None
 
-    # -- exit ----------------------------------------------------------------------------------------------------
-
     def close(self, failed: bool) -> None:
-        """End: networks, buffers and optimizers as the mode says, or as at entry if the block failed."""
         self.recorder.depth += 1  # from here on nothing is the window's any more
-        ended = None
+        ended, failing = None, True
         try:
             if not failed:
-                self._tell_oversights()
-                ended = self._ended()
-            error = (self._rebinding() or self._unsettled()) if not failed else None
-            late = self._missing_pickup() if not failed and error is None else None
-            if failed or error or late:
-                self.networks.restore()
-                self.networks.undo()
-                for member in self.members.values():
-                    member.restore()
-                for p, grad in zip(self.networks.originals, self._grads, strict=True):
-                    p.grad = grad
-            else:
-                self._commit()
-            if error or late:
-                raise error or late  # type: ignore[misc]
+                steps = sum(member.steps for member in self.members.values())
+                self._tell_oversights(steps)
+                ended = self._ended(steps)
+                self.networks.check()
+                self._settle()
+                self._check_pickup()
+            failing = failed
         finally:
-            for member in self.members.values():
-                member.optimizer._session = None
-            self.recorder.leave()
-            intercept.recording.set(None)
-            intercept.binding.set(None)
-            _current.set(None)
-            intercept.uninstall()
-            oversights.remember(ended)
-            self._close()
-            self.members.clear()
+            try:
+                if failing:
+                    self._put_back()
+                else:
+                    self._commit()
+            finally:
+                for member in self.members.values():
+                    member.optimizer._session = None
+                self.recorder.close()
+                intercept.recording.set(None)
+                intercept.binding.set(None)
+                _current.set(None)
+                intercept.patches.uninstall()
+                oversights.remember(ended)
+                self._close(failing)
+                self.members.clear()
 
-    def _rebinding(self) -> WindowError | None:
-        try:
-            self.networks.check()
-        except WindowError as error:
-            return error
-        return None
+    def _settle(self) -> None:
+        """Wait for what goes on in the background."""
 
-    def _unsettled(self) -> BaseException | None:
-        """What keeps the window from ending, of what goes on in the background."""
-        return None
-
-    def _missing_pickup(self) -> WindowError | None:
+    def _check_pickup(self) -> None:
         k = self.options.pickup_step
-        short = [m for m in self.members.values() if k >= 0 and m.steps and m.picked is None]
-        if not short:
-            return None
-        return WindowError(
-            f"pickup_step={k}: {type(short[0].optimizer).__name__} took only {short[0].steps} steps in this "
-            "window (they count from 0)"
-        )
+        for m in self.members.values():
+            if k >= 0 and m.steps and m.picked is None:
+                raise WindowError(
+                    f"pickup_step={k}: {type(m.optimizer).__name__} took only {m.steps} steps in this "
+                    "window (they count from 0)"
+                )
+
+    def _put_back(self) -> None:
+        self.networks.restore()
+        self.networks.undo()
+        for member in self.members.values():
+            member.restore()
+        for p, grad in zip(self.networks.originals, self._grads, strict=True):
+            p.grad = grad
 
     def _commit(self) -> None:
         values = [shown.detach() for shown in self.networks.shown]
@@ -226,30 +203,23 @@ class OrdinarySession(Session):
             if self.options.offline:
                 member.restore()
                 continue
+            state = member.optimizer.state
             if member.picked is not None:
-                for i, value in member.picked[0].items():
+                theta, states, buffers = member.picked
+                for i, value in theta.items():
                     values[i] = value
-                member.optimizer.state.clear()
-                member.optimizer.state.update(member.picked[1])
-                for module, name, value in member.picked[2]:
+                state.clear()
+                state.update(states)
+                for module, name, value in buffers:
                     module._buffers[name] = value
-            for state in member.optimizer.state.values():
-                for name, value in state.items():
-                    state[name] = value.detach()
-        if self.options.sync is not False:
-            joined = sorted(self.networks.joined)
-            for i, mean in zip(joined, _average([values[i] for i in joined], self.options.sync), strict=True):
-                values[i] = mean
+            for of_parameter in state.values():
+                of_parameter.update({name: value.detach() for name, value in of_parameter.items()})
+        if (group := self.options.sync) is not False:
+            for i in sorted(self.networks.joined):
+                mean = values[i] = values[i].clone()
+                torch.distributed.all_reduce(mean, group=group)
+                mean /= torch.distributed.get_world_size(group)
         self.networks.commit(values, self.options.offline)
-
-
-def _average(values: list[Tensor], group: Any) -> list[Tensor]:
-    """The mean of each tensor over the ranks of ``group``."""
-    means = [v.clone() for v in values]
-    for mean in means:
-        torch.distributed.all_reduce(mean, group=group)
-        mean /= torch.distributed.get_world_size(group)
-    return means
 
 
 @functools.cache

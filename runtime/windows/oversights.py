@@ -1,4 +1,8 @@
-"""Ordinary mistakes that no single call shows: what reaches no step, and what comes after a window.
+"""Backwards are looked at: partial gradients are refused, and mistakes told that no single call shows.
+
+Steps are not on autograd's tape: they hang on meta-parameters and on theta_0. A tensor in between (a parameter as it
+was after step 3, an activation, ``lr = raw.exp()`` computed in the block) has a part of its derivative there and a part
+in the steps that have read it. Backward without ``inputs`` does not care; ``torch.autograd.grad(outer, tensor)`` does.
 
 When a window has ended, the next backward and the next step of each optimizer of torch are looked at once. Each mistake
 is told by a warning that points at the user's line.
@@ -9,19 +13,26 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
-from metaoptim.compiler.capture.eager.taint import Taint
+from metaoptim.compiler.capture.eager.recorder import Taint
+from metaoptim.compiler.capture.intercept import Patches, recording
+from metaoptim.compiler.ir.calls import Assign
+from metaoptim.compiler.ir.program import Tape
 from metaoptim.compiler.ir.slices import Slice
-from metaoptim.errors import UnreachableWarning, user_name_of, warn
+from metaoptim.errors import CaptureError, UnreachableWarning, user_name_of, warn
 
+from ..engine.engine import Engine
 from ..engine.graph import leaves_of, nodes_below
+from ..engine.nodes import STEPPED, InnerParameter, Link, Read, Results, StepLoss, WindowedLoss, WindowedRead
 from .networks import Networks
+from .session import Session, current_session
+from .update import parameters_of
 
 _SHOWN = 3  # names that a message lists
 _told: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensors that a warning after a window has named
@@ -39,11 +50,8 @@ def tell_unreachable(sliced: Slice, taint: Taint, networks: Networks) -> bool:
     """Warn of what requires grad and reaches a step only where no gradient flows; whether anything does."""
     told = False
     reached = {id(x.source) for x in sliced.externals if x.grad}
-    for x in sliced.externals:
-        if x.grad:
-            continue
-        source = x.source
-        for ref in taint.of(x.held.tensor if source is None else source).values():
+    for x in (x for x in sliced.externals if not x.grad):
+        for ref in taint.of(x.held.tensor if x.source is None else x.source).values():
             leaf = ref()
             if (
                 leaf is None
@@ -54,9 +62,8 @@ def tell_unreachable(sliced: Slice, taint: Taint, networks: Networks) -> bool:
                 continue
             _unreached[leaf] = True
             name = user_name_of(leaf)
-            if name is not None and not any(
-                leaf is x for y in sliced.externals if y.tensor is not None for x in leaves_of(y.tensor)
-            ):
+            below = (a for y in sliced.externals if y.tensor is not None for a in leaves_of(y.tensor))
+            if name is not None and not any(leaf is a for a in below):
                 told = True
                 warn(
                     f"{name!r} requires grad, but reaches the inner loss only where no gradient flows (under "
@@ -91,7 +98,7 @@ class Ended:
         ref, name = self._own.get(id(t), (None, None))
         return name if ref is not None and ref() is t else None
 
-    def backward(self, outputs: Iterable[Tensor], ours: tuple[type, ...]) -> None:
+    def backward(self, outputs: Iterable[Tensor]) -> None:
         """The first backward after it: is it of a loss that should have been computed inside?"""
         if self.asked:
             return
@@ -99,9 +106,10 @@ class Ended:
         self.unwatch()
         if self._reads:  # a loss of the block waits for its backward, which may come next
             return
-        leaves = _leaves_below(outputs, ours)
-        if leaves is None or not (self.offline or self.learns):
+        nodes = list(nodes_below(outputs))
+        if any(isinstance(node, _OURS) for node in nodes) or not (self.offline or self.learns):
             return
+        leaves = [node.variable for node in nodes if hasattr(node, "variable")]
         names = [name for t in leaves if (name := self.name_of(t)) is not None]
         if not names or (not self.offline and len(names) < len(leaves)):
             return
@@ -118,45 +126,33 @@ class Ended:
         if optimizer in self._optimizers:
             return
         self._optimizers.add(optimizer)
-        moved: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
+        moved = parameters_of(optimizer)
         without = [p for p in moved if p.grad is None and p.requires_grad and p not in _told]
         if not without or (len(without) == len(moved) and not self.asked):
             return
         name = type(optimizer).__name__
-        own = [(p, n) for p in without if (n := self.name_of(p)) is not None]
+        own = {id(p): n for p in without if (n := self.name_of(p)) is not None}
         if own and not self.offline:
-            _told.update((p, True) for p, _ in own)
+            _told.update((p, True) for p in without if id(p) in own)
             warn(
-                f"{name}.step: {names_text([n for _, n in own])} have no gradient, since the window before was online: "
+                f"{name}.step: {names_text([*own.values()])} have no gradient, since the window before was online: "
                 "there a network keeps what it has learnt, and only meta-parameters receive gradients. To learn its "
                 "first parameters (MAML), open the window with offline=True",
                 UnreachableWarning,
             )
-        known = {id(p) for p, _ in own}
-        others = [(p, user_name_of(p)) for p in without if id(p) not in known]
-        named = [(p, repr(found)) for p, found in others if found is not None]
-        if not named and len(others) == len(moved):  # in no variable, say in a module or a list
+        others = [(p, user_name_of(p)) for p in without if id(p) not in own]
+        told = [(p, f"{found!r} has no gradient") for p, found in others if found is not None]
+        if not told and len(others) == len(moved):  # in no variable, say in a module or a list
             p = others[0][0]
-            named = [(p, f"none of its {len(moved)} parameters, the first of shape {tuple(p.shape)},")]
-        for p, found in named:
+            many = f"none of its {len(moved)} parameters, the first of shape {tuple(p.shape)},"
+            told = [(p, f"{many} has a gradient")]
+        for p, what in told:
             _told[p] = True
-            has = "has a gradient" if found.startswith("none") else "has no gradient"
             warn(
-                f"{name}.step: {found} {has}: neither the inner steps nor the outer loss of the window before depend "
+                f"{name}.step: {what}: neither the inner steps nor the outer loss of the window before depend "
                 "on it, or only through .detach(), float(), .item() or torch.no_grad(). Hand the tensor itself on",
                 UnreachableWarning,
             )
-
-
-def _leaves_below(outputs: Iterable[Tensor], ours: tuple[type, ...]) -> list[Tensor] | None:
-    """The leaves that ``outputs`` depend on; None if they depend on nodes of ``ours``."""
-    leaves = []
-    for node in nodes_below(outputs):
-        if isinstance(node, ours):
-            return None
-        if hasattr(node, "variable"):
-            leaves.append(node.variable)
-    return leaves
 
 
 def remember(window: Ended | None) -> None:
@@ -164,12 +160,150 @@ def remember(window: Ended | None) -> None:
     _ended.set(window)
 
 
-def last_ended() -> Ended | None:
-    """The window that ended last in this thread, if no other has begun since."""
-    return _ended.get()
+last_ended = _ended.get  # the window that ended last in this thread, if no other has begun since
 
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:
     """Whether all entries are finite; the device is waited for once."""
     found = [t.isfinite().all() for t in tensors if t.is_floating_point()]
     return not found or bool(torch.stack([f.to(found[0].device) for f in found]).all())
+
+
+# -- partial gradients ---------------------------------------------------------------------------------------------
+
+
+class _Mark(NamedTuple):
+    """Where a tensor enters the tape."""
+
+    engine: weakref.ref[Engine]  # of the tape
+    steps: tuple[int, ...]  # positions of the steps that have read it; of theta, from which it was shown
+    theta: int | None  # of theta, its state index
+
+
+_marks = WeakIdKeyDictionary()
+_OURS = tuple(f._backward_cls for f in (Read, WindowedRead, Results, StepLoss, WindowedLoss, Link))  # type: ignore[attr-defined]  # pyright: ignore
+_READS = (Read._backward_cls, WindowedRead._backward_cls)  # type: ignore[attr-defined]  # pyright: ignore
+_UNREAD = StepLoss._backward_cls  # type: ignore[attr-defined]  # pyright: ignore
+
+
+def note_theta(t: Tensor, engine: Engine, position: int, index: int) -> None:
+    """``t`` is a leaf that stands for state entry ``index`` from ``position`` on."""
+    _marks[t] = _Mark(weakref.ref(engine), (position,), index)
+
+
+def note_value(t: Tensor, engine: Engine, steps: tuple[int, ...]) -> None:
+    """``t`` was read by the steps at these positions, and outlives the recording of them."""
+    _marks[t] = _Mark(weakref.ref(engine), steps, None)
+
+
+def is_noted(t: Tensor) -> bool:
+    """Whether steps have read ``t``, which is no theta."""
+    return bool(_marks) and (mark := _marks.get(t)) is not None and mark.theta is None
+
+
+def _mark_of(t: Tensor, session: Session | None) -> _Mark | None:
+    if isinstance(t, InnerParameter) and isinstance(t.grad_fn, _READS):
+        node: Any = t.grad_fn
+        return _Mark(weakref.ref(node.engine), (node.position,), node.indices[t.output_nr])
+    found = None if session is None else session.steps_reading(t)
+    if found is not None:
+        return _Mark(weakref.ref(found[0]), found[1], None)
+    return _marks.get(t) if _marks else None
+
+
+def check(outputs: Iterable[Tensor], inputs: Iterable[Any], session: Session | None) -> None:
+    """Raise if a derivative of ``outputs`` by ``inputs`` has a part in steps that autograd does not see."""
+    reads: list[Any] | None = (
+        None  # the nodes of theta, and of losses that have been stepped by, below ``outputs``
+    )
+    for t in inputs:
+        mark = _mark_of(t, session) if isinstance(t, Tensor) else None
+        engine = None if mark is None else mark.engine()
+        if mark is None or engine is None:
+            continue
+        if reads is None:
+            reads = [node for node in nodes_below(outputs) if isinstance(node, (*_READS, *STEPPED))]
+        for node in reads:
+            if node.engine is engine and node is not t.grad_fn and _affects(engine.program, mark, node):
+                raise _passed_by(t, mark, isinstance(node, STEPPED))
+
+
+def _affects(program: Tape, mark: _Mark, node: Any) -> bool:
+    """Whether what ``node`` shows depends on what is marked through the steps between, or by being replayed."""
+    start, end = min(mark.steps), node.position
+    bottom = max(program.start, getattr(node, "bottom", 0))
+    if isinstance(node, STEPPED):
+        if mark.theta is None and node.position in mark.steps:
+            return True
+        if not isinstance(node, _UNREAD):  # the other hangs on reads, which are looked at by themselves
+            return False
+        call: Any = program[node.position]
+        end, wanted = node.position - call.back, call.theta
+        outside = start > end
+    else:
+        wanted, outside = node.indices, start >= end
+    if outside or (mark.theta is not None and start < bottom):
+        return False
+    reached: set[int] = set() if mark.theta is None else {mark.theta}
+    at: dict[int, set[int]] = {}
+    for position in range(max(start, bottom), end):
+        at[position] = reached
+        call = program[position]
+        if isinstance(call, Assign):
+            reached = reached - (set(call.indices) - node.engine.untrained)
+            continue
+        results = set(call.writes)
+        affected = (
+            (mark.theta is None and position in mark.steps)
+            or not at.get(position - call.back, set()).isdisjoint(call.theta)
+            or not reached.isdisjoint((*call.updated, *call.reads[call.step.thetas :]))
+        )
+        reached = reached | results if affected else reached - results
+    return not reached.isdisjoint(wanted)
+
+
+def _passed_by(t: Tensor, mark: _Mark, stepped: bool) -> CaptureError:
+    shape = tuple(t.shape)
+    if stepped:
+        return CaptureError(
+            f"a gradient of a loss was asked for, after its inner step, by a tensor of shape {shape} that was computed "
+            "inside the window. After its step a loss has given up its graph, and its gradient comes out of the steps, "
+            "by initial parameters and meta-parameters. Ask before the step, or keep loss.clone() from before it."
+        )
+    if mark.theta is not None:
+        return CaptureError(
+            f"a gradient was asked for by a parameter of shape {shape} as it was before later inner steps: what flows "
+            "through those steps would be missing. Ask for the gradient by the initial parameters (taken before an "
+            "offline window) or by meta-parameters, or open the window with strategy='full_tape'."
+        )
+    return CaptureError(
+        f"a gradient was asked for by a tensor of shape {shape} that was computed inside the window and read by an "
+        "inner step: what flows through that step would be missing. Compute it before the window, or, if it does not "
+        "depend on the networks, call its retain_grad() right after computing it."
+    )
+
+
+def _run_backward(outputs: Any, *args: Any, **kwargs: Any) -> Any:
+    inputs = args[3] if len(args) > 3 else kwargs.get("inputs")
+    session = current_session()
+    if inputs:
+        recorder = recording.get()
+        if recorder is None or not recorder.depth:
+            check(outputs, inputs, session)
+    elif session is not None:
+        session.note_backward(outputs)
+    elif (ended := last_ended()) is not None:
+        ended.backward(outputs)
+    return _backward.original["_engine_run_backward"](outputs, *args, **kwargs)
+
+
+# torch's one way into the engine
+_backward = Patches((torch.autograd, "_engine_run_backward", _run_backward))
+
+
+def watch_backward(of: Engine | Ended) -> Callable[[], Any]:
+    """Look at every backward for as long as ``of`` lives, or until the result is called."""
+    _backward.install()
+    release = weakref.finalize(of, _backward.uninstall)
+    release.atexit = False
+    return release

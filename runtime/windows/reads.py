@@ -20,33 +20,31 @@ from ..engine.engine import Engine
 from ..engine.nodes import Alias, Life, Link, Read, Results, StepLoss, WindowedLoss, WindowedRead, new_token
 
 
-class _Metas:
-    """Numbers of the tensors that require grad and that steps have read."""
+class _Reads:
+    """What both ways to read have: numbers of the tensors that require grad and that steps have read."""
 
-    def __init__(self) -> None:
-        self.known: dict[tuple, tuple[int, Tensor]] = {}
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._known: dict[tuple, tuple[int, Tensor]] = {}
         self._count = 0
 
-    def take(self, tensors: list[Tensor]) -> tuple[list[int], dict[int, Tensor]]:
-        """The number of each, and those that are new."""
+    def _numbers(self, metas: list[Tensor]) -> tuple[tuple[int, ...], dict[int, Tensor]]:
+        """The number of each of ``metas``, and those that are new."""
         numbers: list[int] = []
         new: dict[int, Tensor] = {}
-        for t in tensors:
+        for t in metas:
             key = (id(t), None if t.is_leaf else t._version)  # in-place calls change where it leads
-            found = self.known.get(key)
+            found = self._known.get(key)
             if found is None:
-                found = self.known[key] = (self._count, t)
+                found = self._known[key] = (self._count, t)
                 new[self._count] = t
                 self._count += 1
             numbers.append(found[0])
-        return numbers, new
+        return tuple(numbers), new
 
 
-class WholeReads:
+class WholeReads(_Reads):
     """Reads over all steps: a chain of tokens stands for what was read from outside so far.
-
-    Args:
-        engine: the tape.
 
     Attributes:
         truncates: whether there are steps that a read of now does not go back to.
@@ -56,9 +54,8 @@ class WholeReads:
     truncates = False
 
     def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+        super().__init__(engine)
         self.waiting: weakref.WeakSet[Life] = weakref.WeakSet()
-        self._metas = _Metas()
         self._token = new_token()
         self._superstep = 0
         self._unlinked: list[tuple[int, tuple[int, ...], list[Tensor]]] = []
@@ -79,8 +76,7 @@ class WholeReads:
         makes some states once for all its steps.
         """
         self._superstep, engine = superstep, self.engine
-        if self._unlinked:
-            self._link_entered()
+        self._link_entered()
         older = superstep - 3  # the last losses are there in any case
         if any(life.at < older for life in self.waiting):
             self._link(position, (), (), ())
@@ -91,18 +87,17 @@ class WholeReads:
 
     def step(self, position: int, metas: list[Tensor]) -> tuple[int, ...]:
         """A step at ``position`` has read ``metas``, which require grad; their numbers."""
-        if self._unlinked:
-            self._link_entered()
-        numbers, new = self._metas.take(metas)
+        self._link_entered()
+        numbers, new = self._numbers(metas)
         if new:
             self._link(position, tuple(new), (), new.values())
-        return tuple(numbers)
+        return numbers
 
     def _link_entered(self) -> None:
-        for entered in self._unlinked:
-            position, indices, own = entered
-            self._link(position, (), indices, own)
-        self._unlinked.clear()
+        if self._unlinked:
+            for position, indices, own in self._unlinked:
+                self._link(position, (), indices, own)
+            self._unlinked.clear()
 
     def _link(
         self, position: int, metas: tuple[int, ...], thetas: tuple[int, ...], tensors: Collection[Tensor]
@@ -128,34 +123,28 @@ class WholeReads:
 
     def meta_params(self) -> list[tuple[int, Tensor]]:
         """What steps have read that requires grad, with its number."""
-        return list(self._metas.known.values())
+        return list(self._known.values())
 
     def trim(self, epochs: list[Epoch]) -> None:
         """Nothing is forgotten."""
 
     def close(self) -> None:
         """Drop the user's tensors."""
-        self._metas.known.clear()
+        self._known.clear()
         self._unlinked.clear()
         self._token = new_token()
 
 
-class SlidingReads:
-    """`window=W`: reads over the last W super-steps, each its own root; the tape forgets what none goes back to.
-
-    Args:
-        engine: the tape.
-        window: W.
-        offline: whether the user's own parameters receive a gradient.
-    """
+class SlidingReads(_Reads):
+    """`window=W`: reads over the last W super-steps, each its own root; the tape forgets what none goes back to."""
 
     waiting: Collection[Life] = ()
 
     def __init__(self, engine: Engine, window: int, offline: bool) -> None:
-        self.engine, self.window, self.offline = engine, window, offline
-        self._count = 0  # super-steps so far
+        super().__init__(engine)
+        self.window, self.offline = window, offline
+        self._superstep = 0
         self._starts: deque[int] = deque(maxlen=window)
-        self._metas = _Metas()
         # number of a meta-parameter -> with its history then, and the last super-step that read it
         self._read: dict[int, tuple[Tensor, int]] = {}
         self._entered: dict[int, int] = {}  # state index -> the position where it was put on the tape
@@ -166,39 +155,34 @@ class SlidingReads:
 
     @property
     def truncates(self) -> bool:
-        """Whether there are steps that a read of now does not go back to."""
-        return self._count > self.window
+        return self._superstep > self.window
 
     def enter(self, position: int, indices: tuple[int, ...], own: list[Tensor]) -> None:
-        """Parameters are put on the tape at ``position``."""
         self._entered.update((index, position) for index in indices)
 
     def start(self, position: int, indices: tuple[int, ...], values: list[Tensor]) -> None:
-        """Theta goes on from ``values``, which receive its gradient, at ``position``."""
         for index, tensor in zip(indices, values, strict=True):
             if tensor.requires_grad:
-                self._started[position, index] = tensor, self._count
+                self._started[position, index] = tensor, self._superstep
 
     def begin(self, position: int, superstep: int) -> None:
-        """A super-step begins at ``position``."""
-        self._count = superstep
+        self._superstep = superstep
         self._starts.append(position)
 
     def step(self, position: int, metas: list[Tensor]) -> tuple[int, ...]:
-        """A step at ``position`` has read ``metas``, which require grad; their numbers."""
-        numbers, _ = self._metas.take(metas)
+        numbers, _ = self._numbers(metas)
         for number, tensor in zip(numbers, metas, strict=True):
             known = self._read.get(number)
             with torch.enable_grad():
                 tensor = tensor if tensor.is_leaf else Alias.apply(tensor) if known is None else known[0]
-            self._read[number] = (tensor, self._count)  # type: ignore[assignment]
-        self._metas.known = {k: (n, t) for k, (n, t) in self._metas.known.items() if n in self._read}
-        return tuple(numbers)
+            self._read[number] = (tensor, self._superstep)  # type: ignore[assignment]
+        self._known = {k: (n, t) for k, (n, t) in self._known.items() if n in self._read}
+        return numbers
 
     def read(self, indices: list[int], own: Sequence[nn.Parameter]) -> tuple[Tensor, ...]:
-        """Theta at these state indices, as parameters."""
-        engine = self.engine
-        self._read = {n: (t, last) for n, (t, last) in self._read.items() if last > self._count - self.window}
+        engine, oldest = self.engine, self._superstep - self.window
+        self._read = {n: (t, last) for n, (t, last) in self._read.items() if last > oldest}
+        self._started = {k: (t, n) for k, (t, n) in self._started.items() if n >= oldest}
         whole = not self.truncates
         bottom = engine.program.start if whole else self._starts[0]
         first: dict[tuple[int, int], Tensor] = {
@@ -206,25 +190,14 @@ class SlidingReads:
             for index, p in zip(indices, own, strict=True)
             if (whole and self.offline) or index in engine.untrained
         }
-        self._started = {k: (t, n) for k, (t, n) in self._started.items() if self._count - n <= self.window}
         first.update((key, tensor) for key, (tensor, _) in self._started.items())
         life = Life(bottom)
-        with torch.enable_grad():
-            shown: Any = WindowedRead.apply(
-                engine,
-                engine.position,
-                tuple(indices),
-                own,
-                bottom,
-                tuple(self._read),
-                tuple(first),
-                life,
-                self._cut if self.offline and not whole else None,
-                new_token(),
-                *(t for t, _ in self._read.values()),
-                *first.values(),
-            )
         self._lives.add(life)
+        on_cut = self._cut if self.offline and not whole else None
+        fixed = tuple(indices), own, bottom, tuple(self._read), tuple(first), life, on_cut, new_token()
+        tensors = (*(t for t, _ in self._read.values()), *first.values())
+        with torch.enable_grad():
+            shown: Any = WindowedRead.apply(engine, engine.position, *fixed, *tensors)
         return shown
 
     def loss(self, loss: Tensor, position: int, call: StepCall, sliced: Slice) -> Tensor | None:
@@ -237,11 +210,10 @@ class SlidingReads:
             return None
         life = Life(position - call.back)
         self._lives.add(life)
+        fixed = position, loss.detach(), call.theta, call.metas, life
         metas = [x.tensor for x in sliced.externals if x.grad]
         with torch.enable_grad():
-            return WindowedLoss.apply(  # type: ignore[return-value]
-                self.engine, position, loss.detach(), call.theta, call.metas, life, *thetas, *metas
-            )
+            return WindowedLoss.apply(self.engine, *fixed, *thetas, *metas)  # type: ignore[return-value]
 
     def results(self, indices: list[int]) -> tuple[Tensor, ...]:
         """Refused: a result would need a root of its own."""
@@ -252,7 +224,7 @@ class SlidingReads:
 
     def meta_params(self) -> list[tuple[int, Tensor]]:
         """What the last W super-steps have read that requires grad, with its number."""
-        return [(n, t) for n, t in self._metas.known.values() if n in self._read]
+        return [(n, t) for n, t in self._known.values() if n in self._read]
 
     def trim(self, epochs: list[Epoch]) -> None:
         """Let the tape forget what no read goes back to, and no loss that has not been stepped by."""
@@ -269,8 +241,7 @@ class SlidingReads:
             )
 
     def close(self) -> None:
-        """Drop the user's tensors."""
-        self._metas.known.clear()
+        self._known.clear()
         self._read.clear()
         self._started.clear()
 

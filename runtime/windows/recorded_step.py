@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,39 +20,30 @@ from metaoptim.compiler.lower.derivatives import lowered
 from metaoptim.compiler.lower.library import library
 from metaoptim.compiler.lower.rounding import agree, noise_of, precision_of, size_of
 from metaoptim.compiler.passes.from_recording import StepSpec, build_step
-from metaoptim.errors import CaptureError, user_location
+from metaoptim.errors import CaptureError, MetaOptimError, WindowError, user_location
 
 from ..engine.engine import Engine
 from ..engine.inputs import Snapshot
 from .update import Update
 
+_pure: weakref.WeakSet = weakref.WeakSet()  # updates that have been seen not to write into their arguments
+
 
 @dataclass(slots=True)
 class RecordedStep:
-    """A step of a window on its way to the tape.
+    """A step of a window on its way to the tape."""
 
-    Attributes:
-        sliced: what its loss and its hyper-parameters depend on.
-        changed: state indices of thetas that have changed since the loss read them.
-        back: how many calls ago that was, if any has changed.
-        update: what it does.
-        indices: state indices of the parameters that it changes.
-        old: the parameters before it.
-        new, new_states: the parameters and their optimizer states after it.
-        first_order: whether the inner gradient is taken as a constant.
-        hooked: whether the window has a backward_hook.
-    """
-
-    sliced: Slice
-    changed: set[int]
-    back: int
+    engine: Engine
+    sliced: Slice  # what its loss and its hyper-parameters depend on
+    changed: set[int]  # state indices of thetas that have changed since the loss read them
+    back: int  # how many calls ago that was, if any has changed
     update: Update
-    indices: tuple[int, ...]
-    old: list[Tensor]
-    new: list[Tensor]
+    indices: tuple[int, ...]  # state indices of the parameters that it changes
+    old: list[Tensor]  # the parameters before it
+    new: list[Tensor]  # after it, and their optimizer states
     new_states: list[dict[str, Tensor]]
-    first_order: bool
-    hooked: bool
+    first_order: bool  # whether the inner gradient is taken as a constant
+    hooked: bool  # whether the window has a backward_hook
 
     @property
     def state(self) -> list[Tensor]:
@@ -62,29 +56,20 @@ class RecordedStep:
         return not self.changed.isdisjoint(self.indices)
 
     def call(
-        self,
-        engine: Engine,
-        opt_state: tuple[tuple[int, ...], tuple[int, ...]],
-        lowering: Lowering,
-        names: Sequence[str],
+        self, before: tuple[int, ...], after: tuple[int, ...], lowering: Lowering, names: Sequence[str]
     ) -> StepCall:
-        """The call of its step graph.
-
-        Args:
-            engine: of the tape that it goes on.
-            opt_state: state indices of the optimizer states before it and after it.
-            lowering: the backend and HVP mode of its graph.
-            names: of the parameters, by ordinal.
+        """The call of its step graph, with state indices of the optimizer states ``before`` it and ``after`` it.
 
         Raises:
-            CaptureError: for a step whose graph does not do what eager has done.
+            CaptureError: for a step whose graph does not do what eager has done (``names``: of the parameters).
         """
         sliced = self.sliced
         _check_requires_grad(sliced)
         place = {t.index: k for k, t in enumerate(sliced.thetas)}
         spec = self._spec(place)
         key, held = (sliced.key, spec), [x.held for x in sliced.externals]
-        graph, lifted, new = self._graph(key, spec)
+        with _capturing():
+            graph, lifted, new = library.get(key, tuple(sliced.numbers), partial(self._build, spec))
         if graph.dynamic and lowering.backend != "eager":
             library.discard(key)  # it has not been checked
             raise CaptureError(
@@ -96,14 +81,13 @@ class RecordedStep:
             Snapshot(torch.tensor(sliced.numbers[i], dtype=dtype, device="cpu"), None, "a number")
             for i, dtype in zip(lifted, dtypes, strict=True)
         ]
-        before, after = opt_state
         reads = (*place, *(self.indices if self.stale else ()), *before)
         writes = (*self.indices, *after)
         call = StepCall(graph, reads, writes, held, user_location(), self.back, lowering=lowering)
         suspect = any(x.suspect for x in (*sliced.externals, *sliced.values))
         if new or graph.opaque or suspect:
             try:
-                self._compare(engine, call, names)
+                self._compare(call, names)
             except CaptureError as error:
                 if suspect:
                     raise CaptureError(
@@ -128,39 +112,21 @@ class RecordedStep:
             hooked=self.hooked,
         )
 
-    def _graph(self, key: tuple, spec: StepSpec) -> tuple[StepGraph, tuple[int, ...], bool]:
-        """Its graph, which of the slice's numbers are inputs of it, and whether it is new."""
+    def _build(self, spec: StepSpec, lifted: tuple[int, ...]) -> StepGraph:
+        after = [{k: tensor_spec(v) for k, v in s.items()} for s in self.new_states]
+        return build_step(self.sliced, spec, after, lifted, self.update.hooks)
 
-        def build(lifted: tuple[int, ...]) -> StepGraph:
-            after = [{k: tensor_spec(v) for k, v in s.items()} for s in self.new_states]
-            return build_step(self.sliced, spec, after, lifted, self.update.hooks)
-
-        try:
-            return library.get(key, tuple(self.sliced.numbers), build)
-        except CaptureError:
-            raise
-        except Exception as error:
-            raise _uncapturable(error) from error
-
-    def _compare(self, engine: Engine, call: StepCall, names: Sequence[str]) -> None:
-        """The gradient that the call gives against the eager one, and what the update makes of it.
-
-        Raises:
-            CaptureError: if they differ.
-        """
-        update = self.update
+    def _compare(self, call: StepCall, names: Sequence[str]) -> None:
+        """Raise unless the call gives the eager gradient, and the update the same again."""
+        update, engine = self.update, self.engine
         # the engine has theta as the loss has read it, which may have been overwritten since
         base = engine.state_at(engine.position - call.back) if call.back else engine.state
         inputs = [base[t.index] for t in self.sliced.thetas] + (self.old if self.stale else [])
         inputs += [v for s in update.states for v in s.values()]
         with unaffected():
             inputs += [h.tensor for h in call.inputs]
-            try:
+            with _capturing():
                 results = lowered(call.step, "replay", inputs, at_once=True)(*inputs)
-            except CaptureError:
-                raise
-            except Exception as error:
-                raise _uncapturable(error) from error
             count = len(results) - len(update.grads)
             grads, state = results[count:], results[:count]
             if not all(map(torch.equal, grads, update.grads)):
@@ -210,12 +176,18 @@ def _differing(
     return None
 
 
-def _uncapturable(error: Exception) -> CaptureError:
-    """What to raise for a step that cannot be captured."""
-    return CaptureError(
-        f"the inner step cannot be captured: {type(error).__name__}: {error}. Open the window with "
-        "strategy='full_tape' for this loss."
-    )
+@contextmanager
+def _capturing() -> Iterator[None]:
+    """What fails in the block is a step that cannot be captured."""
+    try:
+        yield
+    except CaptureError:
+        raise
+    except Exception as error:
+        raise CaptureError(
+            f"the inner step cannot be captured: {type(error).__name__}: {error}. Open the window with "
+            "strategy='full_tape' for this loss."
+        ) from error
 
 
 def unrecorded(name: str, worst: float | None = None, scale: float | None = None) -> CaptureError:
@@ -226,3 +198,28 @@ def unrecorded(name: str, worst: float | None = None, scale: float | None = None
         "something in the loss cannot be seen by the recorder, such as a hook on an autograd node, a C++ autograd "
         "function, or a module compiled beforehand. Open the window with strategy='full_tape' for this loss."
     )
+
+
+def applied(update: Update, old: list[Tensor]) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    """Υ, on copies the first time: an update that writes into its arguments must not reach the tape."""
+    plan, grads, states, slots = update.plan, update.grads, update.states, update.slots
+    known = plan.update in _pure
+    with torch.no_grad():
+        if not known:
+            old, grads = [t.clone() for t in old], [t.clone() for t in grads]
+            states = [{k: v.clone() for k, v in s.items()} for s in states]
+        given = () if known else [*old, *grads, *(v for s in states for v in s.values())]
+        versions = [t._version for t in given]
+        try:
+            results = plan(old, grads, states, slots)
+        except MetaOptimError:
+            raise
+        except RuntimeError as error:
+            shapes = ", ".join(str(tuple(s.shape)) for s in slots if isinstance(s, Tensor)) or "none"
+            raise WindowError(
+                f"{plan.__name__} failed: {error}; shapes of the hyper-parameters that are tensors: {shapes}"
+            ) from error
+    if versions != [t._version for t in given]:
+        raise CaptureError(f"{plan.__name__} changes its arguments in place; it must return new tensors")
+    _pure.add(plan.update)
+    return results

@@ -2,35 +2,29 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from metaoptim.compiler.ir.calls import Assign, StepCall
-from metaoptim.compiler.ir.operators import LIFTS
+from metaoptim.compiler.ir.program import Tape
 from metaoptim.compiler.ir.slices import Slice
-from metaoptim.compiler.ir.tape import Tape
-from metaoptim.compiler.ir.tensors import memory_of
 from metaoptim.compiler.ir.update import initial_state
 from metaoptim.compiler.ir.values import External, Value
-from metaoptim.errors import CaptureError, LossError, MetaOptimError, WindowError
+from metaoptim.errors import CaptureError, LossError, WindowError
 
 from ..budget.streaming import Streaming
 from ..engine.engine import Engine
 from ..engine.nodes import gradient_of_loss, stepped
-from ..states.tiered import check_device, tier_for
-from . import partial_gradients
+from ..states.tiered import tier_for
 from .networks import Networks
 from .ordinary_session import OrdinarySession
-from .oversights import Ended, all_finite, tell_unreachable
-from .recorded_step import RecordedStep, unrecorded
-from .session import Member, Options, refuse_overwritten
+from .oversights import Ended, all_finite, tell_unreachable, watch_backward
+from .recorded_step import RecordedStep, applied, unrecorded
+from .session import Options, refuse_overwritten
 from .theta_view import ThetaView
 from .update import Hyper, InnerOptimizer, Update, gradient, hyper_of, trained, update_by
-
-_pure: weakref.WeakSet = weakref.WeakSet()  # updates that have been seen not to write into their arguments
 
 
 class RecordedSession(OrdinarySession):
@@ -39,25 +33,17 @@ class RecordedSession(OrdinarySession):
     def __init__(self, options: Options) -> None:
         retention = options.retention
         self.engine = Engine(retention.slots, options.backward_hook, tier=tier_for(retention.offload))
-        partial_gradients.watch_backward(self.engine)
+        watch_backward(self.engine)
         networks = Networks()
-        self.view = ThetaView(options, self.engine, networks, self._entering)
+        self.view = ThetaView(options, self.engine, networks)
         super().__init__(options, self.view.recorder, networks)
-        self.engine.closed = self.closed
+        self.engine.closed, self.view.grads = self.closed, self._grads
+        self._offer, self._join, self._start = self.view.offer, self.view.join, self.view.start
         if retention.slots is None:
-            self.engine.streaming = Streaming(
-                retention.memory_budget,
-                self.view.inputs.ledger,
-                retention.offload is not None,
-                options.window is not None,
-            )
-        self._looked_at: dict[
-            int, Tensor
-        ] = {}  # parameters that steps have read and that they do not train, by id
-        self._put_back = (
-            0  # bytes that are kept to put gradients and buffers back, and of copies that nothing has read
-        )
-        self._lifts = True  # whether hyper-parameters that are numbers may become inputs
+            offloads, slides = retention.offload is not None, options.window is not None
+            ledger = self.view.inputs.ledger
+            self.engine.streaming = Streaming(retention.memory_budget, ledger, offloads, slides)
+        self._looked_at: dict[int, Tensor] = {}  # parameters that steps have read and do not train, by id
         self.opt_state: dict[tuple[int, int, str], int] = {}  # (optimizer, ordinal, name) -> state index
         self.results: dict[tuple[int, int], int] = {}  # (compiled step, number of its result) -> state index
 
@@ -66,32 +52,6 @@ class RecordedSession(OrdinarySession):
         """What has been recorded."""
         return self.engine.program
 
-    def _offer(self, ordinals: list[int]) -> None:
-        self.view.offer(ordinals)
-        self._weigh()
-
-    def _join(self, ordinals: list[int], late: list[int]) -> None:
-        self.view.join(ordinals, late)
-
-    def _start(self, ordinals: list[int], values: list[Tensor]) -> None:
-        self.view.start(ordinals, values)
-
-    def _entering(self, ordinals: list[int]) -> None:
-        """Parameters are about to be put on the tape."""
-        own = [self.networks.originals[i] for i in ordinals]
-        check_device(self.options.retention.offload, [p.device for p in own])
-        self._lifts = self._lifts and all(p.dtype in LIFTS for p in own)
-        self._weigh(set(ordinals))
-
-    def _weigh(self, entering: Collection[int] = ()) -> None:
-        """Count what is kept beside the tape: to put gradients and buffers back, and copies that nothing has read."""
-        if self.engine.streaming is not None:
-            indices, shown = self.view.indices, self.networks.shown
-            unread = [t for i, t in enumerate(shown) if indices[i] < 0 and i not in entering]
-            kept = memory_of([*(g for g in self._grads if g is not None), *self.networks.copies, *unread])
-            self.engine.streaming.aside += kept - self._put_back
-            self._put_back = kept
-
     def look_at(self, tensors: Iterable[Tensor]) -> None:
         """Raise if a step is about to read a parameter that a network got inside the window."""
         new = [t for t in tensors if type(t) is torch.nn.Parameter and id(t) not in self._looked_at]
@@ -99,33 +59,15 @@ class RecordedSession(OrdinarySession):
             self.refuse_strangers(set(map(id, new)))
             self._looked_at.update((id(t), t) for t in new)
 
-    def _close(self) -> None:
-        self.view.close()
-        self._looked_at.clear()
-
     def steps_reading(self, t: Tensor) -> tuple[Engine, tuple[int, ...]] | None:
-        """The tape and the positions of the steps that have read ``t``, which was computed inside."""
         known = self.view.recording.known(t)
         return (self.engine, known.steps) if isinstance(known, Value) and known.steps else None
 
-    def _record_tape(self, member: Member) -> list[tuple[str, Tensor]]:
-        tape = super()._record_tape(member)
-        if self.engine.streaming is not None:
-            self.engine.streaming.keep([t for _, t in tape])
-        return tape
-
-    def _pick(self, member: Member) -> list[Tensor]:
-        copies = super()._pick(member)
-        self.engine.make_room(copies)
-        return copies
-
-    def _unsettled(self) -> BaseException | None:
-        try:
-            if self.engine.tier is not None:
-                self.engine.tier.settle()
-        except BaseException as error:  # waiting can be interrupted
-            return error
-        return None
+    def _copied(self, copies: list[Tensor], now: bool) -> None:
+        if now:
+            self.engine.make_room(copies)
+        elif self.engine.streaming is not None:
+            self.engine.streaming.keep(copies)
 
     def _since_when(self, steps: int) -> str:
         """Between which of the states that are kept it began."""
@@ -135,38 +77,37 @@ class RecordedSession(OrdinarySession):
                 last_good = position
                 break
             first_bad = position
-        taken = [steps] * 2
-        for k, position in enumerate((last_good, first_bad)):
-            rest = range(position, self.program.end)
-            taken[k] -= sum(isinstance(call := self.program[q], StepCall) and call.step.steps for q in rest)
-        first, last = taken[0], taken[1] - 1
-        return (
-            f"after inner step {last}" if first >= last else f"after one of the inner steps {first} to {last}"
+        first, last = (
+            steps
+            - sum(
+                isinstance(call := self.program[q], StepCall) and call.step.steps
+                for q in range(p, self.program.end)
+            )
+            for p in (last_good, first_bad)
         )
+        if first >= last - 1:
+            return f"after inner step {last - 1}"
+        return f"after one of the inner steps {first} to {last - 1}"
 
-    def _ended(self) -> Ended | None:
-        names = zip(self.networks.names, self.networks.originals, strict=True)
-        own = {n: p for i, (n, p) in enumerate(names) if i in self.networks.joined}
-        steps = sum(member.steps for member in self.members.values())
+    def _ended(self, steps: int) -> Ended | None:
+        if not steps:
+            return None
+        own = {self.networks.names[i]: self.networks.originals[i] for i in self.networks.joined}
         asked = self.engine.vjps > 0
-        ended = (
-            Ended(self.options.offline, own, asked, self.engine.reaches, self.view.reads.waiting)
-            if steps
-            else None
-        )
-        if ended is not None and not asked:
-            ended.unwatch = partial_gradients.watch_backward(ended)
+        ended = Ended(self.options.offline, own, asked, self.engine.reaches, self.view.reads.waiting)
+        if not asked:
+            ended.unwatch = watch_backward(ended)
         return ended
 
-    def close(self, failed: bool) -> None:
-        """End; what was offloaded is removed if the block failed, else when nothing can ask for it any more."""
-        ended = False
-        try:
-            super().close(failed)
-            ended = not failed
-        finally:
-            if not ended and self.engine.tier is not None:
-                self.engine.tier.close("the window has ended with an exception")
+    def _settle(self) -> None:
+        if self.engine.tier is not None:
+            self.engine.tier.settle()
+
+    def _close(self, failed: bool) -> None:
+        self.view.close()
+        self._looked_at.clear()
+        if failed and self.engine.tier is not None:  # otherwise when nothing can ask for it any more
+            self.engine.tier.close("the window has ended with an exception")
 
     def _step(self, optimizer: InnerOptimizer, loss: Tensor, allow_unused: bool) -> None:
         view, engine = self.view, self.engine
@@ -177,7 +118,7 @@ class RecordedSession(OrdinarySession):
                 f"{type(optimizer).__name__}.step: the loss was not computed inside this window, or is left over from "
                 "before a step by a later loss; compute it inside the block, from the networks as they are now"
             )
-        hyper = hyper_of(optimizer, view.recording.value_of, self._lifts)
+        hyper = hyper_of(optimizer, view.recording.value_of, view.lifts)
         roots = [root, *hyper.roots]
         sliced, epoch = view.versions.slice(roots)
         self._refuse_changed(sliced, optimizer)
@@ -191,20 +132,19 @@ class RecordedSession(OrdinarySession):
             sliced, epoch = view.versions.slice(roots)
         indices = tuple(view.indices[i] for i in update.ordinals)
         old = [engine.state[x] for x in indices]
-        new, new_states = _applied(update, old)
+        new, new_states = applied(update, old)
         changed = {t.index for t in sliced.thetas if not view.versions.unchanged(t)}
         back = engine.position - epoch.position if changed else 0
-        hooked = self.options.backward_hook is not None
-        step = RecordedStep(
-            sliced, changed, back, update, indices, old, new, new_states, optimizer.first_order, hooked
-        )
-        opt_state = self._state_indices(optimizer, step)
-        call = step.call(engine, opt_state, self.options.lowering, self.networks.names)
+        options, names = self.options, self.networks.names
+        fixed = optimizer.first_order, options.backward_hook is not None
+        step = RecordedStep(engine, sliced, changed, back, update, indices, old, new, new_states, *fixed)
+        before, after = self._state_indices(optimizer, update, new_states)
+        call = step.call(before, after, options.lowering, names)
         if self.recorder.taint.of_storage and tell_unreachable(sliced, self.recorder.taint, self.networks):
             engine.reaches = True  # there is a better explanation
         update.grads.clear()  # a sliding window may replay below
         # nothing the user sees has changed so far, and nothing below fails
-        outputs = iter(opt_state[1])
+        outputs = iter(after)
         for i, state in zip(update.ordinals, new_states, strict=True):
             for name in state:
                 self.opt_state[id(optimizer), i, name] = next(outputs)
@@ -236,8 +176,6 @@ class RecordedSession(OrdinarySession):
                 if theta.tensor is networks.shown[ordinal] and ordinal in self.ordinals(optimizer):
                     refuse_overwritten(networks.names[ordinal])
 
-    # -- the update ----------------------------------------------------------------------------------------------
-
     def _update(
         self, optimizer: InnerOptimizer, loss: Tensor, sliced: Slice, hyper: Hyper, allow_unused: bool
     ) -> Update:
@@ -247,10 +185,11 @@ class RecordedSession(OrdinarySession):
         ordinals = [i for i, _ in members]
         if view.stepped.behind:
             view.stepped.check(loss, [shown[i] for i in ordinals])
-        if stepped(loss) is None:
+        if (node := stepped(loss)) is None:
             grads = _sums_of_gradients(loss, [read.get(indices[i], [shown[i]]) for i in ordinals])
-        else:
-            grads = self._again(loss, ordinals)
+        else:  # by the parameters as the loss has read them
+            sweep = gradient_of_loss(node.engine, node.position, torch.ones_like(loss))
+            grads = [sweep.cotangents.get(indices[i]) for i in ordinals]
 
         def prepare(used: list[int]) -> bool:
             for i in used:
@@ -262,30 +201,20 @@ class RecordedSession(OrdinarySession):
             optimizer, self.networks, members, grads, hyper, allow_unused=allow_unused, prepare=prepare
         )
 
-    def _again(self, loss: Tensor, ordinals: list[int]) -> list[Tensor | None]:
-        """The gradient of a loss that has been stepped by before, by the parameters as it has read them."""
-        node = stepped(loss)
-        sweep = gradient_of_loss(node.engine, node.position, torch.ones_like(loss))
-        return [sweep.cotangents.get(self.view.indices[i]) for i in ordinals]
-
     def _sync_opt_state(self, optimizer: InnerOptimizer, ordinals: list[int]) -> bool:
         """Bring optimizer state that is not on the tape (new, from before the window, or just loaded) onto it.
 
         Returns whether there are initial states that depend on their parameter: those must be part of the step.
         """
         inside = False
-        engine = self.engine
         for i in ordinals:
             p = self.networks.originals[i]
             state = optimizer.state[p]
             if not state:
                 group = next(g for g in optimizer.param_groups if any(q is p for q in g["params"]))
+                value = self.engine.state[self.view.indices[i]].detach().requires_grad_()
                 with torch.enable_grad():
-                    initial = initial_state(
-                        optimizer.init_state,
-                        engine.state[self.view.indices[i]].detach().requires_grad_(),
-                        group,
-                    )
+                    initial = initial_state(optimizer.init_state, value, group)
                 if any(v.requires_grad for v in initial.values()):
                     inside = True
                 else:
@@ -295,8 +224,8 @@ class RecordedSession(OrdinarySession):
 
     def bring(self, optimizer: InnerOptimizer, ordinals: list[int]) -> None:
         """Put optimizer state that is not on the tape onto it."""
-        engine = self.engine
-        known, new = self.opt_state, {}
+        engine, known = self.engine, self.opt_state
+        new: dict[tuple[int, int, str], int] = {}
         changes: list[tuple[int, Tensor]] = []
         for i in ordinals:
             for name, value in optimizer.state[self.networks.originals[i]].items():
@@ -318,46 +247,17 @@ class RecordedSession(OrdinarySession):
             self.view.recording.epoch.position = engine.position  # theta is the same here
 
     def _state_indices(
-        self, optimizer: InnerOptimizer, step: RecordedStep
+        self, optimizer: InnerOptimizer, update: Update, after: list[dict[str, Tensor]]
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """State indices of the optimizer state before a step and after; what is new is put at the end."""
-        end, outputs, ordinals = len(self.engine.state), [], step.update.ordinals
-        for i, state in zip(ordinals, step.new_states, strict=True):
+        known, end, inputs, outputs = self.opt_state, len(self.engine.state), [], []
+        for i, before, state in zip(update.ordinals, update.states, after, strict=True):
+            inputs += [known[id(optimizer), i, name] for name in before]
             for name in state:
-                index = self.opt_state.get((id(optimizer), i, name), end)
+                index = known.get((id(optimizer), i, name), end)
                 end += index == end
                 outputs.append(index)
-        inputs = [
-            self.opt_state[id(optimizer), i, name]
-            for i, state in zip(ordinals, step.update.states, strict=True)
-            for name in state
-        ]
         return tuple(inputs), tuple(outputs)
-
-
-def _applied(update: Update, old: list[Tensor]) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-    """Υ, on copies the first time: an update that writes into its arguments must not reach the tape."""
-    plan, grads, states, slots = update.plan, update.grads, update.states, update.slots
-    known = plan.update in _pure
-    with torch.no_grad():
-        if not known:
-            old, grads = [t.clone() for t in old], [t.clone() for t in grads]
-            states = [{k: v.clone() for k, v in s.items()} for s in states]
-        given = () if known else [*old, *grads, *(v for s in states for v in s.values())]
-        versions = [t._version for t in given]
-        try:
-            results = plan(old, grads, states, slots)
-        except MetaOptimError:
-            raise
-        except RuntimeError as error:
-            shapes = ", ".join(str(tuple(s.shape)) for s in slots if isinstance(s, Tensor)) or "none"
-            raise WindowError(
-                f"{plan.__name__} failed: {error}; shapes of the hyper-parameters that are tensors: {shapes}"
-            ) from error
-    if versions != [t._version for t in given]:
-        raise CaptureError(f"{plan.__name__} changes its arguments in place; it must return new tensors")
-    _pure.add(plan.update)
-    return results
 
 
 def _sums_of_gradients(loss: Tensor, by: list[list[Tensor]]) -> list[Tensor | None]:

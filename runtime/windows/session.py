@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -15,16 +15,13 @@ from metaoptim.compiler.ir.retention import UNSAID, Retention
 from metaoptim.compiler.ir.step import Lowering
 from metaoptim.errors import CaptureError, LossError, WindowError
 
+from ..engine.engine import Engine
 from .networks import Networks
-from .update import InnerOptimizer, trained
+from .update import InnerOptimizer, parameters_of, trained
 
 WINDOW = Lowering(hvp="auto", replays=False)  # of what an ordinary window records
 _current: ContextVar[Session | None] = ContextVar("metaoptim_session", default=None)
-
-
-def current_session() -> Session | None:
-    """The window open in this thread, if any."""
-    return _current.get()
+current_session = _current.get  # the window open in this thread, or None
 
 
 @dataclass(frozen=True)
@@ -43,24 +40,15 @@ class Options:
 
 
 class Member:
-    """An optimizer that may step in the window, and belongs to it (`joined`) from its first step on.
+    """An optimizer that may step in the window, and belongs to it (``joined``) from its first step on.
 
     It has its state at entry, its steps so far, and what pickup_step asked to keep.
     """
 
     def __init__(self, optimizer: InnerOptimizer) -> None:
-        self.optimizer, self.joined = optimizer, False
+        self.optimizer, self.joined, self.steps = optimizer, False, 0
         self.entry = {p: dict(s) for p, s in optimizer.state.items()}
-        self.steps = 0
         self.picked: tuple[dict[int, Tensor], dict[Any, dict], list[tuple]] | None = None
-
-    def join(self, own: Callable[[Tensor], Tensor]) -> None:
-        """Belong to the window; the state that it shows is its own: the user may write into it."""
-        self.joined = True
-        for p, state in self.optimizer.state.items():
-            self.optimizer.state[p] = {
-                k: own(v) if isinstance(v, Tensor) and not v.requires_grad else v for k, v in state.items()
-            }
 
     def restore(self) -> None:
         """Give the optimizer its state at entry back."""
@@ -72,8 +60,6 @@ AS_GRADIENT = (
     "wrap the change in torch.no_grad(), or, to begin at values that are to receive a gradient, call "
     "inner.start({name: values})"
 )
-
-
 _ALL_FROZEN = (
     "{}.step: none of its networks' parameters requires grad, so there is nothing to train; unfreeze some with "
     "requires_grad_(True)"
@@ -88,8 +74,13 @@ def refuse_overwritten(name: str) -> None:
     )
 
 
+def refuse_write(name: str, op: Any) -> None:
+    """Raise for a parameter that is changed in place where autograd would have to follow."""
+    raise WindowError(f"parameter {name!r} was changed in place by {op} with grad mode on; {AS_GRADIENT}")
+
+
 class Session:
-    """Base of the strategies. A strategy shows parameters (`_offer`, `_join`) and takes steps (`_step`).
+    """Base of the strategies. A strategy shows parameters (`_offer`, `_join`, `_start`) and takes steps (`_step`).
 
     Optimizers that are alive when the window opens may step in it, and their networks are kept from the entry on. Those
     that never do leave no trace: what they have is what it would be without the window. One that is made inside belongs
@@ -106,36 +97,33 @@ class Session:
         self.closed: set[int] = set()
         self._grads: list[Tensor | None] = []
 
-    # -- what a strategy states ----------------------------------------------------------------------------------
+    def open(self) -> None:
+        """Begin: from here on the calling thread's code is the window's."""
+
+    def close(self, failed: bool) -> None:
+        """End: networks, buffers and optimizers as the mode says, or as at entry if the block failed."""
 
     def _offer(self, ordinals: list[int]) -> None:
         """Show newly adopted parameters, of an optimizer that may step."""
-        raise NotImplementedError
 
     def _join(self, ordinals: list[int], late: list[int]) -> None:
         """An optimizer of these parameters steps from now on; of ``late`` its loss has read the user's own."""
-        raise NotImplementedError
 
     def _start(self, ordinals: list[int], values: list[Tensor]) -> None:
         """Show ``values``, with their history, as these parameters."""
-        raise NotImplementedError
 
     def _step(self, optimizer: InnerOptimizer, loss: Tensor, allow_unused: bool) -> None:
         raise NotImplementedError
 
-    def open(self) -> None:
-        """Begin: from here on the calling thread's code is the window's."""
-        raise NotImplementedError
-
-    def close(self, failed: bool) -> None:
-        """End: networks, buffers and optimizers as the mode says, or as at entry if the block failed."""
-        raise NotImplementedError
-
     def _own(self, value: Tensor) -> Tensor:
-        """An optimizer state for the window to show."""
+        """An optimizer state for the window to show; the user may write into it."""
         return value.clone()
 
-    # -- optimizers -----------------------------------------------------------------------------------------------
+    def steps_reading(self, t: Tensor) -> tuple[Engine, tuple[int, ...]] | None:
+        """The tape and the positions of the steps that have read ``t``, which was computed inside."""
+
+    def note_backward(self, outputs: Iterable[Tensor]) -> None:
+        """A backward that fills ``.grad`` has begun from ``outputs``."""
 
     def adopt(self, optimizer: InnerOptimizer) -> list[int]:
         """Keep an optimizer and its networks as they are at entry; the ordinals of parameters not known before.
@@ -150,8 +138,7 @@ class Session:
                 "an optimizer and a network of its own"
             )
         with self.recorder.paused():
-            trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-            new = self.networks.adopt(optimizer.networks, trained)
+            new = self.networks.adopt(optimizer.networks, set(map(id, parameters_of(optimizer))))
             if id(optimizer) not in self.members:
                 self.members[id(optimizer)] = Member(optimizer)
                 optimizer._session = self
@@ -162,59 +149,42 @@ class Session:
                 self._offer(new)
         return new
 
+    def joined(self, optimizer: InnerOptimizer) -> bool:
+        """Whether an optimizer belongs to the window."""
+        member = self.members.get(id(optimizer))
+        return member is not None and member.joined
+
     def join(self, optimizer: InnerOptimizer, late: bool = False) -> None:
         """Let an optimizer belong to the window; ``late``: the loss of its first step has been computed."""
         if id(optimizer) not in self.members:
             optimizer.refresh()
         new = self.adopt(optimizer)
-        member = self.members[id(optimizer)]
+        member, state = self.members[id(optimizer)], optimizer.state
         with self.recorder.paused():
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            parameters = parameters_of(optimizer)
             ordinals = self.networks.join(optimizer.networks, parameters)
             if not self.options.offline:
                 self.closed.update(map(id, parameters))
-            if not member.joined:
-                member.join(self._own)
+            for p in () if member.joined else list(state):
+                state[p] = {
+                    k: self._own(v) if isinstance(v, Tensor) and not v.requires_grad else v
+                    for k, v in state[p].items()
+                }
+            member.joined = True
             self.networks.check()
             self.refuse_strangers()
             self._join(ordinals, new if late else [])
 
-    # -- steps ---------------------------------------------------------------------------------------------------
-
     def step(self, optimizer: InnerOptimizer, loss: Any, allow_unused: bool) -> None:
         """One inner step; nothing changes if it raises."""
-        name = type(optimizer).__name__
-        if loss is None:
-            raise LossError(
-                f"{name}.step: got no loss, expected {name}.step(loss): the step takes the gradient of the inner loss "
-                "itself. Take loss.backward() and zero_grad() out"
-            )
-        if not isinstance(loss, Tensor):
-            raise LossError(
-                f"{name}.step: got {type(loss).__name__}, expected the inner loss as a tensor"
-                + ("; pass a function as closure=..." if callable(loss) else "")
-            )
-        if loss.numel() != 1:
-            raise LossError(
-                f"{name}.step: got a loss of shape {tuple(loss.shape)}, expected a scalar; reduce it, "
-                "for example with .mean()"
-            )
-        if not loss.requires_grad:
-            if not any(p.requires_grad for g in optimizer.param_groups for p in g["params"]):
-                raise LossError(_ALL_FROZEN.format(name))
-            raise LossError(
-                f"{name}.step: the loss has no graph (it does not require grad); compute it from the network "
-                "outside torch.no_grad() and without .detach() or .item()"
-            )
-        member = self.members.get(id(optimizer))
-        if member is None or not member.joined or self._unfrozen(optimizer):
+        _check_loss(optimizer, loss)
+        if not self.joined(optimizer) or self._unfrozen(optimizer):
             self.join(optimizer, late=True)
-        member = self.members[id(optimizer)]
+        member, index_of = self.members[id(optimizer)], self.networks.index_of
         with self.recorder.paused(), DisableAutocast():
             self.networks.check()
-            index_of = self.networks.index_of
             if all(index_of(p) is None for g in optimizer.param_groups for p in g["params"]):
-                raise LossError(_ALL_FROZEN.format(name))
+                raise LossError(_ALL_FROZEN.format(type(optimizer).__name__))
             self._take(member, loss, allow_unused)
 
     def _take(self, member: Member, loss: Tensor, allow_unused: bool) -> None:
@@ -222,12 +192,14 @@ class Session:
         self._step(member.optimizer, loss, allow_unused)
         member.steps += 1
 
-    def refuse_strangers(self, among: Collection[int] | None = None) -> None:
-        """Raise for a parameter that a network got inside the window, which its optimizer would not train.
+    def _unfrozen(self, optimizer: InnerOptimizer) -> bool:
+        index_of = self.networks.index_of
+        return any(
+            p.requires_grad and index_of(p) is None for g in optimizer.param_groups for p in g["params"]
+        )
 
-        Args:
-            among: ids of tensors that are looked for; None looks for all.
-        """
+    def refuse_strangers(self, among: Collection[int] | None = None) -> None:
+        """Raise for a parameter (``among`` these ids) put into a network inside: its optimizer would not train it."""
         for member in (m for m in self.members.values() if m.joined):
             for network in member.optimizer.whole_networks:
                 for name in self.networks.strange(network, among):
@@ -239,22 +211,42 @@ class Session:
 
     def start(self, optimizer: InnerOptimizer, parameters: list[Tensor], values: list[Tensor]) -> None:
         """Let an optimizer's parameters (the user's own) go on from ``values``."""
-        if id(optimizer) not in self.members or not self.members[id(optimizer)].joined:
+        if not self.joined(optimizer):
             self.join(optimizer)
         with self.recorder.paused():
             self.networks.check()
-            ordinals = [self.networks.index_of(p) for p in parameters]
-            known = [(i, v) for i, v in zip(ordinals, values, strict=True) if i is not None]
+            known = [i for p in parameters if (i := self.networks.index_of(p)) is not None]
             if len(known) < len(values):
                 raise WindowError("start: a frozen parameter was given a value; unfreeze it before")
-            self._start([i for i, _ in known], [v for _, v in known])
-
-    def _unfrozen(self, optimizer: InnerOptimizer) -> bool:
-        index_of = self.networks.index_of
-        return any(
-            p.requires_grad and index_of(p) is None for g in optimizer.param_groups for p in g["params"]
-        )
+            self._start(known, values)
 
     def ordinals(self, optimizer: InnerOptimizer) -> list[int]:
         """Ordinals of an optimizer's trainable parameters, in order of its groups."""
         return [i for i, _ in trained(optimizer, self.networks)]
+
+
+def _check_loss(optimizer: InnerOptimizer, loss: Any) -> None:
+    """Raise for what no step can be taken by."""
+    name = type(optimizer).__name__
+    if loss is None:
+        raise LossError(
+            f"{name}.step: got no loss, expected {name}.step(loss): the step takes the gradient of the inner loss "
+            "itself. Take loss.backward() and zero_grad() out"
+        )
+    if not isinstance(loss, Tensor):
+        raise LossError(
+            f"{name}.step: got {type(loss).__name__}, expected the inner loss as a tensor"
+            + ("; pass a function as closure=..." if callable(loss) else "")
+        )
+    if loss.numel() != 1:
+        raise LossError(
+            f"{name}.step: got a loss of shape {tuple(loss.shape)}, expected a scalar; reduce it, "
+            "for example with .mean()"
+        )
+    if not loss.requires_grad:
+        if not any(p.requires_grad for p in parameters_of(optimizer)):
+            raise LossError(_ALL_FROZEN.format(name))
+        raise LossError(
+            f"{name}.step: the loss has no graph (it does not require grad); compute it from the network "
+            "outside torch.no_grad() and without .detach() or .item()"
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,27 +11,23 @@ from torch.overrides import enable_reentrant_dispatch
 
 from metaoptim.compiler.capture.eager.recorder import Recorder
 from metaoptim.compiler.ir.calls import Assign, StepCall
+from metaoptim.compiler.ir.operators import LIFTS
+from metaoptim.compiler.ir.tensors import memory_of
 from metaoptim.compiler.ir.values import Epoch, Theta
-from metaoptim.errors import WindowError
 
 from ..engine.engine import Engine
-from ..engine.inputs import Inputs, Snapshot
+from ..engine.inputs import Inputs
 from ..engine.nodes import Begin, InnerParameter
-from . import partial_gradients
+from ..states.tiered import check_device
+from . import oversights
 from .losses import Stepped, Versions
 from .networks import Networks
 from .reads import Reads, SlidingReads, WholeReads
-from .session import AS_GRADIENT, Options
+from .session import Options, refuse_write
 
 
 class ThetaView:
     """Shows the engine's theta through the networks; the recorder's `Guard`.
-
-    Args:
-        options: of the window.
-        engine: the tape.
-        networks: of the window.
-        entering: called with the ordinals of parameters that are about to be put on the tape.
 
     Attributes:
         indices: ordinal of a parameter -> its state index, -1 while nothing has read it.
@@ -39,32 +35,33 @@ class ThetaView:
         reads: what joins the tape to autograd's graph.
         stepped: losses that steps have been taken by.
         inputs: what steps have read besides theta.
+        lifts: whether hyper-parameters that are numbers may become inputs.
+        grads: copies of the gradients that the user's own parameters had at entry.
     """
 
-    def __init__(
-        self, options: Options, engine: Engine, networks: Networks, entering: Callable[[list[int]], None]
-    ) -> None:
-        self.offline, self.engine, self.networks, self._entering = options.offline, engine, networks, entering
+    def __init__(self, options: Options, engine: Engine, networks: Networks) -> None:
+        self.options, self.engine, self.networks = options, engine, networks
         self.recorder = Recorder(self)
         self.recording = self.recorder.recording
         self.versions = Versions(self.recording, options.window)
-        self.reads: Reads = (
-            WholeReads(engine)
-            if options.window is None
-            else SlidingReads(engine, options.window, options.offline)
-        )
+        if options.window is None:
+            self.reads: Reads = WholeReads(engine)
+        else:
+            self.reads = SlidingReads(engine, options.window, options.offline)
         self.stepped = Stepped(engine, self.reads, self.versions.current)
         self.inputs = Inputs(networks.is_buffer, counted=options.retention.slots is None)
+        self.hold, self.on_tape = self.inputs.hold, engine.holds
         self.indices: list[int] = []
+        self.lifts = True
+        self.grads: list[Tensor | None] = []
+        self._counted = 0  # bytes beside the tape that the budget knows of
         self._sliding = options.window is not None
         self._beside: dict[int, list[int]] = {}  # ordinal that nothing has read -> those that enter with it
         self._written: set[int] = set()  # ordinals that were overwritten before anything read them
         self._dirty: set[int] = set()  # ordinals that were overwritten since
-        self._storages: dict[int, int] | None = None  # of what is shown -> its ordinal
 
     @property
     def epochs(self) -> list[Epoch]:
-        """The epochs of the super-step at hand, oldest first."""
         return self.versions.epochs
 
     # -- showing -------------------------------------------------------------------------------------------------
@@ -79,18 +76,29 @@ class ThetaView:
             self._beside[i] = ordinals
             self.networks.show(i, t)
             self.recording.epoch.theta[id(t)] = Theta(-1, t, object())
-        self._storages = None
+        self._weigh()
+
+    def _weigh(self, entering: Collection[int] = ()) -> None:
+        """Count what is kept beside the tape: to put gradients and buffers back, and copies that nothing has read."""
+        streaming = self.engine.streaming
+        if streaming is not None:
+            shown = enumerate(self.networks.shown)
+            unread = [t for i, t in shown if self.indices[i] < 0 and i not in entering]
+            kept = memory_of([*(g for g in self.grads if g is not None), *self.networks.copies, *unread])
+            streaming.aside += kept - self._counted
+            self._counted = kept
 
     def enter(self, theta: Theta) -> None:
-        """A loss reads parameters for the first time (the recording asks)."""
         i = next(i for i, t in enumerate(self.networks.shown) if t is theta.tensor)
         self._enter(self._beside[i])
 
     def _enter(self, ordinals: list[int]) -> None:
-        self._entering(ordinals)
         engine, epoch = self.engine, self.recording.epoch
         shown = [self.networks.shown[i] for i in ordinals]
         own: list[Tensor] = [self.networks.originals[i] for i in ordinals]
+        check_device(self.options.retention.offload, [p.device for p in own])
+        self.lifts = self.lifts and all(p.dtype in LIFTS for p in own)
+        self._weigh(set(ordinals))
         indices = tuple(range(len(engine.state), len(engine.state) + len(ordinals)))
         self.reads.enter(engine.position, indices, own)
         # what was read in an only epoch is still there after it
@@ -98,14 +106,14 @@ class ThetaView:
         with self.recorder.paused(), torch.no_grad():
             self._assign(indices, [t.detach() for t in shown], adoption=True, read=read)
         epoch.position = engine.position  # theta is the same here
-        engine.reaches |= self.offline
+        engine.reaches |= self.options.offline
         for i, t, p, index in zip(ordinals, shown, own, indices, strict=True):
             self.indices[i] = index
             self.versions.enter(epoch.theta[id(t)], index, engine.position)
             if i not in self.networks.joined:
                 engine.untrained.add(index)
             engine.thetas[index] = id(p)
-            partial_gradients.note_theta(t, engine, engine.position, index)
+            oversights.note_theta(t, engine, engine.position, index)
 
     def _assign(
         self, indices: tuple[int, ...], values: list[Tensor], *, read: bool, adoption: bool = False
@@ -122,14 +130,12 @@ class ThetaView:
     def join(self, ordinals: list[int], late: list[int]) -> None:
         """An optimizer of these parameters steps from now on; of ``late`` its loss has read the user's own."""
         self.need(ordinals)
-        own = self.networks.originals
+        own, current = self.networks.originals, self.versions.current
         self.engine.untrained.difference_update(self.indices[i] for i in ordinals)
         self.engine.closed.update(id(own[i]) for i in ordinals if i in self._written)
         if late:
-            indices, current = [self.indices[i] for i in late], self.versions.current
-            self.versions.late = {
-                id(own[i]): Theta(x, own[i], current[x]) for i, x in zip(late, indices, strict=True)
-            }
+            indices = [(i, self.indices[i]) for i in late]
+            self.versions.late = {id(own[i]): Theta(x, own[i], current[x]) for i, x in indices}
 
     def start(self, ordinals: list[int], values: list[Tensor]) -> None:
         """Let theta go on from ``values``, which receive its gradient from here on."""
@@ -163,9 +169,6 @@ class ThetaView:
         """An epoch begins, in which ``changed`` are new values."""
         shown = zip(self.indices, self.networks.shown, strict=True)
         self.versions.show(self.engine.position, shown, [self.indices[i] for i in changed])
-        self._storages = None
-
-    # -- a step --------------------------------------------------------------------------------------------------
 
     def take(
         self,
@@ -188,18 +191,12 @@ class ThetaView:
 
     # -- what is read from outside (the recorder asks) -----------------------------------------------------------
 
-    def hold(self, tensor: Tensor) -> Snapshot:
-        """The value of ``tensor`` as it is read now."""
-        return self.inputs.hold(tensor)
-
     def preserve(self, targets: list[Tensor]) -> None:
-        """``targets`` are about to be overwritten."""
         copied, backups = self.inputs.preserve(targets), self.networks.back_up(targets)
         if copied or backups:
             self.engine.make_room(backups)
 
     def statistics(self, stats: Sequence[Tensor], training: bool) -> list[Tensor]:
-        """The running statistics for a batch norm to use."""
         fresh = self.networks.statistics(stats, training)
         if training:
             self.inputs.preserve(fresh)
@@ -208,46 +205,31 @@ class ThetaView:
     # -- what steps have read and autograd does not see (the recorder asks) ---------------------------------------
 
     def outlived(self, tensor: Tensor, steps: tuple[int, ...]) -> None:
-        """The recording forgets ``tensor``, which the steps at these positions have read."""
-        partial_gradients.note_value(tensor, self.engine, steps)
+        oversights.note_value(tensor, self.engine, steps)
 
     def was_read(self, tensor: Tensor) -> bool:
-        """Whether steps have read ``tensor``, of which the recording itself knows nothing any more."""
         old = isinstance(tensor, InnerParameter) and id(tensor) not in self.recording.epoch.theta
-        return old or partial_gradients.is_noted(tensor)
+        return old or oversights.is_noted(tensor)
 
     def still_shown(self, tensor: Tensor) -> Theta | None:
-        """Theta, if ``tensor`` was shown before another optimizer's step for a value that has not changed since."""
         node, version = tensor.grad_fn, getattr(tensor, "version", None)
         if version is None or getattr(node, "engine", None) is not self.engine:
             return None
         index = node.indices[tensor.output_nr]  # type: ignore[union-attr]
         return Theta(index, tensor, version) if self.versions.current.get(index) is version else None
 
-    def on_tape(self, storage: int) -> bool:
-        """Whether the tape holds what lies in ``storage``."""
-        return self.engine.holds(storage)
-
     # -- writes into theta (the recorder asks) -------------------------------------------------------------------
 
     def before_write(self, targets: list[Tensor], op: Any) -> list[int]:
         """Ordinals of the parameters about to be overwritten, after saving what the tape holds of them."""
-        if self._storages is None:
-            self._storages = {t.untyped_storage()._cdata: i for i, t in enumerate(self.networks.shown)}
         hit = []
         for t in targets:
-            storage = t.untyped_storage()._cdata
-            ordinal = self._storages.get(storage)
-            if ordinal is None:
-                self.engine.protect(
-                    storage
-                )  # an alias of what an earlier step has shown, or of optimizer state
+            storage, ordinal = t.untyped_storage()._cdata, self.networks.at(t)
+            if ordinal is None:  # an alias of what an earlier step has shown, or of optimizer state
+                self.engine.protect(storage)
                 continue
             if torch.is_grad_enabled() and t.requires_grad:
-                raise WindowError(
-                    f"parameter {self.networks.names[ordinal]!r} was changed in place by {op} with grad mode "
-                    f"on; {AS_GRADIENT}"
-                )
+                refuse_write(self.networks.names[ordinal], op)
             if ordinal not in self._dirty:
                 self.engine.protect(storage)
             if self.indices[ordinal] < 0:
@@ -256,7 +238,6 @@ class ThetaView:
         return hit
 
     def after_write(self, hit: list[int]) -> None:
-        """Overwritten parameters are leaves from now on: a history cut, for those that an optimizer steps."""
         with self.recorder.paused(), enable_reentrant_dispatch():
             for ordinal in hit:
                 shown = self.networks.shown[ordinal]
@@ -266,7 +247,6 @@ class ThetaView:
         self._dirty.update(i for i in hit if self.indices[i] >= 0)
 
     def settle(self) -> None:
-        """Put overwritten parameters on the tape before theta is read again."""
         if not self._dirty:
             return
         ordinals, engine = sorted(self._dirty), self.engine
@@ -277,13 +257,13 @@ class ThetaView:
             self._assign(indices, values, read=self.versions.read)
         for i, index in zip(ordinals, indices, strict=True):
             if i in self.networks.joined:  # shown without a Read from now on
-                partial_gradients.note_theta(self.networks.shown[i], engine, engine.position, index)
+                oversights.note_theta(self.networks.shown[i], engine, engine.position, index)
         self._open(ordinals)
 
     def close(self) -> None:
         """Drop every reference to the user's graph."""
         self.stepped.settle(over=True)
-        self._entering = lambda ordinals: None
+        self.grads = []
         self.inputs.clear()
         self.versions.close()
         self.reads.close()

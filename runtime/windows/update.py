@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,80 +21,60 @@ if TYPE_CHECKING:
 _NUMBERS = (int, float, Tensor)
 
 
-class InnerOptimizer(Protocol):
-    """What a window asks of an optimizer that steps in it.
+class InnerOptimizer(torch.optim.Optimizer):
+    """What a window asks of an optimizer that steps in it: the base of `metaoptim.MetaOptimizer`."""
 
-    Attributes:
-        symbolic: whether it was made while a function is captured.
-        _normalizer: largest norm, order of the norm, whether a norm that is not finite is an error.
-        _tape: what ``record_grad_tape`` keeps.
-        _session: the window that it is in use by.
-    """
-
-    param_groups: list[dict[str, Any]]
-    defaults: dict[str, Any]
     first_order: bool
-    symbolic: bool
-    _normalizer: tuple[Any, float, bool] | None
-    _tape: list[tuple[str, Tensor]]
-    _session: Session | None
-
-    @property
-    def state(self) -> MutableMapping[Tensor, Any]:
-        """Parameter -> its state by name."""
-        ...
-
-    @property
-    def networks(self) -> list[nn.Module]:
-        """The networks that its parameters belong to."""
-        ...
-
-    @property
-    def whole_networks(self) -> list[nn.Module]:
-        """Those of which it trains every parameter."""
-        ...
+    symbolic: bool  # made while a function is captured, with which it ends
+    _networks: list[nn.Module]
+    _whole: list[nn.Module | None]  # per group, the module all of whose parameters are in it
+    _normalizer: tuple[Any, float, bool] | None  # largest norm, its order, whether one not finite is an error
+    _tape: list[tuple[str, Tensor]]  # what ``record_grad_tape`` keeps
+    _session: Session | None  # the window that it is in use by
 
     @staticmethod
     def init_state(param: Tensor, hyper: dict[str, Any]) -> dict[str, Tensor]:
-        """The state of a parameter before its first step."""
-        ...
+        """The optimizer state of a parameter before its first step, by name."""
+        raise NotImplementedError
 
     @staticmethod
     def update(
         param: Tensor, grad: Tensor, state: dict[str, Tensor], hyper: dict[str, Any]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The new parameter and its new state."""
-        ...
+        """``(param', state')``; pure, and differentiable by ``param``, ``grad``, ``state`` and tensors in ``hyper``."""
+        raise NotImplementedError
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        """The networks, in the order they were given."""
+        return list(self._networks)
+
+    @property
+    def whole_networks(self) -> list[nn.Module]:
+        """Those that are groups of their own, with all of their parameters."""
+        return [network for network in self._whole if network is not None]
 
     def refresh(self) -> bool:
-        """Look again at the parameters of whole networks."""
-        ...
+        """Look again at networks that are groups of their own; whether their parameters are others than they were."""
+        raise NotImplementedError
+
+
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """The parameters in an optimizer's groups."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 class Hyper(NamedTuple):
-    """An optimizer's hyper-parameters: what is constant, and what a step is given.
+    """An optimizer's hyper-parameters: what is constant, and what a step is given."""
 
-    Attributes:
-        groups: per parameter group, names with constants and `HyperRef`s.
-        clip: clipping of the gradient, or None.
-        slots: the values that the references stand for.
-        roots: what stands for these values in a recording.
-    """
-
-    groups: tuple
+    groups: tuple  # per parameter group, names with constants and `HyperRef`s
     clip: Clip | None
-    slots: list[Any]
-    roots: list[Any]
+    slots: list[Any]  # the values that the references stand for
+    roots: list[Any]  # what stands for the values in a recording
 
 
 def hyper_of(optimizer: InnerOptimizer, value_of: Callable[[Tensor], Any], lifts: bool) -> Hyper:
-    """The hyper-parameters of ``optimizer`` as they are now.
-
-    Args:
-        optimizer: an inner optimizer.
-        value_of: what stands for a tensor in the recording.
-        lifts: whether numbers may become inputs of the step.
-    """
+    """The hyper-parameters as they are now; ``lifts``: whether numbers may become inputs of the step."""
     slots: list[Any] = []
     roots: list[Any] = []
 
@@ -143,23 +123,14 @@ def gradient(*args: Any, **options: Any) -> tuple[Tensor | None, ...]:
 
 
 class Update(NamedTuple):
-    """The update of a step, of the parameters that its loss has a gradient by.
-
-    Attributes:
-        ordinals: of these parameters.
-        grads: the inner gradient by them.
-        hooks: for each, the hooks on the user's own parameter that change its gradient.
-        states: the optimizer states before the update.
-        plan: what it does.
-        slots: the values of the plan's hyper-references.
-    """
+    """The update of a step, of the parameters that its loss has a gradient by."""
 
     ordinals: list[int]
     grads: list[Tensor]
-    hooks: tuple[tuple, ...]
-    states: list[dict[str, Tensor]]
+    hooks: tuple[tuple, ...]  # for each, the hooks on the user's own parameter that change its gradient
+    states: list[dict[str, Tensor]]  # before the update
     plan: UpdatePlan
-    slots: list[Any]
+    slots: list[Any]  # the values of the plan's hyper-references
 
 
 def trained(optimizer: InnerOptimizer, networks: Networks) -> list[tuple[int, int]]:
@@ -183,20 +154,11 @@ def update_by(
     create_graph: bool = False,
     prepare: Callable[[list[int]], bool] | None = None,
 ) -> Update:
-    """The update by an inner gradient, with the complaints that a user understands.
+    """The update by an inner gradient (None for parameters that the loss does not depend on).
 
-    Hooks on the user's own parameters are applied, as the backward of a training loop would.
-
-    Args:
-        optimizer: takes the step.
-        networks: of its window.
-        members: its `trained` parameters.
-        grads: the gradient by each of them; None where the loss does not depend on one.
-        hyper: its hyper-parameters.
-        allow_unused: whether there may be such parameters: they keep their values.
-        create_graph: whether the gradient is to be differentiated.
-        prepare: is told the ordinals of the parameters that are updated, and gives them initial states where it can;
-            whether others are part of the update. All of them are if nobody prepares.
+    Hooks on the user's own parameters are applied, as the backward of a training loop would. ``prepare`` gives initial
+    states to the parameters that are updated (by ordinal), where it can; it returns whether others are part of the
+    update. All of them are if nobody prepares.
     """
     name = type(optimizer).__name__
     used: list[tuple[int, int, Tensor]] = []

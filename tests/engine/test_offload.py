@@ -363,7 +363,7 @@ def test_host_memory_is_no_other_memory_for_the_cpu() -> None:
 
 def test_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its schedule and bookkeeping, on the CPU; copies between devices need one."""
-    monkeypatch.setattr("metaoptim.runtime.windows.recording_session.check_device", lambda *_: None)
+    monkeypatch.setattr("metaoptim.runtime.windows.theta_view.check_device", lambda *_: None)
     _, outer, own = loop(25)
     expected = torch.autograd.grad(outer, own)
     engine, outer, own = loop(25, slots=2, offload="host")

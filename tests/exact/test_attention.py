@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import metaoptim
-from metaoptim.compiler.ir.operators import SUBSTITUTES
 from metaoptim.compiler.lower.library import library
+from metaoptim.compiler.passes.substitutes import SUBSTITUTES
 
 STEPS = 2
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 0.03, torch.bfloat16: 0.1}

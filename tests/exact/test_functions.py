@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import metaoptim
 from forms import mlp, run_any_step, run_compiled
-from metaoptim.compiler.ir.functions import Function
+from metaoptim.compiler.ir.operators import Function
 from oracle import Problem, agree, run_oracle, run_window
 from problems import data
 

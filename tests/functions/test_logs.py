@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import metaoptim
 from metaoptim import logs
-from metaoptim.compiler.lower import waiting
+from metaoptim.compiler.lower import compile_graph
 
 
 @pytest.fixture(autouse=True)
@@ -255,13 +255,13 @@ class Terminal(io.StringIO):
 def test_a_terminal_is_told_what_takes_long_while_it_does(
     monkeypatch: pytest.MonkeyPatch, stderr: io.StringIO, told: bool
 ) -> None:
-    monkeypatch.setattr(waiting, "SECONDS", 0.01)
+    monkeypatch.setattr(compile_graph, "SECONDS", 0.01)
     monkeypatch.setattr(sys, "stderr", stderr)
-    with waiting.waiting("compiling ..."):
+    with compile_graph.waiting("compiling ..."):
         end = time.monotonic() + (20 if told else 0.2)
         while not stderr.getvalue() and time.monotonic() < end:
             time.sleep(0.01)
         assert stderr.getvalue() == ("metaoptim: compiling ...\n" if told else "")
-    with waiting.waiting("nothing that takes long"):
+    with compile_graph.waiting("nothing that takes long"):
         pass
     assert "nothing" not in stderr.getvalue()

@@ -14,8 +14,8 @@ import metaoptim
 from forms import Made, compare, leaf, mlp
 from metaoptim.compiler.ir.calls import Loop
 from metaoptim.compiler.ir.program import Program
-from metaoptim.compiler.passes.loop import loop
 from metaoptim.compiler.passes.options import Options
+from metaoptim.compiler.passes.pipeline import loop
 
 Data = Callable[[Tensor, Tensor], Iterable[tuple[Tensor, Tensor]]]
 

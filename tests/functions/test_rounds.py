@@ -15,8 +15,8 @@ import metaoptim
 from forms import Made, compare, full_tape, leaf, mlp, outcome
 from metaoptim.compiler.ir.calls import Loop
 from metaoptim.compiler.ir.program import Program
-from metaoptim.compiler.passes.loop import loop
 from metaoptim.compiler.passes.options import Options
+from metaoptim.compiler.passes.pipeline import loop
 from metaoptim.runtime.budget.meter import AllocatorMeter
 
 ROUNDS = 6  # enough for what each round leaves to have found its place

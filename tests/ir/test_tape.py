@@ -11,8 +11,8 @@ import torch.nn.functional as F
 
 import metaoptim
 from metaoptim.compiler.ir.calls import Assign, Loop, StepCall
+from metaoptim.compiler.ir.program import Tape
 from metaoptim.compiler.ir.step import StepGraph, gradient
-from metaoptim.compiler.ir.tape import Tape
 from oracle import agree
 
 
@@ -36,14 +36,14 @@ def listed(calls: Iterable[Any]) -> list[Any]:
 
 
 def shape(program: Tape) -> list[Any]:
-    return [(len(x.calls), x.count) if isinstance(x, Loop) else 1 for x in program.items]
+    return [(len(x.calls), x.count) if isinstance(x, Loop) else 1 for x in program.calls]
 
 
 @pytest.mark.parametrize("steps", [8, 100, 333])
 def test_equal_steps_are_one_loop_and_are_found_again(steps: int) -> None:
     calls = [Assign((0,), [])] + [call(["rate", f"x{t}"], metas=(0, t)) for t in range(steps)]
     program = Tape(0, calls)
-    assert len(program.items) <= 80  # folded on the way
+    assert len(program.calls) <= 80  # folded on the way
     assert listed(program) == listed(calls)
     program.fold()
     assert shape(program) == [1, (1, steps)] and listed(program) == listed(calls)
@@ -107,7 +107,7 @@ def test_a_long_window_is_a_short_program() -> None:
             F.mse_loss(net(xs[0]), ys[1]).backward()
         if strategy == "auto":
             window.program.fold()
-            lengths.add(len(window.program.items))
+            lengths.add(len(window.program.calls))
         found[strategy, steps] = {str(k): p.grad for k, p in enumerate((lr, *weights, *net.parameters()))}
     assert lengths == {3}  # the parameters, the first step, which has no state yet, and the others
     agree(found["auto", 12], found["full_tape", 12])

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import metaoptim
-from metaoptim.compiler.ir.segments import Partition
 from metaoptim.compiler.ir.step import EAGER
 from metaoptim.compiler.ir.tensors import TensorSpec
+from metaoptim.compiler.ir.trace import Partition
 from metaoptim.compiler.ir.verify import verify_partition, verify_program, verify_step
 from metaoptim.compiler.passes.canonicalize import canonicalize
 from metaoptim.compiler.passes.options import Options

@@ -16,16 +16,12 @@ import metaoptim
 from metaoptim.compile import CompiledFunction
 from metaoptim.compiler.cost.step import step_cost
 from metaoptim.compiler.ir.program import Kept, Program
-from metaoptim.compiler.ir.segments import Partition
 from metaoptim.compiler.ir.step import EAGER
-from metaoptim.compiler.ir.trace import Trace
+from metaoptim.compiler.ir.trace import Partition, Trace
 from metaoptim.compiler.lower.derivatives import derived, replayed, residuals
 from metaoptim.compiler.passes.canonicalize import canonicalize
-from metaoptim.compiler.passes.checkpoint import checkpoint
-from metaoptim.compiler.passes.loop import loop
-from metaoptim.compiler.passes.mode import mode
 from metaoptim.compiler.passes.options import OPTIONAL, Options
-from metaoptim.compiler.passes.pipeline import PIPELINE, compile_trace, sizes_of
+from metaoptim.compiler.passes.pipeline import PIPELINE, checkpoint, compile_trace, loop, mode, sizes_of
 from metaoptim.compiler.passes.prune import prune
 from metaoptim.compiler.passes.roll import roll
 from metaoptim.compiler.passes.rows import rows

@@ -6,7 +6,7 @@ Only calls that could carry a gradient are kept (`recording`).
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterable
 from typing import Any, cast
 
 import torch
@@ -14,27 +14,55 @@ from torch import Tensor
 
 from metaoptim.errors import CaptureError
 
-from ...ir.functions import Function, flattened
-from ...ir.operators import BATCH_NORM, RRELU, op_info, slopes_of
+from ...ir.operators import BATCH_NORM, RRELU, Function, flattened, op_info, slopes_of
+from ...ir.tensors import ByStorage
 from ...ir.values import Spy, Value, reaches_theta
 from ..modes import CaptureMode
-from . import in_place
-from .guard import Guard, WriteGuard
-from .recording import Recording
-from .taint import Taint
+from . import writes
+from .recording import Guard, Recording, WriteGuard, tensors_in
 
 aten = torch.ops.aten
 _DETACH = aten.detach.default
 _ITEM = aten._local_scalar_dense.default
 
 
-class Recorder(CaptureMode):
-    """The dispatch mode of a window.
+Leaves = dict[int, weakref.ref[Tensor]]
 
-    Args:
-        guard: of parameters and of what is held; a `Guard` where calls are recorded.
-        record: whether to record; otherwise only the guard is served.
-    """
+
+def _both(a: Leaves, b: Leaves) -> Leaves:
+    if a is b or not b:
+        return a
+    return {k: ref for k, ref in (*a.items(), *b.items()) if ref() is not None} if a else b
+
+
+class Taint:
+    """Which leaves were read where no gradient flows (under no_grad, through detach), for the user to be told."""
+
+    def __init__(self) -> None:
+        self.of_storage: ByStorage[Leaves] = ByStorage()  # memory -> leaves; equal ones are one object
+
+    def note(self, args: Iterable, out: Any, theta: Container[int]) -> None:
+        """``out`` was computed from ``args`` where no gradient flows; ``theta``: ids of leaves that do not count."""
+        leaves: Leaves = {}
+        for t in tensors_in(args):
+            if t.requires_grad and t._is_view() and t._base is not None:
+                t = t._base  # under no_grad, views of parameters that are no leaves say that they are
+            if t.requires_grad and t.is_leaf and id(t) not in theta:
+                leaves = _both(leaves, {id(t): weakref.ref(t)})
+            else:
+                leaves = _both(leaves, self.of(t))
+        if leaves:
+            for t in tensors_in(out if isinstance(out, (list, tuple)) else (out,)):
+                if t.layout is torch.strided:
+                    self.of_storage[t] = _both(self.of(t), leaves)
+
+    def of(self, t: Tensor) -> Leaves:
+        """The leaves that were read into ``t``."""
+        return (self.of_storage.get(t) if self.of_storage else None) or {}
+
+
+class Recorder(CaptureMode):
+    """The dispatch mode of a window; without ``record`` it only serves the guard."""
 
     symbolic = False  # real tensors, whose values may be looked at
 
@@ -47,31 +75,29 @@ class Recorder(CaptureMode):
         # tensors without a version counter of their memory, by id
         self.loose: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
 
-    # -- the mode ------------------------------------------------------------------------------------------------
-
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if self.depth:
             return func(*args, **kwargs)
-        if func in BATCH_NORM:
-            args = self._fresh_statistics(func, args)
+        if func in BATCH_NORM and args[BATCH_NORM[func][0]] is not None:
+            # in training mode it overwrites its running statistics without a trace: let the guard protect them
+            mean, _, training = BATCH_NORM[func]
+            fresh = self.guard.statistics(args[mean : mean + 2], training=args[training])
+            args = (*args[:mean], *fresh, *args[mean + 2 :])
         if func in RRELU:
             return self._leaky(func, types, args, kwargs)
         info = op_info(func)
         if info.writes:
-            return in_place.write(self, func, info, args, kwargs)
+            return writes.write(self, func, info, args, kwargs)
         if not self.record:
             return func(*args, **kwargs)
         if info.random and func is not aten.native_dropout.default:
             return func(*args, **kwargs)  # its result is an input of the step
         recording = self.recording
-        if not torch.is_grad_enabled():
+        grad = torch.is_grad_enabled()
+        if not grad or not recording.touches(args):
             out = func(*args, **kwargs)
-            self.taint.note(args, out, recording.epoch.theta)
-            return out
-        if not recording.touches(args):
-            out = func(*args, **kwargs)
-            if self.taint.of_storage:
+            if not grad or self.taint.of_storage:
                 self.taint.note(args, out, recording.epoch.theta)
             return out
         if func is _ITEM:
@@ -82,23 +108,11 @@ class Recorder(CaptureMode):
         recording.record(func, info, args, kwargs, out)
         return out
 
-    def leave(self) -> None:
-        """A window closes, and this mode with it."""
-        self.close()
-
     def release(self) -> None:
         """The window has ended: what it held dies now, not when the collector comes by."""
         self.recording.close()
         self.taint = Taint()
         self.guard = None  # type: ignore[assignment]  # pyright: ignore
-
-    def _fresh_statistics(self, op: Any, args: tuple) -> tuple:
-        """Training-mode batch norm overwrites its running statistics without a trace: let the guard protect them."""
-        mean, _, training = BATCH_NORM[op]
-        if args[mean] is None:
-            return args
-        fresh = self.guard.statistics(args[mean : mean + 2], training=args[training])
-        return (*args[:mean], *fresh, *args[mean + 2 :])
 
     def _leaky(self, op: Any, types: Any, args: tuple, kwargs: dict) -> Any:
         """A leaky ReLU with slopes that are drawn, or fixed, is a product with them."""
@@ -112,10 +126,7 @@ class Recorder(CaptureMode):
         self.recording.values.pop(id(slopes), None)  # made in the loss, drawn out of its sight
         return self.__torch_dispatch__(times, types, (x, slopes))
 
-    # -- Python-level calls --------------------------------------------------------------------------------------
-
     def apply_function(self, cls: Any, apply: Callable, args: tuple, kwargs: dict) -> Any:
-        """Record a custom `autograd.Function` as one call: its backward is the user's, not that of its inner ops."""
         recording, entry = self.recording, None
         if self.record and torch.is_grad_enabled():
             leaves, spec = flattened(args, kwargs)
@@ -134,10 +145,7 @@ class Recorder(CaptureMode):
         """``t`` is about to get a hook, or to retain its gradient: autograd must see all of that gradient.
 
         Where ``t`` does not depend on theta, steps read it as a tensor from outside from now on, so that autograd
-        carries what they give it.
-
-        Returns:
-            Whether that is so; otherwise the gradient inside steps is theirs.
+        carries what they give it; whether that is so. Otherwise the gradient inside steps is theirs.
         """
         if not self.record:
             return False
@@ -166,14 +174,13 @@ class Recorder(CaptureMode):
             value.hooks = [*(value.hooks or ()), (handle, spy)]
 
     def detach_in_place(self, t: Tensor, detach: Callable[[Tensor], Tensor]) -> Tensor:
-        """Record ``t.detach_()``, which happens above the operators."""
         if not self.record:
             return detach(t)
         self.recording.guard.settle()
         recording = self.recording
         found = recording.known(t)
         if found is None:
-            in_place.keep_histories(self, [t], dispatching=False)
+            writes.keep_histories(self, [t], dispatching=False)
         out = detach(t)
         if isinstance(found, Value):
             if found.entry.epoch is recording.epoch:

@@ -7,8 +7,8 @@ the user drops, the recording drops, and a step costs a walk over the ancestors 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,9 +16,8 @@ from torch import Tensor
 from metaoptim.errors import CaptureError
 
 from ...ir.operators import EMPTY, MASKED, PARTING, OpInfo, op_info, parts
-from ...ir.values import Carried, Entry, Epoch, External, Theta, Value, reached, version_of
+from ...ir.values import Carried, Entry, Epoch, External, Hold, Theta, Value, parents, reached, version_of
 from ..modes import Writer
-from .guard import Guard
 
 aten = torch.ops.aten
 _DETACH = aten.detach.default
@@ -43,6 +42,57 @@ def tensors_in(args: Iterable) -> Iterable[Tensor]:
 def mask_counts(args: tuple) -> tuple[int, ...]:
     """How many elements the boolean masks among the indices choose: the derivative's shapes depend on it."""
     return tuple(int(i.sum()) for i in args[1] if i is not None and i.dtype in (torch.bool, torch.uint8))
+
+
+class WriteGuard(Protocol):
+    """Protects parameters of a window, and what it holds, from being overwritten."""
+
+    def before_write(self, targets: list[Tensor], op: Any) -> list[int]:
+        """``op`` is about to write into ``targets``; the ordinals of the parameters among them."""
+        ...
+
+    def after_write(self, hit: list[int]) -> None:
+        """Parameters have been written into."""
+
+    def preserve(self, targets: list[Tensor]) -> None:
+        """Copy what is held of memory that is about to be overwritten."""
+
+    def statistics(self, stats: Sequence[Tensor], training: bool) -> list[Tensor]:
+        """What batch norm may overwrite in the place of its running statistics."""
+        ...
+
+
+class Guard(WriteGuard, Protocol):
+    """Answers for the tape of a window."""
+
+    @property
+    def epochs(self) -> list[Epoch]:
+        """The epochs of the super-step at hand, oldest first."""
+        ...
+
+    def settle(self) -> None:
+        """Put writes into parameters on the tape, before they are read again."""
+
+    def enter(self, theta: Theta) -> None:
+        """``theta`` is read for the first time."""
+
+    def hold(self, tensor: Tensor) -> Hold:
+        """The hold on a tensor that is read from outside."""
+        ...
+
+    def still_shown(self, tensor: Tensor) -> Theta | None:
+        """The theta behind a tensor shown earlier, if its value is still that of now."""
+
+    def was_read(self, tensor: Tensor) -> bool:
+        """Whether a step has read ``tensor``."""
+        ...
+
+    def outlived(self, tensor: Tensor, steps: tuple[int, ...]) -> None:
+        """``tensor``, which ``steps`` have read, outlives its recording."""
+
+    def on_tape(self, storage: int) -> bool:
+        """Whether the tape holds a piece of memory."""
+        ...
 
 
 class Recording(Writer):
@@ -107,7 +157,6 @@ class Recording(Writer):
         return False
 
     def value_of(self, t: Tensor) -> Theta | Value | Carried | External:
-        """What stands for ``t`` in the recording."""
         found = self.known(t)
         if isinstance(found, Theta):
             if found.index < 0:
@@ -120,14 +169,12 @@ class Recording(Writer):
                     return self.external(t)  # `requires_grad_()` made it the user's own leaf
                 # autograd hands saved outputs back through a detach: an alias, not a cut; unlike one that requires grad
                 # since a view of it was written into
-                resolved: Any = found
-                while (
-                    isinstance(resolved, Value) and resolved.entry.op is _DETACH and not _written_by_view(t)
-                ):
-                    resolved = resolved.entry.args[0]
-                if not isinstance(resolved, Value):
-                    return resolved
-                found = resolved
+                origin: Any = found
+                while isinstance(origin, Value) and origin.entry.op is _DETACH and not _written_by_view(t):
+                    origin = origin.entry.args[0]
+                if not isinstance(origin, Value):
+                    return origin
+                found = origin
             epoch = found.entry.epoch
             if epoch is self.epoch and found.apart is None:
                 return found
@@ -169,16 +216,8 @@ class Recording(Writer):
     def _reads_current_theta(self, value: Value) -> bool:
         """Whether an older value depends on parameters that no step has changed since (the same super-step's)."""
         current = {c.index: c.tensor.untyped_storage()._cdata for c in self.epoch.theta.values()}
-
-        def onwards(a: Any) -> Iterable[Any]:
-            if isinstance(a, Value):
-                return () if a.apart is not None else (a.entry,)
-            if isinstance(a, Entry):
-                return (*a.args, *a.deps, *a.kwargs.values())
-            return (a.value,) if isinstance(a, Carried) else a if isinstance(a, tuple) else ()
-
         start: list[Any] = [value]
-        thetas = (a for a in reached(start, onwards) if isinstance(a, Theta))
+        thetas = (a for a in reached(start, parents) if isinstance(a, Theta))
         return any(current.get(a.index) == a.tensor.untyped_storage()._cdata for a in thetas)
 
     def external(self, t: Tensor) -> External:
@@ -216,7 +255,6 @@ class Recording(Writer):
     # -- writing down --------------------------------------------------------------------------------------------
 
     def bind(self, t: Tensor, ref: Value) -> Value:
-        """Let ``ref`` stand for ``t``."""
         ref.ref = weakref.ref(t)
         self.values[id(t)] = ref
         return ref
@@ -246,7 +284,6 @@ class Recording(Writer):
         return self.entry(op, tokens, {}, reads, True)
 
     def bind_outputs(self, entry: Entry, out: Any) -> None:
-        """Let the outputs of ``entry`` stand for the tensors in ``out``."""
         super().bind_outputs(entry, out)
         if len(self.values) + len(self.epoch.externals) > self._sweep_at:
             self._sweep()

@@ -33,8 +33,8 @@ def capturing() -> Iterator[Tracer]:
     """Everything the calling thread does inside the block is traced, over fake tensors."""
     tracer = Tracer(FakeTensorMode(allow_non_fake_inputs=True))
     with ExitStack() as stack:
-        intercept.install()
-        stack.callback(intercept.uninstall)
+        intercept.patches.install()
+        stack.callback(intercept.patches.uninstall)
         stack.enter_context(_refusing())
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # by copy.deepcopy

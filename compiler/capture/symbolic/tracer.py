@@ -23,13 +23,12 @@ from metaoptim.compiler.compat import (
 )
 from metaoptim.errors import CaptureError
 
-from ...ir.functions import Function, flattened
-from ...ir.operators import BATCH_NORM, PARTING, RRELU, op_info, parts
+from ...ir.operators import BATCH_NORM, PARTING, RRELU, Function, flattened, op_info, parts
 from ...ir.slices import closed_over
 from ...ir.step import gradient
 from ...ir.tensors import tensor_spec
-from ...ir.trace import Input, Trace
-from ...ir.values import Entry, Spy, Value, is_removed
+from ...ir.trace import Trace
+from ...ir.values import Entry, Input, Spy, Value, is_removed
 from ..modes import CaptureMode, Writer
 from . import effects
 from .fakes import Constants, FakeCalls, mapped
@@ -107,9 +106,6 @@ class Tracer(CaptureMode, Writer):
             if found is not None:
                 return mapped(self._constant, found)
         return self.record(func, args, kwargs)
-
-    def leave(self) -> None:
-        """A window closes; the capture goes on."""
 
     def end(self) -> None:
         """The capture is over."""
