@@ -136,7 +136,7 @@ class Specialization:
         differentiable = torch.is_grad_enabled() and bool(self._keys)
         kept = self._kept(tensors) if differentiable else Kept(1)
         written = [dependencies.tensor(t) for t in self._writes if not isinstance(t, tuple)]
-        run = Run(program, tensors, self._options.lowering, program.backward_hook, kept, written)
+        run = Run(program, tensors, self._options.lowering, kept, written)
         if differentiable:
             found = Call.apply(run, self._keys, program.dead, *(tensors[x] for x in self._keys))
         else:

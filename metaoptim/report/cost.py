@@ -15,7 +15,8 @@ from ..compiler.ir.step import Lowering
 from ..compiler.ir.tensors import nbytes
 from ..compiler.ir.text import plural, readable_bytes
 from ..errors import WindowError
-from ..runtime.budget.planner import FEW_SLOTS, Plan, Planner, residuals_from, with_residuals
+from ..runtime.budget.peaks import FEW_SLOTS
+from ..runtime.budget.planner import Plan, Planner, residuals_from, with_residuals
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,7 @@ from ..compiler.ir.step import Lowering, StepGraph
 from ..compiler.ir.tensors import nbytes
 from ..compiler.ir.text import by_role, plural, readable_bytes, shapes_text
 from ..errors import WindowError
-from ..runtime.states.actions import drawn
-from ..runtime.states.streams import whole
+from ..runtime.states.streams import drawn, whole
 
 # why something gets no gradient
 CUT_OFF = "the window is online: its networks' own parameters are cut off at entry"
