@@ -1,6 +1,6 @@
 # Everything is installed into .venv; a stamp file per extra keeps repeated runs from installing again.
 .NOTPARALLEL:
-.PHONY: help demo demo-long demo-rl test lint format bench gpu-check clean distclean
+.PHONY: help demo demo-long demo-rl test lint format bench bench-peers peers gpu-check clean distclean
 
 PYTHON ?= python3
 JOBS ?= 2
@@ -11,6 +11,7 @@ TORCH ?=
 VENV := .venv$(TORCH:%=-torch-%)
 PIN := $(if $(TORCH),torch==$(TORCH),-c constraints.txt)
 BIN := $(VENV)/bin
+PEERS := .venv-peers
 # One torch thread per test process: two on few cores slow each other down a hundredfold.
 THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
@@ -21,8 +22,10 @@ help:
 	@echo "make test       run the whole test suite   (ARGS='-k window -x', JOBS=4, TORCH=2.14.1)"
 	@echo "make lint       ruff and pyright           (make format: let ruff fix and format)"
 	@echo "make bench      run every benchmarks/bench_*.py"
+	@echo "make bench-peers  metaoptim beside other libraries, each in an environment of its own; hours"
+	@echo "                (ARGS='--problem digits-sgd --peer jax,ours-compiled --T 100', ARGS=--small)"
 	@echo "make gpu-check  tests and figures on a GPU, in minutes (without one: a rehearsal on the CPU)"
-	@echo "make clean      remove builds and caches   (make distclean: $(VENV) too)"
+	@echo "make clean      remove builds and caches   (make distclean: all environments too)"
 
 demo: $(VENV)/.examples
 	$(BIN)/python examples/few-shot/maml-omniglot.py --preset demo $(ARGS)
@@ -50,6 +53,17 @@ bench: $(VENV)/.test,examples,models
 	  echo "== $$script"; $(BIN)/python "$$script" $(ARGS); \
 	done
 
+bench-peers: $(VENV)/.test,examples peers
+	$(BIN)/python benchmarks/peers/run.py $(ARGS)
+
+# The environments of the peers, one for each benchmarks/peers/requirements-*.txt.
+peers: $(PEERS)/.torch $(PEERS)/.jax
+
+$(PEERS)/.%: benchmarks/peers/requirements-%.txt constraints.txt
+	$(PYTHON) -m venv $(PEERS)/$*
+	$(PEERS)/$*/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r $<
+	touch $@
+
 gpu-check: $(VENV)/.test,examples
 	$(BIN)/python benchmarks/gpu_check.py $(ARGS)
 
@@ -67,4 +81,4 @@ clean:
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf .venv .venv-torch-*
+	rm -rf .venv .venv-torch-* $(PEERS)

@@ -14,13 +14,7 @@ from metaoptim.errors import warn
 
 
 def budget_bytes(value: int | float | str, device: torch.device) -> int:
-    """A budget in bytes.
-
-    Args:
-        value: bytes; text such as ``"512MiB"`` (KiB, MiB, GiB, TiB are powers of 1024, KB, MB, GB, TB of 1000); or a
-            fraction, a float, of the memory that is free on ``device`` now.
-        device: of the inner state.
-    """
+    """A budget in bytes: as many, text such as ``"512MiB"``, or a fraction of the memory that is free on ``device``."""
     if isinstance(value, str):
         found = amount(value)
         assert found is not None

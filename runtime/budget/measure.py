@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,29 +13,20 @@ from torch import Tensor
 
 from metaoptim.compiler.compat import profiling
 from metaoptim.compiler.cost.step import made_of, measured
-from metaoptim.compiler.derive.interpret import measuring_hook
-from metaoptim.compiler.ir.calls import Loop, StepCall
+from metaoptim.compiler.ir.calls import StepCall
 from metaoptim.compiler.ir.program import Kept, Program
 from metaoptim.compiler.ir.step import Lowering, Measured
 from metaoptim.compiler.ir.values import Input
-from metaoptim.compiler.lower.derivatives import lowered, residuals
+from metaoptim.compiler.lower.derivatives import Lowered, lowered, residuals
 from metaoptim.errors import UnreachableWarning
 
-from ..engine.engine import Engine
+from ..engine.engine import lowered_for
 from ..engine.function import Run
 from ..engine.progress import progress
 from .meter import AllocatorMeter
+from .peaks import shortened
 
 _ITERATIONS = 3  # of each loop: a first one, one as all, a last one
-
-
-def shortened(program: Program, most: int, long: Loop | None = None, longest: int = 0) -> Program:
-    """``program`` with at most ``most`` iterations of each loop, and ``longest`` of the loop ``long``."""
-    calls = [
-        replace(c, count=min(c.count, longest if c is long else most)) if isinstance(c, Loop) else c
-        for c in program.calls
-    ]
-    return replace(program, calls=calls)
 
 
 def rehearse(
@@ -45,13 +35,7 @@ def rehearse(
     """Run a few steps of ``program`` and their derivatives, so that `measured` knows all its step graphs.
 
     Nothing outside changes: what the program would write is dropped, and the random generator stays where it is. Graphs
-    are compiled on the way, and checked where ``lowering`` says so.
-
-    Args:
-        program: of the compiled function.
-        tensors: behind its inputs.
-        lowering: the backend and HVP mode of the step graphs.
-        saving: whether with residuals.
+    are compiled on the way, and checked where ``lowering`` says so. ``saving``: with residuals.
     """
     kinds = ("forward", "backward") if saving else ("replay", "vjp")
     graphs = [g for g in program.step_graphs if not saving or residuals(g, lowering.hvp) is not None]
@@ -59,24 +43,16 @@ def rehearse(
         return
     short = shortened(program, _ITERATIONS)
     kept = Kept(None, short.positions) if saving else Kept(1)
-    run = Run(short, tensors, lowering, measuring_hook, kept, engine=_MeteredEngine, rehearsal=True)
-    _run_and_pull(run, program)
+    _run_and_pull(Run(short, tensors, lowering, kept, rehearsal=True, lower=_metered_graph), program)
 
 
-def measured_peak(
-    program: Program,
-    tensors: dict[Input, Tensor],
-    lowering: Lowering,
-    kept: Kept,
-) -> int:
-    """Most bytes that a call and its backward hold, in a run of all its steps. Nothing outside changes.
+def measured_peak(program: Program, tensors: dict[Input, Tensor], lowering: Lowering, kept: Kept) -> int:
+    """Most bytes that a call and its backward hold, in a run of all its steps, where ``kept`` is kept.
 
-    Args:
-        program, tensors, lowering: see `rehearse`, which has been run.
-        kept: what is kept for the backward.
+    Nothing outside changes. `rehearse` has been run before.
     """
     with AllocatorMeter() as meter, progress(meter.watch):
-        _run_and_pull(Run(program, tensors, lowering, measuring_hook, kept, rehearsal=True), program)
+        _run_and_pull(Run(program, tensors, lowering, kept, rehearsal=True), program)
     return meter.peak
 
 
@@ -89,43 +65,32 @@ def _run_and_pull(run: Run, program: Program) -> None:
         run.backward([torch.ones_like(t) if ok else None for t, ok in zip(results, live, strict=True)])
 
 
-@contextmanager
-def _garbage_left() -> Iterator[None]:
-    """Nothing is collected in the block: memory that an earlier meter has seen would count as given back in it."""
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collecting:
-            gc.enable()
-
-
-class _MeteredEngine(Engine):
-    """An engine whose every call is measured."""
-
-    def _lowered(self, call: StepCall, kind: str, operands: Sequence[Tensor]) -> Callable[..., Sequence[Any]]:
-        if profiling():
-            return super()._lowered(call, kind, operands)
-        with AllocatorMeter() as first:
-            program = lowered(call.step, kind, operands, call.lowering)
-        return lambda *inputs: metered(program, call, kind, inputs, first.peak)
+def _metered_graph(call: StepCall, kind: str, operands: Sequence[Tensor]) -> Lowered:
+    """One of a call's graphs, of which each call is measured."""
+    if profiling():
+        return lowered_for(call, kind, operands)
+    with AllocatorMeter() as first:
+        program = lowered(call.step, kind, operands, call.lowering)
+    return partial(metered, program, call, kind, first.peak)
 
 
 def metered(
-    program: Callable[..., Sequence[Any]], call: StepCall, kind: str, inputs: Sequence[Tensor], first: int = 0
+    program: Callable[..., Sequence[Any]], call: StepCall, kind: str, first: int, *inputs: Tensor
 ) -> Sequence[Any]:
     """What ``program``, the lowered graph of a call, returns; what it takes is noted for `measured`.
 
-    Args:
-        program: the lowered graph.
-        call, kind, inputs: what it was lowered for, as `lowered` takes them.
-        first: bytes that compiling and checking it took.
+    ``first`` are bytes that compiling and checking it took.
     """
     if profiling():  # another one: the graphs' own sizes have to do
         return program(*inputs)
-    with _garbage_left(), AllocatorMeter() as meter:
-        results = program(*inputs)
+    collecting = gc.isenabled()
+    gc.disable()  # memory that an earlier meter has seen would count as given back
+    try:
+        with AllocatorMeter() as meter:
+            results = program(*inputs)
+    finally:
+        if collecting:
+            gc.enable()
     given = {t.untyped_storage()._cdata: i for i, t in enumerate(inputs) if t.layout is torch.strided}
     made = made_of([_memory(t) for t in results], given)
     known = measured(call.step, kind, call.lowering) or Measured(0, 0, ())

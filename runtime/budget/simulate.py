@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -23,28 +22,20 @@ from ..engine.function import BoundProgram, generator_for, sweep_over
 from ..engine.interpreter import Interpreter, may_keep
 from ..engine.noise import GENERATOR_BYTES
 from ..engine.sweep import Sweep
-from ..states.slots import Slots
+from ..states.slots import Slots, State
 from ..states.streams import keeping
 from ..states.tier import WRITING
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a call of a compiled function, or a window's steps, and the backward will take.
+    """What a call of a compiled function, or a window's steps, and the backward will take."""
 
-    Attributes:
-        peak_bytes: most bytes held at once beyond the caller's own tensors.
-        forward_bytes: most bytes held at once in the call without its backward.
-        extra_forwards: steps run a second time.
-        kept: most states kept at a time, counting the initial one.
-        reached: inputs that a cotangent of the results reaches.
-    """
-
-    peak_bytes: int
-    forward_bytes: int
-    extra_forwards: int
-    kept: int
-    reached: frozenset[Input]
+    peak_bytes: int  # most that are held at once beyond the caller's own tensors
+    forward_bytes: int  # the same without the backward
+    extra_forwards: int  # steps run a second time
+    kept: int  # most states kept at a time, counting the initial one
+    reached: frozenset[Input]  # inputs that a cotangent of the results reaches
 
 
 class _Meter:
@@ -60,15 +51,13 @@ class _Meter:
 class _Block:
     """Stands for a tensor: it counts as long as anything refers to it.
 
-    Attributes:
-        reached: of a cotangent, whether one of the results' is behind it, or only zeros are.
-        within: the block whose memory it shares.
+    A cotangent is ``reached`` if one of the results' is behind it, and not only zeros.
     """
 
-    __slots__ = ("meter", "size", "reached", "within")
+    __slots__ = ("meter", "size", "reached", "_within")
 
     def __init__(self, meter: _Meter, size: int, reached: bool = False, within: _Block | None = None) -> None:
-        self.meter, self.size, self.reached, self.within = meter, size, reached, within
+        self.meter, self.size, self.reached, self._within = meter, size, reached, within
         meter.alive += size
         meter.note(0)
 
@@ -87,8 +76,7 @@ class _Block:
 
     @property
     def root(self) -> _Block:
-        """The block that has the memory it lies in."""
-        return self if self.within is None else self.within.root
+        return self if self._within is None else self._within.root
 
     @property
     def whole(self) -> int:
@@ -105,10 +93,10 @@ class _Shelf:
     def __init__(self, meter: _Meter) -> None:
         self.meter = meter
         self._kept: dict[int, list[Any]] = {}  # position -> for each entry, its memory and the size of that
-        self._writing: deque[list[Any]] = deque(maxlen=WRITING)
-        self._ahead: tuple[int, list[Any]] = -1, []
+        self._writing: deque[State] = deque(maxlen=WRITING)
+        self._ahead: tuple[int, State] = -1, []
 
-    def save(self, position: int, state: list[Any]) -> None:
+    def save(self, position: int, state: State) -> None:
         self._writing.append(list(state))
         self._kept[position] = [b and (id(b.root), b.whole) for b in state]
 
@@ -119,7 +107,7 @@ class _Shelf:
             blocks = {memory: _Block(self.meter, memory[1]) for memory in {*kept} - {None}}
             self._ahead = position, [memory and blocks[memory] for memory in kept]
 
-    def load(self, position: int) -> list[Any]:
+    def load(self, position: int) -> State:
         self.prefetch(position)
         _, state = self._ahead
         self.rest()
@@ -136,22 +124,18 @@ class _Shelf:
         self._writing.clear()
 
 
-class Sizes(Interpreter):
-    """Carries out a schedule on blocks.
-
-    Attributes:
-        kept: most states that were kept at a time.
-    """
+class _Sizes(Interpreter):
+    """Carries out a schedule on blocks."""
 
     def __init__(self, program: Any, slots: int | None, meter: _Meter, offload: bool) -> None:
-        shelf: Any = _Shelf(meter) if offload and slots is not None else None
-        super().__init__(program, Slots(slots, shelf))
-        self.meter, self.kept = meter, 0
+        super().__init__(program, Slots(slots, _Shelf(meter) if offload and slots is not None else None))
+        self.meter = meter
+        self.kept = 0  # most states that were kept at a time
 
-    def _values(self, call: StepCall, state: Any, position: int) -> list[Any]:
+    def _values(self, call: StepCall, state: State, position: int) -> list[Any]:
         if call.rng >= 0:
-            self._drawn = _Block(self.meter, GENERATOR_BYTES)  # type: ignore[assignment]
-        ports = call.step.inputs[len(call.step.inputs) - len(call.inputs) :]
+            self._drawn = _Block(self.meter, GENERATOR_BYTES)
+        ports = call.step.inputs[call.step.states :]
         values = [_Block(self.meter, nbytes(p.spec)) if p.role is Role.NOISE else None for p in ports]
         if any(values):
             self.meter.note(GENERATOR_BYTES)  # of one state more, while they are drawn
@@ -160,7 +144,7 @@ class Sizes(Interpreter):
     def _cotangent(self, spec: TensorSpec, cotangent: Any) -> Any:
         return _Block(self.meter, nbytes(spec)) if cotangent is None else cotangent
 
-    def _lowered(self, call: StepCall, kind: str, operands: Any) -> Any:
+    def _lowered(self, call: StepCall, kind: str, operands: Any) -> Callable[..., list[Any]]:
         step, cost = call.step, step_cost(call.step, call.lowering)
         self.kept = max(self.kept, len(self.store))
 
@@ -191,60 +175,56 @@ class Sizes(Interpreter):
             blocks.append(None if m is None else _Block(self.meter, m.size, within=within))
         return blocks
 
+    def prediction(self, forward: int, sweep: Any) -> Prediction:
+        """What it takes to have run the program, ``forward`` at its peak, and to pull ``sweep`` back through it."""
+        steps = self.replays
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.pull_back(sweep, 0)
+        gradients = sweep.gradients() if hasattr(sweep, "gradients") else {}
+        reached = frozenset(source for source, grad in gradients.items() if grad.reached)
+        return Prediction(self.meter.peak, forward, self.replays - steps, self.kept, reached)
+
 
 def predict(
-    program: Program,
-    slots: int | None,
-    lowering: Lowering = EAGER,
-    offload: bool = False,
+    program: Program, slots: int | None, lowering: Lowering = EAGER, offload: bool = False
 ) -> Prediction:
     """Go through a call of a program, and a backward from all its results, on sizes.
 
     Takes time proportional to the number of steps run, some microseconds each; traces step graphs that have not been.
-
-    Args:
-        program: of the compiled function.
-        slots: how many states may be kept; None for all.
-        lowering: the backend and HVP mode of the step graphs; what a backend allocates besides is known once measured.
-        offload: whether states without a slot go to a lower tier.
+    What a backend allocates besides is known once it was measured.
     """
     meter = _Meter()
-    copied = [x for x in program.inputs if x.grad or _is_target(x, program)]
+    targets = {id(t) for t, _ in program.writes}
+    copied = [x for x in program.inputs if x.grad or id(getattr(x, "tensor", None)) in targets]
     held = [_Block(meter, nbytes(x.spec)) for x in copied]
-    calls = BoundProgram(program, lambda operand, port: None, program.registers, lowering)
-    engine = Sizes(calls, slots, meter, offload)
+    calls = BoundProgram(program, lambda operand, port: None, lowering)
+    engine = _Sizes(calls, slots, meter, offload)
     engine.begin = program.positions - program.swept
     state: list[Any] = [None] * (program.registers + 1)
     if generator_for(program) is not None:
         state[-1] = _Block(meter, GENERATOR_BYTES)
     engine.run(state)
     del state
-    results = [_Block(meter, _size(where, program, i)) for i, where in enumerate(program.outputs)]
-    forward, forward_steps = meter.peak, engine.replays
+    made = {r: call.step.outputs[k].spec for call, _ in program.counted() for k, r in enumerate(call.writes)}
+    specs = [made[where] if isinstance(where, int) else where.spec for where in program.outputs]
+    results = [_Block(meter, nbytes(spec)) for spec in specs]
+    forward = meter.peak
     cotangents = [_Block(meter, block.size) for block in results]  # that autograd makes of ones
     sweep: Any = sweep_over(program, lambda source: _Block(meter, nbytes(source.spec)))
     for i, where in enumerate(program.outputs):
         if isinstance(where, int) and i not in program.dead:
             sweep.deposit(engine.program.end, where, _Block(meter, results[i].size, reached=True))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        engine.pull_back(sweep, 0)
-    reached = frozenset(source for source, grad in sweep.gradients().items() if grad.reached)
-    extra = engine.replays - forward_steps
+    found = engine.prediction(forward, sweep)
     del held, cotangents
-    return Prediction(meter.peak, forward, extra, engine.kept, reached)
+    return found
 
 
 class _Calls(list):
     """Calls by position."""
 
-    @property
-    def end(self) -> int:
-        return len(self)
-
-    @cached_property
-    def reach(self) -> int:
-        return max((c.back for c in self if isinstance(c, StepCall)), default=0)
+    end = property(list.__len__)
+    reach = 0
 
 
 def predict_sweep(
@@ -256,12 +236,8 @@ def predict_sweep(
 ) -> Prediction:
     """Go through a window's steps, and a sweep back from cotangents of all of its last state, on sizes.
 
-    Args:
-        calls: of a window's program, from some position on.
-        slots: how many states may be kept; None for all.
-        offload: whether those without a slot go to a lower tier.
-        initial: the state there, or one of the same sizes.
-        kept: positions whose states a window has kept that did not know how many would come; None for the best ones.
+    ``initial`` is the state where ``calls`` begin, or one of the same sizes; ``kept`` are positions of the states that
+    a window has kept that did not know how many would come, None for the best ones.
     """
     meter = _Meter()
     calls = list(calls)
@@ -271,34 +247,17 @@ def predict_sweep(
         replace(c, values=set_to[id(c.values)]) if isinstance(c, Assign) else replace(c, back=min(c.back, i))
         for i, c in enumerate(calls)
     )
-    engine = Sizes(program, slots, meter, offload)
+    program.reach = max((c.back for c in program if isinstance(c, StepCall)), default=0)
+    engine = _Sizes(program, slots, meter, offload)
     engine.keepable = lambda position: may_keep(program[position])
     known = None if kept is None or offload else keeping(kept, program.end)
     state: Any = engine.run(_blocks_like(initial, meter), known)
-    forward, forward_steps = meter.peak, engine.replays
-    sweep: Any = Sweep()
+    forward, sweep = meter.peak, Sweep()
     for index, value in enumerate(state):
-        sweep.deposit(engine.program.end, index, _Block(meter, value.whole))
+        sweep.deposit(engine.program.end, index, _Block(meter, value.whole))  # type: ignore[arg-type]
     del state
-    engine.pull_back(sweep, 0)
-    extra = engine.replays - forward_steps
-    return Prediction(meter.peak, forward, extra, engine.kept, frozenset())
+    return engine.prediction(forward, sweep)
 
 
 def _blocks_like(values: Sequence[Tensor], meter: _Meter) -> list[Any]:
     return [_Block(meter, memory_bytes(v)) for v in values]
-
-
-def _size(where: int | Input, program: Program, i: int) -> int:
-    if not isinstance(where, int):
-        return nbytes(where.spec)
-    for call, _ in reversed(list(program.counted())):
-        for k, register in enumerate(call.writes):
-            if register == where:
-                return nbytes(call.step.outputs[k].spec)
-    raise AssertionError(f"output {i} is read from r{where}, which nothing writes to")
-
-
-def _is_target(x: Input, program: Program) -> bool:
-    tensor = getattr(x, "tensor", None)
-    return tensor is not None and any(t is tensor for t, _ in program.writes if isinstance(t, Tensor))

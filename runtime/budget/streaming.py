@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from metaoptim.compiler.compat import disable_current_modes, profiling
@@ -23,57 +22,44 @@ from metaoptim.compiler.lower.derivatives import lowered
 from metaoptim.errors import BudgetError
 
 from ..engine.engine import Engine
-from ..engine.inputs import Ledger
+from ..engine.ledger import Ledger
 from .amounts import budget_bytes, default_budget, tell_default
 from .measure import metered
-from .peaks import REPEATS, window_peaks
-from .planner import Peaks, larger
-from .retained import Retained
+from .peaks import REPEATS, Peaks, larger, window_peaks
 
 
 class Streaming:
     """Keeps a window to its budget: states are given up when inputs that only the window holds take their room.
 
-    As long as half of the budget would do for everything, nothing is planned and every state is kept.
-
-    Args:
-        budget: bytes, text or a fraction; see `budget_bytes`. None for half of the free memory, which is no promise:
-            where not even one state fits, one is kept.
-        ledger: of the window's inputs.
-        offload: whether states without a slot go to a lower tier.
-        sliding: whether each read of theta sweeps by itself, beside the cotangents that it was given.
+    As long as half of the budget would do for everything, nothing is planned and every state is kept. A budget of None
+    is half of the free memory, and no promise: where not even one state fits, one is kept. In a ``sliding`` window each
+    read of theta sweeps by itself, beside the cotangents that it was given.
     """
 
     def __init__(
-        self,
-        budget: int | float | str | None,
-        ledger: Ledger,
-        offload: bool = False,
-        sliding: bool = False,
+        self, budget: int | float | str | None, ledger: Ledger, offload: bool = False, sliding: bool = False
     ) -> None:
-        self._budget, self.offload = budget, offload
+        self._budget, self.offload, self.ledger = budget, offload, ledger
         self.budget = -1  # bytes, when the device is known
-        self.ledger, self.retained = ledger, Retained(ledger.let_go)
         self.aside = 0  # bytes kept beside the tape: gradients to put back, buffers that modules show, ...
-        self._tape = 0  # bytes of parameters kept for the user at every step
-        self._set = 0  # bytes of values written into parameters
-        self._taken: Counter = Counter()  # how often each step was taken
-        self._met = -1  # the last meta-parameter that steps have read
-        self._gradients = 0  # bytes of gradients of meta-parameters
         self.waiting = 0  # bytes of cotangents of earlier losses
         self._thetas = 2 if sliding else 1
-        self._shown = (
-            0  # bytes of theta beside the current one: the last, for a loss; what it was given, if sliding
-        )
-        self._growth = 0  # most bytes that a step adds to what grows
+        # bytes of theta beside the current one: the last, for a loss; what it was given, if sliding
+        self._shown = 0
+        self._tape = 0  # bytes of parameters kept for the user at every step
+        self._set = 0  # bytes of values written into parameters
+        self._gradients = 0  # bytes of gradients of meta-parameters
         self._states = 0  # bytes of all states so far, at most
         self._sweep = 0  # bytes that a sweep takes beside states, at most
+        self._growth = 0  # most bytes that a step adds to what grows
+        self._counted = 0  # bytes of what grows at the last step
+        self._met = -1  # the last meta-parameter that steps have read
+        self._taken: Counter = Counter()  # how often each step was taken
+        self._written: Counter = Counter()  # which entries were set from outside, how often
+        self._start = 0  # of the program, when its inputs were last counted
         self._peaks: Peaks | None = None
         self._known: dict[Any, Any] = {}  # the step is held: its id stays its own
         self._planned: set[Any] = set()  # kinds of steps that peaks were foreseen for
-        self._start = 0  # of the program, when its inputs were last counted
-        self._counted = 0  # bytes of what grows at the last step
-        self._written: Counter = Counter()  # which entries were set from outside, how often
         self._slots = sys.maxsize
         self._told = False  # that states are given up although nobody has said so
 
@@ -82,82 +68,38 @@ class Streaming:
         """Whether the user has stated the budget, or states are given up for it."""
         return self._budget is not None or self._peaks is not None
 
-    def slots(self, engine: Engine, call: StepCall, changes: Sequence[tuple[int, Tensor]]) -> int | None:
-        """How many states may be kept when ``call`` is appended, which makes ``changes``; None for all.
+    # -- what comes ------------------------------------------------------------------------------------------------
 
-        Raises:
-            BudgetError: if not even one may.
-        """
+    def slots(self, engine: Engine, call: StepCall, changes: Sequence[tuple[int, Tensor]]) -> int | None:
+        """How many states may be kept when ``call`` is appended, which makes ``changes``; None for all."""
         if self.budget < 0:
-            self.budget = self._bytes(engine.state[0].device)
+            device = engine.state[0].device
+            stated = self._budget
+            self.budget = default_budget(device) if stated is None else budget_bytes(stated, device)
             self._states = memory_of(engine.state)
-        key = id(call.step), call.lowering
-        if key not in self._known:
-            self._meet(engine, call, key, memory_of(value for _, value in changes))
-        self.retained.take(call.inputs)
-        self._learn(call)
+        kind = _kind(call)
+        if kind not in self._known:
+            made = memory_of(value for _, value in changes)
+            self._known[kind] = call.step, made
+            self._meet(engine, call, made)
+        self._take(call)
         self._growth = max(self._growth, self._grown - self._counted)
         self._counted = self._grown
         if self._peaks is None:
-            self._states += self._known[key][1]
-        return self._decided(engine, call)
+            self._states += self._known[kind][1]
+        return self._decided(engine, [call])
 
     def slots_between(self, engine: Engine, refusing: bool) -> int | None:
-        """How many states may be kept between steps, and before a sweep, where something has come to be held.
-
-        Raises:
-            BudgetError: if not even one may, where ``refusing``.
-        """
+        """How many states may be kept between steps, and before a sweep, where something has come to be held."""
         if self.budget < 0 or (self._budget is None and not refusing):
             return None
-        self.retained.look()
-        return self._decided(engine, None, refusing)
-
-    def _decided(self, engine: Engine, call: StepCall | None, refusing: bool = True) -> int | None:
-        """How many states may be kept; ``call`` is not on the tape yet."""
-        more = [] if call is None else [call]
-        if self._peaks is None and self._roomy(engine, more):
-            return None
-        if self._peaks is None or any((id(c.step), c.lowering) not in self._planned for c in more):
-            calls = [*engine.program, *more]
-            self._peaks = self._foreseen(engine, calls)
-            self._planned.update(_kinds(calls))
-        slots = self._fitting()
-        if slots < self._slots and engine.program.start > self._start:  # a sliding window has forgotten some
-            self._recount(engine, more)
-            slots = self._fitting()
-        self._slots = slots = slots if refusing else max(slots, 1)
-        if self._budget is None:
-            slots = max(slots, 1)
-            if slots <= len(engine.store) and not self._told:
-                self._told = True
-                tell_default(
-                    f"this window, after {plural(engine.program.horizon, 'inner step')},", self.budget
-                )
-        if slots >= 1:
-            return slots
-        minimum = self.minimum(engine)
-        at = (
-            f"at inner step {engine.program.horizon + 1}" if more else f"after {engine.program.horizon} steps"
-        )
-        grown = (
-            f"; {readable_bytes(self._grown)} of it grow with the steps (values written into parameters, inputs that "
-            "only the window holds: keep the batches in one tensor and pass slices of it)"
-            if self._grown
-            else ""
-        )
-        raise BudgetError(
-            f"memory_budget: {readable_bytes(self.budget)} ({self.budget} bytes) is too small {at}: the smallest "
-            f"feasible budget so far is {minimum} bytes ({readable_bytes(minimum)}){grown}",
-            minimum,
-        )
+        self.ledger.look()
+        return self._decided(engine, [], refusing)
 
     def assigned(self, call: Assign, begun: bool) -> None:
-        """Entries of the state are set to values from outside, which a replay sets them to again.
+        """``call`` sets entries of the state to values from outside, which a replay sets them to again.
 
-        Args:
-            call: sets them.
-            begun: whether steps have come before; peaks are predicted by what comes before the first one.
+        ``begun``: steps have come before; peaks are predicted by what comes before the first one.
         """
         size = memory_of(call.values)
         self._states += size
@@ -165,8 +107,16 @@ class Streaming:
         if not call.adoption and (begun or self._written[call.indices] > REPEATS):
             self._set += size
 
-    def _learn(self, call: StepCall) -> None:
-        """A sweep holds gradients of what a step was the first to read; peaks show those of a few steps."""
+    def keep(self, values: Sequence[Tensor]) -> None:
+        """The step at hand makes the window keep these beside the tape."""
+        self._tape += memory_of(values)
+
+    def _take(self, call: StepCall) -> None:
+        """A step reads its inputs; a sweep holds gradients of those that it was the first to read.
+
+        Peaks show those of a few steps.
+        """
+        self.ledger.take(call.inputs)
         self._taken[id(call.step)] += 1
         if max(call.metas, default=-1) <= self._met:
             return
@@ -175,14 +125,26 @@ class Streaming:
             self._gradients += sum(nbytes(call.step.inputs[i].spec) for n, i in ports if n > self._met)
         self._met = max(call.metas)
 
-    def keep(self, values: Sequence[Tensor]) -> None:
-        """The step at hand makes the window keep these beside the tape."""
-        self._tape += memory_of(values)
+    def _recount(self, engine: Engine, more: Sequence[StepCall]) -> None:
+        """Count anew what the tape holds, of which a sliding window has forgotten some."""
+        self._start = engine.program.start
+        self.ledger.restart()
+        self._written.clear()
+        self._taken.clear()
+        self._met, self._set, self._gradients = -1, 0, 0
+        for past in (*engine.program, *more):
+            if isinstance(past, StepCall):
+                self._take(past)
+            else:
+                self.assigned(past, begun=True)
+        self._counted = self._grown
+
+    # -- what it comes to ------------------------------------------------------------------------------------------
 
     @property
     def _grown(self) -> int:
         """Bytes of what may become more with every step."""
-        return self.retained.bytes + self.ledger.copies + self._set + self._tape + self._gradients
+        return self.ledger.bytes + self._set + self._tape + self._gradients
 
     @property
     def beside(self) -> int:
@@ -193,34 +155,98 @@ class Streaming:
         """The smallest budget for the steps so far."""
         return self.beside + self._foreseen(engine, list(engine.program)).least
 
-    def _bytes(self, device: torch.device) -> int:
-        return default_budget(device) if self._budget is None else budget_bytes(self._budget, device)
+    def _decided(self, engine: Engine, more: Sequence[StepCall], refusing: bool = True) -> int | None:
+        """How many states may be kept, ``more`` being not on the tape yet; where none may, a `BudgetError` is raised.
 
-    def _meet(self, engine: Engine, call: StepCall, key: Any, made: int) -> None:
-        """A step that was not met before, which makes so many bytes of a new state."""
-        self._known[key] = call.step, made
-        metas, drawn = (
-            sum(nbytes(p.spec) for p in call.step.inputs if p.role is role)
-            for role in (Role.META, Role.NOISE)
+        Not so if a budget that nobody has stated is too small, or it is too late for ``refusing``: then it is one.
+        """
+        if self._peaks is None and self._roomy(engine, more):
+            return None
+        if self._peaks is None or any(_kind(c) not in self._planned for c in more):
+            calls = [*engine.program, *more]
+            self._peaks = self._foreseen(engine, calls)
+            self._planned.update(_kinds(calls))
+        slots = self._fitting(self._peaks)
+        if slots < self._slots and engine.program.start > self._start:
+            self._recount(engine, more)
+            slots = self._fitting(self._peaks)
+        self._slots = slots = slots if refusing else max(slots, 1)
+        if self._budget is None:
+            slots = max(slots, 1)
+            if slots <= len(engine.store) and not self._told:
+                self._told = True
+                steps = plural(engine.program.horizon, "inner step")
+                tell_default(f"this window, after {steps},", self.budget)
+        if slots >= 1:
+            return slots
+        horizon = engine.program.horizon
+        at = f"at inner step {horizon + 1}" if more else f"after {horizon} steps"
+        minimum, grown = self.minimum(engine), ""
+        if self._grown:
+            grown = (
+                f"; {readable_bytes(self._grown)} of it grow with the steps (values written into parameters, inputs "
+                "that only the window holds: keep the batches in one tensor and pass slices of it)"
+            )
+        raise BudgetError(
+            f"memory_budget: {readable_bytes(self.budget)} ({self.budget} bytes) is too small {at}: the smallest "
+            f"feasible budget so far is {minimum} bytes ({readable_bytes(minimum)}){grown}",
+            minimum,
         )
+
+    def _roomy(self, engine: Engine, more: Sequence[StepCall]) -> bool:
+        if self.offload:
+            return False  # where a segment begins depends on the slots there are
+        if 2 * (self._states + self.beside + self._growth + self._sweep) <= self.budget:
+            return True
+        if engine.program.start > self._start:
+            self._recount(engine, more)
+        self._states = memory_of(t for state in engine.store.states for t in state)
+        # as much again must go by before they are counted once more
+        return 4 * (self._states + self.beside + self._growth + self._sweep) <= self.budget
+
+    def _fitting(self, peaks: Peaks) -> int:
+        room = self.budget - self.beside
+        # when states are next given up, the inputs of one more step are there
+        few = 2 if self.offload else 1
+        return peaks.fitting(room - self._growth, self._slots) or peaks.fitting(room, few)
+
+    def _foreseen(self, engine: Engine, calls: Sequence[StepCall | Assign]) -> Peaks:
+        """Peaks by the number of slots, whichever kind of step the window goes on with."""
+        initial = engine.state if engine.program.start else []  # what has made it may be forgotten
+        found = self._peaks
+        for kind, end in _kinds(calls).items():
+            if kind not in self._planned:
+                peaks = window_peaks(calls[:end], initial, self.offload)
+                found = peaks if found is None else larger(found, peaks)
+        assert found is not None
+        return found
+
+    # -- a step that was not met before ----------------------------------------------------------------------------
+
+    def _meet(self, engine: Engine, call: StepCall, made: int) -> None:
+        """A step that was not met before, which makes so many bytes of a new state."""
         self._shown = max(self._shown, self._thetas * memory_of(engine.state[i] for i in call.theta))
         if self._budget is None and not call.step.dynamic:
             return  # half of the free memory is no promise, and there may never be a backward
         self._make_room(engine, call)
         _measure(engine, call)
-        state = memory_of(engine.state) + made
+        metas, drawn = (
+            sum(nbytes(p.spec) for p in call.step.inputs if p.role is role)
+            for role in (Role.META, Role.NOISE)
+        )
         works = step_cost(call.step, call.lowering).vjp_bytes + drawn
-        self._sweep = max(self._sweep, works + 4 * state + 3 * metas)
+        self._sweep = max(self._sweep, works + 4 * (memory_of(engine.state) + made) + 3 * metas)
 
     def _make_room(self, engine: Engine, call: StepCall) -> None:
         """Compiling a derivative, and comparing it with the graph it is compiled from, takes more than running it."""
+        lowering = call.lowering
         if (
-            call.lowering.backend_of("vjp") == "eager"
-            or not call.lowering.check
-            or measured(call.step, "vjp", call.lowering)
+            lowering.backend_of("vjp") == "eager"
+            or not lowering.check
+            or measured(call.step, "vjp", lowering)
         ):
             return
-        needed = self.beside + check_bytes(call.step, call.lowering)
+        needed = self.beside + check_bytes(call.step, lowering)
         state = memory_of(engine.state)
         fits = (self.budget - needed) // max(state, 1)
         if fits < 1:
@@ -234,49 +260,9 @@ class Streaming:
         if fits < len(engine.store):
             engine.limit(fits)
 
-    def _roomy(self, engine: Engine, more: Sequence[StepCall]) -> bool:
-        if self.offload:
-            return False  # where a segment begins depends on the slots there are
-        if 2 * (self._states + self.beside + self._growth + self._sweep) <= self.budget:
-            return True
-        if engine.program.start > self._start:
-            self._recount(engine, more)
-        self._states = memory_of(t for state in engine.store.states for t in state)
-        # as much again must go by before they are counted once more
-        return 4 * (self._states + self.beside + self._growth + self._sweep) <= self.budget
 
-    def _foreseen(self, engine: Engine, calls: Sequence[StepCall | Assign]) -> Peaks:
-        """Peaks by the number of slots, whichever kind of step the window goes on with."""
-        initial = engine.state if engine.program.start else []  # what has made it may be forgotten
-        found = self._peaks
-        for kind, end in _kinds(calls).items():
-            if kind not in self._planned:
-                peaks = window_peaks(calls[:end], initial, self.offload)
-                found = peaks if found is None else larger(found, peaks)
-        assert found is not None
-        return found
-
-    def _recount(self, engine: Engine, more: Sequence[StepCall]) -> None:
-        self._start = engine.program.start
-        self.retained = Retained(self.ledger.let_go)
-        self._written.clear()
-        self._taken.clear()
-        self._met, self._set, self._gradients = -1, 0, 0
-        for past in (*engine.program, *more):
-            if isinstance(past, StepCall):
-                self.retained.take(past.inputs)
-                self._learn(past)
-            else:
-                self.assigned(past, begun=True)
-        self._counted = self._grown
-
-    def _fitting(self) -> int:
-        assert self._peaks is not None
-        room = self.budget - self.beside
-        # when states are next given up, the inputs of one more step are there
-        return self._peaks.fitting(room - self._growth, self._slots) or self._peaks.fitting(
-            room, 2 if self.offload else 1
-        )
+def _kind(call: StepCall) -> Any:
+    return id(call.step), call.lowering
 
 
 def _kinds(calls: Sequence[StepCall | Assign]) -> dict[Any, int]:
@@ -284,7 +270,7 @@ def _kinds(calls: Sequence[StepCall | Assign]) -> dict[Any, int]:
     found: dict[Any, int] = {}
     for end, call in enumerate(calls, start=1):
         if isinstance(call, StepCall):
-            found.setdefault((id(call.step), call.lowering), end)
+            found.setdefault(_kind(call), end)
     return found
 
 
@@ -298,4 +284,4 @@ def _measure(engine: Engine, call: StepCall) -> None:
         inputs += [call.step.outputs[i].empty().zero_() for i in cotangent_outputs(call.step)]
         program = lowered(call.step, "vjp", inputs, call.lowering)
         if not profiling():
-            metered(program, call, "vjp", inputs)
+            metered(program, call, "vjp", 0, *inputs)

@@ -22,14 +22,20 @@ from metaoptim.compiler.lower.ambient import unaffected
 from metaoptim.compiler.lower.derivatives import Lowered, lowered
 from metaoptim.errors import CaptureError, StaleInputError, WindowError
 
-from ..states.actions import Action, Advance
-from ..states.slots import Slots, State
+from ..states.slots import Action, Advance, Slots, State
 from ..states.streams import coming, rebase, shrink, slide
 from ..states.tier import Tier
-from .interpreter import Interpreter, may_keep
+from . import progress
+from .interpreter import Interpreter, changed, may_keep
 from .noise import Stream
-from .progress import watching
-from .sweep import Sweep
+from .sweep import Sweep, Tell
+
+Lower = Callable[[StepCall, str, Sequence[Tensor]], Lowered]
+
+
+def lowered_for(call: StepCall, kind: str, operands: Sequence[Tensor]) -> Lowered:
+    """One of a call's graphs, as a callable that is called with ``operands`` now."""
+    return lowered(call.step, kind, operands, call.lowering, at_once=True)
 
 
 class Engine(Interpreter):
@@ -40,6 +46,8 @@ class Engine(Interpreter):
         backward_hook: applied to the cotangent of each inner gradient.
         program: a complete one, to `run`; None for one that is appended to.
         tier: where states go that have no slot, closed when the engine dies; None gives them up.
+        lower: gives a call's graph as a callable; where that is not the usual, it is run to find out something, and
+            shows no progress.
     """
 
     def __init__(
@@ -48,6 +56,7 @@ class Engine(Interpreter):
         backward_hook: Callable | None = None,
         program: Any = None,
         tier: Tier | None = None,
+        lower: Lower = lowered_for,
     ) -> None:
         tape = Tape()
         super().__init__(tape if program is None else program, Slots(slots, tier))
@@ -56,13 +65,13 @@ class Engine(Interpreter):
         self.tier = tier
         if tier is not None:
             weakref.finalize(self, tier.close)
-        self.backward_hook = backward_hook
+        self.backward_hook, self._lower = backward_hook, lower
         self.streaming: Any = None  # what keeps a window to a memory budget
         self._refused = False  # a step, for want of room
         self.reaches = False  # whether anything can receive a gradient through its steps
         self.thetas: dict[int, int] = {}  # state index -> id of the user's own parameter behind it
         self.closed: set[int] = set()  # ids of those that no gradient reaches
-        self._watch = watching() if type(self) is Engine else None  # not while it is run to plan
+        self._watch = progress.current.get() if lower is lowered_for else None
         self._ran = 0  # calls that `run` has run
         self.stream = Stream()
         self._sweeps: dict[int, Sweep] = {}
@@ -78,44 +87,47 @@ class Engine(Interpreter):
     def append(
         self, call: StepCall | Assign, changes: Sequence[tuple[int, Tensor]], *, read: bool = False
     ) -> None:
-        """Extend the tape by a call that leads to the current state with ``changes``.
+        """Extend the tape by a call that leads to the current state with ``changes``: state index, new value.
 
-        Args:
-            call: the call.
-            changes: state index, new value.
-            read: whether a loss may have read theta since the last step, which the tape must then go back to.
+        ``read``: a loss may have read theta since the last step, which the tape must then go back to.
         """
-        position = self.program.end
         if self.streaming is not None:
             if isinstance(call, Assign):
                 self.streaming.assigned(call, self.program.begun)
                 self.make_room()
             else:
-                self._admit(call, changes)
+                self.check_admitted()
+                self._limit_to(lambda: self.streaming.slots(self, call, changes))
         if may_keep(call) or self.store.slots is None:
-            for action in coming(self.store, position):
+            for action in coming(self.store, self.program.end):
                 self.store.apply(action, self.state)
-        state = list(self.state)
-        for index, value in changes:
+        for _, value in changes:
             self._memory[value.untyped_storage()._cdata] = value
-            if index == len(state):
-                state.append(value)
-            else:
-                state[index] = value
         self.program.append(call)
-        self.state = state
+        self.state = changed(self.state, changes)
         if isinstance(call, Assign) and not self.program.begun and not read:
             for action in rebase(self.store, self.program.end):
-                self.store.apply(action, state)
+                self.store.apply(action, self.state)
 
-    def _admit(self, call: StepCall, changes: Sequence[tuple[int, Tensor]]) -> None:
-        """Give up states for a step; where even that is not enough, the step is half taken, and the window useless."""
-        self.check_admitted()
+    def make_room(self, kept: Sequence[Tensor] = (), refusing: bool = True) -> None:
+        """Give up states for what has come to be held since the last step, of which ``kept`` lies beside the tape.
+
+        Where that is not enough, a `BudgetError` is raised if ``refusing``; otherwise one state is kept.
+        """
+        if self.streaming is None or self._refused:
+            return
+        self.streaming.aside += memory_of(kept)
+        if self.streaming.acts:
+            with disable_current_modes(), unaffected():
+                self._limit_to(lambda: self.streaming.slots_between(self, refusing))
+
+    def _limit_to(self, slots: Callable[[], int | None]) -> None:
+        """Keep as many states as ``slots`` says; where it raises, a step is half taken, and the window useless."""
         self._refused = True
-        slots = self.streaming.slots(self, call, changes)
+        most = slots()
         self._refused = False
-        if slots is not None:
-            self.limit(slots)
+        if most is not None:
+            self.limit(most)
 
     def limit(self, slots: int) -> None:
         """Keep no more than ``slots`` states from here on."""
@@ -125,25 +137,6 @@ class Engine(Interpreter):
         for action in shrink(self.store, slots, within):
             self.store.apply(action)
         self.store.slots = slots
-
-    def make_room(self, kept: Sequence[Tensor] = (), refusing: bool = True) -> None:
-        """Give up states for what has come to be held since the last step.
-
-        Args:
-            kept: of it, what lies beside the tape.
-            refusing: whether to raise if that is not enough; otherwise one state is kept.
-        """
-        if self.streaming is None or self._refused:
-            return
-        self.streaming.aside += memory_of(kept)
-        if not self.streaming.acts:
-            return
-        self._refused = True
-        with disable_current_modes(), unaffected():
-            slots = self.streaming.slots_between(self, refusing)
-        self._refused = False
-        if slots is not None:
-            self.limit(slots)
 
     def check_admitted(self) -> None:
         """Raise if a step has been refused for want of room."""
@@ -181,12 +174,9 @@ class Engine(Interpreter):
                 self._memory[copy.untyped_storage()._cdata] = copy
             return copies[id(t)]
 
+        written = [c.values for c in self.program.calls if isinstance(c, Assign)]
         with disable_current_modes(), unaffected():
-            for values in [
-                self.state,
-                *self.store.states,
-                *(c.values for c in self.program.calls if isinstance(c, Assign)),
-            ]:
+            for values in [self.state, *self.store.states, *written]:
                 values[:] = [kept(t) for t in values]
 
     def trim(self, needed: int) -> None:
@@ -215,15 +205,15 @@ class Engine(Interpreter):
 
     def _lowered(self, call: StepCall, kind: str, operands: Sequence[Tensor]) -> Lowered:
         try:
-            return lowered(call.step, kind, operands, call.lowering, at_once=True)
+            return self._lower(call, kind, operands)
         except CaptureError as error:
             raise CaptureError(f"of the inner step at {call.location}: {error.reason}") from error
 
     def _values(self, call: StepCall, state: State, position: int) -> list[Tensor]:
-        """What it is given besides the state."""
+        """What a call is given besides the state."""
         if call.rng < 0:
             try:
-                return [held.get() for held in call.inputs]
+                return [held if isinstance(held, Tensor) else held.get() for held in call.inputs]
             except StaleInputError as error:
                 raise StaleInputError(f"the inner step at {call.location}: {error.reason}") from None
         values, self._drawn = self.stream.draw(call.inputs, position, state[call.rng])
@@ -233,29 +223,22 @@ class Engine(Interpreter):
 
     def sweep_of(self, task: int) -> Sweep:
         """The sweep that belongs to one call of backward."""
-        found = self._sweeps.get(task)
-        if found is None:
-            found = self._sweeps[task] = Sweep()
+        if task not in self._sweeps:
+            self._sweeps[task] = Sweep()
+            queue_callback(lambda: self._sweeps.pop(task, None))
+        return self._sweeps[task]
 
-            def forget() -> None:
-                self._sweeps.pop(task, None)
-
-            queue_callback(forget)
-        return found
-
-    def pull_back(self, sweep: Sweep, bottom: int) -> None:
-        """Sweep from the highest deposit (or where the sweep stands) down to ``bottom``."""
+    def pull_back(self, sweep: Sweep, bottom: int, tell: Tell | None = None) -> None:
+        """Sweep from the highest deposit (or where the sweep stands) down to ``bottom``; progress is shown."""
         self.check_admitted()
         if sweep.position < 0:
             # for batches, say, that the user has let go of: it is too late to refuse them
             self.make_room(refusing=False)
-        with disable_current_modes(), unaffected(), hooking(self.backward_hook):
-            super().pull_back(sweep, bottom)
-
-    def tell(self, sweep: Sweep, position: int) -> None:
-        """A sweep has come down to ``position``: show progress, if anyone watches."""
         if self._watch is not None:
-            self._watch(self._ran + sweep.top - position, self._ran + sweep.top - self.program.start)
+            watch, ran, start = self._watch, self._ran, self.program.start
+            tell = lambda position: watch(ran + sweep.top - position, ran + sweep.top - start)
+        with disable_current_modes(), unaffected(), hooking(self.backward_hook):
+            super().pull_back(sweep, bottom, tell)
 
     def _through(
         self, call: StepCall, position: int, kind: str, received: dict[int, Tensor]

@@ -12,51 +12,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metaoptim.compiler.derive.interpret import measuring_hook
 from metaoptim.compiler.ir.calls import Loop, Operand, StepCall, calls_of
 from metaoptim.compiler.ir.program import Kept, Program
 from metaoptim.compiler.ir.step import Lowering, Port, Role
-from metaoptim.compiler.ir.values import Input
+from metaoptim.compiler.ir.values import Input, Noise
 from metaoptim.compiler.lower.ambient import unaffected
 
-from ..states.tiered import check_device, tier_for
-from .engine import Engine
+from ..states.disk import check_device, tier_for
+from .engine import Engine, Lower, lowered_for
 from .inputs import Inputs, Snapshot
 from .nodes import defined, hooked, refuse_third_order
-from .noise import Drawn, generator_of
+from .noise import generator_of
 from .sweep import GradientSweep, TruncatedSweep
-
-
-class _Ready:
-    """An input at hand."""
-
-    __slots__ = ("tensor",)
-    random = False
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-
-    def get(self) -> Tensor:
-        return self.tensor
-
-
-Bind = Callable[[Operand, Port], Any]
 
 
 class BoundProgram:
     """A rolled program with tensors for its inputs: position -> call, made when asked for.
 
-    Args:
-        rolled: the program.
-        bind: what a call is given for an operand, at a port.
-        rng: the register of the generator's state.
-        lowering: the backend and HVP mode of the step graphs.
+    ``bind`` says what a call is given for an operand, at a port. The register after the program's own is for the state
+    of the random generator.
     """
 
     start = reach = 0
     calls: tuple = ()
 
-    def __init__(self, rolled: Program, bind: Bind, rng: int, lowering: Lowering) -> None:
-        self.rolled, self.bind, self.rng, self.lowering = rolled, bind, rng, lowering
+    def __init__(self, rolled: Program, bind: Callable[[Operand, Port], Any], lowering: Lowering) -> None:
+        self.rolled, self.bind, self.lowering = rolled, bind, lowering
         sizes = [len(calls_of(c)) * (c.count if isinstance(c, Loop) else 1) for c in rolled.calls]
         self._ends = list(accumulate(sizes))
         self.end = self._ends[-1] if sizes else 0
@@ -66,24 +48,25 @@ class BoundProgram:
     def __getitem__(self, position: int) -> StepCall:
         at = bisect_right(self._ends, position)
         iteration, k = divmod(position - self._begins[at], len(calls_of(self.rolled.calls[at])))
-        first, moving = self._first.get((at, k)) or self._bind(at, k)
+        call, moving = self._first.get((at, k)) or self._bind(at, k)
         if not iteration:
-            return first
-        inputs, metas = list(first.inputs), first.metas
+            return call
+        inputs, metas, ports = list(call.inputs), list(call.metas), call.step.inputs
         for i, given, meta in moving:
             given = given.after(iteration)
-            inputs[i] = self.bind(given, first.step.inputs[i - len(inputs)])
+            inputs[i] = self.bind(given, ports[i - len(inputs)])
             if meta >= 0:
-                metas = (*metas[:meta], _target(given), *metas[meta + 1 :])
+                metas[meta] = _target(given)
         return StepCall(
-            first.step,
-            first.reads,
-            first.writes,
+            call.step,
+            call.reads,
+            call.writes,
             inputs,
-            first.location,
-            metas=metas,
-            rng=first.rng,
-            lowering=first.lowering,
+            call.location,
+            0,
+            tuple(metas),
+            call.rng,
+            call.lowering,
         )
 
     def takes_step(self, position: int) -> bool:
@@ -97,36 +80,33 @@ class BoundProgram:
         call = calls_of(self.rolled.calls[at])[k]
         given: list[Operand] = call.inputs
         ports = call.step.inputs[call.step.states :]
-        metas, moving, rng = [], [], -1
+        metas, moving = [], []
         for i, (g, port) in enumerate(zip(given, ports, strict=True)):
-            meta = -1
-            if port.role is Role.META:
-                meta = len(metas)
+            meta = len(metas) if port.role is Role.META else -1
+            if meta >= 0:
                 metas.append(_target(g))
-            elif g.kind == "noise":
-                rng = self.rng
             if g.stride:
                 moving.append((i, g, meta))
         first = replace(
             call,
             inputs=[self.bind(g, port) for g, port in zip(given, ports, strict=True)],
             metas=tuple(metas),
-            rng=rng,
+            rng=self.rolled.registers if any(g.kind == "noise" for g in given) else -1,
             lowering=self.rolled.lowering_of(call.step, self.lowering),
         )
         self._first[at, k] = first, moving
         return first, moving
 
 
-def bound(held: dict[Input, Snapshot], given: Operand, port: Port) -> Any:
+def bound(held: dict[Input, Snapshot], given: Operand, port: Port) -> Tensor | Noise:
     """What a call is given for an operand, the program's inputs being ``held``."""
     given = given.chosen
     if given.kind == "noise":
-        return Drawn(given.of)
+        return given.of
     if given.kind == "number":
-        return _Ready(torch.tensor(given.of, dtype=port.spec.dtype))
+        return torch.tensor(given.of, dtype=port.spec.dtype)
     tensor = held[given.of].tensor.detach()
-    return _Ready(tensor[given.at] if given.kind == "scan" else tensor)
+    return tensor[given.at] if given.kind == "scan" else tensor
 
 
 def _target(given: Operand) -> Any:
@@ -142,11 +122,11 @@ class Run:
         rolled: its program.
         tensors: the tensors behind the program's inputs.
         lowering: the backend and HVP mode of the step graphs.
-        backward_hook: see `Engine`.
         kept: what is kept for the backward.
         written: tensors that this call will overwrite when it has run; what is read of them is copied.
-        engine: what runs it.
-        rehearsal: whether it is run to find out something: then the process's random generator stays where it is.
+        rehearsal: whether it is run to find out something: then the process's random generator stays where it is, and
+            the user's hook is not called.
+        lower: gives a call's graph as a callable.
     """
 
     def __init__(
@@ -154,24 +134,23 @@ class Run:
         rolled: Program,
         tensors: dict[Input, Tensor],
         lowering: Lowering,
-        backward_hook: Callable | None,
         kept: Kept,
         written: Sequence[Tensor] = (),
-        engine: type[Engine] | None = None,
         rehearsal: bool = False,
+        lower: Lower = lowered_for,
     ) -> None:
         self.rolled, self.rehearsal = rolled, rehearsal
         overwritten = {id(t) for t in written}
         inputs = Inputs(lambda t: id(t) in overwritten)
         self.held = {key: inputs.hold(t) for key, t in tensors.items()}
         self.generator = generator_for(rolled)
-        self.program = BoundProgram(rolled, partial(bound, self.held), rolled.registers, lowering)
+        self.program = BoundProgram(rolled, partial(bound, self.held), lowering)
         check_device(kept.offload, [x.spec.device for x in rolled.inputs])
         tier = None if kept.slots is None else tier_for(kept.offload)
-        self.engine = (engine or Engine)(kept.slots, backward_hook, self.program, tier)
+        hook = measuring_hook if rehearsal else rolled.backward_hook
+        self.engine = Engine(kept.slots, hook, self.program, tier, lower)
         self.engine.saving = self.program.end - kept.saved
         self.engine.begin = self.program.end - rolled.swept
-        self.end = 0
 
     def forward(self) -> list[Tensor]:
         """The function's outputs; what it leaves in tensors from outside is in `last`."""

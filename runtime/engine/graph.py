@@ -11,16 +11,13 @@ from metaoptim.compiler.ir.values import reached
 
 
 def nodes_below(tensors: Iterable[Any], ends: Callable[[Any], bool] = lambda node: False) -> Iterator[Any]:
-    """Each node of autograd's graph that ``tensors`` depend on, once.
-
-    Args:
-        tensors: where it begins; what is no tensor is passed over.
-        ends: whether the walk goes no further than a node.
-    """
+    """Each node of autograd's graph that ``tensors`` depend on, once, down to where the walk ``ends``."""
     starts = [t.grad_fn for t in tensors if isinstance(t, Tensor) and t.grad_fn is not None]
-    return reached(
-        starts, lambda node: () if ends(node) else [n for n, _ in node.next_functions if n is not None]
-    )
+
+    def below(node: Any) -> Iterable[Any]:
+        return () if ends(node) else [n for n, _ in node.next_functions if n is not None]
+
+    return reached(starts, below)
 
 
 def leaves_of(tensor: Tensor) -> Iterator[Tensor]:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections import deque
-from collections.abc import Callable, Container
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from metaoptim.compiler.ir.tensors import TensorSpec, memory_bytes, tensor_spec
+from metaoptim.compiler.ir.tensors import TensorSpec, tensor_spec
 from metaoptim.errors import StaleInputError
+
+from .ledger import Ledger, Memory
 
 _CHUNK = 1 << 20
 _LARGE = 1 << 14  # bytes that are not copied without need
@@ -55,26 +56,11 @@ def _copy(t: Tensor) -> Tensor:
         return t.as_strided((span,), (1,)).clone().as_strided(t.shape, t.stride())
 
 
-class Memory:
-    """What refers to a piece of memory for all that is held of it: a tensor of our own, not the user's object."""
-
-    __slots__ = ("tensor", "__weakref__")
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-
-
 class Snapshot:
     """The value of a tensor as a step read it.
 
     Views of one tensor (`xs[t]`) are kept as the place they have in its memory: as objects they are ten times as large.
-
-    Attributes:
-        memory: the user's, or a copy.
-        layout: shape and strides of a view of it, equal ones being one object; None for all of it.
-        offset: of a view.
-        digest: of the value, to find out whether it was overwritten; None if it cannot be.
-        private: whether it is a copy.
+    The ``digest`` of the value tells whether it was overwritten.
     """
 
     __slots__ = ("memory", "layout", "offset", "digest", "label", "private", "__weakref__")
@@ -82,7 +68,10 @@ class Snapshot:
     def __init__(
         self, tensor: Tensor | Memory, digest: int | Tensor | None, label: str, private: bool = False
     ) -> None:
-        self.memory = Memory(tensor) if isinstance(tensor, Tensor) else tensor
+        self.memory = (
+            Memory(tensor) if isinstance(tensor, Tensor) else tensor
+        )  # the user's, or a ``private`` copy
+        # shape and strides of a view of it, equal ones being one object, and its offset; None for all of it
         self.layout: tuple | None = None
         self.offset = 0
         self.digest, self.label, self.private = digest, label, private
@@ -106,24 +95,24 @@ class Snapshot:
 
     def get(self) -> Tensor:
         """The tensor, or `StaleInputError` if it was overwritten since."""
-        if isinstance(self.digest, Tensor) or (self.digest is not None and not self.private):
-            try:
-                tensor = self.tensor
-            except RuntimeError as error:  # its storage has shrunk
-                raise StaleInputError(
-                    f"{self.label} is gone: the memory it lay in was given back after the step had read it ({error}). "
-                    "Call backward before that, or give each step a tensor of its own"
-                ) from error
-            now = checksum(tensor)
-            same = bool((now == self.digest).all()) if isinstance(now, Tensor) else now == self.digest
-            if not same:
-                raise StaleInputError(
-                    f"{self.label}, a tensor of shape {tuple(tensor.shape)}, was overwritten after the step had "
-                    "read it, so the step cannot be differentiated any more. Give each step a tensor of its own (clone "
-                    "what is reused), or call backward before overwriting it."
-                )
-            return tensor
-        return self.tensor
+        if self.digest is None or (self.private and not isinstance(self.digest, Tensor)):
+            return self.tensor
+        try:
+            tensor = self.tensor
+        except RuntimeError as error:  # its storage has shrunk
+            raise StaleInputError(
+                f"{self.label} is gone: the memory it lay in was given back after the step had read it ({error}). "
+                "Call backward before that, or give each step a tensor of its own"
+            ) from error
+        now = checksum(tensor)
+        same = bool((now == self.digest).all()) if isinstance(now, Tensor) else now == self.digest
+        if not same:
+            raise StaleInputError(
+                f"{self.label}, a tensor of shape {tuple(tensor.shape)}, was overwritten after the step had "
+                "read it, so the step cannot be differentiated any more. Give each step a tensor of its own (clone "
+                "what is reused), or call backward before overwriting it."
+            )
+        return tensor
 
     def is_current(self, source: Tensor) -> bool:
         """Whether another read of ``source``, at the same version, may share this hold."""
@@ -137,96 +126,14 @@ class Snapshot:
             self.memory, self.layout, self.private = Memory(_copy(self.get())), None, True
 
 
-class _Copy(weakref.ref):
-    """A copy, weakly."""
-
-    __slots__ = ("size",)
-
-
-class Watch(weakref.ref):
-    """The user's tensor object, weakly.
-
-    Attributes:
-        key: of its memory.
-    """
-
-    __slots__ = ("key",)
-
-
-class Ledger:
-    """What counts of a window's holds, without any of them: objects that die at any moment, and in any thread.
-
-    Args:
-        counted: whether anybody asks; otherwise nothing is noted.
-
-    Attributes:
-        let_go: memory held by reference that the user seems to have let go of, or has overwritten.
-    """
-
-    def __init__(self, counted: bool) -> None:
-        self.counted = counted
-        self.let_go: deque[Watch] = deque()
-        self._watches: dict[int, Watch] = {}
-        self._let_go = self.let_go.append
-        self._bytes = 0
-        self._alive: set[_Copy] = set()
-        self._dead: deque[_Copy] = deque()
-        self._died = self._dead.append
-
-    def watch(self, tensor: Tensor, key: int) -> None:
-        """Look out for the death of the tensor that the user has: ``tensor`` may be a view made for a moment."""
-        if not self.counted:
-            return
-        base = tensor._base
-        watch = self._watches[key] = Watch(tensor if base is None else base, self._let_go)
-        watch.key = key
-
-    def overwritten(self, key: int) -> None:
-        """There are copies of all that was held of this memory."""
-        if (watch := self._watches.pop(key, None)) is not None:
-            self.let_go.append(watch)
-
-    def watch_only(self, keys: Container[int]) -> None:
-        """Of other memory nothing is held any more."""
-        self._watches = {k: w for k, w in self._watches.items() if k in keys}
-
-    def add(self, copy: Memory) -> None:
-        """A copy was made."""
-        if not self.counted:
-            return
-        ref = _Copy(copy, self._died)
-        ref.size = memory_bytes(copy.tensor)
-        self._alive.add(ref)
-        self._bytes += ref.size
-
-    @property
-    def copies(self) -> int:
-        """Bytes of copies that live: also those that no step has read yet, and none that are forgotten."""
-        while self._dead:
-            ref = self._dead.popleft()
-            self._alive.discard(ref)
-            self._bytes -= ref.size
-        return self._bytes
-
-
 class _Holds:
     """Holds by reference on one piece of memory."""
 
-    __slots__ = ("again", "holds", "memory")
+    __slots__ = ("holds", "memory")
 
     def __init__(self) -> None:
         self.memory: weakref.ref[Memory]  # of which views are kept as places in it
-        self.holds: list[weakref.ref[Snapshot]] = []
-        self.again = 64  # when so many are listed, the dead are looked for
-
-    def __bool__(self) -> bool:
-        return self.memory() is not None or any(ref() is not None for ref in self.holds)
-
-    def add(self, held: Snapshot) -> None:
-        if len(self.holds) >= self.again:
-            self.holds = [ref for ref in self.holds if ref() is not None]
-            self.again = max(64, 2 * len(self.holds))
-        self.holds.append(weakref.ref(held))
+        self.holds: weakref.WeakSet[Snapshot] = weakref.WeakSet()
 
 
 def _lie_alike(a: Tensor, b: Tensor) -> bool:
@@ -239,14 +146,8 @@ class Inputs:
     """Holds on everything that the steps of a window read from outside.
 
     Meta-parameters and buffers are expected to change: they are copied, once per value. Everything else is held by
-    reference, copied when an operator is about to overwrite it, and watched for overwriting that no operator shows.
-
-    Args:
-        is_buffer: whether a tensor is a buffer of the inner networks.
-        counted: whether anybody asks what they come to.
-
-    Attributes:
-        ledger: what they come to.
+    reference, copied when an operator is about to overwrite it, and watched for overwriting that no operator shows. The
+    ``ledger`` knows what they come to, if that is ``counted``.
     """
 
     def __init__(self, is_buffer: Callable[[Tensor], bool], counted: bool = False) -> None:
@@ -269,23 +170,22 @@ class Inputs:
         storage = tensor.untyped_storage()._cdata
         holds = self._at.get(storage)
         memory = None if holds is None else holds.memory()
-        if holds is None or memory is None:
-            held = Snapshot(tensor.detach(), checksum(tensor), label)
-            if holds is None:
-                if len(self._at) >= self._prune_at:
-                    self._at = {k: v for k, v in self._at.items() if v}
-                    self.ledger.watch_only(self._at)
-                    self._prune_at = max(64, 2 * len(self._at))
-                holds = self._at[storage] = _Holds()
-            holds.memory = weakref.ref(held.memory)
-            self.ledger.watch(tensor, storage)
-        elif _lie_alike(memory.tensor, tensor):
+        if memory is not None and _lie_alike(memory.tensor, tensor):
             held = Snapshot(memory, checksum(tensor), label)
             layout = (tensor.shape, tensor.stride())
             held.layout, held.offset = self._layouts.setdefault(layout, layout), int(tensor.storage_offset())
         else:
             held = Snapshot(tensor.detach(), checksum(tensor), label)
-        holds.add(held)
+        if holds is None:
+            if len(self._at) >= self._prune_at:
+                self._at = {k: v for k, v in self._at.items() if v.memory() is not None or v.holds}
+                self.ledger.watch_only(self._at)
+                self._prune_at = max(64, 2 * len(self._at))
+            holds = self._at[storage] = _Holds()
+        if memory is None:
+            holds.memory = weakref.ref(held.memory)
+            self.ledger.watch(tensor, storage)
+        holds.holds.add(held)
         return held
 
     def _copied(self, tensor: Tensor, label: str) -> Snapshot:
@@ -309,11 +209,10 @@ class Inputs:
             if self._at and t.layout is torch.strided:
                 storage = t.untyped_storage()._cdata
                 holds = self._at.pop(storage, None)
-                for ref in () if holds is None else holds.holds:
-                    if (held := ref()) is not None:
-                        held.keep()
-                        self.ledger.add(held.memory)
-                        copied = True
+                for held in () if holds is None else holds.holds:
+                    held.keep()
+                    self.ledger.add(held.memory)
+                    copied = True
                 self.ledger.overwritten(storage)
         return copied
 

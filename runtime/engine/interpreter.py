@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 from metaoptim.compiler.derive.reverse import cotangent_outputs
@@ -13,39 +12,27 @@ from metaoptim.compiler.ir.step import Role
 from metaoptim.compiler.ir.tensors import TensorSpec
 from metaoptim.compiler.lower.derivatives import residuals
 
-from ..states.actions import Action, Advance, Keep, PullBack
-from ..states.slots import Slots, State
+from ..states.slots import Action, Advance, Keep, PullBack, Slots, State
 from ..states.streams import Keepable, always, forward, reverse
 from .sweep import LOSS, Sweep, Tell
-
-Results = Sequence[Any]
 
 
 class Interpreter:
     """Runs calls and pulls cotangents back through them, on tensors or on what stands for them.
 
-    Args:
-        program: position -> call, with the position at its ``end`` and how far back calls ``reach`` for theta.
-        store: the states.
-
-    Attributes:
-        state: the last one.
-        begin: no sweep goes back further over inner steps that `run` runs.
-        saving: from which position on `run` saves residuals.
-        replays: calls that were run.
-        vjps: calls that were pulled back through.
-        keepable: whether the state at a position may be kept.
-        passing: told of every call that is run, by position.
-        untrained: state indices of parameters that no optimizer steps: written into, they are the leaves they were.
+    ``program`` maps a position to a call, and knows the position at its ``end`` and how far back calls ``reach`` for
+    theta; ``store`` has the states.
     """
 
     def __init__(self, program: Any, store: Slots) -> None:
         self.program, self.store = program, store
-        self.state: State = []
-        self.begin, self.saving = 0, sys.maxsize
-        self.replays = self.vjps = 0
+        self.state: State = []  # the last one
+        self.begin = 0  # no sweep goes back further over inner steps that `run` runs
+        self.saving = sys.maxsize  # from which position on `run` saves residuals
+        self.replays = self.vjps = 0  # calls that were run, and pulled back through
         self.keepable: Keepable = always
-        self.passing: Tell | None = None
+        self.passing: Tell | None = None  # told of every call that is run, by position
+        # state indices of parameters that no optimizer steps: written into, they are the leaves they were
         self.untrained: set[int] = set()
         self._passed: dict[int, State] = {}  # states that a super-step may still read
         self._stands = -1  # where the last advance has ended
@@ -54,7 +41,7 @@ class Interpreter:
 
     # -- what calls are run on -------------------------------------------------------------------------------------
 
-    def _lowered(self, call: StepCall, kind: str, operands: list[Any]) -> Callable[..., Results]:
+    def _lowered(self, call: StepCall, kind: str, operands: list[Any]) -> Callable[..., Sequence[Any]]:
         """One of a call's graphs, as a callable."""
         raise NotImplementedError
 
@@ -95,8 +82,8 @@ class Interpreter:
         self.state = store.work.pop(end)
         return self.state
 
-    def pull_back(self, sweep: Sweep, bottom: int) -> None:
-        """Sweep from the highest deposit (or where the sweep stands) down to ``bottom``."""
+    def pull_back(self, sweep: Sweep, bottom: int, tell: Tell | None = None) -> None:
+        """Sweep from the highest deposit (or where the sweep stands) down to ``bottom``; see `Sweep.targets`."""
         top = max(sweep.deposits, default=bottom)
         if sweep.position < 0 or sweep.position < bottom:
             sweep.position = max(top, bottom)
@@ -104,14 +91,11 @@ class Interpreter:
             raise AssertionError(f"a cotangent came for position {top} after the sweep had passed it")
         sweep.top = max(sweep.top, sweep.position)
         self.store.settle()
-        targets = sweep.targets(self.program, bottom, partial(self.tell, sweep), self.untrained)
+        targets = sweep.targets(self.program, bottom, tell, self.untrained)
         try:
             self.carry_out(reverse(self.store, targets, self.keepable), sweep)
         finally:
             self.store.rest()
-
-    def tell(self, sweep: Sweep, position: int) -> None:
-        """A sweep has come down to ``position``."""
 
     def _advance(self, start: int, stop: int, saving: bool) -> None:
         if self._stands != start:
@@ -141,11 +125,9 @@ class Interpreter:
     def _after(self, position: int, state: State, passed: dict[int, State], saving: bool = False) -> State:
         """The state after the call at ``position``; ``passed`` has those that a super-step may still read."""
         call = self.program[position]
-        new = list(state)
         passed[position] = state
         if not isinstance(call, StepCall):  # after it, a super-step may go on that has begun before it
-            _set(new, zip(call.indices, call.values, strict=True))
-            return new
+            return changed(state, zip(call.indices, call.values, strict=True))
         self.replays += 1
         for old in [q for q in passed if q < position - self.program.reach]:
             del passed[old]
@@ -157,7 +139,7 @@ class Interpreter:
         results = self._lowered(call, "replay" if divided is None else "forward", operands)(*operands)
         if divided is not None:
             self._residuals[position] = [results[i] for i in divided.residuals]
-        _set(new, zip(call.writes, results, strict=False))
+        new = changed(state, zip(call.writes, results, strict=False))
         if call.rng >= 0:
             new[call.rng] = self._drawn
         return new
@@ -184,14 +166,8 @@ class Interpreter:
     ) -> Iterator[tuple[Role, Any, Any]]:
         """Pull cotangents back through one of a call's graphs: its "vjp", or that of its "loss", then the only output.
 
-        Args:
-            call: the call, at ``position``.
-            position: its position.
-            kind: which graph.
-            received: cotangent by output; those it takes are taken out.
-
-        Yields:
-            For each input that has a gradient: its role, its state index or meta-parameter, the gradient.
+        ``received`` has the cotangents by output, and loses those that are taken. Yields the role, the state index or
+        meta-parameter, and the gradient of each input that has one.
         """
         step, store = call.step, self.store
         operands = self.operands(call, store[position], store[position - call.back], position)
@@ -220,10 +196,12 @@ def may_keep(call: StepCall | Assign) -> bool:
     return isinstance(call, StepCall) and not call.back
 
 
-def _set(state: State, changes: Iterable[tuple[int, Any]]) -> None:
-    """Set entries of a state, the next one included."""
+def changed(state: State, changes: Iterable[tuple[int, Any]]) -> State:
+    """A state with other entries; the next one may be new."""
+    new = list(state)
     for index, value in changes:
-        if index == len(state):
-            state.append(value)
+        if index == len(new):
+            new.append(value)
         elif index >= 0:
-            state[index] = value
+            new[index] = value
+    return new

@@ -7,7 +7,7 @@ depends on it, so when a Link's backward runs, all cotangents above it have been
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -36,16 +36,7 @@ class InnerParameter(nn.Parameter):
     #: Freezes it, where no optimizer that trains it has stepped; raises otherwise.
     freeze: Callable[[], None] | None = None
 
-    def _own_grad(self) -> Tensor | None:
-        return self.own.grad
-
-    def _set_own_grad(self, value: Tensor | None) -> None:
-        self.own.grad = value
-
-    grad = property(_own_grad, _set_own_grad)  # type: ignore[assignment]  # pyright: ignore
-
-    def _values(self) -> Tensor:
-        return torch.Tensor.data.__get__(self)  # type: ignore[attr-defined]
+    grad = property(lambda self: self.own.grad, lambda self, value: setattr(self.own, "grad", value))  # type: ignore[assignment]  # pyright: ignore
 
     def _set_values(self, value: Tensor) -> None:
         # what the tape knows of this parameter is its memory: copy into it (a history cut), never swap it
@@ -58,7 +49,7 @@ class InnerParameter(nn.Parameter):
         with torch.no_grad():
             self.copy_(value)
 
-    data = property(_values, _set_values)  # type: ignore[assignment]  # pyright: ignore
+    data = property(torch.Tensor.data.__get__, _set_values)  # type: ignore[assignment]  # pyright: ignore
 
     def detach_(self) -> Tensor:
         """Refused: it would freeze the parameter."""
@@ -78,10 +69,7 @@ class InnerParameter(nn.Parameter):
             )
         return super().requires_grad_()
 
-    def _needs_grad(self) -> bool:
-        return torch.Tensor.requires_grad.__get__(self)  # type: ignore[attr-defined]
-
-    requires_grad = property(_needs_grad, requires_grad_)  # type: ignore[assignment]  # pyright: ignore
+    requires_grad = property(torch.Tensor.requires_grad.__get__, requires_grad_)  # type: ignore[assignment]  # pyright: ignore
 
     def __deepcopy__(self, memo: dict) -> nn.Parameter:
         copy = memo[id(self)] = nn.Parameter(self.detach().clone(), self.own.requires_grad)
@@ -107,32 +95,60 @@ def refuse_third_order() -> None:
 class Begin(torch.autograd.Function):
     """The user's own parameters, as networks show them from the entry of the window on.
 
-    Its backward gives them their gradient unless they are ``closed`` by then: an online window cuts them off once their
-    optimizer steps in it.
+    They receive their gradient unless they are ``closed``: an online window cuts them off once their optimizer steps.
     """
 
     @staticmethod
     def forward(ctx: Any, closed: set[int], values: list[Tensor], *own: nn.Parameter) -> tuple[Tensor, ...]:  # type: ignore[override]
         ctx.set_materialize_grads(False)
         ctx.closed, ctx.ids, ctx.hooked = closed, tuple(map(id, own)), hooked(own)
-        return tuple(as_parameter(value, p) for value, p in zip(values, own, strict=True))
+        return _as_parameters(values, own)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
-        return None, None, *defined(opened(grads, ctx.ids, ctx.closed), ctx.hooked)
+        opened = [None if i in ctx.closed else g for g, i in zip(grads, ctx.ids, strict=True)]
+        return None, None, *defined(opened, ctx.hooked)
 
 
-def opened(grads: Sequence[Tensor | None], ids: Sequence[int], closed: set[int]) -> list[Tensor | None]:
-    """Gradients of tensors with these ids, without those of ``closed`` ones."""
-    return [None if i in closed else g for g, i in zip(grads, ids, strict=True)]
+def _as_parameters(values: Iterable[Tensor], own: Sequence[nn.Parameter]) -> tuple[Tensor, ...]:
+    return tuple(as_parameter(value, p) for value, p in zip(values, own, strict=True))
+
+
+def hooked(tensors: Sequence[Tensor]) -> dict[int, Tensor]:
+    """Zeros for those that have hooks: torch would call these with None where no gradient arrives."""
+    return {
+        k: torch.zeros((), dtype=t.dtype, device=t.device).expand(t.shape)
+        for k, t in enumerate(tensors)
+        if t._backward_hooks
+    }
+
+
+def defined(grads: list[Tensor | None], zeros: dict[int, Tensor]) -> list[Tensor | None]:
+    """Gradients, with ``zeros`` where there are none."""
+    return [zeros[k].clone() if g is None and k in zeros else g for k, g in enumerate(grads)]
+
+
+def _enter(
+    ctx: Any, metas: Sequence[int], thetas: Sequence[tuple[int, int]], tensors: Sequence[Tensor]
+) -> None:
+    """``tensors`` enter the tape: the meta-parameters ``metas``, then theta, at positions and state indices."""
+    ctx.metas, ctx.thetas, ctx.hooked = tuple(metas), tuple(thetas), hooked(tensors)
+    ctx.ids = tuple(map(id, tensors[len(ctx.metas) :]))
+
+
+def _gradients(ctx: Any, sweep: Sweep, bottom: int) -> list[Tensor | None]:
+    """Gradients of what has entered at ``ctx``, pulled back down to ``bottom``."""
+    ctx.engine.pull_back(sweep, bottom)
+    found = [sweep.metas.pop(m, None) for m in ctx.metas]
+    for (position, index), own in zip(ctx.thetas, ctx.ids, strict=True):
+        at_bottom = sweep.cotangents.get(index) if position < bottom else None
+        grad = sweep.adopted.pop((position, index), at_bottom)
+        found.append(None if own in ctx.engine.closed else grad)
+    return defined(found, ctx.hooked)
 
 
 class Life:
-    """Lives as long as a read of theta, and so as long as a loss behind which it is.
-
-    Attributes:
-        at: what whoever counts them needs to know of it.
-    """
+    """Lives as long as a read of theta, and so as long as a loss behind it; ``at`` is for whoever counts them."""
 
     __slots__ = ("at", "__weakref__")
 
@@ -155,18 +171,35 @@ class Read(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.engine, ctx.position, ctx.indices, ctx.life = engine, position, tuple(indices), life
-        state = engine.state
-        return tuple(as_parameter(state[i], p) for i, p in zip(indices, own, strict=True))
+        return _as_parameters((engine.state[i] for i in indices), own)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
-        refuse_third_order()
-        _tell_if_nothing_is_reached(ctx.engine)
-        sweep = ctx.engine.sweep_of(graph_task())
-        for index, grad in zip(ctx.indices, grads, strict=True):
-            if grad is not None:
-                sweep.deposit(ctx.position, index, grad)
+        _deposit(ctx, ctx.engine.sweep_of(graph_task()), grads)
         return *[None] * (len(ctx.needs_input_grad) - 1), torch.empty(0, device="cpu")
+
+
+def _deposit(ctx: Any, sweep: Sweep, grads: Sequence[Tensor | None]) -> None:
+    """Let cotangents of the state entries that ``ctx`` has shown join ``sweep``."""
+    refuse_third_order()
+    _tell_if_nothing_is_reached(ctx.engine)
+    for index, grad in zip(ctx.indices, grads, strict=True):
+        if grad is not None:
+            sweep.deposit(ctx.position, index, grad)
+
+
+def _tell_if_nothing_is_reached(engine: Engine) -> None:
+    if engine.program.begun and not engine.reaches:
+        engine.reaches = True  # once
+        opened = {i for i, own in engine.thetas.items() if own not in engine.closed}
+        if any(not opened.isdisjoint(c.theta) for c, _ in engine.program.counted()):
+            return  # networks of optimizers that do not step here
+        warn(
+            "the backward goes through inner steps of an online window, none of which has read a tensor that requires "
+            "grad: nothing receives a gradient from them. For a gradient of the initial parameters (MAML) open the "
+            "window with offline=True",
+            UnreachableWarning,
+        )
 
 
 class Results(torch.autograd.Function):
@@ -197,20 +230,6 @@ class StepLoss(torch.autograd.Function):
         return None, None, None, torch.empty(0, device="cpu")
 
 
-def _tell_if_nothing_is_reached(engine: Engine) -> None:
-    if engine.program.begun and not engine.reaches:
-        engine.reaches = True  # once
-        opened = {i for i, own in engine.thetas.items() if own not in engine.closed}
-        if any(not opened.isdisjoint(c.theta) for c, _ in engine.program.counted()):
-            return  # networks of optimizers that do not step here
-        warn(
-            "the backward goes through inner steps of an online window, none of which has read a tensor that requires "
-            "grad: nothing receives a gradient from them. For a gradient of the initial parameters (MAML) open the "
-            "window with offline=True",
-            UnreachableWarning,
-        )
-
-
 class Alias(torch.autograd.Function):
     """A tensor with its history as it is now, whatever in-place calls make of it later."""
 
@@ -226,8 +245,8 @@ class Alias(torch.autograd.Function):
 class Link(torch.autograd.Function):
     """Where differentiable tensors enter: a new token that stands for them and for everything before.
 
-    ``metas`` are the numbers of the meta-parameters among ``tensors``; ``thetas`` the state indices of the rest,
-    which are parameters adopted at ``position``.
+    ``metas`` are the numbers of the meta-parameters among ``tensors``; ``thetas`` the state indices of the rest, which
+    are parameters adopted at ``position``.
     """
 
     @staticmethod
@@ -240,42 +259,23 @@ class Link(torch.autograd.Function):
         token: Tensor,  # type: ignore[override]
         *tensors: Tensor,
     ) -> Tensor:
-        ctx.engine, ctx.position, ctx.metas, ctx.thetas = engine, position, tuple(metas), tuple(thetas)
-        ctx.hooked, ctx.ids = hooked(tensors), tuple(map(id, tensors[len(ctx.metas) :]))
+        ctx.engine, ctx.position = engine, position
+        _enter(ctx, metas, [(position, i) for i in thetas], tensors)
         return torch.empty(0, device="cpu")
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         refuse_third_order()
-        closed = ctx.engine.closed
-        if ctx.thetas and closed.issuperset(ctx.ids):
+        if ctx.thetas and ctx.engine.closed.issuperset(ctx.ids):
             return *[None] * 4, torch.empty(0, device="cpu"), *[None] * len(ctx.ids)
-        sweep = ctx.engine.sweep_of(graph_task())
-        ctx.engine.pull_back(sweep, ctx.position)
-        grads = [sweep.metas.pop(m, None) for m in ctx.metas]
-        first = [sweep.adopted.pop((ctx.position, i), None) for i in ctx.thetas]
-        grads += opened(first, ctx.ids, closed)
-        return None, None, None, None, torch.empty(0, device="cpu"), *defined(grads, ctx.hooked)
-
-
-def hooked(tensors: Sequence[Tensor]) -> dict[int, Tensor]:
-    """Zeros for those that have hooks: torch would call these with None where no gradient arrives."""
-    return {
-        k: torch.zeros((), dtype=t.dtype, device=t.device).expand(t.shape)
-        for k, t in enumerate(tensors)
-        if t._backward_hooks
-    }
-
-
-def defined(grads: list[Tensor | None], zeros: dict[int, Tensor]) -> list[Tensor | None]:
-    """Gradients, with ``zeros`` where there are none."""
-    return [zeros[k].clone() if g is None and k in zeros else g for k, g in enumerate(grads)]
+        grads = _gradients(ctx, ctx.engine.sweep_of(graph_task()), ctx.position)
+        return *[None] * 4, torch.empty(0, device="cpu"), *grads
 
 
 class WindowedRead(torch.autograd.Function):
-    """Theta at a position with the last W super-steps behind it: its own root, its own sweep.
+    """Theta at a position with the last W super-steps behind it: its own root, its own sweep down to ``bottom``.
 
-    ``life`` is an object that lives as long as this node; the window keeps what living nodes need.
+    The window keeps what nodes need whose ``life`` has not ended.
     """
 
     @staticmethod
@@ -287,43 +287,30 @@ class WindowedRead(torch.autograd.Function):
         own: Sequence[nn.Parameter],  # type: ignore[override]
         bottom: int,
         metas: Sequence[int],
-        thetas: Sequence[int],
-        life: Any,
+        thetas: Sequence[tuple[int, int]],
+        life: Life,
         on_cut: Callable[[], None] | None,
         anchor: Tensor,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.engine, ctx.position, ctx.indices, ctx.bottom = engine, position, tuple(indices), bottom
-        ctx.metas, ctx.thetas, ctx.life, ctx.on_cut = tuple(metas), tuple(thetas), life, on_cut
-        ctx.hooked, ctx.ids = hooked(tensors), tuple(map(id, tensors[len(ctx.metas) :]))
-        return tuple(as_parameter(engine.state[i], p) for i, p in zip(indices, own, strict=True))
+        ctx.life, ctx.on_cut = life, on_cut
+        _enter(ctx, metas, thetas, tensors)
+        return _as_parameters((engine.state[i] for i in indices), own)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
-        refuse_third_order()
-        _tell_if_nothing_is_reached(ctx.engine)
         sweep = Sweep()
-        for index, grad in zip(ctx.indices, grads, strict=True):
-            if grad is not None:
-                sweep.deposit(ctx.position, index, grad)
-        ctx.engine.pull_back(sweep, ctx.bottom)
+        _deposit(ctx, sweep, grads)
+        found = _gradients(ctx, sweep, ctx.bottom)
         if ctx.on_cut is not None:
             ctx.on_cut()
-        found = [sweep.metas.get(m) for m in ctx.metas]
-        first = [
-            sweep.adopted.get((p, i)) if p >= ctx.bottom else sweep.cotangents.get(i) for p, i in ctx.thetas
-        ]
-        found += opened(first, ctx.ids, ctx.engine.closed)
-        return *[None] * 9, torch.empty(0, device="cpu"), *defined(found, ctx.hooked)
+        return *[None] * 9, torch.empty(0, device="cpu"), *found
 
 
 class WindowedLoss(torch.autograd.Function):
-    """The loss of the step at ``position``, behind the reads of theta that it has been computed from.
-
-    ``thetas`` are their state indices, ``metas`` the numbers of the meta-parameters that the step has read: those are
-    the ``tensors``. ``life`` as of a `WindowedRead`.
-    """
+    """The loss of the step at ``position``, behind the reads of ``thetas`` and the ``metas`` that it has read."""
 
     @staticmethod
     def forward(

@@ -2,19 +2,22 @@
 
 Every draw has a generator of its own, set to a state. The process's, which all threads draw from, only says what that
 state is when numbers are drawn for the first time: what is drawn again depends on nothing that others do.
+
+``given`` are inputs of a step: tensors, and a `Noise` for each that is drawn.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from threading import RLock
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from metaoptim.compiler.ir.operators import op_info
 from metaoptim.compiler.ir.values import Noise
+
+Given = Sequence[Tensor | Noise]
 
 GENERATOR_BYTES = 5056  # of the CPU generator's state
 _turn = RLock()  # to draw from a process's generator: its state must not be taken by two
@@ -30,12 +33,8 @@ def generator_of(device: torch.device) -> torch.Generator:
     return module._get_default_mps_generator()
 
 
-def draw(given: Sequence[Any]) -> tuple[list[Tensor], Tensor, Tensor]:
-    """What a step is given, its random inputs drawn as eager would: from the process's generator, which moves on.
-
-    Returns:
-        The values, and the generator's state before and after.
-    """
+def draw(given: Given) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Values of ``given``, drawn as eager would from the process's generator; its state before and after."""
     generator = generator_of(_device(given))
     with _turn:
         before = generator.get_state()
@@ -44,55 +43,38 @@ def draw(given: Sequence[Any]) -> tuple[list[Tensor], Tensor, Tensor]:
     return values, before, after
 
 
-def redraw(given: Sequence[Any], state: Tensor) -> tuple[list[Tensor], Tensor]:
-    """What a step is given, its random inputs drawn from a generator in ``state``, and its state after."""
+def redraw(given: Given, state: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Values of ``given``, drawn from a generator in ``state``, and its state after."""
     generator = torch.Generator(_device(given))
     generator.set_state(state)
-    return [g.draw(generator) if g.random else g.get() for g in given], generator.get_state()
+    values = [drawn(g, generator) if isinstance(g, Noise) else g for g in given]
+    return values, generator.get_state()
 
 
-def _device(given: Sequence[Any]) -> torch.device:
-    return next(g.noise.spec.device for g in given if g.random)
+def drawn(noise: Noise, generator: torch.Generator) -> Tensor:
+    """Random numbers of ``generator``."""
+    if not op_info(noise.op).writes:
+        return noise.op(*noise.args, **noise.kwargs, generator=generator)
+    shape, dtype, stride, device = noise.spec
+    room = torch.empty_strided(shape, stride, dtype=dtype, device=device)
+    return noise.op(room, *noise.args, **noise.kwargs, generator=generator)
 
 
-class Drawn:
-    """An input that is drawn."""
-
-    random = True
-
-    def __init__(self, noise: Noise) -> None:
-        self.noise = noise
-
-    def draw(self, generator: torch.Generator) -> Tensor:
-        """Random numbers of ``generator``."""
-        noise = self.noise
-        if not op_info(noise.op).writes:
-            return noise.op(*noise.args, **noise.kwargs, generator=generator)
-        shape, dtype, stride, device = noise.spec
-        room = torch.empty_strided(shape, stride, dtype=dtype, device=device)
-        return noise.op(room, *noise.args, **noise.kwargs, generator=generator)
+def _device(given: Given) -> torch.device:
+    return next(g.spec.device for g in given if isinstance(g, Noise))
 
 
 class Stream:
-    """The random numbers of a program's steps, each of which goes on where the last has left the generator.
-
-    Attributes:
-        first: whether they are drawn from the process's generator, for the first time. Where another thread has moved
-            it since the last step, the state that was found is kept for that position.
-    """
+    """The random numbers of a program's steps, each of which goes on where the last has left the generator."""
 
     def __init__(self) -> None:
-        self.first = False
-        self._moved: dict[int, Tensor] = {}
+        self.first = False  # whether they are drawn from the process's generator, for the first time
+        self._moved: dict[
+            int, Tensor
+        ] = {}  # position -> its state, where another thread had moved it by then
 
-    def draw(self, given: Sequence[Any], position: int, state: Tensor) -> tuple[list[Tensor], Tensor]:
-        """What the step at a position is given, and the generator's state after.
-
-        Args:
-            given: its inputs.
-            position: where it is in the program.
-            state: of the generator after the last step.
-        """
+    def draw(self, given: Given, position: int, state: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Values for the step at a position, the generator's ``state`` before it being known; its state after."""
         if not self.first:
             return redraw(given, self._moved.get(position, state))
         values, before, after = draw(given)
@@ -101,35 +83,26 @@ class Stream:
         return values, after
 
 
-class _Draw:
-    """What a step drew, and the generator's state before."""
-
-    def __init__(self, noises: Sequence[Noise]) -> None:
-        self.drawn = [Drawn(n) for n in noises]
-        self.values: list[Tensor] | None
-        self.values, self.state, _ = draw(self.drawn)
-
-    def get(self, k: int) -> Tensor:
-        if self.values is None:
-            self.values, _ = redraw(self.drawn, self.state)
-        value = self.values[k]
-        if k == len(self.drawn) - 1:
-            self.values = None  # all have been asked for
-        return value
-
-
 class Redrawn:
-    """One of the random inputs of a step that has been taken: kept as the generator's state, drawn again on replay."""
+    """One of the random inputs of a step that has been taken: kept as the generator's state, drawn again on replay.
 
-    def __init__(self, of: _Draw, k: int) -> None:
-        self.of, self.k = of, k
+    The inputs of a step share ``values``, which are there until all have been asked for.
+    """
+
+    def __init__(self, k: int, noises: Sequence[Noise], state: Tensor, values: list[Tensor]) -> None:
+        self.k, self.noises, self.state, self.values = k, noises, state, values
 
     def get(self) -> Tensor:
         """The numbers that were drawn."""
-        return self.of.get(self.k)
+        if not self.values:
+            self.values += redraw(self.noises, self.state)[0]
+        value = self.values[self.k]
+        if self.k == len(self.noises) - 1:
+            self.values.clear()
+        return value
 
 
 def redrawn(noises: Sequence[Noise]) -> list[Redrawn]:
     """Draw the random inputs of a step, in order."""
-    of = _Draw(noises) if noises else None
-    return [] if of is None else [Redrawn(of, k) for k in range(len(noises))]
+    values, state, _ = draw(noises) if noises else ([], torch.empty(0), None)
+    return [Redrawn(k, noises, state, values) for k in range(len(noises))]

@@ -7,12 +7,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 Watch = Callable[[int, int], object]
-_watch: ContextVar[Watch | None] = ContextVar("metaoptim_progress", default=None)
-
-
-def watching() -> Watch | None:
-    """Whom to tell, if anyone."""
-    return _watch.get()
+current: ContextVar[Watch | None] = ContextVar("metaoptim_progress", default=None)  # whom to tell, if anyone
 
 
 @contextmanager
@@ -56,10 +51,10 @@ def progress(watch: Watch | None = None) -> Iterator[None]:
             bar.update(done - bar.n)
 
         watch = show
-    token = _watch.set(watch)
+    token = current.set(watch)
     try:
         yield
     finally:
-        _watch.reset(token)
+        current.reset(token)
         if bar is not None:
             bar.close()

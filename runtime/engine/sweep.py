@@ -19,27 +19,19 @@ Tell = Callable[[int], object]
 
 
 class Sweep:
-    """Cotangents on their way back through the tape.
+    """Cotangents on their way back through the tape, from position ``top``; they have come to ``position``."""
 
-    Attributes:
-        position: they have been pulled back to here.
-        top: they came from there.
-        cotangents: state index -> cotangent at `position`.
-        deposits: tape position -> cotangents that join there.
-        metas: meta-parameter (its number, or what else stands for it) -> its gradient so far.
-        adopted: position, state index -> cotangent that arrived where that parameter was adopted, or started anew.
-        call: the call that is being pulled back through.
-        received: output of it, or `LOSS` -> cotangent.
-    """
-
-    call: StepCall
-    received: dict[int, Tensor]
+    call: StepCall  # that is being pulled back through
+    received: dict[int, Tensor]  # output of it, or `LOSS` -> cotangent
 
     def __init__(self) -> None:
         self.position = self.top = -1
-        self.cotangents: dict[int, Tensor] = {}
-        self.deposits: dict[int, list[tuple[int, Tensor]]] = {}
-        self.metas: dict[Any, Tensor] = {}
+        self.cotangents: dict[int, Tensor] = {}  # by state index, at `position`
+        self.deposits: dict[int, list[tuple[int, Tensor]]] = {}  # position -> cotangents that join there
+        self.metas: dict[
+            Any, Tensor
+        ] = {}  # gradients so far, by number, or what else stands for a meta-parameter
+        # position, state index -> cotangent that arrived where that parameter was adopted, or started anew
         self.adopted: dict[tuple[int, int], Tensor] = {}
 
     def deposit(self, position: int, index: int, grad: Tensor) -> None:
@@ -63,32 +55,24 @@ class Sweep:
             self.add(index, grad)
 
     def targets(
-        self, program: Any, bottom: int, tell: Tell, untrained: Container[int] = ()
+        self, program: Any, bottom: int, tell: Tell | None = None, untrained: Container[int] = ()
     ) -> Iterator[tuple[int, int]]:
-        """The calls that cotangents arrive at, from `position` down to ``bottom``.
+        """Calls that cotangents arrive at, down to ``bottom``: the position of each, and that which its loss has read.
 
-        Each must have been pulled back through, by `take`, before the next is asked for.
-
-        Args:
-            program: position -> call.
-            bottom: where to stop.
-            tell: called with every position that is left behind.
-            untrained: state indices of parameters that no optimizer steps.
-
-        Yields:
-            The position of a call, and the position that its loss has read.
+        Each must have been pulled back through, by `take`, before the next is asked for. ``tell`` is called with every
+        position that is left behind; ``untrained`` are state indices of parameters that no optimizer steps.
         """
         self.arrive(self.position)
         while self.position > bottom:
             position = self.position - 1
             call = program[position]
-            if isinstance(call, StepCall):
-                if self._receives(call, self.cotangents):
-                    yield position, position - call.back
-            else:
+            if not isinstance(call, StepCall):
                 self._assigned(call, position, untrained)
+            elif self._receives(call, self.cotangents):
+                yield position, position - call.back
             self.arrive(position)
-            tell(position)
+            if tell is not None:
+                tell(position)
 
     def _receives(self, call: StepCall, cotangents: dict[int, Tensor]) -> bool:
         """Whether any of ``cotangents`` is of what ``call`` has made; they are `received` then."""
@@ -117,11 +101,7 @@ class Sweep:
 
 
 class GradientSweep(Sweep):
-    """A sweep over a whole program, in which the gradients of a scanned tensor's slices gather in one tensor.
-
-    Args:
-        zeros: for an input, zeros like it.
-    """
+    """A sweep over a whole program, in which the gradients of a scanned tensor's slices gather in one (``zeros``)."""
 
     def __init__(self, zeros: Callable[[Input], Tensor]) -> None:
         super().__init__()
@@ -150,11 +130,6 @@ class TruncatedSweep(GradientSweep):
     Cotangents of what the user's own code carries from step to step (sums, hidden states) flow on without end, as on
     autograd's tape. Where they reach theta or optimizer state (an outer loss has read it there), a sweep of its own
     goes back W super-steps and ends: W step-VJPs for each such read.
-
-    Args:
-        zeros: for an input, zeros like it.
-        window: W.
-        offline: whether the initial parameters would receive a gradient.
     """
 
     def __init__(self, zeros: Callable[[Input], Tensor], window: int, offline: bool) -> None:
@@ -164,7 +139,7 @@ class TruncatedSweep(GradientSweep):
         self._below = False  # whether it is they that are pulled back
 
     def targets(
-        self, program: Any, bottom: int, tell: Tell, untrained: Container[int] = ()
+        self, program: Any, bottom: int, tell: Tell | None = None, untrained: Container[int] = ()
     ) -> Iterator[tuple[int, int]]:
         """The calls that cotangents arrive at; those of the last W super-steps, again for each read of theta."""
         steps = [p for p in range(program.end) if program.takes_step(p)]
@@ -176,7 +151,8 @@ class TruncatedSweep(GradientSweep):
             if self._receives(program[position], self.cotangents):
                 yield position, position
             self.arrive(position)
-            tell(position)
+            if tell is not None:
+                tell(position)
             if not self._inner.cotangents:
                 continue
             self._below = True
@@ -187,11 +163,7 @@ class TruncatedSweep(GradientSweep):
                 if self._receives(program[below], self._inner.cotangents):
                     yield below, below
         if cut and self.offline:
-            warn(
-                f"the loss lies more than window={self.window} steps after the start of an offline window: the "
-                "initial parameters receive no gradient (None) from it",
-                UnreachableWarning,
-            )
+            warn_cut(self.window)
 
     def take(self, position: int, role: Role, index: Any, grad: Tensor) -> None:
         """A gradient has come out of the call at ``position``."""
@@ -203,3 +175,12 @@ class TruncatedSweep(GradientSweep):
             self.deposit(position, index, grad)
         else:
             self.add(index, grad)
+
+
+def warn_cut(window: int) -> None:
+    """Warn that a loss lies too far from the start of an offline window."""
+    warn(
+        f"the loss lies more than window={window} steps after the start of an offline window: the initial parameters "
+        "receive no gradient (None) from it",
+        UnreachableWarning,
+    )

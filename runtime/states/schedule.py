@@ -1,9 +1,10 @@
 """Schedules: which states of the inner loop to keep, and which to compute again; positions only, no tensors.
 
-A sweep needs the states of T steps in descending order, and has room for c of them, the initial one among them. A state
-that is not kept is reached by running steps from the nearest kept one below it, and on that way further states may be
-kept. All of it rests on one quantity, `advances`, and one rule, `places`, of Revolve (A. Griewank, A. Walther,
-"Algorithm 799: Revolve", ACM TOMS 26, 2000): both are optimal, in closed form.
+A sweep needs the states of T steps (the ``horizon``) in descending order, and has c ``slots`` for them, of which the
+initial one takes one, and θ_T none. A state that is not kept is reached by running steps from the nearest kept one
+below it, and on that way further states may be kept. All of it rests on one quantity, `advances`, and one rule,
+`places`, of Revolve (A. Griewank, A. Walther, "Algorithm 799: Revolve", ACM TOMS 26, 2000): both are optimal, in closed
+form.
 
 Two situations:
 
@@ -15,7 +16,6 @@ Two situations:
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate
@@ -40,13 +40,6 @@ def advances(states: int, slots: int) -> int:
 
     The first state is kept to begin with. With s slots (its own included) and the least r for which n ≤ C(s + r, s),
     the optimum is r·n − C(s + r, s + 1).
-
-    Args:
-        states: n, how many states.
-        slots: s, how many of them can be kept at a time.
-
-    Raises:
-        ValueError: for a negative number of states, or no slot.
     """
     if states < 0 or slots < 1:
         raise ValueError(
@@ -64,10 +57,6 @@ def extra_forwards(horizon: int, slots: int) -> int:
     the states T − 1, …, 0. Seen from the start these are T + 1 states, the last one first, of which the T steps up to
     θ_T are the forward pass itself: ``advances(T + 1, c) − T``. (Holding state T − 1 besides the slots while the outer
     loss is computed would save r − 1 steps in all; that state is not held.)
-
-    Args:
-        horizon: T, the number of inner steps.
-        slots: c, how many states can be kept, counting the initial one and not counting θ_T.
     """
     return advances(horizon + 1, slots) - horizon
 
@@ -77,10 +66,6 @@ def tiered_forwards(horizon: int, slots: int) -> int:
 
     Of a whole segment the c states after its beginning; those of the last one are in the slots, but for one state if it
     is whole.
-
-    Args:
-        horizon: T, the number of inner steps.
-        slots: c.
     """
     return (slots - 1) * offloaded_states(horizon, slots) + horizon // (slots + 1)
 
@@ -95,15 +80,8 @@ def with_tier(horizon: int, slots: int, choices: Sequence[int]) -> tuple[int, bo
 
     Work is what is replayed and, with a tier, what is moved: a state that goes down and comes up counts as a step. It
     is T or a little less for any number of slots, by how many states of the last segment stay on the device; from
-    about √(2T) slots on, these alone need no more.
-
-    Args:
-        horizon: T.
-        slots: how many there can be.
-        choices: which numbers of them there can be beside what a tier takes, ascending.
-
-    Returns:
-        Slots, 0 if there can be none; whether states go to the tier.
+    about √(2T) slots on, these alone need no more. There can be ``slots``, 0 for none; ``choices`` are the numbers of
+    them that there can be beside what a tier takes, ascending.
     """
     work = {c: tiered_forwards(horizon, c) + offloaded_states(horizon, c) for c in reversed(choices)}
     best = min(work, key=work.__getitem__, default=0)
@@ -112,36 +90,15 @@ def with_tier(horizon: int, slots: int, choices: Sequence[int]) -> tuple[int, bo
     return best, True
 
 
-def minimal_slots(horizon: int, max_extra: int) -> int:
-    """The fewest slots with which a known horizon costs at most ``max_extra`` extra forwards; see `extra_forwards`.
-
-    Raises:
-        ValueError: for a negative horizon or bound: no number of slots saves part of the forward pass.
-    """
-    if horizon < 0 or max_extra < 0:
-        raise ValueError(
-            f"minimal_slots: got a horizon of {horizon} and at most {max_extra} extra forwards, expected neither to be "
-            "negative"
-        )
-    candidates = range(1, max(horizon, 1) + 1)  # as many slots as steps keep every state
-    return candidates[bisect_left(candidates, -max_extra, key=lambda slots: -extra_forwards(horizon, slots))]
-
-
 def places(start: int, target: int, slots: int) -> list[int]:
     """Where to keep states on the way from ``start`` to ``target`` that a sweep then goes back on.
 
     Every state from ``target`` down to ``start`` will be needed. Keeping these, and doing so again on every further way
-    that the sweep has to go, takes ``advances(target − start + 1, slots)`` steps in all.
-
-    Args:
-        start: position of a kept state.
-        target: the highest position needed; its own state takes no slot.
-        slots: how many can be used, that of ``start`` included.
-
-    Returns:
-        Ascending positions strictly between the two, fewer than ``slots``.
+    that the sweep has to go, takes ``advances(target − start + 1, slots)`` steps in all: ascending positions strictly
+    between the two, fewer than ``slots``, of which ``start`` takes one and ``target`` none.
     """
-    found, at = [], start
+    found: list[int] = []
+    at = start
     while slots > 1 and at < target:
         # The next place splits the states left into a lower part, swept with all these slots, and an upper one, swept
         # before it with one less. Any split is optimal that lets the lower part be run at most r − 1 times more and
@@ -168,13 +125,8 @@ def crowded_out(kept: Sequence[int], position: int, slots: int) -> int:
     average over T: enumerated for c ≤ 60, T ≤ 6,000. No scheme stays below 1.15 with 2 slots, or below 1.10 with 3.
     One slot leaves nothing to decide.
 
-    Args:
-        kept: ascending positions of the kept states, as many as there are slots. The first, the initial one, stays.
-        position: of the new state, above them.
-        slots: c.
-
-    Returns:
-        A member of ``kept``, or ``position`` if the new state is the one not to keep. Takes O(c) time.
+    ``kept`` are ascending positions of the kept states, as many as there are slots; the first, the initial one, stays.
+    The result is ``position``, above them, if the new state is the one not to keep. Takes O(c) time.
     """
     if slots == 1:
         return position

@@ -1,14 +1,72 @@
-"""Slots: the states at hand, by position. What is put where, schedules say; here it is done."""
+"""The actions that a schedule consists of, and the slots in which they put states, by position."""
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
-from typing import Any
-
-from .actions import Action, Drop, Forget, Keep, Load, Offload, Prefetch
-from .tier import Tier
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
 
 State = list[Any]
+
+
+class Advance(NamedTuple):
+    """Run the calls from ``start`` to ``stop``, from the state at ``start``; then the one at ``stop`` is at hand."""
+
+    start: int
+    stop: int
+    residuals: bool = False  # whether those of the calls are saved
+
+    def __str__(self) -> str:
+        return f"advance {self.start} -> {self.stop}" + (", saving residuals" if self.residuals else "")
+
+
+class _Of(NamedTuple):
+    position: int
+
+    def __str__(self) -> str:
+        return f"{'pull back' if isinstance(self, PullBack) else type(self).__name__.lower()} {self.position}"
+
+
+class Keep(_Of):
+    """Put the state at hand into a slot."""
+
+
+class Drop(_Of):
+    """Let go of a state, in a slot or at hand."""
+
+
+class Offload(_Of):
+    """Copy a state from its slot to the tier."""
+
+
+class Prefetch(_Of):
+    """Begin to bring a state back from the tier."""
+
+
+class Load(_Of):
+    """Have a state of the tier at hand."""
+
+
+class Forget(_Of):
+    """Remove a state from the tier."""
+
+
+class PullBack(_Of):
+    """Pull cotangents back through the call at a position; the states that it has read are at hand."""
+
+
+Action = Advance | Keep | Drop | Offload | Prefetch | Load | Forget | PullBack
+
+
+class Below(Protocol):
+    """What a schedule asks of a lower tier, or of what stands for one."""
+
+    def save(self, position: int, state: State, /) -> object: ...
+    def load(self, position: int, /) -> State: ...
+    def prefetch(self, position: int, /) -> object: ...
+    def forget(self, positions: Sequence[int], /) -> object: ...
+    def rest(self) -> object: ...
+    def settle(self) -> object: ...
 
 
 class Slots:
@@ -19,20 +77,14 @@ class Slots:
     Args:
         slots: how many states may be kept, counting the initial one; None keeps all.
         tier: where states go that have no slot; None gives them up.
-
-    Attributes:
-        kept: positions of the states in slots, ascending.
-        far: positions of the states in the tier, ascending.
-        work: states at hand that take no slot, by position.
-        initial: the state at position 0, where steps before `base` can be run from it again.
     """
 
-    def __init__(self, slots: int | None, tier: Tier | None = None) -> None:
+    def __init__(self, slots: int | None, tier: Below | None = None) -> None:
         self.slots, self.tier = slots, tier
-        self.kept = [0]
-        self.far: list[int] = []
-        self.work: dict[int, State] = {}
-        self.initial: State = []
+        self.kept = [0]  # positions of the states in slots, ascending
+        self.far: list[int] = []  # positions of the states in the tier, ascending
+        self.work: dict[int, State] = {}  # states at hand that take no slot
+        self.initial: State = []  # the state at position 0, where steps before `base` can be run from it again
         self._states: dict[int, State] = {0: []}
 
     def __contains__(self, position: int) -> bool:
@@ -55,8 +107,7 @@ class Slots:
             return self._states[position]
         if position in self.work:
             return self.work[position]
-        if self.offloaded(position):
-            assert self.tier is not None
+        if self.tier is not None and self.offloaded(position):
             return self.tier.load(position)
         if position == 0 and self.base:
             return self.initial
@@ -81,22 +132,21 @@ class Slots:
 
     def apply(self, action: Action, state: State | None = None) -> None:
         """Carry out an action that concerns states alone; `Keep` keeps ``state``, by default the one at hand."""
-        tier: Any = self.tier
-        match action:
-            case Keep(position):
+        match action, self.tier:
+            case Keep(position), _:
                 self._keep(position, self.work.pop(position) if state is None else state)
-            case Drop(position) if position in self.work:
+            case Drop(position), _ if position in self.work:
                 del self.work[position]
-            case Drop(position):
+            case Drop(position), _:
                 del self.kept[bisect_left(self.kept, position)], self._states[position]
-            case Offload(position):
+            case Offload(position), tier if tier is not None:
                 tier.save(position, self._states[position])
                 insort(self.far, position)
-            case Prefetch(position):
+            case Prefetch(position), tier if tier is not None:
                 tier.prefetch(position)
-            case Load(position):
+            case Load(position), tier if tier is not None:
                 self.work[position] = tier.load(position)
-            case Forget(position):
+            case Forget(position), tier if tier is not None:
                 tier.forget([position])
                 self.far.remove(position)
             case _:

@@ -6,6 +6,8 @@ forward pass leaves states in slots, a sweep (`reverse`) goes back over them and
 * T is known: `revolve`.
 * T is not known: `stumm_walther` says what to keep before each step.
 * There is a lower tier: `multistage`, whether T is known or not.
+
+``held`` are the states; ``keepable`` says whether the state at a position may be kept: not within a super-step.
 """
 
 from __future__ import annotations
@@ -15,11 +17,10 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Set
 from typing import Any
 
-from .actions import Action, Advance, Drop, Forget, Keep, Load, Offload, Prefetch, PullBack
 from .schedule import crowded_out, places
-from .slots import Slots
+from .slots import Action, Advance, Drop, Forget, Keep, Load, Offload, Prefetch, PullBack, Slots, State
 
-Keepable = Callable[[int], bool]  # whether a state may be kept: not in the middle of a super-step
+Keepable = Callable[[int], bool]
 
 
 def always(position: int) -> bool:
@@ -30,14 +31,10 @@ def always(position: int) -> bool:
 def forward(
     held: Slots, begin: int, end: int, saving: int = sys.maxsize, keepable: Keepable = always
 ) -> Iterator[Action]:
-    """A forward pass over a known number of steps; the state at position 0 is in a slot.
+    """A forward pass over T = ``end`` steps; the state at position 0 is in a slot.
 
-    Args:
-        held: the states.
-        begin: from where on a sweep goes back over inner steps; the states before it are given up.
-        end: T.
-        saving: from where on residuals are saved.
-        keepable: whether the state at a position may be kept.
+    States before ``begin``, which no sweep over inner steps goes back to, are given up; residuals are saved from
+    ``saving`` on.
     """
     if begin:
         yield Advance(0, begin)
@@ -61,14 +58,7 @@ def revolve(
 ) -> Iterator[Action]:
     """From a state in a slot to ``target``, keeping those states that a sweep back from there is cheapest with.
 
-    Where a state may not be kept, the next one that may be is.
-
-    Args:
-        held: the states.
-        start: position of the state to run from.
-        target: the highest position needed.
-        keepable: whether the state at a position may be kept.
-        saving: from where on residuals are saved.
+    Where a state may not be kept, the next one that may be is. Residuals are saved from ``saving`` on.
     """
     at = start
     marks: Iterable[int] = range(start + 1, target)
@@ -97,11 +87,13 @@ def keeping(positions: Iterable[int], end: int) -> Iterator[Action]:
     yield Advance(at, end)
 
 
-def stumm_walther(held: Slots, position: int) -> Iterator[Action]:
-    """Before the step at ``position`` of a loop of unknown length: whether to keep its state, and in whose place.
+def coming(held: Slots, position: int) -> Iterator[Action]:
+    """Before the step at ``position`` of a window, the end of which is not known."""
+    return (stumm_walther if held.tier is None else multistage)(held, position)
 
-    See `crowded_out`.
-    """
+
+def stumm_walther(held: Slots, position: int) -> Iterator[Action]:
+    """Before the step at ``position`` of a loop of unknown length: what to keep, and in whose place (`crowded_out`)."""
     if position == held.kept[-1] or held.slots is None or len(held) < held.slots:
         yield Keep(position)
         return
@@ -131,19 +123,11 @@ def multistage(held: Slots, position: int) -> Iterator[Action]:
     yield Offload(position)
 
 
-def coming(held: Slots, position: int) -> Iterator[Action]:
-    """Before the step at ``position`` of a window, the end of which is not known."""
-    return (stumm_walther if held.tier is None else multistage)(held, position)
-
-
 def reverse(held: Slots, targets: Iterable[tuple[int, int]], keepable: Keepable = always) -> Iterator[Action]:
     """A sweep: have the states at hand that each of ``targets`` needs, and pull back through it.
 
-    Args:
-        held: the states.
-        targets: in the order they are pulled back: the position of a call, and the position that its loss has read.
-            They are asked for one by one, so what is found on the way may decide which comes next.
-        keepable: whether the state at a position may be kept.
+    ``targets`` come in the order they are pulled back: the position of a call, and the position that its loss has read.
+    They are asked for one by one, so that what a pull-back gives may decide which comes next.
     """
     ahead = -1
     for position, base in targets:
@@ -210,13 +194,7 @@ def rebase(held: Slots, position: int) -> Iterator[Action]:
 
 
 def slide(held: Slots, needed: int, end: int) -> Iterator[Action]:
-    """No sweep will go below ``needed``: let the lowest state held be there, or the one nearest below.
-
-    Args:
-        held: the states.
-        needed: the position.
-        end: of the loop so far.
-    """
+    """No sweep of a loop of ``end`` steps so far will go below ``needed``: begin there, or at a state nearest below."""
     base = held.nearest(needed)
     if base == held.base and needed - base > max(16, end - needed):
         if not held.at_hand(base):
@@ -236,6 +214,9 @@ def slide(held: Slots, needed: int, end: int) -> Iterator[Action]:
         yield Forget(position)
 
 
+# -- schedules to be looked at -----------------------------------------------------------------------------------------
+
+
 def carried_out(held: Slots, actions: Iterable[Action]) -> Iterator[Action]:
     """A stream, of which only the positions matter: each action is carried out on states without anything in them."""
     for action in actions:
@@ -249,21 +230,14 @@ def carried_out(held: Slots, actions: Iterable[Action]) -> Iterator[Action]:
 class _Nowhere:
     """A tier of which only the positions matter."""
 
-    def __getattr__(self, name: str) -> Callable[..., list]:
+    def __getattr__(self, name: str) -> Callable[..., State]:
         return lambda *of: []
 
 
 def whole(steps: int, slots: int | None, tiered: bool = False, known: bool = True) -> Iterator[Action]:
-    """The schedule of a forward pass and of a sweep back over all of it, to be printed or drawn.
-
-    Args:
-        steps: T.
-        slots: c; None keeps every state.
-        tiered: whether states without a slot go to a lower tier.
-        known: whether T is known to the forward pass.
-    """
-    tier: Any = _Nowhere() if tiered else None
-    held = Slots(slots, tier)
+    """The schedule of a forward pass, to which T (``steps``) is ``known`` or not, and of a sweep over all of it."""
+    nowhere: Any = _Nowhere() if tiered else None
+    held = Slots(slots, nowhere)
 
     def stepwise() -> Iterator[Action]:
         held.work[0] = []
@@ -279,3 +253,35 @@ def whole(steps: int, slots: int | None, tiered: bool = False, known: bool = Tru
         yield from reverse(held, ((p, p) for p in range(steps - 1, -1, -1)))
 
     return carried_out(held, both())
+
+
+def drawn(actions: Iterable[Action]) -> str:
+    """A schedule as text: positions from left to right, time downwards, a line whenever steps have been run.
+
+    ``█`` is a state in a slot, ``▒`` one in the tier alone, ``>`` a step that is run, ``<`` one that is pulled back.
+    """
+    kept, far, lines = {0}, set[int](), list[str]()
+
+    def line(steps: range, sign: str) -> None:
+        width = 1 + max([*kept, *far, *steps])
+        states = dict.fromkeys(far, "▒") | dict.fromkeys(kept, "█")
+        text = "".join(states.get(p, "·") + (sign if p in steps else " ") for p in range(width))
+        lines.append(text.rstrip())
+
+    for action in actions:
+        match action:
+            case Advance(start, stop):
+                line(range(start, stop), ">")
+            case PullBack(position):
+                line(range(position, position + 1), "<")
+            case Keep(position):
+                kept.add(position)
+            case Drop(position):
+                kept.discard(position)
+            case Offload(position):
+                far.add(position)
+            case Forget(position):
+                far.discard(position)
+            case Prefetch() | Load():
+                pass
+    return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Where states go that have no slot on the device: memory of the host, or files."""
+"""Where states go that have no slot on the device: memory of the host, or (`disk`) files."""
 
 from __future__ import annotations
 
@@ -6,19 +6,38 @@ import os
 from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import CancelledError, Future, wait
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from metaoptim.compiler.compat import disable_current_modes
+from metaoptim.compiler.compat import disable_current_modes  # pyright: ignore[reportPrivateUsage]
 from metaoptim.compiler.lower.ambient import unaffected
 from metaoptim.errors import StoreError
 
-from .files import Damaged
-from .pieces import Index, Piece, View, taken_apart
+from .pieces import Index, Piece, View, address, taken_apart
+from .slots import State
 
 WRITING = 2  # states handed over to be written, at most
+
+
+class Damaged(Exception):
+    """What was written has not come back."""
+
+
+class _Reading(NamedTuple):
+    """A state on its way up."""
+
+    position: int
+    entries: list[Any]
+    # a tensor that a piece is read into, and when that is done; or the storage that has its bytes, and from where on
+    pieces: dict[Piece, tuple[Any, Future[Any] | int | None]]
+
+    def stop(self) -> None:
+        """Wait until nobody writes into its memory any more."""
+        for _, future in self.pieces.values():
+            if isinstance(future, Future) and not future.cancel():
+                wait([future])
 
 
 class Tier:
@@ -26,6 +45,10 @@ class Tier:
 
     A state is written behind the back of the loop and may be read ahead of it. Until it is written its tensors are
     referred to, not copied: whoever changes one says so before (`overwritten`).
+
+    This one is page-locked memory of the host, for a device that has a memory of its own: copies are asked of the
+    device's current stream, in order with what else is, and the host does not wait for them. Another kind of tier
+    defines where pieces go anew, the four methods at the end.
     """
 
     def __init__(self) -> None:
@@ -36,39 +59,8 @@ class Tier:
         self._closed = ""  # why there is nothing here any more
         self._process = os.getpid()
 
-    # -- what a kind of tier states --------------------------------------------------------------------------------
-
-    def _put(self, parts: list[Tensor], copied: list[Any]) -> Future[Any]:
-        """Keep ``parts``, tensors of bytes on the host; they are there when the events ``copied`` have happened."""
-        raise NotImplementedError
-
-    def _get(self, piece: Piece) -> tuple[Tensor, Future[Any] | None]:
-        """The bytes of a piece, on the host; they are there when the future is."""
-        raise NotImplementedError
-
-    def _remove(self, piece: Piece) -> None:
-        """No state has ``piece`` any more."""
-        raise NotImplementedError
-
-    def _failed(self, error: BaseException, position: int, piece: Piece | None) -> StoreError:
-        """What to raise when the state at ``position`` could not be written, or a piece of it not be read."""
-        raise NotImplementedError
-
-    def _end(self) -> None:
-        """Let go of everything."""
-        raise NotImplementedError
-
-    # -- states ----------------------------------------------------------------------------------------------------
-
-    def __contains__(self, position: int) -> bool:
-        return position in self._kept
-
-    def save(self, position: int, state: list[Any]) -> None:
-        """Keep a state.
-
-        Raises:
-            StoreError: if an earlier one could not be written, or this one is no such thing as can be.
-        """
+    def save(self, position: int, state: State) -> None:
+        """Keep a state; a `StoreError` is raised if an earlier one could not be written, or this one cannot be."""
         self._look()
         while len(self._writing) >= WRITING:
             self._written()
@@ -83,7 +75,9 @@ class Tier:
             entries, new = taken_apart(state, self._index)
             if new:
                 parts = [self._on_host(part) for _, part in new]
-                future = self._put(parts, _copied({part.device for _, part in new}))
+                devices = {part.device for _, part in new if part.device.type == "cuda"}
+                copied = [torch.cuda.current_stream(d).record_event() for d in devices]
+                future = self._put(parts, copied)
                 self._writing.append((position, future, parts))
                 for number, (piece, _) in enumerate(new):
                     piece.source, piece.number = future, number
@@ -91,47 +85,36 @@ class Tier:
             piece.users += 1
         self._kept[position] = entries
 
-    def load(self, position: int) -> list[Any]:
-        """A state that is kept.
-
-        Raises:
-            StoreError: if it cannot be read, or is not what was written.
-        """
+    def load(self, position: int) -> State:
+        """A state that is kept; a `StoreError` is raised if it cannot be read, or is not what was written."""
         self._look()
-        self.prefetch(position)
-        reading = self._ahead
-        assert reading is not None
+        reading = self.prefetch(position)
         with disable_current_modes(), unaffected():
             found = {piece: self._arrived(piece, position, *of) for piece, of in reading.pieces.items()}
             state = [self._built(e, found) if isinstance(e, View) else e for e in reading.entries]
         self._ahead = None
         return state
 
-    def prefetch(self, position: int) -> None:
+    def prefetch(self, position: int) -> _Reading:
         """Begin to read a state; one at a time is read ahead."""
         if self._ahead is not None and self._ahead.position == position:
-            return
+            return self._ahead
         self._look()
         self.rest()
-        reading = self._ahead = _Reading(position, self._kept[position])
+        reading = self._ahead = _Reading(position, self._kept[position], {})
         with disable_current_modes(), unaffected():
             for piece in _pieces(reading.entries):
                 storage = piece.at_hand()
-                if storage is None:
-                    memory, future = self._get(piece)
-                    reading.pieces[piece] = memory, 0, future
-                else:
-                    reading.pieces[piece] = storage, piece.begin, None
+                reading.pieces[piece] = self._get(piece) if storage is None else (storage, piece.begin)
+        return reading
 
-    def _arrived(
-        self, piece: Piece, position: int, memory: Any, begin: int, future: Future[Any] | None
-    ) -> tuple[Any, int]:
+    def _arrived(self, piece: Piece, position: int, memory: Any, at: Any) -> tuple[Any, int]:
         """The storage that has a piece's bytes, and where they begin in it."""
         if not isinstance(memory, Tensor):
-            return memory, begin
-        if future is not None:
+            return memory, at
+        if at is not None:
             try:
-                future.result()
+                at.result()
             except (OSError, Damaged, CancelledError) as error:
                 self.rest()
                 raise self._failed(error, position, piece) from error
@@ -166,33 +149,20 @@ class Tier:
         return self._index.holds(storage)
 
     def overwritten(self, storage: int) -> bool:
-        """Somebody is about to write into ``storage``: have what is kept of it written by then.
-
-        Returns:
-            Whether a state on the device may lie in it.
-        """
-        if self._ahead is not None and self._ahead.reads(storage):
-            self.rest()
+        """Have what is kept of ``storage`` written before somebody overwrites it; whether a state may lie in it."""
+        self.rest()
         for _, future, parts in self._writing:
-            if any(part.untyped_storage()._cdata == storage for part in parts):
+            if any(address(part) == storage for part in parts):
                 wait([future])
         return self._index.overwritten(storage)
 
     def settle(self) -> None:
-        """Wait until all is written.
-
-        Raises:
-            StoreError: if something cannot be.
-        """
+        """Wait until all is written."""
         while self._writing:
             self._written()
 
     def close(self, why: str = "the window, or the call, that it was for has ended") -> None:
-        """Remove everything.
-
-        Args:
-            why: there will be nothing here any more.
-        """
+        """Remove everything: there will be nothing here any more, and ``why``."""
         if self._closed or os.getpid() != self._process:  # a fork's parent still needs it
             return
         self._closed = why
@@ -222,47 +192,43 @@ class Tier:
         position, future, _ = self._writing[0]
         wait([future])
         self._writing.popleft()
-        error = future.exception() if not future.cancelled() else CancelledError()
+        error = CancelledError() if future.cancelled() else future.exception()
         if error is not None:
             raise self._failed(error, position, None) from error
 
     def _on_host(self, part: Tensor) -> Tensor:
-        """Bytes of the device, on the host."""
-        if part.device.type == "cpu":
-            return part
+        """Bytes of the device, on the host; a copy, since what lies there anyway (a counter, say) may be changed."""
         if part.device.type != "cuda":
-            return part.cpu()
+            return part.clone() if part.device.type == "cpu" else part.cpu()
         host = torch.empty(part.shape, dtype=torch.uint8, device="cpu", pin_memory=True)
         return host.copy_(part, non_blocking=True)
 
+    def _failed(self, error: BaseException, position: int, piece: Piece | None) -> StoreError:
+        """What to raise when the state at ``position`` could not be written, or a piece of it not be read."""
+        raise AssertionError("nothing is written behind the loop's back") from error
 
-class _Reading:
-    """A state on its way up.
+    # -- where pieces go -------------------------------------------------------------------------------------------
 
-    Attributes:
-        pieces: piece -> storage that has its bytes, or a tensor they are read into; where they begin in the former;
-            when they are there.
-    """
+    def _put(self, parts: list[Tensor], copied: list[Any]) -> Future[Any]:
+        """Keep ``parts``, tensors of bytes on the host; they are there when the events ``copied`` have happened."""
+        kept: Future[Any] = Future()
+        kept.set_result((list(parts), copied))
+        return kept
 
-    def __init__(self, position: int, entries: list[Any]) -> None:
-        self.position, self.entries = position, entries
-        self.pieces: dict[Piece, tuple[Any, int, Future[Any] | None]] = {}
+    def _get(self, piece: Piece) -> tuple[Tensor, Future[Any] | None]:
+        """The bytes of a piece, on the host; they are there when the future is."""
+        parts, copied = piece.source.result()
+        for event in copied:
+            event.synchronize()
+        return parts[piece.number], None
 
-    def reads(self, storage: int) -> bool:
-        """Whether it takes ``storage`` as it is."""
-        return any(not isinstance(m, Tensor) and m._cdata == storage for m, _, _ in self.pieces.values())
+    def _remove(self, piece: Piece) -> None:
+        """No state has ``piece`` any more."""
+        piece.source.result()[0][piece.number] = None
 
-    def stop(self) -> None:
-        """Wait until nobody writes into its memory any more."""
-        for _, _, future in self.pieces.values():
-            if future is not None and not future.cancel():
-                wait([future])
+    def _end(self) -> None:
+        """Let go of everything."""
 
 
-def _pieces(entries: list[Any]) -> list[Piece]:
+def _pieces(entries: Iterable[Any]) -> list[Piece]:
     return list(dict.fromkeys(e.piece for e in entries if isinstance(e, View) and e.piece is not None))
-
-
-def _copied(devices: Iterable[torch.device]) -> list[Any]:
-    """Events that happen when what has been asked of ``devices`` so far is done."""
-    return [torch.cuda.current_stream(d).record_event() for d in devices if d.type == "cuda"]

@@ -17,7 +17,7 @@ from metaoptim.errors import CaptureError, LossError, WindowError
 from ..budget.streaming import Streaming
 from ..engine.engine import Engine
 from ..engine.nodes import gradient_of_loss, stepped
-from ..states.tiered import tier_for
+from ..states.disk import tier_for
 from .networks import Networks
 from .ordinary_session import OrdinarySession
 from .oversights import Ended, all_finite, tell_unreachable, watch_backward

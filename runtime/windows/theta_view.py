@@ -18,7 +18,7 @@ from metaoptim.compiler.ir.values import Epoch, Theta
 from ..engine.engine import Engine
 from ..engine.inputs import Inputs
 from ..engine.nodes import Begin, InnerParameter
-from ..states.tiered import check_device
+from ..states.disk import check_device
 from . import oversights
 from .losses import Stepped, Versions
 from .networks import Networks

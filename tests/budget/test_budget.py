@@ -18,12 +18,11 @@ from metaoptim.compiler.passes.options import Options
 from metaoptim.compiler.passes.pipeline import compile_trace
 from metaoptim.functions.specialization import trace_of
 from metaoptim.runtime.budget.meter import AllocatorMeter
-from metaoptim.runtime.budget.planner import peaks_of
+from metaoptim.runtime.budget.peaks import peaks_of
 from metaoptim.runtime.budget.simulate import predict
 from metaoptim.runtime.engine.engine import Engine
 from metaoptim.runtime.states import schedule
-from metaoptim.runtime.states.actions import Keep
-from metaoptim.runtime.states.slots import Slots
+from metaoptim.runtime.states.slots import Keep, Slots
 from metaoptim.runtime.states.streams import shrink
 
 # -- the plan --------------------------------------------------------------------------------------------------------

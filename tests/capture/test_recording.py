@@ -196,4 +196,4 @@ def test_a_window_that_is_given_its_slots_counts_nothing() -> None:
             inner.step(net(torch.randn(5, 3)).square().mean() * leaf(0.1 * t))
         session: Any = window._session
         ledger = session.view.inputs.ledger
-        assert not ledger.let_go and not ledger._alive
+        assert not ledger.bytes and not ledger._watches

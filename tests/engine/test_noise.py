@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import metaoptim
+from metaoptim.compiler.ir.values import Noise
 from metaoptim.runtime.engine import noise
 
 Draw = Callable[[Tensor], Tensor]
@@ -138,15 +139,15 @@ def test_what_is_drawn_is_what_eager_draws(name: str, form: str) -> None:
 def test_draws_of_another_thread_in_the_midst_of_ours_change_nothing(
     form: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, disturbed = noise.Drawn.draw, []
+    original, disturbed = noise.drawn, []
 
-    def draw(self: noise.Drawn, generator: torch.Generator) -> Tensor:
+    def drawn(of: Noise, generator: torch.Generator) -> Tensor:
         other = threading.Thread(target=lambda: disturbed.append(torch.rand(3)))
         other.start()
         other.join()
-        return original(self, generator)
+        return original(of, generator)
 
-    monkeypatch.setattr(noise.Drawn, "draw", draw)
+    monkeypatch.setattr(noise, "drawn", drawn)
     loop = Loop(DRAWS["several"])
     loop.run(form, options)
     assert len(disturbed) >= 2 * 3 * 6  # also when they were drawn again

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import metaoptim
 from forms import mlp
-from metaoptim.runtime.states.files import Files
+from metaoptim.runtime.states.disk import Files
 from problems import data
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import metaoptim
 from forms import mlp
-from metaoptim.runtime.states.files import Files, clean
+from metaoptim.runtime.states.disk import Files, clean
 from metaoptim.runtime.states.slots import Slots
 from offloading import files, loop
 from problems import data

@@ -13,11 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import metaoptim
-from metaoptim.runtime.states import tiered
-from metaoptim.runtime.states.actions import Action, Advance, Keep, PullBack
-from metaoptim.runtime.states.files import Files
-from metaoptim.runtime.states.host import HostTier
-from metaoptim.runtime.states.slots import Slots
+from metaoptim.runtime.states.disk import Files, tier_for
+from metaoptim.runtime.states.slots import Action, Advance, Keep, PullBack, Slots
 from metaoptim.runtime.states.streams import coming, reverse, shrink, slide
 from offloading import files, watch_writes
 
@@ -29,7 +26,7 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def tier_of(tmp_path: Path, kind: str) -> Any:
-    return HostTier() if kind == "host" else tiered.tier_for(tmp_path)
+    return tier_for("host" if kind == "host" else tmp_path)
 
 
 def form(t: Any) -> Any:

@@ -19,10 +19,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import metaoptim
-from metaoptim.runtime.states.actions import Action, Advance, Keep, PullBack, drawn
-from metaoptim.runtime.states.schedule import advances, crowded_out, extra_forwards, minimal_slots, places
-from metaoptim.runtime.states.slots import Slots
-from metaoptim.runtime.states.streams import carried_out, coming, forward, reverse, revolve, whole
+from metaoptim.runtime.states.schedule import advances, crowded_out, extra_forwards, places
+from metaoptim.runtime.states.slots import Action, Advance, Keep, PullBack, Slots
+from metaoptim.runtime.states.streams import carried_out, coming, drawn, forward, reverse, revolve, whole
 
 # -- references ------------------------------------------------------------------------------------------------------
 
@@ -171,23 +170,11 @@ def test_integers_are_exact_however_large() -> None:
     assert advances(steps, steps) == steps - 1 and extra_forwards(steps, steps) == 0
 
 
-def test_minimal_slots_are_the_least_that_do() -> None:
-    for horizon in (0, 1, 2, 7, 30):
-        for bound in range(0, 3 * horizon + 2):
-            fewest = next(c for c in range(1, 50) if optimum(horizon + 1, c) - horizon <= bound)
-            assert minimal_slots(horizon, bound) == fewest
-    assert minimal_slots(10**6, 10**6) == next(c for c in range(1, 2000) if extra_forwards(10**6, c) <= 10**6)
-
-
 def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="got -1 states and 2 slots"):
         advances(-1, 2)
     with pytest.raises(ValueError, match="got 6 states and 0 slots"):
         extra_forwards(5, 0)
-    with pytest.raises(ValueError, match="horizon of -1 and at most 3"):
-        minimal_slots(-1, 3)
-    with pytest.raises(ValueError, match="horizon of 4 and at most -2"):
-        minimal_slots(4, -2)
 
 
 def test_where_a_state_cannot_be_kept_the_next_one_is() -> None:

@@ -27,9 +27,6 @@ from metaoptim.errors import CaptureError
 from .. import intercept
 from .tracer import Tracer
 
-#: Called when a capture begins: what they return puts Python state back that the captured function may change.
-preserving: list[Callable[[], Callable[[], None]]] = []
-
 
 @contextmanager
 def capturing() -> Iterator[Tracer]:
@@ -39,8 +36,6 @@ def capturing() -> Iterator[Tracer]:
         intercept.patches.install()
         stack.callback(intercept.patches.uninstall)
         stack.enter_context(_refusing())
-        for keep in preserving:
-            stack.callback(keep())
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # by copy.deepcopy
         warnings.filterwarnings(
