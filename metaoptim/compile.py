@@ -22,11 +22,10 @@ from .compiler.passes.options import Options
 from .errors import WindowError
 from .functions.guards import Dependencies
 from .functions.reads import Reads
-from .functions.recapture import compare
-from .functions.specialization import StepSpecialization, name_of, specialize
+from .functions.specialization import StepSpecialization, compare, name_of, specialize
 from .functions.specializations import Specializations
 from .optim.optimizer import refresh_optimizers
-from .report.of_function import report_of
+from .report.explain import report_of
 from .report.report import Report
 from .runtime.windows.recording_session import RecordedSession
 from .runtime.windows.session import current_session
@@ -89,10 +88,8 @@ class CompiledFunction:
 
     def _check_retention(self) -> None:
         said = self._options.retention
-        for name, value, short in (
-            ("memory_budget", said.memory_budget, "the budget"),
-            ("offload", said.place, "offload"),
-        ):
+        told = ("memory_budget", said.memory_budget, "the budget"), ("offload", said.place, "offload")
+        for name, value, short in told:
             if value is not None:
                 raise WindowError(
                     f"{name}={value!r} of {self._name}, a compiled step: the window it is called in decides what is "

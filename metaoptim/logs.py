@@ -38,15 +38,12 @@ def configure(spec: str) -> None:
         level = logging.DEBUG if word.startswith("+") else logging.INFO
         name = word.removeprefix("+")
         if name != "all" and name not in ARTIFACTS:
-            known = "\n".join(f"  {n:<12}{what}" for n, what in ARTIFACTS.items())
-            raise ValueError(
-                f"METAOPTIM_LOGS: got {word!r}, expected names separated by commas, of\n{known}\n  all"
-            )
+            known = "\n".join([*(f"  {n:<12}{what}" for n, what in ARTIFACTS.items()), "  all"])
+            raise ValueError(f"METAOPTIM_LOGS: got {word!r}, expected names separated by commas, of\n{known}")
         levels.update(dict.fromkeys(ARTIFACTS if name == "all" else [name], level))
+    others = logging.CRITICAL if levels else logging.NOTSET
     for name in ARTIFACTS:
-        logging.getLogger(f"{_ROOT}.{name}").setLevel(
-            levels.get(name, logging.NOTSET if not levels else logging.CRITICAL)
-        )
+        logging.getLogger(f"{_ROOT}.{name}").setLevel(levels.get(name, others))
     root = logging.getLogger(_ROOT)
     for handler in [h for h in root.handlers if isinstance(h, _Handler)]:
         root.removeHandler(handler)

@@ -21,7 +21,7 @@ from .compiler.ir.tensors import TensorSpec
 from .compiler.passes.pipeline import compile_trace
 from .errors import WindowError
 from .functions.specialization import retention_of, trace_of
-from .report.cost import Cost, setting_of
+from .report.cost import Cost, Setting
 from .runtime.budget.amounts import budget_bytes
 from .runtime.budget.planner import default_plan, device_of
 from .runtime.windows.session import current_session
@@ -83,9 +83,7 @@ def plan(
             f"plan: got batch={batch!r} and batch_size={batch_size!r}, expected both or neither, as in "
             'batch={"xs": 1}, batch_size=64'
         )
-    if batch_size is not None and (
-        isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1
-    ):
+    if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
         raise ValueError(f"batch_size: got {batch_size!r}, expected a whole number, at least 1")
     if current_session() is not None:
         raise WindowError(
@@ -106,7 +104,7 @@ def plan(
         if asked.given:
             slots, budget = None, memory_budget
         name = getattr(compiled, "__qualname__", "the function")
-        setting = setting_of(program, options.lowering, name, horizon, tiered, batch_size)
+        setting = Setting(program, options.lowering, name, horizon, tiered, batch_size)
         if budget is None:
             kept = None if slots is not None else default_plan(setting.alone)
             return setting.with_slots(slots, tiered) if kept is None else setting.cost(kept, kept.budget)
@@ -119,19 +117,11 @@ def plan(
 
 
 def _with_batch(
-    fn: Callable, args: tuple, kwargs: dict[str, Any], dims: Mapping[str, int], size: int
+    fn: Callable, args: tuple, kwargs: dict, dims: Mapping[str, int], size: int
 ) -> Callable[[], Any]:
     """The call with a batch of another size, to be captured: its tensors are symbolic, and take no memory.
 
-    Args:
-        fn: the function.
-        args: its positional arguments.
-        kwargs: its keyword arguments.
-        dims: name of a parameter -> the dimension, of every tensor in it.
-        size: of the batch.
-
-    Raises:
-        ValueError: for names without a tensor, dimensions that a tensor lacks, and dimensions of several sizes.
+    ``dims``: name of a parameter -> the batch dimension, of every tensor in it.
     """
     batched: dict[int, tuple[Tensor, int]] = {}
     sizes: dict[str, int] = {}
@@ -167,15 +157,12 @@ def _with_batch(
 
 
 def _named(arguments: Mapping[str, Any], dims: Mapping[str, int]) -> Iterator[tuple[str, Tensor, int]]:
+    named = ", ".join(arguments)
     if not dims:
-        raise ValueError(
-            f"batch: got no names, expected some of those of the arguments: {', '.join(arguments)}"
-        )
+        raise ValueError(f"batch: got no names, expected some of those of the arguments: {named}")
     for name, dim in dims.items():
         if name not in arguments:
-            raise ValueError(
-                f"batch: got {name!r}, expected names of arguments given: {', '.join(arguments)}"
-            )
+            raise ValueError(f"batch: got {name!r}, expected names of arguments given: {named}")
         tensors = [t for t in tree_leaves(arguments[name]) if isinstance(t, Tensor)]
         if not tensors:
             raise ValueError(
@@ -183,7 +170,7 @@ def _named(arguments: Mapping[str, Any], dims: Mapping[str, int]) -> Iterator[tu
                 "of them; give what has the batch as an argument of its own"
             )
         for t in tensors:
-            if isinstance(dim, bool) or not isinstance(dim, int) or not -t.dim() <= dim < t.dim():
+            if type(dim) is not int or not -t.dim() <= dim < t.dim():
                 raise ValueError(
                     f"batch: {name!r} got {dim!r}, expected a dimension of its tensor of shape {tuple(t.shape)}"
                 )

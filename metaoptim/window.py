@@ -18,7 +18,7 @@ from .compiler.ir.retention import Retention, check_count
 from .compiler.ir.step import Lowering
 from .errors import WindowError, warn
 from .optim.optimizer import optimizers_here, refresh_optimizers
-from .report.of_window import explain_window
+from .report.explain import explain_window
 from .report.report import Report
 from .runtime.functions.loops import Loop
 from .runtime.functions.symbolic_session import CapturedSession

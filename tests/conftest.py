@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from metaoptim.compiler.lower.library import library
 from metaoptim.optim.optimizer import live_optimizers
 
+os.environ.setdefault("METAOPTIM_WAIT", "1")  # compiled graphs are tested, not whether they come in time
 torch.set_num_threads(1)
 torch.set_default_dtype(torch.float64)
 

@@ -122,7 +122,7 @@ def scan(numbers: Problem, remat: str = "none") -> Gradient:
     """
     losses = Losses(numbers)
     if numbers.optimizer == "adam":
-        optimizer = optax.adam(1.0)
+        optimizer = optax.adam(1.0, eps=numbers.eps)
     else:
         optimizer = optax.sgd(1.0, momentum=numbers.momentum or None)
     horizon = numbers.horizon

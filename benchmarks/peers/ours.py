@@ -26,7 +26,7 @@ class Ours:
         self.params = dict(self.net.named_parameters())
         layers = [{"params": layer} for layer in self.net.children() if [*layer.parameters()]]
         if numbers.optimizer == "adam":
-            self.inner: metaoptim.MetaOptimizer = metaoptim.MetaAdam(layers)
+            self.inner: metaoptim.MetaOptimizer = metaoptim.MetaAdam(layers, eps=numbers.eps)
         else:
             self.inner = metaoptim.MetaSGD(layers, momentum=numbers.momentum)
         self.at_start = copy.deepcopy(self.inner.state_dict())

@@ -26,8 +26,10 @@ class Problem:
 
     Attributes:
         model: name of the network and its losses, "mlp", "actor_critic", "conv4" or "gpt".
-        optimizer: "sgd" or "adam" (β = 0.9, 0.999, ε = 1e-8).
+        optimizer: "sgd" or "adam" (β = 0.9, 0.999).
         momentum: of SGD.
+        eps: of Adam. The derivative of its step by a gradient near 0 is as large as 1/ε: with 1e-8, float32 and float64
+            differ by 3% after 20 steps of the GPT, in every peer.
         online: whether parameters run on from window to window.
         heads: of attention.
         theta: initial parameters, by the names in torch's state dict. The first part of a name is the layer.
@@ -43,6 +45,7 @@ class Problem:
     steps: Arrays
     outer: Arrays
     momentum: float = 0.0
+    eps: float = 1e-5
     online: bool = False
     heads: int = 0
 

@@ -191,6 +191,7 @@ def main() -> None:
     found: dict[str, Any] = {"machine": machine(), "small": args.small, "results": []}
     if args.resume and file.exists():
         found["results"] = json.loads(file.read_text())["results"]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends what has been started, as Ctrl-C does
     with alone(), tempfile.TemporaryDirectory() as temporary:
         runner = Runner(Path(temporary), args.limit, args.repeats or (1 if args.small else 5), args.small)
         for problem in problems:

@@ -28,7 +28,7 @@ class ByHand:
     """SGD and Adam as anybody would write them. The state is a flat dict of tensors."""
 
     def __init__(self, problem: Problem) -> None:
-        self.adam, self.momentum = problem.optimizer == "adam", problem.momentum
+        self.adam, self.momentum, self.eps = problem.optimizer == "adam", problem.momentum, problem.eps
 
     def init(self, theta: Tensors) -> Tensors:
         """Zeros."""
@@ -46,7 +46,7 @@ class ByHand:
                 mean = new[f"mean.{name}"] = 0.9 * state[f"mean.{name}"] + 0.1 * direction
                 square = 0.999 * state[f"square.{name}"] + 0.001 * direction * direction
                 new[f"square.{name}"] = square
-                direction = (mean / bias1) / ((square / bias2).sqrt() + 1e-8)
+                direction = (mean / bias1) / ((square / bias2).sqrt() + self.eps)
             elif self.momentum:
                 direction = self.momentum * state[f"buffer.{name}"] + direction
                 new[f"buffer.{name}"] = direction
@@ -140,7 +140,7 @@ def torchopt(numbers: Problem) -> Gradient:
     problem = TorchProblem(numbers)
     net = problem.network()
     if numbers.optimizer == "adam":
-        optimizer = torchopt.adam(lr=1.0)
+        optimizer = torchopt.adam(lr=1.0, eps=numbers.eps)
     else:
         optimizer = torchopt.sgd(lr=1.0, momentum=numbers.momentum)
 
@@ -187,8 +187,11 @@ def higher(numbers: Problem) -> Gradient:
                 for batch in batches(steps):
                     count += 1
                     # higher adds ε before the second moment's bias is corrected: as torch.optim.Adam did in 2020.
-                    eps = {"eps": [1e-8 * (1 - 0.999**count) ** 0.5]} if numbers.optimizer == "adam" else None
-                    inner.step(problem.inner_loss(patched, problem.meta, batch), override=eps)
+                    eps = numbers.eps * (1 - 0.999**count) ** 0.5
+                    inner.step(
+                        problem.inner_loss(patched, problem.meta, batch),
+                        override={"eps": [eps]} if numbers.optimizer == "adam" else None,
+                    )
                 loss = problem.outer_loss(patched, outer)
                 loss.backward()
             total += loss.item()

@@ -92,7 +92,12 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _no_other_way(self: Any) -> None:
     mode = _mode()
-    if mode is not None and getattr(mode, "record", True) and torch.is_grad_enabled() and not transforms_active():
+    if (
+        mode is not None
+        and getattr(mode, "record", True)
+        and torch.is_grad_enabled()
+        and not transforms_active()
+    ):
         name = self._forward_cls.__qualname__
         raise CaptureError(
             f"{name}.apply was looked up before the window, and torch {torch.__version__} shows nobody such a call; "

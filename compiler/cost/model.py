@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from fractions import Fraction
 from math import comb, floor
 from typing import Any
@@ -52,48 +52,24 @@ class CostModel:
     * operations = (T + extra forwards)·F + N·V − n·H; a state that goes down and comes up counts as a step.
 
     T, W and n count calls of step graphs: inner steps, and what comes before and after them.
-
-    Attributes:
-        fixed_bytes: K, what there is besides: the states that a derivative works on, gradients, copies.
-        transient_bytes: A, most that one step's derivative allocates.
-        state_bytes: S, of a kept state.
-        step_bytes: B, what every further step adds: gradients of the data, where it has some.
-        forward_flops, vjp_flops: F and V, floating point operations of matrix products and convolutions in a step and
-            in its derivative.
-        residual_bytes, residual_fixed_bytes: R, of one step's residuals, and E, what those of the calls after the steps
-            take more, and saving any.
-        saved_flops: H, what residuals save of a step and its derivative.
-        tier_bytes: D, of states on their way to the tier and back.
-        window: W; None for no truncation.
     """
 
-    fixed_bytes: int
-    transient_bytes: int
-    state_bytes: int
-    step_bytes: int
-    forward_flops: int | Fraction
-    vjp_flops: int | Fraction
-    residual_bytes: int = 0
-    residual_fixed_bytes: int = 0
-    saved_flops: int | Fraction = 0
-    tier_bytes: int = 0
-    window: int | None = None
+    fixed_bytes: int  # K, what there is besides: the states that a derivative works on, gradients, copies
+    transient_bytes: int  # A, most that one step's derivative allocates
+    state_bytes: int  # S, of a kept state
+    step_bytes: int  # B, what every further step adds: gradients of the data, where it has some
+    forward_flops: int | Fraction  # F, floating point operations of products and convolutions in a step
+    vjp_flops: int | Fraction  # V, those in its derivative
+    residual_bytes: int = 0  # R, of one step's residuals
+    residual_fixed_bytes: int = 0  # E, what those of the calls after the steps take more, and saving any
+    saved_flops: int | Fraction = 0  # H, what residuals save of a step and its derivative
+    tier_bytes: int = 0  # D, of states on their way to the tier and back
+    window: int | None = None  # W; None for no truncation
 
     @property
     def sizes(self) -> dict[Any, Any]:
         """What the symbols that are no counts stand for: ``peak.subs(sizes)`` is in T and c."""
-        return {
-            K: self.fixed_bytes,
-            A: self.transient_bytes,
-            S: self.state_bytes,
-            B: self.step_bytes,
-            R: self.residual_bytes,
-            E: self.residual_fixed_bytes,
-            D: self.tier_bytes,
-            F: self.forward_flops,
-            V: self.vjp_flops,
-            H: self.saved_flops,
-        }
+        return dict(zip((K, A, S, B, F, V, R, E, H, D), astuple(self)))
 
     @property
     def swept(self) -> sympy.Expr:
@@ -170,6 +146,7 @@ class CostModel:
 
 
 def _repeats(states: int, slots: int) -> int:
+    """The least r for which ``states`` ≤ C(slots + r, slots)."""
     found, reach = 0, 1
     while reach < states:
         found += 1

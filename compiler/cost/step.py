@@ -46,34 +46,32 @@ def residual_cost(step: StepGraph, lowering: Lowering) -> tuple[int, int]:
     divided = residuals(step, lowering.hvp)
     if divided is None:
         return 0, 0
-    forward, backward = measured(step, "forward", lowering), measured(step, "backward", lowering)
-    made = _made(divided.forward.graph) if forward is None else forward.made
-    kept = sum(m.size for m in made[len(made) - divided.fresh :] if m is not None)
-    peaks = [
-        peak_bytes(graph.graph) if seen is None else seen.peak_bytes
-        for graph, seen in ((divided.forward, forward), (divided.backward, backward))
-    ]
+    forward = measured(step, "forward", lowering) or _static(divided.forward.graph)
+    backward = measured(step, "backward", lowering) or _static(divided.backward.graph)
+    kept = sum(m.size for m in forward.made[len(forward.made) - divided.fresh :] if m is not None)
     cost = step_cost(step, lowering)
-    return kept, max(0, peaks[0] - kept - cost.replay_bytes, peaks[1] - cost.vjp_bytes)
+    return kept, max(0, forward.peak_bytes - kept - cost.replay_bytes, backward.peak_bytes - cost.vjp_bytes)
 
 
 def _static_cost(step: StepGraph, hvp: str) -> StepCost:
     found = step.derived.costs.get(hvp)
     if found is None:
         replay, vjp = replayed(step).graph, derived(step, hvp).graph
+        again, back = _static(replay), _static(vjp)
         found = step.derived.costs[hvp] = StepCost(
-            peak_bytes(replay),
-            peak_bytes(vjp),
+            again.peak_bytes,
+            back.peak_bytes,
             operator_count(replay),
             operator_count(vjp),
-            tuple(m for m in _made(replay) if m is not None),
-            tuple(_made(vjp)),
+            tuple(m for m in again.made if m is not None),
+            back.made,
             _depends(step, vjp),
         )
     return found
 
 
-def _made(graph: fx.Graph) -> list[ResultMemory | None]:
+def _static(graph: fx.Graph) -> Measured:
+    """What a graph says that it takes."""
     given = {s: i for i, n in enumerate(graph.find_nodes(op="placeholder")) for s, _ in storages(n)}
     constant = {s for node in graph.find_nodes(op="get_attr") for s, _ in storages(node)}
 
@@ -81,7 +79,8 @@ def _made(graph: fx.Graph) -> list[ResultMemory | None]:
         found = next(iter(storages(node)), None)
         return None if found is None or found[0] in constant else found
 
-    return made_of([memory(n) if isinstance(n, fx.Node) else () for n in results_of(graph)], given)
+    made = made_of([memory(n) if isinstance(n, fx.Node) else () for n in results_of(graph)], given)
+    return Measured(peak_bytes(graph), 0, tuple(made))
 
 
 def made_of(results: Sequence[Any], given: dict[Any, int]) -> list[ResultMemory | None]:

@@ -52,12 +52,24 @@ def uncollected() -> Iterator[None]:
 
 
 @contextmanager
-def tracing() -> Iterator[None]:
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """The default dtype is ``dtype`` inside the block: integers become it where they meet a fraction, for instance."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextmanager
+def tracing(dtype: torch.dtype | None = None) -> Iterator[None]:
     """One trace at a time, outside the window, the user's modes, autocast and inference mode, with grad mode on."""
     recorder = recording.set(None)
     with (
         uncollected(),
         _lock,
+        default_dtype(dtype or torch.get_default_dtype()),
         disable_current_modes(),
         torch.inference_mode(False),
         torch.enable_grad(),
@@ -96,15 +108,10 @@ def flat_graph(
 
     Args:
         fn: returns a tuple of tensors and None.
-        inputs: distinct tensors, fake ones under the caller's `FakeTensorMode` or real ones. Every other tensor that
-            ``fn`` uses becomes a constant of the graph.
+        inputs: distinct, fake under the caller's `FakeTensorMode` or real. All else that ``fn`` uses becomes constant.
         instead: operator -> what to call in its place.
-        real: whether the results are wanted: the graph must then hold for other values too.
+        real: the results are wanted, and the graph must hold for other values: where it might not, `Unfollowed`.
         marks: what nodes are to hold in their ``meta``; ``fn`` may change it as it goes.
-
-    Raises:
-        Unfollowed: with ``real``, where an operator looks at values, draws random numbers, or reads a tensor from
-            elsewhere.
     """
     graph = fx.Graph()
     writer = _Writer(graph, instead, real, marks)
@@ -120,18 +127,13 @@ _memories = itertools.count()  # no two traces name their memory alike
 
 
 class _Memory:
-    """A stretch of memory.
-
-    Attributes:
-        key: what nodes call it; another one since it was to be written into.
-        held: keeps another storage from being born at its address.
-        within: the tensors in it, with what stands for them.
-    """
+    """A stretch of memory: what nodes call it now, and the tensors in it, with what stands for them."""
 
     __slots__ = ("key", "held", "within")
 
     def __init__(self, held: StorageWeakRef) -> None:
-        self.key, self.held = next(_memories), held
+        self.key = next(_memories)
+        self.held = held  # keeps another storage from being born at its address
         self.within: list[tuple[weakref.ref[Tensor], fx.Node]] = []
 
 

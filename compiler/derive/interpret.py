@@ -15,13 +15,7 @@ from ..ir.update import UpdatePlan
 
 
 def interpret(step: StepGraph, inputs: Sequence[Tensor], *, create_graph: bool) -> tuple[Any, ...]:
-    """The outputs of ``step``.
-
-    Args:
-        step: the graph to run.
-        inputs: one tensor per `step.inputs`; those of role theta must require grad.
-        create_graph: whether the outputs can be differentiated with respect to the inputs.
-    """
+    """The outputs of ``step``, differentiable with ``create_graph``, for its inputs, of which thetas require grad."""
     return _Interpreter(step, create_graph).run(*inputs)
 
 

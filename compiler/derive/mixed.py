@@ -5,13 +5,14 @@ u, the cotangent of g, and direct terms for θ, s, η. The rest of the gradient 
 u·∂g/∂(θ, η) = ∂_t ∇_(θ,η) L(θ + t u, η) at t = 0, one forward-mode
 derivative of a gradient (MixFlow-MG, arXiv 2505.00793): the second-order tape that reverse over reverse keeps is never
 built. What remains alive are the activations of L and their tangents, and those are made
-again layer by layer (`remat`).
+again layer by layer (`rematerialised`).
 """
 
 from __future__ import annotations
 
 import threading
 import warnings
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -24,8 +25,7 @@ from ..ir.operators import op_info
 from ..ir.step import FlatGraph, StepGraph, gradient, show
 from ..ir.values import reached
 from .flat import Traced, flat_graph, tracing
-from .graphs import copied, drop_dead, merge_equal, mutates, peak_bytes, results_of
-from .remat import rematerialised
+from .graphs import alive_bytes, copied, drop_dead, merge_equal, mutates, peak_bytes, results_of, storages
 from .reverse import checked, cotangent_outputs, ports_of, pulled_back, true_zeros
 
 
@@ -51,7 +51,7 @@ def mixed_vjp_graph(step: StepGraph) -> FlatGraph:
             result.append(NotMixed(f"{type(error).__name__}: {error}"))
 
     thread = threading.Thread(target=work)
-    with tracing(), warnings.catch_warnings():
+    with tracing(step.default_dtype), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # torch's own forward mode uses torch.jit.script
         thread.start()
         thread.join()
@@ -73,13 +73,9 @@ def why_not_mixed(step: StepGraph) -> str | None:
 
 
 class _MixedStep:
-    """A step graph on either side of its gradient.
+    """A step graph on either side of the node ``taken``, its gradient of ``loss`` by ``thetas``.
 
-    Attributes:
-        taken: the node of the gradient.
-        loss, thetas: the nodes that it is taken of and by.
-        wanted: positions of the inputs that get a cotangent.
-        marks: what the nodes being traced hold in their ``meta``: their phase, for `rematerialised`.
+    The inputs at ``wanted`` get a cotangent. ``marks`` gives traced nodes the phase that `rematerialised` goes by.
     """
 
     def __init__(self, step: StepGraph) -> None:
@@ -219,3 +215,80 @@ class _MixedStep:
                 if g is not None:
                     found[i] = found[i] + g if i in found else g
         return primal[:count], [found.get(i) for i in self.wanted]
+
+
+# -- rematerialisation ------------------------------------------------------------------------------------------------
+# The forward half of a graph is cut at narrow places, and each part run again for its backward: between two cuts only
+# what crosses them stays alive. Candidates are the places where least is alive; the lowest peak decides.
+
+_WIDTHS = 6  # how many widths of cuts are tried
+
+
+def rematerialised(graph: fx.Graph) -> fx.Graph:
+    """``graph`` with the nodes of a forward phase made again, part by part, for those that read them later.
+
+    Nodes say in ``meta["phase"]`` where they belong; both forward phases are looked at.
+    """
+    best, least = graph, peak_bytes(graph)
+    for phase in ("first forward", "forward"):
+        start = best
+        for cuts in _proposals(start, phase):
+            tried = _cut(start, phase, cuts)
+            peak = peak_bytes(tried)
+            if peak < 0.95 * least:
+                best, least = tried, peak
+    return best
+
+
+def _of_phase(graph: fx.Graph, phase: str) -> list[fx.Node]:
+    return [n for n in graph.nodes if n.meta.get("phase") == phase]
+
+
+def _makers(graph: fx.Graph) -> dict[Any, fx.Node]:
+    """Which node makes each piece of memory."""
+    return {s: n for n in reversed(graph.nodes) for s, _ in storages(n)}
+
+
+def _proposals(graph: fx.Graph, phase: str) -> list[tuple[int, ...]]:
+    """Ordinals of nodes of ``phase`` to cut after: where less is alive than around, up to some width, all or half."""
+    nodes = _of_phase(graph, phase)
+    elsewhere = {s for s, n in _makers(graph).items() if n.meta.get("phase") != phase}
+    alive = alive_bytes(nodes, elsewhere, after=True)
+    inner = range(1, len(nodes) - 1)
+    narrow = [i for i in inner if 0 < alive[i] < alive[i - 1] and alive[i] <= alive[i + 1]]
+    found: dict[tuple[int, ...], None] = {}
+    for limit in sorted({alive[i] for i in narrow})[:_WIDTHS]:
+        chosen = [i for i in narrow if alive[i] <= limit]
+        found |= {tuple(chosen[::stride]): None for stride in (1, 2)}
+    return list(found)
+
+
+def _cut(graph: fx.Graph, phase: str, cuts: Sequence[int]) -> fx.Graph:
+    """A copy of ``graph`` in which all that reads a value of ``phase`` from outside of it reads one made again."""
+    new = copied(graph)
+    home = _makers(new)
+    part = {n: bisect_left(cuts, i) for i, n in enumerate(_of_phase(new, phase))}
+    crossing = {n for n in part if any(part.get(u, part[n]) != part[n] for u in n.users)}
+    dropped = {n for n in part if n not in crossing and part[n] != len(cuts)}
+    again: dict[fx.Node, fx.Node] = {}
+
+    def name_memory(node: fx.Node, of: fx.Node) -> None:
+        """``node`` lies where ``of`` does, or where that has been made again."""
+        node.meta["memory"] = tuple(
+            (("again", s) if home[s] in again else s, size) for s, size in storages(of)
+        )
+
+    for node in list(new.nodes):
+        if node in part:
+            continue
+        reads = [a for a in node.all_input_nodes if a in dropped]
+        missing = reached(reads, lambda n: [a for a in n.all_input_nodes if a in dropped])
+        with new.inserting_before(node):
+            for top in sorted(n for n in missing if n not in again):
+                again[top] = new.node_copy(top, lambda a: again.get(a, a))
+                name_memory(again[top], top)
+        for used in reads:
+            node.replace_input_with(used, again[used])
+        name_memory(node, node)
+    new.lint()
+    return new

@@ -92,11 +92,7 @@ def _cheap(node: fx.Node) -> bool:
 def _forward(
     replay: FlatGraph, vjp: FlatGraph, saved: list[fx.Node]
 ) -> tuple[FlatGraph, tuple[int, ...], int]:
-    """The replay, and what gives ``saved`` in the VJP; what both compute is computed once.
-
-    Returns:
-        The graph; where among its results those of ``saved`` are; how many results are not the replay's.
-    """
+    """The replay with what gives ``saved`` in the VJP; where these are among its results; how many are not replayed."""
     graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
     outputs: Any = graph.graph_copy(replay.graph, copies)
     given = list(graph.find_nodes(op="placeholder"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -39,16 +40,12 @@ def ports_of(step: StepGraph, kind: str) -> list[Port]:
 
 
 def derived_by_tracing(step: StepGraph, kind: str, example: Sequence[Tensor] | None = None) -> FlatGraph:
-    """The flat graph of a step's "replay" or "vjp".
+    """The flat graph of a step's "replay", inputs -> outputs, or "vjp", `ports_of` it -> a cotangent or None per input.
 
-    Args:
-        step: the step.
-        kind: "replay", inputs -> outputs, without autograd; "vjp", inputs and cotangents of (theta', float opt_state')
-            -> a cotangent, or None, per input.
-        example: real inputs, for a step whose shapes depend on values; others are traced over fake tensors.
+    It is traced over fake tensors, or over ``example`` where shapes depend on values.
     """
-    fn = _FUNCTIONS[kind](step)
-    with tracing():
+    fn = functools.partial(_run, step, kind)
+    with tracing(step.default_dtype):
         try:
             if step.dynamic:
                 if example is None:
@@ -78,9 +75,9 @@ def derived_by_running(
     if any(tensor_spec(t) != p.spec for t, p in zip(inputs, ports_of(step, kind), strict=True)):
         return None
     given = [t.detach() for t in inputs]
-    with tracing():
+    with tracing(step.default_dtype):
         try:
-            found = flat_graph(_FUNCTIONS[kind](step), given, true_zeros(step), real=True)
+            found = flat_graph(functools.partial(_run, step, kind), given, true_zeros(step), real=True)
         except (Unfollowed, RuntimeError):
             return None
         results, seen = [], set()
@@ -91,29 +88,16 @@ def derived_by_running(
         return _cleaned(kind, found), results
 
 
-def _replay(step: StepGraph) -> Callable[..., tuple]:
-    def replay(*inputs: Tensor) -> tuple:
+def _run(step: StepGraph, kind: str, *args: Tensor) -> tuple:
+    inputs, cotangents = args[: len(step.inputs)], args[len(step.inputs) :]
+    if kind == "replay":
         return interpret(step, _as_leaves(step, inputs, (Role.THETA,)), create_graph=False)
-
-    return replay
-
-
-def _vjp(step: StepGraph) -> Callable[..., tuple]:
-    def vjp(*args: Tensor) -> tuple:
-        inputs, cotangents = args[: len(step.inputs)], args[len(step.inputs) :]
-        held = _as_leaves(step, inputs, _DIFFERENTIATED)
-        results = interpret(step, held, create_graph=True)
-        wanted = [i for i, p in enumerate(step.inputs) if p.differentiable and held[i].requires_grad]
-        grads: list[Tensor | None] = [None] * len(held)
-        outs = [results[i] for i in cotangent_outputs(step)]
-        for i, g in zip(wanted, pulled_back(outs, cotangents, [held[i] for i in wanted]), strict=True):
-            grads[i] = g
-        return tuple(grads)
-
-    return vjp
-
-
-_FUNCTIONS = {"replay": _replay, "vjp": _vjp}
+    held = _as_leaves(step, inputs, _DIFFERENTIATED)
+    results = interpret(step, held, create_graph=True)
+    wanted = [i for i, p in enumerate(step.inputs) if p.differentiable and held[i].requires_grad]
+    outs = [results[i] for i in cotangent_outputs(step)]
+    grads = dict(zip(wanted, pulled_back(outs, cotangents, [held[i] for i in wanted]), strict=True))
+    return tuple(grads.get(i) for i in range(len(held)))
 
 
 def _as_leaves(step: StepGraph, inputs: Sequence[Tensor], roles: tuple[Role, ...]) -> list[Tensor]:
@@ -136,14 +120,12 @@ def pulled_back(
 def loss_graph(step: StepGraph, spec: TensorSpec) -> StepGraph:
     """inputs -> loss, which has this ``spec``, for a step that takes one gradient."""
     graph, env = fx.Graph(), dict[fx.Node, fx.Node]()
-    (taken,) = (n for n in step.graph.nodes if n.target is gradient)
     for node in step.graph.nodes:
-        if node is taken:
+        if node.target is gradient:
+            graph.output((env[node.args[0]],))
             break
         env[node] = graph.node_copy(node, env.__getitem__)
-    graph.output((env[taken.args[0]],))
-    outputs = (Port(Role.CARRY, spec, "loss"),)
-    dtype = step.default_dtype
+    outputs, dtype = (Port(Role.CARRY, spec, "loss"),), step.default_dtype
     return StepGraph(graph, step.inputs, outputs, step.opaque, step.dynamic, default_dtype=dtype)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, TypeAlias
@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 from .step import EAGER, Lowering, Role, StepGraph
+from .text import kind_of, registers_text
 from .values import Input, Noise, Spy
 
 LONGEST = 32  # calls in a round
@@ -37,6 +38,14 @@ class StepCall:
         """State indices of the parameters that its loss has read."""
         return self.reads[: self.step.thetas]
 
+    def text(self, names: Mapping[int, str], inputs: Mapping[Input, str]) -> str:
+        """The call in a function's program: the registers and inputs that a step graph reads, those that it writes."""
+        given = ", ".join(given.text(inputs) for given in self.inputs)
+        read = "; ".join(filter(None, [registers_text(self.reads), given]))
+        location = self.location.replace("\\", "/").rpartition("/")[2]
+        where = f"  # {location}" if location else ""
+        return f"{registers_text(self.writes) or 'nothing'} = {names[id(self.step)]}({read}){where}"
+
     @property
     def updated(self) -> tuple[int, ...]:
         """State indices of theta'."""
@@ -60,7 +69,7 @@ class Assign:
 class Loop:
     """Iterations that only differ in the slices and numbers their calls are given.
 
-    In each one after the first, whose ``calls`` are told, they find what they read where the one before has left it.
+    ``calls`` are those of the first iteration. In each later one they read what the iteration before has written.
     """
 
     calls: tuple[StepCall, ...]
@@ -71,9 +80,7 @@ class Loop:
 class Operand:
     """An input of a call that is no register."""
 
-    kind: (
-        str  # "input", "scan" (a slice of one), "noise", "number", or "each" (of several, the one at ``at``)
-    )
+    kind: str  # "input", "scan" (a slice of one), "noise", "number", or "each" (of several, the one at `at`)
     of: Any  # the `Input`, the `Noise`, the number, or what there is to choose from
     at: int = 0  # of a slice, its position
     stride: int = 0  # in a loop, by how much position or number advance from one iteration to the next
@@ -94,6 +101,20 @@ class Operand:
     def sources(self) -> list[Input | Noise | float]:
         """What it may read, one or several."""
         return [g.of for g in self.of] if self.kind == "each" else [self.of]
+
+    def text(self, names: Mapping[Input, str]) -> str:
+        """What it is, in iteration t."""
+        if self.kind == "noise":
+            return kind_of(self.of.op) + "()"
+        if self.kind == "input":
+            return names[self.of]
+        start = self.of if self.kind == "number" else self.at
+        moving = f"{start} + " if start else ""
+        place = moving + (f"{self.stride}·t" if self.stride != 1 else "t") if self.stride else f"{start}"
+        if self.kind == "each":
+            first, *_, last = (g.text(names) for g in self.of)
+            return f"({first}, ..., {last})[{place}]"
+        return place if self.kind == "number" else f"{names[self.of]}[{place}]"
 
 
 Call: TypeAlias = StepCall | Assign

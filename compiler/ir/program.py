@@ -11,10 +11,11 @@ from time import perf_counter
 from typing import Any
 
 from .calls import LONGEST, Assign, Call, Item, Loop, Operand, StepCall, calls_of, extended, folded, nth
+from .operators import is_several
 from .retention import UNSAID, Retention
 from .step import Lowering, Role, StepGraph
 from .tensors import nbytes
-from .text import plural, program_text, step_name
+from .text import plural, readable_bytes, signature, step_name
 from .values import Input
 
 
@@ -136,11 +137,48 @@ class Program(Calls):
         return list({id(x): x for x in found if isinstance(x, Input)}.values())
 
     def text(self, inputs: Mapping[Input, str] | None = None, *, operators: bool = False) -> str:
-        """See `text.program_text`."""
-        return program_text(self, inputs, operators=operators)
+        """The program as text.
+
+        Args:
+            inputs: names for the tensors it reads; x0, x1, ... without.
+            operators: whether to write out the operators of every step graph.
+        """
+        named = {x: f"x{i}" for i, x in enumerate(self.inputs)} | dict(inputs or {})
+        names = self.names()
+        mode = "offline" if self.offline else "online"
+        truncated = f", truncated to {self.window} super-steps" if self.window else ""
+        kept = f"; kept: {self.kept}" if self.kept is not None else ""
+        lines = [
+            f"program of {plural(self.horizon, 'inner step')}, {mode}: {plural(self.positions, 'call')} of "
+            f"{plural(len(names), 'step graph')}, {plural(self.registers, 'register')} "
+            f"({readable_bytes(self.state_bytes)}){truncated}{kept}"
+        ]
+        for item in self.calls:
+            inside = [call.text(names, named) for call in calls_of(item)]
+            loop = f"  loop {item.count} times, t = 0, 1, ...:" if isinstance(item, Loop) else " "
+            lines += [f"{loop} {inside[0]}"] if len(inside) == 1 else [loop, *("    " + i for i in inside)]
+        lines.append("  return " + (", ".join(_place_text(w, named) for w in self.outputs) or "nothing"))
+        lines += [f"  {_target_text(t, named)} := {_place_text(w, named)}" for t, w in self.writes]
+        for step in self.step_graphs:
+            lines.append(signature(step, names[id(step)]))
+            if operators:
+                lines += ["    " + line for line in str(step).splitlines()[1:]]
+        return "\n".join(lines)
 
     def __str__(self) -> str:
         return self.text()
+
+
+def _place_text(where: int | Input, named: Mapping[Input, str]) -> str:
+    return f"r{where}" if isinstance(where, int) else named[where]
+
+
+def _target_text(target: Any, named: Mapping[Input, str]) -> str:
+    if is_several(target):
+        optimizer, _, name = target
+        return f"{type(optimizer).__name__}.state[...][{name!r}]"
+    known = (name for x, name in named.items() if getattr(x, "tensor", None) is target)
+    return next(known, f"a tensor of shape {tuple(target.shape)}")
 
 
 class Tape(Calls):

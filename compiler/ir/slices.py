@@ -16,27 +16,19 @@ Token = tuple[Any, ...]
 
 
 class Keyed:
-    """Calls, in the order they were made, and their structure: what equal steps share.
+    """Calls, in the order they were made, and their structure: what equal steps share."""
 
-    Attributes:
-        numbers: values of the numbers that may be lifted.
-        hooks: for each hooked value, the hooks that changed their gradient (known once they have run).
-        spies: all hooks met.
-        values: all values met.
-        opaque: whether custom Functions or hooks occur (the step is then checked every time).
-        indexed: whether indices that may differ from step to step are `Number`s already.
-    """
-
-    indexed = False
+    indexed = False  # whether indices that may differ from step to step are `Number`s already
 
     def __init__(self, entries: list[Entry]) -> None:
         self.entries = entries
         self.number_of = {id(e): i for i, e in enumerate(entries)}
-        self.numbers: list[float] = []
+        self.numbers: list[float] = []  # values of those that may be lifted
+        # for each hooked value, the hooks that changed their gradient (known once they have run)
         self.hooks: dict[Token, list[Spy]] = {}
-        self.spies: list[Spy] = []
-        self.values: list[Value] = []
-        self.opaque = False
+        self.spies: list[Spy] = []  # all hooks met
+        self.values: list[Value] = []  # all values met
+        self.opaque = False  # whether custom Functions or hooks occur (the step is then checked every time)
 
     def token(self, a: Any) -> Any:
         """A hashable stand-in for one argument: ("v", entry, output), ("n", k), ("()", ...) or a constant."""
@@ -126,34 +118,26 @@ def restored(token: Any, found: Callable[[Token], Any]) -> Any:
 class Slice(Keyed):
     """The ancestor slice of some roots, its leaves numbered in the order they are met.
 
-    Attributes:
-        thetas: versions of theta tensors read.
-        consistent: whether no theta tensor was read in two versions.
-        twins: place among the thetas -> other tensors that were shown for the same version and read.
-        externals: tensors read from outside (differentiable or not).
-        key: structure of the slice: everything but `numbers`.
+    Args:
+        roots: values, externals and numbers.
+        aliases: id of a tensor -> the theta it stands for (parameters of a network adopted by this very step).
+        carry: whether values carried over from before another step of the super-step are followed.
     """
 
     def __init__(self, roots: list[Any], aliases: dict[int, Theta], carry: bool) -> None:
-        """Slice back from ``roots``.
-
-        Args:
-            roots: values, externals and numbers.
-            aliases: id of a tensor -> the theta it stands for (parameters of a network adopted by this very step).
-            carry: whether values carried over from before another step of the super-step are followed.
-        """
         super().__init__(_ancestors(roots, carry))
         self.aliases, self.carry = aliases, carry
-        self.thetas: list[Theta] = []
-        self.consistent = True
+        self.thetas: list[Theta] = []  # versions of theta tensors read
+        self.consistent = True  # no theta tensor was read in two versions
+        # place among the thetas -> other tensors that were shown for the same version and read
         self.twins: dict[int, list[Tensor]] = {}
-        self.externals: list[External] = []
+        self.externals: list[External] = []  # tensors read from outside
         self._theta_at: dict[int, int] = {}
         self._external_at: dict[int, int] = {}
         body = self.entry_keys()
         self.roots = tuple(self.token(r) for r in roots)
         specs = tuple((x.held.spec, x.grad) for x in self.externals)
-        self.key = (body, self.roots, specs, self.hook_keys())
+        self.key = (body, self.roots, specs, self.hook_keys())  # everything but `numbers`
 
     def _resolved(self, a: Any) -> Any:
         """What stands for ``a`` in this very step."""
@@ -217,32 +201,29 @@ def _ancestors(roots: list[Any], carry: bool) -> list[Entry]:
     return sorted(found.values(), key=lambda e: e.seq)
 
 
-def _is_partial(hook: Any) -> TypeGuard[functools.partial[Any]]:
-    return isinstance(hook, functools.partial)
-
-
 def closed_over(hook: Any) -> list[Any]:
     """What a hook refers to besides its argument and globals."""
     found: list[Any] = []
-    if _is_partial(hook):
-        found += [*closed_over(hook.func), *hook.args, *hook.keywords.values()]
+    while _is_partial(hook):
+        found += [*hook.args, *hook.keywords.values()]
+        hook = hook.func
     code = getattr(hook, "__func__", hook)
     found += [c.cell_contents for c in getattr(code, "__closure__", None) or ()]
-    found += getattr(code, "__defaults__", None) or ()
-    return found
+    return found + [*(getattr(code, "__defaults__", None) or ())]
 
 
 def hook_key(hook: Any) -> Any:
-    """What must be equal for two hooks to do the same: code, defaults, and what they close over."""
-    if _is_partial(hook):
-        return (hook_key(hook.func), tuple(map(_cell_key, hook.args)), tuple(sorted(hook.keywords.items())))
-    if hasattr(hook, "__self__"):
-        return (hook_key(hook.__func__), id(hook.__self__)) if hasattr(hook, "__func__") else id(hook)
-    code = getattr(hook, "__code__", None)
-    if code is None:
-        return id(hook)
-    cells = tuple(_cell_key(c.cell_contents) for c in hook.__closure__ or ())
-    return (code, cells, tuple(map(_cell_key, hook.__defaults__ or ())))
+    """What must be equal for two hooks to do the same: code, whose method it is, defaults, and what they close over."""
+    over, names = closed_over(hook), list[str]()
+    while _is_partial(hook):
+        names += hook.keywords
+        hook = hook.func
+    code = getattr(getattr(hook, "__func__", hook), "__code__", None)
+    return (code or id(hook), id(getattr(hook, "__self__", None)), *names, *map(_cell_key, over))
+
+
+def _is_partial(hook: Any) -> TypeGuard[functools.partial[Any]]:
+    return isinstance(hook, functools.partial)
 
 
 def _cell_key(value: Any) -> Any:

@@ -138,22 +138,11 @@ class FlatGraph:
         if self._called:
             return self.module.forward(*inputs)
         self._called = True
-        nodes, given = list(self.graph.nodes), iter(inputs)
-        last = {used: node for node in nodes for used in (node, *node.all_input_nodes)}
-        values: dict[fx.Node, Any] = {}
-        for node in nodes:
-            args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
-            if node.op == "output":
-                return args[0]
-            if node.op == "call_function":
-                values[node] = node.target(*args, **kwargs)
-            else:
-                values[node] = next(given) if node.op == "placeholder" else self.constants[str(node.target)]
-            del args, kwargs
-            for used in {node, *node.all_input_nodes}:
-                if last[used] is node:
-                    del values[used]
-        raise AssertionError("a graph without an output")
+        constants = torch.nn.Module()
+        vars(constants).update(self.constants)
+        runner = fx.Interpreter(constants, graph=self.graph)
+        runner.extra_traceback = False  # a user's error is hers, without the names of our nodes
+        return runner.run(*inputs, enable_io_processing=False)
 
 
 @dataclass(frozen=True)
@@ -161,9 +150,7 @@ class Split:
     """A step's two graphs."""
 
     forward: FlatGraph  # inputs -> outputs but for the loss, then residuals that are none of them
-    backward: (
-        FlatGraph  # inputs, residuals, cotangents -> a cotangent, or None, per input: what the VJP gives
-    )
+    backward: FlatGraph  # inputs, residuals, cotangents -> what the VJP gives
     residuals: tuple[int, ...]  # which results of the forward they are; what is a state anyway costs nothing
     fresh: int  # how many of these results are residuals alone
     saves: int  # operators that the backward does not run again
@@ -215,26 +202,20 @@ class Derived:
     """What has been derived from a step graph so far; each on first use, by HVP mode, kind of graph and lowering."""
 
     replay: FlatGraph | None = None
-    vjp: dict[str, FlatGraph] = field(default_factory=dict[str, FlatGraph])
-    splits: dict[str, Split | None] = field(
-        default_factory=dict[str, "Split | None"]
-    )  # None where it cannot be
+    vjp: dict[str, FlatGraph] = field(default_factory=lambda: {})
+    splits: dict[str, Split | None] = field(default_factory=lambda: {})  # None where it cannot be
     loss: StepGraph | None = None  # its loss alone
-    lowered: dict[tuple[str, Lowering], Lowered] = field(default_factory=dict[tuple[str, Lowering], Lowered])
-    coming: dict[tuple[str, Lowering], Coming] = field(default_factory=dict[tuple[str, Lowering], Coming])
-    costs: dict[str, StepCost] = field(default_factory=dict[str, StepCost])  # as its graphs say
-    measured: dict[tuple[str, Lowering], Measured] = field(
-        default_factory=dict[tuple[str, Lowering], Measured]
-    )
+    lowered: dict[tuple[str, Lowering], Lowered] = field(default_factory=lambda: {})
+    coming: dict[tuple[str, Lowering], Coming] = field(default_factory=lambda: {})
+    costs: dict[str, StepCost] = field(default_factory=lambda: {})  # as its graphs say
+    measured: dict[tuple[str, Lowering], Measured] = field(default_factory=lambda: {})
 
 
 @dataclass
 class StepGraph:
     """One distinct inner step."""
 
-    graph: (
-        fx.Graph
-    )  # placeholders in the order of `inputs`; the output node holds a tuple in the order of `outputs`
+    graph: fx.Graph  # placeholders in the order of `inputs`; its output is a tuple in the order of `outputs`
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
     opaque: bool = False  # holds custom Functions or hooks, so every use is checked against eager

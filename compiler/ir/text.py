@@ -4,67 +4,27 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
 
-from .calls import Loop, Operand, StepCall
-from .operators import is_operator, is_several
+from .operators import is_operator
 from .step import Port, StepGraph
 from .tensors import TensorSpec, nbytes
 from .trace import Part, Partition, Trace, arguments
 from .update import UpdatePlan
 from .values import Input, Noise, ScanItem, Value, identity
 
-if TYPE_CHECKING:
-    from .program import Program
-
 _MOST_LINES = 40
 _MOST_SHAPES = 6  # of one role and dtype that are written out
 
 
-def program_text(
-    program: Program, inputs: Mapping[Input, str] | None = None, *, operators: bool = False
-) -> str:
-    """The program as text.
-
-    Args:
-        program: what roll made.
-        inputs: names for the tensors it reads; x0, x1, ... without.
-        operators: whether to write out the operators of every step graph.
-    """
-    named = {x: f"x{i}" for i, x in enumerate(program.inputs)} | dict(inputs or {})
-    names = program.names()
-    mode = "offline" if program.offline else "online"
-    truncated = f", truncated to {program.window} super-steps" if program.window else ""
-    kept = f"; kept: {program.kept}" if program.kept is not None else ""
-    lines = [
-        f"program of {plural(program.horizon, 'inner step')}, {mode}: {plural(program.positions, 'call')} of "
-        f"{plural(len(names), 'step graph')}, {plural(program.registers, 'register')} "
-        f"({readable_bytes(program.state_bytes)}){truncated}{kept}"
-    ]
-    for item in program.calls:
-        if not isinstance(item, Loop):
-            lines.append("  " + _call_text(item, names, named))
-            continue
-        loop = f"  loop {item.count} times, t = 0, 1, ...:"
-        inside = [_call_text(call, names, named) for call in item.calls]
-        lines += [f"{loop} {inside[0]}"] if len(inside) == 1 else [loop, *("    " + i for i in inside)]
-    lines.append("  return " + (", ".join(_place_text(w, named) for w in program.outputs) or "nothing"))
-    lines += [f"  {_target_text(t, named)} := {_place_text(w, named)}" for t, w in program.writes]
-    for step in program.step_graphs:
-        lines.append(signature(step, names[id(step)]))
-        if operators:
-            lines += ["    " + line for line in str(step).splitlines()[1:]]
-    return "\n".join(lines)
-
-
 def trace_text(trace: Trace) -> str:
     """A trace: its calls by kind, its windows and loops."""
-    kinds = Counter(_kind_of(e.op) for e in trace.entries)
+    kinds = Counter(kind_of(e.op) for e in trace.entries)
     listed = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common(8))
     rest = len(trace.entries) - sum(n for _, n in kinds.most_common(8))
     rows = sum(isinstance(a, ScanItem) for e in trace.entries for a in arguments(e))
@@ -103,7 +63,7 @@ def partition_text(partition: Partition) -> str:
     return "\n".join(lines)
 
 
-def _kind_of(op: Any) -> str:
+def kind_of(op: Any) -> str:
     """A short name for what is called."""
     if isinstance(op, UpdatePlan):
         return "update"
@@ -217,41 +177,3 @@ def registers_text(registers: Sequence[int]) -> str:
         names = ["_" if r < 0 else f"r{r}" for r in run]
         texts.append(f"{names[0]}-{names[-1]}" if len(run) > 2 else " ".join(names))
     return " ".join(texts)
-
-
-def _call_text(call: StepCall, names: Mapping[int, str], named: Mapping[Input, str]) -> str:
-    given = ", ".join(_given_text(g, named) for g in call.inputs)
-    read = "; ".join(filter(None, [registers_text(call.reads), given]))
-    location = call.location.replace("\\", "/").rpartition("/")[2]
-    where = f"  # {location}" if location else ""
-    return f"{registers_text(call.writes) or 'nothing'} = {names[id(call.step)]}({read}){where}"
-
-
-def _given_text(given: Operand, named: Mapping[Input, str]) -> str:
-    if given.kind == "each":
-        first, *_, last = (_given_text(g, named) for g in given.of)
-        return f"({first}, ..., {last})[{_moving(given.at, given.stride)}]"
-    if given.kind == "noise":
-        return _kind_of(given.of.op) + "()"
-    if given.kind == "number":
-        return _moving(given.of, given.stride)
-    name = named[given.of]
-    return name if given.kind == "input" else f"{name}[{_moving(given.at, given.stride)}]"
-
-
-def _moving(start: float, stride: int) -> str:
-    if not stride:
-        return str(start)
-    return (f"{start} + " if start else "") + (f"{stride}·t" if stride != 1 else "t")
-
-
-def _place_text(where: int | Input, named: Mapping[Input, str]) -> str:
-    return f"r{where}" if isinstance(where, int) else named[where]
-
-
-def _target_text(target: Any, named: Mapping[Input, str]) -> str:
-    if is_several(target):
-        optimizer, _, name = target
-        return f"{type(optimizer).__name__}.state[...][{name!r}]"
-    known = (name for x, name in named.items() if getattr(x, "tensor", None) is target)
-    return next(known, f"a tensor of shape {tuple(target.shape)}")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .operators import aten, is_named, is_several
+from .operators import aten
 from .retention import UNSAID, Retention
 from .slices import Keyed
 from .step import RANK, Role, gradient, show
@@ -29,9 +29,7 @@ class Scan:
     count: int  # how many iterations it stands for
     labels: list[int]  # which of them have been captured
     location: str
-    begins: list[int] = field(
-        default_factory=list[int]
-    )  # index of the first entry of each captured iteration
+    begins: list[int] = field(default_factory=lambda: [])  # first entry of each captured iteration
     end: int = -1  # index after the last entry, once the loop has run out
 
 
@@ -78,11 +76,11 @@ class Trace:
 
 def leaves(a: Any) -> Iterator[Any]:
     """The values, inputs and numbers in an argument."""
-    if is_several(a) or is_named(a):
-        for b in a.values() if is_named(a) else a:
-            yield from leaves(b)
-    elif isinstance(a, (Value, Input, Noise, ScanItem, Number)):
+    if isinstance(a, (Value, Input, Noise, ScanItem, Number)):
         yield a
+    elif isinstance(a, (tuple, dict)):
+        for b in a.values() if isinstance(a, dict) else a:  # pyright: ignore[reportUnknownVariableType]
+            yield from leaves(b)
 
 
 def arguments(entry: Entry) -> Iterator[Any]:
@@ -108,16 +106,12 @@ class Segment(Keyed):
 
     A hook acts where its tensor is made, on the whole of its gradient. One on a parameter acts in the step that takes
     the gradient by it.
-
-    Attributes:
-        inputs: what they read from outside, in the order they are met.
-        key: their structure.
     """
 
     def __init__(self, entries: list[Entry], trace: Trace) -> None:
         super().__init__(entries)
         self.indexed = trace.indexed
-        self.inputs: list[Any] = []
+        self.inputs: list[Any] = []  # what they read from outside, in the order they are met
         self._input_at: dict[Any, int] = {}
         calls = self.entry_keys()
         inner = _shown(entries)
@@ -186,9 +180,7 @@ class PartKind:
     """What equal segments have in common."""
 
     parts: list[Part] = field(default_factory=lambda: [])
-    outputs: dict[Place, TensorSpec] = field(
-        default_factory=dict[Place, TensorSpec]
-    )  # that anything later reads
+    outputs: dict[Place, TensorSpec] = field(default_factory=lambda: {})  # that anything later reads
     active: set[int] = field(default_factory=set[int])  # inputs that depend on something that requires grad
     active_outputs: set[Place] = field(default_factory=set[Place])  # outputs that do
 

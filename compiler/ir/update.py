@@ -50,9 +50,8 @@ class UpdatePlan:
     """What the update does, but for the values it does it to."""
 
     update: Callable[..., tuple[Tensor, State]]  # pure: (param, grad, state, hyper) -> (param', state')
-    groups: tuple[
-        tuple[tuple[str, Any], ...], ...
-    ]  # per group, names and constants, `HyperRef`s or tuples of these
+    # per group, names and constants, `HyperRef`s or tuples of these
+    groups: tuple[tuple[tuple[str, Any], ...], ...]
     group_of: tuple[int, ...]  # per updated parameter, its group
     states: tuple[tuple[str, ...], ...]  # per updated parameter, names of the state it has before the step
     clip: Clip | None = None

@@ -80,9 +80,7 @@ class Epoch:
     position: int  # the tape position whose state the networks show
     superstep: int  # ordinal of the super-step it was opened in
     theta: dict[int, Theta]  # by the id of the tensor that the networks show
-    writes: ByStorage[list[Entry]] = field(
-        default_factory=lambda: ByStorage()
-    )  # in-place calls, oldest first
+    writes: ByStorage[list[Entry]] = field(default_factory=lambda: ByStorage())  # in-place calls, in order
     # What stands for tensors read from outside, by their id.
     externals: dict[int, weakref.ref[External]] = field(default_factory=dict[int, "weakref.ref[External]"])
     apart: ByStorage[bool] = field(default_factory=lambda: ByStorage())  # memory of values that are set apart

@@ -16,6 +16,8 @@ from metaoptim.compiler.compat import (
     function_modes,
 )
 
+from ..derive.flat import default_dtype
+
 _AUTOCAST = ("cpu", "cuda", "xpu", "mps", "hpu", "mtia")
 
 
@@ -48,19 +50,8 @@ def unaffected() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """The default dtype is ``dtype`` inside the block: integers become it where they meet a fraction, for instance."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
 def with_default_dtype(dtype: torch.dtype, program: Callable[..., Any]) -> Callable[..., Any]:
-    """``program``, run with that default dtype."""
+    """``program``, run with that default dtype whatever it is then."""
 
     def run(*inputs: Any) -> Any:
         if torch.get_default_dtype() is dtype:

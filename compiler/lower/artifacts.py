@@ -43,6 +43,7 @@ def artifact_of(graph: fx.Graph, specs: Sequence[TensorSpec]) -> str:
     facts = (
         str(graph),
         [tuple(map(str, spec)) for spec in specs],
+        torch.get_default_dtype(),
         torch.__version__,
         torch.version.git_version,
         platform.machine(),
@@ -87,7 +88,7 @@ class _Reader(pickle.Unpickler):
 
 
 def payload_of(graph: fx.Graph, specs: Sequence[TensorSpec]) -> bytes:
-    """What a process needs to compile a graph. (A pickled module would be traced anew, which runs what makes constants.)
+    """What a process needs to compile a graph. A pickled module would not do: it is traced anew, which runs factories.
 
     Raises:
         Exception: what pickling raises, for arguments that cannot be sent.
@@ -95,20 +96,26 @@ def payload_of(graph: fx.Graph, specs: Sequence[TensorSpec]) -> bytes:
     stream = io.BytesIO()
     writer = _Writer(stream)
     config = None if _config() is None else _config().save_config()
-    writer.dump((list(specs), torch.get_num_threads(), config, len(graph.nodes)))
+    settings = torch.get_default_dtype(), torch.get_num_threads(), config
+    writer.dump((list(specs), settings, len(graph.nodes)))
     for n in graph.nodes:
         writer.dump((n.name, n.op, n.target, n.args, n.kwargs))
     return stream.getvalue()
 
 
-def read_payload(payload: bytes) -> tuple[fx.Graph, list[TensorSpec], int, bytes | None]:
-    """The graph, how its inputs are laid out, on how many threads its kernels run, and inductor's options."""
+Settings = tuple[
+    torch.dtype, int, "bytes | None"
+]  # the default dtype, threads of kernels, inductor's options
+
+
+def read_payload(payload: bytes) -> tuple[fx.Graph, list[TensorSpec], Settings]:
+    """The graph, how its inputs are laid out, and what else it depends on."""
     graph, reader = fx.Graph(), _Reader(io.BytesIO(payload))
-    specs, threads, config, nodes = reader.load()
+    specs, settings, nodes = reader.load()
     for _ in range(nodes):
         name, op, target, args, kwargs = reader.load()
         reader.nodes[name] = graph.create_node(op, target, args, kwargs, name)
-    return graph, specs, threads, config
+    return graph, specs, settings
 
 
 def _config() -> Any:

@@ -17,10 +17,12 @@ from torch import Tensor, fx
 from torch._dynamo.backends.registry import lookup_backend
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.cpu_vec_isa import VecISA
+from torch._inductor.standalone_compile import CompiledArtifact
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from ..ir.tensors import TensorSpec
+from .artifacts import Settings
 
 
 def call_backend(backend: str, graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
@@ -51,24 +53,18 @@ def _takes(flags: str) -> bool:
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
-def compile_to(
-    path: str, graph: fx.Graph, specs: Sequence[TensorSpec], threads: int, config: bytes | None
-) -> None:
-    """Compile a graph with inductor into a file.
-
-    Args:
-        path: of the file.
-        graph: flat, without constants.
-        specs: how its inputs are laid out.
-        threads: that its kernels run on.
-        config: inductor's options where they are not its defaults.
-    """
+def compile_to(path: str, graph: fx.Graph, specs: Sequence[TensorSpec], settings: Settings) -> None:
+    """Compile a graph without constants with inductor, for inputs laid out like ``specs``, into a file."""
+    dtype, threads, config = settings
+    torch.set_default_dtype(dtype)
     torch.set_num_threads(threads)
     if config is not None:
         torch._inductor.config.load_config(config)
     mode = FakeTensorMode(shape_env=ShapeEnv())
     with mode:
-        inputs = [torch.empty_strided(s.shape, s.stride, dtype=s.dtype, device=s.device) for s in specs]
+        inputs: list[Any] = [
+            torch.empty_strided(s.shape, s.stride, dtype=s.dtype, device=s.device) for s in specs
+        ]
     with torch.no_grad(), options():
         module = fx.GraphModule(torch.nn.Module(), graph)
         artifact = torch._inductor.standalone_compile(
@@ -81,4 +77,4 @@ def compile_to(
 def load(path: str) -> Callable[..., Any]:
     """The compiled graph of a file."""
     with options():
-        return torch._inductor.CompiledArtifact.load(path=path)
+        return CompiledArtifact.load(path=path)

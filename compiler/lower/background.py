@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import pickle
 import queue
 import signal
 import subprocess
@@ -86,7 +87,7 @@ class Pool:
                 assert process.stdin is not None and process.stdout is not None
                 send(process.stdin, (job.path, job.payload))
                 job.end(*receive(process.stdout))
-            except (OSError, EOFError) as error:
+            except (OSError, EOFError, pickle.UnpicklingError) as error:
                 job.end(f"the process that compiles has ended ({type(error).__name__})")
             with self._lock:
                 self._waiting -= 1

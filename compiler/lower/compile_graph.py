@@ -51,14 +51,8 @@ def compiled(
     """``flat`` compiled for ``inputs`` by ``backend``, or as it is where the compiled one is found to be wrong.
 
     The graph holds its derivative already, so it is compiled for inference, without guards: whoever calls it has
-    checked shapes and types.
-
-    Args:
-        flat: a graph over ATen operators.
-        inputs: what it will be called with first.
-        backend: a backend of torch.compile.
-        cotangents: how many of the last inputs are cotangents; the check uses random ones.
-        check: whether to compare the compiled graph with the graph itself, output by output, on these inputs.
+    checked shapes and types. With ``check``, it is compared with itself on the inputs of its first call, where the last
+    ones, so many ``cotangents``, are replaced by random ones.
     """
     from . import backends  # takes a second, which windows that compile nothing do not wait for
 

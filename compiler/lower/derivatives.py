@@ -1,7 +1,4 @@
-"""The graphs of a step, derived and lowered on first use, and which derivative it gets.
-
-Its VJP is by reverse over reverse, or by mixed mode with rematerialisation.
-"""
+"""The graphs of a step, derived and lowered on first use: its VJP by reverse over reverse, or by mixed mode."""
 
 from __future__ import annotations
 
@@ -11,6 +8,7 @@ from torch import Tensor
 
 from metaoptim.errors import CaptureError
 
+from ..derive.flat import default_dtype
 from ..derive.graphs import peak_bytes
 from ..derive.mixed import NotMixed, mixed_vjp_graph, why_not_mixed
 from ..derive.residuals import split
@@ -18,7 +16,7 @@ from ..derive.reverse import cotangent_outputs, derived_by_running, derived_by_t
 from ..ir.step import EAGER, FlatGraph, Lowered, Lowering, Split, StepGraph
 from ..ir.tensors import tensor_spec
 from ..ir.text import readable_bytes
-from .ambient import default_dtype, with_default_dtype
+from .ambient import with_default_dtype
 from .compile_graph import compiled
 from .handover import Handover, tell, waits
 
@@ -33,20 +31,18 @@ def lowered(
 
     Args:
         step: the step.
-        kind: "replay" or "vjp"; "loss", the VJP of its loss alone; or, where `residuals` has a split, "forward" or
-            "backward".
+        kind: "replay" or "vjp"; "loss", the VJP of its loss alone; "forward" or "backward" of its `residuals`.
         inputs: what it will be called with first.
         lowering: the backend and HVP mode of the step graphs.
-        at_once: it will be called with ``inputs`` now, and with nothing else: a graph that is not there yet may then be
-            found by running the step, and has its results.
+        at_once: it is called with ``inputs`` now and no more, so a graph may be found by running the step.
     """
     program = step.derived.lowered.get((kind, lowering))
     if program is not None:
         return program
-    of, what = (_loss_of(step, inputs[-1]), "vjp") if kind == "loss" else (step, kind)
+    of, what = _source(step, kind, inputs)
     backend, hvp = lowering.backend_of(kind), lowering.hvp
     results = _by_running(of, what, inputs, hvp) if at_once and backend == "eager" else None
-    program = graph = _flat(of, what, hvp, inputs if step.dynamic else None)
+    program = graph = _flat(of, what, hvp, inputs)
     if backend != "eager":
         cotangents = 0 if kind in ("replay", "forward") else len(cotangent_outputs(of))
         with default_dtype(step.default_dtype):
@@ -61,9 +57,10 @@ def taken(step: StepGraph, kind: str, inputs: Sequence[Tensor], lowering: Loweri
         return lowering
     coming = step.derived.coming.get((kind, lowering))
     if coming is None and (kind, lowering.uncompiled) in step.derived.lowered:
-        of, what = (_loss_of(step, inputs[-1]), "vjp") if kind == "loss" else (step, kind)
-        graph = _flat(of, what, lowering.hvp, inputs if step.dynamic else None)
-        coming = step.derived.coming[kind, lowering] = Handover(graph, [tensor_spec(t) for t in inputs])
+        of, what = _source(step, kind, inputs)
+        with default_dtype(step.default_dtype):
+            coming = Handover(_flat(of, what, lowering.hvp, inputs), [tensor_spec(t) for t in inputs])
+        step.derived.coming[kind, lowering] = coming
     if coming is None or not coming.ended:
         return lowering.uncompiled
     if coming.complaint is not None:
@@ -79,7 +76,8 @@ def begin(step: StepGraph, lowering: Lowering) -> None:
         return
     if key not in step.derived.lowered:
         specs = [*(p.spec for p in step.inputs), *(step.outputs[i].spec for i in outputs)]
-        step.derived.coming[key] = Handover(derived(step, lowering.hvp), specs)
+        with default_dtype(step.default_dtype):
+            step.derived.coming[key] = Handover(derived(step, lowering.hvp), specs)
 
 
 def settled(steps: Sequence[StepGraph], lowering: Lowering) -> Lowering:
@@ -91,7 +89,16 @@ def settled(steps: Sequence[StepGraph], lowering: Lowering) -> Lowering:
     return lowering if taken_over else lowering.uncompiled
 
 
-def _flat(step: StepGraph, kind: str, hvp: str, example: Sequence[Tensor] | None) -> FlatGraph:
+def _source(step: StepGraph, kind: str, inputs: Sequence[Tensor]) -> tuple[StepGraph, str]:
+    """What a kind of graph is derived from, and how: of the loss, whose cotangent looks like it, it is the VJP."""
+    if kind != "loss":
+        return step, kind
+    step.derived.loss = step.derived.loss or loss_graph(step, tensor_spec(inputs[-1]))
+    return step.derived.loss, "vjp"
+
+
+def _flat(step: StepGraph, kind: str, hvp: str, inputs: Sequence[Tensor]) -> FlatGraph:
+    example = inputs if step.dynamic else None
     if kind in ("forward", "backward"):
         divided = residuals(step, hvp)
         assert divided is not None
@@ -102,43 +109,29 @@ def _flat(step: StepGraph, kind: str, hvp: str, example: Sequence[Tensor] | None
 def replayed(step: StepGraph, example: Sequence[Tensor] | None = None) -> FlatGraph:
     """The flat graph of a step's replay; ``example``: real inputs, for a step whose shapes depend on values."""
     if step.derived.replay is None:
-        with default_dtype(step.default_dtype):
-            step.derived.replay = derived_by_tracing(step, "replay", example)
+        step.derived.replay = derived_by_tracing(step, "replay", example)
     return step.derived.replay
 
 
 def derived(step: StepGraph, hvp: str, example: Sequence[Tensor] | None = None) -> FlatGraph:
     """The flat graph of a step's VJP, by the mode ``hvp`` asks for; `StepGraph.derivatives` notes what it became.
 
-    Args:
-        step: the step.
-        hvp: "reverse", "mixed", or "auto": mixed where it is legal and takes much less memory than a reverse over
-            reverse that takes a lot.
-        example: real inputs, for a step whose shapes depend on values.
-
-    Raises:
-        CaptureError: where "mixed" is asked for and impossible.
+    "auto" is mixed where that is legal and takes much less memory than a reverse over reverse that takes a lot.
     """
     found = step.derived.vjp.get(hvp)
     if found is None:
-        with default_dtype(step.default_dtype):
-            if hvp == "mixed" and step.steps:
-                found = _mixed(step)
-            else:
-                found = _chosen(step, hvp, derived_by_tracing(step, "vjp", example))
-            step.derived.vjp[hvp] = found
+        if hvp != "mixed" or not step.steps:
+            found = _chosen(step, hvp, derived_by_tracing(step, "vjp", example))
+        else:
+            try:
+                found = mixed_vjp_graph(step)
+            except NotMixed as error:
+                raise CaptureError(
+                    f"hvp='mixed': a step has no mixed-mode derivative: {error}. Use hvp='auto' or 'reverse'"
+                ) from error
+            step.derivatives[hvp] = f"mixed, {readable_bytes(peak_bytes(found.graph))} alive"
+        step.derived.vjp[hvp] = found
     return found
-
-
-def _mixed(step: StepGraph) -> FlatGraph:
-    try:
-        graph = mixed_vjp_graph(step)
-    except NotMixed as error:
-        raise CaptureError(
-            f"hvp='mixed': a step has no mixed-mode derivative: {error}. Use hvp='auto' or 'reverse'"
-        ) from error
-    step.derivatives["mixed"] = f"mixed, {readable_bytes(peak_bytes(graph.graph))} alive"
-    return graph
 
 
 def _chosen(step: StepGraph, hvp: str, reverse: FlatGraph) -> FlatGraph:
@@ -169,8 +162,7 @@ def _by_running(
         or (kind == "vjp" and not _reverse_will_do(step, hvp))
     ):
         return None
-    with default_dtype(step.default_dtype):
-        found = derived_by_running(step, kind, inputs)
+    found = derived_by_running(step, kind, inputs)
     if found is None:
         return None
     graph, results = found
@@ -190,18 +182,11 @@ def _reverse_will_do(step: StepGraph, hvp: str) -> bool:
     return small or why_not_mixed(step) is not None
 
 
-def _loss_of(step: StepGraph, cotangent: Tensor) -> StepGraph:
-    """A step's loss, whose ``cotangent`` looks like it, as a graph of its own."""
-    if step.derived.loss is None:
-        step.derived.loss = loss_graph(step, tensor_spec(cotangent))
-    return step.derived.loss
-
-
 def residuals(step: StepGraph, hvp: str) -> Split | None:
     """How a step and its derivative can share work; None if they cannot."""
     splits = step.derived.splits
     if hvp not in splits:
-        learnt = any(p.differentiable for p in step.inputs) and bool(cotangent_outputs(step))
+        learnt = any(p.differentiable for p in step.inputs) and cotangent_outputs(step)
         shared = learnt and not step.dynamic
         splits[hvp] = split(step, replayed(step), derived(step, hvp)) if shared else None
     return splits[hvp]

@@ -64,7 +64,9 @@ class Handover:
             return None
         try:
             run, constants = backends.load(self.path), self.constants
-        except Exception as error:  # whatever reading it raises, of a file that is cut off or of another machine
+        except (
+            Exception
+        ) as error:  # whatever reading it raises, of a file that is cut off or of another machine
             _log.warning("the compiled graph %s cannot be read, and is made again: %s", self.path, error)
             os.unlink(self.path)
             return None

@@ -40,13 +40,9 @@ def size_of(t: Tensor) -> float:
 def agree(
     got: Tensor, want: Tensor, precision: torch.dtype, largest: float = 0.0, noise: float = 0.0
 ) -> bool:
-    """Equal but for rounding.
+    """Equal but for rounding, in the coarsest type that was computed in, and ``noise``, what rounded inputs do to it.
 
-    Args:
-        got, want: one result.
-        precision: the coarsest type in which they have been computed.
-        largest: the size of all results together: some are zero but for rounding, such as the gradient by a key's bias.
-        noise: what rounding errors of the inputs do to it.
+    ``largest`` is the size of all results: some are zero but for rounding, such as the gradient by a key's bias.
     """
     if got.shape != want.shape or got.dtype != want.dtype:
         return False

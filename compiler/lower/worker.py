@@ -13,16 +13,16 @@ import signal
 import sys
 import threading
 import time
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 
-def send(pipe: BinaryIO, message: Any) -> None:
+def send(pipe: IO[bytes], message: Any) -> None:
     """Write a message."""
     pickle.dump(message, pipe)
     pipe.flush()
 
 
-def receive(pipe: BinaryIO) -> Any:
+def receive(pipe: IO[bytes]) -> Any:
     """Read a message; raises EOFError where there is no more."""
     return pickle.load(pipe)
 

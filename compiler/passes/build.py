@@ -59,11 +59,7 @@ def build_step_graph(
 ) -> StepGraph:
     """The StepGraph of a part: what it passes on, from what it reads.
 
-    Args:
-        part: one of the parts of its kind.
-        lifted: which of the segment's numbers are inputs.
-        hooked, first_order: see `StepGraph`.
-        roles: of its inputs and outputs; None for those of a part of a compiled function.
+    The ``lifted`` ones of its numbers are inputs. Without ``roles``, it is a part of a compiled function.
     """
     segment, kind = part.segment, part.kind
     roles = roles or roles_of(segment, kind)
@@ -90,11 +86,7 @@ def build_step_graph(
 
 
 class _Builder:
-    """A segment as a graph.
-
-    Attributes:
-        values: token of a value, an input or a number -> the node that stands for it, or the number itself.
-    """
+    """A segment as a graph; ``values``: token of a value, an input or a number -> its node, or the number itself."""
 
     def __init__(self, segment: Segment, lifted: Sequence[int]) -> None:
         self.segment, self.lifted = segment, lifted

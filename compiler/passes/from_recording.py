@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -27,7 +28,7 @@ class StepSpec(NamedTuple):
     """What a step is besides its slice. All of it is part of the step's signature.
 
     Attributes:
-        plan: the update; its slots are the slice's roots after the first.
+        plan: the update; its hyper-references are the slice's roots after the first.
         params: for each updated parameter, its place among the slice's thetas.
         stale: whether the update finds other parameters than the loss has read.
         thetas, now: specs of the slice's thetas and of the updated parameters.
@@ -81,12 +82,7 @@ def build_step(
 
 
 class _StepTrace:
-    """A step as a trace: the calls of its slice, its gradient and its update.
-
-    Attributes:
-        roles: id of an input -> its role.
-        output_roles: in order.
-    """
+    """A step as a trace, and the roles of its inputs and outputs: its slice's calls, its gradient and its update."""
 
     def __init__(self, sliced: Slice, spec: StepSpec) -> None:
         self.sliced, self.trace = sliced, Trace(indexed=True)
@@ -120,11 +116,16 @@ class _StepTrace:
         detach = torch.ops.aten.detach.default
         used = tuple(self._call(detach, g) for g in grads) if spec.first_order else tuple(grads)
         after = self._call(spec.plan, now, used, states, tuple(slots))
+
+        def part(*path: Any) -> Value:
+            """A piece of the update's nested result."""
+            return functools.reduce(lambda value, at: self._call(operator.getitem, value, at), path, after)
+
         for k, of in enumerate(spec.now):
-            self._give(Role.THETA, self._part(after, 0, k), of)
+            self._give(Role.THETA, part(0, k), of)
         for k, state in enumerate(new_states):
             for name, of in state.items():
-                self._give(Role.OPT_STATE, self._part(after, 1, k, name), of)
+                self._give(Role.OPT_STATE, part(1, k, name), of)
         for g, of in zip(grads, spec.now, strict=True):
             self._give(Role.GRADIENT, g, of)
 
@@ -139,12 +140,6 @@ class _StepTrace:
         entries.append(Entry(op, args, {}, None, len(entries), (), True))  # type: ignore[arg-type]
         return Value(entries[-1], None)
 
-    def _part(self, value: Value, *path: Any) -> Value:
-        """A piece of the update's nested result."""
-        for at in path:
-            value = self._call(operator.getitem, value, at)
-        return value
-
     def _give(self, role: Role, value: Value, spec: TensorSpec) -> None:
         value.ref = spec
         self.trace.outputs.append(value)
@@ -152,12 +147,11 @@ class _StepTrace:
 
     def _value(self, token: Any) -> Any:
         """What a token of the slice stands for."""
-        return restored(token, self._found)
-
-    def _found(self, token: tuple[Any, ...]) -> Any:
-        kind: str = token[0]
-        at: int = token[1]
-        if kind == "v":
-            return Value(self.trace.entries[at], token[2])
         stands: dict[str, Sequence[Any]] = {"t": self.thetas, "x": self.externals, "n": self.numbers}
-        return stands[kind][at]
+
+        def found(token: tuple[Any, ...]) -> Any:
+            kind: str = token[0]
+            at: int = token[1]
+            return Value(self.trace.entries[at], token[2]) if kind == "v" else stands[kind][at]
+
+        return restored(token, found)

@@ -134,12 +134,7 @@ def checkpoint(program: Program, options: Options) -> tuple[Program, str]:
 
 @dataclass(frozen=True)
 class Pass:
-    """One rewrite in its place: (program, options) -> (program, note of what was done).
-
-    Attributes:
-        run: does it.
-        instead: what is done where it is skipped.
-    """
+    """One rewrite in its place: (program, options) -> (program, note); ``instead`` is run where it is skipped."""
 
     run: Callable[[Any, Options], tuple[Form, str]]
     instead: Callable[[Any, Options], tuple[Form, str]] | None = None
@@ -164,12 +159,7 @@ PIPELINE = (*_UNPLANNED, Pass(checkpoint))
 
 @dataclass(frozen=True)
 class Record:
-    """What a pass did, and how long it took.
-
-    Attributes:
-        before, after: sizes of the program; which ones depends on the form it has there.
-        text: the program after the pass, where asked for.
-    """
+    """What a pass did, how long it took, the program's `sizes_of` before and after, and its text where asked for."""
 
     name: str
     done: str
@@ -186,12 +176,9 @@ class Record:
 def compile_trace(
     trace: Trace, options: Options, texts: Mapping[Input, str] | None = None
 ) -> tuple[Program, list[Record]]:
-    """Take a trace through all passes that need no plan.
+    """Take a trace, which is rewritten, through all passes that need no plan.
 
-    Args:
-        trace: what was captured; it is rewritten.
-        options: which passes to leave out, among others.
-        texts: names for the tensors it reads, for records that hold the program as text; None for records without.
+    Records hold the program as text where ``texts`` has names for the tensors it reads.
 
     Raises:
         CaptureError: for what cannot be compiled.
@@ -245,13 +232,7 @@ def _text(form: Form, texts: Mapping[Input, str]) -> str:
 
 
 def sizes_of(program: Form) -> dict[str, int]:
-    """Sizes of a program in whatever form.
-
-    Returns:
-        ``calls``; of a partition also ``parts``, ``distinct`` ones, ``values`` passed between them, and how many of
-        these are ``differentiable``; of a program ``calls`` of step graphs, ``step_graphs``, their ``operators``
-        in all, ``registers`` and ``state_bytes``.
-    """
+    """Sizes of a program in whatever form; ``values`` are passed between parts, ``distinct`` are kinds of these."""
     if isinstance(program, Trace):
         return {"calls": len(program.entries)}
     if isinstance(program, Partition):

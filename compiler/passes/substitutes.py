@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,20 +21,11 @@ from ..ir.operators import ATTENTION, functional
 aten = torch.ops.aten
 
 
-class StandIn(NamedTuple):
-    """What a step graph calls for an operator, and whether the result is to be written into its first argument."""
-
-    function: Callable[..., Any]
-    in_place: bool
-
-
 @functools.cache
-def stand_in(op: OpOverload) -> StandIn:
-    """What is called for ``op`` in a step graph."""
+def stand_in(op: OpOverload) -> tuple[Callable[..., Any], bool]:
+    """What a step graph calls for ``op``, and whether the result is to be written into its first argument."""
     pure = None if op is aten.copy_.default else functional(op)
-    if pure in SUBSTITUTES:
-        return StandIn(SUBSTITUTES[pure], True)
-    return StandIn(SUBSTITUTES.get(op, op), False)
+    return (SUBSTITUTES[pure], True) if pure in SUBSTITUTES else (SUBSTITUTES.get(op, op), False)
 
 
 def copied(x: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
@@ -92,11 +83,11 @@ def index_reduced(
     """`index_reduce`, whose derivative of a product counts zeros."""
     if reduce != "prod" or not index.numel():
         return aten.index_reduce(x, dim, index, source, reduce, include_self=include_self)
-    if not x.dim():
-        x, source = x.reshape(1), source.reshape(1)
-        return index_reduced(x, 0, index, source, reduce, include_self=include_self).reshape(())
-    target = _places(x).index_select(dim, index)
-    return _multiplied(x, target, source, include_self, index.numel())
+    if x.dim():  # every element of the source has an index of its own
+        index = (
+            index.long().view([-1 if d == dim % x.dim() else 1 for d in range(x.dim())]).expand(source.shape)
+        )
+    return scatter_reduced(x, dim, index, source, reduce, include_self=include_self)
 
 
 def _places(x: Tensor) -> Tensor:

@@ -31,44 +31,22 @@ from .surroundings import argument_names, contents, is_library, is_python_class,
 Fact = tuple[Any, ...]
 Source = int | Tensor  # the place of a tensor among `Dependencies.tensors`, or the very tensor
 
-_ATOMS = {
-    int,
-    bool,
-    str,
-    bytes,
-    type(None),
-    range,
-    torch.dtype,
-    torch.device,
-    torch.Size,
-    torch.layout,
-    type(...),
-}
+_OF_TORCH = {torch.dtype, torch.device, torch.Size, torch.layout}
+_ATOMS = {int, bool, str, bytes, type(None), range, type(...)} | _OF_TORCH
 MISSING = object()
 
 
 class Dependencies:
-    """One look at everything a call depends on.
-
-    Attributes:
-        facts: equal for two calls that one program serves.
-        paths: what each fact is about, as the caller calls it; only on demand, for it takes time.
-        tensors: those found, in the order they are met; the same order for equal facts.
-        objects: what the facts know by identity.
-
-    Args:
-        named: whether to keep `paths`.
-    """
+    """One look at everything a call depends on; ``named``: with `paths`, which take time."""
 
     def __init__(self, named: bool = False) -> None:
-        self.facts: list[Fact] = []
-        self.paths: list[str] | None = [] if named else None
-        self.tensors: list[Tensor] = []
-        self.objects: list[Any] = []
+        self.facts: list[Fact] = []  # equal for two calls that one program serves
+        self.paths: list[str] | None = [] if named else None  # what each is about, as the caller calls it
+        self.tensors: list[Tensor] = []  # in the order they are met; the same order for equal facts
+        self.objects: list[Any] = []  # what the facts know by identity
         self._seen: dict[int, tuple[int, Any]] = {}  # held, or another might get its id
-        self._late: list[tuple[nn.Module, str]] | None = (
-            None  # networks of optimizers: they may have better names
-        )
+        # networks of optimizers, which may have better names
+        self._late: list[tuple[nn.Module, str]] | None = None
 
     @classmethod
     def of_call(
@@ -79,10 +57,8 @@ class Dependencies:
         dependencies._late = []
         dependencies.fact("the call", ("is", "outside any window" if window is None else "inside a window"))
         if window is not None:
-            hooked = window.options.backward_hook is not None
-            dependencies.fact(
-                "the window", ("is", "with a backward_hook" if hooked else "without a backward_hook")
-            )
+            hooked = "without" if window.options.backward_hook is None else "with"
+            dependencies.fact("the window", ("is", f"{hooked} a backward_hook"))
         for path, mode in ambient().items():
             dependencies.fact(path, ("mode", mode))
         labels = argument_names(fn, args) if named else ()
@@ -130,10 +106,6 @@ class Dependencies:
             del self.paths[facts:]
         while len(self._seen) > seen:
             self._seen.popitem()
-
-    def since(self, mark: tuple[int, ...]) -> tuple[Fact, ...]:
-        """The facts found since."""
-        return tuple(self.facts[mark[0] :])
 
     def fact(self, path: str, fact: Fact) -> None:
         """Note one."""
@@ -372,9 +344,9 @@ class Place:
 def look(dependencies: Dependencies, places: Sequence[Place]) -> Iterator[tuple[Fact, ...]]:
     """What is at each of the places now, as facts; ``dependencies`` is extended by them."""
     for place in places:
-        mark = dependencies.mark()
+        before = len(dependencies.facts)
         place.describe(dependencies)
-        yield dependencies.since(mark)
+        yield tuple(dependencies.facts[before:])
 
 
 def dict_of(o: Any) -> dict[str, Any]:

@@ -10,9 +10,12 @@ import functools
 import gc
 import logging
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,11 +31,11 @@ from .surroundings import (
     global_names,
     imports,
     is_library,
+    is_python_class,
     only_counts,
     surroundings,
     texts,
 )
-from .watching import listening, watch
 
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
 _METHODS = (types.FunctionType, staticmethod, classmethod)
@@ -43,10 +46,7 @@ _WHOLE = ("__dict__", "__reduce_ex__", "__getstate__")  # by them, all attribute
 
 
 class _Glance(Dependencies):
-    """What a place held when it was read, but for what is inside modules, optimizers and tensors.
-
-    A capture shows other tensors for a while.
-    """
+    """What a place held when it was read, but for what is inside modules, optimizers and tensors: they change."""
 
     def __init__(self, reads: Reads) -> None:
         super().__init__(named=True)
@@ -67,31 +67,27 @@ class _Glance(Dependencies):
         self.object(optimizer, "optimizer", path)
 
 
+@dataclass
+class _Noted:
+    """A place that was read: what holds it, what was there, and whether what was read has only been counted up."""
+
+    place: Place
+    holder: Any
+    facts: tuple[Fact, ...]
+    counts: bool
+
+
 class Reads:
-    """Watches one capture.
-
-    Attributes:
-        key: what the call depends on by itself.
-        places: where it has read, once that is settled.
-        found: the facts that were there.
-        dependencies: what the call depends on, until then.
-        told: what the facts are about, by the name that the caller has for it, and the facts, each by a key of its own.
-
-    Args:
-        fn: the function.
-        args: its positional arguments.
-        kwargs: its keyword arguments.
-        window: the ordinary window that it is called in, if it is a step.
-    """
+    """Watches one capture of ``fn`` on these arguments, as a step of ``window`` if there is one."""
 
     def __init__(self, fn: Callable, args: tuple, kwargs: dict[str, Any], window: Any = None) -> None:
-        self.dependencies = Dependencies.of_call(fn, args, kwargs, window, named=True)
-        self.key = self.dependencies.key
+        self.dependencies = Dependencies.of_call(fn, args, kwargs, window, named=True)  # until `settle`
+        self.key = self.dependencies.key  # what the call depends on by itself
+        # facts, each by a key of its own, and what they are about
         self.told: dict[Any, tuple[str, Fact]] = {}
-        self.places: list[Place] = []
-        self.found: list[tuple[Fact, ...]] = []
-        self._places: dict[tuple[int, str], tuple[Place, Any, tuple[Fact, ...]]] = {}
-        self._counted: dict[tuple[int, str], tuple[Place, Any, tuple[Fact, ...]]] = {}
+        self.places: list[Place] = []  # where the capture has read, once that is settled
+        self.found: list[tuple[Fact, ...]] = []  # the facts that were there
+        self._noted: dict[tuple[int, str], _Noted] = {}
         self._written: set[tuple[int, str]] = set()
         self._known: dict[int, tuple[Any, str]] = {}
         self._entered: dict[int, types.CodeType] = {}
@@ -126,7 +122,7 @@ class Reads:
                 self._globals(inner.__code__, inner.__globals__)
                 self._note("object", inner, "", path)
         elif self._watches and not isinstance(value, type):
-            watch(type(value))
+            _watch(type(value))
 
     def meet(self, value: Any, path: str) -> None:
         """An object that the function depends on, however it came by it."""
@@ -134,29 +130,24 @@ class Reads:
 
     # -- what is read --------------------------------------------------------------------------------------------
 
-    def _note(self, kind: str, holder: Any, name: str, path: str, counted: bool = False) -> None:
+    def _note(self, kind: str, holder: Any, name: str, path: str, counts: bool = False) -> None:
         key = (id(holder), name)
-        if key in self._places or (counted and key in self._counted):
-            return
-        if key in self._counted:
-            self._places[key] = self._counted.pop(key)
-            return
-        if key in self._written:
-            return
-        place = Place(kind, holder, name, path)
-        busy, self._busy = self._busy, True
-        try:
-            glance = _Glance(self)
-            place.describe(glance)
-        finally:
-            self._busy = busy
-        if not glance.symbolic:
-            (self._counted if counted else self._places)[key] = place, holder, glance.key
+        if key in self._noted:
+            self._noted[key].counts &= counts
+        elif key not in self._written:
+            place, glance = Place(kind, holder, name, path), _Glance(self)
+            busy, self._busy = self._busy, True
+            try:
+                place.describe(glance)
+            finally:
+                self._busy = busy
+            if not glance.symbolic:
+                self._noted[key] = _Noted(place, holder, glance.key, counts)
 
     def attribute(self, o: Any, name: str) -> None:
         """An attribute of ``o`` is about to be read."""
-        key = (id(o), name)
-        if self._busy or key in self._places or id(o) not in self._known:
+        noted = self._noted.get((id(o), name))
+        if self._busy or (noted is not None and not noted.counts) or id(o) not in self._known:
             return
         frame = sys._getframe(2)
         if name[:2] == "__":
@@ -192,9 +183,8 @@ class Reads:
 
     def wrote(self, o: Any, name: str) -> None:
         """An attribute of ``o`` is about to be written."""
-        key = (id(o), name)
-        if not self._busy and key not in self._places and key not in self._counted and id(o) in self._known:
-            self._written.add(key)
+        if not self._busy and (id(o), name) not in self._noted and id(o) in self._known:
+            self._written.add((id(o), name))
 
     # -- what is entered -----------------------------------------------------------------------------------------
 
@@ -231,31 +221,28 @@ class Reads:
 
     def _globals(self, code: types.CodeType, names: dict[str, Any]) -> None:
         for name in (*global_names(code), *texts(code, "globals")):
-            if name in names:
-                value = names[name]
-                if isinstance(value, types.ModuleType):
-                    self._module(value, code, name)
-                elif isinstance(value, type):
-                    self._class(value, code)
-                elif names is self._own and name in self._given:
-                    continue  # told by itself
-                elif not isinstance(value, _FUNCTIONS) or not is_library(value.__module__):
-                    self._note("global", names, name, name)
+            value = names.get(name, MISSING)
+            if isinstance(value, (types.ModuleType, type)):
+                self._whole(value, code, name)
+            elif value is MISSING or (names is self._own and name in self._given):
+                continue  # told by itself
+            elif not isinstance(value, _FUNCTIONS) or not is_library(value.__module__):
+                self._note("global", names, name, name)
         for module in imports(code, names):
-            self._module(module, code, module.__name__)
+            self._whole(module, code, module.__name__)
 
-    def _module(self, module: types.ModuleType, code: types.CodeType, path: str) -> None:
-        if is_library(module.__name__):
-            return
-        for name in (*code.co_names, *texts(code, "getattr")):
-            value = vars(module).get(name)
-            if isinstance(value, types.ModuleType):
-                if value is not module:
-                    self._module(value, code, f"{path}.{name}")
-            elif isinstance(value, type):
-                self._class(value, code)
-            elif name in vars(module):
-                self._note("global", vars(module), name, f"{path}.{name}")
+    def _whole(self, value: types.ModuleType | type, code: types.CodeType, path: str) -> None:
+        """Code refers to a module or a class: of it, it may read what it has names for."""
+        if isinstance(value, type):
+            self._class(value, code)
+        elif not is_library(value.__name__):
+            for name in (*code.co_names, *texts(code, "getattr")):
+                inner = vars(value).get(name, MISSING)
+                if not isinstance(inner, (types.ModuleType, type)):
+                    if inner is not MISSING:
+                        self._note("global", vars(value), name, f"{path}.{name}")
+                elif inner is not value:
+                    self._whole(inner, code, f"{path}.{name}")
 
     def _class(self, cls: type, code: types.CodeType) -> None:
         if is_library(cls.__module__):
@@ -275,27 +262,41 @@ class Reads:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Watch what the calling thread reads inside the block."""
-        previous = sys.gettrace()
-        self._watches = True
-        for value, _ in list(self._known.values()):
-            if not isinstance(value, type):
-                watch(type(value))
-        # modules under torch.compile run eagerly here; dynamo must not look into what reports their reads
-        with listening(self), torch.compiler.set_stance("force_eager"):
-            sys.settrace(self._trace(previous))
-            try:
-                yield
-            finally:
-                sys.settrace(previous)
-                self._watches = False
+        global _captures
+        previous, token = sys.gettrace(), _listener.set(self)
+        with _lock:
+            _captures += 1
+        try:
+            self._watches = True
+            _watch(nn.Module)
+            for value, _ in list(self._known.values()):
+                if not isinstance(value, type):
+                    _watch(type(value))
+            # modules under torch.compile run eagerly here; dynamo must not look into what reports their reads
+            with torch.compiler.set_stance("force_eager"):
+                sys.settrace(self._trace(previous))
+                try:
+                    yield
+                finally:
+                    sys.settrace(previous)
+        finally:
+            self._watches = False
+            _listener.reset(token)
+            with _lock:
+                _captures -= 1
+                if not _captures:
+                    _as_before.close()
+                    _watched.clear()
 
     def settle(self, dependencies: Dependencies) -> None:
         """The capture is over: fill `places`, `found` and `told`, and extend ``dependencies`` by what is there now."""
         named = self.dependencies
         assert named.paths is not None
         self.told.update(enumerate(zip(named.paths, named.facts, strict=True)))
-        for place, _, before in self._places.values():
-            glance, mark = _Glance(self), len(named.paths)
+        for noted in self._noted.values():
+            if noted.counts:
+                continue
+            place, before, glance, mark = noted.place, noted.facts, _Glance(self), len(named.paths)
             place.describe(glance)
             place.describe(named)
             # what the function has changed itself counts as it was before; it will be captured anew
@@ -305,6 +306,48 @@ class Reads:
             told = zip(named.paths[mark:], facts, strict=False)
             self.told.update(((place.identity, k), fact) for k, fact in enumerate(told))
         del self.dependencies  # from here on it keeps nothing alive
-        self._places.clear()
-        self._counted.clear()
+        self._noted.clear()
         self._known.clear()
+
+
+# -- classes that tell of the attributes of their instances -----------------------------------------------------------
+
+_listener: ContextVar[Reads | None] = ContextVar("metaoptim_listener", default=None)
+_lock = threading.RLock()
+_captures = 0  # under way, in all threads: the last of them lets the classes be as they were
+_watched: set[type] = set()
+_as_before = ExitStack()
+
+
+def _watch(cls: type) -> None:
+    """Have a class tell what is read and written, just before, until the last capture is over."""
+    with _lock:
+        inherits = cls is not nn.Module and issubclass(cls, nn.Module)
+        if inherits or cls in _watched or not is_python_class(cls):
+            return
+        read: Any = cls.__getattribute__
+        write: Any = cls.__setattr__
+
+        def get(self: Any, name: str) -> Any:
+            listener = _listener.get()
+            if listener is not None:
+                listener.attribute(self, name)
+            return read(self, name)
+
+        def put(self: Any, name: str, value: Any) -> None:
+            listener = _listener.get()
+            if listener is not None:
+                listener.wrote(self, name)
+            write(self, name, value)
+
+        for name, method in (("__getattribute__", get), ("__setattr__", put)):
+            own = vars(cls).get(name, MISSING)
+            try:
+                type.__setattr__(cls, name, method)  # whatever the metaclass thinks of it
+            except TypeError:  # it is of an extension module (pybind11), whose classes cannot be changed
+                return
+            if own is MISSING:
+                _as_before.callback(type.__delattr__, cls, name)
+            else:
+                _as_before.callback(type.__setattr__, cls, name, own)
+        _watched.add(cls)

@@ -17,26 +17,28 @@ from ..compiler.compat import tree_flatten, tree_unflatten
 from ..compiler.derive.flat import uncollected
 from ..compiler.derive.graphs import results_of
 from ..compiler.derive.reverse import cotangent_outputs
-from ..compiler.ir.calls import Operand, StepCall
+from ..compiler.ir.calls import StepCall
 from ..compiler.ir.program import Kept, Program
 from ..compiler.ir.retention import Retention
 from ..compiler.ir.step import Lowering
+from ..compiler.ir.tensors import tensor_spec
 from ..compiler.ir.text import plural
 from ..compiler.ir.trace import Trace
-from ..compiler.ir.values import Input
+from ..compiler.ir.values import Input, Noise
 from ..compiler.lower.ambient import unaffected
 from ..compiler.lower.compile_graph import waiting
 from ..compiler.lower.derivatives import begin, derived, settled
 from ..compiler.passes.options import Options
 from ..compiler.passes.pipeline import Record, checkpoint, compile_trace
-from ..errors import UnreachableWarning, warn
+from ..errors import CaptureError, UnreachableWarning, warn
+from ..optim.optimizer import preserved
 from ..runtime.budget.amounts import tell_default
 from ..runtime.budget.planner import Plan, decide
 from ..runtime.engine.function import Call, Run
 from ..runtime.functions.captured_step import CapturedStep, aside, compiled
 from ..runtime.functions.compiled_step import CompiledStep
 from ..runtime.windows.recording_session import RecordedSession
-from .guards import Dependencies
+from .guards import Dependencies, Source
 from .reads import Reads
 
 _plans = logging.getLogger("metaoptim.plans")
@@ -58,15 +60,11 @@ class Traced:
 
 
 def trace_of(
-    fn: Callable,
-    args: tuple,
-    kwargs: dict,
-    window: RecordedSession | None = None,
-    reads: Reads | None = None,
+    fn: Callable, args: tuple, kwargs: dict, window: RecordedSession | None = None, reads: Reads | None = None
 ) -> tuple[Trace, Traced, CapturedStep | None]:
     """Run ``fn`` on these arguments, symbolically, watched by ``reads``; inside ``window``, as one of its steps."""
     begun = time.perf_counter()
-    with uncollected(), capturing() as tracer:
+    with uncollected(), preserved(), capturing() as tracer:
         session = None if window is None else CapturedStep(window, tracer)
         with nullcontext() if session is None else session.stepping():
             with nullcontext() if reads is None else reads.watching():
@@ -102,15 +100,7 @@ def captured_step(
 
 
 class Specialization:
-    """A captured function.
-
-    Attributes:
-        program: what it runs.
-        records: what each pass did.
-        plan: how it keeps to its memory budget, once it has run under one.
-        sources: the source of the tensor behind each input of the program.
-        remembered: references to the objects that the capture knows by identity.
-    """
+    """A captured function: the program that it runs, and what each pass did."""
 
     def __init__(
         self,
@@ -122,15 +112,15 @@ class Specialization:
         traced: Traced,
     ) -> None:
         self.program, self.records, self.traced = program, records, traced
-        self.remembered = dependencies.remembered()
-        self.plan: Plan | None = None
+        self.remembered = dependencies.remembered()  # references to what the capture knows by identity
+        self.plan: Plan | None = None  # how it keeps to its memory budget, once it has run under one
         self._name, self._options = name, options
         self._planned = options.lowering  # what the plan is for
         source = dependencies.sources()
         calls = [call for call, _ in program.counted()]
         found = {x for c in calls for g in c.inputs for x in g.sources if isinstance(x, Input)}
         found |= {where for where in program.outputs if isinstance(where, Input)}
-        self.sources = {x: source(x.tensor) for x in found}
+        self.sources = {x: source(x.tensor) for x in found}  # of the tensor behind each input
         self._writes = [source(t) if isinstance(t, Tensor) else t for t, _ in program.writes]
         reached = {x for c in calls for x in _reached(c, options.lowering.hvp)}
         self._keys = [x for x in found if x.grad and x in reached]
@@ -198,29 +188,15 @@ def retention_of(program: Program, options: Options) -> Retention:
 
 
 class StepSpecialization:
-    """A captured step of an ordinary window.
+    """A captured step of an ordinary window; the fields are those of `Specialization`."""
 
-    Attributes:
-        step: what runs.
-        sources: the source of the tensor behind each input of the step.
-        remembered: references to the objects that the capture knows by identity.
-    """
-
-    def __init__(
-        self, step: CompiledStep, lowering: Lowering, dependencies: Dependencies, traced: Traced
-    ) -> None:
-        self.step, self.traced, self._lowering = step, traced, lowering
-        self.remembered, source = dependencies.remembered(), dependencies.sources()
+    def __init__(self, step: CompiledStep, lowering: Lowering, of: Dependencies, traced: Traced) -> None:
+        self.step, self.program, self.traced, self._lowering = step, step.program, traced, lowering
+        self.remembered, source = of.remembered(), of.sources()
         inputs = [x for x in (*step.given, *step.left) if isinstance(x, Input)]
         self.sources = {x: source(x.tensor) for x in inputs}
         for x in self.sources:
             del x.tensor  # another call brings another one
-
-    @property
-    def program(self) -> Program:
-        """What it does: one call."""
-        given = [Operand("input", x) for x in self.step.given]
-        return Program([StepCall(self.step.step, (), (), given, "")])
 
     def run(self, dependencies: Dependencies, window: RecordedSession | None) -> Any:
         """A step of the window: what the function returns."""
@@ -266,3 +242,71 @@ def specialize(
 def name_of(fn: Callable) -> str:
     """What messages call a function."""
     return getattr(fn, "__qualname__", type(fn).__name__)
+
+
+# -- compile(recapture=True): is a captured function still the function it was captured from? --------------------------
+
+
+def compare(name: str, known: Any, again: Any) -> None:
+    """Raise at the first difference of two captures of one function for equal guards: the first one, and one of now."""
+    where = _difference(known, again)
+    if where is None:
+        return
+    raise CaptureError(
+        f"recapture=True: {name} is not what it was when it was captured, although its guards hold: {where}. It "
+        "depends on something that is frozen at capture (the time of day, a file, what only Python's own functions "
+        "give away); pass that as an argument, as a tensor if it changes often"
+    )
+
+
+def _difference(known: Any, again: Any) -> str | None:
+    if _result(known) != _result(again):
+        return f"what it returns besides tensors was {_result(known)[0]}, and is {_result(again)[0]}"
+    if known.program.horizon != again.program.horizon:
+        return f"it took {plural(known.program.horizon, 'inner step')}, and takes {again.program.horizon}"
+    calls, calls_now = list(known.program.counted()), list(again.program.counted())
+    for (was, count), (now, counts) in zip(calls, calls_now, strict=False):
+        place = f"at {now.location}" if now.location else "after the last inner step"
+        if was.step is not now.step:
+            for a, b in zip(str(was.step).splitlines(), str(now.step).splitlines(), strict=False):
+                if a != b:
+                    return f"what it does {place} was\n    {a.strip()}\nand is\n    {b.strip()}\nSo it has changed"
+            return f"it does something else {place}"
+        if (was.reads, was.writes) != (now.reads, now.writes):
+            return f"what it does {place} reads or leaves other values"
+        for a, b in zip(was.inputs, now.inputs, strict=True):
+            listed, listed_now = ((g.of if g.kind == "each" else (g,)) for g in (a, b))
+            if [(g.kind, g.at) for g in (a, *listed)] != [(g.kind, g.at) for g in (b, *listed_now)]:
+                return f"what it reads {place} is another row or number"
+            for x, y in zip(listed, listed_now, strict=True):
+                change = _change(x.of, y.of, known.sources, again.sources)
+                if change:
+                    return f"{change} {place}"
+        if (count, [g.stride for g in was.inputs]) != (counts, [g.stride for g in now.inputs]):
+            told = "is another row or number in other iterations, or so are their numbers"
+            return f"what it reads {place} {told}"
+    if len(calls) != len(calls_now):
+        return f"it consisted of {len(calls)} parts, and consists of {len(calls_now)}"
+    return None
+
+
+def _result(program: Any) -> tuple[str, Any]:
+    return repr(program.traced.leaves), program.traced.spec
+
+
+def _change(x: Any, y: Any, was: Mapping[Input, Source], now: Mapping[Input, Source]) -> str | None:
+    """What has become of something that a call is given."""
+    if isinstance(x, Noise) or isinstance(y, Noise):
+        return None  # drawn anew; how is part of the step
+    if not isinstance(x, Input) or not isinstance(y, Input):
+        same = type(x) is type(y) and repr(x) == repr(y)
+        return None if same else f"the number {x!r} is now {y!r},"
+    a, b = was[x], now[y]
+    if isinstance(a, int) or isinstance(b, int):
+        return None if a == b else "another tensor is read"
+    if a is b:
+        return None
+    if a.requires_grad or b.requires_grad or tensor_spec(a) != tensor_spec(b):
+        return f"another tensor of shape {tuple(b.shape)} is read"
+    equal = torch.equal(a, b)  # a constant made inside is another tensor each time
+    return None if equal else f"a constant tensor of shape {tuple(b.shape)} has other values"

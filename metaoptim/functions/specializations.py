@@ -16,18 +16,14 @@ RECOMPILE_LIMIT = 8
 
 
 class Specializations:
-    """What a function has become for the calls that it has had.
-
-    Attributes:
-        known: by what a call depends on by itself, by which list of places was read, and by the facts there.
-    """
+    """What a function has become for the calls that it has had."""
 
     def __init__(self, name: str) -> None:
         self.name = name
+        # by what a call depends on by itself, by which list of places was read, and by the facts there
         self.known: dict[tuple[Any, int, Any], list[Specialization | StepSpecialization]] = {}
-        self._places: dict[
-            tuple[Fact, ...], list[list[Place]]
-        ] = {}  # lists of places that captures have read
+        # lists of places that captures have read
+        self._places: dict[tuple[Fact, ...], list[list[Place]]] = {}
         self._last: Reads | None = None  # of the last capture
 
     def find(self, dependencies: Dependencies, window: Any = None) -> Any:
@@ -73,7 +69,8 @@ _KINDS = (
     "Every kind of arguments is compiled once: pass the same objects and shapes again, or pad to few shapes"
 )
 _WAS = "{path}: was {old}, is {new}"
-_OBJECTS = {"module": "a module", "optimizer": "an optimizer", "object": "an object"}
+_OBJECTS: dict[Any, str] = {"module": "a module", "optimizer": "an optimizer", "object": "an object"}
+_WORDS = _OBJECTS | {"missing": "not there", "again": "an object met before", "keys": "a dict"}
 _TENSOR = ("shape", "dtype", "strides", "device", "requires_grad")
 _KIND = "{path}: its class, or its hooks, are others than before"
 #: First entry of two facts -> for each other entry, what to say where it is the first that differs.
@@ -116,10 +113,4 @@ def _described(fact: Fact, same: bool) -> str:
         return f"a tensor of shape {tuple(fact[1])}"
     if isinstance(kind, type) and issubclass(kind, (list, tuple)):
         return str(fact[1]) if same else f"a {kind.__name__} of length {fact[1]}"
-    words: dict[Any, str] = {
-        "missing": "not there",
-        "again": "an object met before",
-        "keys": "a dict",
-        **_OBJECTS,
-    }
-    return words.get(kind) or (repr(fact[1]) if len(fact) == 2 else "another one")
+    return _WORDS.get(kind) or (repr(fact[1]) if len(fact) == 2 else "another one")

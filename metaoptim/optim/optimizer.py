@@ -6,13 +6,13 @@ import itertools
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from types import FunctionType
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from metaoptim.compiler.capture.symbolic.capturing import preserving
 from metaoptim.errors import WindowError
 from metaoptim.runtime.windows.session import current_session
 from metaoptim.runtime.windows.update import InnerOptimizer, parameters_of
@@ -294,20 +294,21 @@ def refresh_optimizers() -> bool:
 _PRESERVED = ("param_groups", "state", "defaults", "_normalizer", "_networks", "_whole")
 
 
-def _preserve() -> Callable[[], None]:
-    """What puts optimizers back as they are now, and forgets those made until then."""
+@contextmanager
+def preserved() -> Iterator[None]:
+    """Put this thread's optimizers back after the block, and forget those made in it."""
     kept = [(o, {name: o.__dict__[name] for name in _PRESERVED}) for o in optimizers_here()]
     fillings = [_filling(attributes) for _, attributes in kept]
 
-    def put_back() -> None:
+    try:
+        yield
+    finally:
         known = {id(o) for o, _ in kept}
         for o in [o for o in live_optimizers if o.symbolic and id(o) not in known]:
             live_optimizers.discard(o)
         for (o, attributes), fill in zip(kept, fillings, strict=True):
             fill()
             o.__dict__.update(attributes)
-
-    return put_back
 
 
 def _filling(container: Any) -> Callable[[], None]:
@@ -327,6 +328,3 @@ def _filling(container: Any) -> Callable[[], None]:
             f()
 
     return fill
-
-
-preserving.append(_preserve)

@@ -109,7 +109,7 @@ class Cost:
 
         axes = plt.figure().subplots() if axes is None else axes
         lines = [(False, f"T = {self.horizon:,}")]
-        if self._setting.offload:
+        if self._setting.tier is not None:
             lines.append((True, f"T = {self.horizon:,}, with offload"))
         for offload, label in lines:
             budgets, factors = zip(*self.curve(offload=offload), strict=True)
@@ -126,31 +126,54 @@ class Cost:
         return axes
 
 
-@dataclass(frozen=True)
 class Setting:
     """A function at some horizon, of which costs are asked.
 
-    Attributes:
+    Args:
+        program: of the function.
+        lowering: the backend and HVP mode of its graphs.
         name: of the function.
-        program: with so many iterations of its loop.
-        alone, tier: planners without and with a lower tier; the latter None where none was asked for.
-        model: the formulas.
-        least: the smallest room beside every state with which residuals are saved at all.
+        horizon: T, in place of that of the program.
+        offload: whether states without a slot may go to a lower tier.
         batch: the size of the batch that was asked for.
+
+    Raises:
+        ValueError: for a horizon below that of one iteration.
+        WindowError: for a program without a loop, or with truncated gradients of losses between its steps.
     """
 
-    name: str
-    program: Program
-    alone: Planner
-    tier: Planner | None
-    model: CostModel
-    least: int
-    batch: int | None = None
-
-    @property
-    def offload(self) -> bool:
-        """Whether costs with a lower tier can be asked of it."""
-        return self.tier is not None
+    def __init__(
+        self,
+        program: Program,
+        lowering: Lowering,
+        name: str,
+        horizon: int | None = None,
+        offload: bool = False,
+        batch: int | None = None,
+    ) -> None:
+        loops = [x for x in program.calls if isinstance(x, Loop)]
+        if not loops:
+            raise WindowError("plan: the function has no loop; write it with window.scan or window.range")
+        if program.window is not None and program.loss_between:
+            raise WindowError(
+                f"plan: with window={program.window}, each of the losses between the inner steps sweeps back over "
+                "steps of its own, for which there are no formulas; fn.explain(...) goes through all of it"
+            )
+        longest = max(loops, key=lambda x: x.count)
+        more = 0 if horizon is None else horizon - program.horizon
+        each = sum(call.step.steps for call in longest.calls)
+        count = longest.count + more // max(each, 1)
+        if count < 1:
+            least = program.horizon - each * (longest.count - 1)
+            raise ValueError(f"horizon: got {horizon}, expected at least {least}")
+        loop, learnt = _stretched(longest, count), _learnt_bytes(longest)
+        self.program = replace(program, calls=[loop if x is longest else x for x in program.calls])
+        self.name, self.batch, beside = name, batch, learnt * (count - longest.count)
+        self.alone = Planner(self.program, lowering, name, beside=beside)
+        self.tier = Planner(self.program, lowering, name, True, beside) if offload else None
+        self.model = _model(self.alone, self.tier, loop, learnt // len(longest.calls))
+        #: the smallest room beside every state with which residuals are saved at all
+        self.least = residuals_from(self.program, lowering)
 
     def planner(self, offload: bool) -> Planner:
         """The planner for a call with a lower tier, or without."""
@@ -205,54 +228,6 @@ class Setting:
             model=model,
             _setting=self,
         )
-
-
-def setting_of(
-    program: Program,
-    lowering: Lowering,
-    name: str,
-    horizon: int | None = None,
-    offload: bool = False,
-    batch: int | None = None,
-) -> Setting:
-    """A function of which costs can be asked.
-
-    Args:
-        program: of the function.
-        lowering: the backend and HVP mode of its graphs.
-        name: of the function.
-        horizon: T, in place of that of the program.
-        offload: whether states without a slot may go to a lower tier.
-        batch: the size of the batch that was asked for.
-
-    Raises:
-        ValueError: for a horizon below that of one iteration.
-        WindowError: for a program without a loop, or with truncated gradients of losses between its steps.
-    """
-    loops = [x for x in program.calls if isinstance(x, Loop)]
-    if not loops:
-        raise WindowError("plan: the function has no loop; write it with window.scan or window.range")
-    if program.window is not None and program.loss_between:
-        raise WindowError(
-            f"plan: with window={program.window}, each of the losses between the inner steps sweeps back over steps of "
-            "its own, for which there are no formulas; fn.explain(...) goes through all of it"
-        )
-    longest = max(loops, key=lambda x: x.count)
-    more = 0 if horizon is None else horizon - program.horizon
-    each = sum(call.step.steps for call in longest.calls)
-    count = longest.count + more // max(each, 1)
-    if count < 1:
-        raise ValueError(
-            f"horizon: got {horizon}, expected at least {program.horizon - each * (longest.count - 1)}"
-        )
-    stretched = _stretched(longest, count)
-    longer = replace(program, calls=[stretched if x is longest else x for x in program.calls])
-    learnt = _learnt_bytes(longest)
-    beside = learnt * (count - longest.count)
-    alone = Planner(longer, lowering, name, beside=beside)
-    tier = Planner(longer, lowering, name, True, beside) if offload else None
-    model = _model(alone, tier, stretched, learnt // len(longest.calls))
-    return Setting(name, longer, alone, tier, model, residuals_from(longer, lowering), batch)
 
 
 def _model(alone: Planner, tier: Planner | None, loop: Loop, step_bytes: int) -> CostModel:

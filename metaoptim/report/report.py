@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -260,18 +260,10 @@ def of_program(program: Calls, lowering_of: Callable[[StepGraph], Lowering]) -> 
     }
 
 
-def of_gradients(paths: Mapping[str, str], targets: Collection[str]) -> dict[str, Any]:
-    """The entries of a `Report` on gradients.
-
-    Args:
-        paths: name of what requires grad -> through which step graphs its gradient comes, or why it gets none.
-        targets: names of those that get one.
-    """
-    return {
-        "gradient_targets": [name for name in paths if name in targets],
-        "unreachable": [name for name in paths if name not in targets],
-        "paths": dict(paths),
-    }
+def of_gradients(reached: Mapping[str, str], missed: Mapping[str, str]) -> dict[str, Any]:
+    """The entries of a `Report` on what requires grad: by name, where its gradient comes from, or why it gets none."""
+    unreachable = [name for name in missed if name not in reached]
+    return {"gradient_targets": list(reached), "unreachable": unreachable, "paths": {**missed, **reached}}
 
 
 def shape_of(step: StepGraph, calls: int, lowering: Lowering) -> dict[str, Any]:

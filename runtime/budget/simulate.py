@@ -144,9 +144,7 @@ class _Sizes(Interpreter):
     def _cotangent(self, spec: TensorSpec, cotangent: Any) -> Any:
         return _Block(self.meter, nbytes(spec)) if cotangent is None else cotangent
 
-    def _lowered(
-        self, call: StepCall, kind: str, operands: Any, position: int
-    ) -> Callable[..., list[Any]]:
+    def _lowered(self, call: StepCall, kind: str, operands: Any, position: int) -> Callable[..., list[Any]]:
         step, cost = call.step, step_cost(call.step, call.lowering)
         self.kept = max(self.kept, len(self.store))
 

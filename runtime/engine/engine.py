@@ -75,7 +75,9 @@ class Engine(Interpreter):
         self._watch = progress.current.get() if lower is lowered_for else None
         self._ran = 0  # calls that `run` has run
         self._reached = 0  # up to which position calls have been run
-        self._since: dict[tuple[int, str], int] = {}  # step and kind of graph -> from where on it ran compiled
+        self._since: dict[
+            tuple[int, str], int
+        ] = {}  # step and kind of graph -> from where on it ran compiled
         self.stream = Stream()
         self._sweeps: dict[int, Sweep] = {}
         self._memory: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()

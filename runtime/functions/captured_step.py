@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import starmap
 from typing import Any
 
 import torch
@@ -31,22 +32,15 @@ aten = torch.ops.aten
 
 
 class CapturedStep(CapturedSession):
-    """Stands in for the window while one of its steps is captured.
-
-    Attributes:
-        left: what has a new value after the step, and which.
-        thetas: id of an input that is a parameter as it is before the step -> whose.
-        shown: id of a call that shows a parameter as it is after the step -> whose.
-        taken: the optimizers that step, and how often each does.
-    """
+    """Stands in for the window while one of its steps is captured."""
 
     def __init__(self, window: RecordedSession, tracer: Tracer) -> None:
         super().__init__(Options(offline=True), tracer)
         self.window, self.keeps_state = window, True
-        self.left: list[tuple[Any, Value]] = []
-        self.thetas: dict[int, Tensor] = {}
-        self.shown: dict[int, Tensor] = {}
-        self.taken: list[tuple[InnerOptimizer, int]] = []
+        self.left: list[tuple[Any, Value]] = []  # what has a new value after the step, and which
+        self.thetas: dict[int, Tensor] = {}  # id of an input that is a parameter before the step -> which
+        self.shown: dict[int, Tensor] = {}  # id of a call that shows a parameter after the step -> which
+        self.taken: list[tuple[InnerOptimizer, int]] = []  # optimizers, and how many steps each takes
 
     @contextmanager
     def stepping(self) -> Iterator[None]:
@@ -73,10 +67,8 @@ class CapturedStep(CapturedSession):
         return last
 
     def _is_ordinary(self, i: int) -> bool:
-        networks = self.window.networks
-        return (
-            super()._is_ordinary(i) and networks.index_of(self.networks.originals[i]) not in networks.joined
-        )
+        own = self.window.networks
+        return super()._is_ordinary(i) and own.index_of(self.networks.originals[i]) not in own.joined
 
     def _offer(self, ordinals: list[int]) -> None:
         super()._offer(ordinals)
@@ -86,8 +78,8 @@ class CapturedStep(CapturedSession):
             # the function reads theta from the networks; where it knows the very parameter, that is a constant
             tracer.bind_input(p)
 
-    def _leave(self, target: Any, own: Tensor | None, last: Tensor, value: Any) -> None:
-        self.left.append((target, self.recorder.give(last)))
+    def _leave(self, own: Tensor, last: Tensor, value: Any) -> None:
+        self.left.append((own, self.recorder.give(last)))
 
 
 @contextmanager
@@ -106,13 +98,7 @@ def aside(window: RecordedSession) -> Iterator[None]:
 def compiled(
     captured: CapturedStep, outputs: list[Value], texts: Mapping[Input, str] | None = None
 ) -> CompiledStep:
-    """Take a captured step through the passes.
-
-    Args:
-        captured: the session it was captured in.
-        outputs: what stands for the tensors the function returns.
-        texts: names of the inputs, where the text of each pass is asked for.
-    """
+    """Take a step that returns ``outputs`` through the passes; ``texts``: names of inputs, for the passes' texts."""
     trace, window = captured.recorder.trace, captured.window
     own, thetas = {id(p) for p in captured.networks.originals}, captured.thetas
     states = {
@@ -125,10 +111,8 @@ def compiled(
         x.grad = x.grad or id(x.tensor) in states
     kinds: dict[Role, list] = {Role.THETA: [], Role.OPT_STATE: [], Role.CARRY: []}
     for target, value in captured.left:
-        of_state = isinstance(target, tuple)
-        kinds[Role.OPT_STATE if of_state else Role.THETA if id(target) in own else Role.CARRY].append(
-            (target, value)
-        )
+        of_network = Role.THETA if id(target) in own else Role.CARRY
+        kinds[Role.OPT_STATE if isinstance(target, tuple) else of_network].append((target, value))
     where = {id(own): (module, name) for module, name, own in captured.networks._buffers}
     input_of = {id(x.tensor): x for x in reversed(trace.inputs)}
     current = [[captured.shown[id(e)] for e in _ancestors(v) if id(e) in captured.shown] for v in outputs]
@@ -143,7 +127,13 @@ def compiled(
     segment, kind = part.segment, part.kind
     places = [partition.made(v)[1] for v in trace.outputs]
     last += [Role.CARRY] * (len(places) - len(last))
-    inputs = [_role(x, id(x) in thetas, states, at in kind.active) for at, x in enumerate(segment.inputs)]
+
+    def role(at: int, x: Any) -> Role:
+        if isinstance(x, Noise) or id(x) in thetas:
+            return Role.NOISE if isinstance(x, Noise) else Role.THETA
+        return Role.OPT_STATE if id(x.tensor) in states else Role.META if at in kind.active else Role.SCAN
+
+    inputs = list(starmap(role, enumerate(segment.inputs)))
     roles = Roles(inputs, dict(zip(places, last, strict=True)))
     hooked = window.options.backward_hook is not None
     key = (segment.key, tuple(kind.outputs.items()), tuple(inputs), exact(segment.numbers), hooked)
@@ -172,16 +162,6 @@ def compiled(
         buffers_given=[where.get(id(x.tensor)) if isinstance(x, Input) else None for x in given],
         taken=captured.taken,
     )
-
-
-def _role(x: Any, is_theta: bool, states: dict[int, tuple], active: bool) -> Role:
-    if isinstance(x, Noise):
-        return Role.NOISE
-    if is_theta:
-        return Role.THETA
-    if id(x.tensor) in states:
-        return Role.OPT_STATE
-    return Role.META if active else Role.SCAN
 
 
 def _loss_inputs(entries: Sequence[Entry]) -> set[Any]:

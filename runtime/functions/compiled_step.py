@@ -10,7 +10,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from metaoptim.compiler.ir.calls import StepCall
+from metaoptim.compiler.ir.calls import Operand, StepCall
+from metaoptim.compiler.ir.program import Program
 from metaoptim.compiler.ir.step import Lowering, Role, StepGraph
 from metaoptim.compiler.ir.values import Input, Noise
 from metaoptim.compiler.lower.ambient import unaffected
@@ -29,52 +30,29 @@ StateKey: TypeAlias = tuple[InnerOptimizer, Tensor, str]  # an optimizer, a para
 
 @dataclass(eq=False)
 class CompiledStep:
-    """A captured step function at work.
-
-    Attributes:
-        step: its graph.
-        records: what the passes have done.
-        thetas, states, buffers: parameters, optimizer states and buffers that have a new value after it.
-        left: inputs that the function writes into.
-        live: for each tensor that the function returns, whether it can be differentiated.
-        current: for each of those that can, the parameters from whose last version it is computed.
-        reads, reads_state: the parameters and optimizer states that its graph is given.
-        given: the inputs that its graph is given after these.
-        reaches_loss: for each of them, whether an inner loss depends on it.
-        buffers_given: for each of them, its place if it is a buffer: the tensor there is another one after every step,
-            and in the next window.
-        taken: the optimizers that step in it, and how often each does.
-    """
+    """A captured step function at work."""
 
     step: StepGraph
-    records: list[Record]
-    thetas: list[Tensor]
+    records: list[Record]  # what the passes have done
+    thetas: list[Tensor]  # parameters, optimizer states and buffers that have a new value after it
     states: list[StateKey]
     buffers: list[tuple[nn.Module, str]]
-    left: list[Input]
-    live: list[bool]
-    current: list[list[Tensor]]
-    reads: list[Tensor]
+    left: list[Input]  # inputs that the function writes into
+    live: list[bool]  # for each tensor that the function returns: whether it can be differentiated
+    current: list[list[Tensor]]  # for each that can: the parameters from whose last version it is computed
+    reads: list[Tensor]  # the parameters and optimizer states that the graph is given
     reads_state: list[StateKey]
-    given: list[Any]
-    reaches_loss: list[bool]
+    given: list[Any]  # the inputs that the graph is given after these
+    reaches_loss: list[bool]  # for each of `given`: whether an inner loss depends on it
+    # for each of `given` that is a buffer its place: the tensor there is another one after each step
     buffers_given: list[tuple[nn.Module, str] | None]
-    taken: list[tuple[InnerOptimizer, int]]
+    taken: list[tuple[InnerOptimizer, int]]  # the optimizers that step in it, and how often each does
     _runs: int = 0
 
     def run(
         self, window: RecordedSession, tensor_of: Callable[[Input], Tensor], lowering: Lowering
     ) -> list[Tensor]:
-        """Take the step.
-
-        Args:
-            window: the open window.
-            tensor_of: the tensor behind an input, in this call.
-            lowering: the backend and HVP mode of the step graphs.
-
-        Returns:
-            The function's results; those that depend on what is learnt can be differentiated.
-        """
+        """Take the step: the function's results. ``tensor_of``: the tensor behind an input, in this call."""
         if window.options.record_grad_tape or window.options.pickup_step >= 0:
             raise CaptureError(
                 "a compiled step inside a window with record_grad_tape or pickup_step; take either off"
@@ -90,10 +68,10 @@ class CompiledStep:
             view.need(self._ordinal(window, p) for p in self.reads)
             for optimizer, _ in self.taken:
                 window.bring(optimizer, window.ordinals(optimizer))
-            given = [
-                self._given(x, place, tensor_of)
-                for x, place in zip(self.given, self.buffers_given, strict=True)
-            ]
+            given: list[Tensor | None] = []
+            for x, place in zip(self.given, self.buffers_given, strict=True):
+                own = None if isinstance(x, Noise) or place is not None else tensor_of(x)
+                given.append(own if place is None else place[0]._buffers[place[1]])
             self._check_given(window, given)
             noise = iter(redrawn([x for x in self.given if isinstance(x, Noise)]))
             held: list[Any] = [next(noise) if t is None else view.hold(t) for t in given]
@@ -118,15 +96,16 @@ class CompiledStep:
                 tensor_of(x).copy_(value)
         return self._results(window, call, results[len(self.left) :])
 
+    @property
+    def program(self) -> Program:
+        """What it does: one call."""
+        given = [Operand("input", x) for x in self.given]
+        return Program([StepCall(self.step, (), (), given, "")])
+
     def fits(self, window: RecordedSession) -> bool:
         """Whether the parameters that it reads are those of the window's networks."""
         index_of = window.networks.index_of
         return all(index_of(p) is not None for p in (*self.reads, *self.thetas))
-
-    def _given(self, x: Any, place: Any, tensor_of: Callable[[Input], Tensor]) -> Any:
-        if isinstance(x, Noise):
-            return None
-        return tensor_of(x) if place is None else place[0]._buffers[place[1]]
 
     def _check_given(self, window: RecordedSession, given: list[Tensor | None]) -> None:
         """Refuse what depends on the parameters that the step trains, as they are: see `depends_on`."""

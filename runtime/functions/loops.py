@@ -32,11 +32,7 @@ CAPTURED_ITERATIONS = 4
 
 
 class Loops:
-    """The loops of one window that are captured.
-
-    Attributes:
-        open: whether one is being captured.
-    """
+    """The loops of one window that are captured; ``open``: whether one is being captured."""
 
     def __init__(self, tracer: Tracer) -> None:
         self._tracer, self.open = tracer, False
@@ -158,10 +154,8 @@ def _moved(value: Any) -> Any:
 _SIMPLE = (int, float, complex, str, bytes, type(None), enum.Enum, torch.dtype, torch.device)
 _DEPTH, _LONGEST = 4, 256
 _OWN = __name__.partition(".")[0]
-_LIBRARIES = (
-    os.path.dirname(os.__file__) + os.sep,
-    *(f"{os.sep}{x}-packages{os.sep}" for x in ("site", "dist")),
-)
+_PACKAGES = [f"{os.sep}{name}-packages{os.sep}" for name in ("site", "dist")]
+_LIBRARIES = (os.path.dirname(os.__file__) + os.sep, *_PACKAGES)
 
 
 def _facts() -> dict[str, Any]:
@@ -200,9 +194,8 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
             yield from (("." + (f"{path}." if path else "") + k, v) for k, v in own)
     elif isinstance(value, Mapping):
         yield ".__len__()", len(value)
-        yield from (
-            (f"[{k!r}]", value[k]) for k in itertools.islice(value, _LONGEST) if isinstance(k, _SIMPLE)
-        )
+        first = itertools.islice(value, _LONGEST)
+        yield from ((f"[{k!r}]", value[k]) for k in first if isinstance(k, _SIMPLE))
     elif isinstance(value, (list, tuple, deque, set, frozenset)):
         yield ".__len__()", len(value)
         if not isinstance(value, (set, frozenset)):
@@ -226,14 +219,13 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
         yield " (an iterator)", left if left >= 0 else repr(value)
     elif isinstance(value, LRScheduler):
         yield ".last_epoch", value.last_epoch
-    elif not _foreign(
-        type(value).__module__, getattr(sys.modules.get(type(value).__module__), "__file__", "")
-    ):
+    elif not _foreign(type(value).__module__):
         yield from ((f".{k}", v) for k, v in getattr(value, "__dict__", {}).items())
         slots = {name for cls in type(value).__mro__ for name in vars(cls).get("__slots__", ())}
         yield from ((f".{k}", getattr(value, k)) for k in slots if hasattr(value, k))
 
 
-def _foreign(module: str, path: str | None) -> bool:
-    """Whether code is of a library, or of ours."""
-    return module.partition(".")[0] == _OWN or any(library in (path or "") for library in _LIBRARIES)
+def _foreign(module: str, path: str | None = None) -> bool:
+    """Whether code is of a library, or of ours; ``path``: of its file, if that need not be its module's."""
+    where: str = path or getattr(sys.modules.get(module), "__file__", None) or ""
+    return module.partition(".")[0] == _OWN or any(library in where for library in _LIBRARIES)

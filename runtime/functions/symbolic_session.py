@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from ..windows.update import InnerOptimizer, Update, hyper_of, trained, update_b
 from .loops import Loops
 
 aten = torch.ops.aten
+_Specs: TypeAlias = tuple[list[TensorSpec], list[dict[str, TensorSpec]]]
 _REMEMBERED = 8  # versions of a parameter that a loss may have been computed from
 
 
@@ -79,7 +80,7 @@ class CapturedSession(Session):
         self.loops = Loops(tracer)
         self._versions: dict[int, deque[Tensor]] = {}  # per parameter, what was shown, newest first
         self._lifts = True
-        self._updates: dict[tuple, tuple[list[TensorSpec], list[dict[str, TensorSpec]]]] = {}
+        self._updates: dict[tuple, _Specs] = {}
         self._overwritten: set[int] = set()
         self._taken: dict[int, Entry] = {}  # calls that take in parameters of which no optimizer has stepped
         self._cut: list[tuple[int, Any]] = []  # overwritten parameters, and what had shown them
@@ -124,14 +125,14 @@ class CapturedSession(Session):
         tracer, networks = self.recorder, self.networks
         self._let_go()
         for p, shown in zip(networks.originals, networks.shown, strict=True):
-            self._last(p, p, shown)
+            self._last(p, shown)
         for module, name, own in networks._buffers:
             last = module._buffers.get(name)
             if last is None or tensor_spec(last) != tensor_spec(own):
                 raise CaptureError(
                     f"buffer {name!r} was replaced by another kind of tensor; use an ordinary window"
                 )
-            self._last(own, own, last)
+            self._last(own, last)
         for member in self.members.values():
             optimizer = member.optimizer
             for p, state in optimizer.state.items():
@@ -179,20 +180,19 @@ class CapturedSession(Session):
         tracer.bind(kept, detached)
         return kept
 
-    def _last(self, target: Any, own: Tensor | None, last: Tensor) -> None:
-        tracer = self.recorder
-        value = root = tracer.value_of(last)
+    def _last(self, own: Tensor, last: Tensor) -> None:
+        value = root = self.recorder.value_of(last)
         while isinstance(root, Value) and root.entry.op in (show, aten.alias.default):
             root = root.entry.args[0]
-        if isinstance(root, Input) and root.tensor is own:
-            return
-        self._leave(target, own, last, value)
+        if not (isinstance(root, Input) and root.tensor is own):
+            self._leave(own, last, value)
 
-    def _leave(self, target: Any, own: Tensor | None, last: Tensor, value: Any) -> None:
+    def _leave(self, own: Tensor, last: Tensor, value: Any) -> None:
+        """A parameter or buffer has another value after the window."""
         detached = self._call(aten.detach.default, value)
         detached.ref = tensor_spec(last)
-        self.mark.last.append((target, detached))
-        if own is not None and not self.options.offline:
+        self.mark.last.append((own, detached))
+        if not self.options.offline:
             self.recorder.bind(own, detached)
 
     def _offer(self, ordinals: list[int]) -> None:
@@ -219,10 +219,13 @@ class CapturedSession(Session):
     def _start(self, ordinals: list[int], values: list[Tensor]) -> None:
         for i, v in zip(ordinals, values, strict=True):
             self._show(i, tensor_spec(v), self.recorder.value_of(v))
-        # what the values were computed from, maybe
-        for i in set(range(len(self.networks.shown))) - set(ordinals):
-            shown = self.networks.shown[i]
-            self._show(i, tensor_spec(shown), self.recorder.value_of(shown))
+        self._show_others(ordinals)  # what the values were computed from, maybe
+
+    def _show_others(self, ordinals: list[int], read: set[int] | None = None) -> None:
+        """Show the parameters besides these anew, of all or of those whose ids are ``read``."""
+        for i, t in enumerate(list(self.networks.shown)):
+            if i not in ordinals and (read is None or id(t) in read):
+                self._show(i, tensor_spec(t), self.recorder.value_of(t))
 
     # -- steps ---------------------------------------------------------------------------------------------------
 
@@ -252,9 +255,8 @@ class CapturedSession(Session):
         by = dict(zip(ordinals, read, strict=True))
         taken = self._call(gradient, root, tuple(tracer.value_of(by[i]) for i in update.ordinals))
         tokens = [Value(taken.entry, j) for j in range(len(update.ordinals))]
-        tokens = [
-            self._call(GradientHooks(h), t) if h else t for t, h in zip(tokens, update.hooks, strict=True)
-        ]
+        hooked = zip(tokens, update.hooks, strict=True)
+        tokens = [self._call(GradientHooks(h), t) if h else t for t, h in hooked]
         if optimizer.first_order:
             tokens = [self._call(aten.detach.default, t) for t in tokens]
         shown = [networks.shown[i] for i in update.ordinals]
@@ -274,10 +276,7 @@ class CapturedSession(Session):
                 tracer.bind(value, self._part(of, name))
         # An inner gradient is the derivative at the state it is taken at: what this step has read of other networks is
         # shown anew, so that their own steps do not look back through it.
-        for i in set(range(len(networks.shown))) - set(ordinals):
-            t = networks.shown[i]
-            if id(t) in leaves:
-                self._show(i, tensor_spec(t), tracer.value_of(t))
+        self._show_others(ordinals, leaves)
         if not optimizer.symbolic and optimizer not in tracer.stepped:
             tracer.stepped.append(optimizer)
         tracer.trace.steps.append((len(tracer.trace.entries), user_location()))
@@ -299,17 +298,14 @@ class CapturedSession(Session):
         for back in range(_REMEMBERED):
             found = []
             for i in ordinals:
-                versions = [
-                    t for t in self._versions[i] if self.recorder.value_of(t).entry.seq <= born
-                ] or list(self._versions[i])
+                all_of, value_of = self._versions[i], self.recorder.value_of
+                versions = [t for t in all_of if value_of(t).entry.seq <= born] or list(all_of)
                 found.append(versions[min(back, len(versions) - 1)])
             if any(id(t) in reached for t in found):
                 return found
         return [self.networks.shown[i] for i in ordinals]
 
-    def _updated(
-        self, update: Update, thetas: list[Tensor]
-    ) -> tuple[list[TensorSpec], list[dict[str, TensorSpec]]]:
+    def _updated(self, update: Update, thetas: list[Tensor]) -> _Specs:
         """Specs of what an update makes of parameters and states; it is gone through once for all that are alike."""
         plan, grads, states, slots = update.plan, update.grads, update.states, update.slots
         key = (
@@ -320,9 +316,8 @@ class CapturedSession(Session):
         )
         if key not in self._updates:
             with torch.no_grad():
-                new, new_states = plan(
-                    [t.detach() for t in thetas], grads, states, self.recorder.faked(slots)
-                )
+                values = [t.detach() for t in thetas]
+                new, new_states = plan(values, grads, states, self.recorder.faked(slots))
             specs = [{k: tensor_spec(v) for k, v in state.items()} for state in new_states]
             self._updates[key] = list(map(tensor_spec, new)), specs
         return self._updates[key]
@@ -347,7 +342,6 @@ class CapturedSession(Session):
                 f"parameter {self.networks.names[i]!r} was changed in place with grad mode on; {AS_GRADIENT}"
             )
         tracer = self.recorder
-
         before = tracer.value_of(t).entry
 
         def cut() -> None:

@@ -20,9 +20,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import metaoptim
 from forms import full_tape, leaf, mlp
+from metaoptim.errors import CaptureError
 from oracle import agree
 from problems import NETWORKS, data
-from metaoptim.errors import CaptureError
 
 STEPS = 3
 XS, YS = data(STEPS)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from metaoptim.compiler.derive.flat import default_dtype
 from metaoptim.compiler.ir.step import StepGraph
-from metaoptim.compiler.lower.ambient import default_dtype
 from metaoptim.compiler.lower.library import Library
 
 

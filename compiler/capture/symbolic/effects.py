@@ -55,10 +55,8 @@ def _written(tracer: Tracer, op: Any, args: tuple, kwargs: dict, targets: list[T
                 detached = mapped(lambda t: tracer.fakes(_DETACH, (tracer.faked(t),), {}), (args, kwargs))
                 new = tracer.run(pure, *detached)
             if isinstance(new, Tensor) and tensor_spec(new) == tensor_spec(target):
-                # a fake of the same spec is as good after the write as before
-                tracer.bind(
-                    target, Value(tracer.add(pure, tracer.tokens(pure, args), tracer.token(kwargs)), None)
-                )
+                entry = tracer.add(pure, tracer.tokens(pure, args), tracer.token(kwargs))
+                tracer.bind(target, Value(entry, None))  # a fake of the same spec is as good as before
                 return target
     if len(targets) > 1 and torch.is_grad_enabled() and any(t._is_view() for t in targets):
         raise CaptureError(
@@ -89,11 +87,8 @@ def batch_norm(tracer: Tracer, op: Any, args: tuple) -> Any:
         out = tracer.run(op, (*args[:at], *copies, *args[at + 2 :]), {})
     tracer.bind_outputs(tracer.add(op, tracer.token((*args[:at], None, None, *args[at + 2 :]))), out)
     dims = [d for d in range(x.dim()) if d != 1]
-    with (
-        tracer,
-        torch.no_grad(),
-        torch.autocast(x.device.type, enabled=False),
-    ):  # in a handler the mode is off
+    # in a handler the mode is off
+    with tracer, torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         x = x.detach()
         mean.copy_(torch.lerp(mean, x.mean(dims).to(mean.dtype), momentum))
         var.copy_(torch.lerp(var, x.var(dims, correction=1).to(var.dtype), momentum))

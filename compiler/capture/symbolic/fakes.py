@@ -84,10 +84,7 @@ class FakeCalls:
         if known is None:
             return op(*args, **kwargs)
         kind, made = known
-        found = [
-            self._made(m, operands) if isinstance(m, _Made) else None if m is None else operands[m]
-            for m in made
-        ]
+        found = [operands[m] if isinstance(m, int) else m and self._made(m, operands) for m in made]
         return found[0] if kind is Tensor else kind(found)
 
     def empty(self, spec: TensorSpec) -> Tensor:
@@ -124,8 +121,8 @@ class FakeCalls:
                 offset -= operands[within].storage_offset()
             elif (
                 offset
-                or storage.nbytes() != self.empty(spec).untyped_storage().nbytes()
                 or storage._cdata in own
+                or storage.nbytes() != self.empty(spec).untyped_storage().nbytes()
             ):
                 return None
             own.add(storage._cdata)
@@ -207,9 +204,9 @@ class Constants:
         def onwards(a: Any) -> Iterable[Any]:
             if isinstance(a, Value):
                 return () if id(a.entry) in self._results else (a.entry,)
-            return (
-                (*a.args, *a.kwargs.values()) if isinstance(a, Entry) else a if isinstance(a, tuple) else ()
-            )
+            if isinstance(a, Entry):
+                return (*a.args, *a.kwargs.values())
+            return a if isinstance(a, tuple) else ()
 
         needed: list[Entry] = []
         for a in reached([args, *kwargs.values()], onwards):

@@ -51,17 +51,7 @@ _NO_COLLECTIVE = (
 
 
 class Tracer(CaptureMode, Writer):
-    """The dispatch mode of a capture; `FakeTensorMode` must be active below it.
-
-    Attributes:
-        trace: what has been captured so far.
-        given: storage of the fake of a real tensor -> both; the fake is held, so that its storage remains its own.
-        overwritten: id of a real tensor that has another value after the call -> the tensor, and its fake.
-        stepped: optimizers from outside that have taken a step.
-        on_write: called with a tensor whose memory is about to be changed, and whether by its own name; what it
-            returns, if anything, is called after the change.
-        supposed: what is taken for the value of a condition that depends on inputs; None to refuse it.
-    """
+    """The dispatch mode of a capture, whose `trace` it makes; `FakeTensorMode` must be active below it."""
 
     symbolic = True
 
@@ -69,14 +59,18 @@ class Tracer(CaptureMode, Writer):
         super().__init__()
         self.fake, self.fakes = fake, FakeCalls(fake)
         self.trace = Trace()
+        # called with a tensor whose memory is about to be changed, and whether by its own name; what it returns, if
+        # anything, is called after the change
         self.on_write: Callable[[Tensor, bool], Callable[[], None] | None] = lambda t, directly: None
         self._refs: dict[int, tuple[weakref.ref[Tensor], Any]] = {}
         self._at: dict[int, list[weakref.ref[Tensor]]] = {}  # storage -> the tensors that lie in it
+        # storage of the fake of a real tensor -> both; the fake is held, so that its storage remains its own
         self.given: dict[int, tuple[Tensor, Tensor]] = {}
+        # id of a real tensor that has another value after the call -> the tensor, and its fake
         self.overwritten: dict[int, tuple[Tensor, Tensor]] = {}
         self.constants = Constants()
-        self.supposed: bool | None = None
-        self.stepped: list[Any] = []
+        self.supposed: bool | None = None  # what a condition on inputs is taken to be; None to refuse it
+        self.stepped: list[Any] = []  # optimizers from outside that have taken a step
         self._hooks: list[tuple[Value, Any, Spy]] = []  # registered, not known yet to meet a gradient
 
     # -- the mode ------------------------------------------------------------------------------------------------
@@ -92,9 +86,8 @@ class Tracer(CaptureMode, Writer):
         if func in _LIFTED:
             return self._constant(args[0])
         if func in RRELU:
-            return self.__torch_dispatch__(
-                RRELU[func][0], types, (args[0], effects.fixed_slope(args, kwargs))
-            )
+            slope = effects.fixed_slope(args, kwargs)
+            return self.__torch_dispatch__(RRELU[func][0], types, (args[0], slope))
         if func in _BY_PLACE:
             args = (args[0], self._places(args[1]), *args[2:])
         elif func is aten.masked_select.default and args[0].shape == args[1].shape:
@@ -111,9 +104,7 @@ class Tracer(CaptureMode, Writer):
         if info.dynamic:
             found = self.constants.call(func, self.token(args), self.token(kwargs))
             if found is not None:
-                return (
-                    self._constant(found) if isinstance(found, Tensor) else tuple(map(self._constant, found))
-                )
+                return mapped(self._constant, found)
         return self.record(func, args, kwargs)
 
     def end(self) -> None:
