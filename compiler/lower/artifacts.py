@@ -52,7 +52,7 @@ def artifact_of(graph: fx.Graph, specs: Sequence[TensorSpec]) -> str:
         torch.are_deterministic_algorithms_enabled(),
         torch.get_float32_matmul_precision(),
         torch.get_num_threads(),
-        "" if _config() is None else _config().codegen_config(),
+        _changed_options(),
     )
     name = hashlib.sha256(repr(facts).encode()).hexdigest()
     return os.path.join(folder(), f"{name}.pt2")
@@ -116,6 +116,13 @@ def read_payload(payload: bytes) -> tuple[fx.Graph, list[TensorSpec], Settings]:
         name, op, target, args, kwargs = reader.load()
         reader.nodes[name] = graph.create_node(op, target, args, kwargs, name)
     return graph, specs, settings
+
+
+def _changed_options() -> list[str]:
+    """Inductor's options that somebody has changed, but for those that loading and `backends.options` change."""
+    lines = [] if _config() is None else _config().codegen_config().splitlines()
+    ours = ("size_asserts", "alignment_asserts", "unsafe_skip_cache_dynamic_shape_guards")
+    return sorted(line for line in lines if not line.startswith(tuple(f"torch._inductor.config.{o} " for o in ours)))
 
 
 def _config() -> Any:

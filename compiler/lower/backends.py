@@ -70,7 +70,6 @@ def compile_to(path: str, graph: fx.Graph, specs: Sequence[TensorSpec], settings
         artifact = torch._inductor.standalone_compile(
             module, inputs, dynamic_shapes="from_example_inputs", fake_mode=mode, donate_graph_module=True
         )
-        os.makedirs(os.path.dirname(path), exist_ok=True)
         artifact.save(path=path)
 
 

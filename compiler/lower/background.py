@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import pickle
 import queue
@@ -70,27 +71,33 @@ class Pool:
         self._jobs.put(job)
 
     def close(self) -> None:
-        """End all processes at once, with the compilers that they have called."""
+        """End all processes."""
         for process in self._processes:
-            if process is not None and process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            _end(process)
 
     def _serve(self, lane: int) -> None:
         """One process's jobs, one after the other."""
         while True:
-            job = self._jobs.get()
+            job, process = self._jobs.get(), self._processes[lane]
             try:
-                process = self._processes[lane]
                 if process is None or process.poll() is not None:
                     process = self._processes[lane] = _start()
                 assert process.stdin is not None and process.stdout is not None
                 send(process.stdin, (job.path, job.payload))
                 job.end(*receive(process.stdout))
             except (OSError, EOFError, pickle.UnpicklingError) as error:
+                _end(process)
                 job.end(f"the process that compiles has ended ({type(error).__name__})")
             with self._lock:
                 self._waiting -= 1
+
+
+def _end(process: subprocess.Popen[bytes] | None) -> None:
+    """End a process at once, with the compilers that it has called."""
+    if process is not None:
+        with contextlib.suppress(OSError), process:  # what was on its way to it is lost
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def _start() -> subprocess.Popen[bytes]:

@@ -39,9 +39,10 @@ class Handover:
         if not os.path.exists(self.path):
             self.job = Job(self.path)
             try:
+                os.makedirs(os.path.dirname(self.path), exist_ok=True)
                 submit(self.job, payload_of(bare, specs), waits())
-            except Exception as error:  # whatever pickling raises, of an operator of the user's for one
-                self.job.end(f"the graph cannot be sent to another process: {error}")
+            except Exception as error:  # of the file system, or whatever pickling an argument raises
+                self.job.end(f"{type(error).__name__}: {error}")
 
     @property
     def ended(self) -> bool:

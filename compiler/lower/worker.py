@@ -33,13 +33,13 @@ def main() -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what compilers print is no result
     jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(jobs,), daemon=True).start()
-    from . import backends  # after the first job is on its way: it takes seconds
-    from .artifacts import read_payload
-
     while True:
         path, payload = jobs.get()
         begun = time.perf_counter()
         try:
+            from . import backends  # takes seconds
+            from .artifacts import read_payload
+
             backends.compile_to(path, *read_payload(payload))
             complaint = None
         except Exception as error:  # whatever a compiler raises is for the process that asked

@@ -13,9 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch._dynamo.utils import counters
 from torch._inductor import config as inductor_config
-from torch._inductor.utils import fresh_cache
 
 import metaoptim
 from forms import full_tape, run_compiled, run_step
@@ -336,21 +334,6 @@ def test_a_compiled_step_is_compiled_when_it_runs_a_third_time() -> None:
         net(x).square().mean().backward()
     ((program,),) = step._specializations.known.values()
     assert backends_of(program.step.step) == {"eager", "aot_eager"}
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_second_process_finds_compiled_graphs_in_the_cache() -> None:
-    graph = fx.symbolic_trace(lambda x, y: (torch.ops.aten.mul.Tensor(x, y),))
-    inputs = [torch.rand(3), torch.rand(3)]
-    found = []
-    with fresh_cache(), inductor_config.patch({"cpp.simdlen": 1, "compile_threads": 1}):
-        for _ in range(2):
-            counters.clear()
-            torch.compiler.reset()
-            program = compile_graph.compiled(graph, inputs, "inductor", 0, True)
-            assert torch.equal(program(*inputs)[0], inputs[0] * inputs[1])
-            found.append([counters["inductor"][f"fxgraph_cache_{k}"] for k in ("miss", "hit", "bypass")])
-    assert found == [[1, 0, 0], [0, 1, 0]]
 
 
 def test_an_ill_conditioned_derivative_is_not_taken_for_a_wrong_one() -> None:

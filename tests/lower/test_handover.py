@@ -1,0 +1,224 @@
+"""Compiled forms are made in other processes, and taken over while a loop goes on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+import metaoptim
+from metaoptim.compiler.ir.step import FlatGraph, StepGraph
+from metaoptim.compiler.ir.tensors import tensor_spec
+from metaoptim.compiler.lower import background, derivatives, handover
+from metaoptim.compiler.lower.artifacts import artifact_of, lifted
+from metaoptim.compiler.lower.library import library
+from metaoptim.runtime.engine.engine import Engine
+from oracle import agree
+
+STEPS = 8
+XS = torch.randn(STEPS, 4, 3, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture
+def meanwhile(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """Nobody waits, and the cache folder is empty."""
+    monkeypatch.delenv("METAOPTIM_WAIT")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(handover, "_told", False)
+    pool = background._pool
+    monkeypatch.setattr(background, "_pool", None)
+    library.clear()
+    yield tmp_path
+    library.clear()
+    if background._pool is not None:
+        background._pool.close()
+    background._pool = pool
+
+
+def problem(wrap: Callable, **options: Any) -> Callable[[], dict[str, Tensor]]:
+    torch.manual_seed(0)
+    net, rate = (
+        nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)),
+        torch.tensor(0.3, requires_grad=True),
+    )
+
+    @wrap
+    def meta_loss(net: nn.Module, rate: Tensor, xs: Tensor) -> Tensor:
+        inner = metaoptim.MetaSGD([net], lr=rate, momentum=0.9)
+        with metaoptim.SlidingWindow(offline=True, **options) as window:
+            for x in xs if options else window.scan(xs):
+                inner.step(net(x).square().mean())
+            return net(xs[0]).square().mean()
+
+    def gradients() -> dict[str, Tensor]:
+        leaves = [*net.parameters(), rate]
+        return dict(zip("abcde", torch.autograd.grad(meta_loss(net, rate, XS), leaves), strict=True))
+
+    gradients.of = meta_loss  # type: ignore[attr-defined]
+    return gradients
+
+
+def expected() -> dict[str, Tensor]:
+    return problem(lambda fn: fn, strategy="full_tape")()
+
+
+def graph_of(program: Callable[[fx.Graph], Any], inputs: int) -> FlatGraph:
+    graph = fx.Graph()
+    graph.output((program(graph, *[graph.placeholder(f"input_{i}") for i in range(inputs)]),))  # type: ignore[call-arg]
+    return FlatGraph(graph, {"constant": torch.tensor([2.0, 3.0])})
+
+
+def doubled(graph: fx.Graph, x: fx.Node) -> fx.Node:
+    made = graph.call_function(torch.ops.aten.ones.default, ([2],), {"dtype": torch.float64})
+    product = graph.call_function(torch.ops.aten.mul.Tensor, (x, graph.get_attr("constant")))
+    return graph.call_function(torch.ops.aten.add.Tensor, (product, made))
+
+
+def steps_of(fn: Any) -> list[StepGraph]:
+    return [g for known in fn._specializations.known.values() for s in known for g in s.program.step_graphs]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_first_call_does_not_wait_and_later_ones_run_compiled(meanwhile: Path) -> None:
+    gradients = problem(metaoptim.compile(backend="inductor"))
+    agree(gradients(), expected())
+    steps = steps_of(gradients.of)  # type: ignore[attr-defined]
+    assert not any(lowering.backend == "inductor" for s in steps for _, lowering in s.derived.lowered)
+    coming = {key: c for s in steps for key, c in s.derived.coming.items()}
+    assert {kind for kind, _ in coming} == {"replay", "vjp"}
+    for c in coming.values():
+        assert isinstance(c, handover.Handover) and c.job is not None
+        c.job.wait()
+        assert c.complaint is None
+    agree(gradients(), expected())
+    assert {k for s in steps for k, lowering in s.derived.lowered if lowering.backend == "inductor"} == {
+        "replay",
+        "vjp",
+    }
+    assert len(list((meanwhile / "metaoptim-1").glob("*.pt2"))) == len(coming)
+
+
+@pytest.mark.parametrize("at", range(STEPS + 1))
+def test_a_replay_runs_what_its_position_has_run_with(at: int, meanwhile: Path, monkeypatch: Any) -> None:
+    """The compiled form, here one that is a little off, is taken over at every position in turn."""
+    forward, replayed, replays = dict[int, Tensor](), list[int](), [0]
+    after = Engine._after
+
+    class Stub:
+        complaint = None
+
+        def __init__(self, graph: FlatGraph, specs: Any) -> None:
+            pass
+
+        @property
+        def ended(self) -> bool:
+            return replays[0] > at
+
+    def seen(self: Engine, position: int, *args: Any) -> Any:
+        replays[0] += 1
+        state = after(self, position, *args)
+        value = torch.cat([t.flatten() for t in state if isinstance(t, Tensor)])
+        if position in forward:
+            replayed.append(position)
+            assert torch.equal(forward[position], value), position
+        forward.setdefault(position, value)
+        return state
+
+    def off(flat: FlatGraph, *args: Any) -> Callable:
+        return lambda *inputs: [t if t is None else t + 1e-3 for t in flat(*inputs)]
+
+    monkeypatch.setattr(derivatives, "Handover", Stub)
+    monkeypatch.setattr(derivatives, "compiled", off)
+    monkeypatch.setattr(Engine, "_after", seen)
+    problem(metaoptim.compile(backend="inductor", slots=2))()
+    assert len(replayed) > STEPS / 2
+
+
+def test_constants_and_factories_are_sent(meanwhile: Path) -> None:
+    """A graph's constants are inputs of its compiled form; what it makes anew is made anew."""
+    flat = graph_of(doubled, 1)
+    x = torch.rand(2)
+    given = handover.Handover(flat, [tensor_spec(x)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # by inductor
+        program = given.program()
+    assert program is not None
+    for _ in range(2):
+        torch.testing.assert_close(program(x)[0], x * torch.tensor([2.0, 3.0]) + 1)
+    again = handover.Handover(flat, [tensor_spec(x)])
+    assert again.job is None and again.path == given.path
+    assert artifact_of(lifted(flat)[0], [tensor_spec(x.float())]) != given.path
+
+
+def test_a_cache_folder_that_cannot_be_written(meanwhile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The call goes on with graphs as they are, and says so once."""
+    (meanwhile / "file").write_text("")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(meanwhile / "file"))
+    gradients = problem(metaoptim.compile(backend="inductor"))
+    with pytest.warns(RuntimeWarning, match=r"could not be compiled in the background .*NotADirectoryError") as told:
+        agree(gradients(), expected())
+        agree(gradients(), expected())
+    assert len(told) == 1
+
+
+def test_a_process_that_is_killed(meanwhile: Path) -> None:
+    job = background.Job(str(meanwhile / "never"))
+    background.submit(job, b"", waiting=False)
+    pool = background._pool
+    assert pool is not None
+    while not pool._processes or pool._processes[0] is None:
+        time.sleep(0.01)
+    os.killpg(pool._processes[0].pid, signal.SIGKILL)
+    job.wait()
+    assert job.complaint is not None and "has ended" in job.complaint
+    after = background.Job(str(meanwhile / "never"))
+    background.submit(after, b"no graph", waiting=False)
+    after.wait()  # by a process that was started anew
+    assert after.complaint is not None and "UnpicklingError" in after.complaint
+
+
+def test_a_fork_does_not_wait_for_its_parents_processes(meanwhile: Path) -> None:
+    job = background.Job(str(meanwhile / "never"))
+    child = os.fork()
+    if not child:
+        job.wait()
+        os._exit(0 if job.complaint and "forked" in job.complaint and background._pool is None else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0 and not job.ended
+
+
+SCRIPT = """
+import os, sys, time
+from metaoptim.compiler.lower import background
+background.submit(background.Job("never"), b"", waiting=False)
+while not background._pool._processes or background._pool._processes[0] is None:
+    time.sleep(0.01)
+print(background._pool._processes[0].pid, flush=True)
+if sys.argv[1] == "killed":
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("how", ["ends", "killed"])
+def test_nothing_is_left_running(how: str) -> None:
+    with subprocess.Popen([sys.executable, "-c", SCRIPT, how], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        worker = int(process.stdout.readline())
+        if how == "killed":
+            process.kill()
+        process.wait()
+    for _ in range(600):
+        if not Path(f"/proc/{worker}").exists() or "Z" in Path(f"/proc/{worker}/stat").read_text().split()[2]:
+            return
+        time.sleep(0.1)
+    pytest.fail("the process that compiles goes on")
