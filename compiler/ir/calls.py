@@ -69,7 +69,7 @@ class Assign:
 class Loop:
     """Iterations that only differ in the slices and numbers their calls are given.
 
-    In each one after the first, whose ``calls`` are told, they find what they read where the one before has left it.
+    ``calls`` are those of the first iteration. In each later one they read what the iteration before has written.
     """
 
     calls: tuple[StepCall, ...]

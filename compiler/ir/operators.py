@@ -50,7 +50,7 @@ EMPTY = {
 }
 
 
-# Fused attention: its operators say that they are random, and are where dropout is asked for, which is refused.
+# Fused attention. Its operators are tagged as random, which they are with dropout alone, and that is refused.
 ATTENTION = (
     aten._scaled_dot_product_flash_attention_for_cpu.default,
     aten._scaled_dot_product_flash_attention.default,

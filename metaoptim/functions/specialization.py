@@ -112,9 +112,7 @@ class Specialization:
         traced: Traced,
     ) -> None:
         self.program, self.records, self.traced = program, records, traced
-        self.remembered = (
-            dependencies.remembered()
-        )  # references to objects that the capture knows by identity
+        self.remembered = dependencies.remembered()  # references to what the capture knows by identity
         self.plan: Plan | None = None  # how it keeps to its memory budget, once it has run under one
         self._name, self._options = name, options
         source = dependencies.sources()

@@ -22,9 +22,8 @@ class Specializations:
         self.name = name
         # by what a call depends on by itself, by which list of places was read, and by the facts there
         self.known: dict[tuple[Any, int, Any], list[Specialization | StepSpecialization]] = {}
-        self._places: dict[
-            tuple[Fact, ...], list[list[Place]]
-        ] = {}  # lists of places that captures have read
+        # lists of places that captures have read
+        self._places: dict[tuple[Fact, ...], list[list[Place]]] = {}
         self._last: Reads | None = None  # of the last capture
 
     def find(self, dependencies: Dependencies, window: Any = None) -> Any:

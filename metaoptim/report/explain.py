@@ -190,9 +190,8 @@ def _paths(program: Program) -> dict[Input, str]:
         times: dict[Input, int] = {}
         for g, p in zip(call.inputs, call.step.inputs[call.step.states :], strict=True):
             if p.role is Role.META:
-                listed = Counter(
-                    x for x in g.sources if isinstance(x, Input)
-                )  # of a list, each call takes one
+                # of a list, each call takes one
+                listed = Counter(x for x in g.sources if isinstance(x, Input))
                 for x, k in listed.items():
                     times[x] = max(times.get(x, 0), k if g.kind == "each" else count)
         for x, k in times.items():

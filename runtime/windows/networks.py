@@ -125,16 +125,6 @@ class Networks:
             self.shown[i].freeze = None  # type: ignore[attr-defined]
         return ordinals
 
-    def _freeze(self, i: int) -> None:
-        """Parameter ``i``, of no optimizer that belongs to the window, is frozen: it is the user's own again."""
-        own = self.originals[i]
-        own.requires_grad_(False)
-        for module, name in self._places[i]:
-            module._parameters[name] = own
-            self._frozen[own.untyped_storage()._cdata] = own, module
-        self._places[i] = []
-        del self._index[id(own)]
-
     def _copy_buffers(self, modules: Sequence[nn.Module]) -> None:
         """Copies of the modules' buffers, sharing memory with one another as the buffers do."""
         storages: dict[int, Any] = {}
@@ -309,10 +299,17 @@ class Networks:
                 own.copy_(value)
 
 
-def _freeze(networks: weakref.ref[Networks], ordinal: int) -> None:
-    found = networks()
-    if found is not None:
-        found._freeze(ordinal)
+def _freeze(ref: weakref.ref[Networks], i: int) -> None:
+    """Parameter ``i``, of no optimizer that belongs to the window, is frozen: it is the user's own again."""
+    networks = ref()
+    if networks is not None:
+        own = networks.originals[i]
+        own.requires_grad_(False)
+        for module, name in networks._places[i]:
+            module._parameters[name] = own
+            networks._frozen[own.untyped_storage()._cdata] = own, module
+        networks._places[i] = []
+        del networks._index[id(own)]
 
 
 def _check_memory(modules: Sequence[nn.Module]) -> None:

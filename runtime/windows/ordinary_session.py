@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import weakref
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.weak import WeakIdKeyDictionary
 
 from metaoptim.compiler.capture import intercept
 from metaoptim.compiler.capture.eager.recorder import Recorder
@@ -32,7 +32,7 @@ class OrdinarySession(Session):
         super().__init__(options, recorder, networks)
         self._loss_told = False  # whether a loss that is not finite has been told of
         self._steps_of_others: dict[str, str] = {}  # parameter that an optimizer of torch moved -> where
-        self._differentiated: dict[int, tuple[weakref.ref[Tensor], str]] = {}  # losses, and where
+        self._differentiated = WeakIdKeyDictionary()  # losses -> where their backward was called
 
     def _close(self, failed: bool) -> None:
         """Drop every reference to the user's graph."""
@@ -99,8 +99,7 @@ class OrdinarySession(Session):
                 "notice of: it takes the gradient of the loss itself. Clip inner gradients with "
                 f"{name}.reset_grad_normalizer(max_norm)"
             )
-        ref, where = self._differentiated.get(id(loss), (None, ""))
-        if ref is not None and ref() is loss:
+        if self._differentiated and (where := self._differentiated.get(loss)) is not None:
             warn(
                 f"loss.backward() at {where} has added the gradient of an inner loss to .grad, where the meta-gradient "
                 f"goes; {name}.step(loss) takes the gradient itself. Take that backward out, or clone the loss if it "
@@ -115,8 +114,7 @@ class OrdinarySession(Session):
 
     def note_backward(self, outputs: Iterable[Tensor]) -> None:
         where = user_location()
-        self._differentiated = {k: v for k, v in self._differentiated.items() if v[0]() is not None}
-        self._differentiated.update((id(t), (weakref.ref(t), where)) for t in outputs)
+        self._differentiated.update((t, where) for t in outputs)
 
     def note_step_of(self, optimizer: torch.optim.Optimizer) -> None:
         """An optimizer of torch steps inside the block."""

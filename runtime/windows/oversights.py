@@ -90,13 +90,8 @@ class Ended:
     ) -> None:
         self.offline, self.asked, self.learns, self._reads = offline, asked, learns, reads
         self.unwatch: Callable[[], object] = lambda: None  # the next backward need not be looked at any more
-        self._own = {id(p): (weakref.ref(p), name) for name, p in own.items()}
+        self._own = WeakIdKeyDictionary({p: name for name, p in own.items()})
         self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-
-    def name_of(self, t: Tensor) -> str | None:
-        """The name of one of its networks' own parameters."""
-        ref, name = self._own.get(id(t), (None, None))
-        return name if ref is not None and ref() is t else None
 
     def backward(self, outputs: Iterable[Tensor]) -> None:
         """The first backward after it: is it of a loss that should have been computed inside?"""
@@ -110,7 +105,7 @@ class Ended:
         if any(isinstance(node, _OURS) for node in nodes) or not (self.offline or self.learns):
             return
         leaves = [node.variable for node in nodes if hasattr(node, "variable")]
-        names = [name for t in leaves if (name := self.name_of(t)) is not None]
+        names = [name for t in leaves if (name := self._own.get(t)) is not None]
         if not names or (not self.offline and len(names) < len(leaves)):
             return
         state = "back at its first parameters" if self.offline else "cut off from its history"
@@ -131,7 +126,7 @@ class Ended:
         if not without or (len(without) == len(moved) and not self.asked):
             return
         name = type(optimizer).__name__
-        own = {id(p): n for p in without if (n := self.name_of(p)) is not None}
+        own = {id(p): n for p in without if (n := self._own.get(p)) is not None}
         if own and not self.offline:
             _told.update((p, True) for p in without if id(p) in own)
             warn(

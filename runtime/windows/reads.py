@@ -14,10 +14,11 @@ from metaoptim.compiler.ir.calls import StepCall
 from metaoptim.compiler.ir.slices import Slice
 from metaoptim.compiler.ir.tensors import memory_of
 from metaoptim.compiler.ir.values import Epoch
-from metaoptim.errors import CaptureError, UnreachableWarning, warn
+from metaoptim.errors import CaptureError
 
 from ..engine.engine import Engine
 from ..engine.nodes import Alias, Life, Link, Read, Results, StepLoss, WindowedLoss, WindowedRead, new_token
+from ..engine.sweep import warn_cut
 
 
 class _Reads:
@@ -234,11 +235,7 @@ class SlidingReads(_Reads):
     def _cut(self) -> None:
         if not self._warned:
             self._warned = True
-            warn(
-                f"the loss lies more than window={self.window} steps after the start of an offline window: the initial "
-                "parameters receive no gradient (None) from it",
-                UnreachableWarning,
-            )
+            warn_cut(self.window)
 
     def close(self) -> None:
         self._known.clear()

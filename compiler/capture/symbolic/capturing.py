@@ -37,10 +37,9 @@ def capturing() -> Iterator[Tracer]:
         stack.callback(intercept.patches.uninstall)
         stack.enter_context(_refusing())
         stack.enter_context(warnings.catch_warnings())
-        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # by copy.deepcopy
-        warnings.filterwarnings(
-            "ignore", "The .grad attribute of a Tensor that is not a leaf"
-        )  # by faking one
+        # by copy.deepcopy, and by faking a tensor that is no leaf
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+        warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
         # autocast remembers the casts of leaves: fake ones would outlive the capture, real ones enter it as constants
         stack.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
         torch.set_autocast_cache_enabled(False)
