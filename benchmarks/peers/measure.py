@@ -17,7 +17,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ import numpy as np
 
 from problems import Problem
 
-MiB = 2**20
+Gradient = Callable[[], dict[str, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -118,14 +118,19 @@ def errors(found: dict[str, np.ndarray], reference: dict[str, np.ndarray]) -> di
     return by_name
 
 
-def measure(
-    peer: Peer, problem: Problem, reference: Path, repeats: int, backend: str | None, result: dict[str, Any]
-) -> Iterator[None]:
-    """The first call, then `repeats` more and one for the memory; yields whenever ``result`` has grown."""
-    result["versions"] = {name: importlib.metadata.version(name) for name in peer.packages}
+def build(peer: Peer, problem: Problem, backend: str | None) -> Gradient:
+    """What is measured; its data and parameters are made."""
     options = {**peer.options, **({"backend": backend} if backend and "backend" in peer.options else {})}
     gradient = getattr(importlib.import_module(peer.module), peer.maker)(problem, **options)
     gc.collect()
+    return gradient
+
+
+def measure(
+    peer: Peer, gradient: Gradient, reference: Path, repeats: int, result: dict[str, Any]
+) -> Iterator[None]:
+    """The first call, then `repeats` more and one for the memory; yields whenever ``result`` has grown."""
+    result["versions"] = {name: importlib.metadata.version(name) for name in peer.packages}
     baseline, known = resident("VmRSS"), set(sys.modules)
     with Clock() as clock:
         found = gradient()
@@ -153,9 +158,8 @@ def measure(
     yield
 
 
-def imports(peer: Peer, names: list[str]) -> float:
+def imports(names: list[str]) -> float:
     """MiB that modules take which a peer imports in its first call only: memory is counted above all imports."""
-    importlib.import_module(peer.module)
     before = resident("VmRSS")
     for name in names:
         with contextlib.suppress(ImportError):  # some are made by other modules, not by files
@@ -178,10 +182,6 @@ def main() -> None:
         "--imports-of", type=Path, help="measure what importing took in the run that wrote this"
     )
     args = parser.parse_args()
-    if args.imports_of:
-        names = json.loads(args.imports_of.read_text())["imported"]
-        args.out.write_text(json.dumps(imports(PEERS[args.peer], names)))
-        return
     problem = Problem.load(args.problem)
     if args.peer == "reference":  # the eager tape in float64
         import torch
@@ -189,10 +189,14 @@ def main() -> None:
         from torch_peers import eager_tape
 
         np.savez(args.reference, **eager_tape(problem, torch.float64)())
+    elif args.imports_of:
+        gradient = build(PEERS[args.peer], problem, args.backend)  # held: what is measured lies above it
+        args.out.write_text(json.dumps(imports(json.loads(args.imports_of.read_text())["imported"])))
     else:
         result: dict[str, Any] = {}
         try:
-            for _ in measure(PEERS[args.peer], problem, args.reference, args.repeats, args.backend, result):
+            gradient = build(PEERS[args.peer], problem, args.backend)
+            for _ in measure(PEERS[args.peer], gradient, args.reference, args.repeats, result):
                 args.out.write_text(json.dumps(result))
         except Exception as error:
             result["failure"] = f"{type(error).__name__}: {error}".partition("\n")[0]
