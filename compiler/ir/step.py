@@ -113,6 +113,11 @@ class Lowering:
         """The same, with graphs that run as they are."""
         return replace(self, backend="eager")
 
+    @cached_property
+    def recorded(self) -> Lowering:
+        """The same, with replays that run as they are, as the forward has."""
+        return replace(self, replays=False)
+
     def backend_of(self, kind: str) -> str:
         """What a step's graph of this kind runs on."""
         return self.backend if self.replays or kind != "replay" else "eager"

@@ -122,7 +122,9 @@ def _changed_options() -> list[str]:
     """Inductor's options that somebody has changed, but for those that loading and `backends.options` change."""
     lines = [] if _config() is None else _config().codegen_config().splitlines()
     ours = ("size_asserts", "alignment_asserts", "unsafe_skip_cache_dynamic_shape_guards")
-    return sorted(line for line in lines if not line.startswith(tuple(f"torch._inductor.config.{o} " for o in ours)))
+    return sorted(
+        line for line in lines if not line.startswith(tuple(f"torch._inductor.config.{o} " for o in ours))
+    )
 
 
 def _config() -> Any:

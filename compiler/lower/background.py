@@ -115,6 +115,18 @@ def _start() -> subprocess.Popen[bytes]:
 _pool: Pool | None = None
 
 
+_coming: dict[str, Job] = {}
+
+
+def job_for(path: str) -> tuple[Job, bool]:
+    """The job whose result will lie at ``path``, and whether it is new: several steps may have equal graphs."""
+    job = _coming.get(path)
+    if job is not None and not job.ended:
+        return job, False
+    _coming[path] = job = Job(path)
+    return job, True
+
+
 def submit(job: Job, payload: bytes, waiting: bool) -> None:
     """Have a job done by processes of this one's: as many as there are cores, or one less if it goes on meanwhile."""
     global _pool

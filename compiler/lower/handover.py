@@ -13,7 +13,7 @@ import torch
 from ..ir.step import FlatGraph
 from ..ir.tensors import TensorSpec, tensor_spec
 from .artifacts import artifact_of, lifted, payload_of
-from .background import Job, submit
+from .background import job_for, submit
 
 _told = False
 _log = logging.getLogger("metaoptim.recompiles")
@@ -37,10 +37,11 @@ class Handover:
         specs = [*specs, *map(tensor_spec, self.constants)]
         self.path, self.size, self.job = artifact_of(bare, specs), len(graph.graph.nodes), None
         if not os.path.exists(self.path):
-            self.job = Job(self.path)
+            self.job, new = job_for(self.path)
             try:
-                os.makedirs(os.path.dirname(self.path), exist_ok=True)
-                submit(self.job, payload_of(bare, specs), waits())
+                if new:
+                    os.makedirs(os.path.dirname(self.path), exist_ok=True)
+                    submit(self.job, payload_of(bare, specs), waits())
             except Exception as error:  # of the file system, or whatever pickling an argument raises
                 self.job.end(f"{type(error).__name__}: {error}")
 

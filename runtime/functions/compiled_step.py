@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -15,7 +15,7 @@ from metaoptim.compiler.ir.program import Program
 from metaoptim.compiler.ir.step import Lowering, Role, StepGraph
 from metaoptim.compiler.ir.values import Input, Noise
 from metaoptim.compiler.lower.ambient import unaffected
-from metaoptim.compiler.lower.derivatives import lowered
+from metaoptim.compiler.lower.derivatives import lowered, taken
 from metaoptim.compiler.passes.pipeline import FEW, Record
 from metaoptim.errors import CaptureError, WindowError, user_location
 
@@ -77,10 +77,13 @@ class CompiledStep:
             held: list[Any] = [next(noise) if t is None else view.hold(t) for t in given]
             self._runs += 1
             if self._runs <= FEW:  # many never run again: the first step of all, with no optimizer state yet
-                lowering = replace(lowering, backend="eager")
+                lowering = lowering.uncompiled
             call = self._call(window, held, lowering)
             inputs = [engine.state[i] for i in call.reads] + [h.get() for h in held]
-            results = lowered(self.step, "replay", inputs, lowering, at_once=True)(*inputs)
+            now = taken(self.step, "replay", inputs, lowering)
+            if now is not lowering:
+                call.lowering = lowering.recorded
+            results = lowered(self.step, "replay", inputs, now, at_once=True)(*inputs)
             del inputs  # under a budget, the engine may run the step's derivative now, on numbers drawn again
             changes = [(i, v) for i, v in zip(call.writes, results, strict=True) if i >= 0]
             self._show_state(window, call, results)

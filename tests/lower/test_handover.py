@@ -166,7 +166,9 @@ def test_a_cache_folder_that_cannot_be_written(meanwhile: Path, monkeypatch: pyt
     (meanwhile / "file").write_text("")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(meanwhile / "file"))
     gradients = problem(metaoptim.compile(backend="inductor"))
-    with pytest.warns(RuntimeWarning, match=r"could not be compiled in the background .*NotADirectoryError") as told:
+    with pytest.warns(
+        RuntimeWarning, match=r"could not be compiled in the background .*NotADirectoryError"
+    ) as told:
         agree(gradients(), expected())
         agree(gradients(), expected())
     assert len(told) == 1
