@@ -18,6 +18,7 @@ from .compiler.capture import intercept
 from .compiler.ir.retention import Retention, check_count
 from .compiler.ir.step import Lowering
 from .compiler.lower.compile_graph import waiting
+from .compiler.lower.derivatives import begin
 from .compiler.passes.options import Options
 from .errors import WindowError
 from .functions.guards import Dependencies
@@ -58,8 +59,36 @@ class CompiledFunction:
             return self._call(session, args, kwargs)
         return self._fn(*args, **kwargs)  # full_tape: the oracle is not compiled
 
+    def compile_now(self, *args: Any, **kwargs: Any) -> None:
+        """Capture and compile the function for these arguments, and wait until that is done; nothing is run.
+
+        A call does not wait: its graphs run as they are until their compiled forms, which other processes make, are
+        there. After this, calls with such arguments run compiled from the beginning.
+
+        Raises:
+            WindowError: inside a window.
+            CaptureError: as in a call.
+        """
+        if current_session() is not None:
+            raise WindowError(
+                f"{self._name}.compile_now() was called inside a window; call it before the block"
+            )
+        program, lowering = self._found(None, args, kwargs)[0].program, self._options.lowering
+        graphs = [(step, program.lowering_of(step, lowering)) for step in program.step_graphs]
+        for step, its in graphs:
+            begin(step, its)
+        with waiting(f"compiling {self._name} ..."):
+            for step, _ in graphs:
+                for coming in step.derived.coming.values():
+                    coming.wait()
+
     def _call(self, window: RecordedSession | None, args: tuple, kwargs: dict) -> Any:
         """A call outside of windows, or one compiled inner step of the window that is open."""
+        found, dependencies = self._found(window, args, kwargs)
+        return found.run(dependencies, window)
+
+    def _found(self, window: RecordedSession | None, args: tuple, kwargs: dict) -> tuple[Any, Dependencies]:
+        """The specialization for a call, captured where there is none yet."""
         fn, options, unseen = self._fn, self._options, _UNSEEN if window is None else window.recorder.paused
         with unseen():
             dependencies = Dependencies.of_call(fn, args, kwargs, window)
@@ -84,7 +113,7 @@ class CompiledFunction:
                 _graphs.info("%s: %s", self._name, text)
         elif options.recapture:
             compare(self._name, found, specialize(fn, options, window, dependencies, args, kwargs))
-        return found.run(dependencies, window)
+        return found, dependencies
 
     def _check_retention(self) -> None:
         said = self._options.retention
@@ -107,6 +136,10 @@ class BoundFunction:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the method."""
         return self.function(self.instance, *args, **kwargs)
+
+    def compile_now(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the method and wait; see `CompiledFunction.compile_now`."""
+        self.function.compile_now(self.instance, *args, **kwargs)
 
     def explain(self, *args: Any, **kwargs: Any) -> Report:
         """What a call with these arguments compiles to and costs; see `metaoptim.explain`."""

@@ -70,9 +70,11 @@ class SlidingWindow:
         sync: a process group of torch.distributed (``torch.distributed.group.WORLD``), online only: at the end of the
             block the parameters become their mean over its ranks, which must all come there, with the same networks.
             Nothing is shared otherwise.
-        backend: what the derivatives of steps run on: ``"eager"`` (nothing is compiled, nothing to wait for), or a
-            backend of torch.compile such as ``"inductor"``, which compiles one graph for each distinct step, at its
-            first derivative. The forward is eager PyTorch's own in any case.
+        backend: what the derivatives of steps run on: ``"eager"`` (nothing is compiled), or a backend of torch.compile
+            such as ``"inductor"``, which compiles one graph for each distinct step. ``"auto"`` is ``"eager"``, and
+            ``"inductor"`` for a derivative that has run for some seconds by now, on the CPU. Inductor compiles in other
+            processes; until a compiled graph is there, the graph runs as it is (see docs/compile.md). The forward is
+            eager PyTorch's own in any case.
         hvp: how a step's gradient is differentiated; see `compile`.
         self_check: compare every compiled graph with its uncompiled form on first use.
         strategy: ``"auto"`` records; ``"full_tape"`` keeps autograd's own tape (the oracle; memory grows with T).
@@ -121,7 +123,7 @@ class SlidingWindow:
         offload: str | os.PathLike[str] | None = None,
         check_finite: bool = False,
         sync: Any = False,
-        backend: str = "eager",
+        backend: str = "auto",
         hvp: str = "auto",
         self_check: bool = True,
         strategy: str = "auto",

@@ -74,6 +74,13 @@ def op_info(op: Any) -> OpInfo:
     )
 
 
+def shape_depends_on_values(op: Any, args: Sequence[Any]) -> bool:
+    """Whether the shape of what a call gives does: of an indexed tensor, where one of the indices is a mask."""
+    if op is aten.index.Tensor:
+        return any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
+    return op_info(op).dynamic
+
+
 def is_operator(op: object) -> bool:
     """Whether it is one of torch's, and no other function."""
     return isinstance(op, OpOverload)

@@ -84,7 +84,7 @@ _USUAL = ("eager", "aot_eager", "inductor")  # known without loading dynamo
 class Lowering:
     """How flat graphs are run."""
 
-    backend: str = "eager"  # or another backend of torch.compile
+    backend: str = "eager"  # or another backend of torch.compile; "auto": inductor once that pays
     check: bool = True  # whether a compiled graph is compared with its uncompiled form on first use
     hvp: str = "reverse"  # how steps are differentiated: "reverse", "mixed" or "auto"
     # Whether replays run on the backend too. Not where the forward was eager PyTorch's own: a state that is made again
@@ -100,8 +100,10 @@ class Lowering:
         """
         if hvp not in ("auto", "reverse", "mixed"):
             raise ValueError(f"hvp: got {hvp!r}, expected 'auto', 'reverse' or 'mixed'")
+        if backend == "auto" and not replays:
+            return Lowering(backend, self_check, hvp, replays)
         if backend not in _USUAL and backend not in torch.compiler.list_backends(exclude_tags=()):  # pyright: ignore
-            usual = {*_USUAL, *torch.compiler.list_backends()}  # pyright: ignore[reportUnknownMemberType]
+            usual = {*_USUAL, *(() if replays else ("auto",)), *torch.compiler.list_backends()}  # pyright: ignore[reportUnknownMemberType]
             raise ValueError(
                 f"backend: got {backend!r}, expected one of {', '.join(sorted(usual))}, or another backend of "
                 "torch.compile"
@@ -114,13 +116,18 @@ class Lowering:
         return replace(self, backend="eager")
 
     @cached_property
+    def compiled(self) -> Lowering:
+        """What "auto" becomes when that pays."""
+        return replace(self, backend="inductor")
+
+    @cached_property
     def recorded(self) -> Lowering:
         """The same, with replays that run as they are, as the forward has."""
         return replace(self, replays=False)
 
     def backend_of(self, kind: str) -> str:
-        """What a step's graph of this kind runs on."""
-        return self.backend if self.replays or kind != "replay" else "eager"
+        """What a step's graph of this kind runs on: "auto" is told apart by `taken`."""
+        return self.backend if (self.replays or kind != "replay") and self.backend != "auto" else "eager"
 
 
 EAGER = Lowering()
@@ -200,6 +207,7 @@ class Coming(Protocol):
     def ended(self) -> bool: ...
     @property
     def complaint(self) -> str | None: ...
+    def wait(self) -> None: ...
 
 
 @dataclass
@@ -211,6 +219,9 @@ class Derived:
     splits: dict[str, Split | None] = field(default_factory=lambda: {})  # None where it cannot be
     loss: StepGraph | None = None  # its loss alone
     lowered: dict[tuple[str, Lowering], Lowered] = field(default_factory=lambda: {})
+    runs: dict[str, int] = field(
+        default_factory=lambda: {}
+    )  # how often a kind of graph has run, where that decides
     coming: dict[tuple[str, Lowering], Coming] = field(default_factory=lambda: {})
     costs: dict[str, StepCost] = field(default_factory=lambda: {})  # as its graphs say
     measured: dict[tuple[str, Lowering], Measured] = field(default_factory=lambda: {})

@@ -145,4 +145,5 @@ def _forget() -> None:
         _pool = None
 
 
-os.register_at_fork(after_in_child=_forget)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)

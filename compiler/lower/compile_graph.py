@@ -61,7 +61,11 @@ def compiled(
     what = f"{backend} compiles a graph of {size} nodes; the next process finds it in the cache ..."
     with disable_current_modes(), torch.no_grad(), backends.options():
         with waiting(what):
-            if backend == "inductor":
+            if (
+                backend == "inductor"
+                and hasattr(os, "killpg")
+                and all(t.device.type == "cpu" for t in inputs)
+            ):
                 program = Handover(flat, [tensor_spec(t) for t in inputs]).program()
             if program is None:
                 own = fx.GraphModule(graph, copied(graph.graph))  # the backend may take it apart

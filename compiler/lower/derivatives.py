@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
@@ -14,7 +14,7 @@ from ..derive.mixed import NotMixed, mixed_vjp_graph, why_not_mixed
 from ..derive.residuals import split
 from ..derive.reverse import cotangent_outputs, derived_by_running, derived_by_tracing, loss_graph
 from ..ir.step import EAGER, FlatGraph, Lowered, Lowering, Split, StepGraph
-from ..ir.tensors import tensor_spec
+from ..ir.tensors import TensorSpec, tensor_spec
 from ..ir.text import readable_bytes
 from .ambient import with_default_dtype
 from .compile_graph import compiled
@@ -22,6 +22,8 @@ from .handover import Handover, tell, waits
 
 #: Below this many live bytes of reverse over reverse there is nothing worth saving: mixed mode takes a third more work.
 WORTH_SAVING = 64 << 20
+#: A VJP of which more nodes than this have run has taken some seconds, as long as compiling it takes.
+PAYS = 1_000_000
 
 
 def lowered(
@@ -53,31 +55,56 @@ def lowered(
 
 def taken(step: StepGraph, kind: str, inputs: Sequence[Tensor], lowering: Lowering) -> Lowering:
     """How a step's graph runs now: by ``lowering`` once its compiled form is there, and as it is until then."""
-    if (kind, lowering) in step.derived.lowered or lowering.backend_of(kind) != "inductor" or waits():
+    asked = lowering
+    if lowering.backend == "auto":
+        if not _pays(step, kind, inputs, lowering):
+            return lowering.uncompiled
+        lowering = lowering.compiled
+    if (kind, lowering) in step.derived.lowered or lowering.backend_of(kind) != "inductor":
+        return lowering
+    if waits() or not all(t.device.type == "cpu" for t in inputs):
         return lowering
     coming = step.derived.coming.get((kind, lowering))
     if coming is None and (kind, lowering.uncompiled) in step.derived.lowered:
         of, what = _source(step, kind, inputs)
-        with default_dtype(step.default_dtype):
-            coming = Handover(_flat(of, what, lowering.hvp, inputs), [tensor_spec(t) for t in inputs])
-        step.derived.coming[kind, lowering] = coming
+        coming = _begun(step, kind, lowering, _flat(of, what, lowering.hvp, inputs), map(tensor_spec, inputs))
     if coming is None or not coming.ended:
         return lowering.uncompiled
     if coming.complaint is not None:
-        tell(coming.complaint)
+        tell(coming.complaint, asked is lowering)
         step.derived.lowered[kind, lowering] = lowered(step, kind, inputs, lowering.uncompiled)
     return lowering
 
 
+def _pays(step: StepGraph, kind: str, inputs: Sequence[Tensor], lowering: Lowering) -> bool:
+    """Whether a VJP has taken so long by now that compiling it is no waste, where nobody has asked for it."""
+    if kind != "vjp" or step.dynamic or lowering.hvp not in step.derived.vjp:
+        return False
+    runs = step.derived.runs[kind] = step.derived.runs.get(kind, 0) + 1
+    return runs * len(step.derived.vjp[lowering.hvp].graph.nodes) > PAYS and inputs[0].device.type == "cpu"
+
+
 def begin(step: StepGraph, lowering: Lowering) -> None:
-    """Have a step's VJP compiled: it will be needed last, and takes longest."""
-    outputs, key = cotangent_outputs(step), ("vjp", lowering)
-    if lowering.backend != "inductor" or step.dynamic or not outputs or key in step.derived.coming:
+    """Have a step's replay and VJP compiled, before they are needed for the first time."""
+    states, outputs = [p.spec for p in step.inputs], cotangent_outputs(step)
+    if lowering.backend != "inductor" or step.dynamic or any(s.device.type != "cpu" for s in states):
         return
-    if key not in step.derived.lowered:
-        specs = [*(p.spec for p in step.inputs), *(step.outputs[i].spec for i in outputs)]
-        with default_dtype(step.default_dtype):
-            step.derived.coming[key] = Handover(derived(step, lowering.hvp), specs)
+    for kind in ("vjp", "replay") if outputs else ("replay",):  # the VJP takes longer
+        if (
+            not {(kind, lowering)} & {*step.derived.coming, *step.derived.lowered}
+            and lowering.backend_of(kind) != "eager"
+        ):
+            graph = derived(step, lowering.hvp) if kind == "vjp" else replayed(step)
+            given = [*states, *(step.outputs[i].spec for i in outputs)] if kind == "vjp" else states
+            _begun(step, kind, lowering, graph, given)
+
+
+def _begun(
+    step: StepGraph, kind: str, lowering: Lowering, graph: FlatGraph, given: Iterable[TensorSpec]
+) -> Handover:
+    with default_dtype(step.default_dtype):
+        step.derived.coming[kind, lowering] = coming = Handover(graph, list(given))
+    return coming
 
 
 def settled(steps: Sequence[StepGraph], lowering: Lowering) -> Lowering:

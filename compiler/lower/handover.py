@@ -21,7 +21,8 @@ _log = logging.getLogger("metaoptim.recompiles")
 
 def waits() -> bool:
     """Whether calls wait for the compiler: asked for by ``METAOPTIM_WAIT=1``, or results must not depend on time."""
-    return os.environ.get("METAOPTIM_WAIT", "0") != "0" or torch.are_deterministic_algorithms_enabled()
+    asked = os.environ.get("METAOPTIM_WAIT", "0") != "0" or torch.are_deterministic_algorithms_enabled()
+    return asked or not hasattr(os, "killpg")  # on Windows nothing is compiled in other processes
 
 
 class Handover:
@@ -55,14 +56,17 @@ class Handover:
         """Why there is no compiled form, once it has ended."""
         return None if self.job is None else self.job.complaint
 
+    def wait(self) -> None:
+        """Wait until it has ended."""
+        if self.job is not None:
+            self.job.wait()
+
     def program(self) -> Callable[..., Any] | None:
         """The compiled form, once it is there; None where nothing came of it."""
         from . import backends  # takes a second
 
-        if self.job is not None:
-            self.job.wait()
+        self.wait()
         if self.complaint is not None:
-            _log.info("a graph of %d nodes was not compiled: %s", self.size, self.complaint)
             return None
         try:
             run, constants = backends.load(self.path), self.constants
@@ -75,10 +79,11 @@ class Handover:
         return (lambda *inputs: run(*inputs, *constants)) if constants else run
 
 
-def tell(complaint: str) -> None:
-    """Warn, once in a process, that graphs run as they are."""
+def tell(complaint: str, asked: bool) -> None:
+    """Say that a graph runs as it is; where compiling was asked for, warn, once in a process."""
     global _told
-    if not _told:
+    _log.info("a graph runs as it is: %s", complaint)
+    if asked and not _told:
         _told = True
         warnings.warn(
             f"a part of the inner loop could not be compiled in the background and runs as it is: {complaint}. "

@@ -213,7 +213,7 @@ class Engine(Interpreter):
             if self._lower is not lowered_for:
                 return self._lower(call, kind, operands)
             lowering = call.lowering
-            if lowering.backend == "inductor":
+            if lowering.backend in ("inductor", "auto"):
                 lowering = self._taken(call, kind, operands, position)
             return lowered(call.step, kind, operands, lowering, at_once=True)
         except CaptureError as error:

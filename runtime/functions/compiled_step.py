@@ -15,7 +15,7 @@ from metaoptim.compiler.ir.program import Program
 from metaoptim.compiler.ir.step import Lowering, Role, StepGraph
 from metaoptim.compiler.ir.values import Input, Noise
 from metaoptim.compiler.lower.ambient import unaffected
-from metaoptim.compiler.lower.derivatives import lowered, taken
+from metaoptim.compiler.lower.derivatives import begin, lowered, taken
 from metaoptim.compiler.passes.pipeline import FEW, Record
 from metaoptim.errors import CaptureError, WindowError, user_location
 
@@ -83,6 +83,7 @@ class CompiledStep:
             now = taken(self.step, "replay", inputs, lowering)
             if now is not lowering:
                 call.lowering = lowering.recorded
+                begin(self.step, lowering.recorded)
             results = lowered(self.step, "replay", inputs, now, at_once=True)(*inputs)
             del inputs  # under a budget, the engine may run the step's derivative now, on numbers drawn again
             changes = [(i, v) for i, v in zip(call.writes, results, strict=True) if i >= 0]

@@ -70,7 +70,7 @@ class RecordedStep:
         key, held = (sliced.key, spec), [x.held for x in sliced.externals]
         with _capturing():
             graph, lifted, new = library.get(key, tuple(sliced.numbers), partial(self._build, spec))
-        if graph.dynamic and lowering.backend != "eager":
+        if graph.dynamic and lowering.backend_of("vjp") != "eager":
             library.discard(key)  # it has not been checked
             raise CaptureError(
                 f"backend={lowering.backend!r}: the shapes in this step depend on values, and such a step cannot be "

@@ -19,7 +19,7 @@ from ..engine.engine import Engine
 from .networks import Networks
 from .update import InnerOptimizer, parameters_of, trained
 
-WINDOW = Lowering(hvp="auto", replays=False)  # of what an ordinary window records
+WINDOW = Lowering("auto", hvp="auto", replays=False)  # of what an ordinary window records
 _current: ContextVar[Session | None] = ContextVar("metaoptim_session", default=None)
 current_session = _current.get  # the window open in this thread, or None
 

@@ -65,6 +65,7 @@ def problem(wrap: Callable, **options: Any) -> Callable[[], dict[str, Tensor]]:
         return dict(zip("abcde", torch.autograd.grad(meta_loss(net, rate, XS), leaves), strict=True))
 
     gradients.of = meta_loss  # type: ignore[attr-defined]
+    gradients.now = lambda: meta_loss.compile_now(net, rate, XS)  # type: ignore[attr-defined]
     return gradients
 
 
@@ -107,6 +108,60 @@ def test_the_first_call_does_not_wait_and_later_ones_run_compiled(meanwhile: Pat
         "vjp",
     }
     assert len(list((meanwhile / "metaoptim-1").glob("*.pt2"))) == len(coming)
+
+
+def test_compile_now_waits(meanwhile: Path) -> None:
+    gradients = problem(metaoptim.compile(backend="inductor"))
+    gradients.now()  # type: ignore[attr-defined]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # by inductor
+        agree(gradients(), expected())
+    steps = steps_of(gradients.of)  # type: ignore[attr-defined]
+    repeated = [s for s in steps if s.derived.coming]
+    assert repeated and {how.backend for s in repeated for _, how in s.derived.lowered} == {"inductor"}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_derivatives_of_an_ordinary_window_are_compiled_once_that_pays(
+    meanwhile: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gradients = problem(lambda fn: fn, slots=STEPS)
+    agree(gradients(), expected())
+    assert not any(s.derived.coming for s in library.steps())
+    monkeypatch.setattr(derivatives, "PAYS", 100)
+    agree(gradients(), expected())
+    for coming in [c for s in library.steps() for c in s.derived.coming.values()]:
+        coming.wait()
+        assert coming.complaint is None
+    agree(gradients(), expected())
+    kinds = {kind for s in library.steps() for kind, how in s.derived.lowered if how.backend == "inductor"}
+    assert kinds == {"vjp"}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_compiled_step_goes_over_within_a_window(meanwhile: Path) -> None:
+    """What a call has run with, its replay runs with too."""
+
+    def gradients(wrap: Callable, waiting: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        net, w = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)), torch.tensor(0.3, requires_grad=True)
+        inner = metaoptim.MetaSGD([net], lr=0.1)
+        step = wrap(lambda x: inner.step(net(x).square().mean() * w))
+        with metaoptim.SlidingWindow(slots=2):
+            for t, x in enumerate(XS):
+                step(x)
+                if t == STEPS // 2 and waiting:
+                    (found,) = [s for s in library.steps() if s.derived.coming]
+                    for c in found.derived.coming.values():
+                        c.wait()
+            net(XS[0]).square().mean().backward()
+        return [w.grad, *(p.grad for p in net.parameters())]  # type: ignore[list-item]
+
+    found = gradients(metaoptim.compile(backend="inductor"), True)
+    for a, b in zip(found, gradients(lambda fn: fn, False), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    kinds = {kind for s in library.steps() for kind, how in s.derived.lowered if how.backend == "inductor"}
+    assert kinds == {"replay", "vjp"}
 
 
 @pytest.mark.parametrize("at", range(STEPS + 1))

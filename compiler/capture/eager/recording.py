@@ -15,7 +15,7 @@ from torch import Tensor
 
 from metaoptim.errors import CaptureError
 
-from ...ir.operators import EMPTY, MASKED, PARTING, OpInfo, op_info, parts
+from ...ir.operators import EMPTY, MASKED, PARTING, OpInfo, op_info, parts, shape_depends_on_values
 from ...ir.values import Carried, Entry, Epoch, External, Hold, Theta, Value, parents, reached, version_of
 from ..modes import Writer
 
@@ -305,7 +305,7 @@ class Recording(Writer):
         tokens = self.tokens(op, args)
         kw = {k: self.token(v) for k, v in kwargs.items()} if kwargs else kwargs
         entry = self.entry(op, tokens, kw, tensors_in(args), True)
-        if info.dynamic:
+        if shape_depends_on_values(op, args):
             entry.shape = tuple(tuple(o.shape) for o in tensors_in(out if isinstance(out, tuple) else (out,)))
         elif op in MASKED:
             entry.shape = mask_counts(args) or None

@@ -23,7 +23,16 @@ from metaoptim.compiler.compat import (
 )
 from metaoptim.errors import CaptureError
 
-from ...ir.operators import BATCH_NORM, PARTING, RRELU, Function, flattened, op_info, parts
+from ...ir.operators import (
+    BATCH_NORM,
+    PARTING,
+    RRELU,
+    Function,
+    flattened,
+    op_info,
+    parts,
+    shape_depends_on_values,
+)
 from ...ir.slices import closed_over
 from ...ir.step import gradient
 from ...ir.tensors import tensor_spec
@@ -101,7 +110,7 @@ class Tracer(CaptureMode, Writer):
             return effects.batch_norm(self, func, args)
         if info.writes:
             return effects.write(self, func, info, args, kwargs)
-        if info.dynamic:
+        if shape_depends_on_values(func, args):
             found = self.constants.call(func, self.token(args), self.token(kwargs))
             if found is not None:
                 return mapped(self._constant, found)
