@@ -144,7 +144,10 @@ def test_a_compiled_step_goes_over_within_a_window(meanwhile: Path) -> None:
 
     def gradients(wrap: Callable, waiting: bool) -> list[Tensor]:
         torch.manual_seed(0)
-        net, w = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)), torch.tensor(0.3, requires_grad=True)
+        net, w = (
+            nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)),
+            torch.tensor(0.3, requires_grad=True),
+        )
         inner = metaoptim.MetaSGD([net], lr=0.1)
         step = wrap(lambda x: inner.step(net(x).square().mean() * w))
         with metaoptim.SlidingWindow(slots=2):

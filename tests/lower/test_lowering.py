@@ -362,14 +362,19 @@ def test_a_compiled_graph_is_held_to_the_precision_that_it_computes_in() -> None
     )
 
 
-@pytest.mark.parametrize("options", [{"backend": "aot_eager", "hvp": "mixed"}, {"backend": "aot_eager"}, {"slots": 2}])
+@pytest.mark.parametrize(
+    "options", [{"backend": "aot_eager", "hvp": "mixed"}, {"backend": "aot_eager"}, {"slots": 2}]
+)
 def test_an_integer_index_is_no_shape_that_depends_on_values(options: dict[str, Any]) -> None:
     """Of the labels, which differ from step to step; as a mask they would be."""
     xs, ys = torch.randn(4, 5, 3), torch.randint(2, (4, 5), generator=torch.Generator().manual_seed(1))
 
     def gradient(**options: Any) -> Tensor:
         torch.manual_seed(0)
-        net, w = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.tensor(0.7, requires_grad=True)
+        net, w = (
+            nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)),
+            torch.tensor(0.7, requires_grad=True),
+        )
         inner = metaoptim.MetaSGD([net], lr=0.3)
         loss = lambda t: -(net(xs[t]) * w).log_softmax(-1)[torch.arange(5), ys[t]].mean()
         with metaoptim.SlidingWindow(offline=True, **options):
