@@ -19,7 +19,7 @@ from .compiler.capture.symbolic.tracer import Tracer
 from .compiler.ir.retention import Retention
 from .compiler.ir.tensors import TensorSpec
 from .compiler.passes.pipeline import compile_trace
-from .errors import WindowError
+from .errors import ProgramError, WindowError
 from .functions.specialization import retention_of, trace_of
 from .report.cost import Cost, Setting
 from .runtime.budget.amounts import budget_bytes
@@ -145,7 +145,9 @@ def _with_batch(
         named = {name: _replaced(a, others) for name, a in kwargs.items()}
         try:
             return fn(*resized, **named)
-        except Exception as error:  # of the user's code, of torch, or ours
+        except ProgramError:
+            raise
+        except Exception as error:  # of the user's code, or of torch
             raise WindowError(
                 f"plan: with a batch of {size} in {' and '.join(dims)}, in place of {next(iter(sizes.values()))}, "
                 f"the function cannot be captured: {type(error).__name__}: {error}. Name every argument that has the "

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, fx
 
 from metaoptim.compiler.compat import FakeTensorMode, OpOverload
+from metaoptim.errors import MetaOptimError
 
 from ..ir.operators import op_info
 from ..ir.step import FlatGraph, StepGraph, gradient, show
@@ -42,11 +43,13 @@ def mixed_vjp_graph(step: StepGraph) -> FlatGraph:
     """
     if (reason := why_not_mixed(step)) is not None:
         raise NotMixed(reason)
-    result: list[FlatGraph | NotMixed] = []
+    result: list[FlatGraph | Exception] = []
 
     def work() -> None:  # a trace through jvp that fails can poison autograd for its whole thread
         try:
             result.append(_MixedStep(step).vjp_graph())
+        except (MetaOptimError, torch.OutOfMemoryError) as error:
+            result.append(error)
         except Exception as error:  # whatever an operator without a forward derivative raises
             result.append(NotMixed(f"{type(error).__name__}: {error}"))
 
@@ -55,7 +58,7 @@ def mixed_vjp_graph(step: StepGraph) -> FlatGraph:
         warnings.simplefilter("ignore", DeprecationWarning)  # torch's own forward mode uses torch.jit.script
         thread.start()
         thread.join()
-    if isinstance(result[0], NotMixed):
+    if isinstance(result[0], Exception):
         raise result[0]
     return result[0]
 

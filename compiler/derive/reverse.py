@@ -15,7 +15,7 @@ from metaoptim.compiler.compat import (
     FakeTensorMode,
     OpOverload,
 )
-from metaoptim.errors import CaptureError, MetaOptimError
+from metaoptim.errors import CaptureError, MetaOptimError, ProgramError
 
 from ..ir.operators import op_info, written
 from ..ir.step import FlatGraph, Port, Role, StepGraph, gradient
@@ -78,6 +78,8 @@ def derived_by_running(
     with tracing(step.default_dtype):
         try:
             found = flat_graph(functools.partial(_run, step, kind), given, true_zeros(step), real=True)
+        except (ProgramError, torch.OutOfMemoryError):
+            raise
         except (Unfollowed, RuntimeError):
             return None
         results, seen = [], set()

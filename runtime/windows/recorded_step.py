@@ -181,9 +181,9 @@ def _capturing() -> Iterator[None]:
     """What fails in the block is a step that cannot be captured."""
     try:
         yield
-    except CaptureError:
+    except (MetaOptimError, torch.OutOfMemoryError):
         raise
-    except Exception as error:
+    except Exception as error:  # of torch, or of the user's custom Functions
         raise CaptureError(
             f"the inner step cannot be captured: {type(error).__name__}: {error}. Open the window with "
             "strategy='full_tape' for this loss."
