@@ -222,6 +222,9 @@ class Derived:
     runs: dict[str, int] = field(
         default_factory=lambda: {}
     )  # how often a kind of graph has run, where that decides
+    since: dict[tuple[str, Lowering], float] = field(
+        default_factory=lambda: {}
+    )  # when a compiled form was taken over
     coming: dict[tuple[str, Lowering], Coming] = field(default_factory=lambda: {})
     costs: dict[str, StepCost] = field(default_factory=lambda: {})  # as its graphs say
     measured: dict[tuple[str, Lowering], Measured] = field(default_factory=lambda: {})

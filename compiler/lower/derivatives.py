@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 
 from torch import Tensor
@@ -49,6 +50,7 @@ def lowered(
         cotangents = 0 if kind in ("replay", "forward") else len(cotangent_outputs(of))
         with default_dtype(step.default_dtype):
             program = compiled(graph, inputs, backend, cotangents, lowering.check)
+        step.derived.since[kind, lowering] = time.time()
     program = step.derived.lowered[kind, lowering] = with_default_dtype(step.default_dtype, program)
     return program if results is None else lambda *_: results
 
@@ -114,6 +116,21 @@ def settled(steps: Sequence[StepGraph], lowering: Lowering) -> Lowering:
     asked = [(step, key) for step in steps for key in step.derived.coming if key[1] == lowering]
     taken_over = asked and all(key in step.derived.lowered for step, key in asked)
     return lowering if taken_over else lowering.uncompiled
+
+
+def compiled_since(step: StepGraph) -> dict[str, str]:
+    """For each kind of graph that is or will be compiled, since when it runs so."""
+    derived, found = step.derived, dict[str, str]()
+    for key, coming in derived.coming.items():
+        if not coming.ended:
+            found[key[0]] = "being compiled"
+        else:
+            found[key[0]] = (
+                f"not compiled: {coming.complaint}" if coming.complaint else "from its next run on"
+            )
+    for (kind, _), seconds in derived.since.items():
+        found[kind] = f"since {time.strftime('%H:%M:%S', time.localtime(seconds))}"
+    return found
 
 
 def _source(step: StepGraph, kind: str, inputs: Sequence[Tensor]) -> tuple[StepGraph, str]:

@@ -91,7 +91,7 @@ def captured_step(
     reads: Reads | None = None,
     texts: Mapping[Input, str] | None = None,
 ) -> tuple[CompiledStep, Trace, Traced]:
-    """Capture ``fn`` as a step of ``window``, which is left as it is; ``texts`` as of `compiled`."""
+    """Capture ``fn`` as a step of ``window``, which is left as it is; for ``texts`` see `compiled`."""
     with aside(window):
         trace, traced, session = trace_of(fn, args, kwargs, window, reads)
     assert session is not None

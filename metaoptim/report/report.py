@@ -12,6 +12,7 @@ from ..compiler.ir.program import Calls
 from ..compiler.ir.step import Lowering, StepGraph
 from ..compiler.ir.tensors import nbytes
 from ..compiler.ir.text import by_role, plural, readable_bytes, shapes_text
+from ..compiler.lower.derivatives import compiled_since
 from ..errors import WindowError
 from ..runtime.states.streams import drawn, whole
 
@@ -92,8 +93,9 @@ class Report:
               (sizes of the program), and ``text``, the program after it (before it, that of the pass before). The
               first is ``capture``; ``verify`` is what the verifier takes between passes, and has no text.
             * ``shapes``: for each step graph ``calls``, ``steps``, ``operators`` (of its replay and of its
-              derivative), ``bytes`` (the most alive at once in either), ``derivative`` (the mode), ``inputs`` and
-              ``outputs``: role -> ``count``, ``bytes``, ``shapes``.
+              derivative), ``bytes`` (the most alive at once in either), ``derivative`` (the mode), ``compiled``
+              (``"replay"`` or ``"vjp"`` -> since when its compiled form has run, or that it is being compiled),
+              ``inputs`` and ``outputs``: role -> ``count``, ``bytes``, ``shapes``.
             * ``program``: the program that runs, as text.
         """
         values = asdict(self)
@@ -122,6 +124,11 @@ class Report:
         if self.measured_peak_bytes is not None:
             memory = f"measured peak {size(self.measured_peak_bytes)}, predicted {memory}"
         found = [("steps", steps), ("plan", plan), ("memory", memory)]
+        for name, step in self.shapes.items():
+            if step["compiled"]:
+                found.append(
+                    ("compiled", f"{name}: " + ", ".join(f"{k} {v}" for k, v in step["compiled"].items()))
+                )
         for title, names in (("gradients", self.gradient_targets), ("no gradient", self.unreachable)):
             found += [(title, line) for line in _grouped(names, self.paths)] or [(title, "none")]
         return found
@@ -275,6 +282,7 @@ def shape_of(step: StepGraph, calls: int, lowering: Lowering) -> dict[str, Any]:
         "operators": [cost.replay_operators, cost.vjp_operators],
         "bytes": [cost.replay_bytes, cost.vjp_bytes],
         "derivative": step.derivatives.get(lowering.hvp, ""),
+        "compiled": compiled_since(step),
     }
     for key, ports in (("inputs", step.inputs), ("outputs", step.outputs)):
         described[key] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -65,6 +66,7 @@ def problem(wrap: Callable, **options: Any) -> Callable[[], dict[str, Tensor]]:
         return dict(zip("abcde", torch.autograd.grad(meta_loss(net, rate, XS), leaves), strict=True))
 
     gradients.of = meta_loss  # type: ignore[attr-defined]
+    gradients.explain = lambda: meta_loss.explain(net, rate, XS)  # type: ignore[attr-defined]
     gradients.now = lambda: meta_loss.compile_now(net, rate, XS)  # type: ignore[attr-defined]
     return gradients
 
@@ -107,6 +109,9 @@ def test_the_first_call_does_not_wait_and_later_ones_run_compiled(meanwhile: Pat
         "replay",
         "vjp",
     }
+    assert re.search(
+        r"compiled +step_.: (vjp|replay) since ..:..:.., (vjp|replay) since", str(gradients.explain())
+    )  # type: ignore[attr-defined]
     assert len(list((meanwhile / "metaoptim-1").glob("*.pt2"))) == len(coming)
 
 
