@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from contextlib import ExitStack
 from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import enable_reentrant_dispatch
 
 from metaoptim.compiler.capture.eager.recorder import Recorder
@@ -24,18 +22,23 @@ from .update import InnerOptimizer, gradient, hyper_of, trained, update_by
 # The fused attention kernels have no second derivative: none is taken while a full tape is open, in the whole process.
 _lock = Lock()
 _open = 0
-_unfused = ExitStack()
+_KERNELS = ("flash", "mem_efficient", "cudnn", "math")
+_switches: dict[str, bool] = {}
 
 
 def _open_tapes(more: int) -> None:
-    """``more`` full tapes are open now: the first of them sets torch's switches, the last puts them back."""
+    """``more`` full tapes are open now: the first of them sets torch's switches, the last puts them back.
+
+    They may be of several threads, so `sdpa_kernel` will not do: what one thread has entered no other may leave.
+    """
     global _open
+    backends = torch.backends.cuda
     with _lock:
         if not _open:
-            _unfused.enter_context(sdpa_kernel(SDPBackend.MATH))
-        _open += more
-        if not _open:
-            _unfused.close()
+            _switches.update((k, getattr(backends, f"{k}_sdp_enabled")()) for k in _KERNELS)
+        before, _open = _open, _open + more
+        for kernel in _KERNELS if not before or not _open else ():
+            getattr(backends, f"enable_{kernel}_sdp")(kernel == "math" if _open else _switches[kernel])
 
 
 # How many versions back a loss may have read: steps that other optimizers took since it was computed.

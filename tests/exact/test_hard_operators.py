@@ -228,6 +228,10 @@ ONCE: dict[str, Loss] = {
 
 @pytest.mark.parametrize("name", ONCE)
 def test_without_a_second_derivative(name: str) -> None:
+    if name == "cdist" and not torch.__version__.startswith(("2.13", "2.14")):  # which has got one
+        for form in "ABC":
+            agree(outcome(form, ONCE[name], slots=2), outcome("tape", ONCE[name]), rtol=1e-9)
+        return
     with pytest.raises(RuntimeError, match="not implemented"):
         outcome("tape", ONCE[name])
     expected = outcome("tape", ONCE[name], first_order=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 
 import pytest
+import torch
 
 from operators import OPS, SHARE, TABLE, rows, sweep
 
@@ -30,5 +31,7 @@ def test_operator(operator: str) -> None:
     found = list(sweep(operator))
     assert found or operator in UNCOMPARED
     assert not [str(f) for f in found if f.outcome in ("wrong", "crashed")]
+    if not torch.__version__.startswith("2.13"):  # which the table is of
+        return
     names = tuple(f"| `{name}` |" for name in {f.name for f in found})
     assert rows(found) == [line for line in TABLE.read_text().splitlines() if line.startswith(names)]
