@@ -96,16 +96,20 @@ def payload_of(graph: fx.Graph, specs: Sequence[TensorSpec]) -> bytes:
     stream = io.BytesIO()
     writer = _Writer(stream)
     config = None if _config() is None else _config().save_config()
-    settings = torch.get_default_dtype(), torch.get_num_threads(), config
+    settings = (
+        torch.get_default_dtype(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.get_num_threads(),
+        config,
+    )
     writer.dump((list(specs), settings, len(graph.nodes)))
     for n in graph.nodes:
         writer.dump((n.name, n.op, n.target, n.args, n.kwargs))
     return stream.getvalue()
 
 
-Settings = tuple[
-    torch.dtype, int, "bytes | None"
-]  # the default dtype, threads of kernels, inductor's options
+#: The default dtype, whether algorithms are deterministic, threads of kernels, inductor's options.
+Settings = tuple[torch.dtype, bool, int, "bytes | None"]
 
 
 def read_payload(payload: bytes) -> tuple[fx.Graph, list[TensorSpec], Settings]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import os
 import platform
+import shlex
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -15,6 +17,7 @@ import torch
 import torch._inductor.config
 from torch import Tensor, fx
 from torch._dynamo.backends.registry import lookup_backend
+from torch._inductor import cpp_builder
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.cpu_vec_isa import VecISA
 from torch._inductor.standalone_compile import CompiledArtifact
@@ -37,13 +40,31 @@ def options() -> Iterator[None]:
     """Inductor's options: no asserts in every call, as graphs are compared once, and no probes that take long.
 
     To find out which vector instructions there are, inductor builds, links and loads a program for each kind, a third
-    of a first call. On Linux the flags tell: whether PyTorch's own libraries load is known, it runs.
+    of a first call. On Linux the flags tell: whether PyTorch's own libraries load is known, it runs. What compilers
+    make is moved to its place when it is whole: a file that is cut off would be found ever after.
     """
+    moving = mock.patch.object(cpp_builder, "run_compile_cmd", partial(_whole, cpp_builder.run_compile_cmd))
     probing = mock.patch.object(VecISA, "check_build", lambda isa, code: _takes(isa._arch_flags))
     known = platform.system() == "Linux" and platform.machine() == "x86_64"
-    with torch._inductor.config.patch(size_asserts=False, alignment_asserts=False):
+    with torch._inductor.config.patch(size_asserts=False, alignment_asserts=False), moving:
         with probing if known else nullcontext():
             yield
+
+
+def _whole(run: Callable[[str, str], None], command: str, cwd: str) -> None:
+    """Run a compiler, whose output lies beside its place until it has ended."""
+    words = shlex.split(command)
+    if "-o" not in words:
+        return run(command, cwd)
+    at = words.index("-o") + 1
+    place = os.path.join(cwd, words[at])
+    words[at] = f"{place}.{os.getpid()}"
+    try:
+        run(shlex.join(words), cwd)
+        os.replace(words[at], place)
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(words[at])
 
 
 @functools.cache
@@ -55,7 +76,8 @@ def _takes(flags: str) -> bool:
 
 def compile_to(path: str, graph: fx.Graph, specs: Sequence[TensorSpec], settings: Settings) -> None:
     """Compile a graph without constants with inductor, for inputs laid out like ``specs``, into a file."""
-    dtype, threads, config = settings
+    dtype, deterministic, threads, config = settings
+    torch.use_deterministic_algorithms(deterministic)
     torch.set_default_dtype(dtype)
     torch.set_num_threads(threads)
     if config is not None:

@@ -97,12 +97,17 @@ def _end(process: subprocess.Popen[bytes] | None) -> None:
     if process is not None:
         with contextlib.suppress(OSError), process:  # what was on its way to it is lost
             if process.poll() is None:
+                os.killpg(process.pid, signal.SIGTERM)  # compilers then remove what they have begun
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(1)
+            if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
 
 
 def _start() -> subprocess.Popen[bytes]:
     # the modules of this process, not those of the folder that a module's name would be looked for in first
-    code = f"import sys; sys.path[:] = {sys.path!r}; from {worker.__name__} import main; main()"
+    path = [p for p in sys.path if isinstance(p, str)]
+    code = f"import sys; sys.path[:] = {path!r}; from {worker.__name__} import main; main()"
     return subprocess.Popen(
         [sys.executable, "-c", code],
         stdin=subprocess.PIPE,

@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from metaoptim.compiler.compat import disable_current_modes
 
 from ..derive.graphs import copied
+from ..derive.interpret import hooking, measuring_hook
 from ..ir.step import FlatGraph
 from ..ir.tensors import tensor_spec
 from .handover import Handover
@@ -75,7 +76,8 @@ def compiled(
         if not check:
             return program
         given = [*inputs[: len(inputs) - cotangents], *map(_random_like, inputs[len(inputs) - cotangents :])]
-        complaint = difference(graph, program, given)
+        with hooking(measuring_hook):  # the user's may count
+            complaint = difference(graph, program, given)
     if complaint is None:
         return program
     where = os.path.join(tempfile.mkdtemp(prefix="metaoptim-"), "reproduction.pt")
@@ -91,12 +93,12 @@ def compiled(
 
 def difference(graph: fx.GraphModule, program: Callable[..., Any], inputs: Sequence[Tensor]) -> str | None:
     """What is wrong with ``program``, a compilation of ``graph``, on ``inputs``; None if nothing is found."""
-    expected = graph(*[t.clone() for t in inputs])
+    expected = graph(*map(_copy, inputs))
     largest = max((size_of(t) for t in expected if t is not None), default=0.0)
     precision = precision_of(graph.graph, inputs)
     noise: list[float] = []
     for attempt in ("first", "second"):
-        given = [t.clone() for t in inputs]
+        given = list(map(_copy, inputs))
         for i, (got, want) in enumerate(zip(program(*given), expected, strict=True)):
             if (got is None) != (want is None):
                 return f"output {i} is {got!r}, expected {want!r}"
@@ -109,6 +111,22 @@ def difference(graph: fx.GraphModule, program: Callable[..., Any], inputs: Seque
     return None
 
 
+def _in_the_layout(t: Tensor, values: Callable[[Tensor], Tensor]) -> Tensor:
+    """A tensor laid out like ``t``, gaps and overlaps too; ``values`` are made of the memory that it spans."""
+    if t.layout is not torch.strided:
+        return values(t)
+    span = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0
+    return values(t.detach().as_strided((span,), (1,))).as_strided(t.shape, t.stride())
+
+
+def _copy(t: Tensor) -> Tensor:
+    return _in_the_layout(t, Tensor.clone)
+
+
 def _random_like(t: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(0)  # the user's stays where it is
-    return torch.empty_like(t).copy_(torch.randn(t.shape, generator=generator, dtype=t.dtype))
+
+    def drawn(span: Tensor) -> Tensor:
+        return torch.randn(span.shape, generator=generator, dtype=t.dtype).to(t.device)
+
+    return _in_the_layout(t, drawn)

@@ -55,8 +55,13 @@ def lowered(
     return program if results is None else lambda *_: results
 
 
-def taken(step: StepGraph, kind: str, inputs: Sequence[Tensor], lowering: Lowering) -> Lowering:
-    """How a step's graph runs now: by ``lowering`` once its compiled form is there, and as it is until then."""
+def taken(
+    step: StepGraph, kind: str, inputs: Sequence[Tensor], lowering: Lowering, later: bool = False
+) -> Lowering:
+    """How a step's graph runs now: by ``lowering`` once its compiled form is there, and as it is until then.
+
+    With ``later``, only compiled forms are run that have been before: to check one takes memory.
+    """
     asked = lowering
     if lowering.backend == "auto":
         if not _pays(step, kind, inputs, lowering):
@@ -64,13 +69,15 @@ def taken(step: StepGraph, kind: str, inputs: Sequence[Tensor], lowering: Loweri
         lowering = lowering.compiled
     if (kind, lowering) in step.derived.lowered or lowering.backend_of(kind) != "inductor":
         return lowering
-    if waits() or not all(t.device.type == "cpu" for t in inputs):
+    if (waits() and asked is lowering) or not all(t.device.type == "cpu" for t in inputs):
         return lowering
     coming = step.derived.coming.get((kind, lowering))
     if coming is None and (kind, lowering.uncompiled) in step.derived.lowered:
         of, what = _source(step, kind, inputs)
         coming = _begun(step, kind, lowering, _flat(of, what, lowering.hvp, inputs), map(tensor_spec, inputs))
-    if coming is None or not coming.ended:
+    if waits() and coming is not None:  # compiling was nobody's wish, so that it fails is no error
+        coming.wait()
+    if later or coming is None or not coming.ended:
         return lowering.uncompiled
     if coming.complaint is not None:
         tell(coming.complaint, asked is lowering)
@@ -110,12 +117,12 @@ def _begun(
 
 
 def settled(steps: Sequence[StepGraph], lowering: Lowering) -> Lowering:
-    """What runs ``steps`` from now on: ``lowering``, unless the compiled form of one has not been taken over yet."""
+    """What ``steps`` run by from now on: ``lowering``, unless there is one whose compiled form is not there."""
     if lowering.backend != "inductor" or waits():
         return lowering
-    asked = [(step, key) for step in steps for key in step.derived.coming if key[1] == lowering]
-    taken_over = asked and all(key in step.derived.lowered for step, key in asked)
-    return lowering if taken_over else lowering.uncompiled
+    coming = [c for step in steps for (_, how), c in step.derived.coming.items() if how == lowering]
+    there = bool(coming) and all(c.ended and c.complaint is None for c in coming)
+    return lowering if there else lowering.uncompiled
 
 
 def compiled_since(step: StepGraph) -> dict[str, str]:

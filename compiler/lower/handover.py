@@ -6,6 +6,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -34,17 +35,20 @@ class Handover:
     """
 
     def __init__(self, graph: FlatGraph, specs: Sequence[TensorSpec]) -> None:
-        bare, self.constants = lifted(graph)
-        specs = [*specs, *map(tensor_spec, self.constants)]
-        self.path, self.size, self.job = artifact_of(bare, specs), len(graph.graph.nodes), None
+        self._graph, self.constants = lifted(graph)
+        self._specs = [*specs, *map(tensor_spec, self.constants)]
+        self.path, self.job = artifact_of(self._graph, self._specs), None
         if not os.path.exists(self.path):
-            self.job, new = job_for(self.path)
-            try:
-                if new:
-                    os.makedirs(os.path.dirname(self.path), exist_ok=True)
-                    submit(self.job, payload_of(bare, specs), waits())
-            except Exception as error:  # of the file system, or whatever pickling an argument raises
-                self.job.end(f"{type(error).__name__}: {error}")
+            self._ask()
+
+    def _ask(self) -> None:
+        self.job, new = job_for(self.path)
+        try:
+            if new:
+                os.makedirs(os.path.dirname(self.path), exist_ok=True)
+                submit(self.job, payload_of(self._graph, self._specs), waits())
+        except Exception as error:  # of the file system, or whatever pickling an argument raises
+            self.job.end(f"{type(error).__name__}: {error}")
 
     @property
     def ended(self) -> bool:
@@ -66,17 +70,20 @@ class Handover:
         from . import backends  # takes a second
 
         self.wait()
-        if self.complaint is not None:
-            return None
-        try:
-            run, constants = backends.load(self.path), self.constants
-        except (
-            Exception
-        ) as error:  # whatever reading it raises, of a file that is cut off or of another machine
-            _log.warning("the compiled graph %s cannot be read, and is made again: %s", self.path, error)
-            os.unlink(self.path)
-            return None
-        return (lambda *inputs: run(*inputs, *constants)) if constants else run
+        run = None
+        for again in (False, True):
+            if run is None and self.complaint is None:
+                try:
+                    run = backends.load(self.path)
+                except Exception as error:  # whatever reading it raises, of a file that is cut off for one
+                    _log.warning("the compiled graph %s cannot be read: %s", self.path, error)
+                    if not again:
+                        with suppress(OSError):
+                            os.unlink(self.path)
+                        self._ask()
+                        self.wait()
+        constants = self.constants
+        return run if run is None or not constants else lambda *inputs: run(*inputs, *constants)
 
 
 def tell(complaint: str, asked: bool) -> None:

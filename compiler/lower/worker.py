@@ -53,7 +53,7 @@ def _listen(jobs: queue.SimpleQueue[Any]) -> None:
         while True:
             jobs.put(receive(sys.stdin.buffer))
     finally:
-        os.killpg(os.getpgrp(), signal.SIGKILL)
+        os.killpg(os.getpgrp(), signal.SIGTERM)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..compiler.capture.symbolic.capturing import capturing
 from ..compiler.compat import tree_flatten, tree_unflatten
+from ..compiler.cost.step import check_bytes
 from ..compiler.derive.flat import uncollected
 from ..compiler.derive.graphs import results_of
 from ..compiler.derive.reverse import cotangent_outputs
@@ -115,7 +116,7 @@ class Specialization:
         self.remembered = dependencies.remembered()  # references to what the capture knows by identity
         self.plan: Plan | None = None  # how it keeps to its memory budget, once it has run under one
         self._name, self._options = name, options
-        self._planned = options.lowering  # what the plan is for
+        self._planned = self._lowering = options.lowering  # what the plan is for, and what runs
         source = dependencies.sources()
         calls = [call for call, _ in program.counted()]
         found = {x for c in calls for g in c.inputs for x in g.sources if isinstance(x, Input)}
@@ -130,12 +131,14 @@ class Specialization:
 
     def run(self, dependencies: Dependencies, window: RecordedSession | None = None) -> Any:
         """A call, outside of windows: what the function returns."""
-        tensors = {x: dependencies.tensor(source) for x, source in self.sources.items()}
+        # compiled graphs read memory, and a view of an imaginary part may say that its memory is to be negated
+        tensors = {x: dependencies.tensor(source).resolve_neg() for x, source in self.sources.items()}
         program = self.program
         differentiable = torch.is_grad_enabled() and bool(self._keys)
         kept = self._kept(tensors) if differentiable else Kept(1)
         written = [dependencies.tensor(t) for t in self._writes if not isinstance(t, tuple)]
-        run = Run(program, tensors, self._options.lowering, kept, written)
+        run = Run(program, tensors, self._lowering, kept, written)
+        run.engine.later = retention_of(program, self._options).memory_budget is not None
         if differentiable:
             found = Call.apply(run, self._keys, program.dead, *(tensors[x] for x in self._keys))
         else:
@@ -151,6 +154,9 @@ class Specialization:
             self._planned = lowering
             for step in program.step_graphs:
                 begin(step, program.lowering_of(step, self._options.lowering))
+            if program.kept is not None and not self._may_check(lowering):
+                self._lowering = lowering.uncompiled
+                return program.kept
             with waiting(f"planning what {self._name} keeps ..."):
                 kept, self.plan = decide(program, lowering, retention, self._name, tensors)
             checkpoint(program, replace(self._options, kept=kept))
@@ -160,6 +166,13 @@ class Specialization:
                 _plans.info("%s: %s", self._name, self.plan)
         assert program.kept is not None
         return program.kept
+
+    def _may_check(self, lowering: Lowering) -> bool:
+        """Whether the budget has room to compare compiled graphs with what they are compiled from."""
+        assert self.plan is not None
+        graphs = [g for g in self.program.step_graphs if self.program.lowering_of(g, lowering) == lowering]
+        needed = max(check_bytes(g, lowering) for g in graphs) + 4 * self.program.state_bytes
+        return not lowering.check or needed <= self.plan.budget
 
     @torch.no_grad()
     def _write(self, dependencies: Dependencies, last: list[tuple[Any, Tensor]]) -> None:

@@ -74,6 +74,9 @@ class Engine(Interpreter):
         self.closed: set[int] = set()  # ids of those that no gradient reaches
         self._watch = progress.current.get() if lower is lowered_for else None
         self._ran = 0  # calls that `run` has run
+        self.later = (
+            False  # whether compiled forms are taken over between calls only: a budget was planned without
+        )
         self._reached = 0  # up to which position calls have been run
         self._since: dict[
             tuple[int, str], int
@@ -221,14 +224,16 @@ class Engine(Interpreter):
 
     def _taken(self, call: StepCall, kind: str, operands: Sequence[Tensor], position: int) -> Lowering:
         """How a graph runs: compiled once that is done, but a replay does what the first run of its position did."""
-        if kind in ("vjp", "backward", "loss"):
-            return taken(call.step, kind, operands, call.lowering)
+        if kind in ("vjp", "backward", "loss") or isinstance(
+            self.program, Tape
+        ):  # whose calls say how they have run
+            return taken(call.step, kind, operands, call.lowering, self.later)
         graph = id(call.step), kind
         if position < self._reached:
             compiled = position >= self._since.get(graph, sys.maxsize)
             return call.lowering if compiled else call.lowering.uncompiled
         self._reached = position + 1
-        lowering = taken(call.step, kind, operands, call.lowering)
+        lowering = taken(call.step, kind, operands, call.lowering, self.later)
         if lowering is call.lowering:
             self._since.setdefault(graph, position)
         return lowering

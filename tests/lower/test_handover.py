@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch._inductor import cpp_builder
+from torch._inductor.exc import CppCompileError
 
 import metaoptim
 from metaoptim.compiler.ir.step import FlatGraph, StepGraph
 from metaoptim.compiler.ir.tensors import tensor_spec
-from metaoptim.compiler.lower import background, derivatives, handover
+from metaoptim.compiler.lower import backends, background, derivatives, handover
 from metaoptim.compiler.lower.artifacts import artifact_of, lifted
 from metaoptim.compiler.lower.library import library
+from metaoptim.runtime.budget.meter import AllocatorMeter
 from metaoptim.runtime.engine.engine import Engine
 from oracle import agree
 
@@ -124,6 +129,53 @@ def test_compile_now_waits(meanwhile: Path) -> None:
     steps = steps_of(gradients.of)  # type: ignore[attr-defined]
     repeated = [s for s in steps if s.derived.coming]
     assert repeated and {how.backend for s in repeated for _, how in s.derived.lowered} == {"inductor"}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("budget", [150_000, 600_000])
+def test_a_budget_holds_while_compiled_forms_are_taken_over(meanwhile: Path, budget: int) -> None:
+    """To check one takes memory: that is planned, between calls."""
+    torch.manual_seed(0)
+    net, rate = (
+        nn.Sequential(nn.Linear(20, 40), nn.Tanh(), nn.Linear(40, 1)),
+        torch.tensor(0.3, requires_grad=True),
+    )
+    xs = torch.randn(40, 8, 20)
+
+    @metaoptim.compile(memory_budget=budget)
+    def meta_loss(net: nn.Module, rate: Tensor, xs: Tensor) -> Tensor:
+        inner = metaoptim.MetaAdam([net], lr=rate)
+        with metaoptim.SlidingWindow(offline=True) as window:
+            for x in window.scan(xs):
+                inner.step(net(x).square().mean())
+            return net(xs[0]).square().mean()
+
+    def peak() -> int:
+        forward, backward = AllocatorMeter(), AllocatorMeter()
+        with forward:
+            loss = meta_loss(net, rate, xs)
+        with backward:
+            loss.backward()
+        return max(forward.peak, forward.held + backward.peak)
+
+    meta_loss(net, rate, xs).backward()
+    assert peak() <= budget
+    for s in steps_of(meta_loss):
+        for coming in s.derived.coming.values():
+            coming.wait()
+    assert peak() <= budget and peak() <= budget
+    compiled = any(how.backend == "inductor" for s in steps_of(meta_loss) for _, how in s.derived.lowered)
+    assert compiled == (budget > 500_000)  # where there is room to check
+
+
+def test_a_compiler_that_is_killed_leaves_no_file_that_is_cut_off(tmp_path: Path) -> None:
+    with backends.options():
+        for ends in (1, 0):
+            place = tmp_path / f"made{ends}"
+            command = shlex.join(["sh", "-c", f'printf half > "$2"; exit {ends}', "x", "-o", str(place)])
+            with pytest.raises(CppCompileError) if ends else nullcontext():
+                cpp_builder.run_compile_cmd(command, str(tmp_path))
+    assert [p.name for p in tmp_path.iterdir()] == ["made0"]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -287,3 +339,40 @@ def test_nothing_is_left_running(how: str) -> None:
             return
         time.sleep(0.1)
     pytest.fail("the process that compiles goes on")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_inputs_that_are_laid_out_in_memory_with_gaps(meanwhile: Path) -> None:
+    """A compiled graph reads by their strides: what it is checked with has these strides too. And negated views."""
+    torch.manual_seed(0)
+    net, rate = nn.Linear(3, 2), torch.tensor(0.1, requires_grad=True)
+
+    def loss(net: nn.Module, rate: Tensor, xs: Tensor) -> Tensor:
+        inner = metaoptim.MetaSGD([net], lr=rate)
+        with metaoptim.SlidingWindow(offline=True) as window:
+            for x in window.scan(xs) if fn is not loss else xs:
+                inner.step((net(x) * x.sum(1, keepdim=True)).square().mean())
+            return net(xs[0]).square().mean()
+
+    for xs in (
+        torch.randn(5, 3, 8000).permute(2, 0, 1)[:8],
+        torch.randn(8, 5, 3, dtype=torch.complex128).conj().imag,
+    ):
+        fn: Any = loss
+        (want,) = torch.autograd.grad(fn(net, rate, xs), rate)
+        fn = metaoptim.compile(loss, self_check=xs.is_contiguous() or not xs.is_neg())
+        fn.compile_now(net, rate, xs)
+        (got,) = torch.autograd.grad(fn(net, rate, xs), rate)
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_file_that_is_cut_off_is_made_again(meanwhile: Path, caplog: pytest.LogCaptureFixture) -> None:
+    flat, x = graph_of(doubled, 1), torch.rand(2)
+    path = Path(handover.Handover(flat, [tensor_spec(x)]).path)
+    first = handover.Handover(flat, [tensor_spec(x)])
+    assert first.program() is not None
+    path.write_bytes(path.read_bytes()[:100])
+    again = handover.Handover(flat, [tensor_spec(x)]).program()
+    assert again is not None and path.stat().st_size > 100
+    torch.testing.assert_close(again(x)[0], x * torch.tensor([2.0, 3.0]) + 1)
