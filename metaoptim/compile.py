@@ -63,7 +63,8 @@ class CompiledFunction:
         """Capture and compile the function for these arguments, and wait until that is done; nothing is run.
 
         A call does not wait: its graphs run as they are until their compiled forms, which other processes make, are
-        there. After this, calls with such arguments run compiled from the beginning.
+        there. After this, calls with such arguments run compiled from the beginning. A compiled step, which runs in
+        the window of its caller, cannot be compiled beforehand.
 
         Raises:
             WindowError: inside a window.
@@ -71,7 +72,8 @@ class CompiledFunction:
         """
         if current_session() is not None:
             raise WindowError(
-                f"{self._name}.compile_now() was called inside a window; call it before the block"
+                f"{self._name}.compile_now() was called inside a window: it is for functions that hold their windows, "
+                "and called before them. A compiled step is compiled while its window goes on"
             )
         program, lowering = self._found(None, args, kwargs)[0].program, self._options.lowering
         graphs = [(step, program.lowering_of(step, lowering)) for step in program.step_graphs]

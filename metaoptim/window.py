@@ -234,7 +234,8 @@ class SlidingWindow:
         sizes = {t.shape[0] if t.dim() else -1 for t in tensors}
         if len(sizes) != 1 or -1 in sizes:
             raise ValueError(
-                f"window.scan: got leading sizes {[tuple(t.shape[:1]) for t in tensors]}, expected one size"
+                f"window.scan: got leading sizes {[tuple(t.shape[:1]) for t in tensors]}, expected the same "
+                "number of rows, one for each inner step, in every tensor"
             )
         items = (items for _, items in self._iterations(tensors, sizes.pop()))
         return self._loop(rows[0] if len(rows) == 1 else tuple(rows) for rows in items)
