@@ -75,7 +75,8 @@ class Loops:
                 what = f"{where} holds {was}, then {becomes} values in the middle of a scan"
             raise CaptureError(
                 f"{what}, from one iteration of window.scan or window.range to the next. A few iterations are captured "
-                "and stand for all, so whatever depends on it would keep its first values. Scan a tensor of what differs, "
+                "and stand for all, so whatever depends on it would keep its first values. Scan a tensor of what "
+                "differs, "
                 "use the number of window.range as an index, add up in a tensor, or use a plain `for`"
             )
 

@@ -182,7 +182,7 @@ def test_scripted_modules_are_refused_when_the_optimizer_is_built() -> None:
             super().__init__()
             self.inside = inside
 
-    with pytest.warns((DeprecationWarning, FutureWarning)):  # the latter from torch 2.15 on
+    with pytest.warns((DeprecationWarning, FutureWarning)):  # the latter from torch 2.14 on
         scripted = Holder(torch.jit.trace(mlp(), X))
     with pytest.raises(TypeError, match="'inside' is scripted or traced"):
         metaoptim.MetaSGD([scripted])
