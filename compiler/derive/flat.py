@@ -188,7 +188,7 @@ class _Writer(TorchDispatchMode):
     def _check(self, func: Any, args: tuple, kwargs: dict) -> None:
         """That a call on real tensors says what calls on others will be."""
         info = op_info(func)
-        if info.random or shape_depends_on_values(func, args) or not shapes_known(func):
+        if info.random or (info.dynamic and shape_depends_on_values(func, args)) or not shapes_known(func):
             raise Unfollowed(func)
         for a in (*args, *kwargs.values()):
             for t in a if isinstance(a, (list, tuple)) else (a,):

@@ -75,10 +75,10 @@ def op_info(op: Any) -> OpInfo:
 
 
 def shape_depends_on_values(op: Any, args: Sequence[Any]) -> bool:
-    """Whether the shape of what a call gives does: of an indexed tensor, where one of the indices is a mask."""
-    if op is aten.index.Tensor:
-        return any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
-    return op_info(op).dynamic
+    """Whether that of a dynamic operator's results does: of an indexed tensor, where one of the indices is a mask."""
+    if op is not aten.index.Tensor:
+        return True
+    return any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
 
 
 def is_operator(op: object) -> bool:

@@ -43,10 +43,13 @@ class Library:
         """The step for ``key`` and ``numbers``, which of the numbers are its inputs, and whether it is new."""
         with self._lock:
             key = (key, torch.get_default_dtype())
-            family = self._families.setdefault(key, _Family(numbers))
-            self._families.move_to_end(key)
-            if len(self._families) > self.capacity:
-                self._families.popitem(last=False)
+            family = self._families.get(key)
+            if family is None:
+                family = self._families[key] = _Family(numbers)
+                if len(self._families) > self.capacity:
+                    self._families.popitem(last=False)
+            else:
+                self._families.move_to_end(key)
             found = family.steps.get(family.masked(numbers))
             if found is None and family.steps:
                 pairs = zip(family.first, exact(numbers), strict=True)

@@ -305,7 +305,7 @@ class Recording(Writer):
         tokens = self.tokens(op, args)
         kw = {k: self.token(v) for k, v in kwargs.items()} if kwargs else kwargs
         entry = self.entry(op, tokens, kw, tensors_in(args), True)
-        if shape_depends_on_values(op, args):
+        if info.dynamic and shape_depends_on_values(op, args):
             entry.shape = tuple(tuple(o.shape) for o in tensors_in(out if isinstance(out, tuple) else (out,)))
         elif op in MASKED:
             entry.shape = mask_counts(args) or None

@@ -110,7 +110,7 @@ class Tracer(CaptureMode, Writer):
             return effects.batch_norm(self, func, args)
         if info.writes:
             return effects.write(self, func, info, args, kwargs)
-        if shape_depends_on_values(func, args):
+        if info.dynamic and shape_depends_on_values(func, args):
             found = self.constants.call(func, self.token(args), self.token(kwargs))
             if found is not None:
                 return mapped(self._constant, found)
