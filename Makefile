@@ -50,7 +50,7 @@ format: $(VENV)/.lint
 
 bench: $(VENV)/.test,examples,models
 	@set -e; for script in benchmarks/bench_*.py; do \
-	  echo "== $$script"; $(BIN)/python "$$script" $(ARGS); \
+	  echo "== $$script"; METAOPTIM_WAIT=1 $(BIN)/python "$$script" $(ARGS); \
 	done
 
 bench-peers: $(VENV)/.test,examples peers
@@ -65,7 +65,7 @@ $(PEERS)/.%: benchmarks/peers/requirements-%.txt constraints.txt
 	touch $@
 
 gpu-check: $(VENV)/.test,examples
-	$(BIN)/python benchmarks/gpu_check.py $(ARGS)
+	METAOPTIM_WAIT=1 $(BIN)/python benchmarks/gpu_check.py $(ARGS)
 
 $(VENV)/.made:
 	$(PYTHON) -m venv $(VENV)

@@ -38,10 +38,11 @@ PYTHONS = {
     "torch": ROOT / ".venv-peers" / "torch" / "bin" / "python",
     "jax": ROOT / ".venv-peers" / "jax" / "bin" / "python",
 }
-ONE_THREAD = {
+ENVIRONMENT = {
     **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NPROC"), "1"),
     "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1",
     "JAX_PLATFORMS": "cpu",
+    "METAOPTIM_WAIT": "1",  # or steady calls would be measured before they are steady
 }
 
 
@@ -110,7 +111,7 @@ class Runner:
     def _process(self, peer: str, cache: Path, out: Path, *options: object) -> str | None:
         python = PYTHONS[PEERS[peer].environment if peer in PEERS else "main"]
         command = [python, HERE / "measure.py", peer, self.problem, self.reference, out, *options]
-        environment = {**os.environ, **ONE_THREAD, **caches(cache)}
+        environment = {**os.environ, **ENVIRONMENT, **caches(cache)}
         return run_process([str(part) for part in command], environment, self.limit)
 
     def prepare(self, problem: str, horizon: int) -> str | None:
