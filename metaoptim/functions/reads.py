@@ -40,7 +40,8 @@ from .surroundings import (
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
 _METHODS = (types.FunctionType, staticmethod, classmethod)
 _FIELDS = (types.MemberDescriptorType, types.GetSetDescriptorType)  # of slots, of classes in C
-_OF_MODULES = {*vars(nn.Module()), "_compiled_call_impl"}  # described with the module
+# Described with the module; of an RNN's lists of its parameters, the parameters are.
+_OF_MODULES = {*vars(nn.Module()), "_compiled_call_impl", "_flat_weights", "_flat_weight_refs"}
 _LRU: type = type(functools.lru_cache(lambda: None))
 _WHOLE = ("__dict__", "__reduce_ex__", "__getstate__")  # by them, all attributes are read
 

@@ -466,3 +466,32 @@ def test_a_compiled_step_does_not_keep_its_first_window() -> None:
     del window, h
     gc.collect()
     assert engine() is None
+
+
+def test_an_lstm_is_captured_once_for_its_steps(caplog: pytest.LogCaptureFixture) -> None:
+    """It keeps lists of its parameters, which are others in each step of a window."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.head = nn.LSTM(3, 4, batch_first=True), nn.Linear(4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.rnn(x)[0][:, -1])
+
+    def gradient(wrap: Callable[[Callable], Callable], **options: Any) -> list[Tensor | None]:
+        torch.manual_seed(0)
+        net, lr = Net(), torch.tensor(0.1, requires_grad=True)
+        inner, xs = metaoptim.MetaSGD([net], lr=lr), torch.randn(6, 2, 5, 3)
+        step = wrap(lambda x: inner.step(net(x).square().mean()))
+        with metaoptim.SlidingWindow(offline=True, **options):
+            for x in xs:
+                step(x)
+            net(xs[0]).square().mean().backward()
+        return [lr.grad, *(p.grad for p in net.parameters())]
+
+    with caplog.at_level("INFO", "metaoptim.recompiles"):
+        found = gradient(metaoptim.compile(backend="eager"))
+    assert sum("compiled in" in record.getMessage() for record in caplog.records) == 1
+    for a, b in zip(found, gradient(lambda fn: fn, strategy="full_tape"), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
