@@ -33,6 +33,8 @@ class RecordedSession(OrdinarySession):
     def __init__(self, options: Options) -> None:
         retention = options.retention
         self.engine = Engine(retention.slots, options.backward_hook, tier=tier_for(retention.offload))
+        # "auto" compiles nothing under a budget: the check would take memory that nobody has planned
+        self.engine.later = retention.memory_budget is not None and options.lowering.backend == "auto"
         watch_backward(self.engine)
         networks = Networks()
         self.view = ThetaView(options, self.engine, networks)

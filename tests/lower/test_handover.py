@@ -193,6 +193,10 @@ def test_derivatives_of_an_ordinary_window_are_compiled_once_that_pays(
     agree(gradients(), expected())
     kinds = {kind for s in library.steps() for kind, how in s.derived.lowered if how.backend == "inductor"}
     assert kinds == {"vjp"}
+    library.clear()
+    for _ in range(2):
+        agree(problem(lambda fn: fn, memory_budget="1MiB")(), expected())
+    assert not any(how.backend == "inductor" for s in library.steps() for _, how in s.derived.lowered)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
