@@ -1,7 +1,7 @@
 """Compiled graphs as files: what a graph's depends on, and where it lies.
 
-The files lie in inductor's own cache folder. Another process that has the same graph reads the file, and neither traces
-nor compiles.
+The files lie in inductor's own cache folder. Another process that has the same graph reads the file, and does not
+compile it.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from ..derive.graphs import copied
 from ..derive.interpret import hooking, measuring_hook
 from ..ir.step import FlatGraph
 from ..ir.tensors import tensor_spec
-from .handover import Handover
+from .handover import Handover, elsewhere
 from .rounding import agree, noise_of, precision_of, size_of
 
 _log = logging.getLogger("metaoptim.recompiles")
@@ -62,11 +62,7 @@ def compiled(
     what = f"{backend} compiles a graph of {size} nodes; the next process finds it in the cache ..."
     with disable_current_modes(), torch.no_grad(), backends.options():
         with waiting(what):
-            if (
-                backend == "inductor"
-                and hasattr(os, "killpg")
-                and all(t.device.type == "cpu" for t in inputs)
-            ):
+            if backend == "inductor" and elsewhere(inputs):
                 program = Handover(flat, [tensor_spec(t) for t in inputs]).program()
             if program is None:
                 own = fx.GraphModule(graph, copied(graph.graph))  # the backend may take it apart

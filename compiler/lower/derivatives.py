@@ -19,7 +19,7 @@ from ..ir.tensors import TensorSpec, tensor_spec
 from ..ir.text import readable_bytes
 from .ambient import with_default_dtype
 from .compile_graph import compiled
-from .handover import Handover, tell, waits
+from .handover import Handover, elsewhere, tell, waits
 
 #: Below this many live bytes of reverse over reverse there is nothing worth saving: mixed mode takes a third more work.
 WORTH_SAVING = 64 << 20
@@ -69,7 +69,7 @@ def taken(
         lowering = lowering.compiled
     if (kind, lowering) in step.derived.lowered or lowering.backend_of(kind) != "inductor":
         return lowering
-    if (waits() and asked is lowering) or not all(t.device.type == "cpu" for t in inputs):
+    if (waits() and asked is lowering) or not elsewhere(inputs):
         return lowering
     coming = step.derived.coming.get((kind, lowering))
     if coming is None and (kind, lowering.uncompiled) in step.derived.lowered:
@@ -90,13 +90,13 @@ def _pays(step: StepGraph, kind: str, inputs: Sequence[Tensor], lowering: Loweri
     if kind != "vjp" or step.dynamic or lowering.hvp not in step.derived.vjp:
         return False
     runs = step.derived.runs[kind] = step.derived.runs.get(kind, 0) + 1
-    return runs * len(step.derived.vjp[lowering.hvp].graph.nodes) > PAYS and inputs[0].device.type == "cpu"
+    return runs * len(step.derived.vjp[lowering.hvp].graph.nodes) > PAYS and elsewhere(inputs)
 
 
 def begin(step: StepGraph, lowering: Lowering) -> None:
     """Have a step's replay and VJP compiled, before they are needed for the first time."""
     states, outputs = [p.spec for p in step.inputs], cotangent_outputs(step)
-    if lowering.backend != "inductor" or step.dynamic or any(s.device.type != "cpu" for s in states):
+    if lowering.backend != "inductor" or step.dynamic or not elsewhere(states):
         return
     for kind in ("vjp", "replay") if outputs else ("replay",):  # the VJP takes longer
         if (
@@ -118,7 +118,11 @@ def _begun(
 
 def settled(steps: Sequence[StepGraph], lowering: Lowering) -> Lowering:
     """What ``steps`` run by from now on: ``lowering``, unless there is one whose compiled form is not there."""
-    if lowering.backend != "inductor" or waits():
+    if (
+        lowering.backend != "inductor"
+        or waits()
+        or not all(elsewhere(p.spec for p in s.inputs) for s in steps)
+    ):
         return lowering
     coming = [c for step in steps for (_, how), c in step.derived.coming.items() if how == lowering]
     there = bool(coming) and all(c.ended and c.complaint is None for c in coming)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..ir.step import FlatGraph
 from ..ir.tensors import TensorSpec, tensor_spec
@@ -22,8 +23,12 @@ _log = logging.getLogger("metaoptim.recompiles")
 
 def waits() -> bool:
     """Whether calls wait for the compiler: asked for by ``METAOPTIM_WAIT=1``, or results must not depend on time."""
-    asked = os.environ.get("METAOPTIM_WAIT", "0") != "0" or torch.are_deterministic_algorithms_enabled()
-    return asked or not hasattr(os, "killpg")  # on Windows nothing is compiled in other processes
+    return os.environ.get("METAOPTIM_WAIT", "0") != "0" or torch.are_deterministic_algorithms_enabled()
+
+
+def elsewhere(inputs: Iterable[Tensor | TensorSpec]) -> bool:
+    """Whether graphs with such inputs are compiled in other processes: on the CPU, and not on Windows."""
+    return hasattr(os, "killpg") and all(x.device.type == "cpu" for x in inputs)
 
 
 class Handover:

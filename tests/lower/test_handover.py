@@ -371,7 +371,7 @@ def test_inputs_that_are_laid_out_in_memory_with_gaps(meanwhile: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_file_that_is_cut_off_is_made_again(meanwhile: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_file_that_is_cut_off_is_made_again(meanwhile: Path) -> None:
     flat, x = graph_of(doubled, 1), torch.rand(2)
     path = Path(handover.Handover(flat, [tensor_spec(x)]).path)
     first = handover.Handover(flat, [tensor_spec(x)])
