@@ -14,6 +14,7 @@ import torch.utils.checkpoint
 from torch._C import DisableTorchFunction, _autograd
 from torch._C import _DisableAutocast as DisableAutocast
 from torch._C import _DisableTorchDispatch as DisableTorchDispatch
+from torch._C._aoti import AOTIModelContainerRunnerCpu
 from torch._C._profiler import ProfilerConfig, ProfilerState, _ExperimentalConfig
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import (

@@ -14,16 +14,19 @@ import pickle
 import platform
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from metaoptim.compiler.compat import OpOverload
+from metaoptim.compiler.compat import AOTIModelContainerRunnerCpu, OpOverload
 
 from ..ir.step import FlatGraph
 from ..ir.tensors import TensorSpec
+
+#: The end of a file that is not cut off; the linker reads past it.
+WHOLE = b"metaoptim, whole"
 
 
 def lifted(flat: FlatGraph) -> tuple[fx.Graph, list[Tensor]]:
@@ -55,7 +58,7 @@ def artifact_of(graph: fx.Graph, specs: Sequence[TensorSpec]) -> str:
         _changed_options(),
     )
     name = hashlib.sha256(repr(facts).encode()).hexdigest()
-    return os.path.join(folder(), f"{name}.pt2")
+    return os.path.join(folder(), f"{name}.so")
 
 
 def folder() -> str:
@@ -63,7 +66,21 @@ def folder() -> str:
     inductors = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or os.path.join(
         tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}"
     )
-    return os.path.join(os.path.abspath(inductors), "metaoptim-1")  # the number is that of the format
+    return os.path.join(os.path.abspath(inductors), "metaoptim-2")  # the number is that of the format
+
+
+def load(path: str) -> Callable[..., Any]:
+    """The compiled graph of a file. Neither inductor nor dynamo, which take a second to import, is needed.
+
+    Raises:
+        ValueError: the file is cut off. To load it would end the process.
+        Exception: what loading a library raises.
+    """
+    with open(path, "rb") as file:
+        if not file.read().endswith(WHOLE):
+            raise ValueError("it is cut off")
+    run = AOTIModelContainerRunnerCpu(path, 1).run
+    return lambda *inputs: run(inputs)
 
 
 class _Writer(pickle.Pickler):

@@ -7,6 +7,7 @@ import os
 import platform
 import shlex
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
@@ -20,12 +21,13 @@ from torch._dynamo.backends.registry import lookup_backend
 from torch._inductor import cpp_builder
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.cpu_vec_isa import VecISA
-from torch._inductor.standalone_compile import CompiledArtifact
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from ..ir.tensors import TensorSpec
-from .artifacts import Settings
+from .artifacts import WHOLE, Settings
+
+_LIBRARY = {"aot_inductor.enable_line_tables": False}  # of code that nobody has written
 
 
 def call_backend(backend: str, graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
@@ -76,6 +78,8 @@ def _takes(flags: str) -> bool:
 
 def compile_to(path: str, graph: fx.Graph, specs: Sequence[TensorSpec], settings: Settings) -> None:
     """Compile a graph without constants with inductor, for inputs laid out like ``specs``, into a file."""
+    from torch._inductor.compile_fx import compile_fx_aot  # the rest of inductor
+
     dtype, deterministic, threads, config = settings
     torch.use_deterministic_algorithms(deterministic)
     torch.set_default_dtype(dtype)
@@ -87,15 +91,13 @@ def compile_to(path: str, graph: fx.Graph, specs: Sequence[TensorSpec], settings
         inputs: list[Any] = [
             torch.empty_strided(s.shape, s.stride, dtype=s.dtype, device=s.device) for s in specs
         ]
-    with torch.no_grad(), options():
+    with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as folder, torch.no_grad(), options():
         module = fx.GraphModule(torch.nn.Module(), graph)
-        artifact = torch._inductor.standalone_compile(
-            module, inputs, dynamic_shapes="from_example_inputs", fake_mode=mode, donate_graph_module=True
-        )
-        artifact.save(path=path)
-
-
-def load(path: str) -> Callable[..., Any]:
-    """The compiled graph of a file."""
-    with options():
-        return CompiledArtifact.load(path=path)
+        made = compile_fx_aot(module, inputs, config_patches=_LIBRARY | {"aot_inductor.output_path": folder})
+        assert isinstance(made, str)
+        by_name = made.removesuffix(".so") + ".json"  # operators that the library looks up by their names
+        if os.path.exists(by_name):
+            os.replace(by_name, path.removesuffix(".so") + ".json")
+        with open(made, "ab") as file:
+            file.write(WHOLE)
+        os.replace(made, path)

@@ -55,16 +55,16 @@ def compiled(
     checked shapes and types. With ``check``, it is compared with itself on the inputs of its first call, where the last
     ones, so many ``cotangents``, are replaced by random ones.
     """
-    from . import backends  # takes a second, which windows that compile nothing do not wait for
-
     graph, program = flat.module, None
     size, begun = len(graph.graph.nodes), time.perf_counter()
     what = f"{backend} compiles a graph of {size} nodes; the next process finds it in the cache ..."
-    with disable_current_modes(), torch.no_grad(), backends.options():
+    with disable_current_modes(), torch.no_grad():
         with waiting(what):
             if backend == "inductor" and elsewhere(inputs):
                 program = Handover(flat, [tensor_spec(t) for t in inputs]).program()
             if program is None:
+                from . import backends  # takes a second
+
                 own = fx.GraphModule(graph, copied(graph.graph))  # the backend may take it apart
                 program = backends.call_backend(backend, own, inputs)
         seconds = time.perf_counter() - begun

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..ir.step import FlatGraph
 from ..ir.tensors import TensorSpec, tensor_spec
-from .artifacts import artifact_of, lifted, payload_of
+from .artifacts import artifact_of, lifted, load, payload_of
 from .background import job_for, submit
 
 _told = False
@@ -72,14 +72,12 @@ class Handover:
 
     def program(self) -> Callable[..., Any] | None:
         """The compiled form, once it is there; None where nothing came of it."""
-        from . import backends  # takes a second
-
         self.wait()
         run = None
         for again in (False, True):
             if run is None and self.complaint is None:
                 try:
-                    run = backends.load(self.path)
+                    run = load(self.path)
                 except Exception as error:  # whatever reading it raises, of a file that is cut off for one
                     _log.warning("the compiled graph %s cannot be read: %s", self.path, error)
                     if not again:

@@ -29,6 +29,7 @@ def receive(pipe: IO[bytes]) -> Any:
 
 def main() -> None:
     """Compile what comes in, until nobody asks any more."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # what has been begun is removed
     results = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what compilers print is no result
     jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
