@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 import metaoptim
 from metaoptim.compiler.derive.graphs import peak_bytes
-from metaoptim.compiler.derive.reverse import cotangent_outputs
 from metaoptim.compiler.ir.step import Port, StepGraph
 from metaoptim.compiler.lower.derivatives import derived
 from metaoptim.runtime.budget.meter import AllocatorMeter
@@ -83,9 +82,7 @@ def main() -> None:
     for optimizer in args.optimizers:
         step = inner_step(args.layers, args.width, args.length, args.batch, optimizer)
         torch.manual_seed(1)
-        inputs = [_filled(p) for p in step.inputs] + [
-            _filled(step.outputs[i]) for i in cotangent_outputs(step)
-        ]
+        inputs = [_filled(p) for p in step.inputs] + [_filled(step.outputs[i]) for i in step.cotangents]
         for hvp in ("reverse", "mixed"):
             graph = derived(step, hvp)
             with torch.no_grad():

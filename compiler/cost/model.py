@@ -14,7 +14,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from metaoptim.compiler.compat import FakeTensorMode
 
-from ..derive.reverse import cotangent_outputs
 from ..ir.step import FlatGraph, Lowering, StepGraph
 from ..lower.derivatives import derived, replayed, residuals
 
@@ -161,7 +160,7 @@ def step_flops(step: StepGraph, lowering: Lowering) -> tuple[int, int, int]:
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
         given = [p.empty() for p in step.inputs]
-        cotangents = [step.outputs[i].empty() for i in cotangent_outputs(step)]
+        cotangents = [step.outputs[i].empty() for i in step.cotangents]
         _, replay = _counted(replayed(step), given)
         _, vjp = _counted(derived(step, lowering.hvp), [*given, *cotangents])
         divided = residuals(step, lowering.hvp)

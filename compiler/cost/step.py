@@ -9,7 +9,6 @@ from typing import Any
 from torch import fx
 
 from ..derive.graphs import peak_bytes, results_of, storages
-from ..derive.reverse import cotangent_outputs
 from ..ir.step import Lowering, Measured, ResultMemory, StepCost, StepGraph
 from ..ir.tensors import nbytes
 from ..ir.text import operator_count
@@ -109,7 +108,7 @@ def made_of(results: Sequence[Any], given: dict[Any, int]) -> list[ResultMemory 
 
 def _depends(step: StepGraph, vjp: fx.Graph) -> tuple[frozenset[int], ...]:
     reached: dict[fx.Node, frozenset[int]] = {}
-    cotangents = dict(enumerate(cotangent_outputs(step), start=len(step.inputs)))
+    cotangents = dict(enumerate(step.cotangents, start=len(step.inputs)))
     placeholders = {node: i for i, node in enumerate(vjp.find_nodes(op="placeholder"))}
     none: frozenset[int] = frozenset()
     for node in vjp.nodes:

@@ -27,7 +27,7 @@ from ..ir.step import FlatGraph, StepGraph, gradient, show
 from ..ir.values import reached
 from .flat import Traced, flat_graph, tracing
 from .graphs import alive_bytes, copied, drop_dead, merge_equal, mutates, peak_bytes, results_of, storages
-from .reverse import checked, cotangent_outputs, ports_of, pulled_back, true_zeros
+from .reverse import checked, ports_of, pulled_back, true_zeros
 
 
 class NotMixed(Exception):
@@ -86,7 +86,7 @@ class _MixedStep:
         (self.taken,) = (n for n in graph.nodes if n.target is gradient)
         self.loss, self.thetas = self.taken.args
         self.inputs, self.outputs = list(graph.find_nodes(op="placeholder")), results_of(graph)
-        self.cotangents = cotangent_outputs(step)
+        self.cotangents = step.cotangents
         self.wanted = [i for i, p in enumerate(step.inputs) if p.differentiable]
         self.marks: dict[str, str] = {}
 

@@ -28,15 +28,9 @@ aten = torch.ops.aten
 _DIFFERENTIATED = (Role.THETA, Role.THETA_NOW, Role.OPT_STATE, Role.CARRY, Role.META)
 
 
-def cotangent_outputs(step: StepGraph) -> list[int]:
-    """Positions of the outputs that take a cotangent."""
-    roles = (Role.THETA, Role.OPT_STATE, Role.CARRY)
-    return [i for i, p in enumerate(step.outputs) if p.role in roles and p.differentiable]
-
-
 def ports_of(step: StepGraph, kind: str) -> list[Port]:
     """What a "replay" takes: the inputs; and a "vjp": the inputs, then the cotangents."""
-    return [*step.inputs, *(step.outputs[i] for i in cotangent_outputs(step) if kind == "vjp")]
+    return [*step.inputs, *(step.outputs[i] for i in step.cotangents if kind == "vjp")]
 
 
 def derived_by_tracing(step: StepGraph, kind: str, example: Sequence[Tensor] | None = None) -> FlatGraph:
@@ -97,7 +91,7 @@ def _run(step: StepGraph, kind: str, *args: Tensor) -> tuple:
     held = _as_leaves(step, inputs, _DIFFERENTIATED)
     results = interpret(step, held, create_graph=True)
     wanted = [i for i, p in enumerate(step.inputs) if p.differentiable and held[i].requires_grad]
-    outs = [results[i] for i in cotangent_outputs(step)]
+    outs = [results[i] for i in step.cotangents]
     grads = dict(zip(wanted, pulled_back(outs, cotangents, [held[i] for i in wanted]), strict=True))
     return tuple(grads.get(i) for i in range(len(held)))
 

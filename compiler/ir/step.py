@@ -261,6 +261,18 @@ class StepGraph:
         """How many inputs, the first ones, are found in the state: theta and other values passed on."""
         return sum(port.role in RANK for port in self.inputs)
 
+    @cached_property
+    def cotangents(self) -> list[int]:
+        """Positions of the outputs that take a cotangent."""
+        roles = (Role.THETA, Role.OPT_STATE, Role.CARRY)
+        return [i for i, p in enumerate(self.outputs) if p.role in roles and p.differentiable]
+
+    @cached_property
+    def gradients(self) -> list[tuple[int, Role]]:
+        """Positions and roles of the inputs whose gradients go somewhere: to a state, or to a meta-parameter."""
+        passed = (Role.SCAN, Role.NOISE)
+        return [(i, port.role) for i, port in enumerate(self.inputs) if port.role not in passed]
+
     @property
     def metas(self) -> list[int]:
         """Positions of the inputs that receive a gradient and are not found in the state."""

@@ -13,7 +13,7 @@ from ..derive.flat import default_dtype
 from ..derive.graphs import peak_bytes
 from ..derive.mixed import NotMixed, mixed_vjp_graph, why_not_mixed
 from ..derive.residuals import split
-from ..derive.reverse import cotangent_outputs, derived_by_running, derived_by_tracing, loss_graph
+from ..derive.reverse import derived_by_running, derived_by_tracing, loss_graph
 from ..ir.step import EAGER, FlatGraph, Lowered, Lowering, Split, StepGraph
 from ..ir.tensors import TensorSpec, tensor_spec
 from ..ir.text import readable_bytes
@@ -47,7 +47,7 @@ def lowered(
     results = _by_running(of, what, inputs, hvp) if at_once and backend == "eager" else None
     program = graph = _flat(of, what, hvp, inputs)
     if backend != "eager":
-        cotangents = 0 if kind in ("replay", "forward") else len(cotangent_outputs(of))
+        cotangents = 0 if kind in ("replay", "forward") else len(of.cotangents)
         with default_dtype(step.default_dtype):
             program = compiled(graph, inputs, backend, cotangents, lowering.check)
         step.derived.since[kind, lowering] = time.time()
@@ -95,7 +95,7 @@ def _pays(step: StepGraph, kind: str, inputs: Sequence[Tensor], lowering: Loweri
 
 def begin(step: StepGraph, lowering: Lowering) -> None:
     """Have a step's replay and VJP compiled, before they are needed for the first time."""
-    states, outputs = [p.spec for p in step.inputs], cotangent_outputs(step)
+    states, outputs = [p.spec for p in step.inputs], step.cotangents
     if lowering.backend != "inductor" or step.dynamic or not elsewhere(states):
         return
     for kind in ("vjp", "replay") if outputs else ("replay",):  # the VJP takes longer
@@ -241,7 +241,7 @@ def residuals(step: StepGraph, hvp: str) -> Split | None:
     """How a step and its derivative can share work; None if they cannot."""
     splits = step.derived.splits
     if hvp not in splits:
-        learnt = any(p.differentiable for p in step.inputs) and cotangent_outputs(step)
+        learnt = any(p.differentiable for p in step.inputs) and step.cotangents
         shared = learnt and not step.dynamic
         splits[hvp] = split(step, replayed(step), derived(step, hvp)) if shared else None
     return splits[hvp]

@@ -17,7 +17,6 @@ from ..compiler.compat import tree_flatten, tree_unflatten
 from ..compiler.cost.step import check_bytes
 from ..compiler.derive.flat import uncollected
 from ..compiler.derive.graphs import results_of
-from ..compiler.derive.reverse import cotangent_outputs
 from ..compiler.ir.calls import StepCall
 from ..compiler.ir.program import Kept, Program
 from ..compiler.ir.retention import Retention
@@ -189,7 +188,7 @@ def _reached(call: StepCall, hvp: str) -> list[Any]:
     """What a call is given that a gradient of it reaches."""
     step, first = call.step, call.step.states
     at = step.metas
-    if not at or not cotangent_outputs(step):
+    if not at or not step.cotangents:
         return []
     grads = results_of(derived(step, hvp).graph)
     return [x for i in at if grads[i] is not None for x in call.inputs[i - first].sources]

@@ -11,7 +11,6 @@ from typing import Any
 from torch import Tensor
 
 from metaoptim.compiler.cost.step import step_cost
-from metaoptim.compiler.derive.reverse import cotangent_outputs
 from metaoptim.compiler.ir.calls import Assign, StepCall
 from metaoptim.compiler.ir.program import Program
 from metaoptim.compiler.ir.step import EAGER, Lowering, ResultMemory, Role
@@ -154,7 +153,7 @@ class _Sizes(Interpreter):
 
         def vjp(*arguments: Any) -> list[Any]:
             self.meter.note(cost.vjp_bytes)
-            given = zip(cotangent_outputs(step), arguments[len(step.inputs) :], strict=True)
+            given = zip(step.cotangents, arguments[len(step.inputs) :], strict=True)
             real = {i for i, c in given if c.reached}
             grads = self._blocks(cost.gradients, arguments)
             for grad, depends in zip(grads, cost.depends, strict=True):
@@ -198,7 +197,8 @@ def predict(
     targets = {id(t) for t, _ in program.writes}
     copied = [x for x in program.inputs if x.grad or id(getattr(x, "tensor", None)) in targets]
     held = [_Block(meter, nbytes(x.spec)) for x in copied]
-    calls = BoundProgram(program, lambda operand, port: None, lowering)
+    nothing = _Block(meter, 0)  # `_values` makes what calls are given
+    calls = BoundProgram(program, lambda operand, port: nothing, lowering)
     engine = _Sizes(calls, slots, meter, offload)
     engine.begin = program.positions - program.swept
     state: list[Any] = [None] * (program.registers + 1)

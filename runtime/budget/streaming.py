@@ -12,7 +12,6 @@ from torch import Tensor
 from metaoptim.compiler.compat import disable_current_modes, profiling
 from metaoptim.compiler.cost.step import check_bytes, measured, step_cost
 from metaoptim.compiler.derive.interpret import hooking, measuring_hook
-from metaoptim.compiler.derive.reverse import cotangent_outputs
 from metaoptim.compiler.ir.calls import Assign, StepCall
 from metaoptim.compiler.ir.step import Role
 from metaoptim.compiler.ir.tensors import memory_of, nbytes
@@ -281,7 +280,7 @@ def _measure(engine: Engine, call: StepCall) -> None:
     with disable_current_modes(), unaffected(), hooking(measuring_hook):
         base = engine.state_at(engine.position - call.back) if call.back else engine.state
         inputs = engine.operands(call, engine.state, base, engine.position)
-        inputs += [call.step.outputs[i].empty().zero_() for i in cotangent_outputs(call.step)]
+        inputs += [call.step.outputs[i].empty().zero_() for i in call.step.cotangents]
         program = lowered(call.step, "vjp", inputs, call.lowering)
         if not profiling():
             metered(program, call, "vjp", 0, *inputs)

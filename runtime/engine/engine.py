@@ -271,7 +271,7 @@ class Engine(Interpreter):
 
     def _through(
         self, call: StepCall, position: int, kind: str, received: dict[int, Tensor]
-    ) -> Iterator[tuple[Role, Any, Tensor]]:
+    ) -> Iterable[tuple[Role, Any, Tensor]]:
         if any(spy.removed for spy in call.spies):
             raise CaptureError(
                 f"the inner step at {call.location} has a tensor hook that changes a gradient, and that was removed "

@@ -27,6 +27,11 @@ from .noise import generator_of
 from .sweep import GradientSweep, TruncatedSweep
 
 
+#: An input that changes from one iteration to the next: its place, what it is in the first one, its place among the
+#: call's metas (-1 for none), and what it is in each.
+Moving = tuple[int, Operand, int, Callable[[int], Any]]
+
+
 class BoundProgram:
     """A rolled program with tensors for its inputs: position -> call, made when asked for.
 
@@ -43,7 +48,7 @@ class BoundProgram:
         self._ends = list(accumulate(sizes))
         self.end = self._ends[-1] if sizes else 0
         self._begins = [end - size for end, size in zip(self._ends, sizes, strict=True)]
-        self._first: dict[tuple[int, int], tuple[StepCall, list[tuple[int, Operand, int]]]] = {}
+        self._first: dict[tuple[int, int], tuple[StepCall, list[Moving]]] = {}
 
     def __getitem__(self, position: int) -> StepCall:
         at = bisect_right(self._ends, position)
@@ -51,12 +56,11 @@ class BoundProgram:
         call, moving = self._first.get((at, k)) or self._bind(at, k)
         if not iteration:
             return call
-        inputs, metas, ports = list(call.inputs), list(call.metas), call.step.inputs
-        for i, given, meta in moving:
-            given = given.after(iteration)
-            inputs[i] = self.bind(given, ports[i - len(inputs)])
+        inputs, metas = list(call.inputs), list(call.metas)
+        for i, given, meta, value in moving:
+            inputs[i] = value(iteration)
             if meta >= 0:
-                metas[meta] = _target(given)
+                metas[meta] = _target(given.after(iteration))
         return StepCall(
             call.step,
             call.reads,
@@ -75,8 +79,8 @@ class BoundProgram:
         calls = calls_of(self.rolled.calls[at])
         return calls[(position - self._begins[at]) % len(calls)].step.steps > 0
 
-    def _bind(self, at: int, k: int) -> tuple[StepCall, list[tuple[int, Operand, int]]]:
-        """A call in its first iteration, and which inputs move: place, the first one, place in metas."""
+    def _bind(self, at: int, k: int) -> tuple[StepCall, list[Moving]]:
+        """A call in its first iteration, and which inputs move."""
         call = calls_of(self.rolled.calls[at])[k]
         given: list[Operand] = call.inputs
         ports = call.step.inputs[call.step.states :]
@@ -86,7 +90,7 @@ class BoundProgram:
             if meta >= 0:
                 metas.append(_target(g))
             if g.stride:
-                moving.append((i, g, meta))
+                moving.append((i, g, meta, self._moving(g, port)))
         first = replace(
             call,
             inputs=[self.bind(g, port) for g, port in zip(given, ports, strict=True)],
@@ -97,15 +101,22 @@ class BoundProgram:
         self._first[at, k] = first, moving
         return first, moving
 
+    def _moving(self, given: Operand, port: Port) -> Callable[[int], Any]:
+        """Iteration -> what a call is given there."""
+        if given.kind != "scan":
+            return lambda iteration: self.bind(given.after(iteration), port)
+        rows, at, stride = self.bind(Operand("input", given.of), port), given.at, given.stride
+        return lambda iteration: rows[at + stride * iteration]
 
-def bound(held: dict[Input, Snapshot], given: Operand, port: Port) -> Tensor | Noise:
+
+def bound(held: dict[Input, Tensor], given: Operand, port: Port) -> Tensor | Noise:
     """What a call is given for an operand, the program's inputs being ``held``."""
     given = given.chosen
     if given.kind == "noise":
         return given.of
     if given.kind == "number":
         return torch.tensor(given.of, dtype=port.spec.dtype)
-    tensor = held[given.of].tensor.detach()
+    tensor = held[given.of]
     return tensor[given.at] if given.kind == "scan" else tensor
 
 
@@ -144,7 +155,8 @@ class Run:
         inputs = Inputs(lambda t: id(t) in overwritten)
         self.held = {key: inputs.hold(t) for key, t in tensors.items()}
         self.generator = generator_for(rolled)
-        self.program = BoundProgram(rolled, partial(bound, self.held), lowering)
+        values = {key: snapshot.tensor.detach() for key, snapshot in self.held.items()}
+        self.program = BoundProgram(rolled, partial(bound, values), lowering)
         check_device(kept.offload, [x.spec.device for x in rolled.inputs])
         tier = None if kept.slots is None else tier_for(kept.offload)
         hook = measuring_hook if rehearsal else rolled.backward_hook

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from metaoptim.compiler.derive.reverse import cotangent_outputs
 from metaoptim.compiler.ir.calls import Assign, StepCall
 from metaoptim.compiler.ir.step import Role
 from metaoptim.compiler.ir.tensors import TensorSpec
@@ -158,19 +157,17 @@ class Interpreter:
         call, received, sweep.received = sweep.call, sweep.received, {}
         of_loss = received.pop(LOSS, None)
         if received:
-            for found in self._through(call, position, "vjp", received):
-                sweep.take(position, *found)
+            sweep.take(position, self._through(call, position, "vjp", received))
         if of_loss is not None:
-            for found in self._through(call, position, "loss", {0: of_loss}):
-                sweep.take(position, *found)
+            sweep.take(position, self._through(call, position, "loss", {0: of_loss}))
 
     def _through(
         self, call: StepCall, position: int, kind: str, received: dict[int, Any]
-    ) -> Iterator[tuple[Role, Any, Any]]:
+    ) -> Iterable[tuple[Role, Any, Any]]:
         """Pull cotangents back through one of a call's graphs: its "vjp", or that of its "loss", then the only output.
 
-        ``received`` has the cotangents by output, and loses those that are taken. Yields the role, the state index or
-        meta-parameter, and the gradient of each input that has one.
+        ``received`` has the cotangents by output. Returns the role, the state index or meta-parameter, and the gradient
+        of each input that has one.
         """
         step, store = call.step, self.store
         operands = self.operands(call, store[position], store[position - call.back], position)
@@ -180,15 +177,16 @@ class Interpreter:
             saved = self._residuals.pop(position, None)
             kind = "vjp" if saved is None else "backward"
             operands += saved or ()
-            for i in cotangent_outputs(step):
-                operands.append(self._cotangent(step.outputs[i].spec, received.pop(i, None)))
+            operands += [self._cotangent(step.outputs[i].spec, received.get(i)) for i in step.cotangents]
+            received.clear()  # what is not needed any more takes no memory meanwhile
             self.vjps += 1
-        vjp = self._lowered(call, kind, operands, position)
-        indices = iter((*call.reads, *call.metas))
-        for port, grad in zip(step.inputs, vjp(*operands), strict=True):
-            index = None if port.role in (Role.SCAN, Role.NOISE) else next(indices)
-            if grad is not None and index is not None:
-                yield port.role, index, grad
+        grads = self._lowered(call, kind, operands, position)(*operands)
+        indices = (*call.reads, *call.metas)
+        return [
+            (role, index, grads[i])
+            for (i, role), index in zip(step.gradients, indices, strict=True)
+            if index is not None and grads[i] is not None
+        ]
 
 
 def may_keep(call: StepCall | Assign) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -76,10 +76,11 @@ class Sweep:
 
     def _receives(self, call: StepCall, cotangents: dict[int, Tensor]) -> bool:
         """Whether any of ``cotangents`` is of what ``call`` has made; they are `received` then."""
-        self.call, self.received = call, {}
-        for k, index in ((LOSS, LOSS), *enumerate(call.writes)):
-            if index in cotangents:
-                self.received[k] = cotangents.pop(index)
+        pop = cotangents.pop
+        self.call = call
+        self.received = {k: pop(index) for k, index in enumerate(call.writes) if index in cotangents}
+        if LOSS in cotangents:
+            self.received[LOSS] = pop(LOSS)
         return bool(self.received)
 
     def _assigned(self, call: Assign, position: int, untrained: Container[int]) -> None:
@@ -90,14 +91,17 @@ class Sweep:
             if call.adoption and arrived is not None:
                 self.adopted[position, index] = arrived
 
-    def take(self, position: int, role: Role, index: Any, grad: Tensor) -> None:
-        """A gradient has come out of the call at ``position``: of its input with this role and state index."""
-        if role is Role.META:
-            self.meta(index, grad)
-        elif role is Role.THETA and self.call.back:
-            self.deposit(position - self.call.back, index, grad)
-        else:
-            self.add(index, grad)
+    def take(self, position: int, found: Iterable[tuple[Role, Any, Tensor]]) -> None:
+        """Gradients have come out of the call at ``position``: the role and state index of the input of each."""
+        cotangents, back = self.cotangents, self.call.back
+        for role, index, grad in found:
+            if role is Role.META:
+                self.meta(index, grad)
+            elif back and role is Role.THETA:
+                self.deposit(position - back, index, grad)
+            else:
+                known = cotangents.get(index)
+                cotangents[index] = grad if known is None else known + grad
 
 
 class GradientSweep(Sweep):
@@ -165,16 +169,17 @@ class TruncatedSweep(GradientSweep):
         if cut and self.offline:
             warn_cut(self.window)
 
-    def take(self, position: int, role: Role, index: Any, grad: Tensor) -> None:
-        """A gradient has come out of the call at ``position``."""
-        if role is Role.META:
-            self.meta(index, grad)
-        elif role in (Role.THETA, Role.OPT_STATE):
-            self._inner.add(index, grad)
-        elif self._below:
-            self.deposit(position, index, grad)
-        else:
-            self.add(index, grad)
+    def take(self, position: int, found: Iterable[tuple[Role, Any, Tensor]]) -> None:
+        """Gradients have come out of the call at ``position``."""
+        for role, index, grad in found:
+            if role is Role.META:
+                self.meta(index, grad)
+            elif role in (Role.THETA, Role.OPT_STATE):
+                self._inner.add(index, grad)
+            elif self._below:
+                self.deposit(position, index, grad)
+            else:
+                self.add(index, grad)
 
 
 def warn_cut(window: int) -> None:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 import metaoptim
 from forms import in_form_c, mlp
-from metaoptim.compiler.derive.reverse import cotangent_outputs
 from metaoptim.compiler.ir.step import FlatGraph, StepGraph
 from metaoptim.compiler.lower import derivatives
 from metaoptim.compiler.lower.derivatives import derived, replayed, residuals
@@ -40,9 +39,7 @@ def arguments(step: StepGraph, seed: int = 0) -> tuple[list[Tensor], list[Tensor
     def like(t: Tensor) -> Tensor:
         return t.copy_(torch.rand(t.shape, generator=g) + 0.2) if t.is_floating_point() else t.zero_()
 
-    return [like(p.empty()) for p in step.inputs], [
-        like(step.outputs[i].empty()) for i in cotangent_outputs(step)
-    ]
+    return [like(p.empty()) for p in step.inputs], [like(step.outputs[i].empty()) for i in step.cotangents]
 
 
 def operators(module: FlatGraph) -> int:
