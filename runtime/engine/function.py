@@ -21,11 +21,10 @@ from metaoptim.compiler.lower.ambient import unaffected
 
 from ..states.disk import check_device, tier_for
 from .engine import Engine, Lower, lowered_for
-from .inputs import Inputs, Snapshot
+from .inputs import Inputs
 from .nodes import defined, hooked, refuse_third_order
 from .noise import generator_of
 from .sweep import GradientSweep, TruncatedSweep
-
 
 #: An input that changes from one iteration to the next: its place, what it is in the first one, its place among the
 #: call's metas (-1 for none), and what it is in each.
