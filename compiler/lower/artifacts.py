@@ -80,7 +80,7 @@ def load(path: str) -> Callable[..., Any]:
         if not file.read().endswith(WHOLE):
             raise ValueError("it is cut off")
     run = AOTIModelContainerRunnerCpu(path, 1).run
-    return lambda *inputs: run(inputs)
+    return lambda *inputs: run(list(inputs))
 
 
 class _Writer(pickle.Pickler):
