@@ -43,8 +43,10 @@ def numbers(result: dict[str, Any]) -> dict[str, float | None]:
     last, error = warm or cold, worst_error(result)
     above = last.get("memory", {}).get("above")
     bound = result["peer"] == "products"  # no gradient and no loop
+    now = result.get("now", cold)  # by default
     return {
-        "cold": None if bound else cold.get("first", {}).get("wall"),
+        "now": None if bound else now.get("first", {}).get("wall"),
+        "cold": cold.get("first", {}).get("wall") if "now" in result else None,
         "warm": None if bound else warm.get("first", {}).get("wall"),
         "steady": last.get("steady", {}).get("cpu"),
         "memory": None if bound or above is None else above - result["imports"],
@@ -55,7 +57,8 @@ def numbers(result: dict[str, Any]) -> dict[str, float | None]:
 def summary(result: dict[str, Any]) -> str:
     """One line, while it goes on."""
     units = {
-        "cold": "s cold",
+        "now": "s cold",
+        "cold": "s waiting",
         "warm": "s second process",
         "steady": "s steady",
         "memory": "MiB",
@@ -86,13 +89,13 @@ def tables(found: dict[str, Any]) -> str:
     for (problem, horizon), results in by_point(found).items():
         tape = next((numbers(r)["steady"] for r in results if r["peer"] == "eager-tape"), None)
         rows = [
-            "| peer | first call, s | in a second process | steady, CPU s | × eager tape | peak MiB | error | |",
-            "|---|---|---|---|---|---|---|---|",
+            "| peer | first call, s | waiting | second process | steady, CPU s | × eager tape | peak MiB | error | |",
+            "|---|---|---|---|---|---|---|---|---|",
         ]
         for result in results:
             n = numbers(result)
             ratio = n["steady"] / tape if n["steady"] is not None and tape else None
-            cells = [n["cold"], n["warm"], n["steady"], ratio, n["memory"], n["error"]]
+            cells = [n["now"], n["cold"], n["warm"], n["steady"], ratio, n["memory"], n["error"]]
             label = PEERS[result["peer"]].label
             label = f"**{label}**" if result["peer"].startswith("ours") else label
             rows.append(f"| {label} | {' | '.join(map(_short, cells))} | {remark(result)} |")
