@@ -37,6 +37,11 @@ class CaptureMode(TorchDispatchMode):
         super().__init__()
         self.depth = 0
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Dynamo compiles nothing under a mode; to be told so at every operator would take as long as recording it."""
+        return False
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Run a block of our own unseen; off the stack where possible, which costs nothing per operator."""
@@ -106,9 +111,11 @@ class Writer:
 
     def tokens(self, op: Any, args: tuple) -> tuple:
         """The arguments of a call of ``op``, with what stands for tensors and for numbers that may differ."""
-        args = from_the_front(op, args) if op in INDEXING else without_running_stats(op, args)
+        info = op_info(op)
+        if info.particular:
+            args = from_the_front(op, args) if op in INDEXING else without_running_stats(op, args)
         tokens = tuple([self.token(a) for a in args])
-        return (tokens[0], Number(float(args[1])), *tokens[2:]) if lifts(op_info(op), args) else tokens
+        return (tokens[0], Number(float(args[1])), *tokens[2:]) if lifts(info, args) else tokens
 
     def bind_outputs(self, entry: Entry, out: Any) -> None:
         """Let the outputs of ``entry`` stand for the tensors in ``out``."""

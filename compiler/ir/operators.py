@@ -32,6 +32,7 @@ class OpInfo(NamedTuple):
     random: bool
     dynamic: bool  # output shape depends on values
     lifts_number: bool  # a Python number among its two operands may become an input
+    particular: bool  # it is in one of the sets below, which captures go by
 
 
 # Python numbers become inputs beside these; elsewhere one counts more digits than a tensor would.
@@ -71,6 +72,7 @@ def op_info(op: Any) -> OpInfo:
         torch.Tag.nondeterministic_seeded in op.tags and op not in ATTENTION,
         torch.Tag.dynamic_output_shape in op.tags or op is aten._pack_padded_sequence.default,
         op in _TWO_OPERANDS,
+        op in {*INDEXING, *PARTING, *EMPTY, *MASKED, *BATCH_NORM, *RRELU},
     )
 
 

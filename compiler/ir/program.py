@@ -76,16 +76,17 @@ class Program(Calls):
     retention: Retention = UNSAID  # this and the next are options of its windows
     backward_hook: Callable[..., Any] | None = None
     kept: Kept | None = None  # as the pass checkpoint has decided
-    compiled: frozenset[int] | None = (
-        None  # ids of the step graphs that the pass lower has compiled; None for all
-    )
+    # Ids of the step graphs that the pass lower has compiled, None for all; and the backend of the others.
+    compiled: frozenset[int] | None = None
+    others: str = "eager"
     window: int | None = None  # W, where gradients are truncated
     offline: bool = False  # whether a window's own parameters receive a gradient
 
     def lowering_of(self, step: StepGraph, stated: Lowering) -> Lowering:
         """The lowering of one of its step graphs, where ``stated`` is asked for."""
-        eager = self.compiled is not None and id(step) not in self.compiled
-        return replace(stated, backend="eager") if eager else stated
+        if self.compiled is None or id(step) in self.compiled:
+            return stated
+        return replace(stated, backend="eager" if stated.backend == "eager" else self.others)
 
     @property
     def positions(self) -> int:

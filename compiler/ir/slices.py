@@ -32,6 +32,9 @@ class Keyed:
 
     def token(self, a: Any) -> Any:
         """A hashable stand-in for one argument: ("v", entry, output), ("n", k), ("()", ...) or a constant."""
+        kind = type(a)
+        if a is None or kind in (int, bool):
+            return a if a is None else ("c", kind, a)
         if isinstance(a, Value):
             where = ("v", self.number_of[id(a.entry)], a.index)
             self.values.append(a)
@@ -151,6 +154,8 @@ class Slice(Keyed):
 
     def token(self, a: Any) -> Any:
         """A hashable stand-in for one argument: ("v", entry, output), ("t", k), ("x", k), ("n", k) or a constant."""
+        if a is None or type(a) in (int, bool, float):  # most are
+            return super().token(a)
         a = self._resolved(a)
         if isinstance(a, External):
             at = self._external_at.setdefault(id(a), len(self.externals))

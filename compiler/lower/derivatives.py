@@ -23,8 +23,10 @@ from .handover import Handover, elsewhere, tell, waits
 
 #: Below this many live bytes of reverse over reverse there is nothing worth saving: mixed mode takes a third more work.
 WORTH_SAVING = 64 << 20
-#: A VJP of which more nodes than this have run has taken some seconds, as long as compiling it takes.
+#: A graph of which more nodes than this have run has taken some seconds, as long as compiling it takes.
 PAYS = 1_000_000
+#: Where the user has asked for compiled graphs, one that runs again and again is compiled sooner.
+ASKED = 20_000
 
 
 def lowered(
@@ -86,11 +88,15 @@ def taken(
 
 
 def _pays(step: StepGraph, kind: str, inputs: Sequence[Tensor], lowering: Lowering) -> bool:
-    """Whether a VJP has taken so long by now that compiling it is no waste, where nobody has asked for it."""
-    if kind != "vjp" or step.dynamic or lowering.hvp not in step.derived.vjp:
+    """Whether a graph has taken so long by now that compiling it is no waste."""
+    derived = step.derived
+    graph = derived.vjp.get(lowering.hvp) if kind == "vjp" else None
+    if kind == "replay" and lowering.replays:
+        graph = derived.replay
+    if graph is None or step.dynamic:
         return False
-    runs = step.derived.runs[kind] = step.derived.runs.get(kind, 0) + 1
-    return runs * len(step.derived.vjp[lowering.hvp].graph.nodes) > PAYS and elsewhere(inputs)
+    runs = derived.runs[kind] = derived.runs.get(kind, 0) + 1
+    return runs * len(graph.graph.nodes) > (ASKED if lowering.replays else PAYS) and elsewhere(inputs)
 
 
 def begin(step: StepGraph, lowering: Lowering) -> None:

@@ -9,7 +9,7 @@ from ..ir.retention import UNSAID, Retention
 from ..ir.step import Lowering
 from ..lower.library import Library, library
 
-OPTIONAL = ("rows", "canonicalize", "prune", "roll", "loop")
+OPTIONAL = ("rows", "enter", "canonicalize", "prune", "roll", "loop")
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class Options:
         recapture: see `metaoptim.compile`.
         skip: passes switched off, to find out what one of them does: without canonicalize, calls that nothing needs
             are run; without prune, everything is differentiated; without roll, every part has a step graph of its own;
+            without enter, the first step with optimizer state from before the window has a step graph of its own;
             without rows and loop, a plain `for` stays a list of calls. The gradients are the same. (The pass mode is
             what makes a window online, so it always runs.)
         kept: what the pass checkpoint is to state, once it has been planned.

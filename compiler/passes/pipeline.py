@@ -27,6 +27,7 @@ from ..ir.values import Input, Value
 from ..ir.verify import verify_partition, verify_program
 from ..lower.derivatives import derived, residuals
 from .canonicalize import canonicalize, outline
+from .enter import enter
 from .options import Options
 from .prune import keep_all, prune
 from .roll import roll
@@ -111,7 +112,13 @@ def lower(program: Program, options: Options) -> tuple[Program, str]:
     repeated = frozenset(step for step, count in counts.items() if count > FEW)
     program.compiled = repeated or None
     compiled = len(repeated) or graphs
-    rest = f"; the others run at most {FEW} times a call, as they are" if compiled < graphs else ""
+    rest = ""
+    if compiled < graphs:
+        rest = f"; the others run at most {FEW} times a call, as they are"
+        retention = program.retention if program.retention.given else options.retention
+        if backend == "inductor" and retention.memory_budget is None:  # to check a compiled form takes memory
+            program.others = "auto"
+            rest += " until that has taken long"
     return program, f"{compiled} of {plural(graphs, 'step graph')} compiled by {backend}{rest}"
 
 
@@ -150,7 +157,7 @@ class Pass:
 
 _SHAPING = (Pass(canonicalize, instead=outline), Pass(prune, instead=keep_all))
 _UNPLANNED = (
-    *(Pass(mode), Pass(rows), Pass(split), *_SHAPING),
+    *(Pass(mode), Pass(rows), Pass(split), Pass(enter), *_SHAPING),
     *(Pass(roll, instead=roll), Pass(loop), Pass(differentiate), Pass(lower)),
 )
 #: All passes; the last one waits for a plan of what is kept, which a call makes.
@@ -216,7 +223,7 @@ def _run(
             note(one.name, done, 1e3 * (time.perf_counter() - begun), before, form)
             begun = time.perf_counter()
             if isinstance(form, Partition):
-                verify_partition(form, outlined=one.run is not split)
+                verify_partition(form, outlined=one.run not in (split, enter))
             elif isinstance(form, Program) and one.run in (roll, loop):
                 verify_program(form, pruned="canonicalize" not in options.skip, folded=one.run is loop)
             verifying += 1e3 * (time.perf_counter() - begun)

@@ -231,10 +231,10 @@ class Engine(Interpreter):
         graph = id(call.step), kind
         if position < self._reached:
             compiled = position >= self._since.get(graph, sys.maxsize)
-            return call.lowering if compiled else call.lowering.uncompiled
+            return call.lowering.compiled if compiled else call.lowering.uncompiled
         self._reached = position + 1
         lowering = taken(call.step, kind, operands, call.lowering, self.later)
-        if lowering is call.lowering:
+        if lowering.backend != "eager":
             self._since.setdefault(graph, position)
         return lowering
 

@@ -24,17 +24,19 @@ def checksum(t: Tensor) -> int | Tensor:
 
     Version counters do not move for ``.data`` writes, memory shared with numpy and fused optimizers; bytes do.
     """
-    if t.layout is torch.sparse_coo:
-        return hash((t._version, checksum(t._indices()), checksum(t._values())))
     if t.layout is not torch.strided:
+        if t.layout is torch.sparse_coo:
+            return hash((t._version, checksum(t._indices()), checksum(t._values())))
         return t._version
-    if t.device.type != "cpu":
+    if not t.is_cpu:
         with torch.no_grad():
             return torch.hash_tensor(t)
     if not t.is_contiguous():
         t = t.detach()
         t = (_in_order(t) if t.nbytes > _LARGE else t).contiguous()
-    start, size = t.data_ptr(), t.numel() * t.element_size()
+    start, size = t.data_ptr(), t.nbytes
+    if size <= _CHUNK:
+        return hash(ctypes.string_at(start, size))
     chunks = range(0, size, _CHUNK)
     return hash(tuple([hash(ctypes.string_at(start + at, min(_CHUNK, size - at))) for at in chunks]))
 

@@ -79,6 +79,8 @@ class Sweep:
         pop = cotangents.pop
         self.call = call
         self.received = {k: pop(index) for k, index in enumerate(call.writes) if index in cotangents}
+        if not call.step.cotangents:  # what it has made depends on nothing that a gradient goes to
+            self.received = {}
         if LOSS in cotangents:
             self.received[LOSS] = pop(LOSS)
         return bool(self.received)

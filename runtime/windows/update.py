@@ -90,20 +90,22 @@ def hyper_of(optimizer: InnerOptimizer, value_of: Callable[[Tensor], Any], lifts
         slots.append(value)
         return HyperRef(len(slots) - 1)
 
+    groups: list[tuple] = []
+    defaults = optimizer.defaults.items()
     for k, group in enumerate(optimizer.param_groups):
-        for name, default in optimizer.defaults.items():
-            if type(default) in _NUMBERS and not isinstance(group[name], (int, float, Tensor)):
+        found = []
+        for name, default in defaults:
+            value = group[name]
+            if type(default) in _NUMBERS and not isinstance(value, _NUMBERS):
                 raise TypeError(
-                    f"{type(optimizer).__name__}: param_groups[{k}][{name!r}] is {group[name]!r}, expected a number or "
+                    f"{type(optimizer).__name__}: param_groups[{k}][{name!r}] is {value!r}, expected a number or "
                     "a tensor"
                 )
-    groups = tuple(
-        tuple((name, template(group[name])) for name in optimizer.defaults)
-        for group in optimizer.param_groups
-    )
+            found.append((name, value if value is None or type(value) in (bool, int, str) else template(value)))
+        groups.append(tuple(found))
     normalizer = optimizer._normalizer
     clip = None if normalizer is None else Clip(template(normalizer[0]), normalizer[1])
-    return Hyper(groups, clip, slots, roots)
+    return Hyper(tuple(groups), clip, slots, roots)
 
 
 def gradient(*args: Any, **options: Any) -> tuple[Tensor | None, ...]:

@@ -177,7 +177,7 @@ def on_the_full_tape(name: str) -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    "skip", [(), ("rows",), ("canonicalize",), ("prune",), ("roll",), ("loop",), ("rows", "loop")]
+    "skip", [(), ("rows",), ("enter",), ("canonicalize",), ("prune",), ("roll",), ("loop",), ("rows", "loop")]
 )
 @every_case
 def test_numbers_are_those_of_the_full_tape_whichever_passes_run(name: str, skip: tuple[str, ...]) -> None:
@@ -203,6 +203,37 @@ def test_numbers_of_an_online_window_are_those_of_the_full_tape(name: str) -> No
         ends.append([grad, *(v for net in networks for v in net.state_dict().values())])
     for full, mine in zip(*ends, strict=True):
         torch.testing.assert_close(mine, full, rtol=1e-9, atol=1e-12)
+
+
+def test_a_step_with_optimizer_state_from_before_is_as_the_others() -> None:
+    """Online, in the second window: what it reads of the state gets no gradient, and all else the right one."""
+    xs, ys = numbers(2, 6, 4, 3, seed=1), numbers(2, 6, 4, 2, seed=2)
+
+    def run(wrap: Callable[..., Any], **options: Any) -> tuple[list[Tensor], Any]:
+        torch.manual_seed(0)
+        net, lr = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.tensor(-3.0)
+        lr.requires_grad_()
+        inner = metaoptim.MetaAdam([net], amsgrad=True)
+
+        def loss(x: Tensor, y: Tensor) -> Tensor:
+            inner.param_groups[0]["lr"] = lr.exp()
+            with metaoptim.SlidingWindow(**options) as window:
+                for a, b in window.scan(x, y):
+                    inner.step(F.mse_loss(net(a), b))
+                return F.mse_loss(net(x[0]), y[0])
+
+        fn = wrap(loss)
+        found = [torch.autograd.grad(fn(x, y), lr)[0] for x, y in zip(xs, ys)]
+        return [*found, *net.parameters(), *(v for s in inner.state.values() for v in s.values())], (loss, xs[0], ys[0])
+
+    expected, _ = run(lambda fn: fn, strategy="full_tape")
+    for skip, distinct in (((), 1), (("enter",), 2)):
+        options = Options(lowering=EAGER, skip=frozenset(skip))
+        got, (loss, *given) = run(lambda fn, options=options: CompiledFunction(fn, options))
+        for g, e in zip(got, expected, strict=True):
+            torch.testing.assert_close(g, e, rtol=1e-9, atol=1e-12)
+        program, _ = compile_trace(trace_of(loss, tuple(given), {})[0], options)
+        assert len([step for step in program.step_graphs if step.steps]) == distinct
 
 
 # -- effect ----------------------------------------------------------------------------------------------------------
@@ -310,6 +341,7 @@ def test_every_pass_leaves_a_record() -> None:
         "mode",
         "rows",
         "split",
+        "enter",
         "canonicalize",
         "prune",
         "roll",
@@ -331,7 +363,7 @@ def test_every_pass_leaves_a_record() -> None:
 
 def test_the_pipeline_prints() -> None:
     lines = [str(p) for p in PIPELINE]
-    names = "mode rows split canonicalize prune roll loop differentiate lower checkpoint"
+    names = "mode rows split enter canonicalize prune roll loop differentiate lower checkpoint"
     assert [line.split()[0] for line in lines] == names.split()
     assert all(len(line) > 30 for line in lines) and set(OPTIONAL) < set(names.split())
 
@@ -339,7 +371,7 @@ def test_the_pipeline_prints() -> None:
 def test_only_optional_passes_can_be_left_out() -> None:
     with pytest.raises(
         ValueError,
-        match=r"skip: got 'mode', expected some of 'rows', 'canonicalize', 'prune', 'roll', 'loop'",
+        match=r"skip: got 'mode', expected some of 'rows', 'enter', 'canonicalize', 'prune', 'roll', 'loop'",
     ):
         Options(skip=frozenset({"mode"}))
 

@@ -372,7 +372,8 @@ def test_passes_say_how_long_they_took(report: Report) -> None:
 def test_programs_show_every_stage_once(report: Report) -> None:
     text = report.programs()
     for part in (
-        "after capture: ", "after mode: no change", "after rows: ", "after split: ", "after canonicalize: ",
+        "after capture: ", "after mode: no change", "after rows: ", "after split: ", "after enter: ",
+        "after canonicalize: ",
         "after prune: ", "after roll: program of 12", "after loop: no change", "after differentiate: no change",
         "parts 2-4: C, ",
         "loop 9 times, t = 0, 1, ...: ",
@@ -383,8 +384,8 @@ def test_programs_show_every_stage_once(report: Report) -> None:
     assert text.count("program of 12 inner steps") == 1 and "what runs" not in text
     assert str(replace(report, verbose=True)).endswith(text)
     assert [p["name"] for p in report.passes] == [
-        "capture", "mode", "rows", "split", "canonicalize", "prune", "roll", "loop", "differentiate", "lower",
-        "verify", "checkpoint",
+        "capture", "mode", "rows", "split", "enter", "canonicalize", "prune", "roll", "loop", "differentiate",
+        "lower", "verify", "checkpoint",
     ]  # fmt: skip
     texts = {p["name"]: p["text"] for p in report.to_dict()["passes"]}
     assert texts["capture"] == texts["mode"] != texts["roll"] == texts["differentiate"] == report.program

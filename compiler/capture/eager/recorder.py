@@ -79,14 +79,15 @@ class Recorder(CaptureMode):
         kwargs = kwargs or {}
         if self.depth:
             return func(*args, **kwargs)
-        if func in BATCH_NORM and args[BATCH_NORM[func][0]] is not None:
-            # in training mode it overwrites its running statistics without a trace: let the guard protect them
-            mean, _, training = BATCH_NORM[func]
-            fresh = self.guard.statistics(args[mean : mean + 2], training=args[training])
-            args = (*args[:mean], *fresh, *args[mean + 2 :])
-        if func in RRELU:
-            return self._leaky(func, types, args, kwargs)
         info = op_info(func)
+        if info.particular:
+            if func in BATCH_NORM and args[BATCH_NORM[func][0]] is not None:
+                # in training mode it overwrites its running statistics without a trace: let the guard protect them
+                mean, _, training = BATCH_NORM[func]
+                fresh = self.guard.statistics(args[mean : mean + 2], training=args[training])
+                args = (*args[:mean], *fresh, *args[mean + 2 :])
+            if func in RRELU:
+                return self._leaky(func, types, args, kwargs)
         if info.writes:
             return writes.write(self, func, info, args, kwargs)
         if not self.record:

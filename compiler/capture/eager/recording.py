@@ -294,19 +294,18 @@ class Recording(Writer):
         if op is aten.native_dropout.default:
             self.drop_out(args, out[0], External(out[1], self.guard.hold(out[1])))
             return
-        if op in EMPTY:
-            return
-        if op in PARTING and isinstance(
-            self.value_of(args[0]), External
-        ):  # data: each part as an index gives it
-            for t, (one, given) in zip(out, parts(op, args), strict=True):
-                self.record(one, op_info(one), given, {}, t)
-            return
+        if info.particular:
+            if op in EMPTY:
+                return
+            if op in PARTING and isinstance(self.value_of(args[0]), External):  # each part as an index gives it
+                for t, (one, given) in zip(out, parts(op, args), strict=True):
+                    self.record(one, op_info(one), given, {}, t)
+                return
         tokens = self.tokens(op, args)
         kw = {k: self.token(v) for k, v in kwargs.items()} if kwargs else kwargs
         entry = self.entry(op, tokens, kw, tensors_in(args), True)
         if info.dynamic and shape_depends_on_values(op, args):
             entry.shape = tuple(tuple(o.shape) for o in tensors_in(out if isinstance(out, tuple) else (out,)))
-        elif op in MASKED:
+        elif info.particular and op in MASKED:
             entry.shape = mask_counts(args) or None
         self.bind_outputs(entry, out)
