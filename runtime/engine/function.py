@@ -21,7 +21,7 @@ from metaoptim.compiler.lower.ambient import unaffected
 
 from ..states.disk import check_device, tier_for
 from .engine import Engine, Lower, lowered_for
-from .inputs import Inputs
+from .inputs import snapshot
 from .nodes import defined, hooked, refuse_third_order
 from .noise import generator_of
 from .sweep import GradientSweep, TruncatedSweep
@@ -151,8 +151,7 @@ class Run:
     ) -> None:
         self.rolled, self.rehearsal = rolled, rehearsal
         overwritten = {id(t) for t in written}
-        inputs = Inputs(lambda t: id(t) in overwritten)
-        self.held = {key: inputs.hold(t) for key, t in tensors.items()}
+        self.held = {key: snapshot(t, t.requires_grad or id(t) in overwritten) for key, t in tensors.items()}
         self.generator = generator_for(rolled)
         values = {key: snapshot.tensor.detach() for key, snapshot in self.held.items()}
         self.program = BoundProgram(rolled, partial(bound, values), lowering)

@@ -128,6 +128,14 @@ class Snapshot:
             self.memory, self.layout, self.private = Memory(_copy(self.get())), None, True
 
 
+def snapshot(tensor: Tensor, copied: bool) -> Snapshot:
+    """``tensor`` as it is now: by reference, or ``copied`` where it is meant to change. Whether it has is found then."""
+    if tensor.layout is not torch.strided:
+        return Snapshot(tensor, checksum(tensor), "an input of an inner step")
+    label = "a meta-parameter" if tensor.requires_grad else "an input of an inner step"
+    return Snapshot(_copy(tensor) if copied else tensor.detach(), checksum(tensor), label, copied)
+
+
 class _Holds:
     """Holds by reference on one piece of memory."""
 

@@ -101,7 +101,9 @@ def hyper_of(optimizer: InnerOptimizer, value_of: Callable[[Tensor], Any], lifts
                     f"{type(optimizer).__name__}: param_groups[{k}][{name!r}] is {value!r}, expected a number or "
                     "a tensor"
                 )
-            found.append((name, value if value is None or type(value) in (bool, int, str) else template(value)))
+            found.append(
+                (name, value if value is None or type(value) in (bool, int, str) else template(value))
+            )
         groups.append(tuple(found))
     normalizer = optimizer._normalizer
     clip = None if normalizer is None else Clip(template(normalizer[0]), normalizer[1])

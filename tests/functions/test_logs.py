@@ -202,6 +202,7 @@ def test_artifacts_and_levels(capsys: pytest.CaptureFixture[str]) -> None:
         "mode",
         "rows",
         "split",
+        "enter",
         "canonicalize",
         "prune",
         "roll",

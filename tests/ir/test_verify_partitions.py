@@ -60,7 +60,18 @@ def test_a_real_function_passes_at_every_stage() -> None:
     verify_partition(partition)
     rolled, records = compile_trace(traced(), OPTIONS)
     verify_program(rolled)
-    names = ["mode", "rows", "split", "enter", "canonicalize", "prune", "roll", "loop", "differentiate", "lower"]
+    names = [
+        "mode",
+        "rows",
+        "split",
+        "enter",
+        "canonicalize",
+        "prune",
+        "roll",
+        "loop",
+        "differentiate",
+        "lower",
+    ]
     assert [r.name for r in records] == ["capture", *names, "verify"]
 
 

@@ -224,7 +224,11 @@ def test_a_step_with_optimizer_state_from_before_is_as_the_others() -> None:
 
         fn = wrap(loss)
         found = [torch.autograd.grad(fn(x, y), lr)[0] for x, y in zip(xs, ys)]
-        return [*found, *net.parameters(), *(v for s in inner.state.values() for v in s.values())], (loss, xs[0], ys[0])
+        return [*found, *net.parameters(), *(v for s in inner.state.values() for v in s.values())], (
+            loss,
+            xs[0],
+            ys[0],
+        )
 
     expected, _ = run(lambda fn: fn, strategy="full_tape")
     for skip, distinct in (((), 1), (("enter",), 2)):

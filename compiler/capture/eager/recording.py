@@ -297,7 +297,9 @@ class Recording(Writer):
         if info.particular:
             if op in EMPTY:
                 return
-            if op in PARTING and isinstance(self.value_of(args[0]), External):  # each part as an index gives it
+            if op in PARTING and isinstance(
+                self.value_of(args[0]), External
+            ):  # each part as an index gives it
                 for t, (one, given) in zip(out, parts(op, args), strict=True):
                     self.record(one, op_info(one), given, {}, t)
                 return
