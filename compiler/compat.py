@@ -55,6 +55,13 @@ current_autograd_node = torch._C._current_autograd_node
 graph_task = torch._C._current_graph_task_id
 
 
+def keep_from_dynamo(function: Any) -> None:
+    """Have dynamo compile neither a Python function nor what it calls, at no cost in each call."""
+    frames = torch._C._dynamo.eval_frame
+    skip = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.SKIP)
+    frames.set_code_exec_strategy(function.__code__, skip)
+
+
 def queue_callback(done: Any) -> None:
     """Have ``done`` called at the end of the backward that is running."""
     torch.autograd.Variable._execution_engine.queue_callback(done)

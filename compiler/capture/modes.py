@@ -12,6 +12,7 @@ from torch import Tensor
 from metaoptim.compiler.compat import (
     TorchDispatchMode,
     dispatch_modes,
+    keep_from_dynamo,
     pop_dispatch_mode,
     push_dispatch_mode,
     tops_dispatch,
@@ -39,8 +40,13 @@ class CaptureMode(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Dynamo compiles nothing under a mode; to be told so at every operator would take as long as recording it."""
+        """Torch's own way of it wraps each call."""
         return False
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "__torch_dispatch__" in vars(cls):
+            keep_from_dynamo(cls.__torch_dispatch__)
 
     @contextmanager
     def paused(self) -> Iterator[None]:

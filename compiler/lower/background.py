@@ -63,12 +63,19 @@ class Pool:
         with self._lock:
             self._waiting += 1
             if self._waiting > len(self._processes) < most:
-                self._processes.append(None)
-                lane = len(self._processes) - 1
-                threading.Thread(
-                    target=self._serve, args=(lane,), name="metaoptim-compile", daemon=True
-                ).start()
+                self._begin()
         self._jobs.put(job)
+
+    def prepare(self) -> None:
+        """Have a process that is ready to compile."""
+        with self._lock:
+            if not self._processes:
+                self._begin()
+
+    def _begin(self) -> None:
+        self._processes.append(None)
+        lane = len(self._processes) - 1
+        threading.Thread(target=self._serve, args=(lane,), name="metaoptim-compile", daemon=True).start()
 
     def close(self) -> None:
         """End all processes."""
@@ -77,6 +84,8 @@ class Pool:
 
     def _serve(self, lane: int) -> None:
         """One process's jobs, one after the other."""
+        with contextlib.suppress(OSError):  # the first job tries again
+            self._processes[lane] = _start()
         while True:
             job, process = self._jobs.get(), self._processes[lane]
             try:
@@ -134,12 +143,21 @@ def job_for(path: str) -> tuple[Job, bool]:
 
 def submit(job: Job, payload: bytes, waiting: bool) -> None:
     """Have a job done by processes of this one's: as many as there are cores, or one less if it goes on meanwhile."""
-    global _pool
     job.payload = payload
+    _the_pool().submit(job, max(1, (os.cpu_count() or 1) - (not waiting)))
+
+
+def prepare() -> None:
+    """Have a process start that will have something to compile: that takes two seconds."""
+    _the_pool().prepare()
+
+
+def _the_pool() -> Pool:
+    global _pool
     if _pool is None:
         _pool = Pool()
         atexit.register(_pool.close)
-    _pool.submit(job, max(1, (os.cpu_count() or 1) - (not waiting)))
+    return _pool
 
 
 def _forget() -> None:

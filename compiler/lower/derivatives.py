@@ -23,8 +23,8 @@ from .handover import Handover, elsewhere, tell, waits
 
 #: Below this many live bytes of reverse over reverse there is nothing worth saving: mixed mode takes a third more work.
 WORTH_SAVING = 64 << 20
-#: A graph of which more nodes than this have run has taken some seconds, as long as compiling it takes.
-PAYS = 1_000_000
+#: A graph of which more nodes than this have run has taken a second.
+PAYS = 300_000
 #: Where the user has asked for compiled graphs, one that runs again and again is compiled sooner.
 ASKED = 20_000
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..ir.step import FlatGraph
 from ..ir.tensors import TensorSpec, tensor_spec
+from . import background
 from .artifacts import artifact_of, lifted, load, payload_of
-from .background import job_for, submit
 
 _told = False
 _log = logging.getLogger("metaoptim.recompiles")
@@ -29,6 +29,12 @@ def waits() -> bool:
 def elsewhere(inputs: Iterable[Tensor | TensorSpec]) -> bool:
     """Whether graphs with such inputs are compiled in other processes: on the CPU, and not on Windows."""
     return hasattr(os, "killpg") and all(x.device.type == "cpu" for x in inputs)
+
+
+def prepare(inputs: Iterable[Tensor]) -> None:
+    """A function of ``inputs`` is about to be captured: where its call will wait for the compiler, have that start."""
+    if waits() and elsewhere(inputs):
+        background.prepare()
 
 
 class Handover:
@@ -47,11 +53,11 @@ class Handover:
             self._ask()
 
     def _ask(self) -> None:
-        self.job, new = job_for(self.path)
+        self.job, new = background.job_for(self.path)
         try:
             if new:
                 os.makedirs(os.path.dirname(self.path), exist_ok=True)
-                submit(self.job, payload_of(self._graph, self._specs), waits())
+                background.submit(self.job, payload_of(self._graph, self._specs), waits())
         except Exception as error:  # of the file system, or whatever pickling an argument raises
             self.job.end(f"{type(error).__name__}: {error}")
 

@@ -42,7 +42,12 @@ def enter(partition: Partition, options: Options) -> tuple[Partition, str]:
 def _entering(part: Part, following: Part) -> list[Input]:
     """What only ``part`` reads from outside, if that is all by which the two differ."""
     (calls, kinds, hooks), (other_calls, other_kinds, other_hooks) = part.segment.key, following.segment.key
-    if calls != other_calls or hooks != other_hooks or kinds == other_kinds:
+    # hashes first: some of the objects that calls are given cannot be compared
+    if (
+        kinds == other_kinds
+        or hash((calls, hooks)) != hash((other_calls, other_hooks))
+        or calls != other_calls
+    ):
         return []
     found: list[Input] = []
     places = zip(part.segment.inputs, following.segment.inputs, kinds, other_kinds, strict=True)

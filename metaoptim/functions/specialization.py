@@ -28,6 +28,7 @@ from ..compiler.ir.values import Input, Noise
 from ..compiler.lower.ambient import unaffected
 from ..compiler.lower.compile_graph import waiting
 from ..compiler.lower.derivatives import begin, derived, settled
+from ..compiler.lower.handover import prepare
 from ..compiler.passes.options import Options
 from ..compiler.passes.pipeline import Record, checkpoint, compile_trace
 from ..errors import CaptureError, UnreachableWarning, warn
@@ -236,6 +237,8 @@ def specialize(
             with window.recorder.paused():
                 reads.settle(dependencies)
         return StepSpecialization(step, options.lowering, dependencies, traced)
+    if options.lowering.backend == "inductor":
+        prepare(dependencies.tensors)
     trace, traced, _ = trace_of(fn, args, kwargs, reads=reads)
     if reads is not None:
         reads.settle(dependencies)

@@ -129,7 +129,7 @@ class Snapshot:
 
 
 def snapshot(tensor: Tensor, copied: bool) -> Snapshot:
-    """``tensor`` as it is now: by reference, or ``copied`` where it is meant to change. Whether it has is found then."""
+    """``tensor`` as it is now: by reference, and watched, or ``copied`` where it is meant to change."""
     if tensor.layout is not torch.strided:
         return Snapshot(tensor, checksum(tensor), "an input of an inner step")
     label = "a meta-parameter" if tensor.requires_grad else "an input of an inner step"
