@@ -57,7 +57,7 @@ graph_task = torch._C._current_graph_task_id
 
 def keep_from_dynamo(function: Any) -> None:
     """Have dynamo compile neither a Python function nor what it calls, at no cost in each call."""
-    frames = torch._C._dynamo.eval_frame
+    frames: Any = torch._C._dynamo.eval_frame  # type: ignore[attr-defined]  # pyright: ignore
     skip = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.SKIP)
     frames.set_code_exec_strategy(function.__code__, skip)
 
