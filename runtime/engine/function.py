@@ -153,7 +153,7 @@ class Run:
         overwritten = {id(t) for t in written}
         self.held = {key: snapshot(t, t.requires_grad or id(t) in overwritten) for key, t in tensors.items()}
         self.generator = generator_for(rolled)
-        values = {key: snapshot.tensor.detach() for key, snapshot in self.held.items()}
+        values = {key: held.tensor.detach() for key, held in self.held.items()}
         self.program = BoundProgram(rolled, partial(bound, values), lowering)
         check_device(kept.offload, [x.spec.device for x in rolled.inputs])
         tier = None if kept.slots is None else tier_for(kept.offload)

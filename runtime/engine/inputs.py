@@ -130,10 +130,9 @@ class Snapshot:
 
 def snapshot(tensor: Tensor, copied: bool) -> Snapshot:
     """``tensor`` as it is now: by reference, and watched, or ``copied`` where it is meant to change."""
-    if tensor.layout is not torch.strided:
-        return Snapshot(tensor, checksum(tensor), "an input of an inner step")
     label = "a meta-parameter" if tensor.requires_grad else "an input of an inner step"
-    return Snapshot(_copy(tensor) if copied else tensor.detach(), checksum(tensor), label, copied)
+    held = tensor.detach() if tensor.layout is torch.strided else tensor  # whose version counter is its own
+    return Snapshot(_copy(tensor) if copied else held, checksum(tensor), label, copied)
 
 
 class _Holds:
@@ -175,6 +174,8 @@ class Inputs:
         if self.is_buffer(tensor):
             return self._copied(tensor, "a buffer")
         label = "an input of an inner step"
+        if tensor.is_neg():  # compiled graphs read memory as it lies there
+            return self._copied(tensor, label)
         if tensor.layout is not torch.strided:
             return Snapshot(tensor, checksum(tensor), label)
         storage = tensor.untyped_storage()._cdata

@@ -199,6 +199,35 @@ def test_derivatives_of_an_ordinary_window_are_compiled_once_that_pays(
     assert not any(how.backend == "inductor" for s in library.steps() for _, how in s.derived.lowered)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_graphs_that_run_once_a_call_are_compiled_once_that_pays(
+    meanwhile: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(ids: set[int], steps: list[StepGraph]) -> set[str]:
+        return {k for s in steps if id(s) in ids for k, how in s.derived.lowered if how.backend == "inductor"}
+
+    gradients = problem(metaoptim.compile(backend="inductor"))
+    agree(gradients(), expected())
+    steps = steps_of(gradients.of)  # type: ignore[attr-defined]
+    once = {id(s) for s in steps} - {id(s) for s in steps if s.derived.coming}
+    assert once and not any(s.derived.coming for s in steps if id(s) in once)
+    monkeypatch.setattr(derivatives, "ASKED", 1)
+    agree(gradients(), expected())
+    for coming in [c for s in steps for c in s.derived.coming.values()]:
+        coming.wait()
+        assert coming.complaint is None
+    assert not run(once, steps)
+    agree(gradients(), expected())
+    assert run(once, steps) == {"replay", "vjp"}
+    library.clear()
+    budget = problem(metaoptim.compile(backend="inductor", memory_budget="1MiB"))
+    for _ in range(2):
+        agree(budget(), expected())
+    steps = steps_of(budget.of)  # type: ignore[attr-defined]
+    assert sum(bool(s.derived.coming) for s in steps) == len(steps) - len(once)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_compiled_step_goes_over_within_a_window(meanwhile: Path) -> None:
     """What a call has run with, its replay runs with too."""

@@ -192,3 +192,23 @@ def test_explain_says_how_steps_are_differentiated() -> None:
         inner.step(net(torch.ones(3, 4)).sin().mean())
         (done,) = (p["done"] for p in window.explain().passes if p["name"] == "differentiate")
     assert "mixed" in done
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_negated_views_are_read_as_their_values() -> None:
+    """Compiled graphs read memory; of such a view that holds the negatives."""
+    torch.manual_seed(0)
+    net, rate = torch.nn.Linear(3, 2), torch.tensor(0.1, requires_grad=True)
+    xs = torch.randn(3, 5, 3, dtype=torch.complex128).conj().imag
+    assert xs[0].is_neg()
+
+    def gradient(**options: Any) -> torch.Tensor:
+        inner = metaoptim.MetaSGD([net], lr=rate)
+        with metaoptim.SlidingWindow(offline=True, **options):
+            for x in xs:
+                inner.step((net(x) * x.sum(1, keepdim=True)).square().mean())
+            return torch.autograd.grad(net(xs[0]).square().mean(), rate)[0]
+
+    got, want = gradient(backend="inductor", self_check=False), gradient(strategy="full_tape")
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
