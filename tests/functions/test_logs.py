@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import metaoptim
 from metaoptim import logs
 from metaoptim.compiler.lower import compile_graph
+from metaoptim.compiler.passes.pipeline import PIPELINE
 
 
 @pytest.fixture(autouse=True)
@@ -197,20 +198,7 @@ def test_artifacts_and_levels(capsys: pytest.CaptureFixture[str]) -> None:
     assert lines("") == []
     assert len(lines("recompiles")) == 1
     passes = lines("passes")
-    assert [line.split()[1] for line in passes] == [
-        "capture",
-        "mode",
-        "rows",
-        "split",
-        "enter",
-        "canonicalize",
-        "prune",
-        "roll",
-        "loop",
-        "differentiate",
-        "lower",
-        "verify",
-    ]
+    assert [line.split()[1] for line in passes] == ["capture", *(p.name for p in PIPELINE[:-1]), "verify"]
     graphs, operators = lines("graphs"), lines("+graphs")
     assert all(line.startswith("[graphs] ") for line in graphs + operators)
     assert "program of 1 inner step" in graphs[0] and len(operators) > len(graphs)

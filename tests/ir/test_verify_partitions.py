@@ -17,7 +17,7 @@ from metaoptim.compiler.ir.trace import Partition
 from metaoptim.compiler.ir.verify import verify_partition, verify_program, verify_step
 from metaoptim.compiler.passes.canonicalize import canonicalize
 from metaoptim.compiler.passes.options import Options
-from metaoptim.compiler.passes.pipeline import compile_trace
+from metaoptim.compiler.passes.pipeline import PIPELINE, compile_trace
 from metaoptim.compiler.passes.prune import prune
 from metaoptim.compiler.passes.split import split
 from metaoptim.errors import ProgramError
@@ -60,18 +60,7 @@ def test_a_real_function_passes_at_every_stage() -> None:
     verify_partition(partition)
     rolled, records = compile_trace(traced(), OPTIONS)
     verify_program(rolled)
-    names = [
-        "mode",
-        "rows",
-        "split",
-        "enter",
-        "canonicalize",
-        "prune",
-        "roll",
-        "loop",
-        "differentiate",
-        "lower",
-    ]
+    names = [p.name for p in PIPELINE[:-1]]
     assert [r.name for r in records] == ["capture", *names, "verify"]
 
 
