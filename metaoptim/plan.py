@@ -18,9 +18,10 @@ from .compiler.capture import intercept
 from .compiler.capture.symbolic.tracer import Tracer
 from .compiler.ir.retention import Retention
 from .compiler.ir.tensors import TensorSpec
+from .compiler.passes.options import retention_of
 from .compiler.passes.pipeline import compile_trace
 from .errors import ProgramError, WindowError
-from .functions.specialization import retention_of, trace_of
+from .functions.specialization import trace_of
 from .report.cost import Cost, Setting
 from .runtime.budget.amounts import budget_bytes
 from .runtime.budget.planner import default_plan, device_of

@@ -72,7 +72,7 @@ class SlidingWindow:
             Nothing is shared otherwise.
         backend: what the derivatives of steps run on: ``"eager"`` (nothing is compiled), or a backend of torch.compile
             such as ``"inductor"``, which compiles one graph for each distinct step. ``"auto"`` is ``"eager"``, and
-            ``"inductor"`` for a derivative that has run for some seconds by now, on the CPU and without a memory
+            ``"inductor"`` for a derivative that has run for about a second by now, on the CPU and without a memory
             budget. Inductor compiles in other processes; until a compiled graph is there, the graph runs as it is (see
             docs/compile.md). The forward is eager PyTorch's own in any case.
         hvp: how a step's gradient is differentiated; see `compile`.

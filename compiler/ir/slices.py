@@ -32,8 +32,6 @@ class Keyed:
 
     def token(self, a: Any) -> Any:
         """A hashable stand-in for one argument: ("v", entry, output), ("n", k), ("()", ...) or a constant."""
-        if a is None or type(a) is int:  # most are
-            return a if a is None else ("c", int, a)
         if isinstance(a, Value):
             where = ("v", self.number_of[id(a.entry)], a.index)
             self.values.append(a)
@@ -153,7 +151,7 @@ class Slice(Keyed):
 
     def token(self, a: Any) -> Any:
         """A hashable stand-in for one argument: ("v", entry, output), ("t", k), ("x", k), ("n", k) or a constant."""
-        if a is None or type(a) is int:
+        if a is None or type(a) is int:  # most are
             return super().token(a)
         a = self._resolved(a)
         if isinstance(a, External):

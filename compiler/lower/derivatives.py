@@ -66,12 +66,14 @@ def taken(
     """
     asked = lowering
     if lowering.backend == "auto":
-        if not _pays(step, kind, inputs, lowering):
+        if not _pays(step, kind, lowering):
             return lowering.uncompiled
         lowering = lowering.compiled
     if (kind, lowering) in step.derived.lowered or lowering.backend_of(kind) != "inductor":
         return lowering
-    if (waits() and asked is lowering) or not elsewhere(inputs):
+    if not elsewhere(inputs):
+        return lowering if asked is lowering else lowering.uncompiled
+    if waits() and asked is lowering:
         return lowering
     coming = step.derived.coming.get((kind, lowering))
     if coming is None and (kind, lowering.uncompiled) in step.derived.lowered:
@@ -87,7 +89,7 @@ def taken(
     return lowering
 
 
-def _pays(step: StepGraph, kind: str, inputs: Sequence[Tensor], lowering: Lowering) -> bool:
+def _pays(step: StepGraph, kind: str, lowering: Lowering) -> bool:
     """Whether a graph has taken so long by now that compiling it is no waste."""
     derived = step.derived
     graph = derived.vjp.get(lowering.hvp) if kind == "vjp" else None
@@ -96,7 +98,7 @@ def _pays(step: StepGraph, kind: str, inputs: Sequence[Tensor], lowering: Loweri
     if graph is None or step.dynamic:
         return False
     runs = derived.runs[kind] = derived.runs.get(kind, 0) + 1
-    return runs * len(graph.graph.nodes) > (ASKED if lowering.replays else PAYS) and elsewhere(inputs)
+    return runs * len(graph.graph.nodes) > (ASKED if lowering.replays else PAYS)
 
 
 def begin(step: StepGraph, lowering: Lowering) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 from ..ir.step import show
@@ -20,8 +19,7 @@ def enter(partition: Partition, options: Options) -> tuple[Partition, str]:
     """
     parts: list[Part] = []
     entered = 0
-    for part, following in pairwise([*partition.parts, None]):
-        assert part is not None
+    for part, following in zip(partition.parts, [*partition.parts[1:], None], strict=True):
         taken = _entering(part, following) if following is not None and part.steps else []
         if taken:
             first = part.segment.entries[0]

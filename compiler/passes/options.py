@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..ir.program import Kept
+from ..ir.program import Kept, Program
 from ..ir.retention import UNSAID, Retention
 from ..ir.step import Lowering
 from ..lower.library import Library, library
@@ -41,3 +41,8 @@ class Options:
             raise ValueError(
                 f"skip: got {', '.join(map(repr, unknown))}, expected some of {', '.join(map(repr, OPTIONAL))}"
             )
+
+
+def retention_of(program: Program, options: Options) -> Retention:
+    """What is kept: what the windows of the program say, else what the decorator says."""
+    return program.retention if program.retention.given else options.retention

@@ -28,7 +28,7 @@ from ..ir.verify import verify_partition, verify_program
 from ..lower.derivatives import derived, residuals
 from .canonicalize import canonicalize, outline
 from .enter import enter
-from .options import Options
+from .options import Options, retention_of
 from .prune import keep_all, prune
 from .roll import roll
 from .rows import rows
@@ -115,8 +115,9 @@ def lower(program: Program, options: Options) -> tuple[Program, str]:
     rest = ""
     if compiled < graphs:
         rest = f"; the others run at most {FEW} times a call, as they are"
-        retention = program.retention if program.retention.given else options.retention
-        if backend == "inductor" and retention.memory_budget is None:  # to check a compiled form takes memory
+        if (
+            backend == "inductor" and retention_of(program, options).memory_budget is None
+        ):  # a check takes memory
             program.others = "auto"
             rest += " until that has taken long"
     return program, f"{compiled} of {plural(graphs, 'step graph')} compiled by {backend}{rest}"

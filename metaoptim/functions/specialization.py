@@ -19,7 +19,6 @@ from ..compiler.derive.flat import uncollected
 from ..compiler.derive.graphs import results_of
 from ..compiler.ir.calls import StepCall
 from ..compiler.ir.program import Kept, Program
-from ..compiler.ir.retention import Retention
 from ..compiler.ir.step import Lowering
 from ..compiler.ir.tensors import tensor_spec
 from ..compiler.ir.text import plural
@@ -29,7 +28,7 @@ from ..compiler.lower.ambient import unaffected
 from ..compiler.lower.compile_graph import waiting
 from ..compiler.lower.derivatives import begin, derived, settled
 from ..compiler.lower.handover import prepare
-from ..compiler.passes.options import Options
+from ..compiler.passes.options import Options, retention_of
 from ..compiler.passes.pipeline import Record, checkpoint, compile_trace
 from ..errors import CaptureError, UnreachableWarning, warn
 from ..optim.optimizer import preserved
@@ -193,11 +192,6 @@ def _reached(call: StepCall, hvp: str) -> list[Any]:
         return []
     grads = results_of(derived(step, hvp).graph)
     return [x for i in at if grads[i] is not None for x in call.inputs[i - first].sources]
-
-
-def retention_of(program: Program, options: Options) -> Retention:
-    """What is kept: what the windows of the program say, else what the decorator says."""
-    return program.retention if program.retention.given else options.retention
 
 
 class StepSpecialization:

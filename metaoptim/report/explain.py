@@ -18,11 +18,11 @@ from ..compiler.ir.text import plural, signature
 from ..compiler.ir.trace import Trace
 from ..compiler.ir.values import Input
 from ..compiler.lower.derivatives import derived
-from ..compiler.passes.options import Options
+from ..compiler.passes.options import Options, retention_of
 from ..compiler.passes.pipeline import Record, checkpoint, compile_trace, derive_all
 from ..errors import WindowError, user_scope
 from ..functions.guards import Dependencies
-from ..functions.specialization import captured_step, name_of, retention_of, trace_of
+from ..functions.specialization import captured_step, name_of, trace_of
 from ..functions.surroundings import names_in, tensor_names
 from ..runtime.budget.measure import measured_peak, rehearse
 from ..runtime.budget.planner import decide

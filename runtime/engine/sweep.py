@@ -101,7 +101,7 @@ class Sweep:
                 self.meta(index, grad)
             elif back and role is Role.THETA:
                 self.deposit(position - back, index, grad)
-            else:
+            else:  # `add`, without a call for each
                 known = cotangents.get(index)
                 cotangents[index] = grad if known is None else known + grad
 

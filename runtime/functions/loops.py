@@ -76,8 +76,7 @@ class Loops:
             raise CaptureError(
                 f"{what}, from one iteration of window.scan or window.range to the next. A few iterations are captured "
                 "and stand for all, so whatever depends on it would keep its first values. Scan a tensor of what "
-                "differs, "
-                "use the number of window.range as an index, add up in a tensor, or use a plain `for`"
+                "differs, use the number of window.range as an index, add up in a tensor, or use a plain `for`"
             )
 
     def _item(self, t: Tensor, k: int) -> Tensor:

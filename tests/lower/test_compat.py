@@ -153,6 +153,35 @@ def test_operators_and_trees() -> None:
     assert leaves == [1, 2, None, 3] == compat.tree_leaves(compat.tree_unflatten(leaves, spec))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_dynamo_leaves_a_function_and_what_it_calls_alone() -> None:
+    seen: list[str] = []
+
+    def backend(module: torch.fx.GraphModule, inputs: list[Tensor]) -> object:
+        seen.append(module.code)
+        return module.forward
+
+    def inner(x: Tensor) -> Tensor:
+        return x + 1
+
+    def kept(x: Tensor) -> Tensor:
+        return inner(x) * 2
+
+    def other(x: Tensor) -> Tensor:
+        return inner(x) * 2
+
+    compat.keep_from_dynamo(kept)
+    x = torch.ones(2)
+    assert torch.equal(torch.compile(kept, backend=backend)(x), 4 * x) and not seen
+    assert torch.equal(torch.compile(other, backend=backend)(x), 4 * x) and len(seen) == 1
+
+
+def test_a_library_that_is_not_there_is_no_crash() -> None:
+    """One that is there is run by every test of compiled graphs."""
+    with pytest.raises(RuntimeError):
+        compat.AOTIModelContainerRunnerCpu("nothing.so", 1)
+
+
 def test_fake_tensors() -> None:
     with compat.FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake = mode.from_tensor(torch.ones(2, 3))

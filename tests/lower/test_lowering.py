@@ -383,3 +383,16 @@ def test_an_integer_index_is_no_shape_that_depends_on_values(options: dict[str, 
         return grad
 
     torch.testing.assert_close(gradient(**options), gradient(strategy="full_tape"), rtol=1e-9, atol=1e-12)
+
+
+def test_inductor_in_this_process_has_its_options_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in the others: no asserts in every call."""
+    seen: list[bool] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> object:
+        seen.append(torch._inductor.config.size_asserts)
+        return graph.forward
+
+    monkeypatch.setattr(backends, "lookup_backend", lambda name: backend)
+    backends.call_backend("inductor", torch.fx.symbolic_trace(lambda x: x.sin()), [torch.ones(2)])
+    assert seen == [False] and torch._inductor.config.size_asserts
