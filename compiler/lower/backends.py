@@ -34,7 +34,7 @@ def call_backend(backend: str, graph: fx.GraphModule, inputs: Sequence[Tensor]) 
     """What ``backend`` makes of ``graph``, which it may take apart, for inputs laid out like ``inputs``."""
     # inductor's graph cache is for graphs whose inputs have a ShapeEnv
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    fakes = [mode.from_tensor(t.detach(), static_shapes=True) for t in inputs]
+    fakes: list[Tensor] = [mode.from_tensor(t.detach(), static_shapes=True) for t in inputs]
     with options():
         return lookup_backend(backend)(graph, fakes)
 
