@@ -62,6 +62,14 @@ class CaptureMode(TorchDispatchMode):
             if popped:
                 push_dispatch_mode(self)
 
+    def __enter__(self) -> CaptureMode:
+        """Torch's own way also notes that a mode is on, for all threads, and not that `close` has ended it."""
+        push_dispatch_mode(self)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """Take this mode off the stack, also when a suspended generator left others above it."""
         above = []

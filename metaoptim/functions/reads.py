@@ -266,6 +266,9 @@ class Reads:
         global _captures
         previous, token = sys.gettrace(), _listener.set(self)
         with _lock:
+            if not _captures:  # of any thread: torch has one stance for all
+                # modules under torch.compile run eagerly here; dynamo must not look into what reports their reads
+                _as_before.enter_context(torch.compiler.set_stance("force_eager"))
             _captures += 1
         try:
             self._watches = True
@@ -273,13 +276,11 @@ class Reads:
             for value, _ in list(self._known.values()):
                 if not isinstance(value, type):
                     _watch(type(value))
-            # modules under torch.compile run eagerly here; dynamo must not look into what reports their reads
-            with torch.compiler.set_stance("force_eager"):
-                sys.settrace(self._trace(previous))
-                try:
-                    yield
-                finally:
-                    sys.settrace(previous)
+            sys.settrace(self._trace(previous))
+            try:
+                yield
+            finally:
+                sys.settrace(previous)
         finally:
             self._watches = False
             _listener.reset(token)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -213,6 +214,16 @@ def test_two_threads_that_draw_at_a_time(form: str) -> None:
         loop.check()
     assert patched == (torch.manual_seed, torch.Tensor.numpy, random.random, np.random.rand)
     assert torch.distributions.Distribution._validate_args is validate
+    compiled: list[str] = []
+
+    def backend(module: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable:
+        compiled.append(module.code)
+        return module.forward
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of dynamo's own imports
+        torch.compile(lambda x: x + 1, backend=backend)(torch.ones(2))
+    assert compiled, "torch.compile compiles as before"
 
 
 # -- captures --------------------------------------------------------------------------------------------------------

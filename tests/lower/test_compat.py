@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import checkpoint
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+import metaoptim
 from metaoptim.compiler import compat
 
 aten = torch.ops.aten
@@ -206,3 +208,11 @@ def test_attributes_of_tensors() -> None:
     before = x._version
     view.add_(1)
     assert x._version == before + 1
+
+
+def test_no_thread_finds_torch_in_a_dispatch_mode_after_a_window() -> None:
+    net = nn.Linear(2, 1)
+    with metaoptim.SlidingWindow(offline=True):
+        metaoptim.MetaSGD([net], lr=0.1).step(net(torch.ones(1, 2)).square().sum())
+        assert compat.dispatch_modes()
+    assert not compat.dispatch_modes() and not is_in_torch_dispatch_mode()

@@ -31,6 +31,8 @@ from .tracer import Tracer
 @contextmanager
 def capturing() -> Iterator[Tracer]:
     """Everything the calling thread does inside the block is traced, over fake tensors."""
+    import torch._dynamo  # in its first import it wraps `torch.manual_seed`, which must not be ours then
+
     tracer = Tracer(FakeTensorMode(allow_non_fake_inputs=True))
     with ExitStack() as stack:
         intercept.patches.install()
