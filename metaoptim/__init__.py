@@ -13,7 +13,16 @@ from .errors import (
     UnreachableWarning,
     WindowError,
 )
-from .optim import MetaAdam, MetaOptimizer, MetaRMSprop, MetaSGD, safe_sqrt
+from .optim import (
+    MetaAdam,
+    MetaLearned,
+    MetaOptimizer,
+    MetaRMSprop,
+    MetaSGD,
+    PerParameterRule,
+    PerTensorRule,
+    safe_sqrt,
+)
 from .plan import plan
 from .runtime.engine.progress import progress
 from .window import SlidingWindow, zero_nan_hook
@@ -25,10 +34,13 @@ __all__ = [
     "CaptureError",
     "LossError",
     "MetaAdam",
+    "MetaLearned",
     "MetaOptimError",
     "MetaOptimizer",
     "MetaRMSprop",
     "MetaSGD",
+    "PerParameterRule",
+    "PerTensorRule",
     "ProgramError",
     "SlidingWindow",
     "StaleInputError",

@@ -7,15 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from metaoptim.errors import WindowError
+from metaoptim.errors import CaptureError, WindowError
 
+from .modules import Form
 from .operators import is_named, is_several
 
 State = dict[str, Tensor]
 
-_fitting: set[Callable[..., Any]] = set()  # updates whose results have been looked at
+_MOST = 1024
+_looked_at: set[Any] = set()  # updates, with the forms of modules, that have been seen to be as they should
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,14 @@ class HyperRef:
     """Place of a hyper-parameter in the flat list of those that are tensors or may change from step to step."""
 
     at: int
+
+
+@dataclass(frozen=True)
+class ModuleRef:
+    """A hyper-parameter that is a module: what it does, and the places of its tensors in the flat list."""
+
+    form: Form
+    tensors: tuple[HyperRef, ...]
 
 
 @dataclass(frozen=True)
@@ -66,12 +76,18 @@ class UpdatePlan:
         self, thetas: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[State], slots: Sequence[Any]
     ) -> tuple[list[Tensor], list[State]]:
         """New parameters and new states."""
-        groups = [{name: _fill(value, slots) for name, value in group} for group in self.groups]
+        refs = [ref for group in self.groups for _, value in group for ref in _modules(value)]
+        use = (self.update, *(ref.form for ref in refs))
+        if first := use not in _looked_at:  # it may write into what it is given
+            thetas, grads, slots = _copies(thetas), _copies(grads), _copies(slots)
+            states = [dict(zip(state, _copies(list(state.values())), strict=True)) for state in states]
+            given = _Given(thetas, grads, states, slots)
+        modules: list[tuple[ModuleRef, nn.Module]] = []
+        groups = [{name: _fill(value, slots, modules) for name, value in group} for group in self.groups]
         if self.clip is not None:
-            grads = clip_gradients(grads, _fill(self.clip.max_norm, slots), self.clip.norm_type)
+            grads = clip_gradients(grads, _fill(self.clip.max_norm, slots, modules), self.clip.norm_type)
         new_thetas: list[Tensor] = []
         new_states: list[State] = []
-        known = self.update in _fitting
         for theta, grad, state, group in zip(thetas, grads, states, self.group_of, strict=True):
             hyper = groups[group]
             if not theta.dim():  # a 0-dim tensor would promote it, as it does no tensor that has dimensions
@@ -79,43 +95,86 @@ class UpdatePlan:
             if self.init is not None and not state:
                 state = initial_state(self.init, theta, hyper)
             result = self.update(theta, grad, state, hyper)
-            if not known:
-                _check_result(self.__name__, theta, result)
+            if first:
+                check_result(self.__name__, "the new parameter", result)
             new, new_state = result
             if new.shape != theta.shape:  # at every step: hyper-parameters of one optimizer are not another's
                 raise _grown(self.__name__, new, theta, hyper)
+            if state.keys() - new_state.keys():
+                raise _forgotten(self.__name__, state, new_state)
             new_thetas.append(new if new.dtype == theta.dtype else new.to(theta.dtype))
             new_states.append(new_state)
-        _fitting.add(self.update)
+        if first:
+            given.check_kept(self.__name__)
+            for ref, module in modules:
+                ref.form.check_kept(module, [slots[at.at] for at in ref.tensors])
+            if len(_looked_at) >= _MOST:
+                _looked_at.clear()
+            _looked_at.add(use)
         return new_thetas, new_states
+
+
+class _Given:
+    """The tensors that an update is given, by what they are to it, and whether they have been written into."""
+
+    def __init__(
+        self, thetas: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[State], slots: Sequence[Any]
+    ) -> None:
+        self.tensors = [("its parameter", t) for t in thetas] + [("its gradient", t) for t in grads]
+        self.tensors += [(f"its state {name!r}", t) for state in states for name, t in state.items()]
+        hyper = "a hyper-parameter, or a buffer of a module (batch norm must be in evaluation mode: module.eval()),"
+        self.tensors += [(hyper, t) for t in slots if isinstance(t, Tensor)]
+        self.versions = [t._version for _, t in self.tensors]
+
+    def check_kept(self, name: str) -> None:
+        for (what, t), version in zip(self.tensors, self.versions, strict=True):
+            if t._version != version:
+                raise CaptureError(f"{name} changes {what} in place; it must return new tensors")
+
+
+def _copies(values: Sequence[Any]) -> list[Any]:
+    return [v.clone() if isinstance(v, Tensor) else v for v in values]
 
 
 def initial_state(init: Callable[..., State], param: Tensor, hyper: dict[str, Any]) -> State:
     """What ``init`` gives, which must be tensors by name."""
-    state = init(param, hyper)
+    return checked_state(init.__qualname__, init(param, hyper))
+
+
+def checked_state(name: str, state: Any) -> State:
+    """What ``name`` has returned, which must be tensors by name."""
     if not _is_state(state):
         raise TypeError(
-            f"{init.__qualname__}: got {_outline(state)}, expected a dictionary of tensors by name, such as "
+            f"{name}: got {_outline(state)}, expected a dictionary of tensors by name, such as "
             "{'sum': torch.zeros_like(param)}; {} for no state, torch.zeros(()) for a count"
         )
     return state
 
 
-def _check_result(name: str, theta: Tensor, result: Any) -> None:
+def check_result(name: str, first: str, result: Any) -> None:
+    """Raise unless ``result`` is what ``name`` is to return: a tensor (``first``: which), and the new state."""
     fits = is_several(result) and len(result) == 2 and isinstance(result[0], Tensor) and _is_state(result[1])
     if not fits:
         raise TypeError(
-            f"{name}: got {_outline(result)}, expected two results: the new parameter, and its new state as a "
-            "dictionary of tensors by name ({} for none)"
+            f"{name}: got {_outline(result)}, expected two results: {first}, and its new state as a dictionary of "
+            "tensors by name ({} for none; torch.zeros(()) for a count)"
         )
+
+
+def _forgotten(name: str, state: State, new_state: State) -> WindowError:
+    missing = ", ".join(repr(k) for k in state if k not in new_state)
+    return WindowError(
+        f"{name}: the new state has no {missing}, as the state before the step has; return every name, also of what "
+        "stays as it is"
+    )
 
 
 def _grown(name: str, new: Tensor, theta: Tensor, hyper: dict[str, Any]) -> WindowError:
     shapes = [f"{k} {tuple(v.shape)}" for k, v in hyper.items() if isinstance(v, Tensor)]
     return WindowError(
-        f"{name}: a parameter of shape {tuple(theta.shape)} would become one of shape {tuple(new.shape)}; a "
-        "hyper-parameter that is a tensor must be a scalar, or broadcast to the shape of every parameter of its group "
-        f"(tensors among them: {', '.join(shapes) or 'none'})"
+        f"{name}: a parameter of shape {tuple(theta.shape)} would become one of shape {tuple(new.shape)}; the new one "
+        "must have its shape. A hyper-parameter that is a tensor must be a scalar, or broadcast to the shape of every "
+        f"parameter of its group (tensors among them: {', '.join(shapes) or 'none'})"
     )
 
 
@@ -133,10 +192,21 @@ def _outline(value: Any) -> str:
     return repr(value)
 
 
-def _fill(value: Any, slots: Sequence[Any]) -> Any:
+def _modules(value: Any) -> list[ModuleRef]:
+    if isinstance(value, ModuleRef):
+        return [value]
+    return [ref for v in value for ref in _modules(v)] if is_several(value) else []
+
+
+def _fill(value: Any, slots: Sequence[Any], modules: list[tuple[ModuleRef, nn.Module]]) -> Any:
+    """A hyper-parameter with values in the place of references; ``modules`` are extended by those that are made."""
     if isinstance(value, HyperRef):
         return slots[value.at]
-    return tuple([_fill(v, slots) for v in value]) if is_several(value) else value
+    if isinstance(value, ModuleRef):
+        made = value.form.module([slots[ref.at] for ref in value.tensors])
+        modules.append((value, made))
+        return made
+    return tuple([_fill(v, slots, modules) for v in value]) if is_several(value) else value
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

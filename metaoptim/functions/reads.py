@@ -66,6 +66,10 @@ class _Glance(Dependencies):
 
     def optimizer(self, optimizer: Any, path: str) -> None:
         self.object(optimizer, "optimizer", path)
+        for i, group in enumerate(optimizer.param_groups):
+            for key, value in group.items():
+                if isinstance(value, nn.Module):
+                    self.reads.know(value, f"{path}.param_groups[{i}][{key!r}]")
 
 
 @dataclass

@@ -6,8 +6,19 @@ In: networks and hyper-parameters. Out: pure update functions, and steps handed 
 
 from .adam import MetaAdam
 from .hyper import safe_sqrt
+from .learned import MetaLearned
 from .optimizer import MetaOptimizer
 from .rmsprop import MetaRMSprop
+from .rules import PerParameterRule, PerTensorRule
 from .sgd import MetaSGD
 
-__all__ = ["MetaAdam", "MetaOptimizer", "MetaRMSprop", "MetaSGD", "safe_sqrt"]
+__all__ = [
+    "MetaAdam",
+    "MetaLearned",
+    "MetaOptimizer",
+    "MetaRMSprop",
+    "MetaSGD",
+    "PerParameterRule",
+    "PerTensorRule",
+    "safe_sqrt",
+]

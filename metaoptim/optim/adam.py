@@ -99,7 +99,8 @@ class MetaAdam(MetaOptimizer):
         count = step.detach().to(torch.float64)
         mean = beta1 * state["exp_avg"] + (1 - beta1) * grad
         square = beta2 * state["exp_avg_sq"] + (1 - beta2) * grad * grad
-        new = {"step": step, "exp_avg": mean, "exp_avg_sq": square}
+        # what else a loaded state has stays, as in torch.optim
+        new = {**state, "step": step, "exp_avg": mean, "exp_avg_sq": square}
         if hyper["amsgrad"]:
             square = new["max_exp_avg_sq"] = torch.maximum(state["max_exp_avg_sq"], square)
         square = square / (1 - beta2**count)

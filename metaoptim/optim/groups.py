@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from metaoptim.compiler.ir.modules import take_apart
 from metaoptim.runtime.windows.session import current_session
 from metaoptim.runtime.windows.update import parameters_of
 
@@ -81,6 +82,15 @@ def group_of(optimizer: MetaOptimizer, given: Any) -> tuple[dict[str, Any], nn.M
                 "each network, and each parameter, once"
             )
         seen.add(id(p))
+    for key, value in (optimizer.defaults | group).items():
+        if isinstance(value, nn.Module):
+            take_apart(value)
+            for name, p in value.named_parameters():
+                if id(own(p)) in names:
+                    raise ValueError(
+                        f"{cls}: {name!r} of the {key!r} is {names[id(own(p))]!r} of a network too; what steps train "
+                        "cannot be what they are taken with, so give the two a tensor each"
+                    )
     return group, whole
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 from metaoptim.compiler.capture.intercept import recording
@@ -23,9 +23,9 @@ def detached(value: Any) -> Any:
 
 
 def learned(value: Any) -> bool:
-    """Whether a hyper-parameter requires grad, or one of a tuple of them."""
-    if isinstance(value, Tensor):
-        return value.requires_grad
+    """Whether a hyper-parameter requires grad, or one of a tuple of them; a module is the user's own too."""
+    if isinstance(value, (Tensor, nn.Module)):
+        return isinstance(value, nn.Module) or value.requires_grad
     return isinstance(value, tuple) and any(map(learned, value))
 
 

@@ -193,17 +193,22 @@ class MetaOptimizer(InnerOptimizer):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """As `torch.optim.Optimizer.state_dict`, detached; loads into the optimizer of the same name there."""
+        """As `torch.optim.Optimizer.state_dict`, detached; loads into the optimizer of the same name there.
+
+        Modules among the options are left out: they have a `state_dict` of their own.
+        """
         packed = super().state_dict()
         packed["state"] = {k: {n: detached(v) for n, v in s.items()} for k, s in packed["state"].items()}
-        packed["param_groups"] = [{k: detached(v) for k, v in g.items()} for g in packed["param_groups"]]
+        packed["param_groups"] = [
+            {k: detached(v) for k, v in g.items() if not isinstance(v, nn.Module)} for g in packed["param_groups"]
+        ]
         return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state from this or `torch.optim`'s optimizer of the same name.
 
-        Hyper-parameters that are tensors requiring grad stay the user's own: loading must not cut them off. Inside a
-        window the load is a history cut: values change, the gradient stops here.
+        Hyper-parameters that are modules, or tensors requiring grad, stay the user's own: loading must not cut them
+        off. Inside a window the load is a history cut: values change, the gradient stops here.
 
         Raises:
             ValueError: when groups do not match.

@@ -85,7 +85,8 @@ class MetaRMSprop(MetaOptimizer):
         if active(hyper["weight_decay"]):
             grad = grad + hyper["weight_decay"] * param
         square = alpha * state["square_avg"] + (1 - alpha) * grad * grad
-        new = {"step": state["step"] + 1, "square_avg": square}
+        # what else a loaded state has stays, as in torch.optim
+        new = {**state, "step": state["step"] + 1, "square_avg": square}
         if hyper["centered"]:
             mean = new["grad_avg"] = alpha * state["grad_avg"] + (1 - alpha) * grad
             square = square - mean * mean

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,8 +24,6 @@ from metaoptim.errors import CaptureError, MetaOptimError, WindowError, user_loc
 from ..engine.engine import Engine
 from ..engine.inputs import Snapshot
 from .update import Update
-
-_pure: weakref.WeakSet = weakref.WeakSet()  # updates that have been seen not to write into their arguments
 
 
 @dataclass(slots=True)
@@ -201,25 +198,15 @@ def unrecorded(name: str, worst: float | None = None, scale: float | None = None
 
 
 def applied(update: Update, old: list[Tensor]) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-    """Υ, on copies the first time: an update that writes into its arguments must not reach the tape."""
-    plan, grads, states, slots = update.plan, update.grads, update.states, update.slots
-    known = plan.update in _pure
+    """Υ, whose errors tell what it was given."""
+    plan, slots = update.plan, update.slots
     with torch.no_grad():
-        if not known:
-            old, grads = [t.clone() for t in old], [t.clone() for t in grads]
-            states = [{k: v.clone() for k, v in s.items()} for s in states]
-        given = () if known else [*old, *grads, *(v for s in states for v in s.values())]
-        versions = [t._version for t in given]
         try:
-            results = plan(old, grads, states, slots)
-        except MetaOptimError:
+            return plan(old, update.grads, update.states, slots)
+        except (MetaOptimError, torch.OutOfMemoryError):
             raise
         except RuntimeError as error:
             shapes = ", ".join(str(tuple(s.shape)) for s in slots if isinstance(s, Tensor)) or "none"
             raise WindowError(
                 f"{plan.__name__} failed: {error}; shapes of the hyper-parameters that are tensors: {shapes}"
             ) from error
-    if versions != [t._version for t in given]:
-        raise CaptureError(f"{plan.__name__} changes its arguments in place; it must return new tensors")
-    _pure.add(plan.update)
-    return results

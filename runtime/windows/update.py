@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from metaoptim.compiler.ir.update import Clip, HyperRef, UpdatePlan
+from metaoptim.compiler.ir.modules import take_apart
+from metaoptim.compiler.ir.update import Clip, HyperRef, ModuleRef, UpdatePlan
 from metaoptim.compiler.ir.values import Number, Spy
 from metaoptim.compiler.passes.build import GradientHooks
 from metaoptim.errors import LossError, MetaOptimError
@@ -85,6 +86,9 @@ def hyper_of(optimizer: InnerOptimizer, value_of: Callable[[Tensor], Any], lifts
             roots.append(Number(value))
         elif isinstance(value, (tuple, list)):
             return tuple([template(v) for v in value])
+        elif isinstance(value, nn.Module):
+            form, tensors = take_apart(value)
+            return ModuleRef(form, tuple([template(t) for t in tensors]))
         else:
             return value
         slots.append(value)
@@ -100,6 +104,10 @@ def hyper_of(optimizer: InnerOptimizer, value_of: Callable[[Tensor], Any], lifts
                 raise TypeError(
                     f"{type(optimizer).__name__}: param_groups[{k}][{name!r}] is {value!r}, expected a number or "
                     "a tensor"
+                )
+            if isinstance(default, nn.Module) and not isinstance(value, nn.Module):
+                raise TypeError(
+                    f"{type(optimizer).__name__}: param_groups[{k}][{name!r}] is {value!r}, expected an nn.Module"
                 )
             found.append(
                 (name, value if value is None or type(value) in (bool, int, str) else template(value))
