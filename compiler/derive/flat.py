@@ -204,7 +204,7 @@ class _Writer(TorchDispatchMode):
 
     def _instead_of_writing(self, func: Any, args: tuple, kwargs: dict) -> bool:
         """Make a new tensor where an operator would change one that nobody else sees; whether it was so."""
-        if op_info(func).writes != (0,):
+        if op_info(func).writes != (0,) or op_info(func).random:
             return False
         pure, written = functional(func), args[0]
         node = self.known(written)

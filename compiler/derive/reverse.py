@@ -189,7 +189,8 @@ def _check(graph: fx.Graph, constants: dict[str, Tensor]) -> None:
         if isinstance(target, OpOverload) and op_info(target).random:
             raise CaptureError(
                 f"a hook, a custom Function or the optimizer's update draws random numbers ({target}), which a replay "
-                "would draw anew; draw them in the loss, or pass them as a hyper-parameter of the step"
+                "would draw anew; draw them in the loss, or pass them as a hyper-parameter of the step (a module with "
+                "dropout must be in evaluation mode: module.eval())"
             )
         if node.op == "get_attr" and constants[str(target)].requires_grad:
             raise CaptureError(

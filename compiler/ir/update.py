@@ -77,11 +77,15 @@ class UpdatePlan:
     ) -> tuple[list[Tensor], list[State]]:
         """New parameters and new states."""
         refs = [ref for group in self.groups for _, value in group for ref in _modules(value)]
-        use = (self.update, *(ref.form for ref in refs))
-        if first := use not in _looked_at:  # it may write into what it is given
+        use = (self.update, self.states, *(ref.form for ref in refs))
+        first, given = use not in _looked_at, _Given()
+        if first:  # it may write into what it is given
             thetas, grads, slots = _copies(thetas), _copies(grads), _copies(slots)
             states = [dict(zip(state, _copies(list(state.values())), strict=True)) for state in states]
-            given = _Given(thetas, grads, states, slots)
+            given.add("its parameter", thetas)
+            given.add("its gradient", grads)
+            given.add("its state", [v for state in states for v in state.values()])
+            given.add("a hyper-parameter, or a buffer of a module (batch norm must be in evaluation mode),", slots)
         modules: list[tuple[ModuleRef, nn.Module]] = []
         groups = [{name: _fill(value, slots, modules) for name, value in group} for group in self.groups]
         if self.clip is not None:
@@ -94,14 +98,13 @@ class UpdatePlan:
                 hyper = {k: _cast(v, theta.dtype) for k, v in hyper.items()}
             if self.init is not None and not state:
                 state = initial_state(self.init, theta, hyper)
-            result = self.update(theta, grad, state, hyper)
-            if first:
-                check_result(self.__name__, "the new parameter", result)
-            new, new_state = result
-            if new.shape != theta.shape:  # at every step: hyper-parameters of one optimizer are not another's
+                if first:
+                    given.add("its state", list(state.values()))
+            new, new_state = checked_result(
+                self.__name__, "the new parameter", state, self.update(theta, grad, state, hyper)
+            )
+            if new.shape != theta.shape:
                 raise _grown(self.__name__, new, theta, hyper)
-            if state.keys() - new_state.keys():
-                raise _forgotten(self.__name__, state, new_state)
             new_thetas.append(new if new.dtype == theta.dtype else new.to(theta.dtype))
             new_states.append(new_state)
         if first:
@@ -117,17 +120,14 @@ class UpdatePlan:
 class _Given:
     """The tensors that an update is given, by what they are to it, and whether they have been written into."""
 
-    def __init__(
-        self, thetas: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[State], slots: Sequence[Any]
-    ) -> None:
-        self.tensors = [("its parameter", t) for t in thetas] + [("its gradient", t) for t in grads]
-        self.tensors += [(f"its state {name!r}", t) for state in states for name, t in state.items()]
-        hyper = "a hyper-parameter, or a buffer of a module (batch norm must be in evaluation mode: module.eval()),"
-        self.tensors += [(hyper, t) for t in slots if isinstance(t, Tensor)]
-        self.versions = [t._version for _, t in self.tensors]
+    def __init__(self) -> None:
+        self.noted: list[tuple[str, Tensor, int]] = []
+
+    def add(self, what: str, values: Sequence[Any]) -> None:
+        self.noted += [(what, v, v._version) for v in values if isinstance(v, Tensor)]
 
     def check_kept(self, name: str) -> None:
-        for (what, t), version in zip(self.tensors, self.versions, strict=True):
+        for what, t, version in self.noted:
             if t._version != version:
                 raise CaptureError(f"{name} changes {what} in place; it must return new tensors")
 
@@ -151,22 +151,21 @@ def checked_state(name: str, state: Any) -> State:
     return state
 
 
-def check_result(name: str, first: str, result: Any) -> None:
-    """Raise unless ``result`` is what ``name`` is to return: a tensor (``first``: which), and the new state."""
+def checked_result(name: str, first: str, state: State, result: Any) -> tuple[Tensor, State]:
+    """What ``name`` has returned: a tensor (``first``: which), and a new state with every name of ``state``."""
     fits = is_several(result) and len(result) == 2 and isinstance(result[0], Tensor) and _is_state(result[1])
     if not fits:
         raise TypeError(
             f"{name}: got {_outline(result)}, expected two results: {first}, and its new state as a dictionary of "
             "tensors by name ({} for none; torch.zeros(()) for a count)"
         )
-
-
-def _forgotten(name: str, state: State, new_state: State) -> WindowError:
-    missing = ", ".join(repr(k) for k in state if k not in new_state)
-    return WindowError(
-        f"{name}: the new state has no {missing}, as the state before the step has; return every name, also of what "
-        "stays as it is"
-    )
+    new, new_state = result
+    if missing := state.keys() - new_state.keys():
+        raise WindowError(
+            f"{name}: the new state has no {', '.join(map(repr, sorted(missing)))}, as the state before the step has; "
+            "return every name, also of what stays as it is"
+        )
+    return new, new_state
 
 
 def _grown(name: str, new: Tensor, theta: Tensor, hyper: dict[str, Any]) -> WindowError:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from metaoptim.compiler.ir.update import check_result, checked_state
+from metaoptim.compiler.ir.update import checked_result, checked_state
 from metaoptim.errors import WindowError
 
 from .hyper import Number, check_non_negative
@@ -85,9 +85,7 @@ class MetaLearned(MetaOptimizer):
         """One step for one parameter."""
         rule = hyper["rule"]
         name = f"{type(rule).__name__}.forward"
-        result = rule(param, grad, state)
-        check_result(name, "the step of the parameter", result)
-        step, new = result
+        step, new = checked_result(name, "the step of the parameter", state, rule(param, grad, state))
         if step.shape != param.shape:
             raise WindowError(
                 f"{name}: got a step of shape {tuple(step.shape)} for a parameter of shape {tuple(param.shape)}, which "
@@ -109,7 +107,7 @@ def _check_rule(rule: Any) -> None:
             f"MetaLearned: the rule {name} has no method init_state(param), which returns the state before the first "
             f"step, as a dictionary of tensors by name ({{}} for none): {contract}"
         )
-    if type(rule).forward is nn.Module.forward:
+    if type(rule).forward is nn.Module.forward and "forward" not in vars(rule):
         raise TypeError(
             f"MetaLearned: the rule {name} has no method forward(param, grad, state), which returns the step and the "
             f"new state: {contract}"
