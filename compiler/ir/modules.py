@@ -20,11 +20,13 @@ from torch import Tensor, nn
 from metaoptim.errors import CaptureError
 
 from .operators import is_named, is_several
-from .values import exact
 
 _ATOMS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout)
 _HOLDERS = ("_parameters", "_buffers")
-_BASE = vars(nn.Module()).keys() - {"training"}
+_PRISTINE = vars(nn.Module())
+_BASE = _PRISTINE.keys() - {"training"}
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+_OF_HOOKS = (*_HOOKS, *(name for name in _PRISTINE if name.startswith("_forward") and name not in _HOOKS))
 _CACHES = ("_flat_weights", "_flat_weight_refs")  # of torch's RNNs, which look whether these are their weights
 
 
@@ -47,7 +49,7 @@ class _Part(NamedTuple):
     """One of a module's modules, itself included."""
 
     kind: type[nn.Module]
-    base: dict[str, Any]  # what every module has: hooks and the like
+    hooks: dict[str, Any]  # on its forward
     own: dict[str, Any]  # its other attributes, but for tensors and modules
     tensors: dict[str, dict[str, int | None]]  # its parameters and buffers: places among the form's tensors
     modules: dict[str, int | None]  # places among the form's parts
@@ -72,7 +74,8 @@ class Form:
         made: list[nn.Module] = [object.__new__(part.kind) for part in self.parts]
         for m, part in zip(made, self.parts, strict=True):
             held = vars(m)
-            held.update(part.base)
+            held.update(_PRISTINE)
+            held.update(part.hooks)
             held.update((name, _copied(value)) for name, value in part.own.items())
             for kind, places in part.tensors.items():
                 held[kind] = {name: None if at is None else tensors[at] for name, at in places.items()}
@@ -148,13 +151,13 @@ def take_apart(module: nn.Module) -> tuple[Form, list[Tensor]]:
                 own[k] = _copied(value)
         if "_flat_weights" in held:
             own |= {"_flat_weights": [], "_flat_weight_refs": [lambda: None] * len(held["_flat_weight_refs"])}
-        base = {k: _copied(held[k]) for k in _BASE}
+        hooks = {k: copy.copy(held[k]) for k in _OF_HOOKS if held[k]}
         of = {kind: {n: at(t) for n, t in held[kind].items()} for kind in _HOLDERS}
         inner = {n: None if k is None else place[id(k)] for n, k in held["_modules"].items()}
-        parts.append(_Part(type(m), base, own, of, inner))
-        hooks = [_Same(h) for kind in ("_forward_pre_hooks", "_forward_hooks") for h in held[kind].values()]
+        parts.append(_Part(type(m), hooks, own, of, inner))
+        acting = [_Same(h) for kind in _HOOKS for h in held[kind].values()]
         code = getattr(m.forward, "__code__", None)  # reloading puts another one into the same class
-        keys.append((type(m), code, *hooks, *key, *(tuple(d.items()) for d in (*of.values(), inner))))
+        keys.append((type(m), code, *acting, *key, *(tuple(d.items()) for d in (*of.values(), inner))))
     return Form(parts, tuple(keys)), tensors
 
 
@@ -169,7 +172,7 @@ class _Unregistered(Exception):
 def _key(value: Any) -> Hashable:
     """Equal for values that are alike."""
     if isinstance(value, _ATOMS):
-        return type(value), *exact([value])
+        return type(value), value.hex() if isinstance(value, float) else value
     if is_several(value):
         return type(value), *map(_key, value)
     if is_named(value):
@@ -196,6 +199,8 @@ def _alike(a: Any, b: Any) -> bool:
 
 def _copied(value: Any) -> Any:
     """``value``, with lists and dictionaries of its own: whoever has it may go on changing them."""
+    if isinstance(value, _ATOMS):
+        return value
     if type(value) in (list, tuple):
         return type(value)(map(_copied, value))
     if is_named(value):
