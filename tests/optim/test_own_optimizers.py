@@ -107,17 +107,75 @@ class Inplace(SignDescent):
         return param.sub_(hyper["lr"] * grad), {}
 
 
+def own(
+    update: Any = lambda p, g, s, h: (p - h["lr"] * g, s), init: Any = lambda p, h: {"sum": torch.zeros_like(p)}
+) -> Any:
+    return type("Own", (SignDescent,), {"update": staticmethod(update), "init_state": staticmethod(init)})
+
+
+WRONG: dict[str, tuple[Any, type[Exception], str]] = {
+    "random numbers": (Langevin, metaoptim.CaptureError, "random numbers"),
+    "a count outside": (Forgetful, metaoptim.CaptureError, "pure function"),
+    "parameter in place": (Inplace, metaoptim.CaptureError, "Inplace.update changes its parameter in place"),
+    "state in place": (
+        own(lambda p, g, s, h: (p - h["lr"] * s["sum"].add_(g), s)),
+        metaoptim.CaptureError,
+        "changes its state in place",
+    ),
+    "no result": (own(lambda p, g, s, h: None), TypeError, "got None, expected two results: the new parameter"),
+    "no state": (
+        own(lambda p, g, s, h: p - h["lr"] * g),
+        TypeError,
+        r"got a tensor of shape \(4, 3\), expected two results",
+    ),
+    "state forgotten": (
+        own(lambda p, g, s, h: (p - h["lr"] * g, {})),
+        metaoptim.WindowError,
+        "the new state has no 'sum', as the state before",
+    ),
+    "state is a number": (
+        own(lambda p, g, s, h: (p - g, {"sum": 1})),
+        TypeError,
+        r"\{'sum': 1\}\), expected two results",
+    ),
+    "state is a list": (own(lambda p, g, s, h: (p - g, [g])), TypeError, "expected two results"),
+    "first state is a number": (
+        own(init=lambda p, h: {"sum": 0.0}),
+        TypeError,
+        r"got \{'sum': 0.0\}, expected a dictionary of tensors.*torch.zeros\(\(\)\) for a count",
+    ),
+    "first state is a list": (own(init=lambda p, h: [p]), TypeError, "expected a dictionary of tensors by name"),
+    "shape": (
+        own(lambda p, g, s, h: ((p - h["lr"] * g).sum(), s)),
+        metaoptim.WindowError,
+        r"parameter of shape \(4, 3\) would become one of shape \(\)",
+    ),
+}
+
+
+# a full tape differentiates what has run, whatever that was
+SEEN_BY_ALL = [n for n in WRONG if n not in ("random numbers", "a count outside")]
+
+
 @pytest.mark.parametrize(
-    ("optimizer", "match"),
-    [(Langevin, "random numbers"), (Forgetful, "pure function"), (Inplace, "in place")],
+    ("name", "strategy"), [*((n, "auto") for n in WRONG), *((n, "full_tape") for n in SEEN_BY_ALL)]
 )
-def test_impure_updates_are_refused(optimizer: Any, match: str) -> None:
+def test_wrong_updates_are_refused(name: str, strategy: str) -> None:
+    optimizer, error, match = WRONG[name]
     net = network()
     before = [p.detach().clone() for p in net.parameters()]
     inner = optimizer([net])
-    with pytest.raises(metaoptim.CaptureError, match=match), metaoptim.SlidingWindow():
+    with pytest.raises(error, match=match), metaoptim.SlidingWindow(strategy=strategy):
         inner.step(loss_of(net, 0))
     assert all(map(torch.equal, net.parameters(), before))
+    assert not inner.state_dict()["state"]
+
+
+def test_missing_methods() -> None:
+    with pytest.raises(TypeError, match="Without states no update; write it"):
+        type("Without", (MetaOptimizer,), {"init_state": staticmethod(lambda p, h: {})})([network()], {})
+    with pytest.raises(TypeError, match="WithSelf.update: got a method.*staticmethod"):
+        type("WithSelf", (MetaOptimizer,), {"update": lambda self, p, g, s, h: (p, s)})
 
 
 class _Doubled(torch.autograd.Function):
