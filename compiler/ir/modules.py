@@ -12,7 +12,7 @@ import copy
 import dataclasses
 import types
 from collections.abc import Hashable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,11 @@ _PRISTINE = vars(nn.Module())
 _BASE = _PRISTINE.keys() - {"training"}
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 _OF_HOOKS = (*_HOOKS, *(name for name in _PRISTINE if name.startswith("_forward") and name not in _HOOKS))
-_CACHES = ("_flat_weights", "_flat_weight_refs")  # of torch's RNNs, which look whether these are their weights
+_SCRIPTED: Any = torch.jit.ScriptModule
+_CACHES = (
+    "_flat_weights",
+    "_flat_weight_refs",
+)  # of torch's RNNs, which look whether these are their weights
 
 
 class _Same:
@@ -84,7 +88,7 @@ class Form:
 
     def check_kept(self, module: nn.Module, tensors: Sequence[Tensor]) -> None:
         """Raise if what `module` has made of ``tensors`` has been given other attributes since."""
-        for (path, m), part in zip(module.named_modules(), self.parts, strict=True):
+        for (path, m), part in zip(_named(module), self.parts, strict=True):
             held = vars(m)
             changed = [
                 name
@@ -112,7 +116,7 @@ def take_apart(module: nn.Module) -> tuple[Form, list[Tensor]]:
         CaptureError: for a module whose tensors cannot be told from what else it is.
     """
     name = type(module).__name__
-    named = list(module.named_modules())
+    named = _named(module)
     place = {id(m): i for i, (_, m) in enumerate(named)}
     tensors: list[Tensor] = []
     known: dict[int, int] = {}  # id of a tensor -> its place
@@ -129,7 +133,7 @@ def take_apart(module: nn.Module) -> tuple[Form, list[Tensor]]:
 
     for path, m in named:
         held = vars(m)
-        if isinstance(m, torch.jit.ScriptModule) or "forward" in held:
+        if isinstance(m, _SCRIPTED) or "forward" in held:
             raise CaptureError(
                 f"{name}: {repr(path) if path else 'it'} was made by torch.compile or torch.jit, or has a forward of "
                 "its own, with which its weights cannot be replaced; give the module that it was made from"
@@ -161,6 +165,12 @@ def take_apart(module: nn.Module) -> tuple[Form, list[Tensor]]:
     return Form(parts, tuple(keys)), tensors
 
 
+def _named(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Itself and the modules in it, with their paths; in one order for modules of one form."""
+    found: Any = module.named_modules()
+    return list(found)
+
+
 def _joined(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
@@ -177,10 +187,10 @@ def _key(value: Any) -> Hashable:
         return type(value), *map(_key, value)
     if is_named(value):
         return type(value), *((_key(k), _key(v)) for k, v in value.items())
-    if isinstance(value, (set, frozenset)):
+    if _is_set(value):
         return type(value), frozenset(map(_key, value))
     if _is_record(value):
-        return type(value), _key(vars(value))
+        return type(value), _key(vars(value))  # pyright: ignore[reportUnknownVariableType]
     if isinstance(value, Tensor):
         raise _Unregistered(f"a tensor of shape {tuple(value.shape)}")
     if isinstance(value, nn.Module):
@@ -208,13 +218,19 @@ def _copied(value: Any) -> Any:
         made.update((k, _copied(v)) for k, v in value.items())
         return made
     if _is_record(value):
-        made = copy.copy(value)
-        vars(made).update(_copied(vars(value)))
-        return made
-    return copy.copy(value) if isinstance(value, set) else value
+        record: Any = copy.copy(value)
+        vars(record).update(_copied(vars(value)))
+        return record
+    return copy.copy(value) if _is_set(value) else value
+
+
+def _is_set(value: object) -> TypeGuard[set[Any]]:
+    return isinstance(value, (set, frozenset))
 
 
 def _is_record(value: Any) -> bool:
     """Whether an object is no more than its attributes: settings, as a rule."""
     plain = isinstance(value, (types.SimpleNamespace, argparse.Namespace))
-    return plain or (dataclasses.is_dataclass(value) and not isinstance(value, type) and hasattr(value, "__dict__"))
+    return plain or (
+        dataclasses.is_dataclass(value) and not isinstance(value, type) and hasattr(value, "__dict__")
+    )

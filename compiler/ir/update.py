@@ -85,7 +85,9 @@ class UpdatePlan:
             given.add("its parameter", thetas)
             given.add("its gradient", grads)
             given.add("its state", [v for state in states for v in state.values()])
-            given.add("a hyper-parameter, or a buffer of a module (batch norm must be in evaluation mode),", slots)
+            given.add(
+                "a hyper-parameter, or a buffer of a module (batch norm must be in evaluation mode),", slots
+            )
         modules: list[tuple[ModuleRef, nn.Module]] = []
         groups = [{name: _fill(value, slots, modules) for name, value in group} for group in self.groups]
         if self.clip is not None:

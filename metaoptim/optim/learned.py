@@ -15,8 +15,9 @@ from .optimizer import MetaOptimizer, Params
 
 
 class MetaLearned(MetaOptimizer):
-    """A learned optimizer: the step of each parameter is what a module makes of its gradient (Andrychowicz et al. 2016,
-    arXiv 1606.04474, section 2).
+    """A learned optimizer: the step of each parameter is what a module makes of its gradient.
+
+    (Andrychowicz et al. 2016, arXiv 1606.04474, section 2.)
 
     θ' = θ - η d, where (d, s') = rule(θ, g, s).
 

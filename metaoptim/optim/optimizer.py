@@ -200,7 +200,8 @@ class MetaOptimizer(InnerOptimizer):
         packed = super().state_dict()
         packed["state"] = {k: {n: detached(v) for n, v in s.items()} for k, s in packed["state"].items()}
         packed["param_groups"] = [
-            {k: detached(v) for k, v in g.items() if not isinstance(v, nn.Module)} for g in packed["param_groups"]
+            {k: detached(v) for k, v in g.items() if not isinstance(v, nn.Module)}
+            for g in packed["param_groups"]
         ]
         return packed
 

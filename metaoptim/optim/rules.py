@@ -32,7 +32,9 @@ class _Rule(nn.Module):
     def _dtype(self, param: Tensor) -> torch.dtype:
         return torch.promote_types(param.dtype, next(self.parameters()).dtype)
 
-    def _moved(self, grad: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, list[Tensor], Tensor, dict[str, Tensor]]:
+    def _moved(
+        self, grad: Tensor, state: dict[str, Tensor]
+    ) -> tuple[Tensor, list[Tensor], Tensor, dict[str, Tensor]]:
         """The step count, the means of the gradient and the mean square (neither biased), and the new state."""
         step = state["step"] + 1
         count = step.detach().to(torch.float64)  # nothing is learnt through it
@@ -46,8 +48,9 @@ class _Rule(nn.Module):
 
 
 class PerParameterRule(_Rule):
-    """An update rule for `MetaLearned`: one small network for every entry of every parameter (Metz et al. 2022, arXiv
-    2203.11860; features as in Metz et al. 2020, arXiv 2009.11243).
+    """An update rule for `MetaLearned`: one small network for every entry of every parameter.
+
+    Its kind of network and features are those of Metz et al. 2020 (arXiv 2009.11243) and 2022 (arXiv 2203.11860).
 
     d = eˢ (m̂₀ / (√v̂ + eps) + a), where (a, s) = network(features) entry by entry, m̂ₖ are the means of the gradient with
     decays[k], and v̂ is the mean of its square. The last layer begins at zero, and the rule as Adam.
@@ -89,7 +92,11 @@ class PerParameterRule(_Rule):
         super().__init__(decays, beta2, eps)
         self.features = len(self.decays) + 6 + len(_TIMES)
         self.network = nn.Sequential(
-            nn.Linear(self.features, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, 2)
+            nn.Linear(self.features, hidden),
+            nn.SiLU(),
+            nn.Linear(hidden, hidden),
+            nn.SiLU(),
+            nn.Linear(hidden, 2),
         )
         _begin_at_zero(self.network[-1])
 
@@ -103,7 +110,13 @@ class PerParameterRule(_Rule):
         root = safe_sqrt(square) + self.eps
         directions = [mean / root for mean in means]
         scale, scale_of_grad = _rms(param), _rms(grad)
-        entries = [grad / scale_of_grad, *directions, _log(square) / 2, _log(param.square()) / 2, param / scale]
+        entries = [
+            grad / scale_of_grad,
+            *directions,
+            _log(square) / 2,
+            _log(param.square()) / 2,
+            param / scale,
+        ]
         tensor = torch.stack([scale.log() / 10, scale_of_grad.log() / 10]).to(weights)
         of_all = torch.cat([tensor, _embedded(count, weights)]).expand(*param.shape, -1)
         features = torch.cat([torch.stack(entries, -1).to(weights), of_all], -1)
@@ -112,8 +125,9 @@ class PerParameterRule(_Rule):
 
 
 class PerTensorRule(_Rule):
-    """An update rule for `MetaLearned`: a recurrent network that sets the step size and momentum of each parameter
-    tensor (the upper level of Wichrowska et al. 2017, arXiv 1703.04813, section 3).
+    """An update rule for `MetaLearned`: a recurrent network sets the step size and the momentum of each tensor.
+
+    (The tensor level of Wichrowska et al. 2017, arXiv 1703.04813, section 3.)
 
     d = eˢ Σₖ wₖ m̂ₖ / (√v̂ + eps), where (s, w) = (0, 1, 0, ..) + output(h'), h' = cell(statistics, h) of the tensor, m̂ₖ
     are the means of the gradient with decays[k], and v̂ is the mean of its square. The output begins at zero, and the

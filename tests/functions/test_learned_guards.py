@@ -30,7 +30,9 @@ class Rule(nn.Module):
 
     def forward(self, param: Tensor, grad: Tensor, state: dict) -> tuple[Tensor, dict]:
         m = 0.9 * state["m"] + grad * self.number * self.settings.k * self.listed[0] * self.held
-        return self.w * self.lin(m.unsqueeze(-1)).squeeze(-1) + grad * (0.1 if self.training else 0.2), {"m": m}
+        return self.w * self.lin(m.unsqueeze(-1)).squeeze(-1) + grad * (0.1 if self.training else 0.2), {
+            "m": m
+        }
 
 
 class World:

@@ -86,7 +86,9 @@ def by_hand(kind: str, offline: bool, window: int | None = None) -> dict[str, Te
             states = {n: {k: v.detach() for k, v in s.items()} for n, s in states.items()}
         loss = outer_loss(lambda x: functional_call(net, theta, (x,)), t)  # noqa: B023
         for (n, p), g in zip(
-            list(theta.items()), torch.autograd.grad(loss, list(theta.values()), create_graph=True), strict=True
+            list(theta.items()),
+            torch.autograd.grad(loss, list(theta.values()), create_graph=True),
+            strict=True,
         ):
             step, states[n] = rule(p, g, states.get(n) or rule.init_state(p))
             theta[n] = p - lr * step
@@ -94,7 +96,9 @@ def by_hand(kind: str, offline: bool, window: int | None = None) -> dict[str, Te
     return of(net, rule, lr)
 
 
-def inner_loop(net: nn.Module, rule: nn.Module, lr: Any, offline: bool, steps: int = T, **window: Any) -> Tensor:
+def inner_loop(
+    net: nn.Module, rule: nn.Module, lr: Any, offline: bool, steps: int = T, **window: Any
+) -> Tensor:
     inner = metaoptim.MetaLearned([net], rule, lr=lr)
     with metaoptim.SlidingWindow(offline=offline, **window):
         for t in range(steps):
@@ -281,7 +285,9 @@ def test_groups_have_rules_of_their_own() -> None:
             for t in range(T):
                 inner.step(outer_loss(net, t))
             outer_loss(net, T).backward()
-        grads.append({f"{n} {k}": p.grad for k, r in enumerate((first, second)) for n, p in r.named_parameters()})
+        grads.append(
+            {f"{n} {k}": p.grad for k, r in enumerate((first, second)) for n, p in r.named_parameters()}
+        )
     for other in grads:
         agree(other, grads[-1])
 

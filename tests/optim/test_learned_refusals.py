@@ -86,7 +86,11 @@ NO_RULES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "a class": (lambda: Rule, TypeError, "got <class .* as the rule"),
     "no init_state": (without("init_state"), TypeError, r"Without has no method init_state\(param\)"),
     "no forward": (without("forward"), TypeError, r"Without has no method forward\(param, grad, state\)"),
-    "compiled": (lambda: torch.compile(Rule(), backend="eager"), metaoptim.CaptureError, "made by torch.compile"),
+    "compiled": (
+        lambda: torch.compile(Rule(), backend="eager"),
+        metaoptim.CaptureError,
+        "made by torch.compile",
+    ),
     "own forward": (
         with_attribute("forward", lambda rule: lambda *args: args),
         metaoptim.CaptureError,
@@ -157,7 +161,11 @@ WRONG: dict[str, tuple[Callable[[], nn.Module], type[Exception], str]] = {
     ),
     "a buffer in place": (giving(forward=_counts), metaoptim.CaptureError, "buffer of a module .* in place"),
     "a buffer anew": (giving(forward=_rebinds), metaoptim.CaptureError, "Own sets its attribute 'count'"),
-    "an attribute": (giving(forward=_keeps), metaoptim.CaptureError, "Own sets its attribute 'last'.*as state"),
+    "an attribute": (
+        giving(forward=_keeps),
+        metaoptim.CaptureError,
+        "Own sets its attribute 'last'.*as state",
+    ),
     "batch norm": (Normalising, metaoptim.CaptureError, "batch norm must be in evaluation mode"),
     "dropout": (Dropping, metaoptim.CaptureError, r"random numbers.*dropout must be in evaluation mode"),
 }

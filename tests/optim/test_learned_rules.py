@@ -113,7 +113,8 @@ def test_parameters_of_any_shape(rule: type, shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize(
-    ("options", "match"), [({"decays": [0.9, 1.0]}, "decays"), ({"decays": []}, "decays"), ({"beta2": 1}, "beta2")]
+    ("options", "match"),
+    [({"decays": [0.9, 1.0]}, "decays"), ({"decays": []}, "decays"), ({"beta2": 1}, "beta2")],
 )
 def test_wrong_decays(rule: type, options: dict[str, Any], match: str) -> None:
     with pytest.raises(ValueError, match=match):

@@ -108,7 +108,8 @@ class Inplace(SignDescent):
 
 
 def own(
-    update: Any = lambda p, g, s, h: (p - h["lr"] * g, s), init: Any = lambda p, h: {"sum": torch.zeros_like(p)}
+    update: Any = lambda p, g, s, h: (p - h["lr"] * g, s),
+    init: Any = lambda p, h: {"sum": torch.zeros_like(p)},
 ) -> Any:
     return type("Own", (SignDescent,), {"update": staticmethod(update), "init_state": staticmethod(init)})
 
@@ -122,7 +123,11 @@ WRONG: dict[str, tuple[Any, type[Exception], str]] = {
         metaoptim.CaptureError,
         "changes its state in place",
     ),
-    "no result": (own(lambda p, g, s, h: None), TypeError, "got None, expected two results: the new parameter"),
+    "no result": (
+        own(lambda p, g, s, h: None),
+        TypeError,
+        "got None, expected two results: the new parameter",
+    ),
     "no state": (
         own(lambda p, g, s, h: p - h["lr"] * g),
         TypeError,
@@ -144,7 +149,11 @@ WRONG: dict[str, tuple[Any, type[Exception], str]] = {
         TypeError,
         r"got \{'sum': 0.0\}, expected a dictionary of tensors.*torch.zeros\(\(\)\) for a count",
     ),
-    "first state is a list": (own(init=lambda p, h: [p]), TypeError, "expected a dictionary of tensors by name"),
+    "first state is a list": (
+        own(init=lambda p, h: [p]),
+        TypeError,
+        "expected a dictionary of tensors by name",
+    ),
     "shape": (
         own(lambda p, g, s, h: ((p - h["lr"] * g).sum(), s)),
         metaoptim.WindowError,
@@ -174,7 +183,7 @@ def test_wrong_updates_are_refused(name: str, strategy: str) -> None:
 def test_missing_methods() -> None:
     with pytest.raises(TypeError, match="Without states no update; write it"):
         type("Without", (MetaOptimizer,), {"init_state": staticmethod(lambda p, h: {})})([network()], {})
-    with pytest.raises(TypeError, match="WithSelf.update: got a method.*staticmethod"):
+    with pytest.raises(TypeError, match=r"WithSelf.update: got a method.*staticmethod"):
         type("WithSelf", (MetaOptimizer,), {"update": lambda self, p, g, s, h: (p, s)})
 
 
