@@ -167,8 +167,8 @@ def take_apart(module: nn.Module) -> tuple[Form, list[Tensor]]:
 
 def _named(module: nn.Module) -> list[tuple[str, nn.Module]]:
     """Itself and the modules in it, with their paths; in one order for modules of one form."""
-    found: Any = module.named_modules()
-    return list(found)
+    of: Any = module
+    return list(of.named_modules())
 
 
 def _joined(path: str, name: str) -> str:
@@ -219,7 +219,7 @@ def _copied(value: Any) -> Any:
         return made
     if _is_record(value):
         record: Any = copy.copy(value)
-        vars(record).update(_copied(vars(value)))
+        record.__dict__.update(_copied(vars(value)))
         return record
     return copy.copy(value) if _is_set(value) else value
 
