@@ -104,7 +104,7 @@ class PerParameterRule(_Rule):
         self, param: Tensor, grad: Tensor, state: dict[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """(d, state') of one parameter tensor."""
-        dtype, weights = self._dtype(param), next(self.parameters()).dtype
+        dtype, weight = self._dtype(param), next(self.parameters())
         param, grad = param.to(dtype), grad.to(dtype)
         count, means, square, new = self._moved(grad, state)
         root = safe_sqrt(square) + self.eps
@@ -117,9 +117,9 @@ class PerParameterRule(_Rule):
             _log(param.square()) / 2,
             param / scale,
         ]
-        tensor = torch.stack([scale.log() / 10, scale_of_grad.log() / 10]).to(weights)
-        of_all = torch.cat([tensor, _embedded(count, weights)]).expand(*param.shape, -1)
-        features = torch.cat([torch.stack(entries, -1).to(weights), of_all], -1)
+        tensor = torch.stack([scale.log() / 10, scale_of_grad.log() / 10]).to(weight.dtype)
+        of_all = torch.cat([tensor, _embedded(count, weight)]).expand(*param.shape, -1)
+        features = torch.cat([torch.stack(entries, -1).to(weight.dtype), of_all], -1)
         added, log_scale = self.network(features).unbind(-1)
         return log_scale.exp() * (directions[0] + added), new
 
@@ -177,15 +177,15 @@ class PerTensorRule(_Rule):
         self, param: Tensor, grad: Tensor, state: dict[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """(d, state') of one parameter tensor."""
-        dtype, weights = self._dtype(param), next(self.parameters()).dtype
+        dtype, weight = self._dtype(param), next(self.parameters())
         param, grad = param.to(dtype), grad.to(dtype)
         count, means, square, new = self._moved(grad, state)
         scales = [_rms(t) for t in (grad, param, *means)]
         cosines = [_mean(grad * m) / (scales[0] * s) for m, s in zip(means, scales[2:], strict=True)]
         size = grad.new_tensor([math.log(max(param.numel(), 1)) / 10, param.dim() / 4])
         statistics = [torch.stack(scales).log() / 10, torch.stack(cosines), size]
-        x = torch.cat([*(s.to(weights) for s in statistics), _embedded(count, weights)])
-        hidden = new["hidden"] = self.cell(x, state["hidden"])
+        x = torch.cat([*(s.to(weight.dtype) for s in statistics), _embedded(count, weight)])
+        hidden = new["hidden"] = self.cell(x, state["hidden"].to(weight.dtype))
         log_scale, *mix = self.output(hidden).to(dtype).unbind()
         mean = sum((w * m for w, m in zip(mix, means, strict=True)), start=means[0])
         return log_scale.exp() * mean / (safe_sqrt(square) + self.eps), new
@@ -210,5 +210,6 @@ def _log(square: Tensor) -> Tensor:
     return (square + 1e-16).log() / 10
 
 
-def _embedded(count: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.tanh(count / count.new_tensor(_TIMES)).to(dtype)
+def _embedded(count: Tensor, like: Tensor) -> Tensor:
+    """The step number's features, with the dtype and device of ``like``."""
+    return torch.tanh(count / count.new_tensor(_TIMES)).to(like)

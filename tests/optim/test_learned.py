@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -259,6 +260,39 @@ def test_outer_steps_inside_an_online_window() -> None:
         found.append([p.detach() for p in rule.parameters()])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("kind", RULES)
+def test_clipped_and_first_order(kind: str) -> None:
+    grads = []
+    for options in ({"slots": 1}, {"strategy": "full_tape"}):
+        net, rule = made(kind)
+        max_norm = leaf(0.3)
+        inner = metaoptim.MetaLearned([net], rule, lr=0.2, first_order=True)
+        inner.reset_grad_normalizer(max_norm)
+        with metaoptim.SlidingWindow(offline=True, **options):
+            for t in range(T):
+                inner.step(outer_loss(net, t))
+            outer_loss(net, T).backward()
+        grads.append(of(net, rule, max_norm))
+    assert float(grads[0]["lr"].abs()) > 0
+    agree(grads[0], grads[1])
+
+
+def test_threads_share_a_rule() -> None:
+    """Each window has a network of its own; nobody's weights are put in the place of another's."""
+    _, rule = made("entries")
+    nets = [network() for _ in range(8)]
+
+    def gradients(net: nn.Module) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(inner_loop(net, rule, 0.2, True), list(rule.parameters()))
+
+    expected = gradients(nets[0])
+    with ThreadPoolExecutor(2) as pool:
+        for found in pool.map(gradients, nets):
+            assert all(
+                torch.allclose(a, b, rtol=1e-12, atol=1e-15) for a, b in zip(found, expected, strict=True)
+            )
 
 
 def test_programs_do_not_depend_on_the_number_of_steps() -> None:
