@@ -298,12 +298,11 @@ def test_threads_share_a_rule() -> None:
 def test_programs_do_not_depend_on_the_number_of_steps() -> None:
     counts = []
     for steps in (4, 7):
-        net, rule = made("entries")
         library.clear()
-        inner_loop(net, rule, 0.2, True, steps).backward()
+        inner_loop(network(), Small(), 0.2, True, steps).backward()
         in_window = len(library.steps())
         library.clear()
-        metaoptim.compile(inner_loop, backend="eager")(net, rule, 0.2, True, steps).backward()
+        metaoptim.compile(inner_loop, backend="eager")(network(), Small(), 0.2, True, steps).backward()
         counts.append((in_window, len(library.steps())))
     assert counts[0] == counts[1]
 
