@@ -23,15 +23,13 @@ from .operators import is_named, is_several
 
 _ATOMS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout)
 _HOLDERS = ("_parameters", "_buffers")
-_PRISTINE = vars(nn.Module())
-_BASE = _PRISTINE.keys() - {"training"}
+#: What every module has, and what makes it for a new one.
+_BASE: dict[str, Any] = {name: type(value) for name, value in vars(nn.Module()).items() if name != "training"}
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
-_OF_HOOKS = (*_HOOKS, *(name for name in _PRISTINE if name.startswith("_forward") and name not in _HOOKS))
+_OF_HOOKS = tuple(name for name in _BASE if name.startswith("_forward"))  # and which of them are given what
 _SCRIPTED: Any = torch.jit.ScriptModule
-_CACHES = (
-    "_flat_weights",
-    "_flat_weight_refs",
-)  # of torch's RNNs, which look whether these are their weights
+#: Of torch's RNNs, which look whether these are their weights.
+_CACHES = ("_flat_weights", "_flat_weight_refs")
 
 
 class _Same:
@@ -78,8 +76,8 @@ class Form:
         made: list[nn.Module] = [object.__new__(part.kind) for part in self.parts]
         for m, part in zip(made, self.parts, strict=True):
             held = vars(m)
-            held.update(_PRISTINE)
-            held.update(part.hooks)
+            held.update((name, new()) for name, new in _BASE.items())
+            held.update((name, copy.copy(value)) for name, value in part.hooks.items())
             held.update((name, _copied(value)) for name, value in part.own.items())
             for kind, places in part.tensors.items():
                 held[kind] = {name: None if at is None else tensors[at] for name, at in places.items()}
@@ -96,7 +94,7 @@ class Form:
                 if held["_buffers"].get(name) is not (None if at is None else tensors[at])
             ]
             if not part.kind.__module__.startswith("torch."):  # whose modules cache
-                own = held.keys() - _BASE
+                own = held.keys() - _BASE.keys()
                 changed += [
                     name
                     for name in sorted(own)
@@ -159,7 +157,11 @@ def take_apart(module: nn.Module) -> tuple[Form, list[Tensor]]:
         of = {kind: {n: at(t) for n, t in held[kind].items()} for kind in _HOLDERS}
         inner = {n: None if k is None else place[id(k)] for n, k in held["_modules"].items()}
         parts.append(_Part(type(m), hooks, own, of, inner))
-        acting = [_Same(h) for kind in _HOOKS for h in held[kind].values()]
+        acting = [
+            (kind, _Same(hook), *(i in held[name] for name in _OF_HOOKS))
+            for kind in _HOOKS
+            for i, hook in held[kind].items()
+        ]
         code = getattr(m.forward, "__code__", None)  # reloading puts another one into the same class
         keys.append((type(m), code, *acting, *key, *(tuple(d.items()) for d in (*of.values(), inner))))
     return Form(parts, tuple(keys)), tensors

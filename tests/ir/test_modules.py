@@ -132,6 +132,9 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "mode": lambda m: m.eval(),
     "tying": lambda m: setattr(m.lin, "bias", m.lin.weight),
     "hook": lambda m: m.lin.register_forward_hook(lambda module, args, out: out),
+    "hook with keywords": lambda m: m.lin.register_forward_hook(
+        lambda module, args, kwargs, out: out, with_kwargs=True
+    ),
     "no layer": lambda m: setattr(m, "lin", None),
 }
 
@@ -151,6 +154,16 @@ def test_forms_tell_what_has_changed_and_keep_what_was() -> None:
     assert (first.listed, first.named, first.both) == ([1, (2.0, [3])], {"a": [1]}, {1, 2})
     assert (first.settings, first.space.k, first.training) == (Settings(), [1], True)
     assert first.number == 0.0 and not hasattr(first, "more")
+
+
+def test_the_same_hook_before_and_after_is_not_the_same() -> None:
+    def hook(*args: Any) -> None:
+        pass
+
+    before, after = Plain(), Plain()
+    before.lin.register_forward_pre_hook(hook)
+    after.lin.register_forward_hook(hook)
+    assert take_apart(before)[0] != take_apart(after)[0]
 
 
 def test_what_a_module_does_to_its_lists_stays_its_own() -> None:
