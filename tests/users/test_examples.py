@@ -164,18 +164,17 @@ def test_long_horizon_tells_wrong_labels_from_right_ones(
 # -- learned-optimizer -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rule", ["entry", "tensor"])
 def test_learned_optimizer(
-    example: Callable[[str, str], ModuleType], rule: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    example: Callable[[str, str], ModuleType], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A few outer steps improve on the Adam that the rule begins as, on tasks held out."""
     module = example("learned-optimizer", "learned-optimizer")
-    args = ["--preset", "quick", "--rule", rule, "--iterations", "6", "--outer-rate", "0.05"]
-    found = module.main([*args, "--backend", "eager", "--out", str(tmp_path)])
+    args = ["--preset", "quick", "--iterations", "6", "--outer-rate", "0.05", "--out", str(tmp_path)]
+    found = module.main([*args, "--backend", "eager"])
     assert found["learned"] < 0.9 * found["began"]
     assert (tmp_path / "learned-optimizer.png").read_bytes().startswith(b"\x89PNG")
     assert "held out" in capsys.readouterr().out
-    again = module.RULES[rule](hidden=16)
+    again = metaoptim.PerParameterRule(hidden=16)
     again.load_state_dict(torch.load(tmp_path / "rule.pt", weights_only=True))
 
 
