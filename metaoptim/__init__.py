@@ -13,7 +13,7 @@ from .errors import (
     UnreachableWarning,
     WindowError,
 )
-from .optim import MetaAdam, MetaOptimizer, MetaRMSprop, MetaSGD, safe_sqrt
+from .optim import MetaAdam, MetaOptimizer, MetaRMSprop, MetaSGD, safe_sqrt, schedules, transforms
 from .plan import plan
 from .runtime.engine.progress import progress
 from .window import SlidingWindow, zero_nan_hook
@@ -40,6 +40,8 @@ __all__ = [
     "plan",
     "progress",
     "safe_sqrt",
+    "schedules",
+    "transforms",
     "zero_nan_hook",
 ]
 

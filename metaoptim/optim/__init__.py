@@ -4,10 +4,11 @@ In: networks and hyper-parameters. Out: pure update functions, and steps handed 
 `runtime` and what is below it.
 """
 
+from . import schedules, transforms
 from .adam import MetaAdam
 from .hyper import safe_sqrt
 from .optimizer import MetaOptimizer
 from .rmsprop import MetaRMSprop
 from .sgd import MetaSGD
 
-__all__ = ["MetaAdam", "MetaOptimizer", "MetaRMSprop", "MetaSGD", "safe_sqrt"]
+__all__ = ["MetaAdam", "MetaOptimizer", "MetaRMSprop", "MetaSGD", "safe_sqrt", "schedules", "transforms"]

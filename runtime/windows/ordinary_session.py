@@ -18,6 +18,7 @@ from metaoptim.compiler.capture.eager.recorder import Recorder
 from metaoptim.errors import LossError, WindowError, user_location, warn
 
 from . import oversights
+from .hyper import Scheduled
 from .networks import Networks
 from .session import Member, Options, Session, _current, current_session
 from .update import parameters_of
@@ -46,7 +47,7 @@ class OrdinarySession(Session):
         intercept.binding.set(self.networks.bind)
         self.recorder.__enter__()
 
-    def _take(self, member: Member, loss: Tensor, allow_unused: bool) -> None:
+    def _take(self, member: Member, schedules: Scheduled, loss: Tensor, allow_unused: bool) -> None:
         optimizer, name = member.optimizer, type(member.optimizer).__name__
         checked = self.options.check_finite or torch.is_anomaly_enabled()
         if checked and not bool(torch.isfinite(loss)):
@@ -59,12 +60,12 @@ class OrdinarySession(Session):
             named = [(self.networks.names[i], self.networks.shown[i]) for i in self.ordinals(optimizer)]
             before = [(f"step_{member.steps}:{name}", t.detach().clone()) for name, t in named]
             self._copied([t for _, t in before], now=False)
-        self._step(optimizer, loss, allow_unused)
-        optimizer._tape = [*(optimizer._tape if member.steps else ()), *before]
-        if member.steps == self.options.pickup_step:
+        super()._take(member, schedules, loss, allow_unused)
+        step = member.steps - 1
+        optimizer._tape = [*(optimizer._tape if step else ()), *before]
+        if step == self.options.pickup_step:
             self._pick(member)
-        self._tell_of_step(name, member.steps, loss)
-        member.steps += 1
+        self._tell_of_step(name, step, loss)
         if checked:
             self._check_finite(member)
 

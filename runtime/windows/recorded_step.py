@@ -26,7 +26,8 @@ from ..engine.engine import Engine
 from ..engine.inputs import Snapshot
 from .update import Update
 
-_pure: weakref.WeakSet = weakref.WeakSet()  # updates that have been seen not to write into their arguments
+# updates and transforms of gradients that have been seen not to write into their arguments
+_pure: weakref.WeakSet = weakref.WeakSet()
 
 
 @dataclass(slots=True)
@@ -203,7 +204,7 @@ def unrecorded(name: str, worst: float | None = None, scale: float | None = None
 def applied(update: Update, old: list[Tensor]) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
     """Υ, on copies the first time: an update that writes into its arguments must not reach the tape."""
     plan, grads, states, slots = update.plan, update.grads, update.states, update.slots
-    known = plan.update in _pure
+    known = _pure.issuperset(plan.functions)
     with torch.no_grad():
         if not known:
             old, grads = [t.clone() for t in old], [t.clone() for t in grads]
@@ -221,5 +222,5 @@ def applied(update: Update, old: list[Tensor]) -> tuple[list[Tensor], list[dict[
             ) from error
     if versions != [t._version for t in given]:
         raise CaptureError(f"{plan.__name__} changes its arguments in place; it must return new tensors")
-    _pure.add(plan.update)
+    _pure.update(plan.functions)
     return results
