@@ -94,7 +94,7 @@ class CapturedSession(Session):
     def open(self) -> None:
         """Begin: optimizers step here."""
         _current.set(self)
-        intercept.binding.set(self.networks.bind)
+        intercept.networks.set(self.networks)
         self.recorder.on_write = self._write
 
     def close(self, failed: bool) -> None:
@@ -117,7 +117,7 @@ class CapturedSession(Session):
             with tracer.paused():
                 self.networks.restore()
             tracer.on_write = lambda t, directly: None
-            intercept.binding.set(None)
+            intercept.networks.set(None)
             _current.set(None)
             self.members.clear()
 

@@ -44,7 +44,7 @@ class OrdinarySession(Session):
         oversights.remember(None)
         _current.set(self)
         intercept.recording.set(self.recorder)
-        intercept.binding.set(self.networks.bind)
+        intercept.networks.set(self.networks)
         self.recorder.__enter__()
 
     def _take(self, member: Member, schedules: Scheduled, loss: Tensor, allow_unused: bool) -> None:
@@ -53,7 +53,7 @@ class OrdinarySession(Session):
         if checked and not bool(torch.isfinite(loss)):
             raise LossError(
                 f"{name}.step {member.steps} (counted from 0): the inner loss is {float(loss.detach())}, expected "
-                "a finite number; lower the learning rate, clip with reset_grad_normalizer(), or mend the loss"
+                "a finite number; lower the learning rate, clip with metaoptim.transforms, or mend the loss"
             )
         before = []
         if self.options.record_grad_tape:
@@ -88,18 +88,11 @@ class OrdinarySession(Session):
                 raise LossError(
                     f"{type(member.optimizer).__name__}.step {member.steps - 1} (counted from 0) made parameter "
                     f"{self.networks.names[i]!r} non-finite: its gradient or the update overflows; lower the learning "
-                    "rate, or clip with reset_grad_normalizer()"
+                    "rate, or clip with metaoptim.transforms"
                 )
 
     def _tell_of_step(self, name: str, step: int, loss: Tensor) -> None:
         """Warn of what the step just taken has taken no notice of; on the CPU, where nobody waits, look at its loss."""
-        if clipped := self.recorder.clipped:
-            self.recorder.clipped = ""
-            warn(
-                f"the gradients of the window's parameters were clipped at {clipped}, which {name}.step takes no "
-                "notice of: it takes the gradient of the loss itself. Clip inner gradients with "
-                f"{name}.reset_grad_normalizer(max_norm)"
-            )
         if self._differentiated and (where := self._differentiated.get(loss)) is not None:
             warn(
                 f"loss.backward() at {where} has added the gradient of an inner loss to .grad, where the meta-gradient "
@@ -169,7 +162,7 @@ class OrdinarySession(Session):
                     member.optimizer._session = None
                 self.recorder.close()
                 intercept.recording.set(None)
-                intercept.binding.set(None)
+                intercept.networks.set(None)
                 _current.set(None)
                 intercept.patches.uninstall()
                 oversights.remember(ended)
