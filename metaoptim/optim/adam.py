@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .hyper import Number, active, check_non_negative, is_symbolic, safe_sqrt
+from .hyper import Number, Schedule, active, check_non_negative, is_symbolic, safe_sqrt
 from .optimizer import MetaOptimizer, Params, Transforms
 
 
@@ -66,7 +66,7 @@ class MetaAdam(MetaOptimizer):
     ) -> None:
         check_non_negative(lr=lr, eps=eps, weight_decay=weight_decay, eps_root=eps_root)
         for i, beta in enumerate(betas):
-            if callable(beta) or (isinstance(beta, Tensor) and is_symbolic()):
+            if isinstance(beta, Schedule) or (isinstance(beta, Tensor) and is_symbolic()):
                 continue
             value = float(beta.detach()) if isinstance(beta, Tensor) else beta
             if not 0.0 <= value < 1.0:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
@@ -12,9 +11,10 @@ from torch.optim import lr_scheduler
 from metaoptim.compiler.capture.intercept import recording
 from metaoptim.errors import WindowError
 from metaoptim.runtime.windows.hyper import Scheduled
+from metaoptim.runtime.windows.schedule import Schedule
 
-#: A hyper-parameter: a number, a tensor, or a schedule: a function of the optimizer's step count that gives one.
-Number: TypeAlias = float | Tensor | Callable[[Tensor], float | Tensor]
+#: A hyper-parameter: a number, a tensor, or a function of the optimizer's step count.
+Number: TypeAlias = float | Tensor | Schedule
 _in_place = lr_scheduler._update_param_group_val  # torch writes the next rate into the tensor of the last one
 
 
@@ -29,14 +29,14 @@ def as_number(value: Any, schedules: Scheduled) -> Any:
     """A hyper-parameter as the ``state_dict`` of torch's optimizers has it: detached, with schedules' values of now."""
     if isinstance(value, tuple):
         return tuple([as_number(v, schedules) for v in value])
-    return float(schedules.at(value)) if callable(value) else detached(value)
+    return float(schedules.at(value)) if isinstance(value, Schedule) else detached(value)
 
 
 def learned(value: Any) -> bool:
     """Whether a hyper-parameter requires grad or is a schedule, or one of a tuple of them."""
     if isinstance(value, Tensor):
         return value.requires_grad
-    return callable(value) or (isinstance(value, tuple) and any(map(learned, value)))
+    return isinstance(value, Schedule) or (isinstance(value, tuple) and any(map(learned, value)))
 
 
 def active(hyper: Any) -> bool:
@@ -53,10 +53,11 @@ def is_symbolic() -> bool:
 def check_non_negative(**hyper: Any) -> None:
     """Raise ValueError for a negative number, by name."""
     for name, value in hyper.items():
-        if callable(value):
+        if isinstance(value, Schedule):
             continue
         if not isinstance(value, (int, float, Tensor)):
-            raise TypeError(f"{name}: got {value!r}, expected a number, a tensor or a schedule")
+            hint = ": metaoptim.schedules.Schedule(f)" if callable(value) else ""
+            raise TypeError(f"{name}: got {value!r}, expected a number, a tensor or a schedule{hint}")
         if isinstance(value, Tensor) and is_symbolic():
             continue
         smallest = float(value.detach().min()) if isinstance(value, Tensor) else value
@@ -91,7 +92,7 @@ def safe_sqrt(x: Tensor) -> Tensor:
 def _set_rate(param_group: dict[str, Any], key: str, val: float | Tensor) -> None:
     """Let a learnt rate be followed by what was computed from it, with its gradient."""
     rate = param_group[key]
-    if callable(rate):
+    if isinstance(rate, Schedule):
         raise WindowError(
             f"a scheduler of torch drives {key!r}, which is a schedule of the optimizer's own steps: {rate!r}; join or "
             "multiply schedules (metaoptim.schedules), or give the optimizer a number or a tensor"

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from metaoptim.errors import WindowError
 from metaoptim.runtime.windows.hyper import scheduled
+from metaoptim.runtime.windows.schedule import Schedule
 from metaoptim.runtime.windows.session import current_session
 from metaoptim.runtime.windows.transform import Apply, Transform, as_transforms
 from metaoptim.runtime.windows.update import InnerOptimizer, parameters_of
 
 from .groups import check_misspelt, check_network, group_of, matching, own
 from .hyper import Number, as_number, detached, is_symbolic, learned
-from .schedules import Schedule
 from .transforms import clip_global_norm
 
 #: What an optimizer trains: networks, or groups (see `MetaOptimizer`).
@@ -119,7 +119,7 @@ class MetaOptimizer(InnerOptimizer):
         return self._transforms
 
     @transforms.setter
-    def transforms(self, transforms: Transforms) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def transforms(self, transforms: Transforms) -> None:
         self._transforms = as_transforms(transforms, type(self).__name__)
 
     # -- torch.optim's interface ---------------------------------------------------------------------------------
@@ -223,7 +223,9 @@ class MetaOptimizer(InnerOptimizer):
         packed["state"] = {k: {n: detached(v) for n, v in s.items()} for k, s in packed["state"].items()}
         with torch.no_grad():
             now = scheduled(self)
-        packed["param_groups"] = [{k: as_number(v, now) for k, v in g.items()} for g in packed["param_groups"]]
+        packed["param_groups"] = [
+            {k: as_number(v, now) for k, v in g.items()} for g in packed["param_groups"]
+        ]
         return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

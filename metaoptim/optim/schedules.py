@@ -1,21 +1,20 @@
 """Schedules: hyper-parameters that are functions of the step count, with numbers that may be learnt.
 
-A hyper-parameter of a `MetaOptimizer`, or of a transform, that can be called is a schedule: before every step it is
-called with the number of steps that the optimizer has taken so far. Any pure function of a tensor will do. Those here
-are `Schedule`s: they may be joined, multiplied by one another and by numbers, and their own numbers set anew. Names,
-arguments and values are those of optax where it has the same one.
+A hyper-parameter of a `MetaOptimizer`, or of a transform, may be a `Schedule`: before every step it is called with the
+number of steps that the optimizer has taken so far. Schedules may be joined, and multiplied by one another and by
+numbers. Names, arguments and values are those of optax where it has the same one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from metaoptim.compiler.ir.update import name_of
+from metaoptim.runtime.windows.schedule import Schedule
 
 __all__ = [
     "Schedule",
@@ -34,57 +33,6 @@ Number: TypeAlias = float | Tensor
 Hyper = dict[str, Any]
 
 
-class Schedule:
-    """A pure function of the step count, with numbers by name: ``schedule(step)``.
-
-    ``a * b`` is the product of two schedules, or of one and a number or tensor.
-
-    Args:
-        at: ``(step, hyper) -> value``; ``step`` is a 0-dim float64 tensor that is not negative and counts from 0. It
-            has no value while a function is captured, so that it decides by `torch.where`, not by ``if``.
-        **hyper: what ``at`` finds in ``hyper``, by name. A tensor that requires grad receives a meta-gradient.
-
-    Attributes:
-        hyper: these numbers, a dictionary. Values that are set in it hold from the next step on.
-
-    Example:
-        >>> schedule = metaoptim.schedules.Schedule(lambda step, hyper: hyper["lr"] / (1 + step).sqrt(), lr=0.2)
-        >>> float(schedule(3))
-        0.1
-        >>> float((schedule * 0.5)(3))
-        0.05
-    """
-
-    def __init__(self, at: Callable[[Tensor, Hyper], Number], /, **hyper: Any) -> None:
-        if not callable(at):
-            raise TypeError(f"Schedule: got {at!r}, expected a function (step, hyper) -> number or tensor")
-        self.at, self.hyper = at, hyper
-
-    def __call__(self, step: Number) -> Tensor:
-        """The value after ``step`` steps: a tensor, of float64 where no number is a tensor of another type."""
-        count = torch.as_tensor(step, dtype=torch.float64)
-        value = self.at(count, self.hyper)
-        return value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64)
-
-    def __mul__(self, other: Number | Callable[[Tensor], Number]) -> Schedule:
-        if not (isinstance(other, (int, float, Tensor)) or callable(other)):
-            return NotImplemented
-        return Schedule(_product, first=self, second=other)
-
-    __rmul__ = __mul__
-
-    def __repr__(self) -> str:
-        return f"{name_of(self.at)}({', '.join(f'{k}={v!r}' for k, v in self.hyper.items())})"
-
-
-def _value(of: Any, step: Tensor) -> Number:
-    return of(step) if callable(of) else of
-
-
-def _product(step: Tensor, hyper: Hyper) -> Number:
-    return _value(hyper["first"], step) * _value(hyper["second"], step)
-
-
 def constant(value: Number) -> Schedule:
     """A value that stays: as good as the number itself, and something to join.
 
@@ -100,7 +48,11 @@ def _constant(step: Tensor, hyper: Hyper) -> Number:
 
 
 def polynomial(
-    init_value: Number, end_value: Number, power: Number, transition_steps: Number, transition_begin: Number = 0
+    init_value: Number,
+    end_value: Number,
+    power: Number,
+    transition_steps: Number,
+    transition_begin: Number = 0,
 ) -> Schedule:
     """From one value to another: (a - b) (1 - s)^p + b, with s = min(max(t - t₀, 0) / T, 1).
 
@@ -297,13 +249,19 @@ def table(values: Tensor | Sequence[float], steps: int = 1, *, interpolate: bool
     if not isinstance(values, Tensor):
         values = torch.tensor(list(values), dtype=torch.float64)
     if not values.dim() or not len(values):
-        raise ValueError(f"values: got a tensor of shape {tuple(values.shape)}, expected one value or more in a row")
+        raise ValueError(
+            f"values: got a tensor of shape {tuple(values.shape)}, expected one value or more in a row"
+        )
     return Schedule(_lines if interpolate else _held, values=values, steps=steps)
 
 
 def _held(step: Tensor, hyper: Hyper) -> Tensor:
     values = hyper["values"]
-    return values[(step / hyper["steps"]).floor().clamp(max=len(values) - 1).long()]
+    return _row(values, (step / hyper["steps"]).floor().clamp(max=len(values) - 1))
+
+
+def _row(values: Tensor, at: Tensor) -> Tensor:
+    return values[at.long().reshape(1)].squeeze(0)  # an index without dimensions would be asked for its value
 
 
 def _lines(step: Tensor, hyper: Hyper) -> Tensor:
@@ -312,10 +270,10 @@ def _lines(step: Tensor, hyper: Hyper) -> Tensor:
     low = at.floor()
     high = (low + 1).clamp(max=len(values) - 1)
     part = (at - low).to(values.dtype)
-    return (1 - part) * values[low.long()] + part * values[high.long()]
+    return (1 - part) * _row(values, low) + part * _row(values, high)
 
 
-def join(schedules: Sequence[Callable[[Tensor], Number]], boundaries: Sequence[Number]) -> Schedule:
+def join(schedules: Sequence[Schedule], boundaries: Sequence[Number]) -> Schedule:
     """One schedule after the other; each begins to count when its turn comes.
 
     Args:
@@ -339,7 +297,7 @@ def join(schedules: Sequence[Callable[[Tensor], Number]], boundaries: Sequence[N
     return Schedule(_join, schedules=list(schedules), boundaries=list(boundaries))
 
 
-def _join(step: Tensor, hyper: Hyper) -> Number:
+def _join(step: Tensor, hyper: Hyper) -> Tensor:
     first, *later = hyper["schedules"]
     value = first(step)
     for boundary, schedule in zip(hyper["boundaries"], later, strict=True):
@@ -347,7 +305,7 @@ def _join(step: Tensor, hyper: Hyper) -> Number:
     return value
 
 
-def warmup(schedule: Callable[[Tensor], Number], warmup_steps: int, init_value: Number = 0.0) -> Schedule:
+def warmup(schedule: Schedule, warmup_steps: int, init_value: Number = 0.0) -> Schedule:
     """A linear warm-up to the first value of another schedule, which follows it.
 
     Args:

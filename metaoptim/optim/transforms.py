@@ -1,13 +1,14 @@
 """Transforms of inner gradients, in front of any inner optimizer: clipping, decay, masks, scale, and one's own.
 
-``transforms=[...]`` of a `MetaOptimizer` is applied in order to the gradients of each inner step before its update. Each
-is a `Transform`: a pure function, which is part of the step and differentiated with it, numbers that may be learnt, and
-the parameters that it acts on.
+``transforms=[...]`` of a `MetaOptimizer` is applied in order to the gradients of each inner step, before its update.
+Each is a `Transform`: a pure function, which is part of the step and differentiated with it, numbers that may be
+learnt, and the parameters that it acts on.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -259,11 +260,11 @@ def _clip_global_norm(order: float) -> Apply:
 def _finite_norm(order: float) -> Callable[[list[Tensor], Hyper], str | None]:
     def check(grads: list[Tensor], hyper: Hyper) -> str | None:
         norm = float(_total(grads, order))
-        if torch.isfinite(torch.tensor(norm)):
+        if math.isfinite(norm):
             return None
         return (
-            f"the norm of the inner gradient is {norm} and error_if_nonfinite is set; fix the loss or clip without it"
+            f"the norm of the inner gradient is {norm} and error_if_nonfinite is set; fix the loss or clip without "
+            "it"
         )
 
     return check
-

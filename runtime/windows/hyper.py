@@ -11,6 +11,7 @@ from torch import Tensor
 from metaoptim.compiler.ir.update import HyperRef
 from metaoptim.compiler.ir.values import Number
 
+from .schedule import Schedule
 from .transform import Transform
 
 if TYPE_CHECKING:
@@ -24,28 +25,28 @@ _NUMBERS = (int, float, Tensor)
 class Scheduled(NamedTuple):
     """An optimizer's schedules at a step."""
 
-    values: Mapping[int, Any]  # id of a schedule -> its value
+    values: Mapping[int, Tensor]  # id of a schedule -> its value
     after: Tensor | None  # the count after the step; None where nothing is counted
 
     def at(self, value: Any) -> Any:
         """A hyper-parameter with the values of schedules in their place."""
         if isinstance(value, (tuple, list)):
             return tuple([self.at(v) for v in value])
-        return self.values[id(value)] if id(value) in self.values else value
+        return self.values.get(id(value), value)
 
 
 _NONE = Scheduled({}, None)
 
 
-def schedules_of(optimizer: InnerOptimizer) -> list[Callable[[Tensor], Any]]:
-    """The hyper-parameters that are functions of the step count, each once."""
-    found: dict[int, Any] = {}
+def schedules_of(optimizer: InnerOptimizer) -> list[Schedule]:
+    """The hyper-parameters that are schedules, each once."""
+    found: dict[int, Schedule] = {}
 
     def note(value: Any) -> None:
         if isinstance(value, (tuple, list)):
             for v in value:
                 note(v)
-        elif callable(value):
+        elif isinstance(value, Schedule):
             found[id(value)] = value
 
     for value in _hyper_parameters(optimizer):
@@ -57,7 +58,12 @@ def _hyper_parameters(optimizer: InnerOptimizer) -> Iterator[Any]:
     for group in optimizer.param_groups:
         for name in optimizer.defaults:
             yield group[name]
-    for transform in optimizer.transforms:
+    for k, transform in enumerate(optimizer.transforms):
+        if not isinstance(transform, Transform):
+            raise TypeError(
+                f"{type(optimizer).__name__}.transforms[{k}] is {transform!r}, expected a transform: write "
+                "metaoptim.transforms.Transform(function), or set inner.transforms = [function]"
+            )
         yield from transform.hyper.values()
 
 
@@ -79,15 +85,7 @@ def scheduled(optimizer: InnerOptimizer) -> Scheduled:
     with torch.enable_grad():
         count = count_of(optimizer).detach()
         step = count.to(torch.float64)
-        values: dict[int, Any] = {}
-        for schedule in schedules:
-            value = values[id(schedule)] = schedule(step)
-            if not isinstance(value, _NUMBERS):
-                raise TypeError(
-                    f"{type(optimizer).__name__}: the schedule {schedule!r} gives {value!r}, expected a number or a "
-                    "tensor"
-                )
-        return Scheduled(values, count + 1)
+        return Scheduled({id(schedule): schedule(step) for schedule in schedules}, count + 1)
 
 
 class Hyper(NamedTuple):
@@ -128,8 +126,8 @@ def hyper_of(
             value = schedules.at(group[name])
             if type(default) in _NUMBERS and not isinstance(value, _NUMBERS):
                 raise TypeError(
-                    f"{type(optimizer).__name__}: param_groups[{k}][{name!r}] is {value!r}, expected a number or "
-                    "a tensor"
+                    f"{type(optimizer).__name__}: param_groups[{k}][{name!r}] is {value!r}, expected a number, "
+                    "a tensor or a schedule (metaoptim.schedules)"
                 )
             found.append((name, template(value)))
         groups.append(tuple(found))

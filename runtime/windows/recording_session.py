@@ -213,9 +213,7 @@ class RecordedSession(OrdinarySession):
             optimizer, self.networks, members, grads, hyper, allow_unused=allow_unused, prepare=prepare
         )
 
-    def _sync_opt_state(
-        self, optimizer: InnerOptimizer, schedules: Scheduled, ordinals: list[int]
-    ) -> bool:
+    def _sync_opt_state(self, optimizer: InnerOptimizer, schedules: Scheduled, ordinals: list[int]) -> bool:
         """Bring optimizer state that is not on the tape (new, from before the window, or just loaded) onto it.
 
         Returns whether there are initial states that depend on their parameter: those must be part of the step.

@@ -52,7 +52,9 @@ class Transform:
     def __init__(self, apply: Apply, /, *, mask: Mask | None = None, **hyper: Any) -> None:
         name = name_of(apply)
         if not callable(apply) or isinstance(apply, (nn.Module, Transform)):
-            raise TypeError(f"a transform of gradients: got {name}, expected a function (grads, params, hyper)")
+            raise TypeError(
+                f"a transform of gradients: got {name}, expected a function (grads, params, hyper)"
+            )
         if any(isinstance(value, (Tensor, nn.Module)) for value in closed_over(apply)):
             raise TypeError(
                 f"the transform {name} closes over a tensor or a module, whose gradient would be lost; hand it over by "

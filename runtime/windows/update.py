@@ -28,7 +28,6 @@ class InnerOptimizer(torch.optim.Optimizer):
     symbolic: bool  # made while a function is captured, with which it ends
     _networks: list[nn.Module]
     _whole: list[nn.Module | None]  # per group, the module all of whose parameters are in it
-    transforms: list[Transform]  # of the inner gradients, in order
     _tape: list[tuple[str, Tensor]]  # what ``record_grad_tape`` keeps
     _session: Session | None  # the window that it is in use by
 
@@ -42,6 +41,11 @@ class InnerOptimizer(torch.optim.Optimizer):
         param: Tensor, grad: Tensor, state: dict[str, Tensor], hyper: dict[str, Any]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """``(param', state')``; pure, and differentiable by ``param``, ``grad``, ``state`` and tensors in ``hyper``."""
+        raise NotImplementedError
+
+    @property
+    def transforms(self) -> list[Transform]:
+        """What is done to the inner gradients before the update, in order."""
         raise NotImplementedError
 
     @property
@@ -152,9 +156,7 @@ def update_by(
     init = type(optimizer).init_state if initial else None
     group_of = tuple([k for _, k, _ in used])
     plans = tuple([plan for _, plan in transforms])
-    plan = UpdatePlan(
-        type(optimizer).update, hyper.groups, group_of, tuple(map(tuple, states)), plans, init
-    )
+    plan = UpdatePlan(type(optimizer).update, hyper.groups, group_of, tuple(map(tuple, states)), plans, init)
     return Update(ordinals, inner, hooks, states, plan, hyper.slots)
 
 
