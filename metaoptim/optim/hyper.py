@@ -29,7 +29,8 @@ def as_number(value: Any, schedules: Scheduled) -> Any:
     """A hyper-parameter as the ``state_dict`` of torch's optimizers has it: detached, with schedules' values of now."""
     if isinstance(value, tuple):
         return tuple([as_number(v, schedules) for v in value])
-    return float(schedules.at(value)) if isinstance(value, Schedule) else detached(value)
+    now = detached(schedules.at(value))
+    return now.item() if isinstance(value, Schedule) and now.numel() == 1 else now
 
 
 def learned(value: Any) -> bool:

@@ -238,11 +238,11 @@ def table(values: Tensor | Sequence[float], steps: int = 1, *, interpolate: bool
         ValueError: for no values, or a number of steps that is not positive.
 
     Example:
-        >>> values = torch.tensor([1.0, 0.5, 0.2], requires_grad=True)
+        >>> values = torch.tensor([1.0, 0.5, 0.25], requires_grad=True)
         >>> schedule = metaoptim.schedules.table(values, steps=10)
-        >>> [float(schedule(t)) for t in (9, 10, 99)]
-        [1.0, 0.5, 0.20000000298023224]
-        >>> float(metaoptim.schedules.table(values, steps=10, interpolate=True)(5))
+        >>> [schedule(t).item() for t in (9, 10, 99)]
+        [1.0, 0.5, 0.25]
+        >>> metaoptim.schedules.table(values, steps=10, interpolate=True)(5).item()
         0.75
     """
     _check_positive(steps=steps)

@@ -124,6 +124,7 @@ def descent(**options: Any) -> Make:
     """Gradient descent whose options may be functions of the metas."""
 
     def make(net: nn.Module, metas: Metas) -> MetaOptimizer:
-        return MetaSGD([net], **{k: v(metas) if callable(v) else v for k, v in options.items()})
+        given: dict[str, Any] = {k: v(metas) if callable(v) else v for k, v in options.items()}
+        return MetaSGD([net], **given)
 
     return make

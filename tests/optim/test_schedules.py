@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 import metaoptim
-from by_hand import FORMS, STEPS, Metas, by_hand, data, descent, equal, in_function, network
+from by_hand import FORMS, STEPS, Metas, by_hand, data, descent, equal, in_function, leaves, network
 from metaoptim import MetaAdam, MetaSGD, schedules
 from metaoptim.compiler.lower.library import library
 from metaoptim.optim.schedules import Schedule
@@ -205,7 +205,7 @@ def test_the_count_goes_on_over_windows_and_state_dicts(name: str, form: str) ->
         with metaoptim.SlidingWindow() as window:
             for x, y in window.scan(xs, ys):
                 inner.step((net(x) - y).square().mean())
-            return net(x).sum()
+            return net(xs).sum()
 
     step: Callable[[int], Any] = (lambda t: compiled(xs[t], ys[t])) if form == "steps" else plain
     if form == "function":
@@ -273,8 +273,6 @@ def test_it_counts_steps_also_of_parameters_that_are_not_used() -> None:
 
 @pytest.mark.parametrize("name", ["warmup", "table", "piecewise"])
 def test_steps_share_a_program(name: str) -> None:
-    from by_hand import leaves
-
     values, made, _ = CASES[name]
     net, sizes = network(), []
     inner = MetaSGD([net], lr=made(leaves(values)))
