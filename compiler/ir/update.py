@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,7 +34,8 @@ def name_of(fn: Any) -> str:
 class TransformPlan:
     """What is done to the inner gradients before the update, but for the values it is done with."""
 
-    apply: Callable[..., Sequence[Tensor]]  # pure: (grads, params, hyper) -> grads'
+    apply: Callable[..., Sequence[Tensor]] = field(compare=False)  # pure: (grads, params, hyper) -> grads'
+    key: Hashable  # equal for functions that do the same
     hyper: tuple[tuple[str, Any], ...]  # names and constants, `HyperRef`s or tuples of these
     places: tuple[int, ...] | None  # which of the updated parameters it acts on; None for all
 

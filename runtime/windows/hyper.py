@@ -80,7 +80,7 @@ def count_of(optimizer: InnerOptimizer) -> Tensor:
 def scheduled(optimizer: InnerOptimizer) -> Scheduled:
     """Evaluate an optimizer's schedules at its count, in sight of whoever records."""
     schedules = schedules_of(optimizer)
-    if not schedules:
+    if not schedules and COUNT not in optimizer.state:
         return _NONE
     with torch.enable_grad():
         count = count_of(optimizer).detach()

@@ -28,7 +28,8 @@ class Transform:
             (those of ``net.named_parameters()``, matched as by `fnmatch.fnmatchcase`), several of them, or a function
             ``name -> bool``. None for all.
         **hyper: what ``apply`` finds in ``hyper``, by name. A tensor that requires grad receives a meta-gradient; a
-            number may change between steps; a schedule is evaluated at each step; anything else is a constant.
+            float may change between steps without a new program; a schedule is evaluated at each step; anything else,
+            integers too, is a constant.
 
     Attributes:
         hyper: these numbers, a dictionary. Values that are set in it hold from the next step on.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from metaoptim.compiler.ir.slices import hook_key
 from metaoptim.compiler.ir.update import TransformPlan, UpdatePlan
 from metaoptim.compiler.ir.values import Spy
 from metaoptim.compiler.passes.build import GradientHooks
@@ -191,7 +192,9 @@ def _transforms(
                 )
             places = tuple([at for at, i in enumerate(ordinals) if (i in matched) is not transform.inverted])
         if places != ():
-            found.append((transform, TransformPlan(transform.apply, values, places)))
+            found.append(
+                (transform, TransformPlan(transform.apply, hook_key(transform.apply), values, places))
+            )
     return found
 
 

@@ -175,6 +175,25 @@ def test_changes_hold_from_the_next_step_on(compiled: bool) -> None:
     assert all(a != b for a, b in itertools.pairwise(seen)) and seen[0] == seen[-1]
 
 
+def test_a_function_is_what_it_closes_over() -> None:
+    net, (xs, ys) = network(), data()
+    size = 1.0
+
+    def scaled(grads: list[Tensor], params: list[Tensor], hyper: dict[str, Any]) -> list[Tensor]:
+        return [size * g for g in grads]
+
+    def gradient(inner: MetaSGD) -> Tensor:
+        with metaoptim.SlidingWindow(offline=True, slots=1):
+            for t in range(3):
+                inner.step((net(xs[t]) - ys[t]).square().mean())
+            return torch.autograd.grad((net(xs[5]) - ys[5]).square().mean(), list(net.parameters()))[0]
+
+    inner = MetaSGD([net], lr=0.1, transforms=[scaled])
+    torch.testing.assert_close(gradient(inner), gradient(MetaSGD([net], lr=0.1)))
+    size = 0.5
+    torch.testing.assert_close(gradient(inner), gradient(MetaSGD([net], lr=0.05)))
+
+
 def test_the_normalizer_is_one_of_them() -> None:
     inner = MetaSGD([network()], transforms=[T.centralize()])
     inner.reset_grad_normalizer(1.0)
