@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
@@ -35,7 +36,7 @@ class Transform:
         hyper: these numbers, a dictionary. Values that are set in it hold from the next step on.
 
     Raises:
-        TypeError: for something that cannot be called, or a function that closes over tensors.
+        TypeError: for something that cannot be called with three arguments, or a function that closes over tensors.
 
     Example:
         >>> def squash(grads, params, hyper):
@@ -55,6 +56,11 @@ class Transform:
         if not callable(apply) or isinstance(apply, (nn.Module, Transform)):
             raise TypeError(
                 f"a transform of gradients: got {name}, expected a function (grads, params, hyper)"
+            )
+        if not _takes_three(apply):
+            raise TypeError(
+                f"a transform of gradients: {name} does not take three arguments, expected a function (grads, params, "
+                f"hyper); a transform of metaoptim.transforms is called first: {name}(...)"
             )
         if any(isinstance(value, (Tensor, nn.Module)) for value in closed_over(apply)):
             raise TypeError(
@@ -78,6 +84,16 @@ class Transform:
             return bool(self.mask(name))
         patterns = [self.mask] if isinstance(self.mask, str) else self.mask
         return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _takes_three(function: Apply) -> bool:
+    try:
+        inspect.signature(function).bind([], [], {})
+    except TypeError:
+        return False
+    except ValueError:  # one of C++, which tells nobody
+        return True
+    return True
 
 
 def as_transforms(given: Iterable[Any], of: str) -> list[Transform]:

@@ -241,6 +241,7 @@ def test_one_that_must_be_finite_looks_at_what_it_is_given() -> None:
         ),
         (T.scale(torch.ones(2, 1, 1)), r"the transform scale: got .*must broadcast"),
     ],
+    ids=["misspelt", "only", "tensor", "shapes", "grown"],
 )
 @pytest.mark.parametrize("strategy", ["auto", "full_tape"])
 def test_what_does_not_fit_is_told_and_changes_nothing(transform: Any, match: str, strategy: str) -> None:
@@ -260,6 +261,10 @@ def test_what_cannot_be_a_transform() -> None:
         MetaSGD([net], transforms=T.scale(2.0))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="got int, expected a function"):
         MetaSGD([net], transforms=[3])  # type: ignore[list-item]
+    with pytest.raises(
+        TypeError, match=r"centralize does not take three arguments.*is called first: centralize\("
+    ):
+        MetaSGD([net], transforms=[T.centralize])  # type: ignore[list-item]
     with pytest.raises(TypeError, match="closes over a tensor"):
         MetaSGD([net], transforms=[lambda grads, params, hyper: [weight * g for g in grads]])
     with pytest.raises(ValueError, match=r"max_norm: got a tensor of shape \(2,\)"):
