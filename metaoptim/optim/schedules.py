@@ -36,6 +36,9 @@ Hyper = dict[str, Any]
 def constant(value: Number) -> Schedule:
     """A value that stays: as good as the number itself, and something to join.
 
+    Args:
+        value: a number, or a tensor.
+
     Example:
         >>> float(metaoptim.schedules.constant(0.1)(7))
         0.1
