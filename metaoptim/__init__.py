@@ -13,7 +13,24 @@ from .errors import (
     UnreachableWarning,
     WindowError,
 )
-from .optim import MetaAdam, MetaOptimizer, MetaRMSprop, MetaSGD, safe_sqrt
+from .optim import (
+    MetaAdadelta,
+    MetaAdafactor,
+    MetaAdagrad,
+    MetaAdam,
+    MetaAdamax,
+    MetaAdamW,
+    MetaASGD,
+    MetaMuon,
+    MetaNAdam,
+    MetaOptimizer,
+    MetaRAdam,
+    MetaRMSprop,
+    MetaRprop,
+    MetaSGD,
+    safe_sqrt,
+    wrap,
+)
 from .plan import plan
 from .runtime.engine.progress import progress
 from .window import SlidingWindow, zero_nan_hook
@@ -24,10 +41,20 @@ __all__ = [
     "BudgetError",
     "CaptureError",
     "LossError",
+    "MetaASGD",
+    "MetaAdadelta",
+    "MetaAdafactor",
+    "MetaAdagrad",
     "MetaAdam",
+    "MetaAdamW",
+    "MetaAdamax",
+    "MetaMuon",
+    "MetaNAdam",
     "MetaOptimError",
     "MetaOptimizer",
+    "MetaRAdam",
     "MetaRMSprop",
+    "MetaRprop",
     "MetaSGD",
     "ProgramError",
     "SlidingWindow",
@@ -40,6 +67,7 @@ __all__ = [
     "plan",
     "progress",
     "safe_sqrt",
+    "wrap",
     "zero_nan_hook",
 ]
 

@@ -6,8 +6,38 @@ In: networks and hyper-parameters. Out: pure update functions, and steps handed 
 
 from .adam import MetaAdam
 from .hyper import safe_sqrt
+from .named import (
+    MetaAdadelta,
+    MetaAdafactor,
+    MetaAdagrad,
+    MetaAdamax,
+    MetaAdamW,
+    MetaASGD,
+    MetaMuon,
+    MetaNAdam,
+    MetaRAdam,
+    MetaRprop,
+)
 from .optimizer import MetaOptimizer
 from .rmsprop import MetaRMSprop
 from .sgd import MetaSGD
+from .wrap import wrap
 
-__all__ = ["MetaAdam", "MetaOptimizer", "MetaRMSprop", "MetaSGD", "safe_sqrt"]
+__all__ = [
+    "MetaASGD",
+    "MetaAdadelta",
+    "MetaAdafactor",
+    "MetaAdagrad",
+    "MetaAdam",
+    "MetaAdamW",
+    "MetaAdamax",
+    "MetaMuon",
+    "MetaNAdam",
+    "MetaOptimizer",
+    "MetaRAdam",
+    "MetaRMSprop",
+    "MetaRprop",
+    "MetaSGD",
+    "safe_sqrt",
+    "wrap",
+]
