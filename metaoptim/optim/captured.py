@@ -6,19 +6,16 @@ written down: (parameter, gradient, state, hyper-parameters) -> (parameter, stat
 
 from __future__ import annotations
 
-import builtins
 import copy
 import functools
 import inspect
 import math
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
-from torch.overrides import TorchFunctionMode
 
 from metaoptim.compiler.compat import (
     DataDependentOutputException,
@@ -29,10 +26,11 @@ from metaoptim.compiler.compat import (
     unset_fake_temporarily,
 )
 from metaoptim.compiler.derive.flat import flat_graph, tracing
-from metaoptim.compiler.ir.tensors import TensorSpec, tensor_spec
+from metaoptim.compiler.ir.tensors import tensor_spec
 from metaoptim.errors import CaptureError, MetaOptimError
 
 from .hyper import safe_sqrt
+from .shims import Decides, Numbers, shims
 
 State = dict[str, Tensor]
 
@@ -47,6 +45,7 @@ class Source(NamedTuple):
     cls: type[torch.optim.Optimizer]
     attributes: tuple[tuple[str, Any], ...] = ()
     counted: tuple[str, ...] = ()  # numbers in the groups that a step changes: they are state here
+    numbers: tuple[str, ...] = ()  # what is a Python number in the optimizer's own state
 
     def instance(self, groups: list[dict[str, Any]], state: Mapping[Tensor, dict[str, Any]]) -> Any:
         """An optimizer of this class with given groups and state; no constructor runs."""
@@ -71,7 +70,15 @@ class Captured(NamedTuple):
 
 def initial(source: Source, param: Tensor, hyper: Mapping[str, Any]) -> State:
     """The state before the first step; {} for an optimizer that makes it in the step."""
-    return _call(source, param, None, {}, hyper)[1]
+    return widened(_call(source, param, None, {}, hyper)[1], param)
+
+
+def widened(state: State, param: Tensor) -> State:
+    """A state with its counts and products in float64: float32 loses digits of what is computed from them."""
+    return {
+        k: v.double() if v.dtype is torch.float32 and not v.dim() and param.dim() else v
+        for k, v in state.items()
+    }
 
 
 def step(
@@ -84,48 +91,39 @@ def step(
 def _call(
     source: Source, param: Tensor, grad: Tensor | None, state: State, hyper: Mapping[str, Any]
 ) -> tuple[Tensor, State]:
-    numbers, constants = _sorted(hyper)
-    scalars = {k: v for k, v in state.items() if not v.dim() and param.dim() and v.is_floating_point()}
-    # Nothing is learnt through a count; and float32 loses digits of what is computed from it.
-    wide = {k: (v.detach() if k == "step" else v).double() for k, v in scalars.items()}
-    given = {k: wide.get(k, v) for k, v in state.items()}
-    values = [v if isinstance(v, Tensor) else torch.tensor(v, dtype=torch.float64) for v in numbers.values()]
-    tensors = [param, *(() if grad is None else (grad,)), *given.values(), *values]
-    captured = _captured(
-        source,
-        grad is not None,
-        tuple(given),
-        tuple(numbers),
-        constants,
-        tuple(map(tensor_spec, tensors)),
-    )
+    numbers: list[Any] = []
+    options = tuple([(name, HOW[name] if name in HOW else _outline(v, numbers)) for name, v in hyper.items()])
+    tensors = [param] if grad is None else [param, grad]
+    for name, value in state.items():
+        if not value.dim() and param.dim() and value.is_floating_point():
+            value = (
+                value if value.dtype is torch.float64 else value.double()
+            )  # float32 loses digits of powers of a count
+        tensors.append(value.detach() if name == "step" else value)  # nothing is learnt through a count
+    tensors += [v if isinstance(v, Tensor) else torch.tensor(v, dtype=torch.float64) for v in numbers]
+    specs = tuple([(t.shape, t.dtype, t.stride(), t.device) for t in tensors])
+    captured = _captured(source, grad is not None, tuple(state), options, specs)
     new, *after = captured.run(*tensors)
-    states = dict(zip(captured.names, after, strict=True))
-    for name, value in scalars.items():
-        states[name] = states[name].to(value.dtype)
-    return new, states
+    return new, dict(zip(captured.names, after, strict=True))
 
 
-Path = tuple[str, ...]
-
-
-def _sorted(hyper: Mapping[str, Any]) -> tuple[dict[Path, Any], tuple[tuple[str, Any], ...]]:
-    """Hyper-parameters that a graph is given, by where they are, and all of them with None in the place of those.
+def _outline(value: Any, numbers: list[Any]) -> Any:
+    """A hyper-parameter with `Given` in the place of what a graph is given, which is put into ``numbers``.
 
     A float other than 0 is given, too, so that a new learning rate needs no new graph; 0 switches a term off.
     """
-    numbers: dict[Path, Any] = {}
+    if isinstance(value, Tensor) or (type(value) is float and value != 0 and math.isfinite(value)):
+        numbers.append(value)
+        return Given
+    if isinstance(value, (tuple, list)):
+        return tuple([_outline(v, numbers) for v in value])
+    return value
 
-    def outline(path: Path, value: Any) -> Any:
-        if isinstance(value, Tensor) or (type(value) is float and value != 0 and math.isfinite(value)):
-            numbers[path] = value
-            return Given
-        if isinstance(value, (tuple, list)):
-            return tuple(outline((*path, str(i)), v) for i, v in enumerate(value))
-        return value
 
-    constants = tuple((name, HOW[name] if name in HOW else outline((name,), v)) for name, v in hyper.items())
-    return numbers, constants
+def _filled(outline: Any, numbers: Iterator[Tensor]) -> Any:
+    if outline is Given:
+        return next(numbers)
+    return tuple(_filled(v, numbers) for v in outline) if type(outline) is tuple else outline
 
 
 class Given:
@@ -137,9 +135,8 @@ def _captured(
     source: Source,
     steps: bool,
     states: tuple[str, ...],
-    numbers: tuple[Path, ...],
-    constants: tuple[tuple[str, Any], ...],
-    specs: tuple[TensorSpec, ...],
+    options: tuple[tuple[str, Any], ...],
+    specs: tuple[tuple[torch.Size, torch.dtype, tuple[int, ...], torch.device], ...],
 ) -> Captured:
     """The graph of a step (or of an initial state) for tensors like these."""
     names: list[str] = []
@@ -149,18 +146,9 @@ def _captured(
         param = next(rest).clone()
         param.grad = next(rest).clone() if steps else torch.zeros_like(param)
         state = {name: next(rest).clone() for name in states}
-        given = dict(zip(numbers, rest, strict=True))
-
-        def fill(path: Path, value: Any) -> Any:
-            if value is Given:
-                return given[path]
-            return (
-                tuple(fill((*path, str(i)), v) for i, v in enumerate(value))
-                if type(value) is tuple
-                else value
-            )
-
-        group = {name: fill((name,), value) for name, value in constants}
+        numbers = list(rest)
+        given = iter(numbers)
+        group = {name: _filled(value, given) for name, value in options}
         if capturable:
             group["capturable"] = True
         for name in source.counted:
@@ -168,7 +156,7 @@ def _captured(
                 group[name] = state.pop(name)
         low = group.pop("ns_dtype", torch.bfloat16)
         optimizer = source.instance([{"params": [param], **group}], {param: state} if state else {})
-        with torch.no_grad(), compiling_flag(), _Numbers(given.values(), low), _shims():
+        with torch.no_grad(), compiling_flag(), Numbers(numbers, low), shims():
             if steps:
                 inspect.unwrap(source.cls.step)(optimizer)
             else:
@@ -182,33 +170,54 @@ def _captured(
 
     def write(capturable: bool) -> Callable[..., tuple[Tensor, ...]]:
         with tracing(), FakeTensorMode(allow_non_fake_inputs=True):
-            fakes = [torch.empty_strided(s.shape, s.stride, dtype=s.dtype, device=s.device) for s in specs]
+            fakes = [torch.empty_strided(size, at, dtype=dtype, device=on) for size, dtype, at, on in specs]
             traced = flat_graph(torch.func.functionalize(functools.partial(run, capturable)), fakes)
-        for node in traced.graph.nodes:
-            if node.target is _aten.copy.default:
-                node.target = _copied
-            root = node.target is _aten.sqrt.default
-            if root or (node.target is _aten.pow.Tensor_Scalar and node.args[1] == 0.5):
-                node.target, node.args = _root_or_0 if capturable else safe_sqrt, node.args[:1]
-        traced.graph.eliminate_dead_code()
+            _Specs(fx.GraphModule(traced.constants, traced.graph)).run(*fakes)
+        _tidy(traced.graph, _root_or_0 if capturable else safe_sqrt)
         return fx.GraphModule(traced.constants, traced.graph).forward
 
     with unset_fake_temporarily():
         try:
             found = write(False)
-        except (DataDependentOutputException, DynamicOutputShapeException, _Decides) as error:
-            if "capturable" not in dict(constants):
+        except (DataDependentOutputException, DynamicOutputShapeException, Decides) as error:
+            if "capturable" not in dict(options):
                 raise _refused(source, error) from error
             # There torch decides by `torch.where`, and not in Python.
             try:
                 found = write(True)
-            except (DataDependentOutputException, DynamicOutputShapeException, _Decides) as again:
+            except (DataDependentOutputException, DynamicOutputShapeException, Decides) as again:
                 raise _refused(source, again) from again
         except MetaOptimError:
             raise
         except Exception as error:
             raise _refused(source, error) from error
     return Captured(found, tuple(names))
+
+
+class _Specs(fx.Interpreter):
+    """Notes what each node of a graph makes."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        """As the base."""
+        made = super().run_node(n)
+        n.meta["spec"] = tensor_spec(made)[:2] if isinstance(made, Tensor) else None
+        return made
+
+
+def _tidy(graph: fx.Graph, root: Callable[[Tensor], Tensor]) -> None:
+    """Without copies that nobody needs where nothing is changed in place, and with derivatives that are finite."""
+    for node in graph.nodes:
+        if node.target is _aten.clone.default and node.args[0].op == "placeholder":
+            node.replace_all_uses_with(node.args[0])
+        elif node.target is _aten.copy.default:
+            if node.args[0].meta["spec"] == node.args[1].meta["spec"]:
+                node.replace_all_uses_with(node.args[1])
+            node.target = _copied
+        elif node.target is _aten.sqrt.default or (
+            node.target is _aten.pow.Tensor_Scalar and node.args[1] == 0.5
+        ):
+            node.target, node.args = root, node.args[:1]
+    graph.eliminate_dead_code()
 
 
 def _root_or_0(x: Tensor) -> Tensor:
@@ -223,11 +232,8 @@ def _copied(into: Tensor, value: Tensor) -> Tensor:
 
 def _refused(source: Source, error: Exception) -> CaptureError:
     file = inspect.getsourcefile(inspect.unwrap(source.cls.step))
-    frames = (
-        [f for f in inspect.getinnerframes(error.__traceback__) if f.filename == file]
-        if error.__traceback__
-        else []
-    )
+    trace = error.__traceback__
+    frames = [f for f in inspect.getinnerframes(trace) if f.filename == file] if trace is not None else []
     where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
     return CaptureError(
         f"{source.cls.__name__}.step cannot be captured{where}: {error}. A step must compute with tensors, and decide "
@@ -244,151 +250,3 @@ def _tensor(source: Source, name: str, value: Any) -> Tensor:
         f"{source.cls.__name__} keeps {type(value).__name__} as state {name!r}, expected tensors and numbers; write it "
         "as init_state and update of a metaoptim.MetaOptimizer (docs/optimizers.md)"
     )
-
-
-# -- what stands between an optimizer's Python and tensors in the place of its numbers --------------------------------
-
-
-class _Decides(Exception):
-    """A step decides in Python by a value."""
-
-
-class _Numbers(TorchFunctionMode):
-    """Lets tensors stand where a step expects numbers."""
-
-    def __init__(self, given: Iterable[Tensor], low: torch.dtype) -> None:
-        super().__init__()
-        self.given = {id(t) for t in given}
-        self.low = low  # what bfloat16 is replaced by
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        if isinstance(out := kwargs.get("out"), Tensor):
-            return out.copy_(func(*args, **{k: v for k, v in kwargs.items() if k != "out"}))
-        name = getattr(func, "__name__", "")
-        rewrite = _REWRITES.get(name.strip("_"))
-        if name in ("item", "__float__", "__index__", "tolist") and args:
-            if name == "item":
-                return args[0]
-            raise _Decides(f"{name} of a tensor")
-        if name in _ANSWERS and args and id(args[0]) in self.given and _is_zero(args[1]):
-            return _ANSWERS[name]
-        if name in _ALIASES:
-            return args[0].copy_(getattr(torch.Tensor, name[:-1])(*args, **kwargs))
-        if name == "bfloat16":
-            return args[0].to(self.low)
-        if name == "__setitem__" and isinstance(args[1], Tensor) and args[1].dtype is torch.bool:
-            raise _Decides("entries chosen by a mask")
-        if rewrite is not None and (new := rewrite(*args, **kwargs)) is not None:
-            return args[0].copy_(new) if name.endswith("_") and not name.startswith("__") else new
-        return func(*args, **kwargs)
-
-
-#: A hyper-parameter that is given switches its term on, whatever its value.
-_ANSWERS = {"__ne__": True, "ne": True, "__gt__": True, "gt": True, "__eq__": False, "eq": False} | {
-    "__le__": False,
-    "__lt__": False,
-}
-
-
-def _is_zero(value: Any) -> bool:
-    return isinstance(value, (int, float)) and value == 0
-
-
-def _times(factor: Any, value: Any) -> Any:
-    return value if not isinstance(factor, Tensor) and factor == 1 else factor * value
-
-
-def _add(x: Tensor, y: Any, *, alpha: Any = 1, **rest: Any) -> Tensor | None:
-    return x + alpha * y if isinstance(alpha, Tensor) and not rest else None
-
-
-def _sub(x: Tensor, y: Any, *, alpha: Any = 1, **rest: Any) -> Tensor | None:
-    return x - alpha * y if isinstance(alpha, Tensor) and not rest else None
-
-
-def _addcmul(x: Tensor, a: Tensor, b: Tensor, *, value: Any = 1, **rest: Any) -> Tensor | None:
-    return x + value * (a * b) if isinstance(value, Tensor) and not rest else None
-
-
-def _addcdiv(x: Tensor, a: Tensor, b: Tensor, *, value: Any = 1, **rest: Any) -> Tensor | None:
-    return x + value * (a / b) if isinstance(value, Tensor) and not rest else None
-
-
-def _lerp(x: Tensor, end: Tensor, weight: Any, **rest: Any) -> Tensor | None:
-    return x + weight * (end - x) if isinstance(weight, Tensor) and not rest else None
-
-
-def _full_like(x: Tensor, fill_value: Any, **rest: Any) -> Tensor | None:
-    return torch.zeros_like(x, **rest) + fill_value if isinstance(fill_value, Tensor) else None
-
-
-def _addmm(x: Tensor, a: Tensor, b: Tensor, *, beta: Any = 1, alpha: Any = 1, **rest: Any) -> Tensor | None:
-    if rest or not (isinstance(beta, Tensor) or isinstance(alpha, Tensor)):
-        return None
-    return _times(beta, x) + _times(alpha, a @ b)
-
-
-def _clamp(x: Tensor, min: Any = None, max: Any = None, **rest: Any) -> Tensor | None:
-    if rest or not (isinstance(min, Tensor) or isinstance(max, Tensor)):
-        return None
-    low = x if min is None else torch.maximum(x, _like(min, x))
-    return low if max is None else torch.minimum(low, _like(max, x))
-
-
-def _like(value: Any, x: Tensor) -> Tensor:
-    return torch.zeros_like(x) + value
-
-
-#: Torch has no others that make new tensors of these, by their in-place names.
-_ALIASES = {"absolute_", "clip_", "divide_", "multiply_", "negative_", "square_", "subtract_", "true_divide_"}
-_REWRITES: dict[str, Callable[..., Tensor | None]] = {
-    "add": _add,
-    "sub": _sub,
-    "addcmul": _addcmul,
-    "addcdiv": _addcdiv,
-    "lerp": _lerp,
-    "full_like": _full_like,
-    "addmm": _addmm,
-    "clamp": _clamp,
-    "clip": _clamp,
-}
-
-
-def _extreme(name: str) -> Callable[..., Any]:
-    """Python's `min` or `max`, for tensors as well."""
-    python, of_two = getattr(builtins, name), getattr(torch, f"{name}imum")
-
-    def extreme(*args: Any, **options: Any) -> Any:
-        values = list(args[0]) if len(args) == 1 else list(args)
-        if options or not any(isinstance(v, Tensor) for v in values):
-            return python(*args, **options)
-        like = next(v for v in values if isinstance(v, Tensor))
-        tensors = [v if isinstance(v, Tensor) else torch.full_like(like, v) for v in values]
-        return functools.reduce(of_two, tensors)
-
-    return extreme
-
-
-def _of_tensors(name: str) -> Callable[..., Any]:
-    """A function of Python's `math`, for tensors as well."""
-    of_numbers, of_tensors = getattr(math, name), getattr(torch, name)
-    return lambda *args: (of_tensors if any(isinstance(a, Tensor) for a in args) else of_numbers)(*args)
-
-
-_MATH = ("ceil", "cos", "exp", "floor", "log", "pow", "sin", "sqrt", "tanh")
-_SHIMS = [(builtins, name, _extreme(name)) for name in ("min", "max")]
-_SHIMS += [(math, name, _of_tensors(name)) for name in _MATH]
-
-
-@contextmanager
-def _shims() -> Iterator[None]:
-    """While a step is captured, some functions of Python take tensors; numbers they take as before."""
-    before = [(module, name, getattr(module, name)) for module, name, _ in _SHIMS]
-    try:
-        for module, name, function in _SHIMS:
-            setattr(module, name, function)
-        yield
-    finally:
-        for module, name, function in before:
-            setattr(module, name, function)

@@ -22,6 +22,15 @@ def detached(value: Any) -> Any:
     return tuple(map(detached, value)) if isinstance(value, tuple) else value
 
 
+def plain(value: Any) -> Any:
+    """A hyper-parameter as a number where it is one: scalar tensors are."""
+    if isinstance(value, (tuple, list)):
+        return tuple(map(plain, value))
+    if isinstance(value, Tensor):
+        return float(value.detach()) if value.numel() == 1 else value.detach()
+    return value
+
+
 def learned(value: Any) -> bool:
     """Whether a hyper-parameter requires grad, or one of a tuple of them."""
     if isinstance(value, Tensor):

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from metaoptim.compiler.derive.flat import tracing
 from metaoptim.errors import CaptureError
 
-from .captured import Source, State, initial, step
+from .captured import Source, State, initial, step, widened
 from .groups import NO_OPTIONS
-from .hyper import detached, is_symbolic
+from .hyper import is_symbolic, plain
 from .optimizer import MetaOptimizer, Params
 
 _BASE = frozenset(vars(torch.optim.SGD([torch.zeros(1)], lr=1)))  # what every optimizer has
@@ -29,7 +29,6 @@ class Wrapped(MetaOptimizer):
     """An inner optimizer whose update is the step of a `torch.optim.Optimizer`: see `wrap`."""
 
     source: ClassVar[Source]
-    extra: ClassVar[dict[str, Any]] = {}  # options beyond those of the torch optimizer
 
     def __init_subclass__(
         cls, of: type[torch.optim.Optimizer] | Source | None = None, **options: Any
@@ -38,6 +37,7 @@ class Wrapped(MetaOptimizer):
         if of is None:
             return
         source = cls.source = of if isinstance(of, Source) else Source(of)
+        cls.torch_class = source.cls
 
         def init_state(param: Tensor, hyper: dict[str, Any]) -> State:
             """The state of a parameter before its first step."""
@@ -47,9 +47,9 @@ class Wrapped(MetaOptimizer):
             """One step for one parameter."""
             return step(source, param, grad, state, hyper)
 
+        cls.init_state, cls.update = staticmethod(init_state), staticmethod(update)
         for function in (init_state, update):
             function.__qualname__ = f"{cls.__name__}.{function.__name__}"
-            setattr(cls, function.__name__, staticmethod(function))
         if not isinstance(of, Source):
             cls.__signature__ = _signature(of, cls.extra)
             _named[of] = cls
@@ -87,35 +87,33 @@ class Wrapped(MetaOptimizer):
             defaults[name] = given[name]
         return defaults
 
+    def state_dict(self) -> dict[str, Any]:
+        """As `torch.optim.Optimizer.state_dict`, detached; loads into the torch optimizer."""
+        packed = super().state_dict()
+        for state in packed["state"].values():
+            if "step" in state:
+                state["step"] = state["step"].float()  # as torch keeps it
+        return packed
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state from this or the torch optimizer."""
+        super().load_state_dict(state_dict)
+        for p, state in self.state.items():
+            state.update(widened({k: v for k, v in state.items() if v is not None}, p))
+
     def to_torch(self) -> torch.optim.Optimizer:
-        """The torch optimizer with the same groups, numbers and state, over the networks' own parameters.
-
-        Learnt hyper-parameters become their values.
-
-        Example:
-            >>> net = torch.nn.Linear(2, 1)
-            >>> inner = metaoptim.MetaAdamW([net], lr=0.1)
-            >>> with metaoptim.SlidingWindow():
-            ...     inner.step(net(torch.ones(1, 2)).square().sum())
-            >>> type(inner.to_torch()).__name__, len(inner.to_torch().state)
-            ('AdamW', 2)
-        """
-        made: torch.optim.Optimizer = object.__new__(self.source.cls)
-        groups = [
-            {k: list(v) if k == "params" else _plain(v) for k, v in g.items() if k not in self.extra}
-            for g in self.param_groups
-        ]
-        defaults = {k: _plain(v) for k, v in self.defaults.items() if k not in self.extra}
-        torch.optim.Optimizer.__init__(made, groups, defaults)
-        made.__dict__.update(self.source.attributes)
+        """As the base."""
+        made = super().to_torch()
         for group in made.param_groups:
-            for p in group["params"]:
-                state = {k: v.detach().clone() for k, v in self.state.get(p, {}).items()}
-                for name in self.source.counted:
-                    if name in state:
-                        group[name] = int(state.pop(name))
-                if state:
-                    made.state[p] = state
+            for state in (made.state[p] for p in group["params"] if p in made.state):
+                state.update({name: _count(state[name]) for name in self.source.numbers if name in state})
+                group.update({name: _count(state.pop(name)) for name in self.source.counted if name in state})
+        return made
+
+    def _built(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        made: torch.optim.Optimizer = object.__new__(self.source.cls)
+        torch.optim.Optimizer.__init__(made, groups, {k: plain(v) for k, v in self.defaults.items()})
+        made.__dict__.update(self.source.attributes)
         return made
 
 
@@ -170,7 +168,7 @@ def wrap(
         attributes = tuple((k, _hashable(v)) for k, v in vars(optimizer).items() if k not in _BASE)
         sizes = tuple(tuple(p.shape for p in g["params"]) for g in groups)
         options = tuple(
-            tuple((k, _hashable(_plain(v))) for k, v in g.items() if k not in NO_OPTIONS) for g in groups
+            tuple((k, _hashable(plain(v))) for k, v in g.items() if k not in NO_OPTIONS) for g in groups
         )
         made_by = _class_of(_checked(cls, attributes, sizes, options))
     counted = made_by.source.counted
@@ -187,7 +185,7 @@ def wrap(
             state = {k: v for k, v in optimizer.state.get(p, {}).items() if v is not None}
             if state:
                 state |= count
-                inner.state[p] = {k: _state(cls, k, v) for k, v in state.items()}
+                inner.state[p] = widened({k: _state(cls, k, v) for k, v in state.items()}, p)
     return inner
 
 
@@ -214,7 +212,7 @@ def _checked(
         before = [dict(given) for given in options]
         mine = [[p.detach().clone() for p in of] for of in params]
         states: list[list[State]] = [[{} for _ in of] for of in params]
-        source = Source(cls, attributes)
+        source, hypers = Source(cls, attributes), before
         for turn in range(3):
             grads = [[noise(p.shape) for p in of] for of in params]
             for p, grad in zip(_each(params), _each(grads), strict=True):
@@ -229,14 +227,15 @@ def _checked(
                     "metaoptim.MetaOptimizer (docs/optimizers.md)"
                 ) from error
             if not turn:
-                source = Source(cls, attributes, _counts(cls, attributes, before, own))
+                kept = {k for of in own.state.values() for k, v in of.items() if isinstance(v, (int, float))}
+                source = Source(cls, attributes, _counts(cls, attributes, before, own), tuple(sorted(kept)))
                 hypers = [{k: v for k, v in of.items() if k not in source.counted} for of in before]
             for k, of in enumerate(mine):
                 for n, p in enumerate(of):
                     state = states[k][n] or initial(source, p, hypers[k])
                     of[n], states[k][n] = step(source, p, grads[k][n], state, hypers[k])
-            for p, q in zip(_each(params), _each(mine), strict=True):
-                if not torch.allclose(p.detach(), q, rtol=1e-6, atol=1e-9):
+            for p, q in zip(map(Tensor.detach, _each(params)), _each(mine), strict=True):
+                if not torch.allclose(p, q, rtol=1e-6, atol=1e-9):
                     raise CaptureError(
                         f"{cls.__name__}: a step and the captured one differ by {float((p - q).abs().max())} for a "
                         f"parameter of shape {tuple(p.shape)}: it mixes parameters, computes in low precision, or "
@@ -275,6 +274,11 @@ def _counts(
     return tuple(counted)
 
 
+def _count(value: Tensor) -> int | float:
+    number = float(value)
+    return int(number) if number.is_integer() else number
+
+
 def _same(a: Any, b: Any) -> bool:
     return a is b or (type(a) is type(b) and not isinstance(a, Tensor) and bool(a == b))
 
@@ -293,15 +297,6 @@ def _number(value: Any, least: bool) -> Any:
     return (
         float(value.detach().min() if least else value.detach().max()) if isinstance(value, Tensor) else value
     )
-
-
-def _plain(value: Any) -> Any:
-    """A hyper-parameter as a number, where it is a scalar tensor."""
-    if isinstance(value, (tuple, list)):
-        return tuple(map(_plain, value))
-    if isinstance(value, Tensor):
-        return float(value.detach()) if value.numel() == 1 else detached(value)
-    return value
 
 
 def _hashable(value: Any) -> Any:
