@@ -23,6 +23,8 @@ from .rmsprop import MetaRMSprop
 from .sgd import MetaSGD
 from .wrap import wrap
 
+MetaRMSProp = MetaRMSprop  # as the original project spells it
+
 __all__ = [
     "MetaASGD",
     "MetaAdadelta",
@@ -35,6 +37,7 @@ __all__ = [
     "MetaNAdam",
     "MetaOptimizer",
     "MetaRAdam",
+    "MetaRMSProp",
     "MetaRMSprop",
     "MetaRprop",
     "MetaSGD",

@@ -44,7 +44,8 @@ class Source(NamedTuple):
 
     cls: type[torch.optim.Optimizer]
     attributes: tuple[tuple[str, Any], ...] = ()
-    counted: tuple[str, ...] = ()  # numbers in the groups that a step changes: they are state here
+    # Integers in the groups that a step changes, with what they begin at, if they are there: they are state here.
+    counted: tuple[tuple[str, int | None], ...] = ()
     numbers: tuple[str, ...] = ()  # what is a Python number in the optimizer's own state
 
     def instance(self, groups: list[dict[str, Any]], state: Mapping[Tensor, dict[str, Any]]) -> Any:
@@ -70,7 +71,8 @@ class Captured(NamedTuple):
 
 def initial(source: Source, param: Tensor, hyper: Mapping[str, Any]) -> State:
     """The state before the first step; {} for an optimizer that makes it in the step."""
-    return widened(_call(source, param, None, {}, hyper)[1], param)
+    counts = {k: torch.tensor(float(n), dtype=torch.float64) for k, n in source.counted if n is not None}
+    return widened(_call(source, param, None, {}, hyper)[1], param) | counts
 
 
 def widened(state: State, param: Tensor) -> State:
@@ -151,7 +153,7 @@ def _captured(
         group = {name: _filled(value, given) for name, value in options}
         if capturable:
             group["capturable"] = True
-        for name in source.counted:
+        for name, _ in source.counted:
             if name in state:
                 group[name] = state.pop(name)
         low = group.pop("ns_dtype", torch.bfloat16)
@@ -163,7 +165,7 @@ def _captured(
                 init_group(optimizer)
         after = dict(optimizer.state.get(param, {}))
         now = optimizer.param_groups[0]
-        after |= {name: now[name] for name in source.counted if name in now}
+        after |= {name: now[name] for name, _ in source.counted if name in now}
         kept = {k: _tensor(source, k, v) for k, v in after.items() if v is not None}
         names[:] = kept
         return (param, *kept.values())

@@ -107,7 +107,9 @@ class Wrapped(MetaOptimizer):
         for group in made.param_groups:
             for state in (made.state[p] for p in group["params"] if p in made.state):
                 state.update({name: _count(state[name]) for name in self.source.numbers if name in state})
-                group.update({name: _count(state.pop(name)) for name in self.source.counted if name in state})
+                group.update(
+                    {name: _count(state.pop(name)) for name, _ in self.source.counted if name in state}
+                )
         return made
 
     def _built(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -171,7 +173,7 @@ def wrap(
             tuple((k, _hashable(plain(v))) for k, v in g.items() if k not in NO_OPTIONS) for g in groups
         )
         made_by = _class_of(_checked(cls, attributes, sizes, options))
-    counted = made_by.source.counted
+    counted = [name for name, _ in made_by.source.counted]
     defaults = dict(optimizer.defaults)
     for group in groups:
         defaults |= {k: v for k, v in group.items() if k not in NO_OPTIONS and k not in defaults}
@@ -229,7 +231,7 @@ def _checked(
             if not turn:
                 kept = {k for of in own.state.values() for k, v in of.items() if isinstance(v, (int, float))}
                 source = Source(cls, attributes, _counts(cls, attributes, before, own), tuple(sorted(kept)))
-                hypers = [{k: v for k, v in of.items() if k not in source.counted} for of in before]
+                hypers = [{k: v for k, v in of.items() if k not in dict(source.counted)} for of in before]
             for k, of in enumerate(mine):
                 for n, p in enumerate(of):
                     state = states[k][n] or initial(source, p, hypers[k])
@@ -250,8 +252,8 @@ def _counts(
     attributes: Sequence[tuple[str, Any]],
     before: Sequence[dict[str, Any]],
     after: torch.optim.Optimizer,
-) -> tuple[str, ...]:
-    """Numbers in the groups that a step has changed; raises for attributes that it has."""
+) -> tuple[tuple[str, int | None], ...]:
+    """Numbers in the groups that a step has changed, and what they were; raises for attributes that it has."""
     known = dict(attributes)
     for name, value in vars(after).items():
         if name not in _BASE and (name not in known or not _same(known[name], value)):
@@ -259,7 +261,7 @@ def _counts(
                 f"{cls.__name__} keeps state in its attribute {name!r}, which a step changes; state must be tensors in "
                 "optimizer.state; write it as init_state and update of a metaoptim.MetaOptimizer (docs/optimizers.md)"
             )
-    counted: dict[str, None] = {}
+    counted: dict[str, int | None] = {}
     for given, group in zip(before, after.param_groups, strict=True):
         for name, value in group.items():
             if name == "params" or (name in given and _same(given[name], value)):
@@ -270,8 +272,8 @@ def _counts(
                     "state must be tensors in optimizer.state; write it as init_state and update of a "
                     "metaoptim.MetaOptimizer (docs/optimizers.md)"
                 )
-            counted[name] = None
-    return tuple(counted)
+            counted[name] = given.get(name)
+    return tuple(counted.items())
 
 
 def _count(value: Tensor) -> int | float:
