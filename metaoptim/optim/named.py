@@ -1,9 +1,6 @@
 """The optimizers of `torch.optim` by name, each with torch's arguments and defaults; see `wrap` for how they are made.
 
-Every number may be a tensor, and then receives a meta-gradient. Arguments besides torch's own: ``params`` is a list of
-`nn.Module`, one parameter group each, or of dicts ``{"params": module, "lr": ...}``; with ``networks``, dicts may list
-some of their parameters; ``first_order`` takes the inner gradient as a constant in the meta-backward. Options that say
-how torch runs a step (foreach, fused, capturable, differentiable) are kept for ``state_dict`` and mean nothing here.
+Their docstrings go on with the arguments and an example, which are those of all: `wrap._REST_OF_DOC`.
 """
 
 from __future__ import annotations
@@ -19,15 +16,6 @@ class MetaAdamW(Wrapped, of=torch.optim.AdamW):
     """AdamW inside a window, as `torch.optim.AdamW` (Loshchilov & Hutter 2019, arXiv 1711.05101, Algorithm 2).
 
     m' = β₁ m + (1-β₁) g;  v' = β₂ v + (1-β₂) g²;  θ' = (1 - η λ) θ - η (m'/(1-β₁ᵗ)) / (sqrt(v'/(1-β₂ᵗ)) + eps).
-
-    Example:
-        >>> net, decay = torch.nn.Linear(2, 1), torch.tensor(0.1, requires_grad=True)
-        >>> inner = metaoptim.MetaAdamW([net], lr=0.1, weight_decay=decay)
-        >>> with metaoptim.SlidingWindow(offline=True):
-        ...     inner.step(net(torch.ones(1, 2)).square().sum())
-        ...     net(torch.ones(1, 2)).square().sum().backward()
-        >>> decay.grad.shape
-        torch.Size([])
     """
 
 

@@ -25,6 +25,30 @@ _REFUSED = {
 }
 
 
+_REST_OF_DOC = """
+    Args:
+        params: list of `nn.Module` (one parameter group each), or of dicts ``{{"params": module, "lr": ...}}``; with
+            ``networks``, dicts may list some of their parameters. The others are meta-parameters.
+        lr: learning rate. Like every number here it may be a tensor, and then receives a meta-gradient.
+        **options: those of `torch.optim.{theirs}`, with its defaults. ``foreach``, ``fused``, ``capturable`` and
+            ``differentiable``, which say how torch runs a step, are kept for ``state_dict`` and mean nothing here.
+        networks: modules that the parameters belong to; alone, all of their parameters, one group each.
+        first_order: take the inner gradient as a constant in the meta-backward.
+
+    Raises:
+        ValueError: for what `torch.optim.{theirs}` refuses, or overlapping parameters.
+
+    Example:
+        >>> net, lr = torch.nn.Linear(2, 1, bias=False), torch.tensor(0.1, requires_grad=True)
+        >>> inner = metaoptim.{ours}([net], lr=lr)
+        >>> with metaoptim.SlidingWindow(offline=True):
+        ...     inner.step(net(torch.ones(1, 2)).square().sum())
+        ...     net(torch.ones(1, 2)).square().sum().backward()
+        >>> lr.grad.shape
+        torch.Size([])
+    """
+
+
 class Wrapped(MetaOptimizer):
     """An inner optimizer whose update is the step of a `torch.optim.Optimizer`: see `wrap`."""
 
@@ -52,6 +76,8 @@ class Wrapped(MetaOptimizer):
             function.__qualname__ = f"{cls.__name__}.{function.__name__}"
         if not isinstance(of, Source):
             cls.__signature__ = _signature(of, cls.extra)
+            rest = _REST_OF_DOC.format(theirs=of.__name__, ours=cls.__name__)
+            cls.__doc__ = f"{(cls.__doc__ or '').rstrip()}\n{rest}"
             _named[of] = cls
 
     def __init__(
