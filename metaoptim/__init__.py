@@ -13,7 +13,27 @@ from .errors import (
     UnreachableWarning,
     WindowError,
 )
-from .optim import MetaAdam, MetaOptimizer, MetaRMSprop, MetaSGD, safe_sqrt, schedules, transforms
+from .optim import (
+    MetaAdadelta,
+    MetaAdafactor,
+    MetaAdagrad,
+    MetaAdam,
+    MetaAdamax,
+    MetaAdamW,
+    MetaASGD,
+    MetaMuon,
+    MetaNAdam,
+    MetaOptimizer,
+    MetaRAdam,
+    MetaRMSProp,
+    MetaRMSprop,
+    MetaRprop,
+    MetaSGD,
+    safe_sqrt,
+    schedules,
+    transforms,
+    wrap,
+)
 from .plan import plan
 from .runtime.engine.progress import progress
 from .window import SlidingWindow, zero_nan_hook
@@ -24,10 +44,21 @@ __all__ = [
     "BudgetError",
     "CaptureError",
     "LossError",
+    "MetaASGD",
+    "MetaAdadelta",
+    "MetaAdafactor",
+    "MetaAdagrad",
     "MetaAdam",
+    "MetaAdamW",
+    "MetaAdamax",
+    "MetaMuon",
+    "MetaNAdam",
     "MetaOptimError",
     "MetaOptimizer",
+    "MetaRAdam",
+    "MetaRMSProp",
     "MetaRMSprop",
+    "MetaRprop",
     "MetaSGD",
     "ProgramError",
     "SlidingWindow",
@@ -42,6 +73,7 @@ __all__ = [
     "safe_sqrt",
     "schedules",
     "transforms",
+    "wrap",
     "zero_nan_hook",
 ]
 

@@ -7,8 +7,43 @@ In: networks and hyper-parameters. Out: pure update functions, and steps handed 
 from . import schedules, transforms
 from .adam import MetaAdam
 from .hyper import safe_sqrt
+from .named import (
+    MetaAdadelta,
+    MetaAdafactor,
+    MetaAdagrad,
+    MetaAdamax,
+    MetaAdamW,
+    MetaASGD,
+    MetaMuon,
+    MetaNAdam,
+    MetaRAdam,
+    MetaRprop,
+)
 from .optimizer import MetaOptimizer
 from .rmsprop import MetaRMSprop
 from .sgd import MetaSGD
+from .wrap import wrap
 
-__all__ = ["MetaAdam", "MetaOptimizer", "MetaRMSprop", "MetaSGD", "safe_sqrt", "schedules", "transforms"]
+MetaRMSProp = MetaRMSprop  # as the original project spells it
+
+__all__ = [
+    "MetaASGD",
+    "MetaAdadelta",
+    "MetaAdafactor",
+    "MetaAdagrad",
+    "MetaAdam",
+    "MetaAdamW",
+    "MetaAdamax",
+    "MetaMuon",
+    "MetaNAdam",
+    "MetaOptimizer",
+    "MetaRAdam",
+    "MetaRMSProp",
+    "MetaRMSprop",
+    "MetaRprop",
+    "MetaSGD",
+    "safe_sqrt",
+    "schedules",
+    "transforms",
+    "wrap",
+]

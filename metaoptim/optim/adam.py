@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,9 @@ class MetaAdam(MetaOptimizer):
         >>> log_lr.grad.shape
         torch.Size([])
     """
+
+    torch_class = torch.optim.Adam
+    extra: ClassVar[dict[str, Any]] = {"eps_root": 0.0}
 
     def __init__(
         self,

@@ -33,6 +33,15 @@ def as_number(value: Any, schedules: Scheduled) -> Any:
     return now.item() if isinstance(value, Schedule) and now.numel() == 1 else now
 
 
+def plain(value: Any) -> Any:
+    """A hyper-parameter as a number where it is one: scalar tensors are."""
+    if isinstance(value, (tuple, list)):
+        return tuple(map(plain, value))
+    if isinstance(value, Tensor):
+        return float(value.detach()) if value.numel() == 1 else value.detach()
+    return value
+
+
 def learned(value: Any) -> bool:
     """Whether a hyper-parameter requires grad or is a schedule, or one of a tuple of them."""
     if isinstance(value, Tensor):

@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FunctionType
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from metaoptim.runtime.windows.transform import Apply, Transform, as_transforms
 from metaoptim.runtime.windows.update import InnerOptimizer, parameters_of
 
 from .groups import check_misspelt, check_network, group_of, matching, own
-from .hyper import Number, as_number, detached, is_symbolic, learned
+from .hyper import Number, as_number, detached, is_symbolic, learned, plain
 from .transforms import clip_global_norm
 
 #: What an optimizer trains: networks, or groups (see `MetaOptimizer`).
@@ -67,6 +67,11 @@ class MetaOptimizer(InnerOptimizer):
         >>> sharpness.grad.shape
         torch.Size([])
     """
+
+    #: The torch optimizer that makes the same steps.
+    torch_class: ClassVar[type[torch.optim.Optimizer] | None] = None
+    #: Options that it does not know, with their defaults.
+    extra: ClassVar[dict[str, Any]] = {}
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -251,6 +256,39 @@ class MetaOptimizer(InnerOptimizer):
                     state[name] = torch.tensor(float(value))
             if state.get("momentum_buffer", 0) is None:  # torch.optim.SGD before its first step
                 del state["momentum_buffer"]
+
+    def to_torch(self) -> torch.optim.Optimizer:
+        """The torch optimizer with the same groups, numbers and state, over the networks' own parameters.
+
+        Learnt hyper-parameters become their values; options that torch does not know (``eps_root``) are left out.
+
+        Raises:
+            TypeError: for an optimizer that torch does not have.
+
+        Example:
+            >>> net = torch.nn.Linear(2, 1)
+            >>> inner = metaoptim.MetaAdamW([net], lr=0.1)
+            >>> with metaoptim.SlidingWindow():
+            ...     inner.step(net(torch.ones(1, 2)).square().sum())
+            >>> type(inner.to_torch()).__name__, len(inner.to_torch().state)
+            ('AdamW', 2)
+        """
+        packed = self.state_dict()  # schedules are numbers in it
+        groups = [
+            {k: plain(v) for k, v in values.items() if k not in self.extra}
+            | {"params": list(group["params"])}
+            for values, group in zip(packed["param_groups"], self.param_groups, strict=True)
+        ]
+        made = self._built(groups)
+        for n, p in enumerate(parameters_of(self)):
+            if packed["state"].get(n):
+                made.state[p] = {k: v.clone() for k, v in packed["state"][n].items()}
+        return made
+
+    def _built(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        if self.torch_class is None:
+            raise TypeError(f"{type(self).__name__}.to_torch: torch has no optimizer of these steps")
+        return cast(Callable[..., torch.optim.Optimizer], self.torch_class)(groups)
 
     # -- Meta-Optim's interface ----------------------------------------------------------------------------------
 

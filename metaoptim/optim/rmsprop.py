@@ -47,6 +47,8 @@ class MetaRMSprop(MetaOptimizer):
         True
     """
 
+    torch_class = torch.optim.RMSprop
+
     def __init__(
         self,
         params: Params = None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .hyper import Number, active, check_non_negative
@@ -44,6 +45,8 @@ class MetaSGD(MetaOptimizer):
         >>> net.weight.grad.shape
         torch.Size([1, 2])
     """
+
+    torch_class = torch.optim.SGD
 
     def __init__(
         self,
