@@ -263,6 +263,13 @@ def _checked(
                     "metaoptim.MetaOptimizer (docs/optimizers.md)"
                 ) from error
             if not turn:
+                shared = [key for key in own.state if not isinstance(key, Tensor)]
+                if shared:
+                    raise CaptureError(
+                        f"{cls.__name__} keeps state[{shared[0]!r}] for all parameters together; state must be that of "
+                        "one parameter; write it as init_state and update of a metaoptim.MetaOptimizer "
+                        "(docs/optimizers.md)"
+                    )
                 kept = {k for of in own.state.values() for k, v in of.items() if isinstance(v, (int, float))}
                 source = Source(cls, attributes, _counts(cls, attributes, before, own), tuple(sorted(kept)))
                 hypers = [{k: v for k, v in of.items() if k not in dict(source.counted)} for of in before]

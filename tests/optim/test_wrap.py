@@ -241,6 +241,14 @@ class Keeps(Base):
         p.sub_(group["lr"] * g)
 
 
+class Shares(Base):
+    def begin(self, group: dict[str, Any]) -> None:
+        self.state["k"] = self.state.get("k", torch.zeros(())) + 1  # type: ignore[index]
+
+    def one(self, p: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        p.sub_(group["lr"] * g)
+
+
 class Closes(Base):
     def begin(self, group: dict[str, Any]) -> None:
         raise RuntimeError("needs a closure")
@@ -255,6 +263,7 @@ class Closes(Base):
         (Decides, metaoptim.CaptureError, "line .*torch.where"),
         (Estimates, metaoptim.CaptureError, "'estimate'"),
         (Keeps, metaoptim.CaptureError, "list as state 'past'"),
+        (Shares, metaoptim.CaptureError, r"state\['k'\]"),
         (Closes, metaoptim.CaptureError, "needs a closure"),
         (torch.optim.SparseAdam, TypeError, "SparseAdam.*dense"),
     ],
