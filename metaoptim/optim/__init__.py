@@ -7,7 +7,10 @@ In: networks and hyper-parameters. Out: pure update functions, and steps handed 
 from . import schedules, transforms
 from .adam import MetaAdam
 from .hyper import safe_sqrt
-from .named import (
+from .optimizer import MetaOptimizer
+from .rmsprop import MetaRMSprop
+from .sgd import MetaSGD
+from .wrapped import (
     MetaAdadelta,
     MetaAdafactor,
     MetaAdagrad,
@@ -18,11 +21,8 @@ from .named import (
     MetaNAdam,
     MetaRAdam,
     MetaRprop,
+    wrap,
 )
-from .optimizer import MetaOptimizer
-from .rmsprop import MetaRMSprop
-from .sgd import MetaSGD
-from .wrap import wrap
 
 MetaRMSProp = MetaRMSprop  # as the original project spells it
 

@@ -29,7 +29,7 @@ from metaoptim.compiler.derive.flat import flat_graph, tracing
 from metaoptim.compiler.ir.tensors import tensor_spec
 from metaoptim.errors import CaptureError, MetaOptimError
 
-from .hyper import safe_sqrt
+from ..hyper import safe_sqrt
 from .shims import Decides, Numbers, shims
 
 State = dict[str, Tensor]
