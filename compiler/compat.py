@@ -7,6 +7,9 @@ dynamo's own, which take a second to import (`lower.backends`).
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -60,6 +63,25 @@ def keep_from_dynamo(function: Any) -> None:
     frames: Any = torch._C._dynamo.eval_frame  # type: ignore[attr-defined]  # pyright: ignore
     skip = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.SKIP)
     frames.set_code_exec_strategy(function.__code__, skip)
+
+
+@contextmanager
+def compiling_flag() -> Iterator[None]:
+    """Inside the block torch takes itself for compiling: optimizers do not turn tensors into numbers then."""
+    before = torch.compiler._is_compiling_flag
+    torch.compiler._is_compiling_flag = True
+    try:
+        yield
+    finally:
+        torch.compiler._is_compiling_flag = before
+
+
+def init_group(optimizer: torch.optim.Optimizer) -> None:
+    """Have an optimizer make the state of its first group's parameters, where it does so before its steps."""
+    make = getattr(type(optimizer), "_init_group", None)
+    if make is not None:
+        wanted = list(inspect.signature(make).parameters)[2:]
+        make(optimizer, optimizer.param_groups[0], *([] for _ in wanted))
 
 
 def queue_callback(done: Any) -> None:

@@ -7,8 +7,9 @@ thread has a recorder, so other threads are untouched.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.utils.checkpoint as checkpointing
@@ -19,7 +20,7 @@ from torch.utils import dlpack
 from torch.utils.hooks import RemovableHandle
 
 from metaoptim.compiler.compat import CHECKPOINT, FUNCTIONS, SingleLevelFunction, transforms_active
-from metaoptim.errors import CaptureError, WindowError, user_location
+from metaoptim.errors import CaptureError, WindowError
 
 from ..ir.values import Spy, Theta
 from .eager import writes
@@ -27,8 +28,21 @@ from .eager.recorder import Recorder
 from .modes import CaptureMode
 
 recording: ContextVar[CaptureMode | None] = ContextVar("metaoptim_recorder", default=None)
-# Called with the function handed to checkpoint; returns one that recomputes with the parameters of now.
-binding: ContextVar[Any] = ContextVar("metaoptim_binding", default=None)
+
+
+class Networks(Protocol):
+    """What is asked of the networks of a window."""
+
+    def bind(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """The function handed to checkpoint, made to recompute with the parameters of now."""
+        ...
+
+    def trains(self, t: Tensor) -> bool:
+        """Whether ``t`` is a parameter that inner optimizers train: the user's own one, or what is shown for it."""
+        ...
+
+
+networks: ContextVar[Networks | None] = ContextVar("metaoptim_networks", default=None)
 
 _MISSING = object()
 
@@ -106,8 +120,8 @@ def _no_other_way(self: Any) -> None:
 
 
 def _checkpoint(fn: Any, *args: Any, **kwargs: Any) -> Any:
-    bind = binding.get()
-    return _original[CHECKPOINT](fn if bind is None else bind(fn), *args, **kwargs)
+    of_window = networks.get()
+    return _original[CHECKPOINT](fn if of_window is None else of_window.bind(fn), *args, **kwargs)
 
 
 # -- gradients that pass through hooks --------------------------------------------------------------------------------
@@ -213,13 +227,29 @@ def _has_theta(recorder: Recorder, tensors: list[Any]) -> bool:
     return any(isinstance(t, Tensor) and isinstance(recorder.recording.known(t), Theta) for t in tensors)
 
 
-def _clip(parameters: Any, *args: Any, **kwargs: Any) -> Any:
-    recorder = _recorder()
-    if recorder is not None:
-        parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-        if _has_theta(recorder, parameters):
-            recorder.clipped = user_location()
-    return _original["_clip_grads_with_norm_"](parameters, *args, **kwargs)
+def _clip_norm(parameters: Any, *args: Any, **kwargs: Any) -> Any:
+    given = _refuse_clipping(parameters, "clip_grad_norm_", "clip_global_norm(max_norm)")
+    return _original["_clip_grads_with_norm_"](given, *args, **kwargs)
+
+
+def _clip_value(parameters: Any, *args: Any, **kwargs: Any) -> Any:
+    given = _refuse_clipping(parameters, "clip_grad_value_", "clip_value(value)")
+    return _original["clip_grad_value_"](given, *args, **kwargs)
+
+
+def _refuse_clipping(parameters: Any, name: str, transform: str) -> list[Tensor]:
+    """The parameters whose ``.grad`` is to be clipped; raises where none has any and inner steps train one."""
+    given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    of_window = networks.get()
+    if _mode() is None or of_window is None or any(p.grad is not None for p in given):
+        return given
+    if any(map(of_window.trains, given)):
+        raise WindowError(
+            f"torch.nn.utils.{name} on parameters that an inner optimizer trains, none of which has a .grad: inner "
+            "gradients are never there, since inner.step(loss) takes the gradient of the loss itself. Clip them with "
+            f"inner.transforms = [metaoptim.transforms.{transform}], once before the loop"
+        )
+    return given
 
 
 patches = Patches(
@@ -236,6 +266,8 @@ patches = Patches(
     (dlpack, "to_dlpack", _to_dlpack),
     (torch, "to_dlpack", _to_dlpack),
     (torch.optim.Optimizer, "add_param_group", _add_param_group),
-    (clip_grad, "_clip_grads_with_norm_", _clip),
+    (clip_grad, "_clip_grads_with_norm_", _clip_norm),
+    (clip_grad, "clip_grad_value_", _clip_value),
+    (torch.nn.utils, "clip_grad_value_", _clip_value),
 )
 _original = patches.original

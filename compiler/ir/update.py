@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,6 +27,11 @@ class HyperRef:
     at: int
 
 
+def name_of(fn: Any) -> str:
+    """What texts call a function of a transform or a schedule."""
+    return getattr(fn, "__name__", type(fn).__name__).lstrip("_")
+
+
 @dataclass(frozen=True)
 class ModuleRef:
     """A hyper-parameter that is a module: what it does, and the places of its tensors in the flat list."""
@@ -36,23 +41,38 @@ class ModuleRef:
 
 
 @dataclass(frozen=True)
-class Clip:
-    """Clipping of the inner gradient to a total norm (`reset_grad_normalizer`)."""
+class TransformPlan:
+    """What is done to the inner gradients before the update, but for the values it is done with."""
 
-    max_norm: Any
-    norm_type: float
+    apply: Callable[..., Sequence[Tensor]] = field(compare=False)  # pure: (grads, params, hyper) -> grads'
+    key: Hashable  # equal for functions that do the same
+    hyper: tuple[tuple[str, Any], ...]  # names and constants, `HyperRef`s or tuples of these
+    places: tuple[int, ...] | None  # which of the updated parameters it acts on; None for all
 
+    @property
+    def __name__(self) -> str:
+        return name_of(self.apply)
 
-def clip_gradients(grads: Sequence[Tensor], max_norm: Any, norm_type: float) -> list[Tensor]:
-    """g · min(1, max_norm / (‖g‖ + 1e-6)), over all of ``grads`` together (Pascanu et al. 2013, Algorithm 1)."""
-    norms = [_norm(g, norm_type) for g in grads]
-    total = _norm(torch.stack([n.to(norms[0].device) for n in norms]), norm_type)
-    scale = torch.clamp(max_norm / (total + 1e-6), max=1.0)
-    return [g * scale.to(g.device) for g in grads]
+    def __call__(
+        self, grads: Sequence[Tensor], thetas: Sequence[Tensor], slots: Sequence[Any]
+    ) -> list[Tensor]:
+        """The new gradients, of the same shapes and dtypes."""
+        at = range(len(grads)) if self.places is None else self.places
+        given = [grads[i] for i in at]
+        found = self.apply(list(given), [thetas[i] for i in at], self.filled(slots))
+        if not (is_several(found) and len(found) == len(given) and all(map(_alike, found, given))):
+            raise WindowError(
+                f"the transform {self.__name__}: got {_outline(found)}, expected a list of one tensor for each "
+                f"gradient, of its shape: {_outline(given)}; a number in it that is a tensor must broadcast to them"
+            )
+        after = list(grads)
+        for i, g in zip(at, found, strict=True):
+            after[i] = g if g.dtype == grads[i].dtype else g.to(grads[i].dtype)
+        return after
 
-
-def _norm(of: Tensor, order: float) -> Tensor:
-    return torch.linalg.vector_norm(of, order)  # pyright: ignore
+    def filled(self, slots: Sequence[Any]) -> dict[str, Any]:
+        """Its hyper-parameters, by name."""
+        return {name: _fill(value, slots, []) for name, value in self.hyper}
 
 
 @dataclass(frozen=True)
@@ -64,7 +84,7 @@ class UpdatePlan:
     groups: tuple[tuple[tuple[str, Any], ...], ...]
     group_of: tuple[int, ...]  # per updated parameter, its group
     states: tuple[tuple[str, ...], ...]  # per updated parameter, names of the state it has before the step
-    clip: Clip | None = None
+    transforms: tuple[TransformPlan, ...] = ()  # of the gradients, in order, before the update
     # Pure: (param, hyper) -> state, if the initial state depends on the parameter: it is part of the step then.
     init: Callable[..., State] | None = None
 
@@ -76,8 +96,9 @@ class UpdatePlan:
         self, thetas: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[State], slots: Sequence[Any]
     ) -> tuple[list[Tensor], list[State]]:
         """New parameters and new states."""
-        refs = [ref for group in self.groups for _, value in group for ref in _modules(value)]
-        use = (self.update, self.states, *(ref.form for ref in refs))
+        named = (*self.groups, *(transform.hyper for transform in self.transforms))
+        forms = [ref.form for group in named for _, value in group for ref in _modules(value)]
+        use = (self.update, self.states, *(transform.key for transform in self.transforms), *forms)
         first, given = use not in _looked_at, _Given()
         if first:  # it may write into what it is given
             thetas, grads, slots = _copies(thetas), _copies(grads), _copies(slots)
@@ -90,8 +111,8 @@ class UpdatePlan:
             )
         modules: list[tuple[ModuleRef, nn.Module]] = []
         groups = [{name: _fill(value, slots, modules) for name, value in group} for group in self.groups]
-        if self.clip is not None:
-            grads = clip_gradients(grads, _fill(self.clip.max_norm, slots, modules), self.clip.norm_type)
+        for transform in self.transforms:
+            grads = transform(grads, thetas, slots)
         new_thetas: list[Tensor] = []
         new_states: list[State] = []
         for theta, grad, state, group in zip(thetas, grads, states, self.group_of, strict=True):
@@ -110,7 +131,7 @@ class UpdatePlan:
             new_thetas.append(new if new.dtype == theta.dtype else new.to(theta.dtype))
             new_states.append(new_state)
         if first:
-            given.check_kept(self.__name__)
+            given.check_kept(" or ".join([*(t.__name__ for t in self.transforms), self.__name__]))
             for ref, module in modules:
                 ref.form.check_kept(module, [slots[at.at] for at in ref.tensors])
             if len(_looked_at) >= _MOST:
@@ -168,6 +189,10 @@ def checked_result(name: str, first: str, state: State, result: Any) -> tuple[Te
             "return every name, also of what stays as it is"
         )
     return new, new_state
+
+
+def _alike(got: Any, expected: Tensor) -> bool:
+    return isinstance(got, Tensor) and got.shape == expected.shape
 
 
 def _grown(name: str, new: Tensor, theta: Tensor, hyper: dict[str, Any]) -> WindowError:

@@ -26,6 +26,9 @@ from metaoptim.compiler.compat import FakeTensor
 from ..compiler.lower.ambient import ambient
 from ..errors import CaptureError
 from ..optim.optimizer import MetaOptimizer
+from ..runtime.windows.hyper import COUNT
+from ..runtime.windows.schedule import Schedule
+from ..runtime.windows.transform import Transform
 from .surroundings import argument_names, contents, is_library, is_python_class, reference, surroundings
 
 Fact = tuple[Any, ...]
@@ -151,6 +154,9 @@ class Dependencies:
             self.module(value, path)
         elif isinstance(value, MetaOptimizer):
             self.optimizer(value, path)
+        elif isinstance(value, (Transform, Schedule)):
+            self.fact(path, (kind,))
+            self._dict(vars(value), path, "{}.{}")
         elif isinstance(value, types.FunctionType):
             self._function(value, path)
         elif isinstance(value, types.MethodType):
@@ -264,7 +270,8 @@ class Dependencies:
         """Note which optimizer it is, its hyper-parameters, the state it has, and its networks."""
         self.object(optimizer, "optimizer", path)
         self.describe(optimizer.first_order, path and f"{path}.first_order")
-        self.describe(optimizer._normalizer, path and f"{path}'s gradient normalizer")
+        self.describe(optimizer.transforms, path and f"{path}.transforms")
+        self.describe(dict(optimizer.state.get(COUNT, {})), path and f"{path}'s count of steps")
         names: dict[int, str] = {}
         if path:
             names = {id(p): n for net in optimizer.networks for n, p in net.named_parameters()}

@@ -4,6 +4,7 @@ In: networks and hyper-parameters. Out: pure update functions, and steps handed 
 `runtime` and what is below it.
 """
 
+from . import schedules, transforms
 from .adam import MetaAdam
 from .hyper import safe_sqrt
 from .learned import MetaLearned
@@ -11,14 +12,43 @@ from .optimizer import MetaOptimizer
 from .rmsprop import MetaRMSprop
 from .rules import PerParameterRule, PerTensorRule
 from .sgd import MetaSGD
+from .wrapped import (
+    MetaAdadelta,
+    MetaAdafactor,
+    MetaAdagrad,
+    MetaAdamax,
+    MetaAdamW,
+    MetaASGD,
+    MetaMuon,
+    MetaNAdam,
+    MetaRAdam,
+    MetaRprop,
+    wrap,
+)
+
+MetaRMSProp = MetaRMSprop  # as the original project spells it
 
 __all__ = [
+    "MetaASGD",
+    "MetaAdadelta",
+    "MetaAdafactor",
+    "MetaAdagrad",
     "MetaAdam",
+    "MetaAdamW",
+    "MetaAdamax",
     "MetaLearned",
+    "MetaMuon",
+    "MetaNAdam",
     "MetaOptimizer",
+    "MetaRAdam",
+    "MetaRMSProp",
     "MetaRMSprop",
+    "MetaRprop",
     "MetaSGD",
     "PerParameterRule",
     "PerTensorRule",
     "safe_sqrt",
+    "schedules",
+    "transforms",
+    "wrap",
 ]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from .hyper import Number, active, check_non_negative, is_symbolic, safe_sqrt
-from .optimizer import MetaOptimizer, Params
+from .hyper import Number, Schedule, active, check_non_negative, is_symbolic, safe_sqrt
+from .optimizer import MetaOptimizer, Params, Transforms
 
 
 class MetaAdam(MetaOptimizer):
@@ -22,7 +22,8 @@ class MetaAdam(MetaOptimizer):
     Args:
         params: list of `nn.Module` (one parameter group each), or of dicts ``{"params": module, "lr": ...}``; with
             ``networks``, dicts may list some of their parameters. The others are meta-parameters.
-        lr: learning rate η. Like every number here it may be a tensor, and then receives a meta-gradient.
+        lr: learning rate η. Like every number here it may be a tensor, which receives a meta-gradient, or a schedule
+            (`metaoptim.schedules`).
         betas: (β₁, β₂), each in [0, 1).
         eps: added to the denominator.
         weight_decay: λ; λ θ is added to the gradient.
@@ -31,6 +32,7 @@ class MetaAdam(MetaOptimizer):
         eps_root: added under the square root; 0 gives the trajectories of `torch.optim.Adam`.
         networks: modules that the parameters belong to; alone, all of their parameters, one group each.
         first_order: take the inner gradient as a constant in the meta-backward.
+        transforms: what is done to the inner gradients before the update, in order: see `metaoptim.transforms`.
 
     Raises:
         ValueError: for a negative lr, eps, weight_decay or eps_root, betas outside [0, 1), or overlapping parameters.
@@ -47,6 +49,9 @@ class MetaAdam(MetaOptimizer):
         torch.Size([])
     """
 
+    torch_class = torch.optim.Adam
+    extra: ClassVar[dict[str, Any]] = {"eps_root": 0.0}
+
     def __init__(
         self,
         params: Params = None,
@@ -60,17 +65,18 @@ class MetaAdam(MetaOptimizer):
         maximize: bool = False,
         eps_root: Number = 0.0,
         first_order: bool = False,
+        transforms: Transforms = (),
     ) -> None:
         check_non_negative(lr=lr, eps=eps, weight_decay=weight_decay, eps_root=eps_root)
         for i, beta in enumerate(betas):
-            if isinstance(beta, Tensor) and is_symbolic():
+            if isinstance(beta, Schedule) or (isinstance(beta, Tensor) and is_symbolic()):
                 continue
             value = float(beta.detach()) if isinstance(beta, Tensor) else beta
             if not 0.0 <= value < 1.0:
                 raise ValueError(f"betas[{i}]: got {value}, expected a number in [0, 1)")
         defaults = dict(lr=lr, betas=tuple(betas), eps=eps)
         defaults |= dict(weight_decay=weight_decay, amsgrad=amsgrad, maximize=maximize, eps_root=eps_root)
-        super().__init__(params, defaults, networks=networks, first_order=first_order)
+        super().__init__(params, defaults, networks=networks, first_order=first_order, transforms=transforms)
 
     @staticmethod
     def init_state(param: Tensor, hyper: dict[str, Any]) -> dict[str, Tensor]:

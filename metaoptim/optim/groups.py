@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .optimizer import MetaOptimizer
 
 # of a group: torch's own, and a name for the user
-_NO_OPTIONS = {"params", "param_names", "name", "initial_lr"}
+NO_OPTIONS = {"params", "param_names", "name", "initial_lr"}
 _ALSO = {"learning_rate": "lr", "wd": "weight_decay", "beta": "betas", "alpha": "lr"}
 
 
@@ -39,7 +39,7 @@ def group_of(optimizer: MetaOptimizer, given: Any) -> tuple[dict[str, Any], nn.M
     """A parameter group of the user's own parameters, and the module all of whose parameters are in it."""
     cls = type(optimizer).__name__
     group = dict(given) if isinstance(given, dict) else {"params": given}
-    for key in group.keys() - optimizer.defaults.keys() - _NO_OPTIONS:
+    for key in group.keys() - optimizer.defaults.keys() - NO_OPTIONS:
         raise _unknown(optimizer, key)
     params: Any = group.get("params")
     whole = params if isinstance(params, nn.Module) else None
@@ -96,7 +96,7 @@ def group_of(optimizer: MetaOptimizer, given: Any) -> tuple[dict[str, Any], nn.M
 
 def check_misspelt(optimizer: MetaOptimizer) -> None:
     """Raise for a key that was put into a group afterwards and looks like an option; others may be the user's own."""
-    known = optimizer.defaults.keys() | _NO_OPTIONS
+    known = optimizer.defaults.keys() | NO_OPTIONS
     for group in optimizer.param_groups:
         if group.keys() <= known:  # at every step, so in a fraction of a microsecond
             continue

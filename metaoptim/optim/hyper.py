@@ -10,8 +10,11 @@ from torch.optim import lr_scheduler
 
 from metaoptim.compiler.capture.intercept import recording
 from metaoptim.errors import WindowError
+from metaoptim.runtime.windows.hyper import Scheduled
+from metaoptim.runtime.windows.schedule import Schedule
 
-Number: TypeAlias = float | Tensor
+#: A hyper-parameter: a number, a tensor, or a function of the optimizer's step count.
+Number: TypeAlias = float | Tensor | Schedule
 _in_place = lr_scheduler._update_param_group_val  # torch writes the next rate into the tensor of the last one
 
 
@@ -22,11 +25,28 @@ def detached(value: Any) -> Any:
     return tuple(map(detached, value)) if isinstance(value, tuple) else value
 
 
+def as_number(value: Any, schedules: Scheduled) -> Any:
+    """A hyper-parameter as the ``state_dict`` of torch's optimizers has it: detached, with schedules' values of now."""
+    if isinstance(value, tuple):
+        return tuple([as_number(v, schedules) for v in value])
+    now = detached(schedules.at(value))
+    return now.item() if isinstance(value, Schedule) and now.numel() == 1 else now
+
+
+def plain(value: Any) -> Any:
+    """A hyper-parameter as a number where it is one: scalar tensors are."""
+    if isinstance(value, (tuple, list)):
+        return tuple(map(plain, value))
+    if isinstance(value, Tensor):
+        return float(value.detach()) if value.numel() == 1 else value.detach()
+    return value
+
+
 def learned(value: Any) -> bool:
-    """Whether a hyper-parameter requires grad, or one of a tuple of them; a module is the user's own too."""
-    if isinstance(value, (Tensor, nn.Module)):
-        return isinstance(value, nn.Module) or value.requires_grad
-    return isinstance(value, tuple) and any(map(learned, value))
+    """Whether a hyper-parameter requires grad or is a schedule, or one of a tuple of them; modules count too."""
+    if isinstance(value, Tensor):
+        return value.requires_grad
+    return isinstance(value, (Schedule, nn.Module)) or (isinstance(value, tuple) and any(map(learned, value)))
 
 
 def active(hyper: Any) -> bool:
@@ -43,8 +63,11 @@ def is_symbolic() -> bool:
 def check_non_negative(**hyper: Any) -> None:
     """Raise ValueError for a negative number, by name."""
     for name, value in hyper.items():
+        if isinstance(value, Schedule):
+            continue
         if not isinstance(value, (int, float, Tensor)):
-            raise TypeError(f"{name}: got {value!r}, expected a number or a tensor")
+            hint = ": metaoptim.schedules.Schedule(f)" if callable(value) else ""
+            raise TypeError(f"{name}: got {value!r}, expected a number, a tensor or a schedule{hint}")
         if isinstance(value, Tensor) and is_symbolic():
             continue
         smallest = float(value.detach().min()) if isinstance(value, Tensor) else value
@@ -79,6 +102,11 @@ def safe_sqrt(x: Tensor) -> Tensor:
 def _set_rate(param_group: dict[str, Any], key: str, val: float | Tensor) -> None:
     """Let a learnt rate be followed by what was computed from it, with its gradient."""
     rate = param_group[key]
+    if isinstance(rate, Schedule):
+        raise WindowError(
+            f"a scheduler of torch drives {key!r}, which is a schedule of the optimizer's own steps: {rate!r}; join or "
+            "multiply schedules (metaoptim.schedules), or give the optimizer a number or a tensor"
+        )
     if not (isinstance(rate, Tensor) and rate.requires_grad):
         _in_place(param_group, key, val)
     elif isinstance(val, Tensor) and val.requires_grad:

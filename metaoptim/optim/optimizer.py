@@ -8,20 +8,26 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FunctionType
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 
 from metaoptim.errors import WindowError
+from metaoptim.runtime.windows.hyper import scheduled
+from metaoptim.runtime.windows.schedule import Schedule
 from metaoptim.runtime.windows.session import current_session
+from metaoptim.runtime.windows.transform import Apply, Transform, as_transforms
 from metaoptim.runtime.windows.update import InnerOptimizer, parameters_of
 
 from .groups import check_misspelt, check_network, group_of, matching, own
-from .hyper import Number, check_non_negative, detached, is_symbolic, learned
+from .hyper import Number, as_number, detached, is_symbolic, learned, plain
+from .transforms import clip_global_norm
 
 #: What an optimizer trains: networks, or groups (see `MetaOptimizer`).
 Params: TypeAlias = Iterable[nn.Module | dict[str, Any] | Tensor | tuple[str, Tensor]] | None
+#: What is done to inner gradients: of `metaoptim.transforms`, or functions ``(grads, params, hyper) -> grads``.
+Transforms: TypeAlias = Iterable[Transform | Apply]
 _numbers = itertools.count()
 #: Optimizers alive. Those that a thread has made may step in its windows, and are put back after its captures.
 live_optimizers: weakref.WeakSet[MetaOptimizer] = weakref.WeakSet()
@@ -37,6 +43,11 @@ class MetaOptimizer(InnerOptimizer):
         defaults: options of groups that do not set them.
         networks: modules that the parameters belong to; alone, all of their parameters, one group each.
         first_order: take the inner gradient as a constant in the meta-backward.
+        transforms: what is done to the inner gradients before the update, in order: of `metaoptim.transforms`, or
+            functions ``(grads, params, hyper) -> grads``.
+
+    Attributes:
+        transforms: the list of them, which may be changed, and set anew; it holds from the next step on.
 
     Example:
         >>> class SignSGD(metaoptim.MetaOptimizer):  # θ' = θ - lr tanh(s g)
@@ -57,6 +68,11 @@ class MetaOptimizer(InnerOptimizer):
         torch.Size([])
     """
 
+    #: The torch optimizer that makes the same steps.
+    torch_class: ClassVar[type[torch.optim.Optimizer] | None] = None
+    #: Options that it does not know, with their defaults.
+    extra: ClassVar[dict[str, Any]] = {}
+
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         for name in ("init_state", "update"):
@@ -73,12 +89,14 @@ class MetaOptimizer(InnerOptimizer):
         *,
         networks: Iterable[nn.Module] | None = None,
         first_order: bool = False,
+        transforms: Transforms = (),
     ) -> None:
         for name in ("init_state", "update"):
             if getattr(type(self), name) is getattr(MetaOptimizer, name):
                 raise TypeError(f"{type(self).__name__} states no {name}; write it, as in docs/optimizers.md")
         self._networks, self._whole, self._tape = [], [], []
-        self._normalizer = self._session = None
+        self._normalizer: Transform | None = None  # the one that `reset_grad_normalizer` has put among them
+        self.transforms, self._session = transforms, None
         self.first_order, self.symbolic = first_order, is_symbolic()
         self.thread, self.number = threading.get_ident(), next(_numbers)
         for network in [networks] if isinstance(networks, nn.Module) else networks or ():
@@ -99,6 +117,15 @@ class MetaOptimizer(InnerOptimizer):
         session = current_session()
         if session is not None:
             session.join(self)
+
+    @property
+    def transforms(self) -> list[Transform]:
+        """What is done to the inner gradients before the update, in order."""
+        return self._transforms
+
+    @transforms.setter
+    def transforms(self, transforms: Transforms) -> None:
+        self._transforms = as_transforms(transforms, type(self).__name__)
 
     # -- torch.optim's interface ---------------------------------------------------------------------------------
 
@@ -195,12 +222,15 @@ class MetaOptimizer(InnerOptimizer):
     def state_dict(self) -> dict[str, Any]:
         """As `torch.optim.Optimizer.state_dict`, detached; loads into the optimizer of the same name there.
 
-        Modules among the options are left out: they have a `state_dict` of their own.
+        Schedules are in it as numbers, their values of now, and the count that they are evaluated at. Modules among the
+        options are left out: they have a `state_dict` of their own.
         """
         packed = super().state_dict()
         packed["state"] = {k: {n: detached(v) for n, v in s.items()} for k, s in packed["state"].items()}
+        with torch.no_grad():
+            now = scheduled(self)
         packed["param_groups"] = [
-            {k: detached(v) for k, v in g.items() if not isinstance(v, nn.Module)}
+            {k: as_number(v, now) for k, v in g.items() if not isinstance(v, nn.Module)}
             for g in packed["param_groups"]
         ]
         return packed
@@ -208,7 +238,7 @@ class MetaOptimizer(InnerOptimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state from this or `torch.optim`'s optimizer of the same name.
 
-        Hyper-parameters that are modules, or tensors requiring grad, stay the user's own: loading must not cut them
+        Hyper-parameters that require grad, schedules and modules stay the user's own: loading must not cut them
         off. Inside a window the load is a history cut: values change, the gradient stops here.
 
         Raises:
@@ -229,6 +259,39 @@ class MetaOptimizer(InnerOptimizer):
             if state.get("momentum_buffer", 0) is None:  # torch.optim.SGD before its first step
                 del state["momentum_buffer"]
 
+    def to_torch(self) -> torch.optim.Optimizer:
+        """The torch optimizer with the same groups, numbers and state, over the networks' own parameters.
+
+        Learnt hyper-parameters become their values; options that torch does not know (``eps_root``) are left out.
+
+        Raises:
+            TypeError: for an optimizer that torch does not have.
+
+        Example:
+            >>> net = torch.nn.Linear(2, 1)
+            >>> inner = metaoptim.MetaAdamW([net], lr=0.1)
+            >>> with metaoptim.SlidingWindow():
+            ...     inner.step(net(torch.ones(1, 2)).square().sum())
+            >>> type(inner.to_torch()).__name__, len(inner.to_torch().state)
+            ('AdamW', 2)
+        """
+        packed = self.state_dict()  # schedules are numbers in it
+        groups = [
+            {k: plain(v) for k, v in values.items() if k not in self.extra}
+            | {"params": list(group["params"])}
+            for values, group in zip(packed["param_groups"], self.param_groups, strict=True)
+        ]
+        made = self._built(groups)
+        for n, p in enumerate(parameters_of(self)):
+            if packed["state"].get(n):
+                made.state[p] = {k: v.clone() for k, v in packed["state"][n].items()}
+        return made
+
+    def _built(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        if self.torch_class is None:
+            raise TypeError(f"{type(self).__name__}.to_torch: torch has no optimizer of these steps")
+        return cast(Callable[..., torch.optim.Optimizer], self.torch_class)(groups)
+
     # -- Meta-Optim's interface ----------------------------------------------------------------------------------
 
     def reset_grad_normalizer(
@@ -236,19 +299,18 @@ class MetaOptimizer(InnerOptimizer):
     ) -> None:
         """Clip inner gradients to a total norm, as `torch.nn.utils.clip_grad_norm_` would, differentiably.
 
+        This is `metaoptim.transforms.clip_global_norm` at the end of `transforms`, in the place of the one before.
+
         Args:
             max_norm: largest norm of all the optimizer's gradients together; None switches clipping off.
             norm_type: p of the p-norm.
             error_if_nonfinite: raise `LossError` when the norm is not finite.
         """
-        if max_norm is not None:
-            check_non_negative(max_norm=max_norm)
-        if isinstance(max_norm, Tensor) and max_norm.numel() != 1:
-            raise ValueError(
-                f"max_norm: got a tensor of shape {tuple(max_norm.shape)}, expected one number: the norm is that of "
-                "all parameters together"
-            )
-        self._normalizer = None if max_norm is None else (max_norm, float(norm_type), error_if_nonfinite)
+        new = None if max_norm is None else clip_global_norm(max_norm, norm_type, error_if_nonfinite)
+        transforms, old = self.transforms, self._normalizer
+        at = next((i for i, t in enumerate(transforms) if t is old), len(transforms))
+        transforms[at : at + 1] = [] if new is None else [new]
+        self._normalizer = new
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Names and tensors of the networks' parameters; under ``record_grad_tape`` also ``step_k:name``.
@@ -280,7 +342,7 @@ class MetaOptimizer(InnerOptimizer):
                 group["params"][:] = now
         if changed:
             known = set(map(id, parameters_of(self)))
-            for p in [p for p in self.state if id(p) not in known]:
+            for p in [p for p in self.state if isinstance(p, Tensor) and id(p) not in known]:
                 del self.state[p]
         return changed
 
@@ -297,7 +359,7 @@ def refresh_optimizers() -> bool:
     return any(changed)
 
 
-_PRESERVED = ("param_groups", "state", "defaults", "_normalizer", "_networks", "_whole")
+_PRESERVED = ("param_groups", "state", "defaults", "_transforms", "_normalizer", "_networks", "_whole")
 
 
 @contextmanager
@@ -319,6 +381,8 @@ def preserved() -> Iterator[None]:
 
 def _filling(container: Any) -> Callable[[], None]:
     """What fills lists and dictionaries, and those in them, with what is in them now."""
+    if isinstance(container, (Transform, Schedule)):
+        container = container.hyper
     if not isinstance(container, (dict, list)):
         return lambda: None
     content: Any = container.copy()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .hyper import Number, active, check_non_negative, safe_sqrt
-from .optimizer import MetaOptimizer, Params
+from .optimizer import MetaOptimizer, Params, Transforms
 
 
 class MetaRMSprop(MetaOptimizer):
@@ -22,7 +22,8 @@ class MetaRMSprop(MetaOptimizer):
     Args:
         params: list of `nn.Module` (one parameter group each), or of dicts ``{"params": module, "lr": ...}``; with
             ``networks``, dicts may list some of their parameters. The others are meta-parameters.
-        lr: learning rate η. Like every number here it may be a tensor, and then receives a meta-gradient.
+        lr: learning rate η. Like every number here it may be a tensor, which receives a meta-gradient, or a schedule
+            (`metaoptim.schedules`).
         alpha: smoothing constant α.
         eps: added to the denominator.
         weight_decay: λ; λ θ is added to the gradient.
@@ -31,6 +32,7 @@ class MetaRMSprop(MetaOptimizer):
         maximize: ascend instead of descend.
         networks: modules that the parameters belong to; alone, all of their parameters, one group each.
         first_order: take the inner gradient as a constant in the meta-backward.
+        transforms: what is done to the inner gradients before the update, in order: see `metaoptim.transforms`.
 
     Raises:
         ValueError: for a negative lr, alpha, eps, weight_decay or momentum, or overlapping parameters.
@@ -45,6 +47,8 @@ class MetaRMSprop(MetaOptimizer):
         True
     """
 
+    torch_class = torch.optim.RMSprop
+
     def __init__(
         self,
         params: Params = None,
@@ -58,11 +62,12 @@ class MetaRMSprop(MetaOptimizer):
         networks: Iterable[nn.Module] | None = None,
         maximize: bool = False,
         first_order: bool = False,
+        transforms: Transforms = (),
     ) -> None:
         check_non_negative(lr=lr, alpha=alpha, eps=eps, weight_decay=weight_decay, momentum=momentum)
         defaults = dict(lr=lr, alpha=alpha, eps=eps)
         defaults |= dict(weight_decay=weight_decay, momentum=momentum, centered=centered, maximize=maximize)
-        super().__init__(params, defaults, networks=networks, first_order=first_order)
+        super().__init__(params, defaults, networks=networks, first_order=first_order, transforms=transforms)
 
     @staticmethod
     def init_state(param: Tensor, hyper: dict[str, Any]) -> dict[str, Tensor]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .hyper import Number, active, check_non_negative
-from .optimizer import MetaOptimizer, Params
+from .optimizer import MetaOptimizer, Params, Transforms
 
 
 class MetaSGD(MetaOptimizer):
@@ -20,7 +21,8 @@ class MetaSGD(MetaOptimizer):
     Args:
         params: list of `nn.Module` (one parameter group each), or of dicts ``{"params": module, "lr": ...}``; with
             ``networks``, dicts may list some of their parameters. The others are meta-parameters.
-        lr: learning rate η. Like every number here it may be a tensor, and then receives a meta-gradient.
+        lr: learning rate η. Like every number here it may be a tensor, which receives a meta-gradient, or a schedule
+            (`metaoptim.schedules`).
         momentum: μ.
         dampening: d.
         weight_decay: λ.
@@ -29,6 +31,7 @@ class MetaSGD(MetaOptimizer):
         networks: modules that the parameters belong to; alone, all of their parameters, one group each.
         first_order: take the inner gradient as a constant in the meta-backward (FOMAML; Nichol et al. 2018,
             arXiv 1803.02999, section 2).
+        transforms: what is done to the inner gradients before the update, in order: see `metaoptim.transforms`.
 
     Raises:
         ValueError: for negative lr, momentum or weight_decay, or overlapping parameters.
@@ -43,6 +46,8 @@ class MetaSGD(MetaOptimizer):
         torch.Size([1, 2])
     """
 
+    torch_class = torch.optim.SGD
+
     def __init__(
         self,
         params: Params = None,
@@ -55,13 +60,14 @@ class MetaSGD(MetaOptimizer):
         networks: Iterable[nn.Module] | None = None,
         maximize: bool = False,
         first_order: bool = False,
+        transforms: Transforms = (),
     ) -> None:
         check_non_negative(lr=lr, momentum=momentum, weight_decay=weight_decay)
         if nesterov and (not active(momentum) or active(dampening)):
             raise ValueError("Nesterov momentum requires a momentum and zero dampening")
         defaults = dict(lr=lr, momentum=momentum, dampening=dampening)
         defaults |= dict(weight_decay=weight_decay, nesterov=nesterov, maximize=maximize)
-        super().__init__(params, defaults, networks=networks, first_order=first_order)
+        super().__init__(params, defaults, networks=networks, first_order=first_order, transforms=transforms)
 
     @staticmethod
     def init_state(param: Tensor, hyper: dict[str, Any]) -> dict[str, Tensor]:

@@ -85,7 +85,7 @@ class CapturedStep(CapturedSession):
 @contextmanager
 def aside(window: RecordedSession) -> Iterator[None]:
     """The window steps aside: its networks have their own parameters, its modes are off."""
-    variables: list[Any] = [_current, intercept.recording, intercept.binding]
+    variables: list[Any] = [_current, intercept.recording, intercept.networks]
     tokens = [v.set(None) for v in variables]
     with window.networks.showing(window.networks.originals), disable_current_modes():
         try:

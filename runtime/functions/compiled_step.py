@@ -22,10 +22,12 @@ from metaoptim.errors import CaptureError, WindowError, user_location
 from ..engine.engine import Engine
 from ..engine.graph import nodes_below
 from ..engine.noise import redrawn
+from ..windows.hyper import COUNT
 from ..windows.recording_session import RecordedSession
 from ..windows.update import InnerOptimizer
 
-StateKey: TypeAlias = tuple[InnerOptimizer, Tensor, str]  # an optimizer, a parameter, the name of a state
+# an optimizer, a parameter or `COUNT`, the name of a state
+StateKey: TypeAlias = tuple[InnerOptimizer, Any, str]
 
 
 @dataclass(eq=False)
@@ -67,7 +69,8 @@ class CompiledStep:
             view.settle()
             view.need(self._ordinal(window, p) for p in self.reads)
             for optimizer, _ in self.taken:
-                window.bring(optimizer, window.ordinals(optimizer))
+                own = [networks.originals[i] for i in window.ordinals(optimizer)]
+                window.bring(optimizer, [*own, COUNT])
             given: list[Tensor | None] = []
             for x, place in zip(self.given, self.buffers_given, strict=True):
                 own = None if isinstance(x, Noise) or place is not None else tensor_of(x)
@@ -136,7 +139,7 @@ class CompiledStep:
         free = len(window.engine.state)
         out = [view.indices[self._ordinal(window, p)] for p in self.thetas]
         for optimizer, p, name in self.states:
-            key = (id(optimizer), self._ordinal(window, p), name)
+            key = window.state_key(optimizer, p, name)
             if key not in known:
                 known[key], free = free, free + 1
             out.append(known[key])
@@ -146,7 +149,7 @@ class CompiledStep:
                 window.results[id(self), k], free = free, free + 1
             out.append(window.results[id(self), k] if live else -1)
         reads = [view.indices[self._ordinal(window, p)] for p in self.reads]
-        reads += [known[id(o), self._ordinal(window, p), name] for o, p, name in self.reads_state]
+        reads += [known[window.state_key(*key)] for key in self.reads_state]
         return StepCall(self.step, tuple(reads), tuple(out), held, user_location(), lowering=lowering)
 
     def _show_state(self, window: RecordedSession, call: StepCall, results: Sequence[Tensor]) -> None:

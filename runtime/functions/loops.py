@@ -188,6 +188,8 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(value, torch.optim.Optimizer):
         for i, group in enumerate(value.param_groups):
             yield from ((f".param_groups[{i}][{k!r}]", v) for k, v in group.items() if k != "params")
+        for i, transform in enumerate(getattr(value, "transforms", ())):
+            yield f".transforms[{i}].hyper", transform.hyper
     elif isinstance(value, nn.Module):
         for path, module in value.named_modules():
             own = ((k, v) for k, v in vars(module).items() if k[0] != "_")

@@ -22,9 +22,10 @@ from metaoptim.compiler.passes.build import GradientHooks
 from metaoptim.errors import CaptureError, WindowError, user_location
 
 from ..engine.graph import leaves_of
+from ..windows.hyper import Scheduled, hyper_of
 from ..windows.networks import Networks
 from ..windows.session import AS_GRADIENT, WINDOW, Options, Session, _current, refuse_overwritten
-from ..windows.update import InnerOptimizer, Update, hyper_of, trained, update_by
+from ..windows.update import InnerOptimizer, Update, trained, update_by
 from .loops import Loops
 
 aten = torch.ops.aten
@@ -93,7 +94,7 @@ class CapturedSession(Session):
     def open(self) -> None:
         """Begin: optimizers step here."""
         _current.set(self)
-        intercept.binding.set(self.networks.bind)
+        intercept.networks.set(self.networks)
         self.recorder.on_write = self._write
 
     def close(self, failed: bool) -> None:
@@ -116,7 +117,7 @@ class CapturedSession(Session):
             with tracer.paused():
                 self.networks.restore()
             tracer.on_write = lambda t, directly: None
-            intercept.binding.set(None)
+            intercept.networks.set(None)
             _current.set(None)
             self.members.clear()
 
@@ -229,10 +230,12 @@ class CapturedSession(Session):
 
     # -- steps ---------------------------------------------------------------------------------------------------
 
-    def _step(self, optimizer: InnerOptimizer, loss: Tensor, allow_unused: bool) -> None:
+    def _step(
+        self, optimizer: InnerOptimizer, schedules: Scheduled, loss: Tensor, allow_unused: bool
+    ) -> None:
         tracer, networks = self.recorder, self.networks
         self.refuse_strangers()
-        if optimizer._normalizer is not None and optimizer._normalizer[2]:
+        if any(t.check is not None for t in optimizer.transforms):
             raise CaptureError(
                 "error_if_nonfinite needs a value while the function is captured; use an ordinary window"
             )
@@ -241,7 +244,7 @@ class CapturedSession(Session):
         members = trained(optimizer, networks)
         ordinals = [i for i, _ in members]
         self._refuse_overwritten(root, ordinals)
-        hyper = hyper_of(optimizer, tracer.value_of, self._lifts)
+        hyper = hyper_of(optimizer, schedules, tracer.value_of, self._lifts)
         leaves = set(map(id, leaves_of(loss)))
         read = self._read(leaves, root, ordinals)
         # which parameters the loss depends on: a gradient has their shapes, so that nothing need be pulled back

@@ -14,10 +14,11 @@ from metaoptim.compiler.capture.eager.recorder import Recorder
 
 from ..engine.graph import nodes_below
 from ..engine.nodes import Begin, as_parameter
+from .hyper import Scheduled, hyper_of
 from .networks import Networks
 from .ordinary_session import OrdinarySession
 from .session import Options, refuse_overwritten, refuse_write
-from .update import InnerOptimizer, gradient, hyper_of, trained, update_by
+from .update import InnerOptimizer, gradient, trained, update_by
 
 # The fused attention kernels have no second derivative: none is taken while a full tape is open, in the whole process.
 _lock = Lock()
@@ -127,12 +128,14 @@ class FullTapeSession(OrdinarySession):
             values[i] = self._count
         self._versions.append((list(self.networks.shown), values))
 
-    def _step(self, optimizer: InnerOptimizer, loss: Tensor, allow_unused: bool) -> None:
+    def _step(
+        self, optimizer: InnerOptimizer, schedules: Scheduled, loss: Tensor, allow_unused: bool
+    ) -> None:
         self.refuse_strangers()
         networks, members = self.networks, trained(optimizer, self.networks)
         create_graph, hook = not optimizer.first_order, self.options.backward_hook
         grads = self._inner_gradient(loss, [i for i, _ in members], create_graph)
-        hyper = hyper_of(optimizer, lambda t: t, lifts=False)
+        hyper = hyper_of(optimizer, schedules, lambda t: t, lifts=False)
         options: Any = {"allow_unused": allow_unused, "create_graph": create_graph}
         with torch.enable_grad():
             update = update_by(optimizer, networks, members, grads, hyper, **options)

@@ -49,6 +49,10 @@ class Networks:
         """The ordinal of one of the user's own parameters."""
         return self._index.get(id(parameter))
 
+    def trains(self, t: Tensor) -> bool:
+        """Whether ``t`` is one of the user's own parameters that inner optimizers train, or shown for one."""
+        return id(t) in self._index or any(t is shown for shown in self.shown)
+
     def at(self, t: Tensor) -> int | None:
         """The ordinal of the parameter shown in whose memory ``t`` lies."""
         if self._at is None:

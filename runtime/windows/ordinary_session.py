@@ -18,6 +18,7 @@ from metaoptim.compiler.capture.eager.recorder import Recorder
 from metaoptim.errors import LossError, WindowError, user_location, warn
 
 from . import oversights
+from .hyper import Scheduled
 from .networks import Networks
 from .session import Member, Options, Session, _current, current_session
 from .update import parameters_of
@@ -43,28 +44,28 @@ class OrdinarySession(Session):
         oversights.remember(None)
         _current.set(self)
         intercept.recording.set(self.recorder)
-        intercept.binding.set(self.networks.bind)
+        intercept.networks.set(self.networks)
         self.recorder.__enter__()
 
-    def _take(self, member: Member, loss: Tensor, allow_unused: bool) -> None:
+    def _take(self, member: Member, schedules: Scheduled, loss: Tensor, allow_unused: bool) -> None:
         optimizer, name = member.optimizer, type(member.optimizer).__name__
         checked = self.options.check_finite or torch.is_anomaly_enabled()
         if checked and not bool(torch.isfinite(loss)):
             raise LossError(
                 f"{name}.step {member.steps} (counted from 0): the inner loss is {float(loss.detach())}, expected "
-                "a finite number; lower the learning rate, clip with reset_grad_normalizer(), or mend the loss"
+                "a finite number; lower the learning rate, clip with metaoptim.transforms, or mend the loss"
             )
         before = []
         if self.options.record_grad_tape:
             named = [(self.networks.names[i], self.networks.shown[i]) for i in self.ordinals(optimizer)]
             before = [(f"step_{member.steps}:{name}", t.detach().clone()) for name, t in named]
             self._copied([t for _, t in before], now=False)
-        self._step(optimizer, loss, allow_unused)
-        optimizer._tape = [*(optimizer._tape if member.steps else ()), *before]
-        if member.steps == self.options.pickup_step:
+        super()._take(member, schedules, loss, allow_unused)
+        step = member.steps - 1
+        optimizer._tape = [*(optimizer._tape if step else ()), *before]
+        if step == self.options.pickup_step:
             self._pick(member)
-        self._tell_of_step(name, member.steps, loss)
-        member.steps += 1
+        self._tell_of_step(name, step, loss)
         if checked:
             self._check_finite(member)
 
@@ -87,18 +88,11 @@ class OrdinarySession(Session):
                 raise LossError(
                     f"{type(member.optimizer).__name__}.step {member.steps - 1} (counted from 0) made parameter "
                     f"{self.networks.names[i]!r} non-finite: its gradient or the update overflows; lower the learning "
-                    "rate, or clip with reset_grad_normalizer()"
+                    "rate, or clip with metaoptim.transforms"
                 )
 
     def _tell_of_step(self, name: str, step: int, loss: Tensor) -> None:
         """Warn of what the step just taken has taken no notice of; on the CPU, where nobody waits, look at its loss."""
-        if clipped := self.recorder.clipped:
-            self.recorder.clipped = ""
-            warn(
-                f"the gradients of the window's parameters were clipped at {clipped}, which {name}.step takes no "
-                "notice of: it takes the gradient of the loss itself. Clip inner gradients with "
-                f"{name}.reset_grad_normalizer(max_norm)"
-            )
         if self._differentiated and (where := self._differentiated.get(loss)) is not None:
             warn(
                 f"loss.backward() at {where} has added the gradient of an inner loss to .grad, where the meta-gradient "
@@ -168,7 +162,7 @@ class OrdinarySession(Session):
                     member.optimizer._session = None
                 self.recorder.close()
                 intercept.recording.set(None)
-                intercept.binding.set(None)
+                intercept.networks.set(None)
                 _current.set(None)
                 intercept.patches.uninstall()
                 oversights.remember(ended)

@@ -207,6 +207,7 @@ def applied(update: Update, old: list[Tensor]) -> tuple[list[Tensor], list[dict[
             raise
         except RuntimeError as error:
             shapes = ", ".join(str(tuple(s.shape)) for s in slots if isinstance(s, Tensor)) or "none"
+            failed = " or ".join([*(t.__name__ for t in plan.transforms), plan.__name__])
             raise WindowError(
-                f"{plan.__name__} failed: {error}; shapes of the hyper-parameters that are tensors: {shapes}"
+                f"{failed} failed: {error}; shapes of the hyper-parameters that are tensors: {shapes}"
             ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,13 +19,14 @@ from ..budget.streaming import Streaming
 from ..engine.engine import Engine
 from ..engine.nodes import gradient_of_loss, stepped
 from ..states.disk import tier_for
+from .hyper import Hyper, Scheduled, hyper_of
 from .networks import Networks
 from .ordinary_session import OrdinarySession
 from .oversights import Ended, all_finite, tell_unreachable, watch_backward
 from .recorded_step import RecordedStep, applied, unrecorded
 from .session import Options, refuse_overwritten
 from .theta_view import ThetaView
-from .update import Hyper, InnerOptimizer, Update, gradient, hyper_of, trained, update_by
+from .update import InnerOptimizer, Update, gradient, trained, update_by
 
 
 class RecordedSession(OrdinarySession):
@@ -111,7 +113,9 @@ class RecordedSession(OrdinarySession):
         if failed and self.engine.tier is not None:  # otherwise when nothing can ask for it any more
             self.engine.tier.close("the window has ended with an exception")
 
-    def _step(self, optimizer: InnerOptimizer, loss: Tensor, allow_unused: bool) -> None:
+    def _step(
+        self, optimizer: InnerOptimizer, schedules: Scheduled, loss: Tensor, allow_unused: bool
+    ) -> None:
         view, engine = self.view, self.engine
         view.settle()
         root = view.recording.root_of(loss)
@@ -120,12 +124,12 @@ class RecordedSession(OrdinarySession):
                 f"{type(optimizer).__name__}.step: the loss was not computed inside this window, or is left over from "
                 "before a step by a later loss; compute it inside the block, from the networks as they are now"
             )
-        hyper = hyper_of(optimizer, view.recording.value_of, view.lifts)
+        hyper = hyper_of(optimizer, schedules, view.recording.value_of, view.lifts)
         roots = [root, *hyper.roots]
         sliced, epoch = view.versions.slice(roots)
         self._refuse_changed(sliced, optimizer)
         self.look_at([x.tensor for x in sliced.externals if x.tensor is not None])
-        update = self._update(optimizer, loss, sliced, hyper, allow_unused)
+        update = self._update(optimizer, loss, sliced, schedules, hyper, allow_unused)
         if sliced.spies:  # only now have the hooks run
             if any(spy.mutated for spy in sliced.spies):
                 raise CaptureError(
@@ -179,7 +183,13 @@ class RecordedSession(OrdinarySession):
                     refuse_overwritten(networks.names[ordinal])
 
     def _update(
-        self, optimizer: InnerOptimizer, loss: Tensor, sliced: Slice, hyper: Hyper, allow_unused: bool
+        self,
+        optimizer: InnerOptimizer,
+        loss: Tensor,
+        sliced: Slice,
+        schedules: Scheduled,
+        hyper: Hyper,
+        allow_unused: bool,
     ) -> Update:
         indices, shown, view = self.view.indices, self.networks.shown, self.view
         read = {t.index: [t.tensor, *sliced.twins.get(k, ())] for k, t in enumerate(sliced.thetas)}
@@ -197,13 +207,13 @@ class RecordedSession(OrdinarySession):
             for i in used:
                 if indices[i] not in read:
                     raise unrecorded(self.networks.names[i])
-            return self._sync_opt_state(optimizer, used)
+            return self._sync_opt_state(optimizer, schedules, used)
 
         return update_by(
             optimizer, self.networks, members, grads, hyper, allow_unused=allow_unused, prepare=prepare
         )
 
-    def _sync_opt_state(self, optimizer: InnerOptimizer, ordinals: list[int]) -> bool:
+    def _sync_opt_state(self, optimizer: InnerOptimizer, schedules: Scheduled, ordinals: list[int]) -> bool:
         """Bring optimizer state that is not on the tape (new, from before the window, or just loaded) onto it.
 
         Returns whether there are initial states that depend on their parameter: those must be part of the step.
@@ -216,28 +226,36 @@ class RecordedSession(OrdinarySession):
                 group = next(g for g in optimizer.param_groups if any(q is p for q in g["params"]))
                 value = self.engine.state[self.view.indices[i]].detach().requires_grad_()
                 with torch.enable_grad():
-                    initial = initial_state(optimizer.init_state, value, group)
+                    hyper = {name: schedules.at(group[name]) for name in optimizer.defaults}
+                    initial = initial_state(optimizer.init_state, value, hyper)
                 if any(v.requires_grad for v in initial.values()):
                     inside = True
                 else:
                     state.update(initial)
-        self.bring(optimizer, ordinals)
+        self.bring(optimizer, [self.networks.originals[i] for i in ordinals])
         return inside
 
-    def bring(self, optimizer: InnerOptimizer, ordinals: list[int]) -> None:
-        """Put optimizer state that is not on the tape onto it."""
+    def state_key(self, optimizer: InnerOptimizer, holder: Any, name: str) -> tuple[int, int, str]:
+        """How `opt_state` knows the state ``name`` of a parameter, or the count of schedules."""
+        ordinal = self.networks.index_of(holder) if isinstance(holder, Tensor) else -1
+        if ordinal is None:
+            raise WindowError("a compiled step trains a network that is no part of this window")
+        return id(optimizer), ordinal, name
+
+    def bring(self, optimizer: InnerOptimizer, holders: Iterable[Any]) -> None:
+        """Put optimizer state that is not on the tape onto it: of parameters, or the count of schedules."""
         engine, known = self.engine, self.opt_state
         new: dict[tuple[int, int, str], int] = {}
         changes: list[tuple[int, Tensor]] = []
-        for i in ordinals:
-            for name, value in optimizer.state[self.networks.originals[i]].items():
-                key = (id(optimizer), i, name)
+        for holder in holders:
+            for name, value in optimizer.state.get(holder, {}).items():
+                key = self.state_key(optimizer, holder, name)
                 if key in known and engine.state[known[key]] is value:
                     continue
                 if value.requires_grad:
                     raise WindowError(
-                        f"the optimizer state {name!r} of {self.networks.names[i]!r} requires grad; detach it, or open "
-                        "the window with strategy='full_tape' to differentiate by it"
+                        f"the optimizer state {name!r} of {self.networks.names[key[1]]!r} requires grad; detach it, or "
+                        "open the window with strategy='full_tape' to differentiate by it"
                     )
                 if key not in known:
                     new[key] = len(engine.state) + len(new)

@@ -16,6 +16,7 @@ from metaoptim.compiler.ir.step import Lowering
 from metaoptim.errors import CaptureError, LossError, WindowError
 
 from ..engine.engine import Engine
+from .hyper import COUNT, Scheduled, scheduled
 from .networks import Networks
 from .update import InnerOptimizer, parameters_of, trained
 
@@ -112,7 +113,9 @@ class Session:
     def _start(self, ordinals: list[int], values: list[Tensor]) -> None:
         """Show ``values``, with their history, as these parameters."""
 
-    def _step(self, optimizer: InnerOptimizer, loss: Tensor, allow_unused: bool) -> None:
+    def _step(
+        self, optimizer: InnerOptimizer, schedules: Scheduled, loss: Tensor, allow_unused: bool
+    ) -> None:
         raise NotImplementedError
 
     def _own(self, value: Tensor) -> Tensor:
@@ -181,15 +184,18 @@ class Session:
         if not self.joined(optimizer) or self._unfrozen(optimizer):
             self.join(optimizer, late=True)
         member, index_of = self.members[id(optimizer)], self.networks.index_of
+        schedules = scheduled(optimizer)
         with self.recorder.paused(), DisableAutocast():
             self.networks.check()
             if all(index_of(p) is None for g in optimizer.param_groups for p in g["params"]):
                 raise LossError(_ALL_FROZEN.format(type(optimizer).__name__))
-            self._take(member, loss, allow_unused)
+            self._take(member, schedules, loss, allow_unused)
 
-    def _take(self, member: Member, loss: Tensor, allow_unused: bool) -> None:
+    def _take(self, member: Member, schedules: Scheduled, loss: Tensor, allow_unused: bool) -> None:
         """Let an optimizer take a step by a loss that it can be taken by."""
-        self._step(member.optimizer, loss, allow_unused)
+        self._step(member.optimizer, schedules, loss, allow_unused)
+        if schedules.after is not None:
+            member.optimizer.state[COUNT] = {"step": schedules.after}
         member.steps += 1
 
     def _unfrozen(self, optimizer: InnerOptimizer) -> bool:

@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from metaoptim.compiler.ir.modules import take_apart
-from metaoptim.compiler.ir.update import Clip, HyperRef, ModuleRef, UpdatePlan
-from metaoptim.compiler.ir.values import Number, Spy
+from metaoptim.compiler.ir.slices import hook_key
+from metaoptim.compiler.ir.update import TransformPlan, UpdatePlan
+from metaoptim.compiler.ir.values import Spy
 from metaoptim.compiler.passes.build import GradientHooks
-from metaoptim.errors import LossError, MetaOptimError
+from metaoptim.errors import LossError, MetaOptimError, WindowError
 
+from .hyper import Hyper
 from .networks import Networks
+from .transform import Transform
 
 if TYPE_CHECKING:
     from .session import Session
-
-_NUMBERS = (int, float, Tensor)
 
 
 class InnerOptimizer(torch.optim.Optimizer):
@@ -29,7 +29,6 @@ class InnerOptimizer(torch.optim.Optimizer):
     symbolic: bool  # made while a function is captured, with which it ends
     _networks: list[nn.Module]
     _whole: list[nn.Module | None]  # per group, the module all of whose parameters are in it
-    _normalizer: tuple[Any, float, bool] | None  # largest norm, its order, whether one not finite is an error
     _tape: list[tuple[str, Tensor]]  # what ``record_grad_tape`` keeps
     _session: Session | None  # the window that it is in use by
 
@@ -43,6 +42,11 @@ class InnerOptimizer(torch.optim.Optimizer):
         param: Tensor, grad: Tensor, state: dict[str, Tensor], hyper: dict[str, Any]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """``(param', state')``; pure, and differentiable by ``param``, ``grad``, ``state`` and tensors in ``hyper``."""
+        raise NotImplementedError
+
+    @property
+    def transforms(self) -> list[Transform]:
+        """What is done to the inner gradients before the update, in order."""
         raise NotImplementedError
 
     @property
@@ -63,59 +67,6 @@ class InnerOptimizer(torch.optim.Optimizer):
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """The parameters in an optimizer's groups."""
     return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-class Hyper(NamedTuple):
-    """An optimizer's hyper-parameters: what is constant, and what a step is given."""
-
-    groups: tuple  # per parameter group, names with constants and `HyperRef`s
-    clip: Clip | None
-    slots: list[Any]  # the values that the references stand for
-    roots: list[Any]  # what stands for the values in a recording
-
-
-def hyper_of(optimizer: InnerOptimizer, value_of: Callable[[Tensor], Any], lifts: bool) -> Hyper:
-    """The hyper-parameters as they are now; ``lifts``: whether numbers may become inputs of the step."""
-    slots: list[Any] = []
-    roots: list[Any] = []
-
-    def template(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            roots.append(value_of(value))
-        elif type(value) is float and value != 0 and lifts:
-            roots.append(Number(value))
-        elif isinstance(value, (tuple, list)):
-            return tuple([template(v) for v in value])
-        elif isinstance(value, nn.Module):
-            form, tensors = take_apart(value)
-            return ModuleRef(form, tuple([template(t) for t in tensors]))
-        else:
-            return value
-        slots.append(value)
-        return HyperRef(len(slots) - 1)
-
-    groups: list[tuple] = []
-    defaults = optimizer.defaults.items()
-    for k, group in enumerate(optimizer.param_groups):
-        found = []
-        for name, default in defaults:
-            value = group[name]
-            if type(default) in _NUMBERS and not isinstance(value, _NUMBERS):
-                raise TypeError(
-                    f"{type(optimizer).__name__}: param_groups[{k}][{name!r}] is {value!r}, expected a number or "
-                    "a tensor"
-                )
-            if isinstance(default, nn.Module) and not isinstance(value, nn.Module):
-                raise TypeError(
-                    f"{type(optimizer).__name__}: param_groups[{k}][{name!r}] is {value!r}, expected an nn.Module"
-                )
-            found.append(
-                (name, value if value is None or type(value) in (bool, int, str) else template(value))
-            )
-        groups.append(tuple(found))
-    normalizer = optimizer._normalizer
-    clip = None if normalizer is None else Clip(template(normalizer[0]), normalizer[1])
-    return Hyper(tuple(groups), clip, slots, roots)
 
 
 def gradient(*args: Any, **options: Any) -> tuple[Tensor | None, ...]:
@@ -196,23 +147,17 @@ def update_by(
         )
     ordinals, hooked = [i for i, *_ in used], [networks.originals[i]._backward_hooks for i, *_ in used]
     inner, hooks = _through_hooks([g for *_, g in used], hooked, create_graph)
-    normalizer = optimizer._normalizer
-    if normalizer is not None and normalizer[2]:
-        norm = nn.utils.get_total_norm([g.detach() for g in inner], normalizer[1])
-        if not bool(torch.isfinite(norm)):
-            raise LossError(
-                f"{name}.step: the norm of the inner gradient is {float(norm)} and error_if_nonfinite is "
-                "set; fix the loss or clip without it"
-            )
+    transforms = _transforms(name, hyper, networks, members, ordinals)
+    if any(t.check is not None for t, _ in transforms):
+        _check(name, transforms, inner, [networks.shown[i].detach() for i in ordinals], hyper.slots)
     initial = prepare is not None and prepare(ordinals)
     states = [dict(optimizer.state[networks.originals[i]]) for i in ordinals]
     if prepare is None:
         initial = not all(states)
     init = type(optimizer).init_state if initial else None
     group_of = tuple([k for _, k, _ in used])
-    plan = UpdatePlan(
-        type(optimizer).update, hyper.groups, group_of, tuple(map(tuple, states)), hyper.clip, init
-    )
+    plans = tuple([plan for _, plan in transforms])
+    plan = UpdatePlan(type(optimizer).update, hyper.groups, group_of, tuple(map(tuple, states)), plans, init)
     return Update(ordinals, inner, hooks, states, plan, hyper.slots)
 
 
@@ -228,3 +173,43 @@ def _through_hooks(
                 grads[k] = GradientHooks(spies)(grads[k])
             changing[k] = tuple(spy.hook for spy in spies if spy.returned or spy.mutated)
     return grads, tuple(changing)
+
+
+def _transforms(
+    name: str, hyper: Hyper, networks: Networks, members: list[tuple[int, int]], ordinals: list[int]
+) -> list[tuple[Transform, TransformPlan]]:
+    """The transforms that act on gradients by these parameters, and how."""
+    found: list[tuple[Transform, TransformPlan]] = []
+    for k, (transform, values) in enumerate(hyper.transforms):
+        places = None
+        if transform.mask is not None:
+            matched = {i for i, _ in members if transform.matches(networks.names[i])}
+            if not matched:
+                names = ", ".join(repr(networks.names[i]) for i, _ in members)
+                raise WindowError(
+                    f"{name}.transforms[{k}]: the mask {transform.mask!r} matches none of the parameters, whose names "
+                    f"are {names}; a pattern is that of a whole name, as '*.bias'"
+                )
+            places = tuple([at for at, i in enumerate(ordinals) if (i in matched) is not transform.inverted])
+        if places != ():
+            found.append(
+                (transform, TransformPlan(transform.apply, hook_key(transform.apply), values, places))
+            )
+    return found
+
+
+@torch.no_grad()
+def _check(
+    name: str,
+    transforms: list[tuple[Transform, TransformPlan]],
+    grads: list[Tensor],
+    thetas: list[Tensor],
+    slots: list[Any],
+) -> None:
+    """Raise for gradients that a transform is not to be given."""
+    for transform, plan in transforms:
+        at = range(len(grads)) if plan.places is None else plan.places
+        wrong = transform.check and transform.check([grads[i] for i in at], plan.filled(slots))
+        if wrong:
+            raise LossError(f"{name}.step: {wrong}")
+        grads = plan(grads, thetas, slots)

@@ -34,7 +34,7 @@ def option_misspelt_afterwards() -> None:
         inner.step(loss_of(net))
 
 
-@wrong(TypeError, "param_groups[0]['lr'] is '0.1'", "expected a number or a tensor")
+@wrong(TypeError, "param_groups[0]['lr'] is '0.1'", "expected a number, a tensor or a schedule")
 def learning_rate_as_text() -> None:
     net = network()
     inner = MetaSGD([net])

@@ -208,7 +208,7 @@ def parameters_that_overflow() -> None:
             inner.step(loss_of(net) + (root if t == 2 else 0.0))
 
 
-@wrong(UserWarning, "clipped at", "wrong_windows.py:", "reset_grad_normalizer")
+@wrong(WindowError, "clip_grad_norm_", "never there", "transforms = [metaoptim.transforms.clip_global_norm(")
 def clipping_inner_gradients() -> None:
     net = network()
     inner = MetaSGD([net])
@@ -216,7 +216,15 @@ def clipping_inner_gradients() -> None:
         loss = loss_of(net)
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         inner.step(loss)
-        loss_of(net).backward()
+
+
+@wrong(WindowError, "clip_grad_value_", "never there", "transforms = [metaoptim.transforms.clip_value(")
+def clipping_values_of_inner_gradients() -> None:
+    net = network()
+    inner = MetaSGD([net])
+    with SlidingWindow(offline=True):
+        inner.step(loss_of(net))
+        torch.nn.utils.clip_grad_value_(net.parameters(), 1.0)
 
 
 # -- meta-parameters --------------------------------------------------------------------------------------------------

@@ -216,3 +216,15 @@ def test_no_thread_finds_torch_in_a_dispatch_mode_after_a_window() -> None:
         metaoptim.MetaSGD([net], lr=0.1).step(net(torch.ones(1, 2)).square().sum())
         assert compat.dispatch_modes()
     assert not compat.dispatch_modes() and not is_in_torch_dispatch_mode()
+
+
+def test_optimizers_take_themselves_for_compiled_and_make_their_state() -> None:
+    p = nn.Parameter(torch.ones(2))
+    p.grad = torch.ones(2)
+    optimizer = torch.optim.NAdam([p])
+    compat.init_group(optimizer)
+    assert set(optimizer.state[p]) == {"step", "mu_product", "exp_avg", "exp_avg_sq"}
+    assert not torch.compiler.is_compiling()
+    with compat.compiling_flag():
+        assert torch.compiler.is_compiling()
+    assert not torch.compiler.is_compiling()

@@ -63,6 +63,6 @@ def test_example(name: str) -> None:
 
 def test_every_public_name_has_an_example() -> None:
     documented = {name.rpartition(".")[2] for name in EXAMPLES}
-    public = {n for n in metaoptim.__all__ if callable(getattr(metaoptim, n))}
+    public = {f.__name__ for n in metaoptim.__all__ if callable(f := getattr(metaoptim, n))}
     assert public - documented - SPOKEN == set()
     assert all(inspect.getdoc(getattr(metaoptim, n)) for n in metaoptim.__all__)

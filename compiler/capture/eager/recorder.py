@@ -71,7 +71,6 @@ class Recorder(CaptureMode):
         self.guard: WriteGuard = guard
         self.record = record
         self.recording, self.taint = Recording(cast(Guard, guard)), Taint()
-        self.clipped = ""  # where `.grad` of theta was clipped since the last step
         # tensors without a version counter of their memory, by id
         self.loose: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
 

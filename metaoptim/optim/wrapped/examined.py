@@ -1,0 +1,113 @@
+"""Whether the step of another library's optimizer is of the kind that can be captured."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metaoptim.compiler.derive.flat import tracing
+from metaoptim.errors import CaptureError
+
+from .captured import Source, State, initial, step
+
+#: The attributes that every optimizer has.
+BASE = frozenset(vars(torch.optim.SGD([torch.zeros(1)], lr=1)))
+
+
+@functools.lru_cache(maxsize=256)
+def examined(
+    cls: type[torch.optim.Optimizer],
+    attributes: tuple[tuple[str, Any], ...],
+    sizes: tuple[tuple[torch.Size, ...], ...],
+    options: tuple[tuple[tuple[str, Any], ...], ...],
+) -> Source:
+    """Whose step it is, after some steps of its own beside captured ones, on random numbers in float64."""
+    with tracing(torch.float64):
+        generator = torch.Generator().manual_seed(0)
+        noise = functools.partial(torch.randn, generator=generator, dtype=torch.float64)
+        params = [[noise(size).requires_grad_() for size in of] for of in sizes]
+        groups = [{"params": of, **dict(given)} for of, given in zip(params, options, strict=True)]
+        own = Source(cls, attributes).instance(groups, {})
+        before = [dict(given) for given in options]
+        mine = [[p.detach().clone() for p in of] for of in params]
+        states: list[list[State]] = [[{} for _ in of] for of in params]
+        source, hypers = Source(cls, attributes), before
+        for turn in range(3):
+            grads = [[noise(p.shape) for p in of] for of in params]
+            for p, grad in zip(_each(params), _each(grads), strict=True):
+                p.grad = grad.clone()
+            try:
+                with torch.no_grad():
+                    inspect.unwrap(cls.step)(own)
+            except Exception as error:
+                raise CaptureError(
+                    f"{cls.__name__}.step() fails with random gradients: {type(error).__name__}: {error}. An inner "
+                    "optimizer steps by the gradient alone, without a closure; write it as init_state and update of a "
+                    "metaoptim.MetaOptimizer (docs/optimizers.md)"
+                ) from error
+            if not turn:
+                shared = [key for key in own.state if not isinstance(key, Tensor)]
+                if shared:
+                    raise CaptureError(
+                        f"{cls.__name__} keeps state[{shared[0]!r}] for all parameters together; state must be that of "
+                        "one parameter; write it as init_state and update of a metaoptim.MetaOptimizer "
+                        "(docs/optimizers.md)"
+                    )
+                kept = {k for of in own.state.values() for k, v in of.items() if isinstance(v, (int, float))}
+                source = Source(cls, attributes, _counts(cls, attributes, before, own), tuple(sorted(kept)))
+                hypers = [{k: v for k, v in of.items() if k not in dict(source.counted)} for of in before]
+            for k, of in enumerate(mine):
+                for n, p in enumerate(of):
+                    state = states[k][n] or initial(source, p, hypers[k])
+                    of[n], states[k][n] = step(source, p, grads[k][n], state, hypers[k])
+            for p, q in zip(map(Tensor.detach, _each(params)), _each(mine), strict=True):
+                if not torch.allclose(p, q, rtol=1e-6, atol=1e-9):
+                    raise CaptureError(
+                        f"{cls.__name__}: a step and the captured one differ by {float((p - q).abs().max())} for a "
+                        f"parameter of shape {tuple(p.shape)}: it mixes parameters, computes in low precision, or "
+                        "decides by a value in Python; write it as init_state and update of a metaoptim.MetaOptimizer "
+                        "(docs/optimizers.md)"
+                    )
+    return source
+
+
+def _counts(
+    cls: type,
+    attributes: Sequence[tuple[str, Any]],
+    before: Sequence[dict[str, Any]],
+    after: torch.optim.Optimizer,
+) -> tuple[tuple[str, int | None], ...]:
+    """Numbers in the groups that a step has changed, and what they were; raises for attributes that it has."""
+    known = dict(attributes)
+    for name, value in vars(after).items():
+        if name not in BASE and (name not in known or not _same(known[name], value)):
+            raise CaptureError(
+                f"{cls.__name__} keeps state in its attribute {name!r}, which a step changes; state must be tensors in "
+                "optimizer.state; write it as init_state and update of a metaoptim.MetaOptimizer (docs/optimizers.md)"
+            )
+    counted: dict[str, int | None] = {}
+    for given, group in zip(before, after.param_groups, strict=True):
+        for name, value in group.items():
+            if name == "params" or (name in given and _same(given[name], value)):
+                continue
+            if type(value) is not int:
+                raise CaptureError(
+                    f"{cls.__name__} keeps state in param_groups[...][{name!r}], which a step changes to {value!r}; "
+                    "state must be tensors in optimizer.state; write it as init_state and update of a "
+                    "metaoptim.MetaOptimizer (docs/optimizers.md)"
+                )
+            counted[name] = given.get(name)
+    return tuple(counted.items())
+
+
+def _same(a: Any, b: Any) -> bool:
+    return a is b or (type(a) is type(b) and not isinstance(a, Tensor) and bool(a == b))
+
+
+def _each(groups: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    return [t for of in groups for t in of]
