@@ -230,7 +230,11 @@ class MetaOptimizer(InnerOptimizer):
         with torch.no_grad():
             now = scheduled(self)
         packed["param_groups"] = [
-            {k: as_number(v, now) for k, v in g.items() if not isinstance(v, nn.Module)}
+            {
+                k: v if k == "params" else as_number(v, now)
+                for k, v in g.items()
+                if not isinstance(v, nn.Module)
+            }
             for g in packed["param_groups"]
         ]
         return packed
