@@ -6,6 +6,7 @@ In: networks and hyper-parameters. Out: pure update functions, and steps handed 
 
 from . import schedules, transforms
 from .adam import MetaAdam
+from .functional import FunctionalOptimizer, functional
 from .hyper import safe_sqrt
 from .optimizer import MetaOptimizer
 from .rmsprop import MetaRMSprop
@@ -27,6 +28,7 @@ from .wrapped import (
 MetaRMSProp = MetaRMSprop  # as the original project spells it
 
 __all__ = [
+    "FunctionalOptimizer",
     "MetaASGD",
     "MetaAdadelta",
     "MetaAdafactor",
@@ -42,6 +44,7 @@ __all__ = [
     "MetaRMSprop",
     "MetaRprop",
     "MetaSGD",
+    "functional",
     "safe_sqrt",
     "schedules",
     "transforms",
