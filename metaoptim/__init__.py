@@ -32,6 +32,7 @@ from .optim import (
     MetaSGD,
     PerParameterRule,
     PerTensorRule,
+    functional,
     safe_sqrt,
     schedules,
     transforms,
@@ -39,6 +40,7 @@ from .optim import (
 )
 from .plan import plan
 from .runtime.engine.progress import progress
+from .states import extract_state, recover_state, stop_gradient
 from .window import SlidingWindow, zero_nan_hook
 
 __version__ = "0.1.0"
@@ -74,10 +76,14 @@ __all__ = [
     "WindowError",
     "compile",
     "explain",
+    "extract_state",
+    "functional",
     "plan",
     "progress",
+    "recover_state",
     "safe_sqrt",
     "schedules",
+    "stop_gradient",
     "transforms",
     "wrap",
     "zero_nan_hook",

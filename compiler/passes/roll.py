@@ -99,6 +99,12 @@ def _carries_gradient(partition: Partition, ref: Any) -> bool:
 
 def _check_scan(partition: Partition, scan: Scan, places: list[int]) -> None:
     where = f" (the scan at {scan.location})"
+    of_middle = (
+        "a value from the middle of a scan is used after it, such as a list of all losses: only what the last "
+        f"iteration leaves is there. Add up in a tensor, or use a plain `for`{where}"
+    )
+    if len(places) < len(scan.labels):  # nothing reads what the last iterations leave, as those before them
+        raise CaptureError(of_middle)
     before, last = partition.parts[places[-2]], partition.parts[places[-1]]
     if before.kind is not last.kind:
         raise CaptureError(
@@ -123,10 +129,7 @@ def _check_scan(partition: Partition, scan: Scan, places: list[int]) -> None:
             )
     later = [v for u in partition.parts[places[-1] + 1 :] for v in u.segment.inputs] + partition.finals()
     if not set(map(number, later)).isdisjoint(places[:-1]):
-        raise CaptureError(
-            "a value from the middle of a scan is used after it, such as a list of all losses: only what the last "
-            f"iteration leaves is there. Add up in a tensor, or use a plain `for`{where}"
-        )
+        raise CaptureError(of_middle)
 
 
 def _strides(call: StepCall, scan: Scan, parts: list[Part], lifted: tuple[int, ...]) -> tuple[int, ...]:

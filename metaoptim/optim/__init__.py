@@ -6,6 +6,7 @@ In: networks and hyper-parameters. Out: pure update functions, and steps handed 
 
 from . import schedules, transforms
 from .adam import MetaAdam
+from .functional import FunctionalOptimizer, functional
 from .hyper import safe_sqrt
 from .learned import MetaLearned
 from .optimizer import MetaOptimizer
@@ -29,6 +30,7 @@ from .wrapped import (
 MetaRMSProp = MetaRMSprop  # as the original project spells it
 
 __all__ = [
+    "FunctionalOptimizer",
     "MetaASGD",
     "MetaAdadelta",
     "MetaAdafactor",
@@ -45,6 +47,7 @@ __all__ = [
     "MetaRMSprop",
     "MetaRprop",
     "MetaSGD",
+    "functional",
     "PerParameterRule",
     "PerTensorRule",
     "safe_sqrt",

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .hyper import Number, Schedule, active, check_non_negative, is_symbolic, safe_sqrt
+from .hyper import Number, Schedule, active, check_non_negative, has_values, safe_sqrt
 from .optimizer import MetaOptimizer, Params, Transforms
 
 
@@ -69,7 +69,7 @@ class MetaAdam(MetaOptimizer):
     ) -> None:
         check_non_negative(lr=lr, eps=eps, weight_decay=weight_decay, eps_root=eps_root)
         for i, beta in enumerate(betas):
-            if isinstance(beta, Schedule) or (isinstance(beta, Tensor) and is_symbolic()):
+            if isinstance(beta, Schedule) or (isinstance(beta, Tensor) and not has_values()):
                 continue
             value = float(beta.detach()) if isinstance(beta, Tensor) else beta
             if not 0.0 <= value < 1.0:

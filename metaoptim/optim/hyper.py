@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 from metaoptim.compiler.capture.intercept import recording
+from metaoptim.compiler.compat import transforms_active
 from metaoptim.errors import WindowError
 from metaoptim.runtime.windows.hyper import Scheduled
 from metaoptim.runtime.windows.schedule import Schedule
@@ -60,6 +61,11 @@ def is_symbolic() -> bool:
     return recorder is not None and recorder.symbolic
 
 
+def has_values() -> bool:
+    """Whether tensors have values to check: not while a function is captured, or transformed by `torch.func`."""
+    return not (is_symbolic() or transforms_active())
+
+
 def check_non_negative(**hyper: Any) -> None:
     """Raise ValueError for a negative number, by name."""
     for name, value in hyper.items():
@@ -68,7 +74,7 @@ def check_non_negative(**hyper: Any) -> None:
         if not isinstance(value, (int, float, Tensor)):
             hint = ": metaoptim.schedules.Schedule(f)" if callable(value) else ""
             raise TypeError(f"{name}: got {value!r}, expected a number, a tensor or a schedule{hint}")
-        if isinstance(value, Tensor) and is_symbolic():
+        if isinstance(value, Tensor) and not has_values():
             continue
         smallest = float(value.detach().min()) if isinstance(value, Tensor) else value
         if not smallest >= 0:
@@ -93,7 +99,7 @@ def safe_sqrt(x: Tensor) -> Tensor:
         >>> x.grad.tolist()
         [0.0, 0.25]
     """
-    if not (x.requires_grad and torch.is_grad_enabled()):
+    if not (x.requires_grad and torch.is_grad_enabled()) and not transforms_active():
         return x.sqrt()
     zero = x == 0
     return torch.where(zero, torch.zeros_like(x), torch.where(zero, torch.ones_like(x), x).sqrt())

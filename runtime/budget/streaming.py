@@ -14,7 +14,7 @@ from metaoptim.compiler.cost.step import check_bytes, measured, step_cost
 from metaoptim.compiler.derive.interpret import hooking, measuring_hook
 from metaoptim.compiler.ir.calls import Assign, StepCall
 from metaoptim.compiler.ir.step import Role
-from metaoptim.compiler.ir.tensors import memory_of, nbytes
+from metaoptim.compiler.ir.tensors import memory_key, memory_of, nbytes
 from metaoptim.compiler.ir.text import plural, readable_bytes
 from metaoptim.compiler.lower.ambient import unaffected
 from metaoptim.compiler.lower.derivatives import lowered
@@ -46,7 +46,8 @@ class Streaming:
         # bytes of theta beside the current one: the last, for a loss; what it was given, if sliding
         self._shown = 0
         self._tape = 0  # bytes of parameters kept for the user at every step
-        self._set = 0  # bytes of values written into parameters
+        self._set = 0  # bytes of values that entries of the state were set to
+        self._set_to: set[int] = set()  # their memory: many calls may set to the same
         self._gradients = 0  # bytes of gradients of meta-parameters
         self._states = 0  # bytes of all states so far, at most
         self._sweep = 0  # bytes that a sweep takes beside states, at most
@@ -103,8 +104,9 @@ class Streaming:
         size = memory_of(call.values)
         self._states += size
         self._written[call.indices] += 1
-        if not call.adoption and (begun or self._written[call.indices] > REPEATS):
-            self._set += size
+        if begun or (not call.adoption and self._written[call.indices] > REPEATS):
+            self._set += memory_of(v for v in call.values if memory_key(v) not in self._set_to)
+            self._set_to.update(map(memory_key, call.values))
 
     def keep(self, values: Sequence[Tensor]) -> None:
         """The step at hand makes the window keep these beside the tape."""
@@ -131,11 +133,14 @@ class Streaming:
         self._written.clear()
         self._taken.clear()
         self._met, self._set, self._gradients = -1, 0, 0
+        self._set_to.clear()
+        begun = self._start > 0
         for past in (*engine.program, *more):
             if isinstance(past, StepCall):
+                begun = True
                 self._take(past)
             else:
-                self.assigned(past, begun=True)
+                self.assigned(past, begun)
         self._counted = self._grown
 
     # -- what it comes to ------------------------------------------------------------------------------------------

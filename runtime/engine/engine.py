@@ -39,6 +39,13 @@ def lowered_for(call: StepCall, kind: str, operands: Sequence[Tensor]) -> Lowere
     return lowered(call.step, kind, operands, call.lowering, at_once=True)
 
 
+class Held:
+    """Entries of a state that may be gone back to: detached values, and tensors whose history is theirs."""
+
+    def __init__(self, values: list[Tensor], roots: Sequence[Tensor]) -> None:
+        self.values, self.roots = values, roots
+
+
 class Engine(Interpreter):
     """A Tape being recorded, the states kept of it, and its derivative.
 
@@ -84,6 +91,7 @@ class Engine(Interpreter):
         self.stream = Stream()
         self._sweeps: dict[int, Sweep] = {}
         self._memory: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
+        self.held: weakref.WeakSet[Held] = weakref.WeakSet()  # what may be gone back to
 
     @property
     def position(self) -> int:
@@ -184,7 +192,7 @@ class Engine(Interpreter):
 
         written = [c.values for c in self.program.calls if isinstance(c, Assign)]
         with disable_current_modes(), unaffected():
-            for values in [self.state, *self.store.states, *written]:
+            for values in [self.state, *self.store.states, *written, *(held.values for held in self.held)]:
                 values[:] = [kept(t) for t in values]
 
     def trim(self, needed: int) -> None:

@@ -214,6 +214,18 @@ class Results(torch.autograd.Function):
     backward = Read.backward  # type: ignore[assignment]
 
 
+class Position(torch.autograd.Function):
+    """Entries of the state at a position that may be gone back to: what goes on from them hangs on these."""
+
+    @staticmethod
+    def forward(ctx: Any, engine: Engine, position: int, indices: Sequence[int], token: Tensor) -> tuple:  # type: ignore[override]
+        ctx.set_materialize_grads(False)
+        ctx.engine, ctx.position, ctx.indices = engine, position, tuple(indices)
+        return tuple(torch.Tensor._make_subclass(torch.Tensor, engine.state[i], False) for i in indices)
+
+    backward = Read.backward  # type: ignore[assignment]
+
+
 class StepLoss(torch.autograd.Function):
     """The loss of the step at ``position``, once that has been taken: its gradient comes out of the sweep."""
 

@@ -21,6 +21,7 @@ from metaoptim.compiler.lower.library import library
 from metaoptim.compiler.passes.build import build_step_graph
 from metaoptim.compiler.passes.pipeline import shaped
 from metaoptim.compiler.passes.split import refuse_aliases_across, single
+from metaoptim.errors import CaptureError
 
 from ..windows.recording_session import RecordedSession
 from ..windows.session import Options, _current
@@ -100,7 +101,7 @@ def compiled(
 ) -> CompiledStep:
     """Take a step that returns ``outputs`` through the passes; ``texts``: names of inputs, for the passes' texts."""
     trace, window = captured.recorder.trace, captured.window
-    own, thetas = {id(p) for p in captured.networks.originals}, captured.thetas
+    mine, thetas = {id(p) for p in captured.networks.originals}, captured.thetas
     states = {
         id(v): (optimizer, p, name)
         for optimizer in (m.optimizer for m in window.members.values())
@@ -111,7 +112,7 @@ def compiled(
         x.grad = x.grad or id(x.tensor) in states
     kinds: dict[Role, list] = {Role.THETA: [], Role.OPT_STATE: [], Role.CARRY: []}
     for target, value in captured.left:
-        of_network = Role.THETA if id(target) in own else Role.CARRY
+        of_network = Role.THETA if id(target) in mine else Role.CARRY
         kinds[Role.OPT_STATE if isinstance(target, tuple) else of_network].append((target, value))
     where = {id(own): (module, name) for module, name, own in captured.networks._buffers}
     input_of = {id(x.tensor): x for x in reversed(trace.inputs)}
@@ -126,6 +127,12 @@ def compiled(
     (part,) = partition.parts
     segment, kind = part.segment, part.kind
     places = [partition.made(v)[1] for v in trace.outputs]
+    for (own, _), place in zip(kinds[Role.CARRY], places[len(last) - len(kinds[Role.CARRY]) :], strict=False):
+        if place in kind.active_outputs:
+            raise CaptureError(
+                f"a compiled step leaves a value with a gradient in the buffer {where[id(own)][1]!r}, which later "
+                "steps would read without it; detach what the module puts there, or take the decorator off"
+            )
     last += [Role.CARRY] * (len(places) - len(last))
 
     def role(at: int, x: Any) -> Role:

@@ -21,10 +21,11 @@ from metaoptim.compiler.ir.values import Entry, Input, Value, reached
 from metaoptim.compiler.passes.build import GradientHooks
 from metaoptim.errors import CaptureError, WindowError, user_location
 
+from ..engine.engine import Held
 from ..engine.graph import leaves_of
 from ..windows.hyper import Scheduled, hyper_of
 from ..windows.networks import Networks
-from ..windows.session import AS_GRADIENT, WINDOW, Options, Session, _current, refuse_overwritten
+from ..windows.session import AS_GRADIENT, WINDOW, Options, Place, Session, _current, refuse_overwritten
 from ..windows.update import InnerOptimizer, Update, trained, update_by
 from .loops import Loops
 
@@ -221,6 +222,25 @@ class CapturedSession(Session):
         for i, v in zip(ordinals, values, strict=True):
             self._show(i, tensor_spec(v), self.recorder.value_of(v))
         self._show_others(ordinals)  # what the values were computed from, maybe
+
+    def _hold(self, places: Sequence[Place], linked: bool, copied: bool) -> Held:
+        op = aten.alias.default if linked else aten.detach.default
+        roots = [self._renamed(op, self.tensor_at(place)) for place in places]
+        return Held(roots, roots)
+
+    def _go_on(self, places: Sequence[Place], held: Held) -> None:
+        thetas = [
+            (self.ordinal(p), t) for p, t in zip(places, held.roots, strict=True) if p.optimizer is None
+        ]
+        self._start([i for i, _ in thetas], [t for _, t in thetas])
+        for place, t in zip(places, held.roots, strict=True):
+            place.put(self._renamed(aten.alias.default, t))
+
+    def _renamed(self, op: Any, t: Tensor) -> Tensor:
+        """A fake tensor of its own for what ``op`` makes of ``t``."""
+        new = self.recorder.fakes.empty(tensor_spec(t))
+        self.recorder.bind(new, self._call(op, self.recorder.value_of(t)))
+        return new
 
     def _show_others(self, ordinals: list[int], read: set[int] | None = None) -> None:
         """Show the parameters besides these anew, of all or of those whose ids are ``read``."""

@@ -12,12 +12,13 @@ from torch.overrides import enable_reentrant_dispatch
 
 from metaoptim.compiler.capture.eager.recorder import Recorder
 
+from ..engine.engine import Held
 from ..engine.graph import nodes_below
 from ..engine.nodes import Begin, as_parameter
 from .hyper import Scheduled, hyper_of
 from .networks import Networks
 from .ordinary_session import OrdinarySession
-from .session import Options, refuse_overwritten, refuse_write
+from .session import Options, Place, refuse_overwritten, refuse_write
 from .update import InnerOptimizer, gradient, trained, update_by
 
 # The fused attention kernels have no second derivative: none is taken while a full tape is open, in the whole process.
@@ -118,6 +119,21 @@ class FullTapeSession(OrdinarySession):
                 self.networks.show(i, shown if v.requires_grad else shown.requires_grad_())
             self._show_again(ordinals)
         self._shown_anew(ordinals)
+
+    def _hold(self, places: Sequence[Place], linked: bool, copied: bool) -> Held:
+        now = list(map(self.tensor_at, places))
+        with torch.enable_grad():
+            roots = [(t if linked else t.detach()).clone() for t in now]  # in-place writes would cut them off
+        return Held(roots, roots)
+
+    def _go_on(self, places: Sequence[Place], held: Held) -> None:
+        thetas = [
+            (self.ordinal(p), t) for p, t in zip(places, held.roots, strict=True) if p.optimizer is None
+        ]
+        self._start([i for i, _ in thetas], [t for _, t in thetas])
+        with torch.enable_grad():
+            for place, t in zip(places, held.roots, strict=True):
+                place.put(t.clone())
 
     def _shown_anew(self, changed: Sequence[int]) -> None:
         """Note what the networks show, where ``changed`` are new values."""

@@ -207,10 +207,10 @@ class Networks:
         return any(m._buffers.get(name) is t for m, name, _ in self._buffers)
 
     def buffers_of(self, modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str, Tensor]]:
-        """Copies of the buffers as they are, with their places."""
+        """The buffers as they are, with their places."""
         inside = {id(m) for root in modules for m in root.modules()}
         now = [(m, name, m._buffers.get(name)) for m, name, _ in self._buffers if id(m) in inside]
-        return [(m, name, b.detach().clone()) for m, name, b in now if b is not None]
+        return [(m, name, b) for m, name, b in now if b is not None]
 
     def statistics(self, stats: Sequence[Tensor], training: bool) -> list[Tensor]:
         """The running statistics for a batch norm to use: fresh ones if autograd has saved these.

@@ -74,7 +74,9 @@ class OrdinarySession(Session):
         optimizer = member.optimizer
         theta = {i: self.networks.shown[i].detach().clone() for i in self.ordinals(optimizer)}
         states = {p: {k: v.detach().clone() for k, v in s.items()} for p, s in optimizer.state.items()}
-        buffers = self.networks.buffers_of(optimizer.networks)
+        buffers = [
+            (m, name, b.detach().clone()) for m, name, b in self.networks.buffers_of(optimizer.networks)
+        ]
         member.picked = theta, states, buffers
         of_states = [v for s in states.values() for v in s.values()]
         self._copied([*theta.values(), *of_states, *(b for _, _, b in buffers)], now=True)

@@ -29,7 +29,17 @@ from metaoptim.errors import CaptureError, UnreachableWarning, user_name_of, war
 
 from ..engine.engine import Engine
 from ..engine.graph import leaves_of, nodes_below
-from ..engine.nodes import STEPPED, InnerParameter, Link, Read, Results, StepLoss, WindowedLoss, WindowedRead
+from ..engine.nodes import (
+    STEPPED,
+    InnerParameter,
+    Link,
+    Position,
+    Read,
+    Results,
+    StepLoss,
+    WindowedLoss,
+    WindowedRead,
+)
 from .networks import Networks
 from .session import Session, current_session
 from .update import parameters_of
@@ -176,8 +186,9 @@ class _Mark(NamedTuple):
 
 
 _marks = WeakIdKeyDictionary()
-_OURS = tuple(f._backward_cls for f in (Read, WindowedRead, Results, StepLoss, WindowedLoss, Link))  # type: ignore[attr-defined]  # pyright: ignore
+_OURS = tuple(f._backward_cls for f in (Read, WindowedRead, Results, Position, StepLoss, WindowedLoss, Link))  # type: ignore[attr-defined]  # pyright: ignore
 _READS = (Read._backward_cls, WindowedRead._backward_cls)  # type: ignore[attr-defined]  # pyright: ignore
+_POSITION = Position._backward_cls  # type: ignore[attr-defined]  # pyright: ignore
 _UNREAD = StepLoss._backward_cls  # type: ignore[attr-defined]  # pyright: ignore
 
 
@@ -217,7 +228,9 @@ def check(outputs: Iterable[Tensor], inputs: Iterable[Any], session: Session | N
         if mark is None or engine is None:
             continue
         if reads is None:
-            reads = [node for node in nodes_below(outputs) if isinstance(node, (*_READS, *STEPPED))]
+            reads = [
+                node for node in nodes_below(outputs) if isinstance(node, (*_READS, *STEPPED, _POSITION))
+            ]
         for node in reads:
             if node.engine is engine and node is not t.grad_fn and _affects(engine.program, mark, node):
                 raise _passed_by(t, mark, isinstance(node, STEPPED))
@@ -236,7 +249,8 @@ def _affects(program: Tape, mark: _Mark, node: Any) -> bool:
         end, wanted = node.position - call.back, call.theta
         outside = start > end
     else:
-        wanted, outside = node.indices, start >= end
+        # what is gone back to later is what was shown there, by another node
+        wanted, outside = node.indices, start > end if isinstance(node, _POSITION) else start >= end
     if outside or (mark.theta is not None and start < bottom):
         return False
     reached: set[int] = set() if mark.theta is None else {mark.theta}

@@ -14,10 +14,21 @@ from metaoptim.compiler.ir.calls import StepCall
 from metaoptim.compiler.ir.slices import Slice
 from metaoptim.compiler.ir.tensors import memory_of
 from metaoptim.compiler.ir.values import Epoch
-from metaoptim.errors import CaptureError
+from metaoptim.errors import CaptureError, WindowError
 
 from ..engine.engine import Engine
-from ..engine.nodes import Alias, Life, Link, Read, Results, StepLoss, WindowedLoss, WindowedRead, new_token
+from ..engine.nodes import (
+    Alias,
+    Life,
+    Link,
+    Position,
+    Read,
+    Results,
+    StepLoss,
+    WindowedLoss,
+    WindowedRead,
+    new_token,
+)
 from ..engine.sweep import warn_cut
 
 
@@ -65,10 +76,16 @@ class WholeReads(_Reads):
         """Linked not before a step, since losses may be computed where autograd does not look."""
         self._unlinked.append((position, indices, own))
 
-    def start(self, position: int, indices: tuple[int, ...], values: list[Tensor]) -> None:
+    def start(self, position: int, indices: tuple[int, ...], values: Sequence[Tensor]) -> None:
         """Theta goes on from ``values``, which receive its gradient, at ``position``."""
         self._link_entered()
         self._link(position, (), indices, values)
+
+    def hold(self, indices: Sequence[int]) -> tuple[Tensor, ...]:
+        """State entries as they are now, to be gone back to."""
+        self._link_entered()
+        with torch.enable_grad():
+            return Position.apply(self.engine, self.engine.position, indices, self._token)
 
     def begin(self, position: int, superstep: int) -> None:
         """A super-step begins; where losses of some steps ago wait for their backward, a Link parts reads from theirs.
@@ -161,10 +178,17 @@ class SlidingReads(_Reads):
     def enter(self, position: int, indices: tuple[int, ...], own: list[Tensor]) -> None:
         self._entered.update((index, position) for index in indices)
 
-    def start(self, position: int, indices: tuple[int, ...], values: list[Tensor]) -> None:
+    def start(self, position: int, indices: tuple[int, ...], values: Sequence[Tensor]) -> None:
         for index, tensor in zip(indices, values, strict=True):
             if tensor.requires_grad:
                 self._started[position, index] = tensor, self._superstep
+
+    def hold(self, indices: Sequence[int]) -> tuple[Tensor, ...]:
+        """Refused: W steps back from there are no W steps back from a loss."""
+        raise WindowError(
+            "extract_state by reference or copy, in a window with window=W: how far its gradient should reach has no "
+            "answer. Use by='detached', or leave window= out"
+        )
 
     def begin(self, position: int, superstep: int) -> None:
         self._superstep = superstep

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from metaoptim.compiler.ir.values import External, Value
 from metaoptim.errors import CaptureError, LossError, WindowError
 
 from ..budget.streaming import Streaming
-from ..engine.engine import Engine
+from ..engine.engine import Engine, Held
 from ..engine.nodes import gradient_of_loss, stepped
 from ..states.disk import tier_for
 from .hyper import Hyper, Scheduled, hyper_of
@@ -24,7 +24,7 @@ from .networks import Networks
 from .ordinary_session import OrdinarySession
 from .oversights import Ended, all_finite, tell_unreachable, watch_backward
 from .recorded_step import RecordedStep, applied, unrecorded
-from .session import Options, refuse_overwritten
+from .session import Options, Place, refuse_overwritten
 from .theta_view import ThetaView
 from .update import InnerOptimizer, Update, gradient, trained, update_by
 
@@ -112,6 +112,40 @@ class RecordedSession(OrdinarySession):
         self._looked_at.clear()
         if failed and self.engine.tier is not None:  # otherwise when nothing can ask for it any more
             self.engine.tier.close("the window has ended with an exception")
+
+    def _hold(self, places: Sequence[Place], linked: bool, copied: bool) -> Held:
+        view, engine = self.view, self.engine
+        view.settle()
+        view.need(map(self.ordinal, places))
+        for optimizer, of in _by_optimizer(places).items():
+            self.bring(optimizer, dict.fromkeys(place.parameter for place in of))
+        indices = self._indices(places)
+        values = [engine.state[i].clone() if copied else engine.state[i] for i in indices]
+        view.recording.epoch.read = True  # the tape can go back to here
+        held = Held(values, view.reads.hold(indices) if linked else values)
+        engine.held.add(held)
+        return held
+
+    def _go_on(self, places: Sequence[Place], held: Held) -> None:
+        self.view.settle()
+        self.view.go_on(self._indices(places), list(held.values), held.roots)
+        for place, value in zip(places, held.values, strict=True):
+            place.put(value)
+
+    def _indices(self, places: Iterable[Place]) -> tuple[int, ...]:
+        """The state indices of places; an optimizer state that is not on the tape yet is put at the end."""
+        found, free = [], len(self.engine.state)
+        for place in places:
+            if place.optimizer is None:
+                found.append(self.view.indices[self.ordinal(place)])
+            else:
+                found.append(
+                    self.opt_state.setdefault(
+                        self.state_key(place.optimizer, place.parameter, place.name), free
+                    )
+                )
+                free += found[-1] == free
+        return tuple(found)
 
     def _step(
         self, optimizer: InnerOptimizer, schedules: Scheduled, loss: Tensor, allow_unused: bool
@@ -278,6 +312,15 @@ class RecordedSession(OrdinarySession):
                 end += index == end
                 outputs.append(index)
         return tuple(inputs), tuple(outputs)
+
+
+def _by_optimizer(places: Iterable[Place]) -> dict[InnerOptimizer, list[Place]]:
+    """The places that are an optimizer's state, by optimizer."""
+    found: dict[InnerOptimizer, list[Place]] = {}
+    for place in places:
+        if place.optimizer is not None:
+            found.setdefault(place.optimizer, []).append(place)
+    return found
 
 
 def _sums_of_gradients(loss: Tensor, by: list[list[Tensor]]) -> list[Tensor | None]:

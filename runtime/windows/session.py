@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from metaoptim.compiler.ir.retention import UNSAID, Retention
 from metaoptim.compiler.ir.step import Lowering
 from metaoptim.errors import CaptureError, LossError, WindowError
 
-from ..engine.engine import Engine
+from ..engine.engine import Engine, Held
 from .hyper import COUNT, Scheduled, scheduled
 from .networks import Networks
 from .update import InnerOptimizer, parameters_of, trained
@@ -23,6 +24,16 @@ from .update import InnerOptimizer, parameters_of, trained
 WINDOW = Lowering("auto", hvp="auto", replays=False)  # of what an ordinary window records
 _current: ContextVar[Session | None] = ContextVar("metaoptim_session", default=None)
 current_session = _current.get  # the window open in this thread, or None
+
+
+@contextmanager
+def outside() -> Iterator[None]:
+    """Inside the block it is as if no window were open in this thread."""
+    token = _current.set(None)
+    try:
+        yield
+    finally:
+        _current.reset(token)
 
 
 @dataclass(frozen=True)
@@ -55,6 +66,24 @@ class Member:
         """Give the optimizer its state at entry back."""
         self.optimizer.state.clear()
         self.optimizer.state.update(self.entry)
+
+
+class Place(NamedTuple):
+    """Where a tensor is that inner steps change: a parameter, or an optimizer's state of it by that name."""
+
+    parameter: Tensor  # the user's own
+    optimizer: InnerOptimizer | None = None
+    name: str = ""
+
+    @property
+    def all(self) -> dict[str, Tensor]:
+        """All that the optimizer has for the parameter."""
+        return {} if self.optimizer is None else self.optimizer.state.get(self.parameter, {})
+
+    def put(self, value: Tensor) -> None:
+        """Let the optimizer have ``value`` here; parameters are not put, but shown."""
+        if self.optimizer is not None:
+            self.optimizer.state[self.parameter][self.name] = value
 
 
 AS_GRADIENT = (
@@ -112,6 +141,14 @@ class Session:
 
     def _start(self, ordinals: list[int], values: list[Tensor]) -> None:
         """Show ``values``, with their history, as these parameters."""
+
+    def _hold(self, places: Sequence[Place], linked: bool, copied: bool) -> Held:
+        """What is in these places: with its history if ``linked``, in memory of its own if ``copied``."""
+        raise NotImplementedError
+
+    def _go_on(self, places: Sequence[Place], held: Held) -> None:
+        """Let the loop go on from what was held of these places."""
+        raise NotImplementedError
 
     def _step(
         self, optimizer: InnerOptimizer, schedules: Scheduled, loss: Tensor, allow_unused: bool
@@ -225,6 +262,18 @@ class Session:
             if len(known) < len(values):
                 raise WindowError("start: a frozen parameter was given a value; unfreeze it before")
             self._start(known, values)
+
+    def tensor_at(self, place: Place) -> Tensor:
+        """What is in a place now."""
+        if place.optimizer is not None:
+            return place.all[place.name]
+        return self.networks.shown[self.ordinal(place)]
+
+    def ordinal(self, place: Place) -> int:
+        """The ordinal of a place's parameter, which inner steps train."""
+        ordinal = self.networks.index_of(place.parameter)
+        assert ordinal is not None
+        return ordinal
 
     def ordinals(self, optimizer: InnerOptimizer) -> list[int]:
         """Ordinals of an optimizer's trainable parameters, in order of its groups."""

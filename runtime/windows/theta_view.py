@@ -140,11 +140,15 @@ class ThetaView:
     def start(self, ordinals: list[int], values: list[Tensor]) -> None:
         """Let theta go on from ``values``, which receive its gradient from here on."""
         self.settle()
-        indices, position = tuple(self.indices[i] for i in ordinals), self.engine.position
-        copies = [v.detach().clone() for v in values]
-        self._assign(indices, copies, adoption=True, read=self.versions.read)
         self.engine.reaches |= any(v.requires_grad for v in values)
-        self.reads.start(position, indices, values)
+        indices, copies = [self.indices[i] for i in ordinals], [v.detach().clone() for v in values]
+        self.go_on(tuple(indices), copies, values)
+
+    def go_on(self, indices: tuple[int, ...], values: list[Tensor], roots: Sequence[Tensor]) -> None:
+        """Let entries of the state go on from ``values``; their gradient goes to ``roots``."""
+        position = self.engine.position
+        self._assign(indices, values, adoption=True, read=self.versions.read)
+        self.reads.start(position, indices, roots)
         # all, so that no inner gradient goes by way of the values to what they were computed from
         self._show(self._entered())
 

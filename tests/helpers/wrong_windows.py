@@ -5,7 +5,15 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from metaoptim import LossError, MetaSGD, SlidingWindow, UnreachableWarning, WindowError
+from metaoptim import (
+    LossError,
+    MetaSGD,
+    SlidingWindow,
+    UnreachableWarning,
+    WindowError,
+    extract_state,
+    recover_state,
+)
 from wrong_uses import X, loss_of, network, rate, wrong
 
 # -- which window, and where the outer loss is ------------------------------------------------------------------------
@@ -51,6 +59,25 @@ def torch_optimizer_steps_instead() -> None:
         loss_of(net).backward()
         other.step()
     del inner
+
+
+@wrong(WindowError, "recover_state", "extracted by reference in a window", "by='detached'")
+def adapted_network_kept_by_reference() -> None:
+    net = network()
+    inner = MetaSGD([net], lr=0.1)
+    with SlidingWindow(offline=True):
+        inner.step(loss_of(net))
+        adapted = extract_state(net, inner)
+    recover_state(adapted)
+
+
+@wrong(WindowError, "extract_state", "no inner optimizer", "Linear")
+def state_of_a_network_that_nobody_trains() -> None:
+    net = network()
+    inner = MetaSGD([net], lr=0.1)
+    with SlidingWindow(offline=True):
+        inner.step(loss_of(net))
+        extract_state(nn.Linear(2, 2), inner)
 
 
 @wrong(WindowError, "MetaSGD.step", "outside a window", "with metaoptim.SlidingWindow")

@@ -16,7 +16,7 @@ from metaoptim.runtime.windows.schedule import Schedule
 from metaoptim.runtime.windows.update import parameters_of
 
 from ..groups import NO_OPTIONS
-from ..hyper import is_symbolic, plain
+from ..hyper import has_values, plain
 from ..optimizer import MetaOptimizer, Params, Transforms
 from .captured import Source, State, initial, step, widened
 from .examined import BASE, examined
@@ -244,7 +244,7 @@ def _number(value: Any, usual: Any, least: bool) -> Any:
     """The least or the largest number in a hyper-parameter; its default where it has no value yet."""
     if isinstance(value, (tuple, list)):
         return tuple(_number(v, u, least) for v, u in zip(value, usual, strict=True))
-    if isinstance(value, Schedule) or (isinstance(value, Tensor) and is_symbolic()):
+    if isinstance(value, Schedule) or (isinstance(value, Tensor) and not has_values()):
         return usual
     return (
         float(value.detach().min() if least else value.detach().max()) if isinstance(value, Tensor) else value
