@@ -16,7 +16,12 @@ from metaoptim.compiler.ir.retention import UNSAID, Retention
 from metaoptim.compiler.ir.step import Lowering
 from metaoptim.errors import CaptureError, LossError, WindowError
 
+<<<<<<< HEAD
 from ..engine.engine import Engine, Held
+=======
+from ..engine.engine import Engine
+from ..engine.implicit import Implicit
+>>>>>>> 6328ec7 (Implicit gradients: the last step is pulled back through until the system at the solution is solved; gradient='first_order' for a window)
 from .hyper import COUNT, Scheduled, scheduled
 from .networks import Networks
 from .update import InnerOptimizer, parameters_of, trained
@@ -49,6 +54,8 @@ class Options:
     check_finite: bool = False
     sync: Any = False
     lowering: Lowering = WINDOW
+    first_order: bool = False
+    implicit: Implicit | None = None  # with ``window=1``: only the last step is kept
 
 
 class Member:
