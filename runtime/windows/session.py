@@ -16,12 +16,8 @@ from metaoptim.compiler.ir.retention import UNSAID, Retention
 from metaoptim.compiler.ir.step import Lowering
 from metaoptim.errors import CaptureError, LossError, WindowError
 
-<<<<<<< HEAD
 from ..engine.engine import Engine, Held
-=======
-from ..engine.engine import Engine
 from ..engine.implicit import Implicit
->>>>>>> 6328ec7 (Implicit gradients: the last step is pulled back through until the system at the solution is solved; gradient='first_order' for a window)
 from .hyper import COUNT, Scheduled, scheduled
 from .networks import Networks
 from .update import InnerOptimizer, parameters_of, trained
