@@ -39,6 +39,7 @@ from .optim import (
     wrap,
 )
 from .plan import plan
+from .runtime.engine.implicit import Implicit
 from .runtime.engine.progress import progress
 from .states import extract_state, recover_state, stop_gradient
 from .window import SlidingWindow, zero_nan_hook
@@ -48,6 +49,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BudgetError",
     "CaptureError",
+    "Implicit",
     "LossError",
     "MetaASGD",
     "MetaAdadelta",

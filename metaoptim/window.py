@@ -20,6 +20,7 @@ from .errors import WindowError, warn
 from .optim.optimizer import optimizers_here, refresh_optimizers
 from .report.explain import explain_window
 from .report.report import Report
+from .runtime.engine.implicit import Implicit
 from .runtime.functions.loops import Loop
 from .runtime.functions.symbolic_session import CapturedSession
 from .runtime.windows.full_tape import FullTapeSession
@@ -38,6 +39,7 @@ _OF_FULL_TAPE = (
     "sync",
     "check_finite",
     "strategy",
+    "gradient",
 )
 
 
@@ -77,6 +79,9 @@ class SlidingWindow:
             docs/compile.md). The forward is eager PyTorch's own in any case.
         hvp: how a step's gradient is differentiated; see `compile`.
         self_check: compare every compiled graph with its uncompiled form on first use.
+        gradient: ``"exact"``; ``"first_order"`` takes inner gradients as constants in the meta-backward (FOMAML), as
+            ``first_order=True`` of each optimizer does; `Implicit` solves for the gradient at a solution of the inner
+            problem, of which it needs the last step alone.
         strategy: ``"auto"`` records; ``"full_tape"`` keeps autograd's own tape (the oracle; memory grows with T).
 
     Raises:
@@ -127,6 +132,7 @@ class SlidingWindow:
         hvp: str = "auto",
         self_check: bool = True,
         strategy: str = "auto",
+        gradient: str | Implicit = "exact",
     ) -> None:
         given = dict(locals())
         if not isinstance(offline, bool):
@@ -139,8 +145,10 @@ class SlidingWindow:
         check_count("window", window)
         _check_sync(sync, offline)
         lowering = Lowering.stated(backend, hvp, self_check, replays=False)
-        said = offline, backward_hook, record_grad_tape, pickup_step, window
-        self._options = Options(*said, retention, check_finite, sync, lowering)
+        implicit = _check_gradient(gradient, window)
+        said = offline, backward_hook, record_grad_tape, pickup_step, 1 if implicit is not None else window
+        way = gradient == "first_order", implicit
+        self._options = Options(*said, retention, check_finite, sync, lowering, *way)
         self._said = {k: given[k] for k, default in _DEFAULTS.items() if given[k] != default}
         if retention.place is not None:
             self._said["offload"] = retention.place
@@ -193,6 +201,11 @@ class SlidingWindow:
             return _STRATEGIES[self._strategy](self._options)
         if self._strategy == "full_tape":
             raise WindowError("strategy='full_tape' cannot be compiled; take the decorator off")
+        if self._options.implicit is not None:
+            raise WindowError(
+                "SlidingWindow(gradient=Implicit(...)) in a compiled function; take the decorator off: such a window "
+                "runs each of its steps once, and keeps the last"
+            )
         if self._options.check_finite:
             raise WindowError(
                 "SlidingWindow(check_finite=True) in a compiled function: values are not looked at there; take the "
@@ -322,6 +335,20 @@ class SlidingWindow:
 
 
 _DEFAULTS = {name: option.default for name, option in signature(SlidingWindow).parameters.items()}
+
+
+def _check_gradient(gradient: Any, window: int | None) -> Implicit | None:
+    if isinstance(gradient, Implicit):
+        if window is not None:
+            raise ValueError(
+                f"window={window}: an implicit gradient is that of the last step alone; leave it out"
+            )
+        return gradient
+    if gradient not in ("exact", "first_order"):
+        raise ValueError(
+            f"gradient: got {gradient!r}, expected 'exact', 'first_order', or metaoptim.Implicit(...)"
+        )
+    return None
 
 
 def _check_sync(group: Any, offline: bool) -> None:

@@ -17,6 +17,7 @@ from metaoptim.compiler.compat import graph_task
 from metaoptim.errors import MetaOptimError, UnreachableWarning, WindowError, warn
 
 from .engine import Engine
+from .implicit import Implicit, SolutionSweep, only_step
 from .sweep import LOSS, Sweep
 
 
@@ -302,23 +303,30 @@ class WindowedRead(torch.autograd.Function):
         thetas: Sequence[tuple[int, int]],
         life: Life,
         on_cut: Callable[[], None] | None,
+        implicit: Implicit | None,
         anchor: Tensor,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.engine, ctx.position, ctx.indices, ctx.bottom = engine, position, tuple(indices), bottom
-        ctx.life, ctx.on_cut = life, on_cut
+        ctx.life, ctx.on_cut, ctx.implicit = life, on_cut, implicit
         _enter(ctx, metas, thetas, tensors)
         return _as_parameters((engine.state[i] for i in indices), own)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
-        sweep = Sweep()
+        sweep, engine = Sweep(), ctx.engine
+        if ctx.implicit is not None:
+            sweep = SolutionSweep(ctx.implicit)
+            last = only_step(engine.program, max(ctx.bottom, engine.program.start), ctx.position)
+            if last is not None:
+                states = [engine.state_at(p) for p in (last, last + 1)]
+                ctx.implicit.check(*([state[i] for i in ctx.indices] for state in states))
         _deposit(ctx, sweep, grads)
         found = _gradients(ctx, sweep, ctx.bottom)
         if ctx.on_cut is not None:
             ctx.on_cut()
-        return *[None] * 9, torch.empty(0, device="cpu"), *found
+        return *[None] * 10, torch.empty(0, device="cpu"), *found
 
 
 class WindowedLoss(torch.autograd.Function):

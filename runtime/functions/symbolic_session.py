@@ -280,7 +280,7 @@ class CapturedSession(Session):
         tokens = [Value(taken.entry, j) for j in range(len(update.ordinals))]
         hooked = zip(tokens, update.hooks, strict=True)
         tokens = [self._call(GradientHooks(h), t) if h else t for t, h in hooked]
-        if optimizer.first_order:
+        if optimizer.first_order or self.options.first_order:
             tokens = [self._call(aten.detach.default, t) for t in tokens]
         shown = [networks.shown[i] for i in update.ordinals]
         new, new_states = self._updated(update, shown)

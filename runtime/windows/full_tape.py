@@ -149,7 +149,10 @@ class FullTapeSession(OrdinarySession):
     ) -> None:
         self.refuse_strangers()
         networks, members = self.networks, trained(optimizer, self.networks)
-        create_graph, hook = not optimizer.first_order, self.options.backward_hook
+        create_graph, hook = (
+            not (optimizer.first_order or self.options.first_order),
+            self.options.backward_hook,
+        )
         grads = self._inner_gradient(loss, [i for i, _ in members], create_graph)
         hyper = hyper_of(optimizer, schedules, lambda t: t, lifts=False)
         options: Any = {"allow_unused": allow_unused, "create_graph": create_graph}

@@ -17,6 +17,7 @@ from metaoptim.compiler.ir.values import Epoch
 from metaoptim.errors import CaptureError, WindowError
 
 from ..engine.engine import Engine
+from ..engine.implicit import Implicit
 from ..engine.nodes import (
     Alias,
     Life,
@@ -158,9 +159,9 @@ class SlidingReads(_Reads):
 
     waiting: Collection[Life] = ()
 
-    def __init__(self, engine: Engine, window: int, offline: bool) -> None:
+    def __init__(self, engine: Engine, window: int, offline: bool, implicit: Implicit | None = None) -> None:
         super().__init__(engine)
-        self.window, self.offline = window, offline
+        self.window, self.offline, self.implicit = window, offline, implicit
         self._superstep = 0
         self._starts: deque[int] = deque(maxlen=window)
         # number of a meta-parameter -> with its history then, and the last super-step that read it
@@ -218,9 +219,9 @@ class SlidingReads(_Reads):
         first.update((key, tensor) for key, (tensor, _) in self._started.items())
         life = Life(bottom)
         self._lives.add(life)
-        on_cut = self._cut if self.offline and not whole else None
-        fixed = tuple(indices), own, bottom, tuple(self._read), tuple(first), life, on_cut, new_token()
-        tensors = (*(t for t, _ in self._read.values()), *first.values())
+        on_cut = self._cut if self.offline and not whole and self.implicit is None else None
+        fixed = tuple(indices), own, bottom, tuple(self._read), tuple(first), life, on_cut, self.implicit
+        tensors = (new_token(), *(t for t, _ in self._read.values()), *first.values())
         with torch.enable_grad():
             shown: Any = WindowedRead.apply(engine, engine.position, *fixed, *tensors)
         return shown

@@ -176,7 +176,7 @@ class RecordedSession(OrdinarySession):
         changed = {t.index for t in sliced.thetas if not view.versions.unchanged(t)}
         back = engine.position - epoch.position if changed else 0
         options, names = self.options, self.networks.names
-        fixed = optimizer.first_order, options.backward_hook is not None
+        fixed = optimizer.first_order or options.first_order, options.backward_hook is not None
         step = RecordedStep(engine, sliced, changed, back, update, indices, old, new, new_states, *fixed)
         before, after = self._state_indices(optimizer, update, new_states)
         call = step.call(before, after, options.lowering, names)

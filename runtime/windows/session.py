@@ -17,6 +17,7 @@ from metaoptim.compiler.ir.step import Lowering
 from metaoptim.errors import CaptureError, LossError, WindowError
 
 from ..engine.engine import Engine, Held
+from ..engine.implicit import Implicit
 from .hyper import COUNT, Scheduled, scheduled
 from .networks import Networks
 from .update import InnerOptimizer, parameters_of, trained
@@ -49,6 +50,8 @@ class Options:
     check_finite: bool = False
     sync: Any = False
     lowering: Lowering = WINDOW
+    first_order: bool = False
+    implicit: Implicit | None = None  # with ``window=1``: only the last step is kept
 
 
 class Member:

@@ -47,7 +47,7 @@ class ThetaView:
         if options.window is None:
             self.reads: Reads = WholeReads(engine)
         else:
-            self.reads = SlidingReads(engine, options.window, options.offline)
+            self.reads = SlidingReads(engine, options.window, options.offline, options.implicit)
         self.stepped = Stepped(engine, self.reads, self.versions.current)
         self.inputs = Inputs(networks.is_buffer, counted=options.retention.slots is None)
         self.hold, self.on_tape = self.inputs.hold, engine.holds

@@ -1,0 +1,176 @@
+"""Implicit gradients, against the closed form of a quadratic inner problem and the exact gradient of a long loop."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import metaoptim
+from metaoptim import Implicit
+
+generator = torch.Generator().manual_seed(5)
+X, Y = torch.randn(12, 4, generator=generator), torch.randn(12, 2, generator=generator)
+XQ, YQ = torch.randn(7, 4, generator=generator), torch.randn(7, 2, generator=generator)
+
+
+Make = Callable[[nn.Module], metaoptim.MetaOptimizer]
+
+
+def ridge(net: nn.Module, decay: Tensor, weights: Tensor) -> Tensor:
+    """Weighted least squares with a penalty."""
+    penalty = sum((p.square().sum() for p in net.parameters()), torch.zeros(()))
+    return (weights * (net(X) - Y).square().sum(1)).mean() + decay * penalty
+
+
+def leaves() -> tuple[Tensor, Tensor]:
+    return torch.tensor(0.3, requires_grad=True), torch.linspace(0.5, 1.5, 12).requires_grad_()
+
+
+def closed_form() -> tuple[Tensor, Tensor]:
+    """The gradient of the outer loss at the exact solution, by autograd through `torch.linalg.solve`."""
+    decay, weights = leaves()
+    system = X.T @ (weights[:, None] * X) / 12 + decay * torch.eye(4)
+    theta = torch.linalg.solve(system, X.T @ (weights[:, None] * Y) / 12)
+    F.mse_loss(XQ @ theta, YQ).backward()
+    assert decay.grad is not None and weights.grad is not None
+    return decay.grad, weights.grad
+
+
+def implicit(
+    gradient: Implicit, make: Make, steps: int, offline: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    torch.manual_seed(1)
+    net, (decay, weights) = nn.Linear(4, 2, bias=False), leaves()
+    inner, before = make(net), net.weight.detach().clone()
+    with metaoptim.SlidingWindow(offline=offline, gradient=gradient) as window:
+        for _ in range(steps):
+            inner.step(ridge(net, decay, weights))
+        F.mse_loss(net(XQ), YQ).backward()
+        assert window.program.end - window.program.start <= 2, "only the last step is kept"
+    assert net.weight.grad is None and torch.equal(net.weight, before) == offline
+    return decay.grad, weights.grad
+
+
+@pytest.mark.parametrize("offline", [True, False])
+@pytest.mark.parametrize(
+    "solver, make",
+    [
+        ("neumann", lambda net: metaoptim.MetaSGD([net], lr=0.2)),
+        ("neumann", lambda net: metaoptim.MetaSGD([net], lr=0.1, momentum=0.6)),
+        ("neumann", lambda net: metaoptim.MetaRMSprop([net], lr=0.2, eps=1.0)),
+        ("cg", lambda net: metaoptim.MetaSGD([net], lr=0.2)),
+    ],
+)
+def test_equals_the_closed_form_of_a_quadratic(solver: str, make: Make, offline: bool) -> None:
+    given = Implicit(solver, iterations=2000, tolerance=1e-12, converged=1e-9)  # type: ignore[arg-type]
+    for ours, theirs in zip(implicit(given, make, 400, offline), closed_form(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
+    assert given.residual is not None and given.residual <= 1e-12
+
+
+def test_cg_needs_as_many_iterations_as_there_are_distinct_curvatures() -> None:
+    given = Implicit("cg", iterations=8, tolerance=1e-9, converged=1e-9)
+    found = implicit(given, lambda net: metaoptim.MetaSGD([net], lr=0.2), 400, True)
+    torch.testing.assert_close(found[0], closed_form()[0], rtol=1e-7, atol=1e-10)
+
+
+def test_the_series_is_a_truncated_backward_at_the_solution() -> None:
+    """k terms are the exact gradient of k steps that begin at the solution, with a warning for what is left."""
+    make = lambda net: metaoptim.MetaSGD([net], lr=0.2)
+    with pytest.warns(UserWarning, match=r"5 iterations of 'neumann'.*residual"):
+        found = implicit(Implicit(iterations=5, converged=1e-9), make, 400, True)
+    torch.manual_seed(1)
+    net, (decay, weights) = nn.Linear(4, 2, bias=False), leaves()
+    with metaoptim.SlidingWindow(window=5):
+        inner = make(net)
+        for _ in range(400):
+            inner.step(ridge(net, decay, weights))
+        F.mse_loss(net(XQ), YQ).backward()
+    torch.testing.assert_close(found, (decay.grad, weights.grad), rtol=1e-9, atol=1e-12)
+
+
+def test_says_what_it_is_not() -> None:
+    make = lambda net: metaoptim.MetaSGD([net], lr=0.2)
+    with pytest.warns(UserWarning, match="has not converged: its last step moved"):
+        implicit(Implicit("cg"), make, 3, True)
+    with pytest.raises(metaoptim.WindowError, match="has a state"):
+        implicit(Implicit("cg"), lambda net: metaoptim.MetaSGD([net], lr=0.1, momentum=0.5), 400, True)
+    for bad in (lambda: Implicit("gmres"), lambda: Implicit(iterations=0), lambda: Implicit(tolerance=-1.0)):  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="got"):
+            bad()
+    with pytest.raises(ValueError, match="window=3"):
+        metaoptim.SlidingWindow(window=3, gradient=Implicit())
+    with pytest.raises(ValueError, match="'exact', 'first_order'"):
+        metaoptim.SlidingWindow(gradient="implicit")
+
+    def compiled(net: nn.Module) -> Tensor:
+        inner = make(net)
+        with metaoptim.SlidingWindow(gradient=Implicit()):
+            inner.step(net(X).square().mean())
+            return net(X).square().mean()
+
+    with pytest.raises(metaoptim.WindowError, match="take the decorator off"):
+        metaoptim.compile(compiled, backend="eager")(nn.Linear(4, 2))
+
+
+def test_no_minimum_and_two_problems() -> None:
+    def saddle(net: nn.Module, decay: Tensor, weights: Tensor) -> Tensor:
+        return -ridge(net, decay, weights)
+
+    torch.manual_seed(1)
+    net, (decay, weights) = nn.Linear(4, 2, bias=False), leaves()
+    inner = metaoptim.MetaSGD([net], lr=1e-6)
+    with metaoptim.SlidingWindow(gradient=Implicit("cg")):
+        inner.step(saddle(net, decay, weights))
+        with pytest.raises(metaoptim.WindowError, match="curvature"):
+            F.mse_loss(net(XQ), YQ).backward()
+    other = nn.Linear(2, 2)
+    both = metaoptim.MetaSGD([net], lr=1e-6), metaoptim.MetaSGD([other], lr=1e-6)
+    with metaoptim.SlidingWindow(gradient=Implicit()):
+        losses = ridge(net, decay, weights), other(net(X)).square().mean()
+        for optimizer, loss in zip(both, losses, strict=True):
+            optimizer.step(loss)
+        with pytest.raises(metaoptim.WindowError, match="several optimizers"):
+            F.mse_loss(other(net(XQ)), YQ).backward()
+
+
+@pytest.mark.parametrize("strategy", ["auto", "full_tape"])
+def test_first_order_is_that_of_the_optimizers(strategy: str) -> None:
+    grads = []
+    for window, optimizer in (("first_order", False), ("exact", True), ("exact", False)):
+        torch.manual_seed(1)
+        net, (decay, weights) = nn.Linear(4, 2, bias=False), leaves()
+        inner = metaoptim.MetaSGD([net], lr=0.2, first_order=optimizer)
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore", metaoptim.UnreachableWarning
+            )  # nothing is learnt through constants
+            with metaoptim.SlidingWindow(offline=True, gradient=window, strategy=strategy):
+                for _ in range(3):
+                    inner.step(ridge(net, decay, weights))
+                F.mse_loss(net(XQ), YQ).backward()
+        grads.append(net.weight.grad)
+    assert torch.equal(grads[0], grads[1]) and not torch.allclose(grads[0], grads[2])
+
+
+@pytest.mark.filterwarnings("ignore:the inner problem has not converged")
+@pytest.mark.parametrize("offline", [True, False])
+def test_one_step(offline: bool) -> None:
+    torch.manual_seed(1)
+    net, (decay, weights) = nn.Linear(4, 2, bias=False), leaves()
+    inner = metaoptim.MetaAdam([net], lr=0.1)
+    with metaoptim.SlidingWindow(offline=offline, gradient=Implicit(iterations=1, tolerance=1e9)):
+        inner.step(ridge(net, decay, weights))
+        F.mse_loss(net(XQ), YQ).backward()
+    ours, decay.grad = decay.grad, None
+    torch.manual_seed(1)
+    net = nn.Linear(4, 2, bias=False)
+    with metaoptim.SlidingWindow(window=1):
+        metaoptim.MetaAdam([net], lr=0.1).step(ridge(net, decay, weights))
+        F.mse_loss(net(XQ), YQ).backward()
+    torch.testing.assert_close(ours, decay.grad)
