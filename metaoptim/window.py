@@ -17,7 +17,7 @@ from .compiler.capture.intercept import recording
 from .compiler.ir.retention import Retention, check_count
 from .compiler.ir.step import Lowering
 from .errors import WindowError, warn
-from .optim.optimizer import optimizers_here, refresh_optimizers
+from .optim.alive import optimizers_here, refresh_optimizers
 from .report.explain import explain_window
 from .report.report import Report
 from .runtime.engine.implicit import Implicit

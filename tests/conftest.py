@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from metaoptim.compiler.lower.library import library
-from metaoptim.optim.optimizer import live_optimizers
+from metaoptim.optim.alive import live_optimizers
 
 os.environ.setdefault("METAOPTIM_WAIT", "1")  # compiled graphs are tested, not whether they come in time
 torch.set_num_threads(1)

@@ -31,7 +31,7 @@ from ..compiler.lower.handover import prepare
 from ..compiler.passes.options import Options, retention_of
 from ..compiler.passes.pipeline import Record, checkpoint, compile_trace
 from ..errors import CaptureError, UnreachableWarning, warn
-from ..optim.optimizer import preserved
+from ..optim.alive import preserved
 from ..runtime.budget.amounts import tell_default
 from ..runtime.budget.planner import Plan, decide
 from ..runtime.engine.function import Call, Run

@@ -13,7 +13,8 @@ from metaoptim.compiler.ir.update import State, UpdatePlan, initial_state
 from metaoptim.runtime.windows.hyper import schedules_of
 from metaoptim.runtime.windows.session import outside
 
-from .optimizer import MetaOptimizer, live_optimizers
+from .alive import live_optimizers
+from .optimizer import MetaOptimizer
 
 #: A tensor, or a dictionary, list or tuple of trees.
 Tree: TypeAlias = Any

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from types import FunctionType
 from typing import Any, ClassVar, TypeAlias, cast
 
@@ -15,11 +13,11 @@ from torch import Tensor, nn
 
 from metaoptim.errors import WindowError
 from metaoptim.runtime.windows.hyper import scheduled
-from metaoptim.runtime.windows.schedule import Schedule
 from metaoptim.runtime.windows.session import current_session
 from metaoptim.runtime.windows.transform import Apply, Transform, as_transforms
 from metaoptim.runtime.windows.update import InnerOptimizer, parameters_of
 
+from .alive import live_optimizers
 from .groups import check_misspelt, check_network, group_of, matching, own
 from .hyper import Number, as_number, detached, is_symbolic, learned, plain
 from .transforms import clip_global_norm
@@ -29,8 +27,6 @@ Params: TypeAlias = Iterable[nn.Module | dict[str, Any] | Tensor | tuple[str, Te
 #: What is done to inner gradients: of `metaoptim.transforms`, or functions ``(grads, params, hyper) -> grads``.
 Transforms: TypeAlias = Iterable[Transform | Apply]
 _numbers = itertools.count()
-#: Optimizers alive. Those that a thread has made may step in its windows, and are put back after its captures.
-live_optimizers: weakref.WeakSet[MetaOptimizer] = weakref.WeakSet()
 
 
 class MetaOptimizer(InnerOptimizer):
@@ -349,56 +345,3 @@ class MetaOptimizer(InnerOptimizer):
             for p in [p for p in self.state if isinstance(p, Tensor) and id(p) not in known]:
                 del self.state[p]
         return changed
-
-
-def optimizers_here() -> list[MetaOptimizer]:
-    """The optimizers alive that this thread has made, oldest first."""
-    here = threading.get_ident()
-    return sorted((o for o in live_optimizers if o.thread == here), key=lambda o: o.number)
-
-
-def refresh_optimizers() -> bool:
-    """`MetaOptimizer.refresh` them, but for those in use by a window; whether any has changed."""
-    changed = [o.refresh() for o in optimizers_here() if o._session is None]
-    return any(changed)
-
-
-_PRESERVED = ("param_groups", "state", "defaults", "_transforms", "_normalizer", "_networks", "_whole")
-
-
-@contextmanager
-def preserved() -> Iterator[None]:
-    """Put this thread's optimizers back after the block, and forget those made in it."""
-    kept = [(o, {name: o.__dict__[name] for name in _PRESERVED}) for o in optimizers_here()]
-    fillings = [_filling(attributes) for _, attributes in kept]
-
-    try:
-        yield
-    finally:
-        known = {id(o) for o, _ in kept}
-        for o in [o for o in live_optimizers if o.symbolic and id(o) not in known]:
-            live_optimizers.discard(o)
-        for (o, attributes), fill in zip(kept, fillings, strict=True):
-            fill()
-            o.__dict__.update(attributes)
-
-
-def _filling(container: Any) -> Callable[[], None]:
-    """What fills lists and dictionaries, and those in them, with what is in them now."""
-    if isinstance(container, (Transform, Schedule)):
-        container = container.hyper
-    if not isinstance(container, (dict, list)):
-        return lambda: None
-    content: Any = container.copy()
-    inner = [_filling(v) for v in (content.values() if isinstance(container, dict) else content)]
-
-    def fill() -> None:
-        container.clear()
-        if isinstance(container, dict):
-            container.update(content)
-        else:
-            container.extend(content)
-        for f in inner:
-            f()
-
-    return fill
