@@ -142,6 +142,31 @@ def test_begins_where_the_optimizer_was_and_goes_back(cls: type[Base]) -> None:
         torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize(
+    "cls, ours, options",
+    [
+        (torch.optim.SGD, metaoptim.MetaSGD, dict(momentum=0.8, nesterov=True, weight_decay=0.1)),
+        (torch.optim.Adam, metaoptim.MetaAdam, dict(betas=(0.7, 0.8), amsgrad=True)),
+        (torch.optim.Adam, metaoptim.MetaOptimizer, dict(decoupled_weight_decay=True, weight_decay=0.3)),
+        (torch.optim.RMSprop, metaoptim.MetaRMSprop, dict(centered=True, momentum=0.5)),
+    ],
+)
+def test_those_written_here_are_taken_where_they_have_the_options(
+    cls: Any, ours: type, options: dict
+) -> None:
+    first, second = networks()
+    train(first, cls(first.parameters(), lr=0.02, foreach=False, **options))
+    optimizer = cls(second.parameters(), lr=0.02, foreach=False, **options)
+    train(second, optimizer, slice(3))
+    inner = metaoptim.wrap(optimizer, [second])
+    assert isinstance(inner, ours) and ours.__name__ in ("MetaOptimizer", type(inner).__name__)
+    with metaoptim.SlidingWindow():
+        adapt(second, inner, slice(3, 6))
+    train(second, inner.to_torch(), slice(6, 8))
+    for p, q in zip(first.parameters(), second.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14)
+
+
 def test_groups_and_what_differs_between_them() -> None:
     ours, theirs = networks()
 

@@ -15,10 +15,13 @@ from metaoptim.errors import CaptureError
 from metaoptim.runtime.windows.schedule import Schedule
 from metaoptim.runtime.windows.update import parameters_of
 
+from ..adam import MetaAdam
 from ..groups import NO_OPTIONS
 from ..hyper import has_values, plain
 from ..optimizer import MetaOptimizer, Params, Transforms
-from .captured import Source, State, initial, step, widened
+from ..rmsprop import MetaRMSprop
+from ..sgd import MetaSGD
+from .captured import HOW, Source, State, initial, step, widened
 from .examined import BASE, examined
 
 _REFUSED = {
@@ -149,6 +152,11 @@ class Wrapped(MetaOptimizer):
         return made
 
 
+_BY_HAND: dict[type[torch.optim.Optimizer], type[MetaOptimizer]] = {
+    torch.optim.SGD: MetaSGD,
+    torch.optim.Adam: MetaAdam,
+    torch.optim.RMSprop: MetaRMSprop,
+}
 _named: dict[type[torch.optim.Optimizer], type[Wrapped]] = {}
 
 
@@ -196,6 +204,11 @@ def wrap(
         if isinstance(optimizer, refused):
             raise TypeError(f"wrap: {cls.__name__} cannot be an inner optimizer: {reason}")
     groups = [dict(g) for g in optimizer.param_groups]
+    by_hand = _BY_HAND.get(cls)
+    if by_hand is not None:
+        made = _by_hand(by_hand, optimizer, groups, networks, first_order=first_order, transforms=transforms)
+        if made is not None:
+            return made
     if cls in _named:
         made_by = _named[cls]
     else:
@@ -222,6 +235,24 @@ def wrap(
             if state:
                 state |= count
                 inner.state[p] = widened({k: _state(cls, k, v) for k, v in state.items()}, p)
+    return inner
+
+
+def _by_hand(
+    cls: type[MetaOptimizer],
+    optimizer: torch.optim.Optimizer,
+    groups: list[dict[str, Any]],
+    networks: Iterable[nn.Module],
+    **options: Any,
+) -> MetaOptimizer | None:
+    """The optimizer written here, which is faster; None where it lacks an option that is used."""
+    known = inspect.signature(cls).parameters
+    beyond = {k: v for g in groups for k, v in g.items() if k not in {*known, *NO_OPTIONS, *HOW} and v}
+    if beyond:
+        return None
+    ours = [{k: v for k, v in g.items() if k in known or k in NO_OPTIONS} for g in groups]
+    inner = cls(ours, networks=networks, **options)
+    inner.load_state_dict({**optimizer.state_dict(), "param_groups": inner.state_dict()["param_groups"]})
     return inner
 
 
