@@ -268,8 +268,10 @@ def _refused(source: Source, error: Exception) -> CaptureError:
     trace = error.__traceback__
     frames = [f for f in inspect.getinnerframes(trace) if f.filename == file] if trace is not None else []
     where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+    asks = isinstance(error, DataDependentOutputException)
+    why = "it asks in Python for the value of a tensor" if asks else error
     return CaptureError(
-        f"{source.cls.__name__}.step cannot be captured{where}: {error}. A step must compute with tensors, and decide "
+        f"{source.cls.__name__}.step cannot be captured{where}: {why}. A step must compute with tensors, and decide "
         "by torch.where; write it as init_state and update of a metaoptim.MetaOptimizer (docs/optimizers.md)"
     )
 
