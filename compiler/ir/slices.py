@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from types import CodeType, FunctionType
 from typing import Any, TypeGuard
 
 from torch import Tensor
@@ -13,6 +14,7 @@ from .tensors import memory_key
 from .values import Carried, Entry, External, Number, Spy, Theta, Value, changed, identity, is_removed, origin
 
 Token = tuple[Any, ...]
+_PLAIN = (int, float, str, bytes, bool, type(None), Tensor)
 
 
 class Keyed:
@@ -215,13 +217,45 @@ def closed_over(hook: Any) -> list[Any]:
 
 
 def hook_key(hook: Any) -> Any:
-    """What must be equal for two hooks to do the same: code, whose method it is, defaults, and what they close over."""
+    """What must be equal for two hooks to do the same: code, whose method it is, defaults, and what they read."""
     over, names = closed_over(hook), list[str]()
     while _is_partial(hook):
         names += hook.keywords
         hook = hook.func
     code = getattr(getattr(hook, "__func__", hook), "__code__", None)
-    return (code or id(hook), id(getattr(hook, "__self__", None)), *names, *map(_cell_key, over))
+    owner = id(getattr(hook, "__self__", None))
+    return (code or id(hook), owner, *names, *map(_cell_key, over), *globals_read(hook))
+
+
+def globals_read(function: Any, seen: frozenset[Any] = frozenset()) -> tuple[Any, ...]:
+    """Numbers, texts and tensors that a function, and those that it calls, find in their modules now, by name.
+
+    What torch and this package define does not change.
+    """
+    function = getattr(function, "__func__", function)
+    if not isinstance(function, FunctionType) or function in seen or is_of_torch(function.__module__):
+        return ()
+    found: list[Any] = []
+    seen |= {function}
+    for name in _names(function.__code__):
+        value = function.__globals__.get(name, _PLAIN)
+        if isinstance(value, FunctionType):
+            found += globals_read(value, seen)
+        elif isinstance(value, _PLAIN):
+            found.append((function.__module__, name, _cell_key(value)))
+    return tuple(found)
+
+
+def is_of_torch(module: str | None) -> bool:
+    """Whether a module is one of torch or of this package."""
+    return (module or "").partition(".")[0] in ("torch", __name__.partition(".")[0])
+
+
+@functools.lru_cache(maxsize=1024)
+def _names(code: CodeType) -> tuple[str, ...]:
+    """What a function and those inside it may look up by name."""
+    inner = [name for c in code.co_consts if isinstance(c, CodeType) for name in _names(c)]
+    return tuple(dict.fromkeys((*code.co_names, *inner)))
 
 
 def _is_partial(hook: Any) -> TypeGuard[functools.partial[Any]]:
@@ -229,8 +263,8 @@ def _is_partial(hook: Any) -> TypeGuard[functools.partial[Any]]:
 
 
 def _cell_key(value: Any) -> Any:
-    if isinstance(value, (int, float, str, bytes, bool, type(None))):
-        return (type(value), value)
     if isinstance(value, Tensor):
         return ("tensor", id(value), value._version)
+    if isinstance(value, _PLAIN):
+        return (type(value), value)
     return hook_key(value) if callable(value) and hasattr(value, "__code__") else ("object", id(value))

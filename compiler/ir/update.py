@@ -87,6 +87,7 @@ class UpdatePlan:
     transforms: tuple[TransformPlan, ...] = ()  # of the gradients, in order, before the update
     # Pure: (param, hyper) -> state, if the initial state depends on the parameter: it is part of the step then.
     init: Callable[..., State] | None = None
+    reads: Hashable = ()  # what the update finds in its module
 
     @property
     def __name__(self) -> str:

@@ -271,6 +271,7 @@ class Dependencies:
         self.object(optimizer, "optimizer", path)
         self.describe(optimizer.first_order, path and f"{path}.first_order")
         self.describe(optimizer.transforms, path and f"{path}.transforms")
+        self.fact(path and f"what {path}'s update reads", ("reads", optimizer.reads()))
         self.describe(dict(optimizer.state.get(COUNT, {})), path and f"{path}'s count of steps")
         names: dict[int, str] = {}
         if path:

@@ -255,7 +255,7 @@ class MetaOptimizer(InnerOptimizer):
         for state in self.state.values():
             for name, value in state.items():
                 if isinstance(value, (int, float)):
-                    state[name] = torch.tensor(float(value))
+                    state[name] = torch.tensor(float(value), dtype=torch.float64)
             if state.get("momentum_buffer", 0) is None:  # torch.optim.SGD before its first step
                 del state["momentum_buffer"]
 
@@ -284,7 +284,9 @@ class MetaOptimizer(InnerOptimizer):
         made = self._built(groups)
         for n, p in enumerate(parameters_of(self)):
             if packed["state"].get(n):
-                made.state[p] = {k: v.clone() for k, v in packed["state"][n].items()}
+                made.state[p] = {
+                    k: v.clone() if isinstance(v, Tensor) else v for k, v in packed["state"][n].items()
+                }
         return made
 
     def _built(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from metaoptim.compiler.ir.slices import hook_key
+from metaoptim.compiler.ir.slices import globals_read, hook_key
 from metaoptim.compiler.ir.update import TransformPlan, UpdatePlan
 from metaoptim.compiler.ir.values import Spy
 from metaoptim.compiler.passes.build import GradientHooks
@@ -58,6 +58,10 @@ class InnerOptimizer(torch.optim.Optimizer):
     def whole_networks(self) -> list[nn.Module]:
         """Those that are groups of their own, with all of their parameters."""
         return [network for network in self._whole if network is not None]
+
+    def reads(self) -> tuple[Any, ...]:
+        """What the update finds outside of its arguments, as it is now: numbers, texts and tensors by name."""
+        return globals_read(type(self).update)
 
     def refresh(self) -> bool:
         """Look again at networks that are groups of their own; whether their parameters are others than they were."""
@@ -157,7 +161,8 @@ def update_by(
     init = type(optimizer).init_state if initial else None
     group_of = tuple([k for _, k, _ in used])
     plans = tuple([plan for _, plan in transforms])
-    plan = UpdatePlan(type(optimizer).update, hyper.groups, group_of, tuple(map(tuple, states)), plans, init)
+    names, update = tuple(map(tuple, states)), type(optimizer).update
+    plan = UpdatePlan(update, hyper.groups, group_of, names, plans, init, optimizer.reads())
     return Update(ordinals, inner, hooks, states, plan, hyper.slots)
 
 

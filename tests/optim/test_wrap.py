@@ -285,7 +285,7 @@ class Closes(Base):
         (Mixes, metaoptim.CaptureError, "attribute 'norm'"),
         (MixesUnseen, metaoptim.CaptureError, "mixes parameters"),
         (Counts, metaoptim.CaptureError, "attribute 'turns'"),
-        (Decides, metaoptim.CaptureError, "line .*torch.where"),
+        (Decides, metaoptim.CaptureError, "line .*value of a tensor.*torch.where"),
         (Estimates, metaoptim.CaptureError, "'estimate'"),
         (Keeps, metaoptim.CaptureError, "list as state 'past'"),
         (Shares, metaoptim.CaptureError, r"state\['k'\]"),

@@ -11,7 +11,7 @@ import functools
 import inspect
 import math
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -44,6 +44,7 @@ class Source(NamedTuple):
 
     cls: type[torch.optim.Optimizer]
     attributes: tuple[tuple[str, Any], ...] = ()
+    surroundings: tuple[Any, ...] = ()  # what its functions read of their module and class
     # Integers in the groups that a step changes, with what they begin at, if they are there: they are state here.
     counted: tuple[tuple[str, int | None], ...] = ()
     numbers: tuple[str, ...] = ()  # what is a Python number in the optimizer's own state
@@ -67,6 +68,7 @@ class Captured(NamedTuple):
 
     run: Callable[..., tuple[Tensor, ...]]
     names: tuple[str, ...]  # of the states it returns, after the parameter
+    counts: tuple[int, ...]  # places of arguments that are counts: nothing is learnt through them
 
 
 def initial(source: Source, param: Tensor, hyper: Mapping[str, Any]) -> State:
@@ -94,22 +96,24 @@ def _call(
     source: Source, param: Tensor, grad: Tensor | None, state: State, hyper: Mapping[str, Any]
 ) -> tuple[Tensor, State]:
     numbers: list[Any] = []
-    options = tuple([(name, HOW[name] if name in HOW else _outline(v, numbers)) for name, v in hyper.items()])
+    options = tuple([(name, HOW[name] if name in HOW else outline(v, numbers)) for name, v in hyper.items()])
     tensors = [param] if grad is None else [param, grad]
-    for name, value in state.items():
+    for value in state.values():
         if not value.dim() and param.dim() and value.is_floating_point():
             value = (
                 value if value.dtype is torch.float64 else value.double()
             )  # float32 loses digits of powers of a count
-        tensors.append(value.detach() if name == "step" else value)  # nothing is learnt through a count
+        tensors.append(value)
     tensors += [v if isinstance(v, Tensor) else torch.tensor(v, dtype=torch.float64) for v in numbers]
     specs = tuple([(t.shape, t.dtype, t.stride(), t.device) for t in tensors])
     captured = _captured(source, grad is not None, tuple(state), options, specs)
+    for i in captured.counts:
+        tensors[i] = tensors[i].detach()
     new, *after = captured.run(*tensors)
     return new, dict(zip(captured.names, after, strict=True))
 
 
-def _outline(value: Any, numbers: list[Any]) -> Any:
+def outline(value: Any, numbers: list[Any]) -> Any:
     """A hyper-parameter with `Given` in the place of what a graph is given, which is put into ``numbers``.
 
     A float other than 0 is given, too, so that a new learning rate needs no new graph; 0 switches a term off.
@@ -118,7 +122,7 @@ def _outline(value: Any, numbers: list[Any]) -> Any:
         numbers.append(value)
         return Given
     if isinstance(value, (tuple, list)):
-        return tuple([_outline(v, numbers) for v in value])
+        return tuple([outline(v, numbers) for v in value])
     return value
 
 
@@ -160,7 +164,7 @@ def _captured(
         optimizer = source.instance([{"params": [param], **group}], {param: state} if state else {})
         with torch.no_grad(), compiling_flag(), Numbers(numbers, low), shims():
             if steps:
-                inspect.unwrap(source.cls.step)(optimizer)
+                step_of(source.cls)(optimizer)
             else:
                 init_group(optimizer)
         after = dict(optimizer.state.get(param, {}))
@@ -170,13 +174,18 @@ def _captured(
         names[:] = kept
         return (param, *kept.values())
 
-    def write(capturable: bool) -> Callable[..., tuple[Tensor, ...]]:
+    def write(capturable: bool) -> fx.GraphModule:
         with tracing(), FakeTensorMode(allow_non_fake_inputs=True):
             fakes = [torch.empty_strided(size, at, dtype=dtype, device=on) for size, dtype, at, on in specs]
             traced = flat_graph(torch.func.functionalize(functools.partial(run, capturable)), fakes)
+            if any(t.requires_grad for t in traced.constants.values()):
+                raise CaptureError(
+                    f"{source.cls.__name__}.step reads a tensor that requires grad and is no hyper-parameter, so that "
+                    "it would get no gradient; make it an option of the parameter groups"
+                )
             _Specs(fx.GraphModule(traced.constants, traced.graph)).run(*fakes)
         _tidy(traced.graph, _root_or_0 if capturable else safe_sqrt)
-        return fx.GraphModule(traced.constants, traced.graph).forward
+        return fx.GraphModule(traced.constants, traced.graph)
 
     with unset_fake_temporarily():
         try:
@@ -193,7 +202,21 @@ def _captured(
             raise
         except Exception as error:
             raise _refused(source, error) from error
-    return Captured(found, tuple(names))
+    return Captured(found.forward, tuple(names), _counts(found.graph, names, states, 1 + steps))
+
+
+def _counts(graph: fx.Graph, after: Sequence[str], before: Sequence[str], first: int) -> tuple[int, ...]:
+    """Places of states that a step adds a number to, and that are made of nothing else."""
+    places = {node: i for i, node in enumerate(n for n in graph.nodes if n.op == "placeholder")}
+    (made,) = next(reversed(graph.nodes)).args
+    counts = []
+    for name, node in zip(after, made[1:], strict=True):
+        added = False
+        while node.target is _aten.add.Tensor and isinstance(node.args[1], (int, float)):
+            node, added = node.args[0], True
+        if added and name in before and places.get(node) == first + before.index(name):
+            counts.append(places[node])
+    return tuple(counts)
 
 
 class _Specs(fx.Interpreter):
@@ -232,13 +255,23 @@ def _copied(into: Tensor, value: Tensor) -> Tensor:
     return value.to(into.dtype).broadcast_to(into.shape).clone()
 
 
+def step_of(owner: Any) -> Callable[..., Any]:
+    """The function ``step`` of an optimizer or a class, without what torch has wrapped around it."""
+    step = owner.step
+    while hasattr(step, "__wrapped__") and step.__globals__["__name__"].partition(".")[0] == "torch":
+        step = step.__wrapped__
+    return getattr(step, "__func__", step)
+
+
 def _refused(source: Source, error: Exception) -> CaptureError:
     file = inspect.getsourcefile(inspect.unwrap(source.cls.step))
     trace = error.__traceback__
     frames = [f for f in inspect.getinnerframes(trace) if f.filename == file] if trace is not None else []
     where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+    asks = isinstance(error, DataDependentOutputException)
+    why = "it asks in Python for the value of a tensor" if asks else error
     return CaptureError(
-        f"{source.cls.__name__}.step cannot be captured{where}: {error}. A step must compute with tensors, and decide "
+        f"{source.cls.__name__}.step cannot be captured{where}: {why}. A step must compute with tensors, and decide "
         "by torch.where; write it as init_state and update of a metaoptim.MetaOptimizer (docs/optimizers.md)"
     )
 

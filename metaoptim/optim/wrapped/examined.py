@@ -3,47 +3,75 @@
 from __future__ import annotations
 
 import functools
-import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from metaoptim.compiler.compat import unset_fake_temporarily
 from metaoptim.compiler.derive.flat import tracing
 from metaoptim.errors import CaptureError
 
-from .captured import Source, State, initial, step
+from .captured import Given, Source, State, initial, outline, step, step_of
 
-#: The attributes that every optimizer has.
-BASE = frozenset(vars(torch.optim.SGD([torch.zeros(1)], lr=1)))
+#: The attributes that every optimizer has, and ``step``, which torch's schedulers wrap.
+BASE = frozenset(vars(torch.optim.SGD([torch.zeros(1)], lr=1))) | {"step"}
+Options = tuple[tuple[str, Any], ...]
+
+_known: set[tuple[Source, torch.Size, Options]] = set()  # what has been examined: outlines, for shapes
+
+
+def examine_options(source: Source, size: torch.Size, hyper: Mapping[str, Any]) -> None:
+    """Examine a step anew where options are others than it has been examined for, and so may its terms be."""
+    options = _outline(source, hyper)
+    if (source, size, options) not in _known:
+        some = tuple([(name, _some(value)) for name, value in options])
+        cls, attributes, surroundings, *_ = source
+        with unset_fake_temporarily():
+            now = examined(Source(cls, attributes, surroundings), ((size, size),), (some,))
+        if now.counted != source.counted:
+            raise CaptureError(
+                f"{cls.__name__} counts {[n for n, _ in now.counted]} in its groups with the options that it has now, "
+                f"and {[n for n, _ in source.counted]} with those it was wrapped with; wrap one with these options"
+            )
+        _known.add((source, size, options))
+
+
+def _outline(source: Source, hyper: Mapping[str, Any]) -> Options:
+    counts = {name: n for name, n in source.counted if n is not None}
+    return tuple(sorted([(k, outline(v, [])) for k, v in {**hyper, **counts}.items()]))
+
+
+def _some(value: Any) -> Any:
+    if value is Given:
+        return 0.5
+    return tuple(map(_some, value)) if type(value) is tuple else value
 
 
 @functools.lru_cache(maxsize=256)
 def examined(
-    cls: type[torch.optim.Optimizer],
-    attributes: tuple[tuple[str, Any], ...],
-    sizes: tuple[tuple[torch.Size, ...], ...],
-    options: tuple[tuple[tuple[str, Any], ...], ...],
+    source: Source, sizes: tuple[tuple[torch.Size, ...], ...], options: tuple[Options, ...]
 ) -> Source:
     """Whose step it is, after some steps of its own beside captured ones, on random numbers in float64."""
+    cls, attributes = source.cls, source.attributes
     with tracing(torch.float64):
         generator = torch.Generator().manual_seed(0)
         noise = functools.partial(torch.randn, generator=generator, dtype=torch.float64)
         params = [[noise(size).requires_grad_() for size in of] for of in sizes]
         groups = [{"params": of, **dict(given)} for of, given in zip(params, options, strict=True)]
-        own = Source(cls, attributes).instance(groups, {})
+        own = source.instance(groups, {})
         before = [dict(given) for given in options]
         mine = [[p.detach().clone() for p in of] for of in params]
         states: list[list[State]] = [[{} for _ in of] for of in params]
-        source, hypers = Source(cls, attributes), before
+        hypers = before
         for turn in range(3):
             grads = [[noise(p.shape) for p in of] for of in params]
             for p, grad in zip(_each(params), _each(grads), strict=True):
                 p.grad = grad.clone()
             try:
                 with torch.no_grad():
-                    inspect.unwrap(cls.step)(own)
+                    step_of(cls)(own)
             except Exception as error:
                 raise CaptureError(
                     f"{cls.__name__}.step() fails with random gradients: {type(error).__name__}: {error}. An inner "
@@ -59,7 +87,8 @@ def examined(
                         "(docs/optimizers.md)"
                     )
                 kept = {k for of in own.state.values() for k, v in of.items() if isinstance(v, (int, float))}
-                source = Source(cls, attributes, _counts(cls, attributes, before, own), tuple(sorted(kept)))
+                counted = _counts(cls, attributes, before, own)
+                source = source._replace(counted=counted, numbers=tuple(sorted(kept)))
                 hypers = [{k: v for k, v in of.items() if k not in dict(source.counted)} for of in before]
             for k, of in enumerate(mine):
                 for n, p in enumerate(of):
@@ -69,10 +98,13 @@ def examined(
                 if not torch.allclose(p, q, rtol=1e-6, atol=1e-9):
                     raise CaptureError(
                         f"{cls.__name__}: a step and the captured one differ by {float((p - q).abs().max())} for a "
-                        f"parameter of shape {tuple(p.shape)}: it mixes parameters, computes in low precision, or "
-                        "decides by a value in Python; write it as init_state and update of a metaoptim.MetaOptimizer "
-                        "(docs/optimizers.md)"
+                        f"parameter of shape {tuple(p.shape)}: it mixes parameters, draws random numbers, computes "
+                        "in low precision, or decides by a value in Python; write it as init_state and update of a "
+                        "metaoptim.MetaOptimizer (docs/optimizers.md)"
                     )
+    _known.update(
+        (source, p.shape, _outline(source, h)) for of, h in zip(mine, hypers, strict=True) for p in of
+    )
     return source
 
 

@@ -36,7 +36,7 @@ class Numbers(TorchFunctionMode):
             if name == "item":
                 return args[0]
             raise Decides(f"{name} of a tensor")
-        if name in _ANSWERS and args and id(args[0]) in self.given and _is_zero(args[1]):
+        if name in _ANSWERS and args and id(args[0]) in self.given and all(map(_is_zero, args[1:])):
             return _ANSWERS[name]
         if name in _ALIASES:
             return args[0].copy_(getattr(torch.Tensor, name[:-1])(*args, **kwargs))
@@ -51,6 +51,7 @@ class Numbers(TorchFunctionMode):
 _ANSWERS = {"__ne__": True, "ne": True, "__gt__": True, "gt": True, "__eq__": False, "eq": False} | {
     "__le__": False,
     "__lt__": False,
+    "__bool__": True,
 }
 
 
@@ -89,6 +90,8 @@ def _full_like(x: Tensor, fill_value: Any, **rest: Any) -> Tensor | None:
 def _addmm(x: Tensor, a: Tensor, b: Tensor, *, beta: Any = 1, alpha: Any = 1, **rest: Any) -> Tensor | None:
     if rest or not (isinstance(beta, Tensor) or isinstance(alpha, Tensor)):
         return None
+    if x.dtype in (torch.bfloat16, torch.float16):  # torch rounds once, at the end
+        return (_times(beta, x.float()) + _times(alpha, a.float() @ b.float())).to(x.dtype)
     return _times(beta, x) + _times(alpha, a @ b)
 
 
@@ -125,9 +128,12 @@ def _extreme(name: str) -> Callable[..., Any]:
     def extreme(*args: Any, **options: Any) -> Any:
         values = list(args[0]) if len(args) == 1 else list(args)
         if options or not any(isinstance(v, Tensor) for v in values):
-            return python(*args, **options)
+            return python(values if len(args) == 1 else args, **options)  # an iterator among args is used up
         like = next(v for v in values if isinstance(v, Tensor))
-        tensors = [v if isinstance(v, Tensor) else torch.full_like(like, v) for v in values]
+        tensors = [
+            v if isinstance(v, Tensor) else torch.full_like(like, v, dtype=torch.result_type(like, v))
+            for v in values
+        ]
         return functools.reduce(of_two, tensors)
 
     return extreme

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from metaoptim.compiler.derive.flat import tracing
 from metaoptim.errors import CaptureError
 from metaoptim.runtime.windows.schedule import Schedule
-from metaoptim.runtime.windows.update import parameters_of
 
 from ..adam import MetaAdam
 from ..groups import NO_OPTIONS
@@ -21,8 +20,9 @@ from ..hyper import has_values, plain
 from ..optimizer import MetaOptimizer, Params, Transforms
 from ..rmsprop import MetaRMSprop
 from ..sgd import MetaSGD
-from .captured import HOW, Source, State, initial, step, widened
-from .examined import BASE, examined
+from .captured import HOW, Source, State, initial, step, step_of, widened
+from .examined import BASE, examine_options, examined
+from .surroundings import surroundings
 
 _REFUSED = {
     torch.optim.LBFGS: "its step takes the loss several times",
@@ -75,6 +75,8 @@ class Wrapped(MetaOptimizer):
 
         def update(param: Tensor, grad: Tensor, state: State, hyper: dict[str, Any]) -> tuple[Tensor, State]:
             """One step for one parameter."""
+            if not isinstance(of, type):
+                examine_options(source, param.shape, hyper)
             return step(source, param, grad, state, hyper)
 
         cls.init_state, cls.update = staticmethod(init_state), staticmethod(update)
@@ -119,31 +121,65 @@ class Wrapped(MetaOptimizer):
             defaults[name] = given[name]
         return defaults
 
+    def step(  # type: ignore[override]
+        self,
+        loss: Tensor | None = None,
+        closure: Callable[[], Tensor] | None = None,
+        allow_unused: bool = False,
+    ) -> Tensor:
+        """As the base."""
+        ours = type(self).__name__
+        for name, _ in self.source.counted:
+            if allow_unused or self._lags(name):
+                raise ValueError(
+                    f"{ours}.step: {self.source.cls.__name__} counts steps in its groups ({name!r}), also for "
+                    "parameters without a gradient, and each must take part in all steps of its group or in none: "
+                    "step without allow_unused=True (add 0 times a parameter to the loss), and freeze and unfreeze "
+                    "none on the way"
+                )
+        if self.reads() != self.source.surroundings:
+            raise CaptureError(
+                f"{ours}.step: a global or an attribute of the class that {self.source.cls.__name__}.step reads has "
+                "changed since it was wrapped; make it an option of the groups, or wrap the optimizer anew"
+            )
+        return super().step(loss, closure, allow_unused)
+
+    step.hooked = True  # type: ignore[attr-defined]  # as in the base
+
+    def reads(self) -> tuple[Any, ...]:
+        """As the base: what the optimizer's own step reads."""
+        return () if self.source.cls in _named else surroundings(self.source.cls)
+
+    def _lags(self, name: str) -> bool:
+        """Whether a parameter takes part in a group's steps from now on only, or not any more."""
+        for group in self.param_groups:
+            counted = {name in self.state.get(p, {}) for p in group["params"] if p.requires_grad}
+            frozen = any(name in self.state.get(p, {}) for p in group["params"] if not p.requires_grad)
+            if frozen or len(counted) > 1:
+                return True
+        return False
+
     def state_dict(self) -> dict[str, Any]:
         """As `torch.optim.Optimizer.state_dict`, detached; loads into the torch optimizer."""
         packed = super().state_dict()
-        for key, state in packed["state"].items():
-            if isinstance(key, int) and "step" in state:
-                state["step"] = state["step"].float()  # as torch keeps it
+        for group in packed["param_groups"]:
+            states = [packed["state"][n] for n in group["params"] if n in packed["state"]]
+            group |= {name: first for name, first in self.source.counted if first is not None}
+            for state in states:
+                if self.source.cls in _named and "step" in state:
+                    state["step"] = state["step"].float()  # as torch keeps it
+                state.update({name: _count(state[name]) for name in self.source.numbers if name in state})
+                group |= {name: _count(state.pop(name)) for name, _ in self.source.counted if name in state}
         return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state from this or the torch optimizer."""
         super().load_state_dict(state_dict)
-        for p in parameters_of(self):
-            state = self.state[p]
-            state.update(widened({k: v for k, v in state.items() if v is not None}, p))
-
-    def to_torch(self) -> torch.optim.Optimizer:
-        """As the base."""
-        made = super().to_torch()
-        for group in made.param_groups:
-            for state in (made.state[p] for p in group["params"] if p in made.state):
-                state.update({name: _count(state[name]) for name in self.source.numbers if name in state})
-                group.update(
-                    {name: _count(state.pop(name)) for name, _ in self.source.counted if name in state}
-                )
-        return made
+        for group in self.param_groups:
+            counts = {name: group.pop(name) for name, _ in self.source.counted if name in group}
+            for p in group["params"]:
+                state = {k: v for k, v in self.state[p].items() if v is not None} | counts
+                self.state[p].update(widened({k: _state(self.source.cls, k, v) for k, v in state.items()}, p))
 
     def _built(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         made: torch.optim.Optimizer = object.__new__(self.source.cls)
@@ -203,6 +239,7 @@ def wrap(
     for refused, reason in _REFUSED.items():
         if isinstance(optimizer, refused):
             raise TypeError(f"wrap: {cls.__name__} cannot be an inner optimizer: {reason}")
+    _refuse_hooks(optimizer)
     groups = [dict(g) for g in optimizer.param_groups]
     by_hand = _BY_HAND.get(cls)
     if by_hand is not None:
@@ -217,7 +254,7 @@ def wrap(
         options = tuple(
             tuple((k, _hashable(plain(v))) for k, v in g.items() if k not in NO_OPTIONS) for g in groups
         )
-        made_by = _class_of(examined(cls, attributes, sizes, options))
+        made_by = _class_of(examined(Source(cls, attributes, surroundings(cls)), sizes, options))
     counted = [name for name, _ in made_by.source.counted]
     defaults = dict(optimizer.defaults)
     for group in groups:
@@ -232,8 +269,7 @@ def wrap(
     for group, count in zip(inner.param_groups, counts, strict=True):
         for p in group["params"]:
             state = {k: v for k, v in optimizer.state.get(p, {}).items() if v is not None}
-            if state:
-                state |= count
+            if state := state | count:
                 inner.state[p] = widened({k: _state(cls, k, v) for k, v in state.items()}, p)
     return inner
 
@@ -254,6 +290,20 @@ def _by_hand(
     inner = cls(ours, networks=networks, **options)
     inner.load_state_dict({**optimizer.state_dict(), "param_groups": inner.state_dict()["param_groups"]})
     return inner
+
+
+def _refuse_hooks(optimizer: torch.optim.Optimizer) -> None:
+    name = type(optimizer).__name__
+    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+        raise TypeError(
+            f"wrap: {name} has hooks of its steps, which act on .grad, where no inner gradient is; give wrap "
+            "transforms=[...] (metaoptim.transforms), or register hooks on what wrap returns"
+        )
+    if step_of(optimizer) is not step_of(type(optimizer)):
+        raise TypeError(
+            f"wrap: {name} has a step of its own, set on the instance, expected that of its class; write it in a "
+            "subclass"
+        )
 
 
 @functools.lru_cache(maxsize=256)
