@@ -19,6 +19,7 @@ from torch._C import _DisableAutocast as DisableAutocast
 from torch._C import _DisableTorchDispatch as DisableTorchDispatch
 from torch._C._aoti import AOTIModelContainerRunnerCpu
 from torch._C._profiler import ProfilerConfig, ProfilerState, _ExperimentalConfig
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack as outside_transforms
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,

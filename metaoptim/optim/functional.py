@@ -120,6 +120,13 @@ def functional(optimizer: Callable[..., MetaOptimizer], **options: Any) -> Funct
         raise TypeError(
             f"functional({name}): got {given[0]}=, but parameters are given to init(params) and update instead"
         )
+    if isinstance(optimizer, torch.optim.Optimizer) or (
+        isinstance(optimizer, type) and not issubclass(optimizer, MetaOptimizer)
+    ):
+        raise TypeError(
+            f"functional: got {name}, expected a class of inner optimizers such as metaoptim.MetaAdam, which has the "
+            "arguments of torch.optim.Adam, and not an optimizer that is made already"
+        )
     if options.get("first_order"):
         raise TypeError(
             f"functional({name}): got first_order=True; detach the gradients that are given to update instead"

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 # of a group: torch's own, and a name for the user
 NO_OPTIONS = {"params", "param_names", "name", "initial_lr"}
+_CLOSE = 0.85  # how alike a key and an option are where one is meant by the other
 _ALSO = {"learning_rate": "lr", "wd": "weight_decay", "beta": "betas", "alpha": "lr"}
 
 
@@ -101,7 +102,7 @@ def check_misspelt(optimizer: MetaOptimizer) -> None:
         if group.keys() <= known:  # at every step, so in a fraction of a microsecond
             continue
         for key in group.keys() - known:
-            if key in _ALSO or _meant(optimizer, key) == key.lower():
+            if key in _ALSO or difflib.get_close_matches(key.lower(), optimizer.defaults, 1, _CLOSE):
                 raise _unknown(optimizer, key)
 
 

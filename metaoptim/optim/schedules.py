@@ -292,6 +292,9 @@ def join(schedules: Sequence[Schedule], boundaries: Sequence[Number]) -> Schedul
         >>> [float(schedule(t)) for t in (0, 2, 4, 9)]
         [0.0, 0.5, 1.0, 0.5]
     """
+    if isinstance(boundaries, (int, float, Tensor)):
+        raise TypeError(f"join: got {boundaries!r} as boundaries, expected a list of steps: [{boundaries!r}]")
+    _check_schedules(*schedules)
     if len(boundaries) != len(schedules) - 1:
         raise ValueError(
             f"join: got {len(schedules)} schedules and {len(boundaries)} boundaries, expected one boundary less than "
@@ -324,6 +327,7 @@ def warmup(schedule: Schedule, warmup_steps: int, init_value: Number = 0.0) -> S
         >>> [round(float(schedule(t)), 3) for t in (0, 5, 10, 55)]
         [0.0, 0.05, 0.1, 0.05]
     """
+    _check_schedules(schedule)
     _check_positive(warmup_steps=warmup_steps)
     return Schedule(_warmup, schedule=schedule, warmup_steps=warmup_steps, init_value=init_value)
 
@@ -332,6 +336,15 @@ def _warmup(step: Tensor, hyper: Hyper) -> Tensor:
     schedule, steps, first = hyper["schedule"], hyper["warmup_steps"], hyper["init_value"]
     value = schedule((step - steps).clamp(min=0))  # its first one, before it begins
     return torch.where(step < steps, first + (value - first) * (step / steps), value)
+
+
+def _check_schedules(*given: Any) -> None:
+    for schedule in given:
+        if not isinstance(schedule, Schedule):
+            raise TypeError(
+                f"got {schedule!r} as a schedule, expected one of metaoptim.schedules; write constant({schedule!r}) "
+                "for a number"
+            )
 
 
 def _check_positive(**numbers: Any) -> None:

@@ -144,16 +144,24 @@ class SolutionSweep(Sweep):
         norm, solution = _size(given), {k: torch.zeros_like(v) for k, v in given.items()}
         rest, way = given, given
         squared = _dot(rest, rest)
+        known: tuple[Vector, float] | None = None  # the last direction, to which the next image is orthogonal
         for _ in range(self.implicit.iterations):
             if squared**0.5 <= self.implicit.tolerance * norm:
                 break
             yield from self._through(call, last, way, False)
             image = {k: v - self.cotangents[k] if k in self.cotangents else v for k, v in way.items()}
             curvature = _dot(way, image)
+            if known is not None and abs(_dot(known[0], image)) > 1e-2 * abs(known[1] * curvature) ** 0.5:
+                raise WindowError(
+                    "Implicit('cg'): the system is not symmetric, as it is for MetaSGD with one rate, no momentum and "
+                    "no transforms alone; use Implicit('neumann')"
+                )
+            known = way, curvature
             if not curvature > 0:
                 raise WindowError(
                     f"Implicit('cg'): the inner problem has the curvature {curvature:.1e} in some direction, so this "
-                    "is no minimum of it (or its step is no gradient step); use Implicit('neumann'), or train further"
+                    "is no minimum of it, its step is none of plain MetaSGD (transforms, several rates), or its last "
+                    "rate was 0; use Implicit('neumann'), or train further"
                 )
             length = squared / curvature
             solution = {k: v + length * way[k] for k, v in solution.items()}
@@ -172,7 +180,7 @@ class SolutionSweep(Sweep):
                 f"{implicit.solver!r} its residual is {residual:.1e} (tolerance={implicit.tolerance:g}); raise "
                 "iterations"
                 + (
-                    ", or use 'cg' (plain MetaSGD) or a larger inner rate"
+                    ", or use 'cg' (plain MetaSGD) or a larger rate in the last step"
                     if implicit.solver == "neumann"
                     else ""
                 )

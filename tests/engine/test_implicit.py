@@ -100,6 +100,13 @@ def test_says_what_it_is_not() -> None:
         implicit(Implicit("cg"), make, 3, True)
     with pytest.raises(metaoptim.WindowError, match="has a state"):
         implicit(Implicit("cg"), lambda net: metaoptim.MetaSGD([net], lr=0.1, momentum=0.5), 200, True)
+    unlike = (
+        lambda net: metaoptim.MetaSGD([net], lr=0.2, transforms=[metaoptim.transforms.centralize()]),
+        lambda net: metaoptim.MetaSGD([net], lr=torch.linspace(0.1, 0.3, 4).expand(2, 4)),
+    )
+    for other in unlike:
+        with pytest.raises(metaoptim.WindowError, match="not symmetric"):
+            implicit(Implicit("cg", converged=10.0), other, 40, True)
     for bad in (lambda: Implicit("gmres"), lambda: Implicit(iterations=0), lambda: Implicit(tolerance=-1.0)):  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="got"):
             bad()

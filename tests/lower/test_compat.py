@@ -178,6 +178,19 @@ def test_dynamo_leaves_a_function_and_what_it_calls_alone() -> None:
     assert torch.equal(torch.compile(other, backend=backend)(x), 4 * x) and len(seen) == 1
 
 
+def test_outside_the_transforms_of_torch_func() -> None:
+    seen: list[bool] = []
+
+    def f(x: Tensor) -> Tensor:
+        with compat.outside_transforms():
+            seen.append(compat.transforms_active())
+        seen.append(compat.transforms_active())
+        return x.sum()
+
+    torch.func.grad(f)(torch.ones(2))
+    assert seen == [False, True]
+
+
 def test_a_library_that_is_not_there_is_no_crash() -> None:
     """One that is there is run by every test of compiled graphs."""
     with pytest.raises(RuntimeError):

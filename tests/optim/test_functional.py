@@ -232,3 +232,23 @@ def test_what_is_refused() -> None:
     ):
         with pytest.raises(error, match=match):
             function()
+
+
+@pytest.mark.parametrize("cls", [metaoptim.MetaAdamax, metaoptim.MetaAdafactor])
+def test_is_captured_first_under_a_transform(cls: type[metaoptim.MetaOptimizer]) -> None:
+    """Shapes that no test has met before: nothing is found that was captured outside."""
+    params = {"w": torch.linspace(0.5, 1.5, 11).reshape(1, 11)}
+
+    def f(lr: Tensor) -> Tensor:
+        optimizer = metaoptim.functional(cls, lr=lr)
+        return optimizer.update(params, optimizer.init(params), params)[0]["w"].square().sum()
+
+    lr = torch.tensor(0.1)
+    found = torch.func.grad(f)(lr)
+    torch.testing.assert_close(found, (f(lr + 1e-6) - f(lr - 1e-6)) / 2e-6, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("given", [torch.optim.AdamW, metaoptim.MetaSGD([torch.nn.Linear(1, 1)])])
+def test_takes_a_class_of_inner_optimizers(given: Any) -> None:
+    with pytest.raises(TypeError, match="expected a class of inner optimizers"):
+        metaoptim.functional(given)

@@ -351,3 +351,16 @@ def test_what_is_no_schedule() -> None:
     assert repr(s.warmup(s.cosine(0.1, 10), 2)).startswith(
         "warmup(schedule=cosine(init_value=0.1, decay_steps=10"
     )
+
+
+def test_what_is_no_schedule_is_told_at_once() -> None:
+    s = metaoptim.schedules
+    mistakes: list[Callable[[], object]] = [
+        lambda: s.warmup(0.1, 10),  # type: ignore[arg-type]
+        lambda: s.warmup(10, s.cosine(0.1, 10)),  # type: ignore[arg-type]
+        lambda: s.join([0.1, s.cosine(0.1, 10)], [5]),  # type: ignore[list-item]
+        lambda: s.join([s.constant(0.1), s.cosine(0.1, 10)], 5),  # type: ignore[arg-type]
+    ]
+    for mistake in mistakes:
+        with pytest.raises(TypeError, match=r"expected one of metaoptim\.schedules|expected a list"):
+            mistake()

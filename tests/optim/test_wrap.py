@@ -301,6 +301,22 @@ def test_refused_by_name(cls: Any, error: type[Exception], words: str) -> None:
         assert torch.equal(p, q) and p.grad is None
 
 
+def test_a_scheduler_of_the_optimizer_given_is_told_of() -> None:
+    net, _ = networks()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    with pytest.warns(UserWarning, match=r"StepLR\(inner"):
+        metaoptim.wrap(optimizer, [net])
+
+
+def test_an_option_that_is_misspelt_afterwards() -> None:
+    net, _ = networks()
+    inner = metaoptim.MetaAdamW([net])
+    inner.param_groups[0]["weigth_decay"] = torch.tensor(0.1)
+    with metaoptim.SlidingWindow(), pytest.raises(TypeError, match="did you mean 'weight_decay'"):
+        inner.step(net(XS[0]).square().mean())
+
+
 def test_refused_by_kind() -> None:
     net, _ = networks()
     with pytest.raises(TypeError, match="LBFGS"):

@@ -23,6 +23,7 @@ from metaoptim.compiler.compat import (
     FakeTensorMode,
     compiling_flag,
     init_group,
+    outside_transforms,
     unset_fake_temporarily,
 )
 from metaoptim.compiler.derive.flat import flat_graph, tracing
@@ -187,7 +188,7 @@ def _captured(
         _tidy(traced.graph, _root_or_0 if capturable else safe_sqrt)
         return fx.GraphModule(traced.constants, traced.graph)
 
-    with unset_fake_temporarily():
+    with unset_fake_temporarily(), outside_transforms():  # those of torch.func
         try:
             found = write(False)
         except (DataDependentOutputException, DynamicOutputShapeException, Decides) as error:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from metaoptim.compiler.derive.flat import tracing
-from metaoptim.errors import CaptureError
+from metaoptim.errors import CaptureError, warn
 from metaoptim.runtime.windows.schedule import Schedule
 
 from ..adam import MetaAdam
@@ -240,6 +240,11 @@ def wrap(
         if isinstance(optimizer, refused):
             raise TypeError(f"wrap: {cls.__name__} cannot be an inner optimizer: {reason}")
     _refuse_hooks(optimizer)
+    if getattr(optimizer.step, "_wrapped_by_lr_sched", False):
+        warn(
+            f"wrap: a scheduler sets the rates of this {cls.__name__}, and not those of what wrap returns; build it on "
+            "that: inner = metaoptim.wrap(...), scheduler = StepLR(inner, ...)"
+        )
     groups = [dict(g) for g in optimizer.param_groups]
     by_hand = _BY_HAND.get(cls)
     if by_hand is not None:
