@@ -178,7 +178,8 @@ def test_hooks_and_steps_of_an_instance_are_refused_and_those_of_schedulers_are_
     for cls in (torch.optim.Adam, Base):
         replaced = cls(net.parameters())
         torch.optim.lr_scheduler.StepLR(replaced, 2)
-        metaoptim.wrap(replaced, [net])
+        with pytest.warns(UserWarning, match="a scheduler sets the rates of this"):
+            metaoptim.wrap(replaced, [net])
         replaced.step = lambda closure=None: None  # type: ignore[method-assign]
         with pytest.raises(TypeError, match="set on the instance"):
             metaoptim.wrap(replaced, [net])

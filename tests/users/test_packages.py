@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -71,3 +73,9 @@ def test_files_named_in_the_docs_are_there(page: Path) -> None:
         r"`((?:metaoptim|compiler|runtime|tests|docs|benchmarks|examples)/[\w./-]+)`", page.read_text("utf-8")
     )
     assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_the_import_leaves_dynamo_alone() -> None:
+    """It takes as long to import as all else here, and an optimizer of torch that is made imports it."""
+    code = "import sys, metaoptim; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -75,36 +75,28 @@ class Captured(NamedTuple):
 def initial(source: Source, param: Tensor, hyper: Mapping[str, Any]) -> State:
     """The state before the first step; {} for an optimizer that makes it in the step."""
     counts = {k: torch.tensor(float(n), dtype=torch.float64) for k, n in source.counted if n is not None}
-    return widened(_call(source, param, None, {}, hyper)[1], param) | counts
+    return widened(step(source, param, None, {}, hyper)[1], param) | counts
 
 
 def widened(state: State, param: Tensor) -> State:
     """A state with its counts and products in float64: float32 loses digits of what is computed from them."""
     return {
-        k: v.double() if v.dtype is torch.float32 and not v.dim() and param.dim() else v
+        k: v.double() if param.dim() and not v.dim() and v.is_floating_point() else v
         for k, v in state.items()
     }
 
 
 def step(
-    source: Source, param: Tensor, grad: Tensor, state: State, hyper: Mapping[str, Any]
-) -> tuple[Tensor, State]:
-    """One step of one parameter: new tensors, differentiable by all that is given."""
-    return _call(source, param, grad, state, hyper)
-
-
-def _call(
     source: Source, param: Tensor, grad: Tensor | None, state: State, hyper: Mapping[str, Any]
 ) -> tuple[Tensor, State]:
+    """One step of one parameter: new tensors, differentiable by all that is given.
+
+    Without a gradient no step is made: the state is the initial one.
+    """
     numbers: list[Any] = []
     options = tuple([(name, HOW[name] if name in HOW else outline(v, numbers)) for name, v in hyper.items()])
     tensors = [param] if grad is None else [param, grad]
-    for value in state.values():
-        if not value.dim() and param.dim() and value.is_floating_point():
-            value = (
-                value if value.dtype is torch.float64 else value.double()
-            )  # float32 loses digits of powers of a count
-        tensors.append(value)
+    tensors += widened(state, param).values()
     tensors += [v if isinstance(v, Tensor) else torch.tensor(v, dtype=torch.float64) for v in numbers]
     specs = tuple([(t.shape, t.dtype, t.stride(), t.device) for t in tensors])
     captured = _captured(source, grad is not None, tuple(state), options, specs)
@@ -265,7 +257,7 @@ def step_of(owner: Any) -> Callable[..., Any]:
 
 
 def _refused(source: Source, error: Exception) -> CaptureError:
-    file = inspect.getsourcefile(inspect.unwrap(source.cls.step))
+    file = inspect.getsourcefile(step_of(source.cls))
     trace = error.__traceback__
     frames = [f for f in inspect.getinnerframes(trace) if f.filename == file] if trace is not None else []
     where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""

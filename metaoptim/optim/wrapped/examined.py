@@ -15,9 +15,14 @@ from metaoptim.errors import CaptureError
 
 from .captured import Given, Source, State, initial, outline, step, step_of
 
-#: The attributes that every optimizer has, and ``step``, which torch's schedulers wrap.
-BASE = frozenset(vars(torch.optim.SGD([torch.zeros(1)], lr=1))) | {"step"}
 Options = tuple[tuple[str, Any], ...]
+
+
+@functools.cache  # making an optimizer imports dynamo, which takes as long as all else here
+def base() -> frozenset[str]:
+    """The attributes that every optimizer has, and ``step``, which torch's schedulers wrap."""
+    return frozenset(vars(torch.optim.SGD([torch.zeros(1)], lr=1))) | {"step"}
+
 
 _known: set[tuple[Source, torch.Size, Options]] = set()  # what has been examined: outlines, for shapes
 
@@ -117,7 +122,7 @@ def _counts(
     """Numbers in the groups that a step has changed, and what they were; raises for attributes that it has."""
     known = dict(attributes)
     for name, value in vars(after).items():
-        if name not in BASE and (name not in known or not _same(known[name], value)):
+        if name not in base() and (name not in known or not _same(known[name], value)):
             raise CaptureError(
                 f"{cls.__name__} keeps state in its attribute {name!r}, which a step changes; state must be tensors in "
                 "optimizer.state; write it as init_state and update of a metaoptim.MetaOptimizer (docs/optimizers.md)"

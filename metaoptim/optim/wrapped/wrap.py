@@ -21,7 +21,7 @@ from ..optimizer import MetaOptimizer, Params, Transforms
 from ..rmsprop import MetaRMSprop
 from ..sgd import MetaSGD
 from .captured import HOW, Source, State, initial, step, step_of, widened
-from .examined import BASE, examine_options, examined
+from .examined import base, examine_options, examined
 from .surroundings import surroundings
 
 _REFUSED = {
@@ -251,15 +251,7 @@ def wrap(
         made = _by_hand(by_hand, optimizer, groups, networks, first_order=first_order, transforms=transforms)
         if made is not None:
             return made
-    if cls in _named:
-        made_by = _named[cls]
-    else:
-        attributes = tuple((k, _hashable(v)) for k, v in vars(optimizer).items() if k not in BASE)
-        sizes = tuple(tuple(p.shape for p in g["params"]) for g in groups)
-        options = tuple(
-            tuple((k, _hashable(plain(v))) for k, v in g.items() if k not in NO_OPTIONS) for g in groups
-        )
-        made_by = _class_of(examined(Source(cls, attributes, surroundings(cls)), sizes, options))
+    made_by = _named.get(cls) or _class_for(optimizer, groups)
     counted = [name for name, _ in made_by.source.counted]
     defaults = dict(optimizer.defaults)
     for group in groups:
@@ -309,6 +301,17 @@ def _refuse_hooks(optimizer: torch.optim.Optimizer) -> None:
             f"wrap: {name} has a step of its own, set on the instance, expected that of its class; write it in a "
             "subclass"
         )
+
+
+def _class_for(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]]) -> type[Wrapped]:
+    """That of another library's optimizer, which is examined first."""
+    cls = type(optimizer)
+    attributes = tuple((k, _hashable(v)) for k, v in vars(optimizer).items() if k not in base())
+    sizes = tuple(tuple(p.shape for p in g["params"]) for g in groups)
+    options = tuple(
+        tuple((k, _hashable(plain(v))) for k, v in g.items() if k not in NO_OPTIONS) for g in groups
+    )
+    return _class_of(examined(Source(cls, attributes, surroundings(cls)), sizes, options))
 
 
 @functools.lru_cache(maxsize=256)
