@@ -26,9 +26,9 @@ from metaoptim.compiler.compat import FakeTensor
 from ..compiler.lower.ambient import ambient
 from ..errors import CaptureError
 from ..optim.optimizer import MetaOptimizer
-from ..runtime.windows.hyper import COUNT
-from ..runtime.windows.schedule import Schedule
-from ..runtime.windows.transform import Transform
+from ..runtime.windows.updates.hyper import COUNT
+from ..runtime.windows.updates.schedule import Schedule
+from ..runtime.windows.updates.transform import Transform
 from .surroundings import argument_names, contents, is_library, is_python_class, reference, surroundings
 
 Fact = tuple[Any, ...]

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from metaoptim.runtime.windows.schedule import Schedule
-from metaoptim.runtime.windows.transform import Transform
+from metaoptim.runtime.windows.updates.schedule import Schedule
+from metaoptim.runtime.windows.updates.transform import Transform
 
 if TYPE_CHECKING:
     from .optimizer import MetaOptimizer

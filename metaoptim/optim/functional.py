@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from metaoptim.compiler.ir.operators import is_named, is_several
 from metaoptim.compiler.ir.update import State, UpdatePlan, initial_state
-from metaoptim.runtime.windows.hyper import schedules_of
 from metaoptim.runtime.windows.session import outside
+from metaoptim.runtime.windows.updates.hyper import schedules_of
 
 from .alive import live_optimizers
 from .optimizer import MetaOptimizer

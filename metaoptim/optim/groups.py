@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from metaoptim.compiler.ir.modules import take_apart
 from metaoptim.runtime.windows.session import current_session
-from metaoptim.runtime.windows.update import parameters_of
+from metaoptim.runtime.windows.updates.update import parameters_of
 
 if TYPE_CHECKING:
     from .optimizer import MetaOptimizer

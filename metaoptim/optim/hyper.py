@@ -11,8 +11,8 @@ from torch.optim import lr_scheduler
 from metaoptim.compiler.capture.intercept import recording
 from metaoptim.compiler.compat import transforms_active
 from metaoptim.errors import WindowError
-from metaoptim.runtime.windows.hyper import Scheduled
-from metaoptim.runtime.windows.schedule import Schedule
+from metaoptim.runtime.windows.updates.hyper import Scheduled
+from metaoptim.runtime.windows.updates.schedule import Schedule
 
 #: A hyper-parameter: a number, a tensor, or a function of the optimizer's step count.
 Number: TypeAlias = float | Tensor | Schedule

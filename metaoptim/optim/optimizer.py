@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from metaoptim.errors import WindowError
-from metaoptim.runtime.windows.hyper import scheduled
 from metaoptim.runtime.windows.session import current_session
-from metaoptim.runtime.windows.transform import Apply, Transform, as_transforms
-from metaoptim.runtime.windows.update import InnerOptimizer, parameters_of
+from metaoptim.runtime.windows.updates.hyper import scheduled
+from metaoptim.runtime.windows.updates.transform import Apply, Transform, as_transforms
+from metaoptim.runtime.windows.updates.update import InnerOptimizer, parameters_of
 
 from .alive import live_optimizers
 from .groups import check_misspelt, check_network, group_of, matching, own

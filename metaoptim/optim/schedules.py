@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from metaoptim.runtime.windows.schedule import Schedule
+from metaoptim.runtime.windows.updates.schedule import Schedule
 
 __all__ = [
     "Schedule",

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaoptim.runtime.windows.transform import Apply, Mask, Transform
+from metaoptim.runtime.windows.updates.transform import Apply, Mask, Transform
 
 from .hyper import Number, check_non_negative
 

@@ -25,7 +25,7 @@ from metaoptim.errors import CaptureError
 
 from ..windows.recording_session import RecordedSession
 from ..windows.session import Options, _current
-from ..windows.update import InnerOptimizer
+from ..windows.updates.update import InnerOptimizer
 from .compiled_step import CompiledStep
 from .symbolic_session import CapturedSession
 

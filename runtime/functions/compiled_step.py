@@ -22,9 +22,9 @@ from metaoptim.errors import CaptureError, WindowError, user_location
 from ..engine.engine import Engine
 from ..engine.graph import nodes_below
 from ..engine.noise import redrawn
-from ..windows.hyper import COUNT
 from ..windows.recording_session import RecordedSession
-from ..windows.update import InnerOptimizer
+from ..windows.updates.hyper import COUNT
+from ..windows.updates.update import InnerOptimizer
 
 # an optimizer, a parameter or `COUNT`, the name of a state
 StateKey: TypeAlias = tuple[InnerOptimizer, Any, str]

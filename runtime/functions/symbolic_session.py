@@ -23,10 +23,10 @@ from metaoptim.errors import CaptureError, WindowError, user_location
 
 from ..engine.engine import Held
 from ..engine.graph import leaves_of
-from ..windows.hyper import Scheduled, hyper_of
 from ..windows.networks import Networks
 from ..windows.session import AS_GRADIENT, WINDOW, Options, Place, Session, _current, refuse_overwritten
-from ..windows.update import InnerOptimizer, Update, trained, update_by
+from ..windows.updates.hyper import Scheduled, hyper_of
+from ..windows.updates.update import InnerOptimizer, Update, trained, update_by
 from .loops import Loops
 
 aten = torch.ops.aten

@@ -15,11 +15,11 @@ from metaoptim.compiler.capture.eager.recorder import Recorder
 from ..engine.engine import Held
 from ..engine.graph import nodes_below
 from ..engine.nodes import Begin, as_parameter
-from .hyper import Scheduled, hyper_of
 from .networks import Networks
 from .ordinary_session import OrdinarySession
 from .session import Options, Place, refuse_overwritten, refuse_write
-from .update import InnerOptimizer, gradient, trained, update_by
+from .updates.hyper import Scheduled, hyper_of
+from .updates.update import InnerOptimizer, gradient, trained, update_by
 
 # The fused attention kernels have no second derivative: none is taken while a full tape is open, in the whole process.
 _lock = Lock()

@@ -18,10 +18,10 @@ from metaoptim.compiler.capture.eager.recorder import Recorder
 from metaoptim.errors import LossError, WindowError, user_location, warn
 
 from . import oversights
-from .hyper import Scheduled
 from .networks import Networks
 from .session import Member, Options, Session, _current, current_session
-from .update import parameters_of
+from .updates.hyper import Scheduled
+from .updates.update import parameters_of
 
 
 class OrdinarySession(Session):

@@ -42,7 +42,7 @@ from ..engine.nodes import (
 )
 from .networks import Networks
 from .session import Session, current_session
-from .update import parameters_of
+from .updates.update import parameters_of
 
 _SHOWN = 3  # names that a message lists
 _told: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensors that a warning after a window has named

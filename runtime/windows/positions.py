@@ -18,7 +18,7 @@ from metaoptim.errors import WindowError
 
 from ..engine.engine import Held
 from .session import Place, Session
-from .update import InnerOptimizer, parameters_of
+from .updates.update import InnerOptimizer, parameters_of
 
 _Buffers: TypeAlias = Sequence[tuple[nn.Module, str, Tensor]]
 

@@ -23,7 +23,7 @@ from metaoptim.errors import CaptureError, MetaOptimError, WindowError, user_loc
 
 from ..engine.engine import Engine
 from ..engine.inputs import Snapshot
-from .update import Update
+from .updates.update import Update
 
 
 @dataclass(slots=True)

@@ -19,14 +19,14 @@ from ..budget.streaming import Streaming
 from ..engine.engine import Engine, Held
 from ..engine.nodes import gradient_of_loss, stepped
 from ..states.disk import tier_for
-from .hyper import Hyper, Scheduled, hyper_of
 from .networks import Networks
 from .ordinary_session import OrdinarySession
 from .oversights import Ended, all_finite, tell_unreachable, watch_backward
 from .recorded_step import RecordedStep, applied, unrecorded
 from .session import Options, Place, refuse_overwritten
 from .theta_view import ThetaView
-from .update import InnerOptimizer, Update, gradient, trained, update_by
+from .updates.hyper import Hyper, Scheduled, hyper_of
+from .updates.update import InnerOptimizer, Update, gradient, trained, update_by
 
 
 class RecordedSession(OrdinarySession):

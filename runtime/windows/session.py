@@ -18,9 +18,9 @@ from metaoptim.errors import CaptureError, LossError, WindowError
 
 from ..engine.engine import Engine, Held
 from ..engine.implicit import Implicit
-from .hyper import COUNT, Scheduled, scheduled
 from .networks import Networks
-from .update import InnerOptimizer, parameters_of, trained
+from .updates.hyper import COUNT, Scheduled, scheduled
+from .updates.update import InnerOptimizer, parameters_of, trained
 
 WINDOW = Lowering("auto", hvp="auto", replays=False)  # of what an ordinary window records
 _current: ContextVar[Session | None] = ContextVar("metaoptim_session", default=None)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from metaoptim.compiler.derive.flat import tracing
 from metaoptim.errors import CaptureError, warn
-from metaoptim.runtime.windows.schedule import Schedule
+from metaoptim.runtime.windows.updates.schedule import Schedule
 
 from ..adam import MetaAdam
 from ..groups import NO_OPTIONS

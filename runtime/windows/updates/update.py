@@ -14,12 +14,12 @@ from metaoptim.compiler.ir.values import Spy
 from metaoptim.compiler.passes.build import GradientHooks
 from metaoptim.errors import LossError, MetaOptimError, WindowError
 
+from ..networks import Networks
 from .hyper import Hyper
-from .networks import Networks
 from .transform import Transform
 
 if TYPE_CHECKING:
-    from .session import Session
+    from ..session import Session
 
 
 class InnerOptimizer(torch.optim.Optimizer):
