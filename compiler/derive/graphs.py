@@ -13,6 +13,8 @@ from metaoptim.compiler.compat import OpOverload
 
 from ..ir.operators import EMPTY, op_info
 
+_t = torch.ops.aten.t.default
+
 
 def storages(node: fx.Node) -> Sequence[tuple[Any, int]]:
     """(identity, bytes) of the memory behind the tensor a node gives; views share it with what they are views of."""
@@ -71,6 +73,15 @@ def drop_dead(graph: fx.Graph) -> None:
     for node in reversed(list(graph.nodes)):
         if node.op in ("call_function", "get_attr") and not node.users and not mutates(node):
             graph.erase_node(node)
+
+
+def undo_transposes(graph: fx.Graph) -> None:
+    """Without transposes of transposes, of which derivatives of matrix products are full: in graphs without writes."""
+    for node in graph.find_nodes(op="call_function", target=_t):
+        source = node.args[0]
+        if source.target is _t and all(user.op != "output" for user in node.users):
+            node.replace_all_uses_with(source.args[0])
+    drop_dead(graph)
 
 
 def merge_equal(graph: fx.Graph, held: bool = False) -> None:

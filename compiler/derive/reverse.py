@@ -21,7 +21,7 @@ from ..ir.operators import op_info, written
 from ..ir.step import FlatGraph, Port, Role, StepGraph, gradient
 from ..ir.tensors import TensorSpec, tensor_spec
 from .flat import Traced, Unfollowed, flat_graph, tracing
-from .graphs import distinct, drop_dead, merge_equal, mutates, results_of
+from .graphs import distinct, drop_dead, merge_equal, mutates, results_of, undo_transposes
 from .interpret import interpret
 
 aten = torch.ops.aten
@@ -155,6 +155,7 @@ def _cleaned(kind: str, traced: Traced) -> FlatGraph:
     """Without dead nodes and duplicates."""
     flat = checked(traced)
     if not any(map(mutates, flat.graph.nodes)):
+        undo_transposes(flat.graph)
         merge_equal(flat.graph)
     if kind == "replay":
         distinct(flat.graph)

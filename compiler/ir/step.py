@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx
 
+from .bindings import bound
 from .operators import is_several, op_text
 from .tensors import TensorSpec
 
@@ -146,9 +147,13 @@ class FlatGraph:
         """It as a module."""
         return fx.GraphModule(self.constants, self.graph)
 
+    @cached_property
+    def _code(self) -> Lowered:
+        return fx.GraphModule(self.constants, bound(self.graph)).forward
+
     def __call__(self, *inputs: Tensor) -> Any:
         if self._called:
-            return self.module.forward(*inputs)
+            return self._code(*inputs)
         self._called = True
         constants = torch.nn.Module()
         vars(constants).update(self.constants)

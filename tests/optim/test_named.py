@@ -25,7 +25,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         dict(lr=0.02, betas=(0.7, 0.8), weight_decay=0.1, decoupled_weight_decay=True),
     ),
     "Adamax": ("Adamax", dict(lr=0.02, eps=0.05, weight_decay=0.1)),
-    "Adagrad": ("Adagrad", dict(lr=0.05, lr_decay=0.1, weight_decay=0.1, initial_accumulator_value=0.2, eps=0.05)),
+    "Adagrad": (
+        "Adagrad",
+        dict(lr=0.05, lr_decay=0.1, weight_decay=0.1, initial_accumulator_value=0.2, eps=0.05),
+    ),
     "Adadelta": ("Adadelta", dict(lr=0.5, rho=0.8, eps=0.05, weight_decay=0.1)),
     "ASGD": ("ASGD", dict(lr=0.05, lambd=0.1, alpha=0.6, t0=2.0, weight_decay=0.1)),
     "Rprop": ("Rprop", dict(lr=0.02, etas=(0.6, 1.3), step_sizes=(0.015, 0.04))),

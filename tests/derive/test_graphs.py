@@ -1,0 +1,30 @@
+"""What flat graphs are without what they need not hold."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from metaoptim.compiler.derive.graphs import merge_equal, undo_transposes
+
+aten = torch.ops.aten
+
+
+def test_transposes_of_transposes_go_but_a_result_stays_what_it_was() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+
+    def t(of: fx.Node) -> fx.Node:
+        return graph.call_function(aten.t.default, (of,))
+
+    once = t(x)
+    thrice = t(t(once))
+    graph.output((graph.call_function(aten.mm.default, (t(thrice), thrice)), t(once)))
+    given = torch.randn(2, 3)
+    expected = fx.GraphModule({}, graph)(given)
+    undo_transposes(graph)
+    merge_equal(graph)
+    targets = [n.target for n in graph.nodes if n.op == "call_function"]
+    assert targets == [aten.t.default, aten.mm.default, aten.t.default]
+    for got, want in zip(fx.GraphModule({}, graph)(given), expected, strict=True):
+        assert torch.equal(got, want) and got.stride() == want.stride()
