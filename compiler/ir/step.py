@@ -148,12 +148,13 @@ class FlatGraph:
         return fx.GraphModule(self.constants, self.graph)
 
     @cached_property
-    def _code(self) -> Lowered:
+    def program(self) -> Lowered:
+        """It as code."""
         return fx.GraphModule(self.constants, bound(self.graph)).forward
 
     def __call__(self, *inputs: Tensor) -> Any:
         if self._called:
-            return self._code(*inputs)
+            return self.program(*inputs)
         self._called = True
         constants = torch.nn.Module()
         vars(constants).update(self.constants)

@@ -152,10 +152,10 @@ def test_the_graph_of_a_mixed_derivative_is_what_runs() -> None:
     before = graph(*inputs)
     node = next(n for n in graph.graph.nodes if n.target is torch.ops.aten.tanh.default)
     node.target = torch.ops.aten.sin.default
-    graph.module.recompile()
+    vars(graph).pop("program")
     after = graph(*inputs)
     node.target = torch.ops.aten.tanh.default
-    graph.module.recompile()
+    vars(graph).pop("program")
     assert any(a is not None and not torch.equal(a, b) for a, b in zip(before, after))
 
 

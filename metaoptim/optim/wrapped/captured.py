@@ -26,7 +26,8 @@ from metaoptim.compiler.compat import (
     outside_transforms,
     unset_fake_temporarily,
 )
-from metaoptim.compiler.derive.flat import flat_graph, tracing
+from metaoptim.compiler.derive.flat import Traced, flat_graph, tracing
+from metaoptim.compiler.ir.bindings import bound
 from metaoptim.compiler.ir.tensors import tensor_spec
 from metaoptim.errors import CaptureError, MetaOptimError
 
@@ -167,7 +168,7 @@ def _captured(
         names[:] = kept
         return (param, *kept.values())
 
-    def write(capturable: bool) -> fx.GraphModule:
+    def write(capturable: bool) -> Traced:
         with tracing(), FakeTensorMode(allow_non_fake_inputs=True):
             fakes = [torch.empty_strided(size, at, dtype=dtype, device=on) for size, dtype, at, on in specs]
             traced = flat_graph(torch.func.functionalize(functools.partial(run, capturable)), fakes)
@@ -178,7 +179,7 @@ def _captured(
                 )
             _Specs(fx.GraphModule(traced.constants, traced.graph)).run(*fakes)
         _tidy(traced.graph, _root_or_0 if capturable else safe_sqrt)
-        return fx.GraphModule(traced.constants, traced.graph)
+        return traced
 
     with unset_fake_temporarily(), outside_transforms():  # those of torch.func
         try:
@@ -195,7 +196,8 @@ def _captured(
             raise
         except Exception as error:
             raise _refused(source, error) from error
-    return Captured(found.forward, tuple(names), _counts(found.graph, names, states, 1 + steps))
+    program = fx.GraphModule(found.constants, bound(found.graph)).forward
+    return Captured(program, tuple(names), _counts(found.graph, names, states, 1 + steps))
 
 
 def _counts(graph: fx.Graph, after: Sequence[str], before: Sequence[str], first: int) -> tuple[int, ...]:
