@@ -42,6 +42,7 @@ from .plan import plan
 from .runtime.engine.implicit import Implicit
 from .runtime.engine.progress import progress
 from .states import extract_state, recover_state, stop_gradient
+from .vmap import vmap
 from .window import SlidingWindow, zero_nan_hook
 
 __version__ = "0.1.0"
@@ -88,6 +89,7 @@ __all__ = [
     "stop_gradient",
     "transforms",
     "wrap",
+    "vmap",
     "zero_nan_hook",
 ]
 

@@ -44,10 +44,10 @@ def derived_by_tracing(step: StepGraph, kind: str, example: Sequence[Tensor] | N
             if step.dynamic:
                 if example is None:
                     raise ValueError("a step whose shapes depend on values is traced over real inputs")
-                return _cleaned(kind, flat_graph(fn, [t.detach().clone() for t in example]))
+                return cleaned(kind, flat_graph(fn, [t.detach().clone() for t in example]))
             with FakeTensorMode(allow_non_fake_inputs=True):
                 found = flat_graph(fn, [p.empty() for p in ports_of(step, kind)], true_zeros(step))
-            return _cleaned(kind, found)
+            return cleaned(kind, found)
         except (MetaOptimError, torch.OutOfMemoryError):
             raise
         except RuntimeError as error:
@@ -81,7 +81,7 @@ def derived_by_running(
             again = isinstance(node, fx.Node) and node in seen
             seen.add(node)
             results.append(t if t is None else t.detach().clone() if again else t.detach())
-        return _cleaned(kind, found), results
+        return cleaned(kind, found), results
 
 
 def _run(step: StepGraph, kind: str, *args: Tensor) -> tuple:
@@ -151,7 +151,7 @@ def true_zeros(step: StepGraph) -> dict[Any, Callable]:
     return {aten._efficientzerotensor.default: zeros}
 
 
-def _cleaned(kind: str, traced: Traced) -> FlatGraph:
+def cleaned(kind: str, traced: Traced) -> FlatGraph:
     """Without dead nodes and duplicates."""
     flat = checked(traced)
     if not any(map(mutates, flat.graph.nodes)):

@@ -239,12 +239,13 @@ class Noise:
     args: tuple[Any, ...]  # what it is given besides, all numbers and options
     kwargs: dict[str, Any]
     spec: TensorSpec  # of the tensor they are
+    tasks: int | None = None  # how many are drawn one after the other, and stacked
     grad: ClassVar[bool] = False
 
     @property
     def key(self) -> tuple[Any, ...]:
         """What must be equal for two steps to draw alike."""
-        return (self.op, self.args, tuple(sorted(self.kwargs.items(), key=lambda kv: kv[0])))
+        return (self.op, self.args, self.tasks, tuple(sorted(self.kwargs.items(), key=lambda kv: kv[0])))
 
 
 @dataclass(slots=True, eq=False, repr=False)

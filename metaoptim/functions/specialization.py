@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +19,7 @@ from ..compiler.derive.flat import uncollected
 from ..compiler.derive.graphs import results_of
 from ..compiler.ir.calls import StepCall
 from ..compiler.ir.program import Kept, Program
-from ..compiler.ir.step import Lowering
+from ..compiler.ir.step import Lowered, Lowering
 from ..compiler.ir.tensors import tensor_spec
 from ..compiler.ir.text import plural
 from ..compiler.ir.trace import Trace
@@ -34,6 +34,7 @@ from ..errors import CaptureError, UnreachableWarning, warn
 from ..optim.alive import preserved
 from ..runtime.budget.amounts import tell_default
 from ..runtime.budget.planner import Plan, decide
+from ..runtime.engine.engine import lowered_for
 from ..runtime.engine.function import Call, Run
 from ..runtime.functions.captured_step import CapturedStep, aside, compiled
 from ..runtime.functions.compiled_step import CompiledStep
@@ -131,19 +132,31 @@ class Specialization:
     def run(self, dependencies: Dependencies, window: RecordedSession | None = None) -> Any:
         """A call, outside of windows: what the function returns."""
         # compiled graphs read memory, and a view of an imaginary part may say that its memory is to be negated
-        tensors = {x: dependencies.tensor(source).resolve_neg() for x, source in self.sources.items()}
+        tensors = {x: self.given(dependencies, x).resolve_neg() for x in self.sources}
         program = self.program
         differentiable = torch.is_grad_enabled() and bool(self._keys)
         kept = self._kept(tensors) if differentiable else Kept(1)
         written = [dependencies.tensor(t) for t in self._writes if not isinstance(t, tuple)]
-        run = Run(program, tensors, self._lowering, kept, written)
+        run = Run(program, tensors, self._lowering, kept, written, lower=self.lower)
         run.engine.later = retention_of(program, self._options).memory_budget is not None
         if differentiable:
             found = Call.apply(run, self._keys, program.dead, *(tensors[x] for x in self._keys))
         else:
             found = run.forward()
         self._write(dependencies, run.last)
-        return self.traced.restored(found)
+        return self.traced.restored(self.results(found))
+
+    def lower(self, call: StepCall, kind: str, operands: Sequence[Tensor]) -> Lowered:
+        """One of the graphs of a call's step as a callable."""
+        return lowered_for(call, kind, operands)
+
+    def given(self, dependencies: Dependencies, x: Input) -> Tensor:
+        """What a call is given for an input of the program."""
+        return dependencies.tensor(self.sources[x])
+
+    def results(self, found: Sequence[Tensor]) -> Sequence[Tensor]:
+        """What the function returns, of what the program gives."""
+        return found
 
     def _kept(self, tensors: dict[Input, Tensor]) -> Kept:
         """What to keep for the backward, decided in the first call."""

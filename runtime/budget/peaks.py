@@ -115,7 +115,8 @@ def peaks_of(program: Program, lowering: Lowering, offload: bool = False) -> Pea
         ]
         return max(predict(p, slots, lowering, offload).peak_bytes + left_out(program, p) for p in short)
 
-    return Peaks(exact, max((changed_bytes(x.calls) for x in loops), default=0))
+    changed = (changed_bytes([replace(call, lowering=lowering) for call in x.calls]) for x in loops)
+    return Peaks(exact, max(changed, default=0))
 
 
 def shortened(program: Program, most: int, long: Loop | None = None, longest: int = 0) -> Program:

@@ -9,6 +9,7 @@ state is when numbers are drawn for the first time: what is drawn again depends 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from threading import RLock
 
 import torch
@@ -53,6 +54,9 @@ def redraw(given: Given, state: Tensor) -> tuple[list[Tensor], Tensor]:
 
 def drawn(noise: Noise, generator: torch.Generator) -> Tensor:
     """Random numbers of ``generator``."""
+    if noise.tasks is not None:
+        one = replace(noise, spec=noise.spec.row, tasks=None)
+        return torch.stack([drawn(one, generator) for _ in range(noise.tasks)])
     if not op_info(noise.op).writes:
         return noise.op(*noise.args, **noise.kwargs, generator=generator)
     shape, dtype, stride, device = noise.spec
