@@ -206,6 +206,106 @@ def test_tasks_of_unlike_sizes_by_a_mask() -> None:
     compare(build, (mask, XS, YS))
 
 
+def test_two_optimizers_in_turn_and_a_network_that_nobody_trains() -> None:
+    torch.manual_seed(0)
+    warp = nn.Linear(3, 3)
+
+    def build(net: nn.Module, lr: Tensor) -> Fn:
+        def adapted(xs: Tensor, ys: Tensor, **more: Any) -> Tensor:
+            first, last = metaoptim.MetaAdam([net[0]], lr=lr, eps=1e-2), metaoptim.MetaSGD([net[2]], lr=lr)
+            with metaoptim.SlidingWindow(offline=True, **more):
+                for t in range(STEPS):
+                    loss = F.mse_loss(net(warp(xs[t])), ys[t])
+                    first.step(loss)
+                    if t % 2:
+                        last.step(loss)
+                return F.mse_loss(net(warp(xs[0])), ys[0])
+
+        return adapted
+
+    compare(build, (XS, YS), metas=list(warp.parameters()))
+
+
+def test_branches_from_one_state() -> None:
+    def build(net: nn.Module, lr: Tensor) -> Fn:
+        def adapted(xs: Tensor, ys: Tensor, **more: Any) -> Tensor:
+            inner, total = INNER["adam"](net, lr), torch.zeros(())
+            with metaoptim.SlidingWindow(offline=True, **more):
+                inner.step(F.mse_loss(net(xs[0]), ys[0]))
+                there = metaoptim.extract_state(net, inner)
+                for t in range(1, 3):
+                    metaoptim.recover_state(there)
+                    inner.step(F.mse_loss(net(xs[t]), ys[t]))
+                    total = total + F.mse_loss(net(xs[0]), ys[0])
+                return total
+
+        return adapted
+
+    compare(build, (XS, YS))
+
+
+def test_optimizer_state_from_before() -> None:
+    def build(net: nn.Module, lr: Tensor) -> Fn:
+        inner = INNER["adam"](net, lr)
+        with metaoptim.SlidingWindow():
+            inner.step(F.mse_loss(net(XQ[0]), YQ[0]))
+
+        def adapted(xs: Tensor, ys: Tensor, **more: Any) -> Tensor:
+            with metaoptim.SlidingWindow(offline=True, **more) as window:
+                for x, y in window.scan(xs, ys):
+                    inner.step(F.mse_loss(net(x), y))
+                return F.mse_loss(net(xs[0]), ys[0])
+
+        return adapted
+
+    compare(build, (XS, YS))
+
+
+def test_one_tensor_as_two_arguments() -> None:
+    def build(net: nn.Module, lr: Tensor) -> Fn:
+        def adapted(x: Tensor, again: Tensor, **more: Any) -> Tensor:
+            inner = INNER["sgd"](net, lr)
+            with metaoptim.SlidingWindow(offline=True, **more):
+                for _ in range(2):
+                    inner.step(F.mse_loss(net(x), YQ[0]))
+                return F.mse_loss(net(again), YQ[1])
+
+        return adapted
+
+    compare(build, (XQ, XQ))
+    compare(build, (XQ, XQ[2]), in_dims=(0, None))
+
+
+def test_arguments_and_results_in_dictionaries_and_lists() -> None:
+    net = network()
+
+    def adapted(data: dict[str, list[Tensor]]) -> dict[str, Any]:
+        inner = metaoptim.MetaSGD([net], lr=0.1)
+        with metaoptim.SlidingWindow(offline=True) as window:
+            for x, y in window.scan(*data["support"]):
+                inner.step(F.mse_loss(net(x), y))
+            return {
+                "loss": F.mse_loss(net(data["query"][0]), data["query"][1]),
+                "count": 3,
+                "same": torch.ones(2),
+            }
+
+    fn = metaoptim.compile(adapted, backend="eager")
+    given = {"support": [XS, YS], "query": [XQ, YQ]}
+    found = metaoptim.vmap(fn)(given)
+    assert found["loss"].shape == (TASKS,) and found["count"] == 3 and found["same"].shape == (TASKS, 2)
+    for other in (metaoptim.vmap(fn)(data=given), metaoptim.vmap(fn, chunk_size=2)(given)):
+        torch.testing.assert_close(other["loss"], found["loss"])
+    one = {k: [t[1] for t in v] for k, v in given.items()}
+    torch.testing.assert_close(found["loss"][1], fn(one)["loss"])
+    fewer = metaoptim.vmap(fn)({k: [t[:2] for t in v] for k, v in given.items()})
+    torch.testing.assert_close(fewer["loss"], found["loss"][:2])
+    shared = metaoptim.vmap(fn, ({"support": None, "query": 0},))(
+        {"support": one["support"], "query": given["query"]}
+    )
+    torch.testing.assert_close(shared["loss"][1], found["loss"][1])
+
+
 NETWORKS: dict[str, Fn] = {
     "batch norm": lambda: nn.Sequential(
         nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 3)
