@@ -41,7 +41,7 @@ from .optim import (
 from .plan import plan
 from .runtime.engine.implicit import Implicit
 from .runtime.engine.progress import progress
-from .states import extract_state, recover_state, stop_gradient
+from .states import extract_state, recover_state, reptile, stop_gradient
 from .vmap import vmap
 from .window import SlidingWindow, zero_nan_hook
 
@@ -84,6 +84,7 @@ __all__ = [
     "plan",
     "progress",
     "recover_state",
+    "reptile",
     "safe_sqrt",
     "schedules",
     "stop_gradient",

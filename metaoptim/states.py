@@ -6,7 +6,7 @@ from torch import nn
 
 from .errors import WindowError
 from .optim.optimizer import MetaOptimizer
-from .runtime.windows.positions import InnerState, cut, extract, recover
+from .runtime.windows.positions import InnerState, cut, displacement, extract, recover
 from .runtime.windows.session import current_session
 
 _WAYS = ("reference", "copy", "detached")
@@ -121,6 +121,55 @@ def stop_gradient(*of: nn.Module | MetaOptimizer) -> None:
             "stop_gradient was called outside a window, where there is no inner loop to cut; call it inside the block"
         )
     cut(session, networks, optimizers)
+
+
+def reptile(*networks: nn.Module, scale: float = 1.0) -> None:
+    """Add Reptile's outer gradient to the networks' own ``.grad``: scale · (θ₀ - θ_t), of the loop as it is now.
+
+    There is no outer loss, and nothing is differentiated. An outer step with plain SGD of rate ε moves θ₀ by
+    ε · scale · (θ_t - θ₀): with ``scale=1 / n`` for each of n tasks, to their mean. Nobody needs the states that lead
+    there: give the window ``window=1``, which keeps one.
+
+    Args:
+        networks: of the window's inner optimizers, or parts of them.
+        scale: of this loop among those of one outer step.
+
+    Raises:
+        TypeError: for anything else than networks.
+        WindowError: outside an offline window, in a compiled function, or in a window that trains nothing of a network.
+
+    Example:
+        >>> net, xs = torch.nn.Linear(2, 1), torch.randn(4, 8, 2)
+        >>> outer = torch.optim.SGD(net.parameters(), lr=0.5)
+        >>> inner = metaoptim.MetaSGD([net], lr=0.1)
+        >>> for x in xs:
+        ...     with metaoptim.SlidingWindow(offline=True, window=1):
+        ...         for _ in range(5):
+        ...             inner.step((net(x) - 1).square().mean())
+        ...         metaoptim.reptile(net, scale=1 / len(xs))
+        >>> outer.step()
+
+    References:
+        Nichol, Achiam & Schulman 2018, arXiv 1803.02999, Algorithm 2.
+    """
+    other = [type(x).__name__ for x in networks if not isinstance(x, nn.Module)]
+    if other or not networks:
+        raise TypeError(
+            f"reptile: got {other[0] if other else 'nothing'}, expected networks, as in reptile(net)"
+        )
+    session = current_session()
+    if session is None or not session.options.offline:
+        where = "outside a window" if session is None else "in an online window, whose network keeps θ_t"
+        raise WindowError(
+            f"reptile was called {where}; call it at the end of a block SlidingWindow(offline=True)"
+        )
+    if session.recorder.symbolic:
+        raise WindowError(
+            "reptile was called in a compiled function, which fills no .grad; use an ordinary window"
+        )
+    for parameter, way in displacement(session, networks):
+        way = scale * way
+        parameter.grad = way if parameter.grad is None else parameter.grad + way
 
 
 def _sorted(name: str, of: tuple[object, ...]) -> tuple[list[nn.Module], list[MetaOptimizer]]:

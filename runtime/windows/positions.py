@@ -110,6 +110,13 @@ def cut(session: Session, networks: Sequence[nn.Module], optimizers: Sequence[In
             module._buffers[name] = buffer.detach()
 
 
+def displacement(session: Session, networks: Sequence[nn.Module]) -> list[tuple[Tensor, Tensor]]:
+    """The user's own parameters that inner steps train, each with θ₀ - θ: the way back from what is shown for it."""
+    places = _places(session, "reptile", networks, [])
+    with session.recorder.paused(), torch.no_grad():
+        return [(p.parameter, p.parameter - session.tensor_at(p)) for p in places]
+
+
 def _check_origin(session: Session | None, state: InnerState) -> None:
     """Raise where a state cannot be put back: it has a history that the window does not know, or no values."""
     if session is not None and state.session is not None and state.session() is session:
