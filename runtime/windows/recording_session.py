@@ -173,6 +173,8 @@ class RecordedSession(OrdinarySession):
         indices = tuple(view.indices[i] for i in update.ordinals)
         old = [engine.state[x] for x in indices]
         new, new_states = applied(update, old)
+        if self.options.implicit is not None:
+            self.options.implicit.check_state(any(new_states))
         changed = {t.index for t in sliced.thetas if not view.versions.unchanged(t)}
         back = engine.position - epoch.position if changed else 0
         options, names = self.options, self.networks.names

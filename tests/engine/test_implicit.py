@@ -64,10 +64,11 @@ def implicit(
         ("neumann", lambda net: metaoptim.MetaSGD([net], lr=0.1, momentum=0.6)),
         ("neumann", lambda net: metaoptim.MetaRMSprop([net], lr=0.2, eps=1.0)),
         ("cg", lambda net: metaoptim.MetaSGD([net], lr=0.2)),
+        ("nystrom", lambda net: metaoptim.MetaSGD([net], lr=0.2)),
     ],
 )
 def test_equals_the_closed_form_of_a_quadratic(solver: str, make: Make, offline: bool) -> None:
-    given = Implicit(solver, iterations=1000, tolerance=1e-11, converged=1e-9)  # type: ignore[arg-type]
+    given = Implicit(solver, iterations=1000, tolerance=1e-11, converged=1e-9, rank=8, rho=1e-12)  # type: ignore[arg-type]
     for ours, theirs in zip(implicit(given, make, 200, offline), closed_form(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
     assert given.residual is not None and given.residual <= 1e-11
@@ -79,10 +80,66 @@ def test_cg_needs_as_many_iterations_as_there_are_distinct_curvatures() -> None:
     torch.testing.assert_close(found[0], closed_form()[0], rtol=1e-7, atol=1e-10)
 
 
+def test_nystrom_damps_what_its_columns_do_not_span() -> None:
+    """The Hessian is one block for each output: of 8 columns, 4 may lie in one, and the other's part is divided."""
+    make = lambda net: metaoptim.MetaSGD([net], lr=0.2)
+    residuals, errors = [], []
+    for rank in (2, 5, 8, 99):
+        given = Implicit(
+            "nystrom",
+            converged=1e-9,
+            rank=rank,
+            rho=0.1,
+            tolerance=10.0,
+            generator=torch.Generator().manual_seed(3),
+        )
+        found = implicit(given, make, 200, True)[0]
+        residuals.append(given.residual)
+        assert found is not None
+        errors.append(float((found - closed_form()[0]).abs() / closed_form()[0].abs()))
+    assert residuals == sorted(residuals, reverse=True) and residuals[-1] > 1e-3, "rho is not in the residual"
+    assert errors[2] == errors[3] < errors[0]
+
+    x, decay = (
+        X[:, :1],
+        torch.tensor(0.3, requires_grad=True),
+    )  # one parameter of two: (A + ρ)⁻¹ or ρ⁻¹ by hand
+    net = nn.Linear(1, 2, bias=False)
+    given = Implicit("nystrom", rank=1, rho=0.05, tolerance=10.0, generator=torch.Generator().manual_seed(3))
+    with metaoptim.SlidingWindow(gradient=given):
+        inner = metaoptim.MetaSGD([net], lr=0.2)
+        for _ in range(200):
+            inner.step((net(x) - Y).square().mean() + decay * net.weight.square().sum())
+        theta, cotangent = net.weight.detach().flatten(), torch.tensor([1.0, 3.0])
+        (net.weight.flatten() * cotangent).sum().backward()
+    system = 0.2 * (x.square().mean() + 2 * 0.3)
+    by_hand = [
+        -0.2 * 2 * theta @ (cotangent / torch.where(torch.arange(2) == k, system + 0.05, torch.tensor(0.05)))
+        for k in range(2)
+    ]
+    assert any(torch.allclose(decay.grad, one, rtol=1e-6) for one in by_hand if decay.grad is not None)
+
+
+@pytest.mark.parametrize("solver", ["neumann", "cg", "nystrom"])
+def test_an_outer_loss_of_some_of_the_parameters(solver: str) -> None:
+    """The system couples the others all the same."""
+    grads = []
+    for gradient in ("exact", Implicit(solver, iterations=1000, tolerance=1e-9, rho=1e-12)):  # type: ignore[arg-type]
+        torch.manual_seed(1)
+        net, (decay, weights) = nn.Linear(4, 2), leaves()
+        inner = metaoptim.MetaSGD([net], lr=0.2)
+        with metaoptim.SlidingWindow(gradient=gradient):
+            for _ in range(400):
+                inner.step(ridge(net, decay, weights))
+            net.weight.square().sum().backward()
+        grads.append((decay.grad, weights.grad))
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-7, atol=1e-10)
+
+
 def test_the_series_is_a_truncated_backward_at_the_solution() -> None:
     """k terms are the exact gradient of k steps that begin at the solution, with a warning for what is left."""
     make = lambda net: metaoptim.MetaSGD([net], lr=0.2)
-    with pytest.warns(UserWarning, match=r"5 iterations of 'neumann'.*residual"):
+    with pytest.warns(UserWarning, match=r"iterations=5 of 'neumann'.*residual"):
         found = implicit(Implicit(iterations=5, converged=1e-9), make, 200, True)
     torch.manual_seed(1)
     net, (decay, weights) = nn.Linear(4, 2, bias=False), leaves()
@@ -98,16 +155,22 @@ def test_says_what_it_is_not() -> None:
     make = lambda net: metaoptim.MetaSGD([net], lr=0.2)
     with pytest.warns(UserWarning, match="has not converged: its last step moved"):
         implicit(Implicit("cg"), make, 3, True)
-    with pytest.raises(metaoptim.WindowError, match="has a state"):
-        implicit(Implicit("cg"), lambda net: metaoptim.MetaSGD([net], lr=0.1, momentum=0.5), 200, True)
+    for solver in ("cg", "nystrom"):  # at its first step
+        with pytest.raises(metaoptim.WindowError, match="has a state"):
+            implicit(Implicit(solver), lambda net: metaoptim.MetaSGD([net], lr=0.1, momentum=0.5), 1, True)
+    ends_at_0 = lambda net: metaoptim.MetaSGD([net], lr=metaoptim.schedules.linear(0.2, 0.0, 19))
+    for solver in ("neumann", "cg", "nystrom"):
+        with pytest.raises(metaoptim.WindowError, match="its rate was 0"):
+            implicit(Implicit(solver), ends_at_0, 20, True)
     unlike = (
         lambda net: metaoptim.MetaSGD([net], lr=0.2, transforms=[metaoptim.transforms.centralize()]),
         lambda net: metaoptim.MetaSGD([net], lr=torch.linspace(0.1, 0.3, 4).expand(2, 4)),
     )
-    for other in unlike:
-        with pytest.raises(metaoptim.WindowError, match="not symmetric"):
-            implicit(Implicit("cg", converged=10.0), other, 40, True)
-    for bad in (lambda: Implicit("gmres"), lambda: Implicit(iterations=0), lambda: Implicit(tolerance=-1.0)):  # type: ignore[arg-type]
+    for solver in ("cg", "nystrom"):
+        for other in unlike:
+            with pytest.raises(metaoptim.WindowError, match="not symmetric"):
+                implicit(Implicit(solver, converged=10.0), other, 40, True)
+    for bad in (lambda: Implicit("gmres"), lambda: Implicit(iterations=0), lambda: Implicit(rho=0.0)):  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="got"):
             bad()
     with pytest.raises(ValueError, match="window=3"):
@@ -132,10 +195,11 @@ def test_no_minimum_and_two_problems() -> None:
     torch.manual_seed(1)
     net, (decay, weights) = nn.Linear(4, 2, bias=False), leaves()
     inner = metaoptim.MetaSGD([net], lr=1e-6)
-    with metaoptim.SlidingWindow(gradient=Implicit("cg")):
-        inner.step(saddle(net, decay, weights))
-        with pytest.raises(metaoptim.WindowError, match="curvature"):
-            F.mse_loss(net(XQ), YQ).backward()
+    for solver in ("cg", "nystrom"):
+        with metaoptim.SlidingWindow(gradient=Implicit(solver, rho=1e-9)):
+            inner.step(saddle(net, decay, weights))
+            with pytest.raises(metaoptim.WindowError, match="curvature"):
+                F.mse_loss(net(XQ), YQ).backward()
     other = nn.Linear(2, 2)
     both = metaoptim.MetaSGD([net], lr=1e-6), metaoptim.MetaSGD([other], lr=1e-6)
     with metaoptim.SlidingWindow(gradient=Implicit()):
