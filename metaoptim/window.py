@@ -10,12 +10,12 @@ from types import TracebackType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from .compiler.capture.intercept import recording
 from .compiler.ir.retention import Retention, check_count
 from .compiler.ir.step import Lowering
+from .contradictions import check_gradient, check_sync
 from .errors import WindowError, warn
 from .optim.alive import optimizers_here, refresh_optimizers
 from .report.explain import explain_window
@@ -80,8 +80,11 @@ class SlidingWindow:
         hvp: how a step's gradient is differentiated; see `compile`.
         self_check: compare every compiled graph with its uncompiled form on first use.
         gradient: ``"exact"``; ``"first_order"`` takes inner gradients as constants in the meta-backward (FOMAML), as
-            ``first_order=True`` of each optimizer does; `Implicit` solves for the gradient at a solution of the inner
-            problem, of which it needs the last step alone.
+            ``first_order=True`` of each optimizer does; ``"forward"`` is the exact one, by derivatives of the state
+            that are carried along with the steps, one for each entry of what a gradient is taken by, at most 100 in all
+            (offline, those of the initial parameters are among them): memory does not depend on T, and nothing is run
+            again; `Implicit` solves for the gradient at a solution of the inner problem, of which it needs the last
+            step alone.
         strategy: ``"auto"`` records; ``"full_tape"`` keeps autograd's own tape (the oracle; memory grows with T).
 
     Raises:
@@ -143,15 +146,16 @@ class SlidingWindow:
             )
         retention = Retention(slots, memory_budget, offload)
         check_count("window", window)
-        _check_sync(sync, offline)
+        check_sync(sync, offline)
         lowering = Lowering.stated(backend, hvp, self_check, replays=False)
-        implicit = _check_gradient(gradient, window)
+        implicit = gradient if isinstance(gradient, Implicit) else None
         said = offline, backward_hook, record_grad_tape, pickup_step, 1 if implicit is not None else window
-        way = gradient == "first_order", implicit
+        way = gradient == "first_order", gradient == "forward", implicit
         self._options = Options(*said, retention, check_finite, sync, lowering, *way)
         self._said = {k: given[k] for k, default in _DEFAULTS.items() if given[k] != default}
         if retention.place is not None:
             self._said["offload"] = retention.place
+        check_gradient(gradient, self._said)
         for name, value in self._said.items() if strategy == "full_tape" else ():
             if name not in _OF_FULL_TAPE:
                 raise ValueError(
@@ -201,10 +205,10 @@ class SlidingWindow:
             return _STRATEGIES[self._strategy](self._options)
         if self._strategy == "full_tape":
             raise WindowError("strategy='full_tape' cannot be compiled; take the decorator off")
-        if self._options.implicit is not None:
+        if self._options.implicit is not None or self._options.forward:
             raise WindowError(
-                "SlidingWindow(gradient=Implicit(...)) in a compiled function; take the decorator off: such a window "
-                "runs each of its steps once, and keeps the last"
+                f"SlidingWindow(gradient={self._said['gradient']!r}) in a compiled function; take the decorator off: "
+                "such a window runs each of its steps once, and keeps the last"
             )
         if self._options.check_finite:
             raise WindowError(
@@ -335,47 +339,6 @@ class SlidingWindow:
 
 
 _DEFAULTS = {name: option.default for name, option in signature(SlidingWindow).parameters.items()}
-
-
-def _check_gradient(gradient: Any, window: int | None) -> Implicit | None:
-    if isinstance(gradient, Implicit):
-        if window is not None:
-            raise ValueError(
-                f"window={window}: an implicit gradient is that of the last step alone; leave it out"
-            )
-        return gradient
-    if gradient not in ("exact", "first_order"):
-        raise ValueError(
-            f"gradient: got {gradient!r}, expected 'exact', 'first_order', or metaoptim.Implicit(...)"
-        )
-    return None
-
-
-def _check_sync(group: Any, offline: bool) -> None:
-    """Raise unless ``sync=group`` names a process group of this rank; False is no group.
-
-    Raises:
-        TypeError: for something else than a process group.
-        ValueError: where there is nothing to average, or nobody to average with.
-    """
-    if group is False:
-        return
-    if group is None or not (dist.is_available() and dist.is_initialized()):
-        raise ValueError(
-            f"sync={group!r}: torch.distributed is not initialised; call torch.distributed.init_process_group first "
-            "(until then torch.distributed.group.WORLD is None), or leave sync out"
-        )
-    if group is dist.GroupMember.NON_GROUP_MEMBER:
-        raise ValueError("sync: this rank is not in the process group; leave sync out on ranks outside of it")
-    if not isinstance(group, dist.ProcessGroup):
-        raise TypeError(
-            f"sync: got {group!r}, expected a process group, such as torch.distributed.group.WORLD"
-        )
-    if offline:
-        raise ValueError(
-            "sync= with offline=True: offline, the networks return to where they began, so there is nothing to "
-            "average; average the meta-gradients instead, or use offline=False"
-        )
 
 
 def zero_nan_hook(grad: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -30,6 +30,9 @@ from . import progress
 from .interpreter import Interpreter, changed, may_keep
 from .noise import Stream
 from .sweep import Sweep, Tell
+
+if TYPE_CHECKING:
+    from .tangents import Tangents
 
 Lower = Callable[[StepCall, str, Sequence[Tensor]], Lowered]
 
@@ -74,6 +77,7 @@ class Engine(Interpreter):
         if tier is not None:
             weakref.finalize(self, tier.close)
         self.backward_hook, self._lower = backward_hook, lower
+        self.tangents: Tangents | None = None  # in forward mode, what is carried along with the steps
         self.streaming: Any = None  # what keeps a window to a memory budget
         self._refused = False  # a step, for want of room
         self.reaches = False  # whether anything can receive a gradient through its steps
@@ -114,6 +118,8 @@ class Engine(Interpreter):
             else:
                 self.check_admitted()
                 self._limit_to(lambda: self.streaming.slots(self, call, changes))
+        if self.tangents is not None:
+            self.tangents.through(call)
         if may_keep(call) or self.store.slots is None:
             for action in coming(self.store, self.program.end):
                 self.store.apply(action, self.state)

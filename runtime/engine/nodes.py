@@ -183,13 +183,13 @@ class Read(torch.autograd.Function):
 def _deposit(ctx: Any, sweep: Sweep, grads: Sequence[Tensor | None]) -> None:
     """Let cotangents of the state entries that ``ctx`` has shown join ``sweep``."""
     refuse_third_order()
-    _tell_if_nothing_is_reached(ctx.engine)
+    tell_if_nothing_is_reached(ctx.engine)
     for index, grad in zip(ctx.indices, grads, strict=True):
         if grad is not None:
             sweep.deposit(ctx.position, index, grad)
 
 
-def _tell_if_nothing_is_reached(engine: Engine) -> None:
+def tell_if_nothing_is_reached(engine: Engine) -> None:
     if engine.program.begun and not engine.reaches:
         engine.reaches = True  # once
         opened = {i for i, own in engine.thetas.items() if own not in engine.closed}
@@ -238,7 +238,7 @@ class StepLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         refuse_third_order()
-        _tell_if_nothing_is_reached(ctx.engine)
+        tell_if_nothing_is_reached(ctx.engine)
         ctx.engine.sweep_of(graph_task()).deposit(ctx.position + 1, LOSS, grad)
         return None, None, None, torch.empty(0, device="cpu")
 

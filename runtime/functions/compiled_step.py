@@ -82,6 +82,9 @@ class CompiledStep:
             if self._runs <= FEW:  # many never run again: the first step of all, with no optimizer state yet
                 lowering = lowering.uncompiled
             call = self._call(window, held, lowering)
+            ports = self.step.inputs[self.step.states :]
+            metas = [t for t, p in zip(given, ports, strict=True) if p.role is Role.META and t is not None]
+            view.reads.prepare(call, metas)
             inputs = [engine.state[i] for i in call.reads] + [h.get() for h in held]
             now = taken(self.step, "replay", inputs, lowering)
             if now is not lowering:
@@ -91,8 +94,6 @@ class CompiledStep:
             del inputs  # under a budget, the engine may run the step's derivative now, on numbers drawn again
             changes = [(i, v) for i, v in zip(call.writes, results, strict=True) if i >= 0]
             self._show_state(window, call, results)
-            ports = self.step.inputs[self.step.states :]
-            metas = [t for t, p in zip(given, ports, strict=True) if p.role is Role.META and t is not None]
             updated = [self._ordinal(window, p) for p in self.thetas]
             view.take(call, changes, view.recording.epoch, metas, updated)
             for optimizer, steps in self.taken:

@@ -24,7 +24,7 @@ from metaoptim.errors import CaptureError
 from ..engine.engine import Engine
 from ..engine.graph import nodes_below
 from ..engine.nodes import STEPPED, stepped
-from .reads import Reads
+from .rooted_reads import Reads
 
 
 class Versions:

@@ -40,6 +40,7 @@ from ..engine.nodes import (
     WindowedLoss,
     WindowedRead,
 )
+from ..engine.tangents import TangentRead
 from .networks import Networks
 from .session import Session, current_session
 from .updates.update import parameters_of
@@ -186,8 +187,12 @@ class _Mark(NamedTuple):
 
 
 _marks = WeakIdKeyDictionary()
-_OURS = tuple(f._backward_cls for f in (Read, WindowedRead, Results, Position, StepLoss, WindowedLoss, Link))  # type: ignore[attr-defined]  # pyright: ignore
-_READS = (Read._backward_cls, WindowedRead._backward_cls)  # type: ignore[attr-defined]  # pyright: ignore
+_OURS = tuple(
+    f._backward_cls
+    for f in (Read, WindowedRead, TangentRead, Results, Position, StepLoss, WindowedLoss, Link)
+)  # type: ignore[attr-defined]  # pyright: ignore
+_READS = (Read._backward_cls, WindowedRead._backward_cls, TangentRead._backward_cls)  # type: ignore[attr-defined]  # pyright: ignore
+_FORWARD = TangentRead._backward_cls  # type: ignore[attr-defined]  # pyright: ignore
 _POSITION = Position._backward_cls  # type: ignore[attr-defined]  # pyright: ignore
 _UNREAD = StepLoss._backward_cls  # type: ignore[attr-defined]  # pyright: ignore
 
@@ -239,6 +244,8 @@ def check(outputs: Iterable[Tensor], inputs: Iterable[Any], session: Session | N
 def _affects(program: Tape, mark: _Mark, node: Any) -> bool:
     """Whether what ``node`` shows depends on what is marked through the steps between, or by being replayed."""
     start, end = min(mark.steps), node.position
+    if isinstance(node, _FORWARD) and start < program.start:
+        return start < end  # the steps between are forgotten
     bottom = max(program.start, getattr(node, "bottom", 0))
     if isinstance(node, STEPPED):
         if mark.theta is None and node.position in mark.steps:

@@ -44,7 +44,8 @@ class RecordedSession(OrdinarySession):
         self.engine.closed, self.view.grads = self.closed, self._grads
         self._offer, self._join, self._start = self.view.offer, self.view.join, self.view.start
         if retention.slots is None:
-            offloads, slides = retention.offload is not None, options.window is not None
+            offloads = retention.offload is not None
+            slides = options.forward or options.window is not None
             ledger = self.view.inputs.ledger
             self.engine.streaming = Streaming(retention.memory_budget, ledger, offloads, slides)
         self._looked_at: dict[int, Tensor] = {}  # parameters that steps have read and do not train, by id
@@ -97,7 +98,8 @@ class RecordedSession(OrdinarySession):
         if not steps:
             return None
         own = {self.networks.names[i]: self.networks.originals[i] for i in self.networks.joined}
-        asked = self.engine.vjps > 0
+        tangents = self.engine.tangents
+        asked = self.engine.vjps > 0 or (tangents is not None and tangents.asked)
         ended = Ended(self.options.offline, own, asked, self.engine.reaches, self.view.reads.waiting)
         if not asked:
             ended.unwatch = watch_backward(ended)
@@ -182,6 +184,8 @@ class RecordedSession(OrdinarySession):
         step = RecordedStep(engine, sliced, changed, back, update, indices, old, new, new_states, *fixed)
         before, after = self._state_indices(optimizer, update, new_states)
         call = step.call(before, after, options.lowering, names)
+        metas = [x.tensor for x in sliced.externals if x.tensor is not None]  # after the hooks
+        view.reads.prepare(call, metas)
         if self.recorder.taint.of_storage and tell_unreachable(sliced, self.recorder.taint, self.networks):
             engine.reaches = True  # there is a better explanation
         update.grads.clear()  # a sliding window may replay below
@@ -191,7 +195,6 @@ class RecordedSession(OrdinarySession):
             for name in state:
                 self.opt_state[id(optimizer), i, name] = next(outputs)
             optimizer.state[self.networks.originals[i]] = state
-        metas = [x.tensor for x in sliced.externals if x.tensor is not None]  # after the hooks
         position = engine.position
         for value in sliced.values:
             if not value.steps or value.steps[-1] != position:

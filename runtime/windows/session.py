@@ -51,6 +51,7 @@ class Options:
     sync: Any = False
     lowering: Lowering = WINDOW
     first_order: bool = False
+    forward: bool = False
     implicit: Implicit | None = None  # with ``window=1``: only the last step is kept
 
 

@@ -22,7 +22,8 @@ from ..states.disk import check_device
 from . import oversights
 from .losses import Stepped, Versions
 from .networks import Networks
-from .reads import Reads, SlidingReads, WholeReads
+from .reads import WholeReads
+from .rooted_reads import ForwardReads, Reads, SlidingReads
 from .session import Options, refuse_write
 
 
@@ -44,8 +45,10 @@ class ThetaView:
         self.recorder = Recorder(self)
         self.recording = self.recorder.recording
         self.versions = Versions(self.recording, options.window)
-        if options.window is None:
-            self.reads: Reads = WholeReads(engine)
+        if options.forward:
+            self.reads: Reads = ForwardReads(engine, options.offline)
+        elif options.window is None:
+            self.reads = WholeReads(engine)
         else:
             self.reads = SlidingReads(engine, options.window, options.offline, options.implicit)
         self.stepped = Stepped(engine, self.reads, self.versions.current)

@@ -173,8 +173,9 @@ def test_says_what_it_is_not() -> None:
     for bad in (lambda: Implicit("gmres"), lambda: Implicit(iterations=0), lambda: Implicit(rho=0.0)):  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="got"):
             bad()
-    with pytest.raises(ValueError, match="window=3"):
-        metaoptim.SlidingWindow(window=3, gradient=Implicit())
+    for option in ({"window": 3}, {"slots": 3}, {"memory_budget": "1MiB"}, {"strategy": "full_tape"}):
+        with pytest.raises(ValueError, match=f"{next(iter(option))}=.*an implicit gradient.*leave it out"):
+            metaoptim.SlidingWindow(gradient=Implicit(), **option)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="'exact', 'first_order'"):
         metaoptim.SlidingWindow(gradient="implicit")
 
