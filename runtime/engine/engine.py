@@ -119,7 +119,7 @@ class Engine(Interpreter):
                 self.check_admitted()
                 self._limit_to(lambda: self.streaming.slots(self, call, changes))
         if self.tangents is not None:
-            self.tangents.through(call)
+            self.tangents.through(self, call)
         if may_keep(call) or self.store.slots is None:
             for action in coming(self.store, self.program.end):
                 self.store.apply(action, self.state)

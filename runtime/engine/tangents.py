@@ -36,14 +36,15 @@ class Direction(NamedTuple):
 class Tangents:
     """The derivatives of an engine's state by entries of tensors: one more state for each `Direction`.
 
+    The engine has it, so it does not have the engine: that would be a cycle.
+
     Attributes:
         directions: in the order in which they have come.
         entered: state index -> the user's own parameter, while the state has that and is not differentiated by it.
         asked: whether somebody has asked for a gradient.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self) -> None:
         self.directions: list[Direction] = []
         self.entered: dict[int, Tensor] = {}
         self.asked = False
@@ -79,13 +80,13 @@ class Tangents:
         indices = tuple(indices)
         return [{i: tangent[i] for i in indices if i in tangent} for tangent in self._now]
 
-    def prepare(self, call: StepCall) -> None:
-        """Find what the tangents are after ``call``, which is about to be taken.
+    def prepare(self, engine: Engine, call: StepCall) -> None:
+        """Find what the tangents are after ``call``, which ``engine`` is about to take.
 
         Raises:
             CaptureError: where autograd cannot transpose its VJP.
         """
-        engine, position = self._engine, self._engine.position
+        position = engine.position
         base, before = engine.state, self._now
         if call.back:
             base, before = engine.state_at(position - call.back), self._at[position - call.back]
@@ -94,37 +95,20 @@ class Tangents:
             self._given(call, direction, now, then)
             for direction, (now, then) in zip(self.directions, both, strict=True)
         ]
-        found = self._pushed(call, base, given) if any(given) else [{}] * len(given)
+        found = _pushed(engine, call, base, given) if any(given) else [{}] * len(given)
         self._next = []
         for now, changes in zip(self._now, found, strict=True):
             after = {i: t for i, t in now.items() if i not in call.writes}
             after.update((call.writes[k], t) for k, t in changes.items() if call.writes[k] >= 0)
             self._next.append(after)
 
-    def _pushed(self, call: StepCall, base: State, given: list[Vector]) -> list[dict[int, Tensor]]:
-        """What the outputs of ``call`` change by in each direction, where its inputs change by ``given``."""
-        engine, step = self._engine, call.step
-        with disable_current_modes(), unaffected():
-            inputs = [t.detach() for t in engine.operands(call, engine.state, base, engine.position)]
-            example = [*inputs, *zero_cotangents(step)] if step.dynamic else None
-            graph = derived(step, call.lowering.hvp, example)
-            try:
-                return pushed_forward(step, graph, inputs, given)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:
-                raise CaptureError(
-                    f"gradient='forward': the derivative of the inner step at {call.location} has no derivative in its "
-                    f"turn: {str(error).rstrip('.')}; use gradient='exact'"
-                ) from error
-
-    def through(self, call: StepCall | Assign) -> None:
-        """The engine is about to append ``call``, which is `prepare`d if it is a step."""
-        self._at[self._engine.position] = self._now
+    def through(self, engine: Engine, call: StepCall | Assign) -> None:
+        """``engine`` is about to append ``call``, which is `prepare`d if it is a step."""
+        self._at[engine.position] = self._now
         if isinstance(call, StepCall):
             self._now, self._next = self._next, []
             return
-        gone = {i for i in call.indices if call.adoption or i not in self._engine.untrained}
+        gone = {i for i in call.indices if call.adoption or i not in engine.untrained}
         self._now = [{i: t for i, t in tangent.items() if i not in gone} for tangent in self._now]
         for index in () if call.adoption else gone:
             self.entered.pop(index, None)
@@ -143,6 +127,24 @@ class Tangents:
             elif (tangent := (before if role is Role.THETA else now).get(index)) is not None:
                 given[i] = tangent
         return given
+
+
+def _pushed(engine: Engine, call: StepCall, base: State, given: list[Vector]) -> list[dict[int, Tensor]]:
+    """What the outputs of ``call`` change by in each direction, where its inputs change by ``given``."""
+    step = call.step
+    with disable_current_modes(), unaffected():
+        inputs = [t.detach() for t in engine.operands(call, engine.state, base, engine.position)]
+        example = [*inputs, *zero_cotangents(step)] if step.dynamic else None
+        graph = derived(step, call.lowering.hvp, example)
+        try:
+            return pushed_forward(step, graph, inputs, given)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise CaptureError(
+                f"gradient='forward': the derivative of the inner step at {call.location} has no derivative in its "
+                f"turn: {str(error).rstrip('.')}; use gradient='exact'"
+            ) from error
 
 
 def _unit(like: Tensor, entry: int) -> Tensor:

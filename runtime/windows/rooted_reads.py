@@ -159,7 +159,7 @@ class ForwardReads(RootedReads):
     def __init__(self, engine: Engine, offline: bool) -> None:
         super().__init__(engine)
         self.offline = offline
-        self.tangents = engine.tangents = Tangents(engine)
+        self.tangents = engine.tangents = Tangents()
         self._tensors: dict[Any, Tensor] = {}  # key of a direction -> what it is an entry of
 
     def enter(self, position: int, indices: tuple[int, ...], own: list[Tensor]) -> None:
@@ -190,7 +190,7 @@ class ForwardReads(RootedReads):
             if index in self.tangents.entered and self._learnt(index):
                 new[-1, index] = self.tangents.entered[index]
         self._differentiate_by(new)
-        self.tangents.prepare(call)
+        self.tangents.prepare(self.engine, call)
 
     def _learnt(self, index: int) -> bool:
         """Whether a parameter receives a gradient as it has entered."""

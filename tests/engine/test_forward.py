@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -284,3 +286,18 @@ def test_a_gradient_by_what_later_steps_have_moved_is_refused() -> None:
             inner.step(F.mse_loss(net(X), Y))
         with pytest.raises(metaoptim.CaptureError, match="as it was before later inner steps"):
             torch.autograd.grad(F.mse_loss(net(XQ), YQ), there)
+
+
+def test_nothing_lives_on_by_a_cycle() -> None:
+    net, (raw, _) = mlp(), rates()
+    inner = metaoptim.MetaSGD([net], lr=raw.exp())
+    gc.disable()
+    try:
+        with SlidingWindow(gradient="forward") as window:
+            inner.step(F.mse_loss(net(X), Y))
+            engine = weakref.ref(window._session.engine)  # type: ignore[union-attr]
+            F.mse_loss(net(XQ), YQ).backward()
+        del window
+        assert engine() is None
+    finally:
+        gc.enable()
