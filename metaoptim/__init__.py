@@ -39,6 +39,7 @@ from .optim import (
     wrap,
 )
 from .plan import plan
+from .runtime.engine.evolution import Evolution
 from .runtime.engine.implicit import Implicit
 from .runtime.engine.progress import progress
 from .states import extract_state, recover_state, reptile, stop_gradient
@@ -50,6 +51,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BudgetError",
     "CaptureError",
+    "Evolution",
     "Implicit",
     "LossError",
     "MetaASGD",

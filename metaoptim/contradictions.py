@@ -7,14 +7,25 @@ from typing import Any
 
 import torch.distributed as dist
 
+from .runtime.engine.evolution import Evolution
 from .runtime.engine.implicit import Implicit
 
 
 def check_gradient(gradient: Any, said: Mapping[str, Any]) -> None:
     """Raise for an unknown ``gradient``, and for other options of the window that contradict it."""
-    if not isinstance(gradient, Implicit) and gradient not in ("exact", "first_order", "forward"):
+    if not isinstance(gradient, (Implicit, Evolution)) and gradient not in (
+        "exact",
+        "first_order",
+        "forward",
+    ):
         raise ValueError(
-            f"gradient: got {gradient!r}, expected 'exact', 'first_order', 'forward', or metaoptim.Implicit(...)"
+            f"gradient: got {gradient!r}, expected 'exact', 'first_order', 'forward', metaoptim.Implicit(...) or "
+            "metaoptim.Evolution(...)"
+        )
+    if isinstance(gradient, Evolution) and gradient.persistent and said.get("offline"):
+        raise ValueError(
+            "offline=True with Evolution(persistent=True): an offline window goes back to where it began, so the next "
+            "does not go on from it; use offline=False, or persistent=False"
         )
     what, why = _WITHOUT.get("forward" if gradient == "forward" else type(gradient), ("", {}))
     for name, value in said.items():
@@ -23,24 +34,23 @@ def check_gradient(gradient: Any, said: Mapping[str, Any]) -> None:
 
 
 _NOTHING_KEPT = dict.fromkeys(
-    ("slots", "memory_budget", "offload"), "keeps one state and replays nothing, so there is nothing to plan"
+    ("slots", "memory_budget", "offload"), "keeps one state, so there is nothing to plan"
 )
-_TAPE = "is not taken from autograd's own tape"
+_TAPE = {"strategy": "is not taken from autograd's own tape"}
+_NO_COTANGENTS = {
+    "backward_hook": "has no cotangents of inner gradients",
+    "backend": "compiles no derivative",
+}
 #: By the gradient asked for: what it is, and by option why that has no place there.
 _WITHOUT: dict[Any, tuple[str, dict[str, str]]] = {
     "forward": (
         "a forward gradient",
-        _NOTHING_KEPT
-        | {
-            "window": "goes through all steps",
-            "backward_hook": "has no cotangents",
-            "backend": "is not compiled",
-            "strategy": _TAPE,
-        },
+        _NOTHING_KEPT | _TAPE | _NO_COTANGENTS | {"window": "goes through all steps"},
     ),
-    Implicit: (
-        "an implicit gradient",
-        _NOTHING_KEPT | {"window": "is that of the last step alone", "strategy": _TAPE},
+    Implicit: ("an implicit gradient", _NOTHING_KEPT | _TAPE | {"window": "is that of the last step alone"}),
+    Evolution: (
+        "an evolution gradient",
+        _NOTHING_KEPT | _TAPE | _NO_COTANGENTS | {"window": "is one of whole runs"},
     ),
 }
 

@@ -20,6 +20,7 @@ from .errors import WindowError, warn
 from .optim.alive import optimizers_here, refresh_optimizers
 from .report.explain import explain_window
 from .report.report import Report
+from .runtime.engine.evolution import Evolution
 from .runtime.engine.implicit import Implicit
 from .runtime.functions.loops import Loop
 from .runtime.functions.symbolic_session import CapturedSession
@@ -84,7 +85,7 @@ class SlidingWindow:
             that are carried along with the steps, one for each entry of what a gradient is taken by, at most 100 in all
             (offline, those of the initial parameters are among them): memory does not depend on T, and nothing is run
             again; `Implicit` solves for the gradient at a solution of the inner problem, of which it needs the last
-            step alone.
+            step alone; `Evolution` runs the steps again with perturbed meta-parameters, where derivatives are no use.
         strategy: ``"auto"`` records; ``"full_tape"`` keeps autograd's own tape (the oracle; memory grows with T).
 
     Raises:
@@ -135,7 +136,7 @@ class SlidingWindow:
         hvp: str = "auto",
         self_check: bool = True,
         strategy: str = "auto",
-        gradient: str | Implicit = "exact",
+        gradient: str | Implicit | Evolution = "exact",
     ) -> None:
         given = dict(locals())
         if not isinstance(offline, bool):
@@ -149,8 +150,9 @@ class SlidingWindow:
         check_sync(sync, offline)
         lowering = Lowering.stated(backend, hvp, self_check, replays=False)
         implicit = gradient if isinstance(gradient, Implicit) else None
+        evolution = gradient if isinstance(gradient, Evolution) else None
         said = offline, backward_hook, record_grad_tape, pickup_step, 1 if implicit is not None else window
-        way = gradient == "first_order", gradient == "forward", implicit
+        way = gradient == "first_order", gradient == "forward", implicit, evolution
         self._options = Options(*said, retention, check_finite, sync, lowering, *way)
         self._said = {k: given[k] for k, default in _DEFAULTS.items() if given[k] != default}
         if retention.place is not None:
@@ -205,10 +207,10 @@ class SlidingWindow:
             return _STRATEGIES[self._strategy](self._options)
         if self._strategy == "full_tape":
             raise WindowError("strategy='full_tape' cannot be compiled; take the decorator off")
-        if self._options.implicit is not None or self._options.forward:
+        if self._said.get("gradient", "exact") not in ("exact", "first_order"):
             raise WindowError(
                 f"SlidingWindow(gradient={self._said['gradient']!r}) in a compiled function; take the decorator off: "
-                "such a window runs each of its steps once, and keeps the last"
+                "such a gradient is not one of the whole program"
             )
         if self._options.check_finite:
             raise WindowError(

@@ -169,6 +169,12 @@ def _flat(step: StepGraph, kind: str, hvp: str, inputs: Sequence[Tensor]) -> Fla
     return derived(step, hvp, example) if kind == "vjp" else replayed(step, example)
 
 
+def loss_of(step: StepGraph, inputs: Sequence[Tensor], spec: TensorSpec) -> Lowered:
+    """A step's loss, which has this ``spec``, as a function of the step's inputs."""
+    step.derived.loss = step.derived.loss or loss_graph(step, spec)
+    return lowered(step.derived.loss, "replay", inputs)
+
+
 def replayed(step: StepGraph, example: Sequence[Tensor] | None = None) -> FlatGraph:
     """The flat graph of a step's replay; ``example``: real inputs, for a step whose shapes depend on values."""
     if step.derived.replay is None:

@@ -32,6 +32,7 @@ from .noise import Stream
 from .sweep import Sweep, Tell
 
 if TYPE_CHECKING:
+    from .evolution import Particles
     from .tangents import Tangents
 
 Lower = Callable[[StepCall, str, Sequence[Tensor]], Lowered]
@@ -78,6 +79,7 @@ class Engine(Interpreter):
             weakref.finalize(self, tier.close)
         self.backward_hook, self._lower = backward_hook, lower
         self.tangents: Tangents | None = None  # in forward mode, what is carried along with the steps
+        self.particles: Particles | None = None  # what estimates a gradient in the place of a sweep
         self.streaming: Any = None  # what keeps a window to a memory budget
         self._refused = False  # a step, for want of room
         self.reaches = False  # whether anything can receive a gradient through its steps
@@ -267,7 +269,7 @@ class Engine(Interpreter):
     def sweep_of(self, task: int) -> Sweep:
         """The sweep that belongs to one call of backward."""
         if task not in self._sweeps:
-            self._sweeps[task] = Sweep()
+            self._sweeps[task] = Sweep() if self.particles is None else self.particles.sweep()
             queue_callback(lambda: self._sweeps.pop(task, None))
         return self._sweeps[task]
 

@@ -17,6 +17,7 @@ from metaoptim.compiler.compat import graph_task
 from metaoptim.errors import MetaOptimError, UnreachableWarning, WindowError, warn
 
 from .engine import Engine
+from .evolution import EvolutionSweep
 from .implicit import Implicit, SolutionSweep, only_step
 from .sweep import LOSS, Sweep
 
@@ -139,7 +140,10 @@ def _enter(
 
 def _gradients(ctx: Any, sweep: Sweep, bottom: int) -> list[Tensor | None]:
     """Gradients of what has entered at ``ctx``, pulled back down to ``bottom``."""
-    ctx.engine.pull_back(sweep, bottom)
+    if not isinstance(sweep, EvolutionSweep):
+        ctx.engine.pull_back(sweep, bottom)
+    elif ctx.metas or ctx.thetas:  # other Links are there to keep cotangents from waiting together
+        sweep.estimate(ctx.engine)
     found = [sweep.metas.pop(m, None) for m in ctx.metas]
     for (position, index), own in zip(ctx.thetas, ctx.ids, strict=True):
         at_bottom = sweep.cotangents.get(index) if position < bottom else None

@@ -192,6 +192,8 @@ class Stepped:
         if any(self._versions.get(t.index) is t.version for t in sliced.thetas):
             read = [(t.index, t.version, weakref.ref(t.tensor)) for t in sliced.thetas]
             self._waiting.append(_Waiting(weakref.ref(loss), after, loss._version, read))
+            if self._engine.particles is not None:  # which look at the loss itself
+                self.settle(over=True)
         else:
             swap_tensors(loss, after)
 

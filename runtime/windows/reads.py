@@ -12,6 +12,7 @@ from metaoptim.compiler.ir.calls import StepCall
 from metaoptim.compiler.ir.slices import Slice
 from metaoptim.compiler.ir.tensors import memory_of
 from metaoptim.compiler.ir.values import Epoch
+from metaoptim.errors import WindowError
 
 from ..engine.engine import Engine
 from ..engine.nodes import Life, Link, Position, Read, Results, StepLoss, new_token
@@ -69,8 +70,17 @@ class WholeReads(CommonReads):
         self._link_entered()
         self._link(position, (), indices, values)
 
+    def prepare(self, call: StepCall, metas: list[Tensor]) -> None:
+        if self.engine.particles is not None:
+            self.engine.particles.check(metas)
+
     def hold(self, indices: Sequence[int]) -> tuple[Tensor, ...]:
         """State entries as they are now, to be gone back to."""
+        if self.engine.particles is not None:
+            raise WindowError(
+                "extract_state by reference or copy, in a window with gradient=Evolution(...): the perturbed runs "
+                "would have to go back to states of their own; use by='detached'"
+            )
         self._link_entered()
         with torch.enable_grad():
             return Position.apply(self.engine, self.engine.position, indices, self._token)
@@ -108,6 +118,8 @@ class WholeReads(CommonReads):
     def _link(
         self, position: int, metas: tuple[int, ...], thetas: tuple[int, ...], tensors: Collection[Tensor]
     ) -> None:
+        if self.engine.particles is not None:
+            self.engine.particles.enter([*metas, *((position, i) for i in thetas)], tensors)
         with torch.enable_grad():
             self._token = Link.apply(self.engine, position, metas, thetas, self._token, *tensors)
 

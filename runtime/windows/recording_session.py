@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from metaoptim.errors import CaptureError, LossError, WindowError
 
 from ..budget.streaming import Streaming
 from ..engine.engine import Engine, Held
+from ..engine.evolution import Particles
 from ..engine.nodes import gradient_of_loss, stepped
 from ..states.disk import tier_for
 from .networks import Networks
@@ -34,7 +36,8 @@ class RecordedSession(OrdinarySession):
 
     def __init__(self, options: Options) -> None:
         retention = options.retention
-        self.engine = Engine(retention.slots, options.backward_hook, tier=tier_for(retention.offload))
+        slots = retention.slots if options.evolution is None else 1  # of which every run begins
+        self.engine = Engine(slots, options.backward_hook, tier=tier_for(retention.offload))
         # "auto" compiles nothing under a budget: the check would take memory that nobody has planned
         self.engine.later = retention.memory_budget is not None and options.lowering.backend == "auto"
         watch_backward(self.engine)
@@ -43,7 +46,7 @@ class RecordedSession(OrdinarySession):
         super().__init__(options, self.view.recorder, networks)
         self.engine.closed, self.view.grads = self.closed, self._grads
         self._offer, self._join, self._start = self.view.offer, self.view.join, self.view.start
-        if retention.slots is None:
+        if slots is None:
             offloads = retention.offload is not None
             slides = options.forward or options.window is not None
             ledger = self.view.inputs.ledger
@@ -51,6 +54,9 @@ class RecordedSession(OrdinarySession):
         self._looked_at: dict[int, Tensor] = {}  # parameters that steps have read and do not train, by id
         self.opt_state: dict[tuple[int, int, str], int] = {}  # (optimizer, ordinal, name) -> state index
         self.results: dict[tuple[int, int], int] = {}  # (compiled step, number of its result) -> state index
+        if options.evolution is not None:
+            names = partial(_names, self.engine.thetas, self.view.indices, self.opt_state)
+            self.engine.particles = Particles(options.evolution, names)
 
     @property
     def program(self) -> Tape:
@@ -98,14 +104,16 @@ class RecordedSession(OrdinarySession):
         if not steps:
             return None
         own = {self.networks.names[i]: self.networks.originals[i] for i in self.networks.joined}
-        tangents = self.engine.tangents
-        asked = self.engine.vjps > 0 or (tangents is not None and tangents.asked)
+        others = self.engine.tangents, self.engine.particles
+        asked = self.engine.vjps > 0 or any(other is not None and other.asked for other in others)
         ended = Ended(self.options.offline, own, asked, self.engine.reaches, self.view.reads.waiting)
         if not asked:
             ended.unwatch = watch_backward(ended)
         return ended
 
     def _settle(self) -> None:
+        if self.engine.particles is not None:
+            self.engine.particles.close(self.engine)
         if self.engine.tier is not None:
             self.engine.tier.settle()
 
@@ -317,6 +325,15 @@ class RecordedSession(OrdinarySession):
                 end += index == end
                 outputs.append(index)
         return tuple(inputs), tuple(outputs)
+
+
+def _names(
+    thetas: dict[int, int], indices: list[int], states: dict[tuple[int, int, str], int]
+) -> dict[int, Any]:
+    """What entries of the state are, in any window: a parameter's id, or an optimizer's, a parameter's and a name."""
+    own = [thetas.get(index, 0) for index in indices]
+    of_states = {i: (optimizer, own[k] if k >= 0 else -1, name) for (optimizer, k, name), i in states.items()}
+    return {**thetas, **of_states}
 
 
 def _by_optimizer(places: Iterable[Place]) -> dict[InnerOptimizer, list[Place]]:

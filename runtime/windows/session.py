@@ -17,6 +17,7 @@ from metaoptim.compiler.ir.step import Lowering
 from metaoptim.errors import CaptureError, LossError, WindowError
 
 from ..engine.engine import Engine, Held
+from ..engine.evolution import Evolution
 from ..engine.implicit import Implicit
 from .networks import Networks
 from .updates.hyper import COUNT, Scheduled, scheduled
@@ -53,6 +54,7 @@ class Options:
     first_order: bool = False
     forward: bool = False
     implicit: Implicit | None = None  # with ``window=1``: only the last step is kept
+    evolution: Evolution | None = None
 
 
 class Member:
