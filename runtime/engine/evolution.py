@@ -119,20 +119,19 @@ class Particles:
     def __init__(self, evolution: Evolution, name_of: Callable[[], dict[int, Any]]) -> None:
         self.evolution, self._name_of = evolution, name_of
         self.asked = False
-        self._entered: dict[
-            Key, tuple[TensorSpec, int, Tensor | None]
-        ] = {}  # and the id, and the tensor if a leaf
+        # layout, the id of the user's own parameter (0 for a meta-parameter), and the tensor if it is a leaf
+        self._entered: dict[Key, tuple[TensorSpec, int, Tensor | None]] = {}
         self._pairs: list[_Pair] | None = None  # of a persistent window
         self._left: Named = {}  # the unperturbed state that the window before has left, if the pairs go on from theirs
-        self._ends: dict[
-            int, tuple[int, tuple[State, State]]
-        ] = {}  # number of a pair -> position and states there
+        # number of a pair -> a position, and the states of its runs there
+        self._ends: dict[int, tuple[int, tuple[State, State]]] = {}
 
     def enter(self, keys: Iterable[Key], tensors: Iterable[Tensor]) -> None:
         """Tensors enter the tape under keys."""
         for key, t in zip(keys, tensors, strict=True):
             if t.requires_grad:
-                self._entered[key] = tensor_spec(t), id(t), t if t.is_leaf else None
+                own = id(t) if isinstance(key, tuple) else 0
+                self._entered[key] = tensor_spec(t), own, t if t.is_leaf else None
 
     def check(self, metas: list[Tensor]) -> None:
         """Raise for meta-parameters that cannot be perturbed, or not from window to window."""
@@ -269,7 +268,7 @@ class Particles:
 
     def close(self, engine: Engine) -> None:
         """The window has ended: a persistent one leaves its runs to the next."""
-        if not self.evolution.persistent:
+        if not (self.evolution.persistent and engine.program.begun):
             return
         end, left = engine.program.end, list[_Pair]()
         for number, pair in enumerate(self.begin(engine)):

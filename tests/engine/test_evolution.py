@@ -112,44 +112,41 @@ def test_persistent_windows_do_not_truncate() -> None:
 
 
 def test_persistent_runs_go_on_with_their_own_optimizer_state_and_begin_anew_with_the_networks() -> None:
-    """Two windows with one perturbation each are one window, where the perturbation is the same."""
-    eta = torch.tensor(0.05, requires_grad=True)
-
-    def run(parts: Sequence[int], restart: bool) -> list[Tensor]:
-        net = Quadratic()
-        gradient = Evolution(1e-4, 1, torch.Generator().manual_seed(1), persistent=True)
-        inner = metaoptim.MetaAdam([net], lr=eta)
-        found = []
-        for steps in parts:
-            if restart:
-                inner = metaoptim.MetaAdam([net], lr=eta)
-                with torch.no_grad():
-                    net.theta.copy_(START)
-            with SlidingWindow(gradient=gradient):
-                for _ in range(steps):
-                    inner.step(net())
-                (grad,) = torch.autograd.grad(net.theta.sum(), eta)
-            assert gradient._left is not None
-            pair = gradient._left.pairs[0]
-            found += [grad, pair.before[eta]]
-        return found
-
-    first, noise, second, sums = run((2, 3), False)
-    torch.manual_seed(0)
-    exact = []
-    for parts in ((2,), (5,)):
-        net = Quadratic()
-        inner = metaoptim.MetaAdam([net], lr=eta)
-        with SlidingWindow():
-            for _ in range(parts[0]):
+    """To first order f(+) - f(-) = 2σ (ε_1 ∂f/∂η_1 + ε_2 ∂f/∂η_2), of the rates of two windows."""
+    rates = torch.full((2,), 0.05, requires_grad=True)
+    net = Quadratic()
+    with SlidingWindow():
+        inner = metaoptim.MetaAdam([net], lr=rates[0])
+        grads = []
+        for steps, rate in zip((2, 3), rates, strict=True):
+            inner.param_groups[0]["lr"] = rate
+            for _ in range(steps):
+                inner.step(net())
+            grads.append(torch.autograd.grad(net.theta.sum(), rates, retain_graph=True)[0])
+    (alone, _), (of_first, of_second) = grads
+    eta, found = torch.tensor(0.05, requires_grad=True), []
+    gradient = Evolution(1e-5, 1, torch.Generator().manual_seed(1), persistent=True)
+    for restart, steps in ((True, 2), (False, 3), (True, 2)):
+        if restart:
+            net = Quadratic()
+            inner = metaoptim.MetaAdam([net], lr=eta)
+        with SlidingWindow(gradient=gradient):
+            for _ in range(steps):
                 inner.step(net())
             (grad,) = torch.autograd.grad(net.theta.sum(), eta)
-        exact.append(grad)
-    # to first order f(+) - f(-) = 2σ (∂f/∂η_1 ε_1 + ∂f/∂η_2 ε_2), and a step of Adam is nearly one of η each
-    torch.testing.assert_close(first, noise**2 * exact[0], rtol=1e-4, atol=0.0)
-    assert float((second / sums - (sums * exact[1])).abs()) < float((sums * exact[1]).abs()) * 1.5
-    again = run((2, 2), True)
-    torch.testing.assert_close(again[2], again[3] ** 2 * exact[0], rtol=1e-4, atol=0.0)
+        with SlidingWindow(gradient=gradient):
+            net().detach()  # no steps, no matter
+        with pytest.raises(KeyError), SlidingWindow(gradient=gradient):
+            inner.step(net())
+            raise KeyError
+        assert gradient._left is not None
+        found.append((grad, gradient._left.pairs[0].before[eta]))
+    (first, noise), (second, both), (again, fresh) = found
+    torch.testing.assert_close(first, noise**2 * alone, rtol=1e-4, atol=0.0)
+    torch.testing.assert_close(
+        second, both * (noise * of_first + (both - noise) * of_second), rtol=1e-4, atol=0.0
+    )
+    torch.testing.assert_close(again, fresh**2 * alone, rtol=1e-4, atol=0.0)
 
 
 def mlp() -> nn.Sequential:
