@@ -10,7 +10,7 @@ from typing import Any, Literal, NoReturn
 import torch
 from torch import Tensor
 
-from metaoptim.compiler.ir.calls import StepCall
+from metaoptim.compiler.ir.calls import Assign, StepCall
 from metaoptim.compiler.ir.step import Role
 from metaoptim.errors import WindowError, warn
 
@@ -111,17 +111,31 @@ class SolutionSweep(Sweep):
         super().__init__()
         self.implicit = implicit
         self._sums = True  # whether gradients of meta-parameters count
+        self._outside: Vector = {}  # gradients of what no step moves: networks whose optimizers do not step
+        self._untrained: Container[int] = ()
 
     def meta(self, key: Any, grad: Tensor) -> None:
         """Accumulate the gradient of a meta-parameter, where the cotangent is part of the solution."""
         if self._sums:
             super().meta(key, grad)
 
+    def take(self, position: int, found: Iterable[tuple[Role, Any, Tensor]]) -> None:
+        """Gradients have come out of the call at ``position``."""
+        unknown: list[tuple[Role, Any, Tensor]] = []
+        for role, index, grad in found:
+            if role is Role.META or index not in self._untrained:
+                unknown.append((role, index, grad))
+            elif self._sums:
+                self._outside[index] = self._outside[index] + grad if index in self._outside else grad
+        super().take(position, unknown)
+
     def targets(
         self, program: Any, bottom: int, tell: Tell | None = None, untrained: Container[int] = ()
     ) -> Iterator[tuple[int, int]]:
         """The last step, once for each iteration."""
         self.arrive(self.position)
+        self._untrained = untrained
+        self._outside = {i: c for i, c in self.cotangents.items() if i in untrained}
         last = only_step(program, max(bottom, program.start), self.position)
         if last is not None:
             indices = set(program[last].writes)
@@ -130,7 +144,10 @@ class SolutionSweep(Sweep):
             self.implicit.check_state(Role.OPT_STATE in roles)  # of a compiled step
             solve = {"neumann": self._series, "cg": self._conjugate, "nystrom": self._columns}
             yield from solve[self.implicit.solver](program[last], last, given)
-        self.cotangents.clear()  # no gradient goes further back
+        self.cotangents = self._outside  # no other gradient goes further back
+        for position in range(self.position - 1, bottom - 1, -1):
+            if isinstance(call := program[position], Assign):
+                self._assigned(call, position, untrained)
         self.position = bottom
 
     def _through(
