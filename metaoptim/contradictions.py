@@ -50,7 +50,10 @@ _WITHOUT: dict[Any, tuple[str, dict[str, str]]] = {
     Implicit: ("an implicit gradient", _NOTHING_KEPT | _TAPE | {"window": "is that of the last step alone"}),
     Evolution: (
         "an evolution gradient",
-        _NOTHING_KEPT | _TAPE | _NO_COTANGENTS | {"window": "is one of whole runs"},
+        _NOTHING_KEPT
+        | _TAPE
+        | _NO_COTANGENTS
+        | {"window": "is one of whole runs", "hvp": "takes no derivative of a step"},
     ),
 }
 

@@ -222,19 +222,21 @@ class Particles:
         }
         names, begun = self._name_of(), dict(pair.begun[which])
 
+        first: dict[int, int] = {}  # state index of a parameter that is perturbed -> where it has entered
+        for key in shift:
+            if isinstance(key, tuple):
+                first.setdefault(key[1], key[0])
+
         def value(position: int, index: int, given: Tensor) -> Tensor:
             """What is in the place of an entry that is set to ``given``."""
+            if index in engine.untrained:  # written into, it is the leaf it was
+                position = first.get(index, position)
             if (position, index) in shift:
                 return given + shift[position, index]
             own = begun.pop(names.get(index), None)
             return given if own is None or not torch.equal(given, self._left[names[index]]) else own
 
-        at = {
-            index: position
-            for position, index in (k for k in shift if isinstance(k, tuple))
-            if position < base
-        }
-        state = [value(at.get(i, base), i, t) for i, t in enumerate(engine.store[base])]
+        state = [value(first.get(i, base), i, t) for i, t in enumerate(engine.store[base])]
         yield base, state, None
         passed: dict[int, State] = {}
         for position in range(base, top):

@@ -118,6 +118,8 @@ def test_several_optimizers_with_a_trunk_and_a_network_that_none_steps() -> None
         other = metaoptim.MetaSGD([meta], lr=0.1)  # which does not step
         with SlidingWindow(**way):
             for _ in range(4):
+                with torch.no_grad():
+                    meta.bias.mul_(1.5)  # no history cut: no step moves it
                 hidden = torch.tanh(trunk(X))
                 loss, fit = meta(actor(hidden)).square().mean(), F.mse_loss(critic(hidden.detach()), Y)
                 first.step(loss)
