@@ -6,13 +6,43 @@ through the very graph that reverse mode runs: what that differentiates, and how
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..ir.step import FlatGraph, StepGraph
 from .flat import default_dtype
+from .graphs import copied
+
+aten = torch.ops.aten
+
+
+def transposable(vjp: FlatGraph) -> FlatGraph:
+    """The graph of a VJP with operators that autograd knows, for those that it meets above itself only, as parts."""
+    if not any(node.target in _PARTS for node in vjp.graph.nodes):
+        return vjp
+    graph = copied(vjp.graph)
+    for node in graph.nodes:
+        node.target = _PARTS.get(node.target, node.target)
+    return FlatGraph(graph, vjp.constants)
+
+
+def _silu_backward(grad: Tensor, x: Tensor) -> Tensor:
+    s = x.sigmoid()
+    return grad * s * (1 + x * (1 - s))
+
+
+def _mish_backward(grad: Tensor, x: Tensor) -> Tensor:
+    t = torch.nn.functional.softplus(x).tanh()
+    return grad * (t + x * x.sigmoid() * (1 - t * t))
+
+
+_PARTS: dict[Any, Callable[..., Tensor]] = {
+    aten.silu_backward.default: _silu_backward,
+    aten.mish_backward.default: _mish_backward,
+}
 
 
 def pushed_forward(
@@ -22,7 +52,7 @@ def pushed_forward(
 
     Args:
         step: not ``hooked`` or ``opaque``: the user's Python need not be linear in a cotangent.
-        vjp: its graph.
+        vjp: its graph, made `transposable`.
         inputs: of the step.
         directions: for each, by number of an input, what that changes by; nothing for no change.
 

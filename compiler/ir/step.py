@@ -222,6 +222,7 @@ class Derived:
 
     replay: FlatGraph | None = None
     vjp: dict[str, FlatGraph] = field(default_factory=lambda: {})
+    transposable: dict[str, FlatGraph] = field(default_factory=lambda: {})
     splits: dict[str, Split | None] = field(default_factory=lambda: {})  # None where it cannot be
     loss: StepGraph | None = None  # its loss alone
     lowered: dict[tuple[str, Lowering], Lowered] = field(default_factory=lambda: {})

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 
 from metaoptim.errors import CaptureError
 
 from ..derive.flat import default_dtype
+from ..derive.forward import pushed_forward, transposable, zero_cotangents
 from ..derive.graphs import peak_bytes
 from ..derive.mixed import NotMixed, mixed_vjp_graph, why_not_mixed
 from ..derive.residuals import split
@@ -201,6 +202,17 @@ def derived(step: StepGraph, hvp: str, example: Sequence[Tensor] | None = None) 
             step.derivatives[hvp] = f"mixed, {readable_bytes(peak_bytes(found.graph))} alive"
         step.derived.vjp[hvp] = found
     return found
+
+
+def pushed(
+    step: StepGraph, hvp: str, inputs: Sequence[Tensor], directions: Sequence[Mapping[int, Tensor]]
+) -> list[dict[int, Tensor]]:
+    """`pushed_forward` through a step, by the VJP that the mode ``hvp`` gives it."""
+    graph = step.derived.transposable.get(hvp)
+    if graph is None:
+        example = [*inputs, *zero_cotangents(step)] if step.dynamic else None
+        graph = step.derived.transposable[hvp] = transposable(derived(step, hvp, example))
+    return pushed_forward(step, graph, inputs, directions)
 
 
 def _chosen(step: StepGraph, hvp: str, reverse: FlatGraph) -> FlatGraph:

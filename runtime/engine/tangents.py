@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from metaoptim.compiler.compat import disable_current_modes
-from metaoptim.compiler.derive.forward import pushed_forward, zero_cotangents
 from metaoptim.compiler.ir.calls import Assign, StepCall
 from metaoptim.compiler.ir.step import Role
 from metaoptim.compiler.lower.ambient import unaffected
-from metaoptim.compiler.lower.derivatives import derived
-from metaoptim.errors import CaptureError, WindowError
+from metaoptim.compiler.lower.derivatives import pushed
+from metaoptim.errors import CaptureError, MetaOptimError, WindowError
 
 from ..states.slots import State
 from .engine import Engine
@@ -134,11 +133,9 @@ def _pushed(engine: Engine, call: StepCall, base: State, given: list[Vector]) ->
     step = call.step
     with disable_current_modes(), unaffected():
         inputs = [t.detach() for t in engine.operands(call, engine.state, base, engine.position)]
-        example = [*inputs, *zero_cotangents(step)] if step.dynamic else None
-        graph = derived(step, call.lowering.hvp, example)
         try:
-            return pushed_forward(step, graph, inputs, given)
-        except torch.OutOfMemoryError:
+            return pushed(step, call.lowering.hvp, inputs, given)
+        except (MetaOptimError, torch.OutOfMemoryError):
             raise
         except RuntimeError as error:
             raise CaptureError(

@@ -138,7 +138,7 @@ def test_operators(kind: str) -> None:
         data = torch.randn(4, 6, 8, generator=torch.Generator().manual_seed(3))
         net: nn.Module = {
             "convolution": lambda: nn.Sequential(
-                nn.Conv1d(6, 4, 3), nn.BatchNorm1d(4), nn.ReLU(), nn.Dropout(0.2), nn.MaxPool1d(2)
+                nn.Conv1d(6, 4, 3), nn.BatchNorm1d(4), nn.SiLU(), nn.Mish(), nn.Dropout(0.2), nn.MaxPool1d(2)
             ),
             "recurrent": lambda: nn.GRU(8, 3, batch_first=True),
             "mask": lambda: nn.Linear(8, 3),
