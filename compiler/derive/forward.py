@@ -20,13 +20,17 @@ aten = torch.ops.aten
 
 
 def transposable(vjp: FlatGraph) -> FlatGraph:
-    """The graph of a VJP with operators that autograd knows, for those that it meets above itself only, as parts."""
-    if not any(node.target in _PARTS for node in vjp.graph.nodes):
+    """The graph of a VJP with others in the place of operators that autograd cannot differentiate as they are."""
+    if not any(node.target in _INSTEAD for node in vjp.graph.nodes):
         return vjp
     graph = copied(vjp.graph)
     for node in graph.nodes:
-        node.target = _PARTS.get(node.target, node.target)
+        node.target = _INSTEAD.get(node.target, node.target)
     return FlatGraph(graph, vjp.constants)
+
+
+def _copy(x: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    return torch.empty_like(x).copy_(source)  # which autograd knows in place only
 
 
 def _silu_backward(grad: Tensor, x: Tensor) -> Tensor:
@@ -39,7 +43,8 @@ def _mish_backward(grad: Tensor, x: Tensor) -> Tensor:
     return grad * (t + x * x.sigmoid() * (1 - t * t))
 
 
-_PARTS: dict[Any, Callable[..., Tensor]] = {
+_INSTEAD: dict[Any, Callable[..., Tensor]] = {
+    aten.copy.default: _copy,
     aten.silu_backward.default: _silu_backward,
     aten.mish_backward.default: _mish_backward,
 }

@@ -131,7 +131,7 @@ def test_several_optimizers_with_a_trunk_and_a_network_that_none_steps() -> None
     both(run)
 
 
-@pytest.mark.parametrize("kind", ["convolution", "recurrent", "attention", "mask"])
+@pytest.mark.parametrize("kind", ["convolution", "recurrent", "attention", "mask", "spectrum"])
 def test_operators(kind: str) -> None:
     def run(way: Way) -> list[Tensor | None]:
         torch.manual_seed(3)
@@ -142,6 +142,7 @@ def test_operators(kind: str) -> None:
             ),
             "recurrent": lambda: nn.GRU(8, 3, batch_first=True),
             "mask": lambda: nn.Linear(8, 3),
+            "spectrum": lambda: nn.Linear(8, 6),
             "attention": lambda: nn.TransformerEncoderLayer(8, 2, 8, dropout=0.1, batch_first=True),
         }[kind]()
         net.requires_grad_(True)
@@ -149,6 +150,8 @@ def test_operators(kind: str) -> None:
 
         def output(x: Tensor) -> Tensor:
             out = net(x)
+            if kind == "spectrum":
+                return torch.fft.rfft(out).abs()
             return out[0] if kind == "recurrent" else out[out > 0] if kind == "mask" else out
 
         inner = metaoptim.MetaAdam([net], lr=raw.exp(), betas=(0.9, 0.99))
