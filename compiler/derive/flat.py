@@ -95,9 +95,9 @@ class Traced(NamedTuple):
 
 
 def flat_graph(
-    fn: Callable[..., tuple],
+    fn: Callable[..., tuple[Any, ...]],
     inputs: Sequence[Tensor],
-    instead: Mapping[Any, Callable] = _NONE,
+    instead: Mapping[Any, Callable[..., Any]] = _NONE,
     real: bool = False,
     marks: Mapping[str, Any] = _NONE,
 ) -> Traced:

@@ -179,7 +179,6 @@ def test_residuals_are_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         if found is not None:
             node = next(n for n in found.backward.graph.nodes if n.target is torch.ops.aten.mul.Tensor)
             node.target = torch.ops.aten.add.Tensor
-            found.backward.module.recompile()
         return found
 
     monkeypatch.setattr(derivatives, "split", corrupted)

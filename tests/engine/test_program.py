@@ -220,7 +220,7 @@ def test_corrupting_a_derivative_changes_the_gradient(form: str) -> None:
     assert len(nodes) >= 20
     lowered = [key for key in step.derived.lowered if key[0] == "vjp"]
     for node in corruptions(graph.graph, nodes):
-        graph.module.recompile()
+        vars(graph).pop("program", None)  # its code
         for key in lowered:
             step.derived.lowered.pop(key, None)
         assert differ(honest, torch.autograd.grad(total, own, retain_graph=True)), node
