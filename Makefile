@@ -1,6 +1,6 @@
 # Everything is installed into .venv; a stamp file per extra keeps repeated runs from installing again.
 .NOTPARALLEL:
-.PHONY: help demo demo-long demo-rl demo-learned test lint format bench bench-peers peers gpu-check clean distclean
+.PHONY: help demo demo-long demo-rl demo-learned demo-lola test lint format bench bench-peers peers gpu-check clean distclean
 
 PYTHON ?= python3
 JOBS ?= 2
@@ -20,6 +20,7 @@ help:
 	@echo "make demo-long  learn example weights through 2,000 training steps (minutes), and draw what was learnt"
 	@echo "make demo-rl    learn gamma and lambda while an agent learns CartPole (minutes), and draw pictures"
 	@echo "make demo-learned  train an optimizer through training runs (minutes), and set it against Adam"
+	@echo "make demo-lola  two players who see that the other one learns find tit-for-tat (a minute)"
 	@echo "make test       run the whole test suite   (ARGS='-k window -x', JOBS=4, TORCH=2.14.1)"
 	@echo "make lint       ruff and pyright           (make format: let ruff fix and format)"
 	@echo "make bench      run every benchmarks/bench_*.py"
@@ -36,6 +37,9 @@ demo-rl: $(VENV)/.examples
 
 demo-learned: $(VENV)/.examples
 	$(THREADS) $(BIN)/python examples/learned-optimizer/learned-optimizer.py $(ARGS)
+
+demo-lola: $(VENV)/.examples
+	$(THREADS) $(BIN)/python examples/lola/lola.py $(ARGS)
 
 demo-long: $(VENV)/.examples
 	$(BIN)/python examples/long-horizon/learn-weights.py --preset demo $(ARGS)
