@@ -1,8 +1,8 @@
 """Players who reckon with the other one's learning (LOLA) find tit-for-tat; naive learners defect.
 
 Two players learn policies for the iterated prisoner's dilemma, by gradients of their exact values. A naive learner
-takes the other player as she is. A LOLA learner (Foerster et al. 2018, arXiv 1709.04326) maximizes what she gets after the
-other player's next learning step, and differentiates through that step.
+takes the other player as she is. A LOLA learner (Foerster et al. 2018, arXiv 1709.04326) maximizes what she gets after
+the other player's next learning step, and differentiates through that step.
 
     python lola.py                      # a minute on one core
     python lola.py --lookahead 2        # through two learning steps of the other player
