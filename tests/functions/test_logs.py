@@ -254,3 +254,23 @@ def test_a_terminal_is_told_what_takes_long_while_it_does(
     with compile_graph.waiting("nothing that takes long"):
         pass
     assert "nothing" not in stderr.getvalue()
+
+
+def test_a_progress_bar_of_the_user_makes_nothing_compile_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.fx runs graphs under bars of tqdm, among them the step of an optimizer of torch while it is captured."""
+    tqdm = pytest.importorskip("tqdm")
+    net = torch.nn.Linear(7, 3)
+    x = torch.linspace(-1, 1, 14).view(2, 7)
+
+    @metaoptim.compile(backend="eager")
+    def loss(rate: Tensor) -> Tensor:
+        inner = metaoptim.MetaAdamW([net], lr=rate, amsgrad=True)
+        with metaoptim.SlidingWindow(offline=True):
+            inner.step(net(x).square().mean())
+            return net(x).square().mean()
+
+    rate = torch.tensor(0.1, requires_grad=True)
+    loss(rate)
+    monkeypatch.setattr(tqdm.tqdm, "monitor_interval", 0)  # each bar shown changes what is kept there
+    loss(rate)
+    assert sum(map(len, loss._specializations.known.values())) == 1
