@@ -1,6 +1,6 @@
 # Everything is installed into .venv; a stamp file per extra keeps repeated runs from installing again.
 .NOTPARALLEL:
-.PHONY: help demo demo-long demo-rl demo-learned demo-lola test lint format bench bench-peers peers gpu-check clean distclean
+.PHONY: help demo demo-long demo-rl demo-learned demo-lola demo-gpt test lint format bench bench-peers peers gpu-check clean distclean
 
 PYTHON ?= python3
 JOBS ?= 2
@@ -21,6 +21,7 @@ help:
 	@echo "make demo-rl    learn gamma and lambda while an agent learns CartPole (minutes), and draw pictures"
 	@echo "make demo-learned  train an optimizer through training runs (minutes), and set it against Adam"
 	@echo "make demo-lola  two players who see that the other one learns find tit-for-tat (a minute)"
+	@echo "make demo-gpt   learn a small GPT's learning rates (minutes), and set them against the best cosine"
 	@echo "make test       run the whole test suite   (ARGS='-k window -x', JOBS=4, TORCH=2.14.1)"
 	@echo "make lint       ruff and pyright           (make format: let ruff fix and format)"
 	@echo "make bench      run every benchmarks/bench_*.py"
@@ -40,6 +41,9 @@ demo-learned: $(VENV)/.examples
 
 demo-lola: $(VENV)/.examples
 	$(THREADS) $(BIN)/python examples/lola/lola.py $(ARGS)
+
+demo-gpt: $(VENV)/.examples
+	$(THREADS) $(BIN)/python examples/gpt-schedule/gpt-schedule.py $(ARGS)
 
 demo-long: $(VENV)/.examples
 	$(BIN)/python examples/long-horizon/learn-weights.py --preset demo $(ARGS)
