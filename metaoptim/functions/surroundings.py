@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from ..optim.optimizer import MetaOptimizer
 
 _LIBRARIES = {*sys.stdlib_module_names, "typing_extensions", "torch", "numpy", "metaoptim"} - {"__main__"}
-_LIBRARIES.add("tqdm")  # torch runs graphs under its bars, and each bar that a user shows changes what they read
+_LIBRARIES.add(
+    "tqdm"
+)  # torch runs graphs under its bars, and each bar that a user shows changes what they read
 
 
 def is_library(module: str | None) -> bool:
