@@ -16,10 +16,9 @@ from torch import Tensor, nn
 
 from ..optim.optimizer import MetaOptimizer
 
-_LIBRARIES = {*sys.stdlib_module_names, "typing_extensions", "torch", "numpy", "metaoptim"} - {"__main__"}
-_LIBRARIES.add(
-    "tqdm"
-)  # torch runs graphs under its bars, and each bar that a user shows changes what they read
+# tqdm: torch runs graphs under its bars, and each bar that a user shows changes what they read
+_LIBRARIES = {*sys.stdlib_module_names, "typing_extensions", "torch", "numpy", "tqdm", "metaoptim"}
+_LIBRARIES.discard("__main__")
 
 
 def is_library(module: str | None) -> bool:
