@@ -1,6 +1,6 @@
 # Everything is installed into .venv; a stamp file per extra keeps repeated runs from installing again.
 .NOTPARALLEL:
-.PHONY: help demo demo-long demo-rl demo-learned demo-lola demo-gpt test lint format bench bench-peers peers gpu-check clean distclean
+.PHONY: help demo demo-long demo-rl demo-learned demo-lola demo-gpt demo-reweighting demo-distillation demo-imaml test lint format bench bench-peers peers gpu-check clean distclean
 
 PYTHON ?= python3
 JOBS ?= 2
@@ -22,6 +22,9 @@ help:
 	@echo "make demo-learned  train an optimizer through training runs (minutes), and set it against Adam"
 	@echo "make demo-lola  two players who see that the other one learns find tit-for-tat (a minute)"
 	@echo "make demo-gpt   learn a small GPT's learning rates (minutes), and set them against the best cosine"
+	@echo "make demo-reweighting  learn weights that find bad sources of labels (minutes), and set them against plain training"
+	@echo "make demo-distillation  distil 1,200 digits into ten images (minutes), and train new networks on these"
+	@echo "make demo-imaml  implicit MAML beside MAML: accuracy, time and memory (minutes)"
 	@echo "make test       run the whole test suite   (ARGS='-k window -x', JOBS=4, TORCH=2.14.1)"
 	@echo "make lint       ruff and pyright           (make format: let ruff fix and format)"
 	@echo "make bench      run every benchmarks/bench_*.py"
@@ -44,6 +47,15 @@ demo-lola: $(VENV)/.examples
 
 demo-gpt: $(VENV)/.examples
 	$(THREADS) $(BIN)/python examples/gpt-schedule/gpt-schedule.py $(ARGS)
+
+demo-reweighting: $(VENV)/.examples
+	$(THREADS) $(BIN)/python examples/reweighting/reweighting.py $(ARGS)
+
+demo-distillation: $(VENV)/.examples
+	$(THREADS) $(BIN)/python examples/distillation/distillation.py $(ARGS)
+
+demo-imaml: $(VENV)/.examples
+	$(THREADS) $(BIN)/python examples/few-shot/imaml.py $(ARGS)
 
 demo-long: $(VENV)/.examples
 	$(BIN)/python examples/long-horizon/learn-weights.py --preset demo $(ARGS)

@@ -6,6 +6,7 @@ import os
 import pathlib
 import textwrap
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib
 
@@ -169,6 +170,38 @@ def plot_episodes(
                         color="#ff9d85",
                         path_effects=[patheffects.withStroke(linewidth=2.5, foreground="#1c1c1c")],
                     )
+    _save(figure, path)
+
+
+def plot_methods(
+    found: dict[tuple[str, int], dict[str, Any]], chance: float, path: str | os.PathLike
+) -> None:
+    """Draws what ways to a meta-gradient reach and cost, against the inner steps.
+
+    Args:
+        found: method and T -> `accuracy` and `seconds` (lists, one entry for each seed) and `bytes`.
+        chance: accuracy of a guess.
+        path: where to write the picture.
+    """
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.6), dpi=90, layout="constrained")
+    names = list(dict.fromkeys(name for name, _ in found))
+    for name, colour, marker in zip(names, (_AFTER, _GREY, _BEFORE), "os^"):
+        of = {steps: values for (key, steps), values in found.items() if key == name}
+        horizons = list(of)
+        scores = 100 * np.array([values["accuracy"] for values in of.values()])
+        error = scores.std(1, ddof=1) / scores.shape[1] ** 0.5 if scores.shape[1] > 1 else 0
+        left.errorbar(horizons, scores.mean(1), error, fmt=f"{marker}-", color=colour, label=name, capsize=3)
+        seconds = [1e3 * np.mean(values["seconds"]) for values in of.values()]
+        middle.plot(horizons, seconds, f"{marker}-", color=colour)
+        right.plot(horizons, [values["bytes"] / 2**20 for values in of.values()], f"{marker}-", color=colour)
+    left.axhline(100 * chance, color=_GREY, ls="--", lw=1.2)
+    left.set(ylabel="query accuracy, held-out alphabets (%)")
+    middle.set(ylabel="processor time per outer step (ms)", ylim=(0, None))
+    right.set(ylabel="peak memory of a task (MiB)", ylim=(0, None))
+    left.legend(frameon=False, fontsize=8)
+    for axes in (left, middle, right):
+        axes.set(xlabel="T, inner steps")
+        axes.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
 
 
