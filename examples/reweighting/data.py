@@ -49,7 +49,13 @@ def digits_of_sources(many: int, trusted: int, bad: int, noise: str, seed: int) 
     digits = load_digits()
     images = torch.tensor(digits.data / 16, dtype=torch.float32)
     x, labels = images - images.mean(0), torch.tensor(digits.target)
-    if many < SOURCES or trusted < CLASSES or trusted % CLASSES or many + trusted >= len(x) or not 0 < bad < SOURCES:
+    if (
+        many < SOURCES
+        or trusted < CLASSES
+        or trusted % CLASSES
+        or many + trusted >= len(x)
+        or not 0 < bad < SOURCES
+    ):
         raise ValueError(
             f"got {many} noisy and {trusted} trusted images and {bad} bad sources, expected at least {SOURCES} noisy "
             f"ones, a multiple of {CLASSES} trusted ones, fewer than {len(x)} in all, so that some are left to test "

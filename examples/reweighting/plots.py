@@ -46,7 +46,9 @@ def plot_weights(
         colour = _WRONG if name.startswith("learnt") else _RIGHT
         right.plot(values, np.full(len(values), row), "o", ms=4, color=colour, alpha=0.4, mew=0)
         right.plot(values.mean(), row, "|", ms=16, mew=2.2, color=colour)
-    right.set_yticks(range(len(names)), [n.replace(" that agree with a", "\nthat agree with a") for n in names])
+    right.set_yticks(
+        range(len(names)), [n.replace(" that agree with a", "\nthat agree with a") for n in names]
+    )
     right.tick_params(axis="y", labelsize=8)
     right.grid(axis="x", color="#e3e3e3", lw=0.8)
     right.set(xlabel="test accuracy (%), each split and the mean", title="networks trained anew")

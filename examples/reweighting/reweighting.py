@@ -33,12 +33,18 @@ from training import Setting, accuracy, batches, fit, network, reset, train, wei
 HERE = pathlib.Path(__file__).resolve().parent
 PRESETS = {
     # A few minutes on one core.
-    "demo": dict(seeds=10, tuning=3, iterations=40, steps=150, rates=(3e-3, 1e-2, 2e-2), lengths=(50, 150, 400)),
+    "demo": dict(
+        seeds=10, tuning=3, iterations=40, steps=150, rates=(3e-3, 1e-2, 2e-2), lengths=(50, 150, 400)
+    ),
     # Seconds: to see that everything runs.
     "quick": dict(seeds=1, tuning=1, iterations=10, steps=25, rates=(1e-2,), lengths=(60,)),
 }
 TUNING = 1_000  # the first seed of the splits that settings are chosen on
-OURS, KNOWN, CEILING = "learnt weights", "bad sources left out (if one knew them)", "right labels (the ceiling)"
+OURS, KNOWN, CEILING = (
+    "learnt weights",
+    "bad sources left out (if one knew them)",
+    "right labels (the ceiling)",
+)
 PLAIN = ("noisy labels alone", "trusted images alone", "both", "noisy, then trusted")
 AGREED = "sources that agree with a network trained on trusted images"
 
@@ -51,8 +57,17 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="demo", help="defaults for what is not given (default: demo)")
     add("--noise", choices=NOISES, default="shifted", help="what bad sources do (default: shifted)")
-    add("--bad", type=int, help="bad sources of the twenty (default: so many that 40%% of the labels are wrong)")
-    add("--weights", choices=("source", "example"), default="source", help="what has a weight (default: source)")
+    add(
+        "--bad",
+        type=int,
+        help="bad sources of the twenty (default: so many that 40%% of the labels are wrong)",
+    )
+    add(
+        "--weights",
+        choices=("source", "example"),
+        default="source",
+        help="what has a weight (default: source)",
+    )
     add("--many", type=int, default=1000, help="images with noisy labels (default: 1000)")
     add("--trusted", type=int, default=50, help="images with right labels (default: 50)")
     add("--seeds", type=int, help="splits of the data, each with sources of its own")
@@ -111,9 +126,9 @@ def agreeing(digits: Digits, seed: int) -> Tensor:
 
 def known(digits: Digits) -> Tensor:
     """Returns weights of 1 for sources whose labels are right, which nobody knows."""
-    return torch.stack([(digits.y == digits.clean)[digits.source == s].all() for s in range(SOURCES)]).float()[
-        digits.source
-    ]
+    return torch.stack(
+        [(digits.y == digits.clean)[digits.source == s].all() for s in range(SOURCES)]
+    ).float()[digits.source]
 
 
 Fit = Callable[[Setting], float]  # test accuracy of a setting
@@ -168,7 +183,9 @@ def tuned(args: argparse.Namespace, learner: Learner, bar: tqdm) -> dict[str, Se
         splits.append((digits, learner(digits, seed, bar)[0], seed))
     best: dict[str, Setting] = {}
     for kind, settings in choices.items():
-        by_split = [kinds(*split, best.get(PLAIN[0]))[kind] for split in splits]
+        by_split = [
+            kinds(digits, weights, seed, best.get(PLAIN[0]))[kind] for digits, weights, seed in splits
+        ]
         scores = {s: sum(test(s) for test in by_split) for s in settings}
         best[kind] = max(scores, key=lambda s: scores[s])
     return best
@@ -200,7 +217,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         f"{args.seeds} splits (standard error)"
     )
     for kind, values in scores.items():
-        print(f"  {kind:60} {values.mean():6.1%}  ({_error(values):.1%})   {best[kind]}")
+        print(f"  {kind:60} {values.mean():6.1%}  ({_error(values):.1%})   {best[kind].text()}")
     plain = max(PLAIN, key=lambda kind: float(scores[kind].mean()))
     shares = {}
     for start in dict.fromkeys((PLAIN[0], plain)):

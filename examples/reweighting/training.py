@@ -21,6 +21,11 @@ class Setting(NamedTuple):
     steps: int
     trusted: float = 0.0
 
+    def text(self) -> str:
+        """Returns it in words."""
+        trusted = f", trusted {self.trusted}" if self.trusted else ""
+        return f"rate {self.rate:g}, {self.steps} steps{trusted}"
+
 
 def network(seed: int) -> nn.Sequential:
     """Returns the network, 64-64-10, as `reset` leaves it."""
@@ -53,7 +58,9 @@ def weights_of(logits: Tensor) -> Tensor:
     return 2 * logits.sigmoid()
 
 
-def train(net: nn.Sequential, logits: Tensor, group: Tensor, digits: Digits, rows: Tensor, rate: float) -> Tensor:
+def train(
+    net: nn.Sequential, logits: Tensor, group: Tensor, digits: Digits, rows: Tensor, rate: float
+) -> Tensor:
     """Trains a network on the noisy labels inside a window; after the window it is as it was before.
 
     Args:
