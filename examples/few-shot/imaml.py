@@ -16,6 +16,7 @@ import argparse
 import math
 import pathlib
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -32,7 +33,7 @@ from plots import plot_methods
 HERE = pathlib.Path(__file__).resolve().parent
 PRESETS = {
     # Some minutes on one core.
-    "demo": dict(steps=(5, 20), seeds=3, iterations=200, tasks=4, test_episodes=200),
+    "demo": dict(steps=(5, 15), seeds=3, iterations=100, tasks=2, test_episodes=150),
     # Seconds: to see that everything runs.
     "quick": dict(steps=(4,), seeds=1, iterations=12, tasks=2, test_episodes=20),
 }
@@ -53,8 +54,8 @@ class Method(NamedTuple):
 
 
 METHODS = {
-    "MAML": Method(0.1, 0.0, "exact"),
-    "first-order MAML": Method(0.1, 0.0, "first_order"),
+    "MAML": Method(0.3, 0.0, "exact"),
+    "first-order MAML": Method(0.3, 0.0, "first_order"),
     # As in the paper's few-shot experiments: λ = 2, and five iterations of conjugate gradients.
     "implicit MAML": Method(0.1, 2.0, metaoptim.Implicit("cg", iterations=5, tolerance=0.1, converged=0.1)),
 }
@@ -88,11 +89,17 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def network(ways: int) -> nn.Sequential:
     """Returns a small smooth network: where the loss has kinks, its solutions have no implicit derivative."""
     return nn.Sequential(
-        nn.AvgPool2d(2), nn.Flatten(), nn.Linear(196, 128), nn.Tanh(), nn.Linear(128, 64), nn.Tanh(), nn.Linear(64, ways)
+        nn.AvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(196, 128),
+        nn.Tanh(),
+        nn.Linear(128, 64),
+        nn.Tanh(),
+        nn.Linear(64, ways),
     )
 
 
-def inner_loss(net: nn.Module, start: list[Tensor], episode: Episode, pull: float) -> Tensor:
+def inner_loss(net: nn.Module, start: Sequence[Tensor], episode: Episode, pull: float) -> Tensor:
     """Returns the loss on the support images, with the pull towards `start`."""
     loss = F.cross_entropy(net(episode.x_spt), episode.y_spt)
     if pull:
@@ -166,30 +173,32 @@ def main(argv: list[str] | None = None) -> dict[tuple[str, int], dict[str, Any]]
     with tqdm(total=total, desc="outer steps", unit="it", disable=None) as bar:
         for steps in args.steps:
             for name, method in METHODS.items():
-                of = found[name, steps] = {"accuracy": [], "before": [], "seconds": []}
+                of = found[name, steps] = {"accuracy": [], "before": [], "milliseconds": []}
                 for seed in range(args.seeds):
                     torch.manual_seed(seed)
                     net = network(args.ways)
                     held_out = [EpisodeSampler(test_set, *shape, seed=1000 + seed) for _ in range(2)]
                     of["before"].append(test(net, held_out[0], method, steps, args.test_episodes))
                     sampler = EpisodeSampler(train_set, *shape, seed=seed)
-                    of["seconds"].append(meta_train(net, sampler, method, steps, args, bar))
+                    of["milliseconds"].append(1e3 * meta_train(net, sampler, method, steps, args, bar))
                     of["accuracy"].append(test(net, held_out[1], method, steps, args.test_episodes))
-                _, _, report = adapt(net, sampler.draw(), method, steps, explain=True)
-                of["states"], of["bytes"] = report.kept_states, report.predicted_peak_bytes
+                    _, _, report = adapt(net, sampler.draw(), method, steps, explain=True)
+                    of["states"], of["bytes"] = report.kept_states, report.predicted_peak_bytes
 
     print(
         f"query accuracy on held-out alphabets, {args.ways}-way {args.shots}-shot, after {args.iterations} outer steps "
         f"of {args.tasks} episodes; {args.seeds} seeds"
     )
-    print(f"  {'':18} {'T':>3}  before meta-training  after (standard error)  ms per outer step  states kept   peak")
+    print(
+        f"  {'':18} {'T':>3}  before meta-training  after (standard error)  ms per outer step  states kept   peak"
+    )
     for (name, steps), of in found.items():
         values = torch.tensor(of["accuracy"], dtype=torch.float64)
         error = float(values.std() / len(values) ** 0.5) if len(values) > 1 else float("nan")
-        before = sum(of["before"]) / len(of["before"])
+        before, milliseconds = (sum(of[key]) / args.seeds for key in ("before", "milliseconds"))
         print(
             f"  {name:18} {steps:>3}  {before:>20.1%}  {values.mean():>12.1%}  ({error:.1%})  "
-            f"{1e3 * sum(of['seconds']) / len(of['seconds']):>18.0f}  {of['states']:>11}  {of['bytes'] / 2**20:4.1f} MiB"
+            f"{milliseconds:>18.0f}  {of['states']:>11}  {of['bytes'] / 2**20:4.1f} MiB"
         )
     args.out.mkdir(parents=True, exist_ok=True)
     plot_methods(found, 1 / args.ways, args.out / "imaml.png")

@@ -179,7 +179,7 @@ def plot_methods(
     """Draws what ways to a meta-gradient reach and cost, against the inner steps.
 
     Args:
-        found: method and T -> `accuracy` and `seconds` (lists, one entry for each seed) and `bytes`.
+        found: method and T -> `accuracy` and `milliseconds` (lists, one entry for each seed) and `bytes`.
         chance: accuracy of a guess.
         path: where to write the picture.
     """
@@ -191,8 +191,8 @@ def plot_methods(
         scores = 100 * np.array([values["accuracy"] for values in of.values()])
         error = scores.std(1, ddof=1) / scores.shape[1] ** 0.5 if scores.shape[1] > 1 else 0
         left.errorbar(horizons, scores.mean(1), error, fmt=f"{marker}-", color=colour, label=name, capsize=3)
-        seconds = [1e3 * np.mean(values["seconds"]) for values in of.values()]
-        middle.plot(horizons, seconds, f"{marker}-", color=colour)
+        times = [np.mean(values["milliseconds"]) for values in of.values()]
+        middle.plot(horizons, times, f"{marker}-", color=colour)
         right.plot(horizons, [values["bytes"] / 2**20 for values in of.values()], f"{marker}-", color=colour)
     left.axhline(100 * chance, color=_GREY, ls="--", lw=1.2)
     left.set(ylabel="query accuracy, held-out alphabets (%)")

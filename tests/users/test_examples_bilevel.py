@@ -17,7 +17,9 @@ import metaoptim
 Load = Callable[[str, str], ModuleType]
 
 
-def adamw(net: nn.Module, losses: list[Callable[[dict[str, Tensor]], Tensor]], rate: float, decay: float) -> dict:
+def adamw(
+    net: nn.Module, losses: list[Callable[[dict[str, Tensor]], Tensor]], rate: float, decay: float
+) -> dict:
     """The parameters after a step for each loss, on autograd's tape."""
     theta = {n: p.detach().clone().requires_grad_() for n, p in net.named_parameters()}
     first, second = ({n: torch.zeros_like(p) for n, p in theta.items()} for _ in range(2))
@@ -58,7 +60,8 @@ def test_the_gradient_of_the_weights_is_that_of_the_full_tape(example: Load, for
     def step(i: Tensor) -> Callable[[dict[str, Tensor]], Tensor]:
         weights = 2 * logits.sigmoid()[group[i]]
         return lambda theta: (
-            weights * F.cross_entropy(functional_call(net, theta, (digits.x[i],)), digits.y[i], reduction="none")
+            weights
+            * F.cross_entropy(functional_call(net, theta, (digits.x[i],)), digits.y[i], reduction="none")
         ).mean()
 
     theta = adamw(net, [step(i) for i in rows], 0.02, 0.1)
@@ -140,7 +143,11 @@ def test_the_implicit_gradient_is_that_through_a_converged_loop(example: Load) -
     g = torch.Generator().manual_seed(0)
     labels = torch.arange(3)
     episode = episodes.Episode(
-        torch.rand(3, 1, 28, 28, generator=g), labels, torch.rand(3, 1, 28, 28, generator=g), labels, [0, 1, 2]
+        torch.rand(3, 1, 28, 28, generator=g),
+        labels,
+        torch.rand(3, 1, 28, 28, generator=g),
+        labels,
+        [0, 1, 2],
     )
     torch.manual_seed(1)
     net = module.network(3)
@@ -150,7 +157,9 @@ def test_the_implicit_gradient_is_that_through_a_converged_loop(example: Load) -
     found = torch.autograd.grad(loss, list(net.parameters()))
 
     start = list(net.parameters())
-    theta = {n: p.detach().clone().requires_grad_() for n, p in net.named_parameters()}  # not by where it begins
+    theta = {
+        n: p.detach().clone().requires_grad_() for n, p in net.named_parameters()
+    }  # not by where it begins
     for _ in range(150):
         inner = F.cross_entropy(functional_call(net, theta, (episode.x_spt,)), labels)
         inner = inner + sum((p - q).square().sum() for p, q in zip(theta.values(), start, strict=True))
@@ -159,3 +168,22 @@ def test_the_implicit_gradient_is_that_through_a_converged_loop(example: Load) -
     expected = F.cross_entropy(functional_call(net, theta, (episode.x_qry,)), labels)
     torch.testing.assert_close(loss, expected)
     equal(list(found), list(torch.autograd.grad(expected, start)), within=1e-10)  # of what converges
+
+
+def test_implicit_maml_learns_and_keeps_one_state(
+    example: Load, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, glyphs = example("few-shot", "imaml"), example("few-shot", "glyphs")
+    g = torch.Generator().manual_seed(0)
+    # What tells characters apart is in the upper half alone; below is noise, which has to be learnt to be ignored.
+    shapes = F.interpolate(torch.rand(12, 1, 7, 14, generator=g), size=(14, 28)).expand(-1, 20, -1, -1)
+    noise = F.interpolate(torch.rand(12, 20, 7, 14, generator=g), size=(14, 28))
+    images = (torch.cat([shapes * 0.4, noise], dim=2) * 255).to(torch.uint8).numpy()
+    characters = glyphs.Characters(images, ("Halves",) * 12, tuple(f"character {k}" for k in range(12)))
+    monkeypatch.setattr(module, "load_glyphs", lambda cache: (characters, characters))
+    found = module.main(["--preset", "quick", "--out", str(tmp_path)])
+    for (name, steps), of in found.items():
+        assert of["accuracy"][0] > of["before"][0] + 0.05, name
+        assert of["states"] == (2 if name == "implicit MAML" else steps), name
+    assert (tmp_path / "imaml.png").read_bytes().startswith(b"\x89PNG")
+    assert "states kept" in capsys.readouterr().out
