@@ -192,9 +192,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     args.out.mkdir(parents=True, exist_ok=True)
     digits, distilled = first
     rows = {
-        "began as": one_of_each(digits, 0),
-        "distilled": distilled.images,
-        "means": class_means(digits),
+        "began as": one_of_each(digits, 0) + digits.mean,
+        "distilled": distilled.images + digits.mean,
+        "means": class_means(digits) + digits.mean,
     }
     plot_distilled(rows, distilled.labels.softmax(1), losses, found, args.out / "distillation.png")
     return {"accuracies": by_split, "distilled": distilled, "losses": losses}

@@ -27,7 +27,7 @@ def plot_distilled(
     """Draws the images, their labels, the outer losses, and the accuracies.
 
     Args:
-        rows: images by what they are, (10, 64) each, less the mean of all digits; every row has a scale of its own.
+        rows: images by what they are, (10, 64) each.
         labels: of the distilled images, (10, 10), probabilities.
         losses: of the outer steps of each data set.
         found: kind of network -> what it was trained on -> test accuracies, for each data set those of its networks.
@@ -37,15 +37,14 @@ def plot_distilled(
     above, below = figure.subfigures(2, 1, height_ratios=(1.15, 1))
     grid = above.subplots(len(rows), 10)
     for line, (name, images) in zip(grid, rows.items()):
-        most = float(images.abs().max())
         for k, (axes, image) in enumerate(zip(line, images)):
-            axes.imshow(image.view(8, 8).numpy(), cmap="RdBu_r", vmin=-most, vmax=most)
+            axes.imshow(image.view(8, 8).numpy(), cmap="gray", vmin=-0.5, vmax=1.5)
             axes.set(xticks=[], yticks=[])
             if k == 0:
                 axes.set_ylabel(name, rotation=0, ha="right", va="center")
     left, middle, right = below.subplots(1, 3, width_ratios=(0.7, 1, 1.6))
     left.imshow(labels.numpy(), cmap="Blues", vmin=0, vmax=1)
-    left.set(xticks=range(10), yticks=range(10), xlabel="digit", ylabel="image", title="labels")
+    left.set(xticks=range(10), yticks=range(10), xlabel="digit", ylabel="image", title="learnt labels")
     left.tick_params(labelsize=7)
     for curve in losses:
         middle.plot(curve, color=_COLOURS[1], lw=1, alpha=0.6)

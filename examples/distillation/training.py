@@ -20,12 +20,14 @@ class Digits(NamedTuple):
     Attributes:
         x, y: the images to distil (1200, 64) and their labels.
         x_test, y_test: the others; nothing is fitted to them.
+        mean: what was taken from every image, (64,).
     """
 
     x: Tensor
     y: Tensor
     x_test: Tensor
     y_test: Tensor
+    mean: Tensor
 
 
 class Distilled(NamedTuple):
@@ -49,7 +51,7 @@ def split_digits(seed: int) -> Digits:
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     train, test = order[:1200], order[1200:]
     mean = x[train].mean(0)
-    return Digits(x[train] - mean, y[train], x[test] - mean, y[test])
+    return Digits(x[train] - mean, y[train], x[test] - mean, y[test], mean)
 
 
 def one_of_each(digits: Digits, seed: int) -> Tensor:
