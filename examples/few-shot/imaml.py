@@ -2,7 +2,7 @@
 
 Implicit MAML (Rajeswaran, Finn, Kakade and Levine, 2019) lets the inner problem pull towards the initial parameters θ₀:
 loss of the support images + λ/2 |θ - θ₀|². Of its solution the meta-gradient is a linear system in the place of a sweep
-back through all steps, and one state is kept, however many steps there are. θ₀ acts through the pull alone.
+back through all steps, and the last step alone is kept, however many there are. θ₀ acts through the pull alone.
 
 Exact MAML and first-order MAML (no pull) are trained on the same episodes, for as many outer steps.
 

@@ -259,7 +259,7 @@ class SolutionSweep(Sweep):
         raise WindowError(
             f"Implicit({self.implicit.solver!r}): the inner problem has the curvature {curvature:.1e} in some "
             "direction, so this is no minimum of it, or its step is none of plain MetaSGD (transforms, several "
-            "rates); use Implicit('neumann'), or train further"
+            "rates); train further, add λ/2 |θ - θ₀|² to the inner loss, or use Implicit('neumann')"
         )
 
     def _end(self, residual: float) -> None:

@@ -170,7 +170,7 @@ def test_the_implicit_gradient_is_that_through_a_converged_loop(example: Load) -
     equal(list(found), list(torch.autograd.grad(expected, start)), within=1e-10)  # of what converges
 
 
-def test_implicit_maml_learns_and_keeps_one_state(
+def test_implicit_maml_learns_and_keeps_its_last_step_alone(
     example: Load, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module, glyphs = example("few-shot", "imaml"), example("few-shot", "glyphs")
