@@ -15,7 +15,6 @@ from .compile import CompiledFunction, compiled_of
 from .compiler.capture import intercept
 from .compiler.compat import tree_flatten, tree_unflatten
 from .compiler.ir.calls import StepCall
-from .compiler.ir.step import Lowered
 from .compiler.ir.values import Input
 from .compiler.lower.ambient import unaffected
 from .compiler.lower.compile_graph import waiting
@@ -54,18 +53,22 @@ class _Batched(Specialization):
         self.arranged, self.held, self.size = made.arranged, made.outputs, size
         self._unchecked = {id(batched.step): batched for batched in made.steps}
         super().__init__(*given)
+        self.check = self._check if self._unchecked and self._options.lowering.check else None
 
-    def lower(self, call: StepCall, kind: str, operands: Sequence[Tensor]) -> Lowered:
-        """One of the graphs of a call's step; before the first, what torch has batched is compared with one task's."""
-        if self._options.lowering.check and kind in ("replay", "forward"):
-            batched = self._unchecked.pop(id(call.step), None)
-            complaint = None if batched is None else wrong(batched, operands, self._options.lowering.hvp)
-            if complaint is not None:
-                raise CaptureError(
-                    f"vmap({self._name}): for all tasks at once torch computes something else than for the first one: "
-                    f"{complaint}. Call the function for each task in a loop, and please report it"
-                )
-        return super().lower(call, kind, operands)
+    def _check(self, call: StepCall, kind: str, operands: Sequence[Tensor]) -> None:
+        """Compare what torch has batched with one task's step, before it runs for the first time."""
+        batched = self._unchecked.get(id(call.step)) if kind in ("replay", "forward") else None
+        if batched is None:
+            return
+        complaint = wrong(batched, operands, self._options.lowering.hvp)
+        if complaint is not None:
+            raise CaptureError(
+                f"vmap({self._name}): for all tasks at once torch computes something else than for the first one: "
+                f"{complaint}. Call the function for each task in a loop, and please report it"
+            )
+        del self._unchecked[id(call.step)]
+        if not self._unchecked:
+            self.check = None
 
     def given(self, dependencies: Dependencies, x: Input) -> Tensor:
         """What a call is given for an input of the program: the tensors of all tasks, laid out as it reads them."""

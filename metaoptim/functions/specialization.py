@@ -19,7 +19,7 @@ from ..compiler.derive.flat import uncollected
 from ..compiler.derive.graphs import results_of
 from ..compiler.ir.calls import StepCall
 from ..compiler.ir.program import Kept, Program
-from ..compiler.ir.step import Lowered, Lowering
+from ..compiler.ir.step import Lowering
 from ..compiler.ir.tensors import tensor_spec
 from ..compiler.ir.text import plural
 from ..compiler.ir.trace import Trace
@@ -34,7 +34,7 @@ from ..errors import CaptureError, UnreachableWarning, warn
 from ..optim.alive import preserved
 from ..runtime.budget.amounts import tell_default
 from ..runtime.budget.planner import Plan, decide
-from ..runtime.engine.engine import lowered_for
+from ..runtime.engine.engine import Check
 from ..runtime.engine.function import Call, Run
 from ..runtime.functions.captured_step import CapturedStep, aside, compiled
 from ..runtime.functions.compiled_step import CompiledStep
@@ -103,6 +103,8 @@ def captured_step(
 class Specialization:
     """A captured function: the program that it runs, and what each pass did."""
 
+    check: Check | None = None  # looks at each graph of a call before it runs
+
     def __init__(
         self,
         name: str,
@@ -137,7 +139,8 @@ class Specialization:
         differentiable = torch.is_grad_enabled() and bool(self._keys)
         kept = self._kept(tensors) if differentiable else Kept(1)
         written = [dependencies.tensor(t) for t in self._writes if not isinstance(t, tuple)]
-        run = Run(program, tensors, self._lowering, kept, written, lower=self.lower)
+        run = Run(program, tensors, self._lowering, kept, written)
+        run.engine.check = self.check
         run.engine.later = retention_of(program, self._options).memory_budget is not None
         if differentiable:
             found = Call.apply(run, self._keys, program.dead, *(tensors[x] for x in self._keys))
@@ -145,10 +148,6 @@ class Specialization:
             found = run.forward()
         self._write(dependencies, run.last)
         return self.traced.restored(self.results(found))
-
-    def lower(self, call: StepCall, kind: str, operands: Sequence[Tensor]) -> Lowered:
-        """One of the graphs of a call's step as a callable."""
-        return lowered_for(call, kind, operands)
 
     def given(self, dependencies: Dependencies, x: Input) -> Tensor:
         """What a call is given for an input of the program."""

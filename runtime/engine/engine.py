@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .tangents import Tangents
 
 Lower = Callable[[StepCall, str, Sequence[Tensor]], Lowered]
+Check = Callable[[StepCall, str, Sequence[Tensor]], None]
 
 
 def lowered_for(call: StepCall, kind: str, operands: Sequence[Tensor]) -> Lowered:
@@ -80,6 +81,7 @@ class Engine(Interpreter):
         self.backward_hook, self._lower = backward_hook, lower
         self.tangents: Tangents | None = None  # in forward mode, what is carried along with the steps
         self.particles: Particles | None = None  # what estimates a gradient in the place of a sweep
+        self.check: Check | None = None  # is shown each graph before it runs
         self.streaming: Any = None  # what keeps a window to a memory budget
         self._refused = False  # a step, for want of room
         self.reaches = False  # whether anything can receive a gradient through its steps
@@ -229,6 +231,8 @@ class Engine(Interpreter):
 
     def _lowered(self, call: StepCall, kind: str, operands: Sequence[Tensor], position: int) -> Lowered:
         try:
+            if self.check is not None:
+                self.check(call, kind, operands)
             if self._lower is not lowered_for:
                 return self._lower(call, kind, operands)
             lowering = call.lowering

@@ -469,5 +469,9 @@ def test_what_torch_batches_wrongly_is_found(monkeypatch: pytest.MonkeyPatch) ->
 
         monkeypatch.setattr(batching.torch.func, "vmap", wrong)
         fn = scanned()(network(), torch.tensor(0.2, requires_grad=True))
-        with pytest.raises(metaoptim.CaptureError, match="computes something else than for the first one"):
-            metaoptim.vmap(metaoptim.compile(fn, backend="eager"))(XS, YS, XQ, YQ)
+        batched = metaoptim.vmap(metaoptim.compile(fn, backend="eager"))
+        for _ in range(2):
+            with pytest.raises(
+                metaoptim.CaptureError, match="computes something else than for the first one"
+            ):
+                batched(XS, YS, XQ, YQ)
