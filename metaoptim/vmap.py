@@ -6,15 +6,17 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from enum import Enum
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .compile import CompiledFunction, compiled_of
 from .compiler.capture import intercept
 from .compiler.compat import tree_flatten, tree_unflatten
 from .compiler.ir.calls import StepCall
+from .compiler.ir.retention import check_count
 from .compiler.ir.values import Input
 from .compiler.lower.ambient import unaffected
 from .compiler.lower.compile_graph import waiting
@@ -27,9 +29,24 @@ from .functions.reads import Reads
 from .functions.specialization import Specialization, trace_of
 from .functions.specializations import Specializations
 from .optim.alive import refresh_optimizers
+from .runtime.engine.noise import generator_of
 from .runtime.windows.session import current_session
 
 _RANDOMNESS = ("error", "different", "same")
+#: What holds no tensors of tasks.
+_SHARED = (
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    type(None),
+    torch.dtype,
+    torch.device,
+    Enum,
+    nn.Module,
+    torch.optim.Optimizer,
+)
 _graphs = logging.getLogger("metaoptim.graphs")
 Wholes = Mapping[
     int, Tensor
@@ -111,7 +128,14 @@ class BatchedFunction:
         dims = self._dims(args, kwargs)
         size = self._size(given, dims)
         chunk = self._chunk_size or size
-        parts = [self._part(given, spec, dims, slice(at, at + chunk)) for at in range(0, size, chunk)]
+        generators = [generator_of(device) for device in {t.device for t in given if isinstance(t, Tensor)}]
+        states = [generator.get_state() for generator in generators]
+        parts = []
+        for at in range(0, size, chunk):
+            if self._randomness == "same":
+                for generator, state in zip(generators, states, strict=True):
+                    generator.set_state(state)
+            parts.append(self._part(given, spec, dims, slice(at, at + chunk)))
         if len(parts) == 1:
             return parts[0]
         flat = [tree_flatten(part) for part in parts]
@@ -213,6 +237,11 @@ def _dims_of(what: str, dim: Any, value: Any) -> list[int | None]:
         )
     found: list[int | None] = []
     for leaf in leaves:
+        if not isinstance(leaf, (Tensor, *_SHARED)) and not callable(leaf):
+            raise ValueError(
+                f"vmap({what}): got {type(leaf).__name__}, expected tensors in dictionaries, lists and tuples, or "
+                "networks, optimizers and numbers, which all tasks share; say None in in_dims if they share this too"
+            )
         if isinstance(leaf, Tensor) and not -leaf.dim() <= dim < leaf.dim():
             raise ValueError(
                 f"vmap({what}): got a tensor of shape {tuple(leaf.shape)}, which has no dimension {dim}"
@@ -270,8 +299,7 @@ def vmap(
         raise ValueError(
             f"randomness: got {randomness!r}, expected one of {', '.join(map(repr, _RANDOMNESS))}"
         )
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size: got {chunk_size}, expected 1 or more, or None")
+    check_count("chunk_size", chunk_size)
     if not callable(fn):
         raise TypeError(f"vmap: got {type(fn).__name__}, expected a function")
     compiled, instance = compiled_of(fn)

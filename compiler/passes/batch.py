@@ -14,7 +14,7 @@ from metaoptim.errors import CaptureError, WindowError
 
 from ..compat import FakeTensorMode
 from ..derive.flat import flat_graph, tracing
-from ..derive.graphs import results_of
+from ..derive.graphs import mutates, results_of
 from ..derive.reverse import cleaned
 from ..ir.calls import Loop, Operand, StepCall, calls_of
 from ..ir.program import Program
@@ -290,8 +290,9 @@ def _of_all(spec: TensorSpec, size: int, dim: int = 0) -> TensorSpec:
 
 
 def _with_constants(flat: FlatGraph, constants: Sequence[Tensor]) -> Callable[..., Any]:
-    """A flat graph as a function, with these tensors in the place of its constants."""
-    return fx.GraphModule(dict(zip(flat.constants, constants, strict=True)), flat.graph).forward
+    """A flat graph as a function, with these tensors in the place of its constants; it writes into nothing."""
+    run = fx.GraphModule(dict(zip(flat.constants, constants, strict=True)), flat.graph).forward
+    return torch.func.functionalize(run) if any(map(mutates, flat.graph.nodes)) else run
 
 
 def _traced(
@@ -306,7 +307,7 @@ def _traced(
         fakes = [torch.empty_strided(s.shape, s.stride, dtype=s.dtype, device=s.device) for s in wanted]
         try:
             traced = flat_graph(fn, fakes)
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             raise CaptureError(
                 f"vmap: a step cannot be taken for all tasks at once: {error}. Call the function for each task in a "
                 "loop, or write the step with operators that torch.func.vmap knows"
@@ -329,7 +330,11 @@ def wrong(batched: BatchedStep, inputs: Sequence[Tensor], hvp: str) -> str | Non
     specs = [step.outputs[i].spec for i in step.cotangents]
     drawn = [torch.randn(s.shape[1:], generator=generator).to(s.device, s.dtype) for s in specs]
     given = [t[0] if o else t for t, o in zip(inputs, over, strict=True)]
-    wide = [*inputs, *(torch.zeros(s.shape, dtype=s.dtype, device=s.device) for s in specs)]
+    zeros = [torch.zeros(s.shape, dtype=s.dtype, device=s.device) for s in specs]
+    if not _finite(replayed(step)(*inputs)) or not _finite(derived(step, hvp)(*inputs, *zeros)):
+        # 0 · NaN of other tasks is no 0 in a sum over tasks
+        inputs = [t[:1].expand_as(t) if o else t for t, o in zip(inputs, over, strict=True)]
+    wide = [*inputs, *zeros]
 
     def first(results: Sequence[Tensor | None], held: Sequence[bool]) -> list[Tensor | None]:
         return [r if r is None or not of_all else r[0] for r, of_all in zip(results, held, strict=True)]
@@ -347,6 +352,10 @@ def wrong(batched: BatchedStep, inputs: Sequence[Tensor], hvp: str) -> str | Non
     return difference(replayed(one).module, replay, given) or difference(
         derived(one, hvp).module, vjp, [*given, *drawn]
     )
+
+
+def _finite(results: Sequence[Tensor | None]) -> bool:
+    return all(bool(r.isfinite().all()) for r in results if r is not None)
 
 
 def _with_first(wide: Sequence[Tensor], alone: Sequence[Tensor], over: Sequence[bool]) -> list[Tensor]:

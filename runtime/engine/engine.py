@@ -240,7 +240,8 @@ class Engine(Interpreter):
                 lowering = self._taken(call, kind, operands, position)
             return lowered(call.step, kind, operands, lowering, at_once=True)
         except CaptureError as error:
-            raise CaptureError(f"of the inner step at {call.location}: {error.reason}") from error
+            where = f"of the inner step at {call.location}: " if call.location else ""
+            raise CaptureError(f"{where}{error.reason}") from error
 
     def _taken(self, call: StepCall, kind: str, operands: Sequence[Tensor], position: int) -> Lowering:
         """How a graph runs: compiled once that is done, but a replay does what the first run of its position did."""
