@@ -26,7 +26,7 @@ from .compiler.passes.pipeline import compile_trace, lower
 from .errors import CaptureError, WindowError
 from .functions.guards import Dependencies
 from .functions.reads import Reads
-from .functions.specialization import Specialization, trace_of
+from .functions.specialization import Specialization, trace_of, warn_unreached
 from .functions.specializations import Specializations
 from .optim.alive import refresh_optimizers
 from .runtime.engine.noise import generator_of
@@ -205,6 +205,7 @@ class BatchedFunction:
         options: Options = self._options
         with unaffected():
             program, records = compile_trace(trace, options)
+            warn_unreached(trace, program, self._fn)
             mapped = {x: id(x.tensor) in tasks.wholes for x in program.inputs}
             made = batch(program, mapped, size, options.lowering.hvp, self._randomness)
             lower(made.program, options)

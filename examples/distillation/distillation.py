@@ -80,8 +80,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--rate", type=float, default=0.3, help="of gradient descent, at first (default: 0.3)")
     add("--backend", default="inductor", help="of metaoptim.compile (default: inductor)")
     add("--threads", type=int, default=1, help="CPU threads (default: 1)")
-    add("--out", type=pathlib.Path, default=HERE, help="folder of the picture")
+    add("--out", type=pathlib.Path, help="folder of the picture")
     args = parser.parse_args(argv)
+    if args.out is None:  # the picture in the README is that of the demo
+        args.out = HERE if args.preset == "demo" else HERE / ".cache"
     for name, value in PRESETS[args.preset].items():
         if getattr(args, name) is None:
             setattr(args, name, value)

@@ -78,8 +78,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--queries", type=int, default=5, help="query images per character (default: 5)")
     add("--outer-lr", type=float, default=3e-3, help="learning rate of Adam on the initial parameters")
     add("--threads", type=int, default=1, help="CPU threads (default: 1)")
-    add("--out", type=pathlib.Path, default=HERE, metavar="DIR", help="folder for the picture")
+    add("--out", type=pathlib.Path, metavar="DIR", help="folder for the picture")
     args = parser.parse_args(argv)
+    if args.out is None:  # the picture in the README is that of the demo
+        args.out = HERE if args.preset == "demo" else HERE / ".cache"
     for name, value in PRESETS[args.preset].items():
         if getattr(args, name) is None:
             setattr(args, name, value)

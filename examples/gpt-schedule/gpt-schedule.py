@@ -69,8 +69,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch", type=int, default=8, help="pieces of text in a batch")
     add("--seed", type=int, default=0)
     add("--backend", default="inductor", help="of metaoptim.compile (default: inductor)")
-    add("--out", type=pathlib.Path, default=HERE, help="folder of the picture (default: this one)")
+    add("--out", type=pathlib.Path, help="folder of the picture")
     args = parser.parse_args(argv)
+    if args.out is None:  # the picture in the README is that of the demo
+        args.out = HERE if args.preset == "demo" else HERE / ".cache"
     for name, chosen in PRESETS[args.preset].items():
         if getattr(args, name) is None:
             setattr(args, name, chosen)

@@ -59,8 +59,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--outer-rate", type=float, default=1e-2, help="of the outer Adam (default: 0.01)")
     add("--backend", default="inductor", help="of metaoptim.compile (default: inductor)")
     add("--seed", type=int, default=0)
-    add("--out", type=pathlib.Path, default=HERE, help="folder of the picture and of the rule's weights")
+    add("--out", type=pathlib.Path, help="folder of the picture and of the rule's weights")
     args = parser.parse_args(argv)
+    if args.out is None:  # the picture in the README is that of the demo
+        args.out = HERE if args.preset == "demo" else HERE / ".cache"
     for name, value in PRESETS[args.preset].items():
         if getattr(args, name) is None:
             setattr(args, name, value)

@@ -84,8 +84,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--rate", type=float, default=1.0, help="of everyone's learning steps (default: 1)")
     add("--rates", type=float, nargs="*", help="of the steps looked ahead, to compare")
     add("--seed", type=int, default=0)
-    add("--out", type=pathlib.Path, default=HERE, help="folder of the picture (default: this one)")
+    add("--out", type=pathlib.Path, help="folder of the picture")
     args = parser.parse_args(argv)
+    if args.out is None:  # the picture in the README is that of the demo
+        args.out = HERE if args.preset == "demo" else HERE / ".cache"
     for name, chosen in PRESETS[args.preset].items():
         if getattr(args, name) is None:
             setattr(args, name, chosen)

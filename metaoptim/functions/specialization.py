@@ -250,6 +250,12 @@ def specialize(
         reads.settle(dependencies)
     with unaffected():
         program, records = compile_trace(trace, options)
+    warn_unreached(trace, program, fn)
+    return Specialization(name_of(fn), options, dependencies, program, records, traced)
+
+
+def warn_unreached(trace: Trace, program: Program, fn: Callable) -> None:
+    """Warn if what a function returns depends on none of its inner steps."""
     if trace.steps and not program.horizon:
         warn(
             f"nothing that {getattr(fn, '__qualname__', 'the function')} returns depends on its "
@@ -257,7 +263,6 @@ def specialize(
             "computed inside the window's block? After an offline one the networks are back at their first parameters.",
             UnreachableWarning,
         )
-    return Specialization(name_of(fn), options, dependencies, program, records, traced)
 
 
 def name_of(fn: Callable) -> str:

@@ -229,7 +229,9 @@ def _piecewise(step: Tensor, hyper: Hyper) -> Tensor:
     return value
 
 
-def table(values: Tensor | Sequence[float], steps: int = 1, *, interpolate: bool = False) -> Schedule:
+def table(
+    values: Tensor | Sequence[float | Tensor], steps: int = 1, *, interpolate: bool = False
+) -> Schedule:
     """A table of values, one for every few steps: v[⌊t / k⌋], or on the lines between them; the last one stays.
 
     Args:
@@ -250,7 +252,8 @@ def table(values: Tensor | Sequence[float], steps: int = 1, *, interpolate: bool
     """
     _check_positive(steps=steps)
     if not isinstance(values, Tensor):
-        values = torch.tensor(list(values), dtype=torch.float64)
+        listed = [torch.as_tensor(value, dtype=torch.float64) for value in values]
+        values = torch.stack(listed) if listed else torch.empty(0)
     if not values.dim() or not len(values):
         raise ValueError(
             f"values: got a tensor of shape {tuple(values.shape)}, expected one value or more in a row"

@@ -12,10 +12,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from metaoptim.compiler.compat import disable_current_modes
 from metaoptim.compiler.ir.calls import Assign, StepCall
+from metaoptim.compiler.ir.retention import check_count
 from metaoptim.compiler.ir.tensors import TensorSpec, tensor_spec
 from metaoptim.compiler.lower.ambient import unaffected
 from metaoptim.compiler.lower.derivatives import loss_of
-from metaoptim.errors import WindowError
+from metaoptim.errors import WindowError, warn
 
 from ..states.slots import State
 from .engine import Engine
@@ -86,9 +87,14 @@ class Evolution:
     _left: _Left | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        for name in ("sigma", "pairs"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected a number above 0")
+        check_count("pairs", self.pairs)
+        if not self.sigma > 0:
+            raise ValueError(f"sigma: got {self.sigma!r}, expected a number above 0")
+        if not isinstance(self.generator, (torch.Generator, type(None))):
+            raise TypeError(
+                f"generator: got {type(self.generator).__name__}, expected a torch.Generator or None, as in "
+                "torch.Generator().manual_seed(0)"
+            )
 
 
 @dataclass
@@ -312,3 +318,9 @@ class EvolutionSweep(Sweep):
                 self.adopted[key] = grad
             else:
                 self.metas[key] = grad
+            if not bool(grad.isfinite().all()):
+                warn(
+                    f"the evolution gradient is not finite: with sigma={self._particles.evolution.sigma:g} some of the "
+                    "perturbed runs diverge. Take a smaller sigma (it is in units of what steps read: of lr=raw.exp() "
+                    "the rate), or a smaller rate"
+                )

@@ -168,6 +168,11 @@ class SolutionSweep(Sweep):
             residual = _size(term) / norm if norm else 0.0
             if residual <= self.implicit.tolerance:
                 break
+        if not (residual < 1 or residual <= self.implicit.tolerance):
+            raise WindowError(
+                f"Implicit('neumann'): the series diverges, its last term is {residual:.1e} times its first: the last "
+                "step does not contract here. Take a smaller rate in it, train further, or use gradient='exact'"
+            )
         self._end(residual)
 
     def _image(self, call: StepCall, last: int, way: Vector) -> Generator[tuple[int, int], None, Vector]:
@@ -272,7 +277,11 @@ class SolutionSweep(Sweep):
                     "iterations, or use 'cg' (plain MetaSGD) or a larger rate in the last step",
                 ),
                 "cg": ("iterations", "iterations"),
-                "nystrom": ("rank", "rank, or the tolerance to what you accept, or use 'cg'"),
+                "nystrom": (
+                    "rank",
+                    "rank, lower rho (it is compared with rate times curvature), raise the tolerance to what you "
+                    "accept, or use 'cg'",
+                ),
             }[implicit.solver]
             warn(
                 f"the implicit gradient is not solved for: with {work}={getattr(implicit, work)} of "

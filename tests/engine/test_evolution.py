@@ -272,9 +272,13 @@ def test_going_back_starting_and_several_backwards() -> None:
 
 
 def test_what_is_refused() -> None:
-    for bad in (lambda: Evolution(0.0), lambda: Evolution(pairs=0)):
-        with pytest.raises(ValueError, match="expected a number above 0"):
-            bad()
+    with pytest.raises(ValueError, match="expected a number above 0"):
+        Evolution(0.0)
+    for pairs in (0, 1.5):
+        with pytest.raises(ValueError, match="pairs: got .* expected a positive integer"):
+            Evolution(pairs=pairs)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"expected a torch\.Generator"):
+        Evolution(generator=0)  # type: ignore[arg-type]
     options: list[dict[str, Any]] = [
         {"slots": 3},
         {"memory_budget": "1MiB"},
@@ -303,3 +307,17 @@ def test_what_is_refused() -> None:
 
     with pytest.raises(metaoptim.WindowError, match=r"gradient=Evolution.*take the decorator off"):
         metaoptim.compile(compiled, backend="eager")(net)
+
+
+def test_runs_that_diverge_are_told_of() -> None:
+    torch.manual_seed(0)
+    net, lr = nn.Linear(2, 1), torch.tensor(0.05, requires_grad=True)
+    x = 1e3 * torch.randn(8, 2)
+    evolution = metaoptim.Evolution(sigma=0.5, pairs=2, generator=torch.Generator().manual_seed(0))
+    with metaoptim.SlidingWindow(gradient=evolution):
+        inner = metaoptim.MetaSGD([net], lr=1e-6 * lr)
+        for _ in range(80):
+            inner.step(net(x).pow(2).mean())
+        loss = net(x).square().mean()
+        with pytest.warns(UserWarning, match=r"not finite: with sigma=0.5 .* smaller sigma"):
+            loss.backward()

@@ -265,3 +265,17 @@ def test_one_step(offline: bool) -> None:
         metaoptim.MetaAdam([net], lr=0.1).step(ridge(net, decay, weights))
         F.mse_loss(net(XQ), YQ).backward()
     torch.testing.assert_close(ours, decay.grad)
+
+
+def test_a_series_that_diverges_is_an_error() -> None:
+    net, (decay, weights) = nn.Linear(4, 2, bias=False), leaves()
+    inner = metaoptim.MetaSGD([net], lr=40.0)
+    with metaoptim.SlidingWindow(gradient=Implicit(iterations=8)):
+        inner.step(ridge(net, decay, weights))
+        loss = F.mse_loss(net(XQ), YQ)
+        with (
+            pytest.warns(UserWarning, match="has not converged"),
+            pytest.raises(metaoptim.WindowError, match="series diverges"),
+        ):
+            loss.backward()
+    assert decay.grad is None

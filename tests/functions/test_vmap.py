@@ -475,3 +475,59 @@ def test_what_torch_batches_wrongly_is_found(monkeypatch: pytest.MonkeyPatch) ->
                 metaoptim.CaptureError, match="computes something else than for the first one"
             ):
                 batched(XS, YS, XQ, YQ)
+
+
+def test_objects_that_may_hold_tensors_of_tasks() -> None:
+    fn = scanned()(network(), torch.tensor(0.2))
+    with pytest.raises(ValueError, match=r"argument 1.: got ndarray, expected tensors in dictionaries"):
+        metaoptim.vmap(fn)(XS, YS.numpy(), XQ, YQ)
+
+
+def test_a_task_that_is_not_finite_is_no_matter_of_the_others() -> None:
+    net, lr = network(), torch.tensor(0.2, requires_grad=True)
+    fn = metaoptim.vmap(metaoptim.compile(scanned()(net, lr), backend="eager"))
+    ys = YS.clone()
+    ys[1] = float("nan")
+    losses = fn(XS, ys, XQ, YQ)
+    expected = fn(XS, YS, XQ, YQ)
+    assert bool(losses[1].isnan())
+    torch.testing.assert_close(losses[[0, 2, 3, 4]], expected[[0, 2, 3, 4]])
+
+
+def test_the_same_numbers_for_all_chunks() -> None:
+    fn = metaoptim.compile(noisy(network(), torch.tensor(0.2)), backend="eager")
+    alike = XS[:1].expand_as(XS), YS[:1].expand_as(YS)
+    losses = metaoptim.vmap(fn, randomness="same", chunk_size=2)(*alike)
+    assert torch.equal(losses, losses[:1].expand_as(losses))
+
+
+def test_recurrent_cells() -> None:
+    torch.manual_seed(0)
+    net = nn.ModuleList([nn.GRUCell(3, 4), nn.Linear(4, 2)])
+
+    def build(net: nn.Module, lr: Tensor) -> Fn:
+        cell, head = net  # type: ignore[misc]
+
+        def adapted(xs: Tensor, ys: Tensor, **more: Any) -> Tensor:
+            inner = metaoptim.MetaSGD([net], lr=lr)
+            with metaoptim.SlidingWindow(offline=True, **more) as window:
+                for x, y in window.scan(xs, ys):
+                    inner.step(F.mse_loss(head(cell(x)), y))
+                return F.mse_loss(head(cell(xs[0])), ys[0])
+
+        return adapted
+
+    compare(build, (XS, YS), net=net)
+
+
+def test_an_outer_loss_after_the_block() -> None:
+    net = network()
+
+    def adapted(xs: Tensor, ys: Tensor) -> Tensor:
+        inner = metaoptim.MetaSGD([net], lr=0.1)
+        with metaoptim.SlidingWindow(offline=True):
+            inner.step(F.mse_loss(net(xs[0]), ys[0]))
+        return F.mse_loss(net(xs[0]), ys[0])
+
+    with pytest.warns(metaoptim.UnreachableWarning, match="depends on its 1 inner step"):
+        metaoptim.vmap(metaoptim.compile(adapted, backend="eager"))(XS, YS)

@@ -364,3 +364,10 @@ def test_what_is_no_schedule_is_told_at_once() -> None:
     for mistake in mistakes:
         with pytest.raises(TypeError, match=r"expected one of metaoptim\.schedules|expected a list"):
             mistake()
+
+
+def test_a_table_of_learnt_values() -> None:
+    first, second = (torch.tensor(v, requires_grad=True) for v in (0.5, 0.25))
+    schedule = metaoptim.schedules.table([first, 1.0, second])
+    (schedule(0) + 3 * schedule(2)).backward()
+    assert (first.grad, second.grad) == (torch.tensor(1.0), torch.tensor(3.0))
