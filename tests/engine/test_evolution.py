@@ -275,7 +275,7 @@ def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match="expected a number above 0"):
         Evolution(0.0)
     for pairs in (0, 1.5):
-        with pytest.raises(ValueError, match="pairs: got .* expected a positive integer"):
+        with pytest.raises(ValueError, match=r"pairs: got .* expected a positive integer"):
             Evolution(pairs=pairs)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"expected a torch\.Generator"):
         Evolution(generator=0)  # type: ignore[arg-type]
