@@ -165,8 +165,9 @@ class CapturedSession(Session):
             return {k: read(v) for k, v in a.items()} if isinstance(a, dict) else a
 
         for entry in self.recorder.trace.entries if own else ():
-            if entry.op is show and id(entry.args[0].entry) in own:  # it was not overwritten
-                own[id(entry)] = own[id(entry.args[0].entry)]
+            shown = entry.args[0] if entry.op is show else None  # an input, where `start` was given one
+            if isinstance(shown, Value) and id(shown.entry) in own:  # it was not overwritten
+                own[id(entry)] = own[id(shown.entry)]
             else:
                 entry.args, entry.kwargs = read(entry.args), read(entry.kwargs)
 

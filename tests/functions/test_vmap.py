@@ -173,6 +173,7 @@ def test_weights_that_are_learnt_for_each_step(shared: bool) -> None:
 
 
 def test_rates_and_first_parameters_of_each_task() -> None:
+    other = metaoptim.MetaSGD([(unstepped := network())], lr=0.1)  # is alive, and takes no step
     rates = torch.linspace(0.05, 0.3, TASKS).requires_grad_()
     first = data(TASKS, 5, 3).requires_grad_()
 
@@ -183,11 +184,12 @@ def test_rates_and_first_parameters_of_each_task() -> None:
                 inner.start({"0.weight": first})
                 for x, y in window.scan(xs, ys):
                     inner.step(F.mse_loss(net(x), y))
-                return F.mse_loss(net(xs[0]), ys[0])
+                return F.mse_loss(net(xs[0]), ys[0]) + unstepped(xs[0]).square().mean()
 
         return adapted
 
     compare(build, (rates, first, XS, YS), metas=[rates, first])
+    assert not other.state
 
 
 def test_tasks_of_unlike_sizes_by_a_mask() -> None:
