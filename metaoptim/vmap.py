@@ -128,13 +128,13 @@ class BatchedFunction:
         dims = self._dims(args, kwargs)
         size = self._size(given, dims)
         chunk = self._chunk_size or size
-        generators = [generator_of(device) for device in {t.device for t in given if isinstance(t, Tensor)}]
+        devices = {t.device for t in given if isinstance(t, Tensor)} if self._randomness == "same" else ()
+        generators = [generator_of(device) for device in devices]
         states = [generator.get_state() for generator in generators]
         parts = []
         for at in range(0, size, chunk):
-            if self._randomness == "same":
-                for generator, state in zip(generators, states, strict=True):
-                    generator.set_state(state)
+            for generator, state in zip(generators, states, strict=True):
+                generator.set_state(state)
             parts.append(self._part(given, spec, dims, slice(at, at + chunk)))
         if len(parts) == 1:
             return parts[0]

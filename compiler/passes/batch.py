@@ -75,13 +75,8 @@ class _Batch:
     def __init__(
         self, program: Program, mapped: Mapping[Input, bool], size: int, hvp: str, randomness: str
     ) -> None:
-        self.program, self.mapped, self.size, self.hvp, self.randomness = (
-            program,
-            mapped,
-            size,
-            hvp,
-            randomness,
-        )
+        self.program, self.mapped, self.size = program, mapped, size
+        self.hvp, self.randomness = hvp, randomness
         self.arranged: dict[Input, Arranged] = {}
         self._made: dict[Arranged, Input] = {}
         self._noise: dict[int, Noise] = {}
@@ -126,18 +121,22 @@ class _Batch:
 
     def _call(self, call: StepCall) -> StepCall:
         """A call for all tasks; it stays as it is where nothing that it is given differs."""
-        given = [r in self.over for r in call.reads] + [
-            any(map(self._differs, _chosen(g))) for g in call.inputs
-        ]
+        given = self._enter(call)
         if not any(given):
-            self.over -= set(call.writes)
             return call
-        self.over |= {r for r in call.writes if r >= 0}
         step = self._step(call.step, tuple(given))
         inputs = [
             self._operand(g, over) for g, over in zip(call.inputs, given[len(call.reads) :], strict=True)
         ]
         return replace(call, step=step, inputs=inputs)
+
+    def _enter(self, call: StepCall) -> list[bool]:
+        """Which of its inputs hold all tasks; if any does, so do its results from then on, and otherwise none."""
+        given = [r in self.over for r in call.reads]
+        given += [any(map(self._differs, _chosen(g))) for g in call.inputs]
+        written = {r for r in call.writes if r >= 0}
+        self.over = self.over | written if any(given) else self.over - written
+        return given
 
     def _differs(self, given: Operand) -> bool:
         if given.kind == "noise":
@@ -187,11 +186,9 @@ class _Batch:
             read_first: set[int] = set()
             for call in calls:
                 read_first |= set(call.reads) - written
-                given = [r in self.over for r in call.reads]
-                given += [any(map(self._differs, _chosen(g))) for g in call.inputs]
-                (self.over.update if any(given) else self.over.difference_update)(call.writes)
+                self._enter(call)
                 written |= set(call.writes)
-            more = (self.over & read_first) - entered - {-1}
+            more = (self.over & read_first) - entered
             if more <= found:
                 break
             found |= more
