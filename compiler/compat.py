@@ -8,11 +8,13 @@ dynamo's own, which take a second to import (`lower.backends`).
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+import torch.utils._python_dispatch as dispatching
 import torch.utils.checkpoint
 from torch._C import DisableTorchFunction, _autograd
 from torch._C import _DisableAutocast as DisableAutocast
@@ -21,11 +23,11 @@ from torch._C._aoti import AOTIModelContainerRunnerCpu
 from torch._C._profiler import ProfilerConfig, ProfilerState, _ExperimentalConfig
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack as outside_transforms
 from torch._ops import OpOverload
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensor,
-    FakeTensorMode,
     disable_fake_tensor_cache,
     unset_fake_temporarily,
 )
@@ -45,6 +47,11 @@ FUNCTIONS = (
     (SingleLevelFunction,)
     if isinstance(vars(Function)["apply"], classmethod)
     else (SingleLevelFunction, Function)
+)
+_NOTES = (
+    "_is_in_torch_dispatch_mode",
+    "_is_in_non_infra_torch_dispatch_mode",
+    "_is_in_any_mode_without_ignore_compile_internals",
 )
 transforms_active = torch._C._are_functorch_transforms_active
 #: What `torch.utils.checkpoint` without reentrance is made of; from torch 2.14 on, its ``_impl``.
@@ -98,6 +105,37 @@ def storage_users(storage: int) -> int:
 def has_meta_kernel(op: OpOverload) -> bool:
     """Whether an operator computes shapes without values."""
     return torch._C._dispatch_has_computed_kernel_for_dispatch_key(op.name(), "Meta")
+
+
+_fakes = threading.Lock()
+
+
+class FakeTensorMode(fake_tensor.FakeTensorMode):
+    """Torch's, for several threads at a time.
+
+    Torch notes for the process that a mode is on, and each mode puts back what it found. When two threads cross, the
+    note stays for ever, and dynamo leaves all functions alone from then on. The last one out puts it back here.
+    """
+
+    _on: ClassVar[int] = 0
+    _before: ClassVar[tuple[bool, ...]] = ()
+
+    def __enter__(self) -> FakeTensorMode:
+        with _fakes:
+            if not FakeTensorMode._on:
+                FakeTensorMode._before = tuple(getattr(dispatching, note) for note in _NOTES)
+            FakeTensorMode._on += 1
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        with _fakes:
+            FakeTensorMode._on -= 1
+            if not FakeTensorMode._on:
+                for note, value in zip(_NOTES, FakeTensorMode._before, strict=True):
+                    setattr(dispatching, note, value)
+                tell_dynamo = dispatching.set_is_in_mode_without_ignore_compile_internals  # pyright: ignore
+                tell_dynamo(FakeTensorMode._before[-1])
 
 
 # -- stacks of modes --------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import metaoptim
-from tasks import INNER, LABELS, STEPS, TASKS, XQ, XS, YQ, YS, Fn, compare, data, network, scanned
+from task_batches import INNER, LABELS, STEPS, TASKS, XQ, XS, YQ, YS, Fn, compare, data, network, scanned
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import metaoptim
 from metaoptim.compiler.passes import batch as batching
-from tasks import INNER, TASKS, XQ, XS, YQ, YS, Fn, network, scanned
+from task_batches import INNER, TASKS, XQ, XS, YQ, YS, Fn, network, scanned
 
 # -- random numbers ---------------------------------------------------------------------------------------------------
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils import checkpoint
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from torch.utils._python_dispatch import (
+    is_in_any_mode_without_ignore_compile_internals,
+    is_in_torch_dispatch_mode,
+)
 
 import metaoptim
 from metaoptim.compiler import compat
@@ -229,6 +234,23 @@ def test_no_thread_finds_torch_in_a_dispatch_mode_after_a_window() -> None:
         metaoptim.MetaSGD([net], lr=0.1).step(net(torch.ones(1, 2)).square().sum())
         assert compat.dispatch_modes()
     assert not compat.dispatch_modes() and not is_in_torch_dispatch_mode()
+
+
+def test_no_thread_finds_torch_in_a_dispatch_mode_after_threads_that_crossed() -> None:
+    crossed, left = threading.Event(), threading.Event()
+
+    def work() -> None:
+        with compat.FakeTensorMode():
+            crossed.set()
+            left.wait(60)
+
+    thread = threading.Thread(target=work)
+    with compat.FakeTensorMode():
+        thread.start()
+        crossed.wait(60)
+    left.set()
+    thread.join()
+    assert not is_in_torch_dispatch_mode() and not is_in_any_mode_without_ignore_compile_internals()
 
 
 def test_optimizers_take_themselves_for_compiled_and_make_their_state() -> None:
