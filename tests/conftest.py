@@ -9,10 +9,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from metaoptim.compiler.lower import remembered
 from metaoptim.compiler.lower.library import library
 from metaoptim.optim.alive import live_optimizers
 
 os.environ.setdefault("METAOPTIM_WAIT", "1")  # compiled graphs are tested, not whether they come in time
+remembered.PAYS = float("inf")  # derivations are tested, not what is read of earlier ones
 torch.set_num_threads(1)
 torch.set_default_dtype(torch.float64)
 

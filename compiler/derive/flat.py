@@ -123,7 +123,12 @@ def flat_graph(
     return Traced(graph, writer.constants, results)
 
 
-_memories = itertools.count()  # no two traces name their memory alike
+_memories = itertools.count()
+
+
+def new_memory() -> int:
+    """A name for a piece of memory that no graph of this process uses."""
+    return next(_memories)
 
 
 class _Memory:
@@ -132,7 +137,7 @@ class _Memory:
     __slots__ = ("key", "held", "within")
 
     def __init__(self, held: StorageWeakRef) -> None:
-        self.key = next(_memories)
+        self.key = new_memory()
         self.held = held  # keeps another storage from being born at its address
         self.within: list[tuple[weakref.ref[Tensor], fx.Node]] = []
 
@@ -219,7 +224,7 @@ class _Writer(TorchDispatchMode):
             return False
         node = self._write(pure, args, kwargs)
         func(*args, **kwargs)
-        memory.key, sharing, memory.within = next(_memories), memory.within, []
+        memory.key, sharing, memory.within = new_memory(), memory.within, []
         for ref, _ in sharing:
             if (t := ref()) is not None:
                 self.bind(t, node)

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import getpass
 import hashlib
-import io
 import os
-import pickle
 import platform
 import sys
 import tempfile
@@ -20,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from metaoptim.compiler.compat import AOTIModelContainerRunnerCpu, OpOverload
+from metaoptim.compiler.compat import AOTIModelContainerRunnerCpu
 
 from ..ir.step import FlatGraph
 from ..ir.tensors import TensorSpec
+from .pickled import read, written
 
 #: The end of a file that is not cut off; the linker reads past it.
 WHOLE = b"metaoptim, whole"
@@ -84,35 +83,12 @@ def load(path: str) -> Callable[..., Any]:
     return lambda *inputs: run(list(inputs))
 
 
-class _Writer(pickle.Pickler):
-    def persistent_id(self, obj: Any) -> tuple[str, ...] | None:
-        if isinstance(obj, fx.Node):
-            return "node", obj.name
-        return ("operator", obj.name()) if isinstance(obj, OpOverload) else None
-
-
-class _Reader(pickle.Unpickler):
-    def __init__(self, stream: io.BytesIO) -> None:
-        super().__init__(stream)
-        self.nodes: dict[str, fx.Node] = {}
-
-    def persistent_load(self, pid: tuple[str, str]) -> Any:
-        kind, name = pid
-        if kind == "node":
-            return self.nodes[name]
-        name, _, overload = name.partition(".")
-        namespace, _, name = name.partition("::")
-        return getattr(getattr(getattr(torch.ops, namespace), name), overload or "default")
-
-
 def payload_of(graph: fx.Graph, specs: Sequence[TensorSpec]) -> bytes:
     """What a process needs to compile a graph. A pickled module would not do: it is traced anew, which runs factories.
 
     Raises:
         Exception: what pickling raises, for arguments that cannot be sent.
     """
-    stream = io.BytesIO()
-    writer = _Writer(stream)
     config = None if _config() is None else _config().save_config()
     settings = (
         torch.get_default_dtype(),
@@ -120,10 +96,7 @@ def payload_of(graph: fx.Graph, specs: Sequence[TensorSpec]) -> bytes:
         torch.get_num_threads(),
         config,
     )
-    writer.dump((list(specs), settings, len(graph.nodes)))
-    for n in graph.nodes:
-        writer.dump((n.name, n.op, n.target, n.args, n.kwargs))
-    return stream.getvalue()
+    return written(graph, (list(specs), settings))
 
 
 #: The default dtype, whether algorithms are deterministic, threads of kernels, inductor's options.
@@ -132,11 +105,7 @@ Settings = tuple[torch.dtype, bool, int, "bytes | None"]
 
 def read_payload(payload: bytes) -> tuple[fx.Graph, list[TensorSpec], Settings]:
     """The graph, how its inputs are laid out, and what else it depends on."""
-    graph, reader = fx.Graph(), _Reader(io.BytesIO(payload))
-    specs, settings, nodes = reader.load()
-    for _ in range(nodes):
-        name, op, target, args, kwargs = reader.load()
-        reader.nodes[name] = graph.create_node(op, target, args, kwargs, name)
+    graph, (specs, settings) = read(payload)
     return graph, specs, settings
 
 

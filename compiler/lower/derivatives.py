@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from ..ir.text import readable_bytes
 from .ambient import with_default_dtype
 from .compile_graph import compiled
 from .handover import Handover, elsewhere, tell, waits
+from .remembered import Derivation, remembered
 
 #: Below this many live bytes of reverse over reverse there is nothing worth saving: mixed mode takes a third more work.
 WORTH_SAVING = 64 << 20
@@ -179,7 +181,8 @@ def loss_of(step: StepGraph, inputs: Sequence[Tensor], spec: TensorSpec) -> Lowe
 def replayed(step: StepGraph, example: Sequence[Tensor] | None = None) -> FlatGraph:
     """The flat graph of a step's replay; ``example``: real inputs, for a step whose shapes depend on values."""
     if step.derived.replay is None:
-        step.derived.replay = derived_by_tracing(step, "replay", example)
+        trace = partial(derived_by_tracing, step, "replay", example)
+        step.derived.replay, _ = remembered(step, "replay", lambda: (trace(), ""))
     return step.derived.replay
 
 
@@ -190,18 +193,23 @@ def derived(step: StepGraph, hvp: str, example: Sequence[Tensor] | None = None) 
     """
     found = step.derived.vjp.get(hvp)
     if found is None:
-        if hvp != "mixed" or not step.steps:
-            found = _chosen(step, hvp, derived_by_tracing(step, "vjp", example))
-        else:
-            try:
-                found = mixed_vjp_graph(step)
-            except NotMixed as error:
-                raise CaptureError(
-                    f"hvp='mixed': a step has no mixed-mode derivative: {error}. Use hvp='auto' or 'reverse'"
-                ) from error
-            step.derivatives[hvp] = f"mixed, {readable_bytes(peak_bytes(found.graph))} alive"
-        step.derived.vjp[hvp] = found
+        found, note = remembered(
+            step, f"vjp, {hvp} from {WORTH_SAVING}", partial(_derived, step, hvp, example)
+        )
+        step.derived.vjp[hvp], step.derivatives[hvp] = found, note
     return found
+
+
+def _derived(step: StepGraph, hvp: str, example: Sequence[Tensor] | None) -> Derivation:
+    if hvp != "mixed" or not step.steps:
+        return _chosen(step, hvp, derived_by_tracing(step, "vjp", example))
+    try:
+        found = mixed_vjp_graph(step)
+    except NotMixed as error:
+        raise CaptureError(
+            f"hvp='mixed': a step has no mixed-mode derivative: {error}. Use hvp='auto' or 'reverse'"
+        ) from error
+    return found, f"mixed, {readable_bytes(peak_bytes(found.graph))} alive"
 
 
 def pushed(
@@ -215,21 +223,19 @@ def pushed(
     return pushed_forward(step, graph, inputs, directions)
 
 
-def _chosen(step: StepGraph, hvp: str, reverse: FlatGraph) -> FlatGraph:
-    """The derivative of a step, given the one by reverse over reverse."""
+def _chosen(step: StepGraph, hvp: str, reverse: FlatGraph) -> Derivation:
+    """The derivative of a step, given the one by reverse over reverse, and what it is."""
     peak = peak_bytes(reverse.graph)
-    step.derivatives[hvp] = f"reverse, {readable_bytes(peak)} alive"
+    note = f"reverse, {readable_bytes(peak)} alive"
     if hvp == "auto" and step.steps and peak > WORTH_SAVING:
         try:
             mixed = mixed_vjp_graph(step)
         except NotMixed as error:
-            step.derivatives[hvp] += f" (not mixed: {error})"
-            return reverse
+            return reverse, f"{note} (not mixed: {error})"
         less = peak_bytes(mixed.graph)
         if less < 0.6 * peak:
-            step.derivatives[hvp] = f"mixed, {readable_bytes(less)} alive instead of {readable_bytes(peak)}"
-            return mixed
-    return reverse
+            return mixed, f"mixed, {readable_bytes(less)} alive instead of {readable_bytes(peak)}"
+    return reverse, note
 
 
 def _by_running(
@@ -248,7 +254,7 @@ def _by_running(
         return None
     graph, results = found
     if kind == "vjp":
-        step.derived.vjp[hvp] = _chosen(step, hvp, graph)
+        step.derived.vjp[hvp], step.derivatives[hvp] = _chosen(step, hvp, graph)
     else:
         step.derived.replay = graph
     return results
