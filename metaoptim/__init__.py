@@ -39,6 +39,7 @@ from .optim import (
     wrap,
 )
 from .plan import plan
+from .report.profile import Profile, profile
 from .runtime.engine.evolution import Evolution
 from .runtime.engine.implicit import Implicit
 from .runtime.engine.progress import progress
@@ -73,6 +74,7 @@ __all__ = [
     "MetaSGD",
     "PerParameterRule",
     "PerTensorRule",
+    "Profile",
     "ProgramError",
     "SlidingWindow",
     "StaleInputError",
@@ -84,6 +86,7 @@ __all__ = [
     "extract_state",
     "functional",
     "plan",
+    "profile",
     "progress",
     "recover_state",
     "reptile",

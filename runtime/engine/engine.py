@@ -26,7 +26,7 @@ from metaoptim.errors import CaptureError, StaleInputError, WindowError
 from ..states.slots import Action, Advance, Slots, State
 from ..states.streams import coming, rebase, shrink, slide
 from ..states.tier import Tier
-from . import progress
+from . import progress, times
 from .interpreter import Interpreter, changed, may_keep
 from .noise import Stream
 from .sweep import Sweep, Tell
@@ -177,7 +177,8 @@ class Engine(Interpreter):
         if self._watch is not None:
             watch, total = self._watch, 2 * self.program.end
             self.passing = lambda position: watch(position + 1, total)
-        super().run(state, actions)
+        with times.part("loop"):
+            super().run(state, actions)
         self.passing, self._ran = None, self.program.end
         return self.state
 
@@ -233,15 +234,18 @@ class Engine(Interpreter):
         try:
             if self.check is not None:
                 self.check(call, kind, operands)
-            if self._lower is not lowered_for:
-                return self._lower(call, kind, operands)
-            lowering = call.lowering
-            if lowering.backend in ("inductor", "auto"):
-                lowering = self._taken(call, kind, operands, position)
-            return lowered(call.step, kind, operands, lowering, at_once=True)
+            with times.part("lower"):
+                if self._lower is lowered_for:
+                    lowering = call.lowering
+                    if lowering.backend in ("inductor", "auto"):
+                        lowering = self._taken(call, kind, operands, position)
+                    program = lowered(call.step, kind, operands, lowering, at_once=True)
+                else:
+                    program = self._lower(call, kind, operands)
         except CaptureError as error:
             where = f"of the inner step at {call.location}: " if call.location else ""
             raise CaptureError(f"{where}{error.reason}") from error
+        return times.timed(call, kind, program)
 
     def _taken(self, call: StepCall, kind: str, operands: Sequence[Tensor], position: int) -> Lowering:
         """How a graph runs: compiled once that is done, but a replay does what the first run of its position did."""
@@ -261,6 +265,10 @@ class Engine(Interpreter):
 
     def _values(self, call: StepCall, state: State, position: int) -> list[Tensor]:
         """What a call is given besides the state."""
+        with times.part("data"):
+            return self._inputs(call, state, position)
+
+    def _inputs(self, call: StepCall, state: State, position: int) -> list[Tensor]:
         if call.rng < 0:
             try:
                 return [held if isinstance(held, Tensor) else held.get() for held in call.inputs]
@@ -287,7 +295,7 @@ class Engine(Interpreter):
         if self._watch is not None:
             watch, ran, start = self._watch, self._ran, self.program.start
             tell = lambda position: watch(ran + sweep.top - position, ran + sweep.top - start)
-        with disable_current_modes(), unaffected(), hooking(self.backward_hook):
+        with times.part("sweep"), disable_current_modes(), unaffected(), hooking(self.backward_hook):
             super().pull_back(sweep, bottom, tell)
 
     def _through(

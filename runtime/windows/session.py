@@ -19,6 +19,7 @@ from metaoptim.errors import CaptureError, LossError, WindowError
 from ..engine.engine import Engine, Held
 from ..engine.evolution import Evolution
 from ..engine.implicit import Implicit
+from ..engine.times import part
 from .networks import Networks
 from .updates.hyper import COUNT, Scheduled, scheduled
 from .updates.update import InnerOptimizer, parameters_of, trained
@@ -223,6 +224,10 @@ class Session:
 
     def step(self, optimizer: InnerOptimizer, loss: Any, allow_unused: bool) -> None:
         """One inner step; nothing changes if it raises."""
+        with part("step"):
+            self._checked_step(optimizer, loss, allow_unused)
+
+    def _checked_step(self, optimizer: InnerOptimizer, loss: Any, allow_unused: bool) -> None:
         _check_loss(optimizer, loss)
         if not self.joined(optimizer) or self._unfrozen(optimizer):
             self.join(optimizer, late=True)
