@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 import time
@@ -111,10 +112,18 @@ class BatchedFunction:
     def __init__(
         self, compiled: CompiledFunction, in_dims: Any, chunk_size: int | None, randomness: str
     ) -> None:
+        self._instance: tuple[Any, ...] = ()  # whose method it is
         functools.update_wrapper(self, compiled._fn)
         self._fn, self._options, self._name = compiled._fn, compiled._options, compiled._name
         self._in_dims, self._chunk_size, self._randomness = in_dims, chunk_size, randomness
         self._specializations: dict[Any, Specializations] = {}
+
+    def __get__(self, instance: Any, owner: Any = None) -> BatchedFunction:
+        if instance is None:
+            return self
+        method = copy.copy(self)  # with the same specializations
+        method._instance = (instance,)
+        return method
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the function for all tasks; it is captured once, for tasks like these."""
@@ -124,8 +133,8 @@ class BatchedFunction:
                 f"vmap({self._name}) was called inside a window or a compiled function; call it outside: the windows "
                 "of its tasks are inside of it"
             )
-        given, spec = tree_flatten((args, kwargs))
-        dims = self._dims(args, kwargs)
+        dims = _dims_of("", None, self._instance) + self._dims(args, kwargs)
+        given, spec = tree_flatten(((*self._instance, *args), kwargs))
         size = self._size(given, dims)
         chunk = self._chunk_size or size
         devices = {t.device for t in given if isinstance(t, Tensor)} if self._randomness == "same" else ()
@@ -266,7 +275,7 @@ def vmap(
     tasks share is summed over them.
 
     Args:
-        fn: a function, plain or of `metaoptim.compile`, whose options hold then.
+        fn: a function or method, plain or of `metaoptim.compile`, whose options hold then. A method shares its object.
         in_dims: for each positional argument the dimension of its tensors along which the tasks are, None for what they
             share, or a structure of these. Networks, optimizers and numbers are always shared. Keyword arguments have
             the tasks first.
@@ -304,6 +313,6 @@ def vmap(
     if not callable(fn):
         raise TypeError(f"vmap: got {type(fn).__name__}, expected a function")
     compiled, instance = compiled_of(fn)
-    if instance:
-        raise TypeError("vmap: got a method; write a function that calls it")
-    return BatchedFunction(compiled, in_dims, chunk_size, randomness)
+    batched = BatchedFunction(compiled, in_dims, chunk_size, randomness)
+    batched._instance = tuple(instance)
+    return batched

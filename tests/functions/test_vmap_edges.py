@@ -168,3 +168,39 @@ def test_an_outer_loss_after_the_block() -> None:
 
     with pytest.warns(metaoptim.UnreachableWarning, match="depends on its 1 inner step"):
         metaoptim.vmap(metaoptim.compile(adapted, backend="eager"))(XS, YS)
+
+
+# -- methods ----------------------------------------------------------------------------------------------------------
+
+
+class Learner:
+    """Has its network and its rate, and a loss after adaptation, of many tasks at once."""
+
+    def __init__(self, net: nn.Module, lr: Tensor) -> None:
+        self.net, self.lr = net, lr
+
+    def one(self, xs: Tensor, ys: Tensor) -> Tensor:
+        return scanned()(self.net, self.lr)(xs, ys, xs[0], ys[0])
+
+    compiled = metaoptim.compile(one, backend="eager")
+    many = metaoptim.vmap(compiled, in_dims=(0, 0))
+
+
+@pytest.mark.parametrize("which", ["decorated", "bound", "plain"])
+def test_methods(which: str) -> None:
+    lr = torch.tensor(0.2, requires_grad=True)
+    first, second = (Learner(network(), lr) for _ in range(2))
+    with torch.no_grad():
+        for p in second.net.parameters():
+            p.mul_(1.5)
+    for learner in (first, second):
+        many = {
+            "decorated": learner.many,
+            "bound": metaoptim.vmap(learner.compiled),
+            "plain": metaoptim.vmap(learner.one),
+        }[which]
+        got = many(XS, YS)
+        assert torch.allclose(
+            got, torch.stack([learner.one(x, y) for x, y in zip(XS, YS, strict=True)]), rtol=1e-10
+        )
+    assert Learner.many is vars(Learner)["many"]
