@@ -92,6 +92,13 @@ class Lowering:
     # must be the same to the bit.
     replays: bool = True
 
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.backend, self.check, self.hvp, self.replays))
+
+    def __hash__(self) -> int:  # graphs are looked up by it for every step that runs
+        return self._hash
+
     @staticmethod
     def stated(backend: str, hvp: str, self_check: bool, replays: bool = True) -> Lowering:
         """The lowering that a user asks for.

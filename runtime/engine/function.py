@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -60,17 +59,7 @@ class BoundProgram:
             inputs[i] = value(iteration)
             if meta >= 0:
                 metas[meta] = _target(given.after(iteration))
-        return StepCall(
-            call.step,
-            call.reads,
-            call.writes,
-            inputs,
-            call.location,
-            0,
-            tuple(metas),
-            call.rng,
-            call.lowering,
-        )
+        return _with(call, inputs, metas, call.rng, call.lowering)
 
     def takes_step(self, position: int) -> bool:
         """Whether an inner step is taken there."""
@@ -90,13 +79,9 @@ class BoundProgram:
                 metas.append(_target(g))
             if g.stride:
                 moving.append((i, g, meta, self._moving(g, port)))
-        first = replace(
-            call,
-            inputs=[self.bind(g, port) for g, port in zip(given, ports, strict=True)],
-            metas=tuple(metas),
-            rng=self.rolled.registers if any(g.kind == "noise" for g in given) else -1,
-            lowering=self.rolled.lowering_of(call.step, self.lowering),
-        )
+        inputs = [self.bind(g, port) for g, port in zip(given, ports, strict=True)]
+        rng = self.rolled.registers if any(g.kind == "noise" for g in given) else -1
+        first = _with(call, inputs, metas, rng, self.rolled.lowering_of(call.step, self.lowering))
         self._first[at, k] = first, moving
         return first, moving
 
@@ -106,6 +91,13 @@ class BoundProgram:
             return lambda iteration: self.bind(given.after(iteration), port)
         rows, at, stride = self.bind(Operand("input", given.of), port), given.at, given.stride
         return lambda iteration: rows[at + stride * iteration]
+
+
+def _with(call: StepCall, inputs: list[Any], metas: list[Any], rng: int, lowering: Lowering) -> StepCall:
+    """A call of the same step, by hand: one is made for every step that runs."""
+    return StepCall(
+        call.step, call.reads, call.writes, inputs, call.location, call.back, tuple(metas), rng, lowering
+    )
 
 
 def bound(held: dict[Input, Tensor], given: Operand, port: Port) -> Tensor | Noise:

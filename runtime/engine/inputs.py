@@ -52,7 +52,7 @@ def _copy(t: Tensor) -> Tensor:
     """A copy with the very strides of ``t``: step graphs are traced for them."""
     with torch.no_grad():
         t = t.detach()
-        if t.layout is not torch.strided or t.is_conj() or t.is_neg() or not t.numel():
+        if t.layout is not torch.strided or t.is_conj() or t.is_neg() or not t.numel() or t.is_contiguous():
             return t.clone()
         span = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
         return t.as_strided((span,), (1,)).clone().as_strided(t.shape, t.stride())
