@@ -181,8 +181,9 @@ def loss_of(step: StepGraph, inputs: Sequence[Tensor], spec: TensorSpec) -> Lowe
 def replayed(step: StepGraph, example: Sequence[Tensor] | None = None) -> FlatGraph:
     """The flat graph of a step's replay; ``example``: real inputs, for a step whose shapes depend on values."""
     if step.derived.replay is None:
-        trace = partial(derived_by_tracing, step, "replay", example)
-        step.derived.replay, _ = remembered(step, "replay", lambda: (trace(), ""))
+        (step.derived.replay,), _ = remembered(
+            step, "replay", lambda: ([derived_by_tracing(step, "replay", example)], "")
+        )
     return step.derived.replay
 
 
@@ -193,10 +194,9 @@ def derived(step: StepGraph, hvp: str, example: Sequence[Tensor] | None = None) 
     """
     found = step.derived.vjp.get(hvp)
     if found is None:
-        found, note = remembered(
-            step, f"vjp, {hvp} from {WORTH_SAVING}", partial(_derived, step, hvp, example)
-        )
-        step.derived.vjp[hvp], step.derivatives[hvp] = found, note
+        kind = f"vjp, {hvp} from {WORTH_SAVING}"
+        (found,), step.derivatives[hvp] = remembered(step, kind, partial(_derived, step, hvp, example))
+        step.derived.vjp[hvp] = found
     return found
 
 
@@ -209,7 +209,7 @@ def _derived(step: StepGraph, hvp: str, example: Sequence[Tensor] | None) -> Der
         raise CaptureError(
             f"hvp='mixed': a step has no mixed-mode derivative: {error}. Use hvp='auto' or 'reverse'"
         ) from error
-    return found, f"mixed, {readable_bytes(peak_bytes(found.graph))} alive"
+    return [found], f"mixed, {readable_bytes(peak_bytes(found.graph))} alive"
 
 
 def pushed(
@@ -231,11 +231,11 @@ def _chosen(step: StepGraph, hvp: str, reverse: FlatGraph) -> Derivation:
         try:
             mixed = mixed_vjp_graph(step)
         except NotMixed as error:
-            return reverse, f"{note} (not mixed: {error})"
+            return [reverse], f"{note} (not mixed: {error})"
         less = peak_bytes(mixed.graph)
         if less < 0.6 * peak:
-            return mixed, f"mixed, {readable_bytes(less)} alive instead of {readable_bytes(peak)}"
-    return reverse, note
+            return [mixed], f"mixed, {readable_bytes(less)} alive instead of {readable_bytes(peak)}"
+    return [reverse], note
 
 
 def _by_running(
@@ -254,7 +254,7 @@ def _by_running(
         return None
     graph, results = found
     if kind == "vjp":
-        step.derived.vjp[hvp], step.derivatives[hvp] = _chosen(step, hvp, graph)
+        (step.derived.vjp[hvp],), step.derivatives[hvp] = _chosen(step, hvp, graph)
     else:
         step.derived.replay = graph
     return results
@@ -274,6 +274,17 @@ def residuals(step: StepGraph, hvp: str) -> Split | None:
     splits = step.derived.splits
     if hvp not in splits:
         learnt = any(p.differentiable for p in step.inputs) and step.cotangents
-        shared = learnt and not step.dynamic
-        splits[hvp] = split(step, replayed(step), derived(step, hvp)) if shared else None
+        splits[hvp] = None
+        if learnt and not step.dynamic:
+            graphs, facts = remembered(step, f"split, {hvp} from {WORTH_SAVING}", partial(_split, step, hvp))
+            if graphs:
+                splits[hvp] = Split(graphs[0], graphs[1], **facts)
     return splits[hvp]
+
+
+def _split(step: StepGraph, hvp: str) -> Derivation:
+    found = split(step, replayed(step), derived(step, hvp))
+    if found is None:
+        return (), None
+    facts = {"residuals": found.residuals, "fresh": found.fresh, "saves": found.saves}
+    return (found.forward, found.backward), facts

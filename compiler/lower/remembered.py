@@ -11,9 +11,10 @@ import hashlib
 import logging
 import operator
 import os
+import pickle
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FunctionType
 from typing import Any
 
@@ -32,11 +33,12 @@ PAYS = 0.05
 _OURS: tuple[Any, ...] = (gradient, show, again, operator.getitem)
 _PLAIN = (bool, int, float, str, type(None))
 
-Derivation = tuple[FlatGraph, str]
+#: Graphs of a step, and what is to be said of them.
+Derivation = tuple[Sequence[FlatGraph], Any]
 
 
 def remembered(step: StepGraph, kind: str, derive: Callable[[], Derivation]) -> Derivation:
-    """A graph of a step, of this kind, and what is to be said of it: from a file, or derived, and then written."""
+    """What is derived from a step, of this kind: from a file, or derived now, and then written."""
     path = _path_of(step, kind)
     if path is None:
         return derive()
@@ -45,21 +47,21 @@ def remembered(step: StepGraph, kind: str, derive: Callable[[], Derivation]) -> 
             data = file.read()
         digest, data = data[:32], data[32:]
         if hashlib.sha256(data).digest() == digest:
-            graph, (constants, note) = read(data)
-            return FlatGraph(graph, constants), note
+            graphs, note = pickle.loads(data)
+            return [FlatGraph(*read(graph)) for graph in graphs], note
     except OSError:  # for one, there is none yet
         pass
     begun = time.perf_counter()
-    flat, note = derive()
+    graphs, note = derive()
     if time.perf_counter() - begun > PAYS:
-        _write(path, flat, note)
-    return flat, note
+        _write(path, graphs, note)
+    return graphs, note
 
 
-def _write(path: str, flat: FlatGraph, note: str) -> None:
-    """Write a derived graph; where that cannot be, the next process derives it, as this one has."""
+def _write(path: str, graphs: Sequence[FlatGraph], note: Any) -> None:
+    """Write what was derived; where that cannot be, the next process derives it, as this one has."""
     try:
-        data = written(flat.graph, (flat.constants, note))
+        data = pickle.dumps(([written(flat.graph, flat.constants) for flat in graphs], note))
         os.makedirs(os.path.dirname(path), exist_ok=True)
         place = f"{path}.{os.getpid()}"
         with open(place, "wb") as file:
