@@ -28,6 +28,7 @@ from metaoptim.compiler.ir.slices import Slice
 from metaoptim.errors import CaptureError, UnreachableWarning, user_name_of, warn
 
 from ..engine.engine import Engine
+from ..engine.function import Call
 from ..engine.graph import leaves_of, nodes_below
 from ..engine.nodes import (
     STEPPED,
@@ -189,7 +190,7 @@ class _Mark(NamedTuple):
 _marks = WeakIdKeyDictionary()
 _OURS = tuple(
     f._backward_cls
-    for f in (Read, WindowedRead, TangentRead, Results, Position, StepLoss, WindowedLoss, Link)
+    for f in (Read, WindowedRead, TangentRead, Results, Position, StepLoss, WindowedLoss, Link, Call)
 )  # type: ignore[attr-defined]  # pyright: ignore
 _READS = (Read._backward_cls, WindowedRead._backward_cls, TangentRead._backward_cls)  # type: ignore[attr-defined]  # pyright: ignore
 _FORWARD = TangentRead._backward_cls  # type: ignore[attr-defined]  # pyright: ignore

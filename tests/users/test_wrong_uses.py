@@ -69,3 +69,23 @@ def test_a_loss_of_the_block_may_wait_for_another(first: str) -> None:
 def test_there_are_forty() -> None:
     assert len(USES) >= 40
     assert {use.values[0].__module__ for use in USES} == {table.__name__ for table in TABLES}
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_training_by_a_function_after_a_window_that_only_looked_is_no_mistake(many: bool) -> None:
+    """The gradient is that of the function's own window; warnings are errors here."""
+    net = torch.nn.Linear(2, 1)
+    inner = metaoptim.MetaSGD([net], lr=0.1)
+
+    def adapted(x: torch.Tensor) -> torch.Tensor:
+        with metaoptim.SlidingWindow(offline=True):
+            inner.step(net(x).square().sum())
+            return net(x).square().sum()
+
+    compiled = metaoptim.compile(adapted, backend="eager")
+    train = metaoptim.vmap(compiled) if many else compiled
+    xs = torch.ones(2, 3, 2) if many else torch.ones(3, 2)
+    train(xs)
+    adapted(torch.ones(3, 2)).item()
+    train(xs).sum().backward()
+    assert net.weight.grad is not None and net.weight.grad.abs().max() > 0
