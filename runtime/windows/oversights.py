@@ -95,12 +95,20 @@ class Ended:
         asked: whether a gradient through its steps was asked for inside the block.
         learns: whether anything besides its networks can receive one.
         reads: of its networks, behind losses that are still there and that no step was taken by.
+        implicit: whether its gradient is that at a solution.
     """
 
     def __init__(
-        self, offline: bool, own: Mapping[str, Tensor], asked: bool, learns: bool, reads: Collection[Any]
+        self,
+        offline: bool,
+        own: Mapping[str, Tensor],
+        asked: bool,
+        learns: bool,
+        reads: Collection[Any],
+        implicit: bool = False,
     ) -> None:
         self.offline, self.asked, self.learns, self._reads = offline, asked, learns, reads
+        self._implicit = implicit
         self.unwatch: Callable[[], object] = lambda: None  # the next backward need not be looked at any more
         self._own = WeakIdKeyDictionary({p: name for name, p in own.items()})
         self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
@@ -139,12 +147,18 @@ class Ended:
             return
         name = type(optimizer).__name__
         own = {id(p): n for p in without if (n := self._own.get(p)) is not None}
-        if own and not self.offline:
+        if own and (self._implicit or not self.offline):
             _told.update((p, True) for p in without if id(p) in own)
+            why = (
+                "had gradient=Implicit(...): a solution does not depend on where the loop began. To learn its first "
+                "parameters, have the inner loss pull towards them (examples/few-shot/imaml.py), or take the exact "
+                "gradient"
+                if self.offline
+                else "was online: there a network keeps what it has learnt, and only meta-parameters receive "
+                "gradients. To learn its first parameters (MAML), open the window with offline=True"
+            )
             warn(
-                f"{name}.step: {names_text([*own.values()])} have no gradient, since the window before was online: "
-                "there a network keeps what it has learnt, and only meta-parameters receive gradients. To learn its "
-                "first parameters (MAML), open the window with offline=True",
+                f"{name}.step: {names_text([*own.values()])} have no gradient, since the window before {why}",
                 UnreachableWarning,
             )
         others = [(p, user_name_of(p)) for p in without if id(p) not in own]

@@ -106,7 +106,10 @@ class RecordedSession(OrdinarySession):
         own = {self.networks.names[i]: self.networks.originals[i] for i in self.networks.joined}
         others = self.engine.tangents, self.engine.particles
         asked = self.engine.vjps > 0 or any(other is not None and other.asked for other in others)
-        ended = Ended(self.options.offline, own, asked, self.engine.reaches, self.view.reads.waiting)
+        implicit = self.options.implicit is not None
+        ended = Ended(
+            self.options.offline, own, asked, self.engine.reaches, self.view.reads.waiting, implicit
+        )
         if not asked:
             ended.unwatch = watch_backward(ended)
         return ended

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from metaoptim import (
+    Implicit,
     LossError,
     MetaSGD,
     SlidingWindow,
@@ -25,6 +26,18 @@ def offline_forgotten() -> None:
     outer = torch.optim.Adam([*net.parameters(), log_lr])
     inner = MetaSGD([net], lr=log_lr.exp())
     with SlidingWindow():
+        for _ in range(2):
+            inner.step(loss_of(net))
+        loss_of(net).backward()
+    outer.step()
+
+
+@wrong(UnreachableWarning, "SGD.step", "'0.weight'", "no gradient", "Implicit", "pull towards them")
+def implicit_without_a_pull() -> None:
+    net = network()
+    outer = torch.optim.SGD(net.parameters(), lr=0.1)
+    inner = MetaSGD([net], lr=0.1)
+    with SlidingWindow(offline=True, gradient=Implicit("neumann", tolerance=1.0)):
         for _ in range(2):
             inner.step(loss_of(net))
         loss_of(net).backward()
