@@ -255,6 +255,7 @@ class StepGraph:
     dynamic: bool = False  # holds an operator whose output shape depends on values
     first_order: bool = False  # g is taken as a constant (FOMAML)
     hooked: bool = False  # the window has a backward_hook
+    given: bool = False  # its derivative was made beside it, and does not follow from its graph
     default_dtype: torch.dtype = field(default_factory=torch.get_default_dtype)  # operators depend on it
     derived: Derived = field(default_factory=Derived)
     derivatives: dict[str, str] = field(default_factory=dict[str, str])  # HVP mode asked for -> the one taken

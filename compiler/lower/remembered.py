@@ -73,7 +73,7 @@ def _write(path: str, graphs: Sequence[FlatGraph], note: Any) -> None:
 
 def _path_of(step: StepGraph, kind: str) -> str | None:
     """Where a graph of a step lies; None where it depends on what has no name that holds in another process."""
-    if step.opaque or step.dynamic or step.hooked:
+    if step.opaque or step.dynamic or step.hooked or step.given or step.graph.find_nodes(op="get_attr"):
         return None
     plans: list[str] = []
     target: Any

@@ -208,7 +208,7 @@ class _Batch:
 
             one, all_of = (Port(Role.CARRY, s, "spread") for s in (port.spec, wide))
             graph = _traced("replay", replay, [port.spec])
-            step = self._spread[port.spec] = StepGraph(graph.graph, (one,), (all_of,))
+            step = self._spread[port.spec] = StepGraph(graph.graph, (one,), (all_of,), given=True)
             step.derived.replay = graph
             step.derived.vjp[self.hvp] = _traced("vjp", vjp, [port.spec, wide])
             step.derivatives[self.hvp] = "by hand: a sum over tasks"
@@ -246,6 +246,7 @@ class _Batch:
             step.opaque,
             first_order=step.first_order,
             hooked=step.hooked,
+            given=True,
             default_dtype=step.default_dtype,
         )
         vars(made)["steps"] = step.steps  # the graph of all tasks has no gradient node to be counted

@@ -146,3 +146,29 @@ def test_a_folder_that_cannot_be_written(
     traced.count = 0
     assert all(map(torch.equal, expected, gradients()))
     assert traced.count
+
+
+def test_steps_of_many_tasks_are_not_remembered(traced: Recorder, tmp_path: Path) -> None:
+    """Their derivatives do not follow from their graphs: what is detached in one task's loss is gone from them."""
+
+    def gradient(detached: bool) -> Tensor:
+        library.clear()
+        net, weight = nn.Linear(3, 1), torch.tensor(0.7, requires_grad=True)
+        with torch.no_grad():
+            for p in net.parameters():
+                p.fill_(0.3)
+
+        @metaoptim.compile(backend="eager", memory_budget="1GiB")
+        def loss(x: Tensor) -> Tensor:
+            inner = metaoptim.MetaSGD([net], lr=0.1)
+            with metaoptim.SlidingWindow(offline=True):
+                for _ in range(3):
+                    scale = (weight.detach() if detached else weight) * weight
+                    inner.step((net(x) * scale - 1).square().sum())
+                return net(x).square().sum()
+
+        return torch.autograd.grad(metaoptim.vmap(loss)(X).sum(), weight)[0]
+
+    free = gradient(detached=False)
+    torch.testing.assert_close(gradient(detached=True), free / 2)
+    assert gradient(detached=False) == free != 0
