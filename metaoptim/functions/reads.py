@@ -225,29 +225,31 @@ class Reads:
                             self._note("cell", cell, "", name)
 
     def _globals(self, code: types.CodeType, names: dict[str, Any]) -> None:
+        met: set[int] = set()
         for name in (*global_names(code), *texts(code, "globals")):
             value = names.get(name, MISSING)
             if isinstance(value, (types.ModuleType, type)):
-                self._whole(value, code, name)
+                self._whole(value, code, name, met)
             elif value is MISSING or (names is self._own and name in self._given):
                 continue  # told by itself
             elif not isinstance(value, _FUNCTIONS) or not is_library(value.__module__):
                 self._note("global", names, name, name)
         for module in imports(code, names):
-            self._whole(module, code, module.__name__)
+            self._whole(module, code, module.__name__, met)
 
-    def _whole(self, value: types.ModuleType | type, code: types.CodeType, path: str) -> None:
-        """Code refers to a module or a class: of it, it may read what it has names for."""
+    def _whole(self, value: types.ModuleType | type, code: types.CodeType, path: str, met: set[int]) -> None:
+        """Code refers to a module or a class: of it, it may read what it has names for. Modules may refer in circles."""
         if isinstance(value, type):
             self._class(value, code)
-        elif not is_library(value.__name__):
+        elif id(value) not in met and not is_library(value.__name__):
+            met.add(id(value))
             for name in (*code.co_names, *texts(code, "getattr")):
                 inner = vars(value).get(name, MISSING)
                 if not isinstance(inner, (types.ModuleType, type)):
                     if inner is not MISSING:
                         self._note("global", vars(value), name, f"{path}.{name}")
-                elif inner is not value:
-                    self._whole(inner, code, f"{path}.{name}")
+                else:
+                    self._whole(inner, code, f"{path}.{name}", met)
 
     def _class(self, cls: type, code: types.CodeType) -> None:
         if is_library(cls.__module__):
