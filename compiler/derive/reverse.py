@@ -38,7 +38,7 @@ def derived_by_tracing(step: StepGraph, kind: str, example: Sequence[Tensor] | N
 
     It is traced over fake tensors, or over ``example`` where shapes depend on values.
     """
-    fn = functools.partial(_run, step, kind)
+    fn = functools.partial(run, step, kind)
     with tracing(step.default_dtype):
         try:
             if step.dynamic:
@@ -71,7 +71,7 @@ def derived_by_running(
     given = [t.detach() for t in inputs]
     with tracing(step.default_dtype):
         try:
-            found = flat_graph(functools.partial(_run, step, kind), given, true_zeros(step), real=True)
+            found = flat_graph(functools.partial(run, step, kind), given, true_zeros(step), real=True)
         except (ProgramError, torch.OutOfMemoryError):
             raise
         except (Unfollowed, RuntimeError):
@@ -84,7 +84,8 @@ def derived_by_running(
         return cleaned(kind, found), results
 
 
-def _run(step: StepGraph, kind: str, *args: Tensor) -> tuple:
+def run(step: StepGraph, kind: str, *args: Tensor) -> tuple:
+    """What the flat graph of this kind is to give, by eager autograd; `ports_of` says what it takes."""
     inputs, cotangents = args[: len(step.inputs)], args[len(step.inputs) :]
     if kind == "replay":
         return interpret(step, _as_leaves(step, inputs, (Role.THETA,)), create_graph=False)

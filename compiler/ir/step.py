@@ -213,6 +213,16 @@ class Measured:
     made: tuple[ResultMemory | None, ...]  # of its results
 
 
+@dataclass(frozen=True)
+class FewBits:
+    """What a step's updates are given in bfloat16 or float16."""
+
+    parameters: tuple[
+        int, ...
+    ]  # positions of the inputs that are parameters; empty where nothing has few bits
+    dtypes: frozenset[tuple[str, torch.dtype]]  # "parameters" or "optimizer state", and their types
+
+
 class Coming(Protocol):
     """A compiled form that is being made."""
 
@@ -232,6 +242,7 @@ class Derived:
     transposable: dict[str, FlatGraph] = field(default_factory=lambda: {})
     splits: dict[str, Split | None] = field(default_factory=lambda: {})  # None where it cannot be
     loss: StepGraph | None = None  # its loss alone
+    few_bits: FewBits | None = None
     lowered: dict[tuple[str, Lowering], Lowered] = field(default_factory=lambda: {})
     runs: dict[str, int] = field(
         default_factory=lambda: {}

@@ -119,7 +119,7 @@ class UpdatePlan:
         for theta, grad, state, group in zip(thetas, grads, states, self.group_of, strict=True):
             hyper = groups[group]
             if not theta.dim():  # a 0-dim tensor would promote it, as it does no tensor that has dimensions
-                hyper = {k: _cast(v, theta.dtype) for k, v in hyper.items()}
+                hyper = {k: _cast(v, theta.dtype.to_real()) for k, v in hyper.items()}
             if self.init is not None and not state:
                 state = initial_state(self.init, theta, hyper)
                 if first:

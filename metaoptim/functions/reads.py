@@ -238,7 +238,7 @@ class Reads:
             self._whole(module, code, module.__name__, met)
 
     def _whole(self, value: types.ModuleType | type, code: types.CodeType, path: str, met: set[int]) -> None:
-        """Code refers to a module or a class: of it, it may read what it has names for. Modules may refer in circles."""
+        """Code refers to a module or a class: of it, it may read what it has names for. Modules refer in circles."""
         if isinstance(value, type):
             self._class(value, code)
         elif id(value) not in met and not is_library(value.__name__):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .hyper import Number, Schedule, active, check_non_negative, has_values, safe_sqrt
 from .optimizer import MetaOptimizer, Params, Transforms
+from .parts import by_parts
 
 
 class MetaAdam(MetaOptimizer):
@@ -95,6 +96,8 @@ class MetaAdam(MetaOptimizer):
         param: Tensor, grad: Tensor, state: dict[str, Tensor], hyper: dict[str, Any]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """One step for one parameter."""
+        if param.is_complex():
+            return by_parts(MetaAdam.update, param, grad, state, hyper)
         beta1, beta2 = hyper["betas"]
         if hyper["maximize"]:
             grad = -grad

@@ -71,9 +71,9 @@ def group_of(optimizer: MetaOptimizer, given: Any) -> tuple[dict[str, Any], nn.M
                 f"{cls}: a parameter of shape {tuple(p.shape)} is in none of the networks; give "
                 "the network it is in, as a group of its own or among networks=[...]"
             )
-        if not p.is_floating_point():
+        if not (p.is_floating_point() or p.is_complex()):
             raise TypeError(
-                f"{cls}: parameter {names[id(p)]!r} is {p.dtype}, expected a real floating-point type"
+                f"{cls}: parameter {names[id(p)]!r} is {p.dtype}, expected a floating-point or complex type"
             )
     seen = set(map(id, parameters_of(optimizer)))
     for p in group["params"]:

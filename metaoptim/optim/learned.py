@@ -12,6 +12,7 @@ from metaoptim.errors import WindowError
 
 from .hyper import Number, check_non_negative
 from .optimizer import MetaOptimizer, Params
+from .parts import by_parts
 
 
 class MetaLearned(MetaOptimizer):
@@ -84,6 +85,8 @@ class MetaLearned(MetaOptimizer):
         param: Tensor, grad: Tensor, state: dict[str, Tensor], hyper: dict[str, Any]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """One step for one parameter."""
+        if param.is_complex():
+            return by_parts(MetaLearned.update, param, grad, state, hyper)
         rule = hyper["rule"]
         name = f"{type(rule).__name__}.forward"
         step, new = checked_result(name, "the step of the parameter", state, rule(param, grad, state))

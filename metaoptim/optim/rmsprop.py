@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .hyper import Number, active, check_non_negative, safe_sqrt
 from .optimizer import MetaOptimizer, Params, Transforms
+from .parts import by_parts
 
 
 class MetaRMSprop(MetaOptimizer):
@@ -84,6 +85,8 @@ class MetaRMSprop(MetaOptimizer):
         param: Tensor, grad: Tensor, state: dict[str, Tensor], hyper: dict[str, Any]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """One step for one parameter."""
+        if param.is_complex():
+            return by_parts(MetaRMSprop.update, param, grad, state, hyper)
         alpha = hyper["alpha"]
         if hyper["maximize"]:
             grad = -grad

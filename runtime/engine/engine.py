@@ -27,6 +27,7 @@ from ..states.slots import Action, Advance, Slots, State
 from ..states.streams import coming, rebase, shrink, slide
 from ..states.tier import Tier
 from . import progress, times
+from .few_bits import tell_of_few_bits
 from .interpreter import Interpreter, changed, may_keep
 from .noise import Stream
 from .sweep import Sweep, Tell
@@ -234,6 +235,8 @@ class Engine(Interpreter):
         try:
             if self.check is not None:
                 self.check(call, kind, operands)
+            if kind in ("vjp", "backward") and self._lower is lowered_for:
+                tell_of_few_bits(call, operands)
             with times.part("lower"):
                 if self._lower is lowered_for:
                     lowering = call.lowering

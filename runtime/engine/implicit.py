@@ -92,6 +92,11 @@ class Implicit:
                 "Implicit('neumann'), or MetaSGD without momentum"
             )
 
+    def check_real(self, parameters: Iterable[Tensor]) -> None:
+        """Raise for complex parameters: the inner products here are those of real ones."""
+        if any(p.is_complex() for p in parameters):
+            raise WindowError("gradient=Implicit(...): a complex parameter; use gradient='exact'")
+
     def check(self, before: Iterable[Tensor], after: Iterable[Tensor]) -> None:
         """Warn if a step from ``before`` to ``after`` is not that of a solution."""
         pairs = [(a.double(), b.double()) for a, b in zip(before, after, strict=True)]
@@ -142,6 +147,7 @@ class SolutionSweep(Sweep):
             given = {i: c for i, c in self.cotangents.items() if i in indices}
             roles = {port.role for port in program[last].step.inputs}
             self.implicit.check_state(Role.OPT_STATE in roles)  # of a compiled step
+            self.implicit.check_real(given.values())
             solve = {"neumann": self._series, "cg": self._conjugate, "nystrom": self._columns}
             yield from solve[self.implicit.solver](program[last], last, given)
         self.cotangents = self._outside  # no other gradient goes further back

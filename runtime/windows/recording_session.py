@@ -188,6 +188,7 @@ class RecordedSession(OrdinarySession):
         new, new_states = applied(update, old)
         if self.options.implicit is not None:
             self.options.implicit.check_state(any(new_states))
+            self.options.implicit.check_real(old)
         changed = {t.index for t in sliced.thetas if not view.versions.unchanged(t)}
         back = engine.position - epoch.position if changed else 0
         options, names = self.options, self.networks.names

@@ -112,6 +112,7 @@ VARIANTS: dict[str, tuple[Callable, int, int, int]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*Keep parameters and optimizer state in float32")
 @pytest.mark.parametrize("form", "ABC")
 @pytest.mark.parametrize(
     ("name", "dtype"),

@@ -118,14 +118,16 @@ def test_function_that_cannot_be_traced() -> None:
         take(net, lambda: F.mse_loss(Numpy.apply(net(X)), Y))
 
 
-def test_sparse_gradients_and_complex_parameters() -> None:
+def test_sparse_gradients_and_parameters_of_integers() -> None:
     table = nn.Embedding(5, 3, sparse=True)
     with pytest.raises(metaoptim.LossError, match="sparse"):
         inner = metaoptim.MetaSGD([table])
         with metaoptim.SlidingWindow():
             inner.step(table(torch.tensor([1, 2])).square().sum())
-    with pytest.raises(TypeError, match="complex"):
-        metaoptim.MetaSGD([nn.Linear(2, 2, dtype=torch.complex64)])
+    counts = nn.Linear(2, 2)
+    counts.weight = nn.Parameter(torch.ones(2, 2, dtype=torch.int32), requires_grad=False)
+    with pytest.raises(TypeError, match="'weight' is torch.int32, expected a floating-point or complex type"):
+        metaoptim.MetaSGD([counts])
 
 
 def _in_rank(rank: int, store: str, results: Any) -> None:

@@ -16,8 +16,8 @@ from oracle import agree
 STEPS = 4
 
 if importlib.util.find_spec("torchvision") is not None and not torch.backends.cuda.is_built():
-    # Its wheel has none of its operators beside a torch without CUDA, and cannot be imported without these names. Nothing
-    # here calls them.
+    # Beside a torch without CUDA its wheel has none of its operators, and cannot be imported without these names.
+    # Nothing here calls them.
     for _name in ("nms", "qnms"):
         torch.library.define(f"torchvision::{_name}", "(Tensor dets, Tensor scores, float iou) -> Tensor")
 
@@ -41,12 +41,14 @@ def numbers(low: int, high: int, *shape: int, seed: int = 3) -> Tensor:
     return torch.randint(low, high, (STEPS + 1, *shape), generator=torch.Generator().manual_seed(seed))
 
 
-def made(model: Model, dtype: torch.dtype = torch.float64) -> nn.Module:
-    """The network, no parameter of which is zero or alike another."""
+def made(model: Model, low: bool = False) -> nn.Module:
+    """The network in float64, or float32 if ``low``, no parameter of which is zero or alike another."""
     torch.manual_seed(0)
-    net = model.build().to(dtype)
+    net = model.build()
+    net = net.float() if low else net.double()
     for p in net.parameters():
-        nn.init.normal_(p, mean=p.mean().item(), std=0.1)
+        values = torch.view_as_real(p.detach()) if p.is_complex() else p
+        nn.init.normal_(values, mean=values.mean().item(), std=0.1)
     return net
 
 
@@ -60,11 +62,11 @@ def gradients(
     wrapped: Callable[[nn.Module], nn.Module] = lambda net: net,
     backend: str = "eager",
 ) -> dict[str, Tensor | None]:
-    """The outer loss, and its gradients by a learnt learning rate and theta_0 of what is trained, in a form or by the tape.
+    """The outer loss, and its gradients by a learnt learning rate and theta_0, in a form or by the tape.
 
     Form "A" is a window, "B" one with a compiled step, "C" a compiled function, "tape" autograd's own tape.
     """
-    net = wrapped(made(model, torch.float64 if autocast is nullcontext else torch.float32))
+    net = wrapped(made(model, low=autocast is not nullcontext))
     log_lr = torch.tensor(-5.0, requires_grad=True)
     inner = optimizer([net], lr=log_lr.exp())
 

@@ -89,6 +89,7 @@ def _restless(rule: nn.Module) -> nn.Module:
     return rule
 
 
+@pytest.mark.filterwarnings("ignore:.*Keep parameters and optimizer state in float32")
 @pytest.mark.parametrize("net_dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("rule", RULES)
 def test_a_rule_in_float32_trains_networks_of_other_types(rule: type, net_dtype: torch.dtype) -> None:
