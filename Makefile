@@ -1,6 +1,6 @@
 # Everything is installed into .venv; a stamp file per extra keeps repeated runs from installing again.
 .NOTPARALLEL:
-.PHONY: help demo demo-long demo-rl demo-learned demo-lola demo-gpt demo-reweighting demo-distillation demo-imaml test lint format bench bench-peers peers gpu-check clean distclean
+.PHONY: help demo demo-long demo-rl demo-learned demo-lola demo-gpt demo-reweighting demo-distillation demo-imaml test models-check lint format bench bench-peers peers gpu-check clean distclean
 
 PYTHON ?= python3
 JOBS ?= 2
@@ -26,6 +26,7 @@ help:
 	@echo "make demo-distillation  distil 1,200 digits into ten images (minutes), and train new networks on these"
 	@echo "make demo-imaml  implicit MAML beside MAML: accuracy, time and memory (minutes)"
 	@echo "make test       run the whole test suite   (ARGS='-k window -x', JOBS=4, TORCH=2.14.1)"
+	@echo "make models-check  models of transformers, timm, PEFT, PyTorch Geometric and diffusers against the tape (minutes)"
 	@echo "make lint       ruff and pyright           (make format: let ruff fix and format)"
 	@echo "make bench      run every benchmarks/bench_*.py"
 	@echo "make bench-peers  metaoptim beside other libraries, each in an environment of its own; hours"
@@ -62,6 +63,9 @@ demo-long: $(VENV)/.examples
 
 test: $(VENV)/.test,examples,models
 	$(THREADS) $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+models-check: $(VENV)/.test,examples,models
+	$(THREADS) $(BIN)/python -m pytest -n $(JOBS) tests/exact/test_models.py tests/exact/test_models_of_libraries.py $(ARGS)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

@@ -126,7 +126,9 @@ def test_sparse_gradients_and_parameters_of_integers() -> None:
             inner.step(table(torch.tensor([1, 2])).square().sum())
     counts = nn.Linear(2, 2)
     counts.weight = nn.Parameter(torch.ones(2, 2, dtype=torch.int32), requires_grad=False)
-    with pytest.raises(TypeError, match="'weight' is torch.int32, expected a floating-point or complex type"):
+    with pytest.raises(
+        TypeError, match=r"'weight' is torch.int32, expected a floating-point or complex type"
+    ):
         metaoptim.MetaSGD([counts])
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 
 import metaoptim
 from models import Model, check, draw, gradients, made, numbers
+from oracle import agree
 
 pytestmark = [
     pytest.mark.slow,
@@ -86,6 +89,26 @@ def test_channels_last(name: str) -> None:
     check(
         model._replace(xs=xs), "ABC", modes=[True], wrapped=lambda n: n.to(memory_format=torch.channels_last)
     )
+
+
+@pytest.fixture
+def one_rank(tmp_path: Path) -> Iterator[None]:
+    """A process group of this process alone."""
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_distributed_data_parallel(one_rank: None) -> None:
+    """Wrapped, the network is what it is without; several ranks are in test_limits.py."""
+    model, options = IMAGES["ResNet"], {"forward_sync_buffers": False}
+    wrapped = functools.partial(nn.parallel.DistributedDataParallel, **options)
+    check(model, "BC", modes=[True], wrapped=wrapped)
+    alone, inside = gradients(model, "A"), gradients(model, "A", wrapped=wrapped)
+    agree({name.removeprefix("module."): g for name, g in inside.items()}, alone)
+    for others in ({}, {**options, "find_unused_parameters": True}):
+        with pytest.raises(metaoptim.CaptureError, match=r"talks to other ranks.*ddp\.module"):
+            gradients(model, "C", wrapped=functools.partial(nn.parallel.DistributedDataParallel, **others))
 
 
 # -- graphs -----------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import types
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,22 @@ class AnotherModule(Case):
 
     def change(self) -> None:
         changing.SCALE, changing.Config.scale = changing.SCALE + 1, changing.Config.scale + 2
+
+
+@case
+class ModulesInACircle(Case):
+    """Two modules that have each other, as a package and what it is made of."""
+
+    def set_up(self) -> None:
+        circle: Any = types.ModuleType("circle")
+        circle.changing, changing.circle = changing, circle  # type: ignore[attr-defined]
+        changing.SCALE = 1.0
+
+    def factor(self) -> Any:
+        return changing.circle.changing.SCALE
+
+    def change(self) -> None:
+        changing.SCALE += 1
 
 
 @case

@@ -305,7 +305,8 @@ class Tracer(CaptureMode, Writer):
     def apply_function(self, cls: Any, apply: Callable, args: tuple, kwargs: dict) -> Any:
         """Record a custom `autograd.Function` as one call: its backward is the user's."""
         if cls is DDPSink:
-            raise CaptureError(f"DistributedDataParallel with static_graph=True {_NO_COLLECTIVE}")
+            options = "static_graph=True or find_unused_parameters=True"
+            raise CaptureError(f"DistributedDataParallel with {options} {_NO_COLLECTIVE}")
         leaves, spec = flattened(args, kwargs)
         function = Function(cls, leaves, spec)
         tensors = [a for a in leaves if isinstance(a, Tensor)]
