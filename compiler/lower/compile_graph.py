@@ -95,7 +95,13 @@ def difference(graph: fx.GraphModule, program: Callable[..., Any], inputs: Seque
     noise: list[float] = []
     for attempt in ("first", "second"):
         given = list(map(_copy, inputs))
-        for i, (got, want) in enumerate(zip(program(*given), expected, strict=True)):
+        try:
+            results = program(*given)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # of a compiled graph that cannot run, although the graph can
+            return f"it raises {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        for i, (got, want) in enumerate(zip(results, expected, strict=True)):
             if (got is None) != (want is None):
                 return f"output {i} is {got!r}, expected {want!r}"
             if want is not None and not agree(got, want, precision, largest):
