@@ -137,7 +137,7 @@ def test_model_with_checkpointing(name: str, attention: str) -> None:
 
 
 def test_compiled_step_of_a_model() -> None:
-    check(GPT2, "B")
+    check(GPT2, "B", modes=[True])
 
 
 @pytest.mark.parametrize("form", "ABC")
