@@ -64,8 +64,8 @@ demo-long: $(VENV)/.examples
 test: $(VENV)/.test,examples,models
 	$(THREADS) $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
-models-check: $(VENV)/.test,examples,models
-	$(THREADS) $(BIN)/python -m pytest -n $(JOBS) tests/exact/test_models.py tests/exact/test_models_of_libraries.py $(ARGS)
+models-check: $(VENV)/.test,examples,models,libraries
+	$(THREADS) $(BIN)/python -m pytest -n $(JOBS) --whole-models tests/exact/test_models.py tests/exact/test_models_of_libraries.py $(ARGS)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

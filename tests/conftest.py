@@ -56,6 +56,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="all forms over the whole grid of networks, optimizers, modes, horizons and windows (about an hour)",
     )
     parser.addoption(
+        "--whole-models",
+        action="store_true",
+        help="all models of transformers in all variants (some minutes)",
+    )
+    parser.addoption(
         "--whole-sweep",
         action="store_true",
         help="all operators of PyTorch's database in all forms (a quarter of an hour)",

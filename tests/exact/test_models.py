@@ -1,4 +1,7 @@
-"""Real models as they come: tiny ones of transformers, as text, image and sound models, against the full tape."""
+"""Real models as they come: tiny ones of transformers, as text, image and sound models, against the full tape.
+
+Eager attention and checkpointing with a few of them by default; with all of them with ``--whole-models``.
+"""
 
 from __future__ import annotations
 
@@ -97,6 +100,17 @@ MODELS = {
     "whisper": Model(_whisper, _words, _SOUNDS, _TOKENS),
 }
 ATTENTION = [name for name in MODELS if name != "mamba"]
+CHECKPOINTED = [*((name, "sdpa") for name in ATTENTION), ("gpt2", "eager"), ("llama", "eager")]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """``of_attention``: the name of a model; ``checkpointed``: one, and its attention."""
+    whole = metafunc.config.getoption("--whole-models")
+    if "of_attention" in metafunc.fixturenames:
+        metafunc.parametrize("of_attention", ATTENTION if whole else ["gpt2", "whisper"])
+    if "checkpointed" in metafunc.fixturenames:
+        few = [("t5", "sdpa"), ("llama", "eager")]
+        metafunc.parametrize("checkpointed", CHECKPOINTED if whole else few, ids="-".join)
 
 
 def _with(name: str, attention: str) -> Model:
@@ -121,18 +135,14 @@ def test_model(name: str) -> None:
     check(MODELS[name])
 
 
-@pytest.mark.parametrize("name", ATTENTION)
-def test_model_with_eager_attention(name: str) -> None:
-    assert MODELS[name].build().config._attn_implementation == "sdpa"  # what `test_model` takes
-    check(_with(name, "eager"), modes=[True])
+def test_model_with_eager_attention(of_attention: str) -> None:
+    assert MODELS[of_attention].build().config._attn_implementation == "sdpa"  # what `test_model` takes
+    check(_with(of_attention, "eager"), modes=[True])
 
 
-@pytest.mark.parametrize(
-    ("name", "attention"), [*((name, "sdpa") for name in ATTENTION), ("gpt2", "eager"), ("llama", "eager")]
-)
-def test_model_with_checkpointing(name: str, attention: str) -> None:
+def test_model_with_checkpointing(checkpointed: tuple[str, str]) -> None:
     """Activations that are computed again are the same: the tape is that of the model without."""
-    model = _with(name, attention)
+    model = _with(*checkpointed)
     check(_checkpointed(model), tape=model, modes=[True])
 
 
