@@ -48,6 +48,16 @@ DRAWS: dict[str, Draw] = {
     "bernoulli_": lambda h: torch.empty(4, 2).bernoulli_(0.4),
     "normal of numbers": lambda h: torch.normal(1.0, 2.0, (4, 2)),
     "normal of tensors": lambda h: torch.normal(torch.ones(4, 2), torch.full((4, 2), 0.5)),
+    "bernoulli": lambda h: torch.bernoulli(h.sigmoid()),
+    "bernoulli of many": lambda h: torch.bernoulli(h.sigmoid().repeat(50, 3)).view(-1, 4, 2).mean(0),
+    "bernoulli of single precision": lambda h: h.float().sigmoid().bernoulli().double(),
+    "bernoulli of half precision": lambda h: h.bfloat16().sigmoid().bernoulli().double(),
+    "bernoulli_ by a tensor": lambda h: torch.empty(4, 2).bernoulli_(h[0].sigmoid()),
+    "multinomial": lambda h: h.softmax(1).multinomial(1).double().expand(4, 2),
+    "multinomial, several": lambda h: h.view(-1).softmax(0).multinomial(8).double().view(4, 2),
+    "multinomial with replacement": lambda h: h.softmax(1).multinomial(2, replacement=True).double(),
+    "bernoulli's distribution": lambda h: torch.distributions.Bernoulli(logits=h).sample(),
+    "categorical distribution": lambda h: torch.distributions.Categorical(logits=h).sample((2,)).double().t(),
     "several": lambda h: F.dropout(torch.rand(4, 2), 0.3) + torch.randn_like(h),
 }
 

@@ -264,7 +264,7 @@ def test_values_that_are_not_known(form: str) -> None:
     with pytest.raises(metaoptim.CaptureError, match="a value is needed"):
         outcome(form, lambda net, x, w: torch.cov(net(x).T * w, fweights=weights).mean())
     with pytest.raises(metaoptim.CaptureError, match="depends on a tensor"):
-        outcome(form, lambda net, x, w: net(x).mean() * torch.bernoulli(w.detach()))
+        outcome(form, lambda net, x, w: net(x).mean() * torch.poisson(w.detach()))
 
 
 # -- lazy modules -----------------------------------------------------------------------------------------------------

@@ -215,13 +215,8 @@ def integers_below_a_tensor(w: World, loss: Tensor, h: Tensor) -> Any:
 
 
 @refused("depends on a tensor")
-def bernoulli_of_a_tensor(w: World, loss: Tensor, h: Tensor) -> Any:
-    return torch.bernoulli(h.detach().sigmoid()).mean()
-
-
-@refused("depends on a tensor")
-def multinomial(w: World, loss: Tensor, h: Tensor) -> Any:
-    return torch.multinomial(h.detach().softmax(1), 1).double().mean()
+def poisson(w: World, loss: Tensor, h: Tensor) -> Any:
+    return torch.poisson(h.detach().exp()).mean()
 
 
 @refused(r"tensor\.data = ")

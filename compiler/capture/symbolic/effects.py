@@ -6,6 +6,7 @@ Noise is an input that is drawn anew in every run.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -110,18 +111,49 @@ _FILL = {
     "bernoulli": aten.bernoulli_.float,
 }
 _ALSO_SHAPES_ONLY = (aten.bernoulli_.float, aten.bernoulli.p, aten.normal.float_float)
-_NORMAL = (aten.normal.Tensor_Tensor, aten.normal.Tensor_float, aten.normal.float_Tensor)
+
+
+def _normal(mean: Any, std: Any) -> Tensor:
+    like = torch.as_tensor(mean) + torch.as_tensor(std)
+    return torch.empty_like(like).normal_() * std + mean
+
+
+def _bernoulli(chances: Tensor) -> Tensor:
+    coarse = chances.dtype in (torch.float16, torch.bfloat16)
+    return (torch.rand_like(chances, dtype=torch.float32 if coarse else None) < chances).to(chances.dtype)
+
+
+def _bernoulli_into(x: Tensor, chances: Tensor) -> Tensor:
+    return x.copy_(_bernoulli(chances.expand(x.shape)))
+
+
+def _multinomial(weights: Tensor, number: int, replacement: bool = False) -> Tensor:
+    if number > 1 and replacement:
+        reached = weights.cumsum(-1)
+        drawn = torch.rand((*weights.shape[:-1], number), dtype=torch.float64, device=weights.device)
+        return torch.searchsorted((reached / reached[..., -1:]).double(), drawn)
+    raced = weights / torch.empty_like(weights).exponential_()
+    return raced.argmax(-1, keepdim=True) if number == 1 else raced.topk(number).indices
+
+
+# Whose distribution depends on tensors: as torch computes them from numbers of one that does not. No gradient passes.
+_BY_NUMBERS: dict[Any, Callable[..., Tensor]] = {
+    aten.normal.Tensor_Tensor: _normal,
+    aten.normal.Tensor_float: _normal,
+    aten.normal.float_Tensor: _normal,
+    aten.bernoulli.default: _bernoulli,
+    aten.bernoulli_.Tensor: _bernoulli_into,
+    aten.multinomial.default: _multinomial,
+}
 
 
 def draw(tracer: Tracer, op: Any, args: tuple, kwargs: dict) -> Any:
     """Let what a random operator gives be noise of the trace, or refuse it."""
     name = op._schema.name.split("::")[1]
     own = kwargs.get("generator") is not None
-    if op in _NORMAL and not own:  # mean + std z, as torch computes it; no gradient passes
-        mean, std = args[:2]
+    if op in _BY_NUMBERS and not own:
         with tracer, torch.no_grad():
-            like = torch.as_tensor(mean) + torch.as_tensor(std)
-            return torch.empty_like(like).normal_() * std + mean
+            return _BY_NUMBERS[op](*args, **{k: v for k, v in kwargs.items() if k != "generator"})
     shapes_only = name in _SHAPES_ONLY or op in _ALSO_SHAPES_ONLY
     if own or not shapes_only or any(isinstance(a, Tensor) for a in args[1:]):
         why = "from a generator of its own" if own else "whose distribution depends on a tensor"
