@@ -59,6 +59,12 @@ CHECKPOINT = "_checkpoint_without_reentrant_generator"
 if hasattr(torch.utils.checkpoint, f"{CHECKPOINT}_impl"):
     CHECKPOINT += "_impl"
 
+#: Functions of torch, by name, whose gradient torch differentiates wrongly: it computes it apart from autograd.
+ONCE = tuple(
+    f"GeneratedBackwardFor_torch_nn__linear_cross_entropy_batch_chunked{which}_default"
+    for which in ("", "_no_reduction")
+)
+
 any_autocast_enabled = torch._C._is_any_autocast_enabled
 swap_tensors = torch._C._swap_tensor_impl
 current_autograd_node = torch._C._current_autograd_node

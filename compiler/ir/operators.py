@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointFunction
 
 from metaoptim.compiler.compat import (
+    ONCE,
     OpOverload,
     TreeSpec,
     has_meta_kernel,
@@ -245,7 +246,8 @@ class Function:
         return (tuple(leaves), {}) if self._spec is None else tree_unflatten(leaves, self._spec)
 
     def __call__(self, *tensors: Tensor) -> Any:
-        args, kwargs = self.arguments(tensors)
+        once = self.cls.__name__ in ONCE
+        args, kwargs = self.arguments(map(_once.apply, tensors) if once else tensors)
         return self.cls.apply(*args, **kwargs)
 
     def __eq__(self, other: object) -> bool:
@@ -257,6 +259,38 @@ class Function:
     def __str__(self) -> str:
         args, kwargs = self.arguments(itertools.repeat(_Blank()))
         return f"{self.__name__}({', '.join([*map(repr, args), *(f'{k}={v!r}' for k, v in kwargs.items())])})"
+
+
+class _NoMore(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, x: Tensor) -> Tensor:  # type: ignore[override]
+        return g.view_as(g)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
+        raise NotImplementedError(
+            "linear_cross_entropy with `options` has no second derivative, and plain PyTorch takes a wrong one; leave "
+            "`options` out"
+        )
+
+
+_no_more: Any = _NoMore
+
+
+class _Once(torch.autograd.Function):
+    """Identity whose gradient has none: it depends on the argument, and says so."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
+        return _no_more.apply(g, *ctx.saved_tensors)
+
+
+_once: Any = _Once
 
 
 class _Blank:

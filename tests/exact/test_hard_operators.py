@@ -241,6 +241,25 @@ def test_without_a_second_derivative(name: str) -> None:
         agree(outcome(form, ONCE[name], first_order=True), expected, rtol=1e-9)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_second_derivative_that_torch_gets_wrong(reduction: str) -> None:
+    def in_chunks(net: Any, x: Tensor, w: Tensor) -> Tensor:
+        options = nn.LinearCrossEntropyOptions(batch_chunk_size=2)
+        h, y = net[:2](x), torch.tensor([0, 1, 2, 3, 4, 0])
+        losses = F.linear_cross_entropy(
+            h, net[2].weight * w, y, linear_bias=net[2].bias, reduction=reduction, options=options
+        )
+        return losses.mean()
+
+    expected = outcome("tape", in_chunks, first_order=True)
+    for form in "ABC":
+        with pytest.raises(
+            metaoptim.CaptureError, match=r"linear_cross_entropy with `options` has no second"
+        ):
+            outcome(form, in_chunks, slots=2)
+        agree(outcome(form, in_chunks, first_order=True), expected, rtol=1e-9)
+
+
 def test_ctc_loss() -> None:
     with pytest.raises(metaoptim.CaptureError, match=r"cannot be differentiated.*ctc.*first_order=True"):
         outcome("A", connectionist)

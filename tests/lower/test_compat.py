@@ -153,6 +153,14 @@ def test_what_is_caught_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert issubclass(torch.autograd.Function, compat.SingleLevelFunction)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_what_has_a_wrong_second_derivative(reduction: str) -> None:
+    h, w, y = torch.ones(2, 3), torch.ones(4, 3, requires_grad=True), torch.tensor([0, 1])
+    options = nn.LinearCrossEntropyOptions()
+    losses = nn.functional.linear_cross_entropy(h, w, y, reduction=reduction, options=options)
+    assert type(losses.grad_fn).__name__.removesuffix("Backward") in compat.ONCE
+
+
 def test_operators_and_trees() -> None:
     assert isinstance(aten.add.Tensor, compat.OpOverload)
     assert compat.has_meta_kernel(aten.add.Tensor)
