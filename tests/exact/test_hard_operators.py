@@ -22,6 +22,7 @@ torch.manual_seed(0)
 XS = torch.randn(3, 6, 4, dtype=torch.float64)
 COLUMNS = torch.tensor([[0, 1, 0, 1, 0]] * 6)
 ROW = torch.tensor([1, 1, 3])
+SMOOTH = torch.hann_window(8, dtype=torch.float64)
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
@@ -135,6 +136,7 @@ OPERATORS: dict[str, Callable[[nn.Module, Tensor, Tensor], Tensor]] = {
     "rrelu_ in eval mode": lambda net, x, w: F.rrelu_(net(x) * w, training=False),
     "cov": lambda net, x, w: torch.cov(net(x).T * w),
     "corrcoef": lambda net, x, w: torch.corrcoef(net(x).T + w),
+    "istft": lambda net, x, w: torch.istft(torch.polar(net(x).t() * w, net(x).t()), 8, window=SMOOTH).sin(),
     "gaussian_nll_loss": lambda net, x, w: F.gaussian_nll_loss(net(x), x.sum() * w, net(x).exp()),
     "a constant's value": lambda net, x, w: net(x) * w * torch.arange(5).sum().div(3).item(),
     "as many as a constant says": lambda net, x, w: net(x).repeat_interleave(torch.tensor([2, 0, 1, 1, 3]), 1) * w,

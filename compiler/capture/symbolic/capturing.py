@@ -133,7 +133,6 @@ def _no_step(optimizer: Any, args: Any, kwargs: Any) -> None:
 
 _REPR, _FORMAT, _NARROW = torch.Tensor.__repr__, torch.Tensor.__format__, torch.Tensor.narrow
 _DATA: Any = torch.Tensor.data
-_GAUSSIAN = torch.nn.functional.gaussian_nll_loss
 
 
 def _symbolic(t: Tensor, **options: Any) -> str:
@@ -163,16 +162,21 @@ def _narrow(input: Tensor, dim: int, start: Any, length: int) -> Tensor:
     return input.index_select(dim, start + torch.arange(length, device=start.device))
 
 
-def _gaussian_nll_loss(*args: Any, **kwargs: Any) -> Tensor:
-    """The loss, whose check that no variance is negative looks at values."""
-    tracer = _capturing()
-    if tracer is None:
-        return _GAUSSIAN(*args, **kwargs)
-    tracer.supposed = False
-    try:
-        return _GAUSSIAN(*args, **kwargs)
-    finally:
-        tracer.supposed = None
+def _passing(original: Callable) -> Callable:
+    """A function whose checks of arguments look at values, and ask for what would be wrong."""
+
+    @functools.wraps(original)
+    def call(*args: Any, **kwargs: Any) -> Tensor:
+        tracer = _capturing()
+        if tracer is None:
+            return original(*args, **kwargs)
+        tracer.supposed = False
+        try:
+            return original(*args, **kwargs)
+        finally:
+            tracer.supposed = None
+
+    return call
 
 
 _REPLACED: tuple[tuple[Any, str, Any], ...] = (
@@ -182,7 +186,8 @@ _REPLACED: tuple[tuple[Any, str, Any], ...] = (
     (torch.Tensor, "narrow", _narrow),
     (torch, "narrow", _narrow),
     # their checks of arguments look at values
-    (torch.nn.functional, "gaussian_nll_loss", _gaussian_nll_loss),
+    (torch.nn.functional, "gaussian_nll_loss", _passing(torch.nn.functional.gaussian_nll_loss)),
+    (torch, "istft", _passing(torch.istft)),
     (torch.distributions.Distribution, "_validate_args", False),
 )
 
