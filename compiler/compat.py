@@ -33,6 +33,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.autograd.function import Function
 from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
+from torch.nn.modules import transformer
 from torch.nn.parallel.distributed import _DDPSink as DDPSink
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
@@ -59,6 +60,8 @@ CHECKPOINT = "_checkpoint_without_reentrant_generator"
 if hasattr(torch.utils.checkpoint, f"{CHECKPOINT}_impl"):
     CHECKPOINT += "_impl"
 
+#: What asks for an attention mask's values; where the answer is no, the mask is used as it is.
+IS_CAUSAL = (transformer, "_detect_is_causal_mask")
 #: Functions of torch, by name, whose gradient torch differentiates wrongly: it computes it apart from autograd.
 ONCE = tuple(
     f"GeneratedBackwardFor_torch_nn__linear_cross_entropy_batch_chunked{which}_default"

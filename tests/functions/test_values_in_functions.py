@@ -240,6 +240,23 @@ def distributions() -> Made:
     return Made(of, [beta, *policy.parameters()])
 
 
+@function
+def encoder_with_a_mask() -> Made:
+    """It would look whether the mask is the causal one."""
+    layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.2, batch_first=True)
+    net, w = nn.TransformerEncoder(layer, 2), leaf()
+    mask, x = nn.Transformer.generate_square_subsequent_mask(5), torch.randn(2, 5, 4)
+
+    def of(window: Any) -> Tensor:
+        inner = metaoptim.MetaSGD([net], lr=0.1)
+        with window(offline=True):
+            for t in range(2):
+                inner.step((net(x + t, mask) * w).sin().square().mean())
+            return net(x, mask).square().mean()
+
+    return Made(of, [w, *net.parameters()])
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_function(name: str) -> None:
     compare(FUNCTIONS[name])

@@ -153,6 +153,17 @@ def test_what_is_caught_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert issubclass(torch.autograd.Function, compat.SingleLevelFunction)
 
 
+def test_what_asks_for_the_values_of_a_mask() -> None:
+    """Answered no, an encoder uses the mask as it is."""
+    module, name = compat.IS_CAUSAL
+    mask = nn.Transformer.generate_square_subsequent_mask(3)
+    assert getattr(module, name)(mask) is True and getattr(module, name)(mask + 1) is False
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), 1).eval()
+    x = torch.rand(2, 3, 4)
+    for causal in (None, False):
+        torch.testing.assert_close(encoder(x, mask, is_causal=causal), encoder(x, mask, is_causal=True))
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_what_has_a_wrong_second_derivative(reduction: str) -> None:
     h, w, y = torch.ones(2, 3), torch.ones(4, 3, requires_grad=True), torch.tensor([0, 1])

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from metaoptim.compiler.compat import FakeTensorMode
+from metaoptim.compiler.compat import IS_CAUSAL, FakeTensorMode
 from metaoptim.errors import CaptureError
 
 from .. import intercept
@@ -163,7 +163,7 @@ def _narrow(input: Tensor, dim: int, start: Any, length: int) -> Tensor:
 
 
 def _passing(original: Callable) -> Callable:
-    """A function whose checks of arguments look at values, and ask for what would be wrong."""
+    """A function that looks at values of its arguments: whether they are wrong, or allow for a shorter way."""
 
     @functools.wraps(original)
     def call(*args: Any, **kwargs: Any) -> Tensor:
@@ -185,9 +185,10 @@ _REPLACED: tuple[tuple[Any, str, Any], ...] = (
     (torch.Tensor, "data", property(_DATA.__get__, _set_data)),
     (torch.Tensor, "narrow", _narrow),
     (torch, "narrow", _narrow),
-    # their checks of arguments look at values
+    # they look at values of their arguments
     (torch.nn.functional, "gaussian_nll_loss", _passing(torch.nn.functional.gaussian_nll_loss)),
     (torch, "istft", _passing(torch.istft)),
+    (*IS_CAUSAL, _passing(getattr(*IS_CAUSAL))),
     (torch.distributions.Distribution, "_validate_args", False),
 )
 
