@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -73,6 +73,20 @@ swap_tensors = torch._C._swap_tensor_impl
 current_autograd_node = torch._C._current_autograd_node
 #: An id of the backward that is running, for its nodes.
 graph_task = torch._C._current_graph_task_id
+
+_CONJUGATING = (torch.ops.aten.linalg_pinv.atol_rtol_tensor, torch.ops.aten.linalg_lstsq.default)
+
+
+def called(op: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """What an operator gives, called by a dispatch mode's handler.
+
+    There torch forgets what is to be conjugated, as some operators do within their kernels.
+    """
+    if op not in _CONJUGATING:
+        return op(*args, **kwargs)
+    there, without = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    with torch._C._ForceDispatchKeyGuard(there, without.remove(torch._C.DispatchKey.Conjugate)):
+        return op(*args, **kwargs)
 
 
 def keep_from_dynamo(function: Any) -> None:

@@ -19,6 +19,7 @@ from metaoptim.compiler.compat import (
     DisableAutocast,
     FakeTensor,
     TorchDispatchMode,
+    called,
     disable_current_modes,
     tree_leaves,
     unset_fake_temporarily,
@@ -165,10 +166,10 @@ class _Writer(TorchDispatchMode):
             self._check(func, args, kwargs)
         elif self._is_constant(func, args, kwargs):
             with unset_fake_temporarily():
-                return func(*args, **kwargs)
+                return called(func, args, kwargs)
         if self._instead_of_writing(func, args, kwargs):
             return args[0]
-        out = func(*args, **kwargs)
+        out = called(func, args, kwargs)
         if func is aten.detach.default:
             self.bind(out, self.token(args[0]), made=False)
             return out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -151,6 +152,25 @@ def test_what_is_caught_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen == [torch.sin]
     assert issubclass(compat.DDPSink, torch.autograd.Function)
     assert issubclass(torch.autograd.Function, compat.SingleLevelFunction)
+
+
+class Calling(compat.TorchDispatchMode):
+    def __init__(self, call: Callable) -> None:
+        super().__init__()
+        self.call = call
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        return self.call(func, args, kwargs or {})
+
+
+def test_what_conjugates() -> None:
+    """Torch forgets it in what a handler calls."""
+    a, b = torch.randn(2, 5, 3, dtype=torch.complex128)
+    for op in (torch.pinverse, lambda a: torch.linalg.lstsq(a, b, driver="gels").residuals):
+        for call, right in ((lambda op, args, kwargs: op(*args, **kwargs), False), (compat.called, True)):
+            with Calling(call):
+                found = op(a)
+            assert torch.allclose(found, op(a)) == right
 
 
 def test_what_asks_for_the_values_of_a_mask() -> None:

@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from metaoptim.compiler.compat import called
 from metaoptim.errors import CaptureError
 
 from ...ir.operators import BATCH_NORM, RRELU, Function, flattened, op_info, slopes_of
@@ -90,19 +91,19 @@ class Recorder(CaptureMode):
         if info.writes:
             return writes.write(self, func, info, args, kwargs)
         if not self.record:
-            return func(*args, **kwargs)
+            return called(func, args, kwargs)
         if info.random and func is not aten.native_dropout.default:
             return func(*args, **kwargs)  # its result is an input of the step
         recording = self.recording
         grad = torch.is_grad_enabled()
         if not grad or not recording.touches(args):
-            out = func(*args, **kwargs)
+            out = called(func, args, kwargs)
             if not grad or self.taint.of_storage:
                 self.taint.note(args, out, recording.epoch.theta)
             return out
         if func is _ITEM:
             return func(*args, **kwargs)
-        out = func(*args, **kwargs)
+        out = called(func, args, kwargs)
         if func is _DETACH and args[0].is_leaf:
             self.taint.note(args, out, recording.epoch.theta)
         recording.record(func, info, args, kwargs, out)

@@ -14,6 +14,7 @@ from metaoptim.compiler.compat import (
     FakeTensor,
     FakeTensorMode,
     OpOverload,
+    called,
     disable_fake_tensor_cache,
     unset_fake_temporarily,
 )
@@ -228,7 +229,7 @@ class Constants:
             return None if found is None else [places.clone() for places in found.unbind(1)]
 
     def _run(self, op: Any, args: tuple, kwargs: dict) -> Any:
-        return op(*self._given(args), **{k: self._given(v) for k, v in kwargs.items()})
+        return called(op, self._given(args), {k: self._given(v) for k, v in kwargs.items()})
 
     def _given(self, a: Any) -> Any:
         if isinstance(a, Value):
