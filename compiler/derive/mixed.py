@@ -27,7 +27,7 @@ from ..ir.step import FlatGraph, StepGraph, gradient, show
 from ..ir.values import reached
 from .flat import Traced, flat_graph, tracing
 from .graphs import alive_bytes, copied, drop_dead, merge_equal, mutates, peak_bytes, results_of, storages
-from .reverse import checked, ports_of, pulled_back, true_zeros
+from .reverse import checked, in_formulas, ports_of, pulled_back
 
 
 class NotMixed(Exception):
@@ -138,7 +138,7 @@ class _MixedStep:
             given = [p.empty() for p in ports_of(self.step, "vjp")]
             if gradients:
                 given += [torch.empty_like(t) for t in self._run(self.thetas, given[: len(self.inputs)])]
-            return flat_graph(fn, given, true_zeros(self.step), marks=self.marks)
+            return flat_graph(fn, given, in_formulas(self.step), marks=self.marks)
 
     def _run(
         self, wanted: Sequence[fx.Node], values: Sequence[Tensor], known: Mapping[fx.Node, Any] | None = None

@@ -46,7 +46,7 @@ def derived_by_tracing(step: StepGraph, kind: str, example: Sequence[Tensor] | N
                     raise ValueError("a step whose shapes depend on values is traced over real inputs")
                 return cleaned(kind, flat_graph(fn, [t.detach().clone() for t in example]))
             with FakeTensorMode(allow_non_fake_inputs=True):
-                found = flat_graph(fn, [p.empty() for p in ports_of(step, kind)], true_zeros(step))
+                found = flat_graph(fn, [p.empty() for p in ports_of(step, kind)], in_formulas(step))
             return cleaned(kind, found)
         except (MetaOptimError, torch.OutOfMemoryError):
             raise
@@ -71,7 +71,7 @@ def derived_by_running(
     given = [t.detach() for t in inputs]
     with tracing(step.default_dtype):
         try:
-            found = flat_graph(functools.partial(run, step, kind), given, true_zeros(step), real=True)
+            found = flat_graph(functools.partial(run, step, kind), given, in_formulas(step), real=True)
         except (ProgramError, torch.OutOfMemoryError):
             raise
         except (Unfollowed, RuntimeError):
@@ -141,15 +141,22 @@ def _without_derivative(error: RuntimeError) -> str:
     )
 
 
-def true_zeros(step: StepGraph) -> dict[Any, Callable]:
-    """A decomposition of autograd's immaterial zeros, on which some operators fail."""
+def in_formulas(step: StepGraph) -> dict[Any, Callable]:
+    """What stands in torch's own formulas for operators that a trace cannot do with.
+
+    Immaterial zeros, on which some operators fail. And a check of values, that a loss does not depend on the phase of
+    complex singular vectors: whoever wrote the loss's own backward may check others.
+    """
     home = step.inputs[0].spec.device
 
     def zeros(size: Any, *, device: Any = None, dtype: Any = None, **options: Any) -> Tensor:
         on_meta = device is None or torch.device(device).type == "meta"  # as a fake tensor's formula asks
         return torch.zeros(size, device=home if on_meta else device, dtype=dtype)
 
-    return {aten._efficientzerotensor.default: zeros}
+    instead: dict[Any, Callable] = {aten._efficientzerotensor.default: zeros}
+    if not step.opaque:
+        instead[aten.allclose.default] = lambda *args, **kwargs: True
+    return instead
 
 
 def cleaned(kind: str, traced: Traced) -> FlatGraph:

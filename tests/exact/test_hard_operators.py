@@ -136,6 +136,7 @@ OPERATORS: dict[str, Callable[[nn.Module, Tensor, Tensor], Tensor]] = {
     "rrelu_ in eval mode": lambda net, x, w: F.rrelu_(net(x) * w, training=False),
     "cov": lambda net, x, w: torch.cov(net(x).T * w),
     "corrcoef": lambda net, x, w: torch.corrcoef(net(x).T + w),
+    "nuclear norm": lambda net, x, w: torch.linalg.matrix_norm(torch.polar(net(x) * w, 9 * x[0, 0] + net(x)), "nuc"),
     "pinverse": lambda net, x, w: torch.view_as_real(torch.pinverse(torch.polar(net(x) * w, 9 * x[0, 0] + net(x)))),
     "istft": lambda net, x, w: torch.istft(torch.polar(net(x).t() * w, net(x).t()), 8, window=SMOOTH).sin(),
     "gaussian_nll_loss": lambda net, x, w: F.gaussian_nll_loss(net(x), x.sum() * w, net(x).exp()),
