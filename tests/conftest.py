@@ -63,7 +63,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--whole-sweep",
         action="store_true",
-        help="all operators of PyTorch's database in all forms (a quarter of an hour)",
+        help="all operators and modules of PyTorch's databases in all forms (more than an hour)",
     )
 
 
