@@ -87,7 +87,7 @@ HEAD = """# Modules
 PyTorch's database of modules (`module_db`), all samples of each, float64, in training mode and, where that is another
 thing, in eval mode. The module is part of an inner network: its parameters are inner parameters, beside one from which
 its inputs are made. Two inner steps with a learnt rate. `python tests/helpers/modules.py` compares the meta-gradients
-with a plain tape and writes this page; `tests/exact/test_modules.py` holds it to that, for a share of the modules, or
+with a plain tape and writes this page; `tests/exact/test_operators.py` holds it to that, for a share of the modules, or
 for all of them with `--whole-sweep`. Lazy modules have been run once before. Operators have a page of their own:
 [operators.md](operators.md).
 """
