@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -12,26 +12,42 @@ from torch import Tensor, fx
 
 from ..ir.step import StepGraph, gradient, show
 from ..ir.update import UpdatePlan
+from .chunks import Chunks, GradientOfChunks, dropped, in_order, is_chunked
+from .graphs import results_of
 
 
 def interpret(step: StepGraph, inputs: Sequence[Tensor], *, create_graph: bool) -> tuple[Any, ...]:
     """The outputs of ``step``, differentiable with ``create_graph``, for its inputs, of which thetas require grad."""
-    return _Interpreter(step, create_graph).run(*inputs)
+    return _Interpreter(step, create_graph).run(inputs)
 
 
-class _Interpreter(fx.Interpreter):
+class _Interpreter:
     def __init__(self, step: StepGraph, create_graph: bool) -> None:
-        super().__init__(torch.nn.Module(), graph=step.graph)
-        self.extra_traceback = False  # a user's error is hers, without the names of our nodes
         self.step, self.create_graph = step, create_graph
 
-    def run_node(self, n: fx.Node) -> Any:
-        if n.op != "call_function":
-            return super().run_node(n)
-        args, kwargs = self.fetch_args_kwargs_from_env(n)
-        if n.target is gradient:
+    def run(self, inputs: Sequence[Tensor]) -> tuple[Any, ...]:
+        graph = self.step.graph
+        known = dict(zip(graph.find_nodes(op="placeholder"), inputs, strict=True))
+        return tuple(self.evaluate(results_of(graph), known))
+
+    def evaluate(self, wanted: Sequence[fx.Node], known: Mapping[fx.Node, Any]) -> list[Any]:
+        """The values of nodes, from those of ``known`` ones; none is held longer than it is needed."""
+        nodes, env = in_order(wanted, known), dict(known)
+        done = dropped(nodes, set(wanted))
+        for node in nodes:
+            env[node] = self.value(node, env)
+            for gone in done.get(node, ()):
+                del env[gone]
+        return [env[n] for n in wanted]
+
+    def value(self, node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
+        if is_chunked(node):
+            return self.gradient_of_chunks(Chunks(node), env)
+        given: Any = fx.map_arg((node.args, node.kwargs), env.__getitem__)
+        args, kwargs = given
+        if node.target is gradient:
             return self.gradient(*args)
-        if n.target is show:
+        if node.target is show:
             (theta,) = args
             with torch.enable_grad():
                 return (
@@ -41,14 +57,24 @@ class _Interpreter(fx.Interpreter):
                 )
         # after the gradient nothing but its derivative needs a graph
         with torch.set_grad_enabled(
-            n.meta.get("grad", True) and (self.create_graph or not isinstance(n.target, UpdatePlan))
+            node.meta.get("grad", True) and (self.create_graph or not isinstance(node.target, UpdatePlan))
         ):
-            return n.target(*args, **kwargs)  # type: ignore[operator]
+            return node.target(*args, **kwargs)  # type: ignore[operator]
 
     def gradient(self, loss: Tensor, thetas: Sequence[Tensor]) -> tuple[Tensor, ...]:
         create = self.create_graph and not self.step.first_order
         retain = self.create_graph or self.step.steps > 1
-        grads = torch.autograd.grad(loss, list(thetas), create_graph=create, retain_graph=retain)
+        return self.hooked(
+            torch.autograd.grad(loss, list(thetas), create_graph=create, retain_graph=retain), create
+        )
+
+    def gradient_of_chunks(self, chunks: Chunks, env: Mapping[fx.Node, Any]) -> tuple[Tensor, ...]:
+        given = [env[n] for n in chunks.given]
+        if self.create_graph and not self.step.first_order:
+            return self.hooked(GradientOfChunks.apply(chunks, self.evaluate, *given), True)
+        return chunks.gradients(self.evaluate, given)
+
+    def hooked(self, grads: tuple[Tensor, ...], create: bool) -> tuple[Tensor, ...]:
         return tuple(map(_HookCotangent.apply, grads)) if create and self.step.hooked else grads
 
 

@@ -67,6 +67,8 @@ def why_not_mixed(step: StepGraph) -> str | None:
     """Why a step has no mixed-mode derivative, as far as that is seen without a trace."""
     if step.steps != 1:
         return f"it takes {step.steps} inner gradients"
+    if step.chunked:
+        return "its loss comes in chunks, which are made again one by one"
     if step.opaque or step.dynamic or step.hooked or step.first_order:
         return "it holds hooks, custom Functions, or shapes that depend on values"
     for node in step.graph.nodes:

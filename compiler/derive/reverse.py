@@ -44,10 +44,10 @@ def derived_by_tracing(step: StepGraph, kind: str, example: Sequence[Tensor] | N
             if step.dynamic:
                 if example is None:
                     raise ValueError("a step whose shapes depend on values is traced over real inputs")
-                return cleaned(kind, flat_graph(fn, [t.detach().clone() for t in example]))
+                return cleaned(kind, flat_graph(fn, [t.detach().clone() for t in example]), step.chunked)
             with FakeTensorMode(allow_non_fake_inputs=True):
                 found = flat_graph(fn, [p.empty() for p in ports_of(step, kind)], in_formulas(step))
-            return cleaned(kind, found)
+            return cleaned(kind, found, step.chunked)
         except (MetaOptimError, torch.OutOfMemoryError):
             raise
         except RuntimeError as error:
@@ -81,7 +81,7 @@ def derived_by_running(
             again = isinstance(node, fx.Node) and node in seen
             seen.add(node)
             results.append(t if t is None else t.detach().clone() if again else t.detach())
-        return cleaned(kind, found), results
+        return cleaned(kind, found, step.chunked), results
 
 
 def run(step: StepGraph, kind: str, *args: Tensor) -> tuple:
@@ -159,12 +159,12 @@ def in_formulas(step: StepGraph) -> dict[Any, Callable]:
     return instead
 
 
-def cleaned(kind: str, traced: Traced) -> FlatGraph:
-    """Without dead nodes and duplicates."""
+def cleaned(kind: str, traced: Traced, chunked: bool = False) -> FlatGraph:
+    """Without dead nodes and duplicates; of a step in chunks, but for what is computed again on purpose."""
     flat = checked(traced)
     if not any(map(mutates, flat.graph.nodes)):
         undo_transposes(flat.graph)
-        merge_equal(flat.graph)
+        merge_equal(flat.graph, held=chunked)
     if kind == "replay":
         distinct(flat.graph)
     return flat

@@ -84,6 +84,8 @@ class Program(Calls):
 
     def lowering_of(self, step: StepGraph, stated: Lowering) -> Lowering:
         """The lowering of one of its step graphs, where ``stated`` is asked for."""
+        if step.chunked:
+            return stated.uncompiled
         if self.compiled is None or id(step) in self.compiled:
             return stated
         return replace(stated, backend="eager" if stated.backend == "eager" else self.others)

@@ -61,8 +61,11 @@ class Port:
         return f"{self.name}: {self.role.value}[{self.spec.outline}]"
 
 
-def gradient(loss: Tensor, thetas: Iterable[Tensor]) -> tuple[Tensor, ...]:
-    """∇_thetas loss, as a node of a StepGraph."""
+def gradient(loss: Tensor | tuple[Tensor, ...], thetas: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    """∇_thetas loss, as a node of a StepGraph.
+
+    Of several losses (a step in chunks) it is the gradient of their sum, and is taken of one after the other.
+    """
     raise RuntimeError("a StepGraph is run by compiler.interpret")
 
 
@@ -276,6 +279,11 @@ class StepGraph:
     def steps(self) -> int:
         """How many inner steps it takes."""
         return sum(node.target is gradient for node in self.graph.nodes)
+
+    @cached_property
+    def chunked(self) -> bool:
+        """Whether an inner gradient in it is that of several losses."""
+        return any(node.target is gradient and is_several(node.args[0]) for node in self.graph.nodes)
 
     @cached_property
     def thetas(self) -> int:

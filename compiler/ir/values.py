@@ -157,6 +157,11 @@ def parents(a: Any) -> Iterable[Any]:
     return (a.value,) if isinstance(a, Carried) else a if is_several(a) else ()
 
 
+def is_cut(entry: Entry) -> bool:
+    """Whether no gradient goes on from the results of a call to what it was given."""
+    return not entry.grad or entry.op is _DETACH
+
+
 def reaches_theta(value: Value) -> bool:
     """Whether a gradient of ``value`` may flow into theta."""
 
@@ -165,8 +170,7 @@ def reaches_theta(value: Value) -> bool:
             t = a.ref and a.ref()
             if t is not None and not t.requires_grad:
                 return ()
-        cut = isinstance(a, Entry) and (not a.grad or a.op is _DETACH)
-        return () if cut else parents(a)
+        return () if isinstance(a, Entry) and is_cut(a) else parents(a)
 
     start: list[Any] = [value]
     return any(isinstance(a, Theta) for a in reached(start, onwards))

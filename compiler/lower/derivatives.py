@@ -48,7 +48,8 @@ def lowered(
     if program is not None:
         return program
     of, what = _source(step, kind, inputs)
-    backend, hvp = lowering.backend_of(kind), lowering.hvp
+    # a compiler would move operators from chunk to chunk, and take long
+    backend, hvp = "eager" if step.chunked else lowering.backend_of(kind), lowering.hvp
     results = _by_running(of, what, inputs, hvp) if at_once and backend == "eager" else None
     program = graph = _flat(of, what, hvp, inputs)
     if backend != "eager":
@@ -68,6 +69,8 @@ def taken(
     With ``later``, only compiled forms are run that have been before: to check one takes memory.
     """
     asked = lowering
+    if step.chunked:
+        return lowering.uncompiled
     if lowering.backend == "auto":
         if not _pays(step, kind, lowering):
             return lowering.uncompiled
@@ -107,7 +110,7 @@ def _pays(step: StepGraph, kind: str, lowering: Lowering) -> bool:
 def begin(step: StepGraph, lowering: Lowering) -> None:
     """Have a step's replay and VJP compiled, before they are needed for the first time."""
     states, outputs = [p.spec for p in step.inputs], step.cotangents
-    if lowering.backend != "inductor" or step.dynamic or not elsewhere(states):
+    if lowering.backend != "inductor" or step.dynamic or step.chunked or not elsewhere(states):
         return
     for kind in ("vjp", "replay") if outputs else ("replay",):  # the VJP takes longer
         if (
@@ -275,7 +278,7 @@ def residuals(step: StepGraph, hvp: str) -> Split | None:
     if hvp not in splits:
         learnt = any(p.differentiable for p in step.inputs) and step.cotangents
         splits[hvp] = None
-        if learnt and not step.dynamic:
+        if learnt and not step.dynamic and not step.chunked:
             graphs, facts = remembered(step, f"split, {hvp} from {WORTH_SAVING}", partial(_split, step, hvp))
             if graphs:
                 splits[hvp] = Split(graphs[0], graphs[1], **facts)

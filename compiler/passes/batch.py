@@ -249,7 +249,8 @@ class _Batch:
             given=True,
             default_dtype=step.default_dtype,
         )
-        vars(made)["steps"] = step.steps  # the graph of all tasks has no gradient node to be counted
+        # the graph of all tasks has no gradient node to be looked at
+        vars(made).update(steps=step.steps, chunked=step.chunked)
         made.derived.replay = graph
         one = derived(step, self.hvp)
         there = [i for i, r in enumerate(results_of(one.graph)) if isinstance(r, fx.Node)]
@@ -271,7 +272,7 @@ class _Batch:
             return tuple(grads)
 
         made.derived.vjp[self.hvp] = _traced(
-            "vjp", vjp, [*(p.spec for p in inputs), *cotangents], one.constants
+            "vjp", vjp, [*(p.spec for p in inputs), *cotangents], one.constants, step.chunked
         )
         made.derivatives[self.hvp] = f"{step.derivatives.get(self.hvp, '')}, for {size} tasks at once"
         return made
@@ -298,6 +299,7 @@ def _traced(
     fn: Callable[..., tuple[Any, ...]],
     specs: Sequence[TensorSpec],
     constants: Mapping[str, Tensor] = MappingProxyType({}),
+    chunked: bool = False,
 ) -> FlatGraph:
     """The flat graph of a function of all tasks, whose last arguments are ``constants`` of the graph."""
     with tracing(), FakeTensorMode(allow_non_fake_inputs=True):
@@ -318,7 +320,7 @@ def _traced(
             node.replace_all_uses_with(graph.get_attr(f"task{name}"))
         graph.erase_node(node)
         traced.constants[f"task{name}"] = value
-    return cleaned(kind, traced)
+    return cleaned(kind, traced, chunked)
 
 
 def wrong(batched: BatchedStep, inputs: Sequence[Tensor], hvp: str) -> str | None:

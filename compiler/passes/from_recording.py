@@ -28,7 +28,7 @@ class StepSpec(NamedTuple):
     """What a step is besides its slice. All of it is part of the step's signature.
 
     Attributes:
-        plan: the update; its hyper-references are the slice's roots after the first.
+        plan: the update; its hyper-references are the slice's roots after the losses.
         params: for each updated parameter, its place among the slice's thetas.
         stale: whether the update finds other parameters than the loss has read.
         thetas, now: specs of the slice's thetas and of the updated parameters.
@@ -36,6 +36,7 @@ class StepSpec(NamedTuple):
         grad_hooks: for each updated parameter, keys of the hooks of the user's own that change its gradient.
         first_order: whether g is taken as a constant (FOMAML).
         hooked: whether the window has a backward_hook.
+        losses: how many of the slice's roots, the first ones, are losses: more than one of a step in chunks.
     """
 
     plan: UpdatePlan
@@ -47,6 +48,7 @@ class StepSpec(NamedTuple):
     grad_hooks: tuple[tuple[Any, ...], ...]
     first_order: bool
     hooked: bool
+    losses: int = 1
 
 
 @uncollected()
@@ -60,7 +62,7 @@ def build_step(
     """The StepGraph of a recorded step.
 
     Args:
-        sliced: what the loss (first root) and the hyper-parameters (the other roots) depend on.
+        sliced: what the losses (first roots) and the hyper-parameters (the other roots) depend on.
         spec: what else there is to the step.
         new_states: specs of the states of the updated parameters, after the step.
         lifted: which of the slice's numbers are inputs.
@@ -106,16 +108,17 @@ class _StepTrace:
 
     def update(self, spec: StepSpec, new_states: Sequence[State], hooks: Sequence[Sequence[Any]]) -> None:
         """Add the gradient and the update."""
-        loss, *slots = map(self._value, self.sliced.roots)
+        roots = tuple(map(self._value, self.sliced.roots))
+        losses, slots = roots[: spec.losses], roots[spec.losses :]
         thetas = tuple(self.thetas[i] for i in spec.params)
         now = tuple(self._input(Role.THETA_NOW, s) for s in spec.now) if spec.stale else thetas
         states = tuple({k: self._input(Role.OPT_STATE, s) for k, s in state} for state in spec.states)
-        taken = self._call(gradient, loss, thetas).entry
+        taken = self._call(gradient, losses if losses[1:] else losses[0], thetas).entry
         grads = [Value(taken, k) for k in range(len(thetas))]
         grads = [self._call(GradientHooks(h), g) if h else g for g, h in zip(grads, hooks, strict=True)]
         detach = torch.ops.aten.detach.default
         used = tuple(self._call(detach, g) for g in grads) if spec.first_order else tuple(grads)
-        after = self._call(spec.plan, now, used, states, tuple(slots))
+        after = self._call(spec.plan, now, used, states, slots)
 
         def part(*path: Any) -> Value:
             """A piece of the update's nested result."""

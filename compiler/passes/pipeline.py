@@ -107,14 +107,15 @@ def lower(program: Program, options: Options) -> tuple[Program, str]:
     if backend == "eager":
         return program, f"{plural(graphs, 'step graph')}, all run as they are"
     counts: Counter[int] = Counter()
+    chunked = sum(step.chunked for step in program.step_graphs)
     for call, count in program.counted():
-        counts[id(call.step)] += count
+        counts[id(call.step)] += count * (not call.step.chunked)
     repeated = frozenset(step for step, count in counts.items() if count > FEW)
     program.compiled = repeated or None
-    compiled = len(repeated) or graphs
-    rest = ""
-    if compiled < graphs:
-        rest = f"; the others run at most {FEW} times a call, as they are"
+    compiled = len(repeated) or graphs - chunked
+    rest = f"; {chunked} in chunks run as they are" if chunked else ""
+    if compiled < graphs - chunked:
+        rest += f"; the others run at most {FEW} times a call, as they are"
         if (
             backend == "inductor" and retention_of(program, options).memory_budget is None
         ):  # a check takes memory

@@ -10,7 +10,7 @@ from typing import Any
 from metaoptim.errors import CaptureError, user_location
 
 from ..ir.step import gradient
-from ..ir.trace import Part, Partition, PartKind, Segment, Trace, sources
+from ..ir.trace import Part, Partition, PartKind, Segment, Trace, leaves, sources
 from ..ir.values import Entry, Value, changed, reached
 from .options import Options
 
@@ -74,8 +74,8 @@ def _cuts(trace: Trace) -> list[int]:
 
 
 def _first_use_of_theta(taken: Entry) -> int:
-    """The first call on a path from the parameters to the loss of a `gradient` entry."""
-    loss, thetas = taken.args
+    """The first call on a path from the parameters to the losses of a `gradient` entry."""
+    losses, thetas = list(leaves(taken.args[0])), taken.args[1]
     dependent = {id(t.entry) for t in thetas}
     oldest = min(t.entry.seq for t in thetas)
 
@@ -86,7 +86,7 @@ def _first_use_of_theta(taken: Entry) -> int:
         return [e for e in calls(refs) if e.seq > oldest and id(e) not in dependent]
 
     first = taken.seq
-    for entry in sorted(reached(later([loss]), lambda e: later(sources(e))), key=lambda e: e.seq):
+    for entry in sorted(reached(later(losses), lambda e: later(sources(e))), key=lambda e: e.seq):
         if any(id(e) in dependent for e in calls(sources(entry))):
             dependent.add(id(entry))
             first = min(first, entry.seq)

@@ -14,7 +14,7 @@ from metaoptim.compiler.capture import intercept
 from metaoptim.compiler.capture.symbolic.tracer import Tracer
 from metaoptim.compiler.compat import disable_current_modes
 from metaoptim.compiler.ir.step import Role, gradient, show
-from metaoptim.compiler.ir.trace import Roles, arguments
+from metaoptim.compiler.ir.trace import Roles, arguments, leaves
 from metaoptim.compiler.ir.values import Entry, Input, Noise, Value, exact, identity, reached
 from metaoptim.compiler.ir.verify import verify_step
 from metaoptim.compiler.lower.library import library
@@ -174,7 +174,7 @@ def compiled(
 def _loss_inputs(entries: Sequence[Entry]) -> set[Any]:
     """Identities of what inner losses among ``entries`` depend on and that was not computed by them."""
     inside = {id(e) for e in entries}
-    losses = [e.args[0] for e in entries if e.op is gradient]
+    losses = [loss for e in entries if e.op is gradient for loss in leaves(e.args[0])]
     read = [*losses, *(a for loss in losses for entry in _ancestors(loss) for a in arguments(entry))]
     return {identity(a) for a in read if not (isinstance(a, Value) and id(a.entry) in inside)}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +19,21 @@ from metaoptim.compiler.ir.tensors import TensorSpec, tensor_spec
 from metaoptim.compiler.ir.trace import WindowMark, sources
 from metaoptim.compiler.ir.values import Entry, Input, Value, reached
 from metaoptim.compiler.passes.build import GradientHooks
-from metaoptim.errors import CaptureError, WindowError, user_location
+from metaoptim.errors import CaptureError, LossError, WindowError, user_location
 
 from ..engine.engine import Held
 from ..engine.graph import leaves_of
 from ..windows.networks import Networks
-from ..windows.session import AS_GRADIENT, WINDOW, Options, Place, Session, _current, refuse_overwritten
+from ..windows.session import (
+    AS_GRADIENT,
+    WINDOW,
+    Options,
+    Place,
+    Session,
+    _current,
+    read_outside,
+    refuse_overwritten,
+)
 from ..windows.updates.hyper import Scheduled, hyper_of
 from ..windows.updates.update import InnerOptimizer, Update, trained, update_by
 from .loops import Loops
@@ -32,6 +41,13 @@ from .loops import Loops
 aten = torch.ops.aten
 _Specs: TypeAlias = tuple[list[TensorSpec], list[dict[str, TensorSpec]]]
 _REMEMBERED = 8  # versions of a parameter that a loss may have been computed from
+
+
+class _Losses(NamedTuple):
+    """The losses that a step is taken by: what stands for them, and ids of the leaves that their gradients go to."""
+
+    roots: tuple[Any, ...]
+    leaves: set[int]
 
 
 class _Networks(Networks):
@@ -251,8 +267,39 @@ class CapturedSession(Session):
 
     # -- steps ---------------------------------------------------------------------------------------------------
 
+    def _added(
+        self, optimizer: InnerOptimizer, schedules: Scheduled, loss: Tensor, losses: _Losses | None
+    ) -> _Losses:
+        self.recorder.settle_hooks()
+        root, leaves = self.recorder.value_of(loss), set(map(id, leaves_of(loss)))
+        self._refuse_overwritten(root, self.ordinals(optimizer))
+        return (
+            _Losses((root,), leaves)
+            if losses is None
+            else _Losses((*losses.roots, root), losses.leaves | leaves)
+        )
+
+    def _moment(self) -> int:
+        return len(self.recorder.trace.entries)
+
+    def _check_inside(self, optimizer: InnerOptimizer, losses: _Losses, before: int) -> None:
+        shown = (self.networks.shown[i] for i in self.ordinals(optimizer))
+        mine = {id(self.recorder.value_of(t).entry) for t in shown}
+
+        def earlier(entry: Entry) -> list[Entry]:
+            return [] if entry.op is show else [a.entry for a in sources(entry) if isinstance(a, Value)]
+
+        for entry in reached([a.entry for a in losses.roots[-1:] if isinstance(a, Value)], earlier):
+            if entry.seq < before and not mine.isdisjoint(map(id, earlier(entry))):
+                raise LossError(read_outside(optimizer))
+
     def _step(
-        self, optimizer: InnerOptimizer, schedules: Scheduled, loss: Tensor, allow_unused: bool
+        self,
+        optimizer: InnerOptimizer,
+        schedules: Scheduled,
+        losses: _Losses,
+        loss: Tensor,
+        allow_unused: bool,
     ) -> None:
         tracer, networks = self.recorder, self.networks
         self.refuse_strangers()
@@ -260,14 +307,11 @@ class CapturedSession(Session):
             raise CaptureError(
                 "error_if_nonfinite needs a value while the function is captured; use an ordinary window"
             )
-        tracer.settle_hooks()
-        root = tracer.value_of(loss)
         members = trained(optimizer, networks)
         ordinals = [i for i, _ in members]
-        self._refuse_overwritten(root, ordinals)
         hyper = hyper_of(optimizer, schedules, tracer.value_of, self._lifts)
-        leaves = set(map(id, leaves_of(loss)))
-        read = self._read(leaves, root, ordinals)
+        roots, leaves = losses
+        read = self._read(leaves, roots[0], ordinals)
         # which parameters the loss depends on: a gradient has their shapes, so that nothing need be pulled back
         reached = [tracer.fakes.empty(tensor_spec(t)) if id(t) in leaves else None for t in read]
         update = update_by(optimizer, networks, members, reached, hyper, allow_unused=allow_unused)
@@ -277,7 +321,8 @@ class CapturedSession(Session):
                 "depend on its argument and on Python numbers only, or use an ordinary window"
             )
         by = dict(zip(ordinals, read, strict=True))
-        taken = self._call(gradient, root, tuple(tracer.value_of(by[i]) for i in update.ordinals))
+        of = roots if roots[1:] else roots[0]
+        taken = self._call(gradient, of, tuple(tracer.value_of(by[i]) for i in update.ordinals))
         tokens = [Value(taken.entry, j) for j in range(len(update.ordinals))]
         hooked = zip(tokens, update.hooks, strict=True)
         tokens = [self._call(GradientHooks(h), t) if h else t for t, h in hooked]

@@ -19,7 +19,7 @@ from .networks import Networks
 from .ordinary_session import OrdinarySession
 from .session import Options, Place, refuse_overwritten, refuse_write
 from .updates.hyper import Scheduled, hyper_of
-from .updates.update import InnerOptimizer, gradient, trained, update_by
+from .updates.update import InnerOptimizer, added, gradient, trained, update_by
 
 # The fused attention kernels have no second derivative: none is taken while a full tape is open, in the whole process.
 _lock = Lock()
@@ -144,20 +144,37 @@ class FullTapeSession(OrdinarySession):
             values[i] = self._count
         self._versions.append((list(self.networks.shown), values))
 
-    def _step(
-        self, optimizer: InnerOptimizer, schedules: Scheduled, loss: Tensor, allow_unused: bool
-    ) -> None:
+    def _added(
+        self,
+        optimizer: InnerOptimizer,
+        schedules: Scheduled,
+        loss: Tensor,
+        losses: list[Tensor | None] | None,
+    ) -> list[Tensor | None]:
         self.refuse_strangers()
+        ordinals, create_graph = self.ordinals(optimizer), self._differentiable(optimizer)
+        grads = self._inner_gradient(loss, ordinals, create_graph)
+        with torch.set_grad_enabled(create_graph):
+            return grads if losses is None else added(losses, grads)
+
+    def _differentiable(self, optimizer: InnerOptimizer) -> bool:
+        """Whether inner gradients are differentiated."""
+        return not (optimizer.first_order or self.options.first_order)
+
+    def _step(
+        self,
+        optimizer: InnerOptimizer,
+        schedules: Scheduled,
+        losses: list[Tensor | None],
+        loss: Tensor,
+        allow_unused: bool,
+    ) -> None:
         networks, members = self.networks, trained(optimizer, self.networks)
-        create_graph, hook = (
-            not (optimizer.first_order or self.options.first_order),
-            self.options.backward_hook,
-        )
-        grads = self._inner_gradient(loss, [i for i, _ in members], create_graph)
+        create_graph, hook = self._differentiable(optimizer), self.options.backward_hook
         hyper = hyper_of(optimizer, schedules, lambda t: t, lifts=False)
         options: Any = {"allow_unused": allow_unused, "create_graph": create_graph}
         with torch.enable_grad():
-            update = update_by(optimizer, networks, members, grads, hyper, **options)
+            update = update_by(optimizer, networks, members, losses, hyper, **options)
             inner = update.grads
             if hook is not None:
                 inner = [g.view_as(g) for g in inner]

@@ -47,7 +47,9 @@ class OrdinarySession(Session):
         intercept.networks.set(self.networks)
         self.recorder.__enter__()
 
-    def _take(self, member: Member, schedules: Scheduled, loss: Tensor, allow_unused: bool) -> None:
+    def _take(
+        self, member: Member, schedules: Scheduled, losses: Any, loss: Tensor, allow_unused: bool
+    ) -> None:
         optimizer, name = member.optimizer, type(member.optimizer).__name__
         checked = self.options.check_finite or torch.is_anomaly_enabled()
         if checked and not bool(torch.isfinite(loss)):
@@ -60,7 +62,7 @@ class OrdinarySession(Session):
             named = [(self.networks.names[i], self.networks.shown[i]) for i in self.ordinals(optimizer)]
             before = [(f"step_{member.steps}:{name}", t.detach().clone()) for name, t in named]
             self._copied([t for _, t in before], now=False)
-        super()._take(member, schedules, loss, allow_unused)
+        super()._take(member, schedules, losses, loss, allow_unused)
         step = member.steps - 1
         optimizer._tape = [*(optimizer._tape if step else ()), *before]
         if step == self.options.pickup_step:

@@ -31,7 +31,8 @@ class RecordedStep:
     """A step of a window on its way to the tape."""
 
     engine: Engine
-    sliced: Slice  # what its loss and its hyper-parameters depend on
+    sliced: Slice  # what its losses and its hyper-parameters depend on
+    losses: int  # how many losses there are
     changed: set[int]  # state indices of thetas that have changed since the loss read them
     back: int  # how many calls ago that was, if any has changed
     update: Update
@@ -107,6 +108,7 @@ class RecordedStep:
             grad_hooks=tuple(tuple(map(hook_key, h)) for h in update.hooks),
             first_order=self.first_order,
             hooked=self.hooked,
+            losses=self.losses,
         )
 
     def _build(self, spec: StepSpec, lifted: tuple[int, ...]) -> StepGraph:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from metaoptim.compiler.ir.calls import Assign, StepCall
 from metaoptim.compiler.ir.program import Tape
 from metaoptim.compiler.ir.slices import Slice
 from metaoptim.compiler.ir.update import initial_state
-from metaoptim.compiler.ir.values import External, Value
+from metaoptim.compiler.ir.values import Entry, Epoch, External, Spy, Theta, Value, is_cut, parents, reached
 from metaoptim.errors import CaptureError, LossError, WindowError
 
 from ..budget.streaming import Streaming
@@ -25,10 +25,22 @@ from .networks import Networks
 from .ordinary_session import OrdinarySession
 from .oversights import Ended, all_finite, tell_unreachable, watch_backward
 from .recorded_step import RecordedStep, applied, unrecorded
-from .session import Options, Place, refuse_overwritten
+from .session import Options, Place, read_outside, refuse_overwritten
 from .theta_view import ThetaView
 from .updates.hyper import Hyper, Scheduled, hyper_of
-from .updates.update import InnerOptimizer, Update, gradient, trained, update_by
+from .updates.update import InnerOptimizer, Update, added, gradient, trained, update_by
+
+
+class _Losses(NamedTuple):
+    """The losses that a step is taken by, differentiated."""
+
+    roots: list[Any]  # what stands for them
+    hyper: Hyper
+    sliced: Slice  # what the last one and the hyper-parameters depend on
+    epoch: Epoch  # whose theta it has read
+    read: frozenset[int]  # state indices of theta that any has read
+    spies: list[Spy]  # the hooks in all of them
+    grads: list[Tensor | None]  # sums of their gradients by each of the optimizer's parameters
 
 
 class RecordedSession(OrdinarySession):
@@ -160,10 +172,10 @@ class RecordedSession(OrdinarySession):
                 free += found[-1] == free
         return tuple(found)
 
-    def _step(
-        self, optimizer: InnerOptimizer, schedules: Scheduled, loss: Tensor, allow_unused: bool
-    ) -> None:
-        view, engine = self.view, self.engine
+    def _added(
+        self, optimizer: InnerOptimizer, schedules: Scheduled, loss: Tensor, losses: _Losses | None
+    ) -> _Losses:
+        view = self.view
         view.settle()
         root = view.recording.root_of(loss)
         if isinstance(root, External):
@@ -172,17 +184,52 @@ class RecordedSession(OrdinarySession):
                 "before a step by a later loss; compute it inside the block, from the networks as they are now"
             )
         hyper = hyper_of(optimizer, schedules, view.recording.value_of, view.lifts)
-        roots = [root, *hyper.roots]
-        sliced, epoch = view.versions.slice(roots)
+        sliced, epoch = view.versions.slice([root, *hyper.roots])
         self._refuse_changed(sliced, optimizer)
         self.look_at([x.tensor for x in sliced.externals if x.tensor is not None])
-        update = self._update(optimizer, loss, sliced, schedules, hyper, allow_unused)
-        if sliced.spies:  # only now have the hooks run
-            if any(spy.mutated for spy in sliced.spies):
+        grads, read = self._gradient(optimizer, loss, sliced), frozenset(t.index for t in sliced.thetas)
+        if losses is None:
+            return _Losses([root], hyper, sliced, epoch, read, sliced.spies, grads)
+        if spies := losses.spies + sliced.spies:
+            raise CaptureError(
+                "a tensor hook in the loss of a chunk, which is gone before the step is written down; compile the step "
+                "(metaoptim.compile), or open the window with strategy='full_tape'"
+            )
+        roots = [*losses.roots, root]
+        return _Losses(roots, hyper, sliced, epoch, losses.read | read, spies, added(losses.grads, grads))
+
+    def _moment(self) -> int:
+        return self.view.recording.calls
+
+    def _check_inside(self, optimizer: InnerOptimizer, losses: _Losses, before: int) -> None:
+        mine = {self.view.indices[i] for i in self.ordinals(optimizer)}
+
+        def earlier(a: Any) -> Iterable[Any]:
+            return () if isinstance(a, Entry) and is_cut(a) else parents(a)
+
+        for a in reached(losses.roots[-1:], earlier):
+            if isinstance(a, Entry) and a.seq <= before:
+                read = (theta for theta in earlier(a) if isinstance(theta, Theta))
+                if any(theta.index in mine for theta in read):
+                    raise LossError(read_outside(optimizer))
+
+    def _step(
+        self,
+        optimizer: InnerOptimizer,
+        schedules: Scheduled,
+        losses: _Losses,
+        loss: Tensor,
+        allow_unused: bool,
+    ) -> None:
+        view, engine = self.view, self.engine
+        hyper, sliced, epoch = losses.hyper, losses.sliced, losses.epoch
+        update = self._update(optimizer, schedules, losses, allow_unused)
+        if losses.spies or losses.roots[1:]:  # only now have the hooks run
+            if any(spy.mutated for spy in losses.spies):
                 raise CaptureError(
                     "a tensor hook changed its gradient in place; return the new gradient instead"
                 )
-            sliced, epoch = view.versions.slice(roots)
+            sliced, epoch = view.versions.slice([*losses.roots, *hyper.roots])
         indices = tuple(view.indices[i] for i in update.ordinals)
         old = [engine.state[x] for x in indices]
         new, new_states = applied(update, old)
@@ -193,7 +240,10 @@ class RecordedSession(OrdinarySession):
         back = engine.position - epoch.position if changed else 0
         options, names = self.options, self.networks.names
         fixed = optimizer.first_order or options.first_order, options.backward_hook is not None
-        step = RecordedStep(engine, sliced, changed, back, update, indices, old, new, new_states, *fixed)
+        count = len(losses.roots)
+        step = RecordedStep(
+            engine, sliced, count, changed, back, update, indices, old, new, new_states, *fixed
+        )
         before, after = self._state_indices(optimizer, update, new_states)
         call = step.call(before, after, options.lowering, names)
         metas = [x.tensor for x in sliced.externals if x.tensor is not None]  # after the hooks
@@ -201,6 +251,7 @@ class RecordedSession(OrdinarySession):
         if self.recorder.taint.of_storage and tell_unreachable(sliced, self.recorder.taint, self.networks):
             engine.reaches = True  # there is a better explanation
         update.grads.clear()  # a sliding window may replay below
+        losses.grads.clear()
         # nothing the user sees has changed so far, and nothing below fails
         outputs = iter(after)
         for i, state in zip(update.ordinals, new_states, strict=True):
@@ -216,7 +267,8 @@ class RecordedSession(OrdinarySession):
             spy.taken = True
         changes = list(zip(call.writes, step.state, strict=True))
         view.take(call, changes, epoch, metas, update.ordinals)
-        view.stepped.leave(loss, call, sliced)
+        if loss.requires_grad:  # the sum of several has no history
+            view.stepped.leave(loss, call, sliced)
 
     def _refuse_changed(self, sliced: Slice, optimizer: InnerOptimizer) -> None:
         """Raise for parameters that were written into between their use in the loss and the step."""
@@ -233,35 +285,37 @@ class RecordedSession(OrdinarySession):
                 if theta.tensor is networks.shown[ordinal] and ordinal in self.ordinals(optimizer):
                     refuse_overwritten(networks.names[ordinal])
 
-    def _update(
-        self,
-        optimizer: InnerOptimizer,
-        loss: Tensor,
-        sliced: Slice,
-        schedules: Scheduled,
-        hyper: Hyper,
-        allow_unused: bool,
-    ) -> Update:
+    def _gradient(self, optimizer: InnerOptimizer, loss: Tensor, sliced: Slice) -> list[Tensor | None]:
+        """∇ loss by the parameters of an optimizer as the loss has read them; ``sliced`` is what it has read."""
         indices, shown, view = self.view.indices, self.networks.shown, self.view
         read = {t.index: [t.tensor, *sliced.twins.get(k, ())] for k, t in enumerate(sliced.thetas)}
-        members = trained(optimizer, self.networks)
-        ordinals = [i for i, _ in members]
+        ordinals = self.ordinals(optimizer)
         if view.stepped.behind:
             view.stepped.check(loss, [shown[i] for i in ordinals])
         if (node := stepped(loss)) is None:
-            grads = _sums_of_gradients(loss, [read.get(indices[i], [shown[i]]) for i in ordinals])
-        else:  # by the parameters as the loss has read them
-            sweep = gradient_of_loss(node.engine, node.position, torch.ones_like(loss))
-            grads = [sweep.cotangents.get(indices[i]) for i in ordinals]
+            return _sums_of_gradients(loss, [read.get(indices[i], [shown[i]]) for i in ordinals])
+        sweep = gradient_of_loss(node.engine, node.position, torch.ones_like(loss))
+        return [sweep.cotangents.get(indices[i]) for i in ordinals]
+
+    def _update(
+        self, optimizer: InnerOptimizer, schedules: Scheduled, losses: _Losses, allow_unused: bool
+    ) -> Update:
+        indices, members = self.view.indices, trained(optimizer, self.networks)
 
         def prepare(used: list[int]) -> bool:
             for i in used:
-                if indices[i] not in read:
+                if indices[i] not in losses.read:
                     raise unrecorded(self.networks.names[i])
             return self._sync_opt_state(optimizer, schedules, used)
 
         return update_by(
-            optimizer, self.networks, members, grads, hyper, allow_unused=allow_unused, prepare=prepare
+            optimizer,
+            self.networks,
+            members,
+            losses.grads,
+            losses.hyper,
+            allow_unused=allow_unused,
+            prepare=prepare,
         )
 
     def _sync_opt_state(self, optimizer: InnerOptimizer, schedules: Scheduled, ordinals: list[int]) -> bool:

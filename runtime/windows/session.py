@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from metaoptim.compiler.capture.modes import CaptureMode
@@ -111,6 +113,15 @@ def refuse_overwritten(name: str) -> None:
     )
 
 
+def read_outside(optimizer: InnerOptimizer) -> str:
+    """What to say of a chunk's loss that reads what was computed from the parameters before."""
+    return (
+        f"{type(optimizer).__name__}.step_in_chunks: the loss function reads a value that was computed from the "
+        "network's parameters before it was called, on the whole batch or by another chunk; compute it inside the loss "
+        "function, from its arguments, or detach it if no gradient is to go through it"
+    )
+
+
 def refuse_write(name: str, op: Any) -> None:
     """Raise for a parameter that is changed in place where autograd would have to follow."""
     raise WindowError(f"parameter {name!r} was changed in place by {op} with grad mode on; {AS_GRADIENT}")
@@ -157,10 +168,25 @@ class Session:
         """Let the loop go on from what was held of these places."""
         raise NotImplementedError
 
-    def _step(
-        self, optimizer: InnerOptimizer, schedules: Scheduled, loss: Tensor, allow_unused: bool
-    ) -> None:
+    def _added(self, optimizer: InnerOptimizer, schedules: Scheduled, loss: Tensor, losses: Any) -> Any:
+        """What a step needs of ``loss``, and of those before it, which ``losses`` (None at first) has.
+
+        That is the sum of their gradients, or what stands for it, and nothing that holds their graphs.
+        """
         raise NotImplementedError
+
+    def _step(
+        self, optimizer: InnerOptimizer, schedules: Scheduled, losses: Any, loss: Tensor, allow_unused: bool
+    ) -> None:
+        """Take a step by what `_added` has returned. ``loss`` is the only loss, or the sum, without its history."""
+        raise NotImplementedError
+
+    def _moment(self) -> int:
+        """How many calls have been recorded."""
+        return 0
+
+    def _check_inside(self, optimizer: InnerOptimizer, losses: Any, before: int) -> None:
+        """Raise if the last of ``losses`` reads what was computed from the parameters ``before`` that moment."""
 
     def _own(self, value: Tensor) -> Tensor:
         """An optimizer state for the window to show; the user may write into it."""
@@ -231,17 +257,51 @@ class Session:
         _check_loss(optimizer, loss)
         if not self.joined(optimizer) or self._unfrozen(optimizer):
             self.join(optimizer, late=True)
-        member, index_of = self.members[id(optimizer)], self.networks.index_of
         schedules = scheduled(optimizer)
+        with self._stepping(optimizer):
+            losses = self._added(optimizer, schedules, loss, None)
+            self._take(self.members[id(optimizer)], schedules, losses, loss, allow_unused)
+
+    def step_by_sum(
+        self, optimizer: InnerOptimizer, losses: Iterator[tuple[Any, float]], allow_unused: bool
+    ) -> Tensor:
+        """One inner step by a sum of losses times factors; each is computed after the one before is gone.
+
+        The sum has no history. Nothing changes if it raises, but for what computing the losses has changed.
+        """
+        if not self.joined(optimizer) or self._unfrozen(optimizer):
+            self.join(optimizer)
+        schedules, values, known = scheduled(optimizer), list[Tensor](), None
+        before = self._moment()
+        for loss, factor in losses:
+            _check_loss(optimizer, loss)
+            loss = loss if factor == 1 else loss * factor
+            with self._stepping(optimizer):
+                known = self._added(optimizer, schedules, loss, known)
+                self._check_inside(optimizer, known, before)
+            values.append(loss.detach())
+            del loss  # and with it the graph
+            before = self._moment()
+        total = functools.reduce(torch.add, values)
+        with self._stepping(optimizer):
+            self._take(self.members[id(optimizer)], schedules, known, total, allow_unused)
+        return total
+
+    @contextmanager
+    def _stepping(self, optimizer: InnerOptimizer) -> Iterator[None]:
+        """Inside the block the window is at work, out of sight of its recorder and of the user's autocast."""
+        index_of = self.networks.index_of
         with self.recorder.paused(), DisableAutocast():
             self.networks.check()
             if all(index_of(p) is None for g in optimizer.param_groups for p in g["params"]):
                 raise LossError(_ALL_FROZEN.format(type(optimizer).__name__))
-            self._take(member, schedules, loss, allow_unused)
+            yield
 
-    def _take(self, member: Member, schedules: Scheduled, loss: Tensor, allow_unused: bool) -> None:
-        """Let an optimizer take a step by a loss that it can be taken by."""
-        self._step(member.optimizer, schedules, loss, allow_unused)
+    def _take(
+        self, member: Member, schedules: Scheduled, losses: Any, loss: Tensor, allow_unused: bool
+    ) -> None:
+        """Let an optimizer take a step; see `_step`."""
+        self._step(member.optimizer, schedules, losses, loss, allow_unused)
         if schedules.after is not None:
             member.optimizer.state[COUNT] = {"step": schedules.after}
         member.steps += 1

@@ -132,6 +132,11 @@ class Recording(Writer):
         self.guard = None  # type: ignore[assignment]  # pyright: ignore
         self.values.clear()
 
+    @property
+    def calls(self) -> int:
+        """How many calls there have been so far."""
+        return self._seq
+
     # -- looking up ----------------------------------------------------------------------------------------------
 
     def known(self, t: Tensor) -> Theta | Value | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from metaoptim.compiler.derive.flat import tracing
 from metaoptim.errors import CaptureError, warn
+from metaoptim.runtime.windows.session import Session
 from metaoptim.runtime.windows.updates.schedule import Schedule
 
 from ..adam import MetaAdam
@@ -121,18 +122,13 @@ class Wrapped(MetaOptimizer):
             defaults[name] = given[name]
         return defaults
 
-    def step(  # type: ignore[override]
-        self,
-        loss: Tensor | None = None,
-        closure: Callable[[], Tensor] | None = None,
-        allow_unused: bool = False,
-    ) -> Tensor:
-        """As the base."""
+    def _stepping_in(self, name: str, allow_unused: bool) -> Session:
+        """As the base, for steps that the optimizer's own step can take."""
         ours = type(self).__name__
-        for name, _ in self.source.counted:
-            if allow_unused or self._lags(name):
+        for counted, _ in self.source.counted:
+            if allow_unused or self._lags(counted):
                 raise ValueError(
-                    f"{ours}.step: {self.source.cls.__name__} counts steps in its groups ({name!r}), also for "
+                    f"{ours}.step: {self.source.cls.__name__} counts steps in its groups ({counted!r}), also for "
                     "parameters without a gradient, and each must take part in all steps of its group or in none: "
                     "step without allow_unused=True (add 0 times a parameter to the loss), and freeze and unfreeze "
                     "none on the way"
@@ -142,9 +138,7 @@ class Wrapped(MetaOptimizer):
                 f"{ours}.step: a global or an attribute of the class that {self.source.cls.__name__}.step reads has "
                 "changed since it was wrapped; make it an option of the groups, or wrap the optimizer anew"
             )
-        return super().step(loss, closure, allow_unused)
-
-    step.hooked = True  # type: ignore[attr-defined]  # as in the base
+        return super()._stepping_in(name, allow_unused)
 
     def reads(self) -> tuple[Any, ...]:
         """As the base: what the optimizer's own step reads."""

@@ -89,6 +89,12 @@ def gradient(*args: Any, **options: Any) -> tuple[Tensor | None, ...]:
         ) from error
 
 
+def added(known: Sequence[Tensor | None], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Sums of gradients; None where there is neither."""
+    pairs = zip(known, grads, strict=True)
+    return [g if k is None else k if g is None else k + g for k, g in pairs]
+
+
 class Update(NamedTuple):
     """The update of a step, of the parameters that its loss has a gradient by."""
 
