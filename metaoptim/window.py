@@ -25,6 +25,8 @@ from .runtime.engine.implicit import Implicit
 from .runtime.functions.loops import Loop
 from .runtime.functions.symbolic_session import CapturedSession
 from .runtime.windows.full_tape import FullTapeSession
+from .runtime.windows.nested import NestedSession, refuse_options
+from .runtime.windows.ordinary_session import OrdinarySession
 from .runtime.windows.recording_session import RecordedSession
 from .runtime.windows.session import Options, Session, current_session
 
@@ -89,7 +91,8 @@ class SlidingWindow:
         strategy: ``"auto"`` records; ``"full_tape"`` keeps autograd's own tape (the oracle; memory grows with T).
 
     Raises:
-        WindowError: for windows inside windows, or pickup_step offline.
+        WindowError: for pickup_step offline; inside another window, in a compiled function, and for options that
+            concern the memory of its loop (see docs/constructs.md).
         TypeError: for an ``offline`` that is no bool, or an option of another type than said.
         ValueError: for an unknown strategy, backend or hvp, a window or slots below 1, both slots and a budget, an
             ``offload`` that is no directory or has nothing to do, or ``sync`` offline or without a process group.
@@ -182,17 +185,14 @@ class SlidingWindow:
         self._program: Any = None
 
     def __enter__(self) -> SlidingWindow:
-        if current_session() is not None:
-            raise WindowError(
-                "a window was opened inside a window; close the first one, or use one window with several "
-                "optimizers"
-            )
-        refresh_optimizers()
-        session = self._session = self._new_session()
+        around = current_session()
+        if around is None:
+            refresh_optimizers()
+        session = self._session = self._new_session() if around is None else self._inside(around)
         session.open()
         try:
             for optimizer in optimizers_here():  # the same order on every rank
-                if optimizer._session is None:
+                if optimizer._session is around:
                     with suppress(WindowError):  # raised where it steps, if it does
                         session.adopt(optimizer)
         except BaseException:
@@ -200,6 +200,16 @@ class SlidingWindow:
             raise
         self._program = getattr(session, "program", None)
         return self
+
+    def _inside(self, around: Session) -> Session:
+        """The session of a window inside another."""
+        if not isinstance(around, OrdinarySession):
+            raise WindowError(
+                "a window was opened inside a window of a compiled function; take the decorator off, or write the "
+                "inner loop with metaoptim.functional"
+            )
+        refuse_options(self._said)
+        return NestedSession(self._options, around)
 
     def _new_session(self) -> Session:
         recorder = recording.get()

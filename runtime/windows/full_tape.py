@@ -28,7 +28,7 @@ _KERNELS = ("flash", "mem_efficient", "cudnn", "math")
 _switches: dict[str, bool] = {}
 
 
-def _open_tapes(more: int) -> None:
+def open_tapes(more: int) -> None:
     """``more`` full tapes are open now: the first of them sets torch's switches, the last puts them back.
 
     They may be of several threads, so `sdpa_kernel` will not do: what one thread has entered no other may leave.
@@ -51,17 +51,19 @@ class _Show(torch.autograd.Function):
     """A tensor as a parameter of its own, differentiable any number of times."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, own: list[nn.Parameter]) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, value: Tensor, own: list[nn.Parameter], level: int) -> Tensor:  # type: ignore[override]
+        ctx.level = level
         return as_parameter(value.detach().clone(), own[0])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return grad, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return grad, None, None
 
 
-def _show(value: Tensor, own: nn.Parameter) -> Tensor:
+def show(value: Tensor, own: nn.Parameter, level: int) -> Tensor:
+    """``value`` as a parameter with its history; ``own``: the user's behind it; ``level``: of windows around."""
     # the parameter behind is no differentiable input: hand it over out of autograd's sight
-    return _Show.apply(value, [own])
+    return _Show.apply(value, [own], level)
 
 
 _SHOWN = (Begin._backward_cls, _Show._backward_cls)  # type: ignore[attr-defined]  # pyright: ignore
@@ -71,10 +73,14 @@ def _key(t: Tensor) -> Any:
     return id(t) if t.grad_fn is None else t.grad_fn
 
 
-def _shown_below(loss: Tensor) -> set[Any]:
-    """What ``loss`` has read of what was shown, itself and not by way of later steps: nodes, and ids of leaves."""
+def _shown_below(loss: Tensor, level: int) -> set[Any]:
+    """What ``loss`` has read of what was shown, itself and not by way of later steps: nodes, and ids of leaves.
+
+    What windows further inside have shown, beyond ``level``, is a part of it.
+    """
     found: set[Any] = set()
-    for node in nodes_below([loss], lambda node: isinstance(node, _SHOWN)):
+    ends = lambda node: isinstance(node, _SHOWN) and getattr(node, "level", 0) <= level
+    for node in nodes_below([loss], ends):
         found.add(node)
         if hasattr(node, "variable"):
             found.add(id(node.variable))
@@ -82,10 +88,14 @@ def _shown_below(loss: Tensor) -> set[Any]:
 
 
 class FullTapeSession(OrdinarySession):
-    """A window whose inner steps stay on autograd's tape."""
+    """A window whose inner steps stay on autograd's tape; ``level``: how many windows are around it."""
 
-    def __init__(self, options: Options) -> None:
-        super().__init__(options, Recorder(self, record=False), Networks())
+    level = 0
+
+    def __init__(
+        self, options: Options, recorder: Recorder | None = None, networks: Networks | None = None
+    ) -> None:
+        super().__init__(options, recorder or Recorder(self, record=False), networks or Networks())
         # what the networks have shown, oldest first, with numbers that are equal where the values are
         self._versions: list[tuple[list[Tensor], list[int]]] = []
         self._count = 0
@@ -93,7 +103,7 @@ class FullTapeSession(OrdinarySession):
         self._cut: list[tuple[int, Any]] = []  # overwritten parameters, and what had shown them
 
     def open(self) -> None:
-        _open_tapes(+1)
+        open_tapes(+1)
         super().open()
 
     def _offer(self, ordinals: list[int]) -> None:
@@ -115,7 +125,7 @@ class FullTapeSession(OrdinarySession):
         own = self.networks.originals
         with torch.enable_grad():
             for i, v in zip(ordinals, values, strict=True):
-                shown = _show(v, own[i])
+                shown = self._shown_for(v, own[i])
                 self.networks.show(i, shown if v.requires_grad else shown.requires_grad_())
             self._show_again(ordinals)
         self._shown_anew(ordinals)
@@ -123,7 +133,9 @@ class FullTapeSession(OrdinarySession):
     def _hold(self, places: Sequence[Place], linked: bool, copied: bool) -> Held:
         now = list(map(self.tensor_at, places))
         with torch.enable_grad():
-            roots = [(t if linked else t.detach()).clone() for t in now]  # in-place writes would cut them off
+            roots = [
+                self._copy(t if linked else t.detach()) for t in now
+            ]  # in-place writes would cut them off
         return Held(roots, roots)
 
     def _go_on(self, places: Sequence[Place], held: Held) -> None:
@@ -133,7 +145,15 @@ class FullTapeSession(OrdinarySession):
         self._start([i for i, _ in thetas], [t for _, t in thetas])
         with torch.enable_grad():
             for place, t in zip(places, held.roots, strict=True):
-                place.put(t.clone())
+                place.put(self._copy(t))
+
+    def _shown_for(self, value: Tensor, own: nn.Parameter) -> Tensor:
+        """What networks show for ``value``, in the place of the user's ``own``."""
+        return show(value, own, self.level)
+
+    def _copy(self, value: Tensor) -> Tensor:
+        """A tensor of its own, with the history of ``value``."""
+        return value.clone()
 
     def _shown_anew(self, changed: Sequence[int]) -> None:
         """Note what the networks show, where ``changed`` are new values."""
@@ -188,7 +208,9 @@ class FullTapeSession(OrdinarySession):
             for i, value in zip(update.ordinals, new, strict=True):
                 own = networks.originals[i]
                 learnt = value.requires_grad
-                networks.show(i, _show(value, own) if learnt else as_parameter(value, own).requires_grad_())
+                networks.show(
+                    i, self._shown_for(value, own) if learnt else as_parameter(value, own).requires_grad_()
+                )
             self._show_again(update.ordinals)
         for i, state in zip(update.ordinals, new_states, strict=True):
             optimizer.state[networks.originals[i]] = state
@@ -200,7 +222,7 @@ class FullTapeSession(OrdinarySession):
         So an inner gradient is the derivative at this state alone, as in any training loop.
         """
         for i in set(range(len(self.networks.shown))) - set(but):
-            self.networks.show(i, _show(self.networks.shown[i], self.networks.originals[i]))
+            self.networks.show(i, self._shown_for(self.networks.shown[i], self.networks.originals[i]))
 
     def _inner_gradient(self, loss: Tensor, ordinals: list[int], create_graph: bool) -> list[Tensor | None]:
         """∇ loss by the parameters as the loss has read them, all that was shown besides held fixed.
@@ -208,7 +230,7 @@ class FullTapeSession(OrdinarySession):
         A loss may have read what was shown at several times (before and after another optimizer's step). Where the
         value was the same, both count; where an older value led to a newer one through a step, that way does not.
         """
-        read = _shown_below(loss)
+        read = _shown_below(loss, self.level)
         for i, node in self._cut:
             if i in ordinals and node in read:
                 refuse_overwritten(self.networks.names[i])
@@ -237,7 +259,7 @@ class FullTapeSession(OrdinarySession):
         return [found[i][1] if i in found else None for i in ordinals]
 
     def _close(self, failed: bool) -> None:
-        _open_tapes(-1)
+        open_tapes(-1)
         self._versions.clear()
         self._cut.clear()
         self.recorder.release()

@@ -51,12 +51,6 @@ class OrdinarySession(Session):
         self, member: Member, schedules: Scheduled, losses: Any, loss: Tensor, allow_unused: bool
     ) -> None:
         optimizer, name = member.optimizer, type(member.optimizer).__name__
-        checked = self.options.check_finite or torch.is_anomaly_enabled()
-        if checked and not bool(torch.isfinite(loss)):
-            raise LossError(
-                f"{name}.step {member.steps} (counted from 0): the inner loss is {float(loss.detach())}, expected "
-                "a finite number; lower the learning rate, clip with metaoptim.transforms, or mend the loss"
-            )
         before = []
         if self.options.record_grad_tape:
             named = [(self.networks.names[i], self.networks.shown[i]) for i in self.ordinals(optimizer)]
@@ -68,8 +62,21 @@ class OrdinarySession(Session):
         if step == self.options.pickup_step:
             self._pick(member)
         self._tell_of_step(name, step, loss)
-        if checked:
+        if self._checks_finite:
             self._check_finite(member)
+
+    @property
+    def _checks_finite(self) -> bool:
+        """Whether values that are not finite are errors."""
+        return self.options.check_finite or torch.is_anomaly_enabled()
+
+    def _check_value(self, member: Member, loss: Tensor) -> None:
+        if self._checks_finite and not bool(torch.isfinite(loss)):
+            raise LossError(
+                f"{type(member.optimizer).__name__}.step {member.steps} (counted from 0): the inner loss is "
+                f"{float(loss.detach())}, expected a finite number; lower the learning rate, clip with "
+                "metaoptim.transforms, or mend the loss"
+            )
 
     def _pick(self, member: Member) -> None:
         """Copy what ``pickup_step`` wants of an optimizer and its networks."""

@@ -168,6 +168,9 @@ class Session:
         """Let the loop go on from what was held of these places."""
         raise NotImplementedError
 
+    def _check_value(self, member: Member, loss: Tensor) -> None:
+        """Raise for a loss of a value that no step is to be taken by."""
+
     def _added(self, optimizer: InnerOptimizer, schedules: Scheduled, loss: Tensor, losses: Any) -> Any:
         """What a step needs of ``loss``, and of those before it, which ``losses`` (None at first) has.
 
@@ -258,9 +261,11 @@ class Session:
         if not self.joined(optimizer) or self._unfrozen(optimizer):
             self.join(optimizer, late=True)
         schedules = scheduled(optimizer)
+        member = self.members[id(optimizer)]
         with self._stepping(optimizer):
+            self._check_value(member, loss)
             losses = self._added(optimizer, schedules, loss, None)
-            self._take(self.members[id(optimizer)], schedules, losses, loss, allow_unused)
+            self._take(member, schedules, losses, loss, allow_unused)
 
     def step_by_sum(
         self, optimizer: InnerOptimizer, losses: Iterator[tuple[Any, float]], allow_unused: bool
@@ -271,12 +276,14 @@ class Session:
         """
         if not self.joined(optimizer) or self._unfrozen(optimizer):
             self.join(optimizer)
+        member = self.members[id(optimizer)]
         schedules, values, known = scheduled(optimizer), list[Tensor](), None
         before = self._moment()
         for loss, factor in losses:
             _check_loss(optimizer, loss)
             loss = loss if factor == 1 else loss * factor
             with self._stepping(optimizer):
+                self._check_value(member, loss)
                 known = self._added(optimizer, schedules, loss, known)
                 self._check_inside(optimizer, known, before)
             values.append(loss.detach())
@@ -284,7 +291,7 @@ class Session:
             before = self._moment()
         total = functools.reduce(torch.add, values)
         with self._stepping(optimizer):
-            self._take(self.members[id(optimizer)], schedules, known, total, allow_unused)
+            self._take(member, schedules, known, total, allow_unused)
         return total
 
     @contextmanager

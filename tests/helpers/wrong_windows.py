@@ -99,9 +99,9 @@ def step_outside() -> None:
     MetaSGD([net]).step(loss_of(net))
 
 
-@wrong(WindowError, "window was opened inside a window", "several optimizers")
-def window_in_a_window() -> None:
-    with SlidingWindow(), SlidingWindow():
+@wrong(WindowError, "slots=2 of a window inside another", "the outer window")
+def window_with_slots_in_a_window() -> None:
+    with SlidingWindow(), SlidingWindow(slots=2):
         pass
 
 

@@ -110,14 +110,6 @@ def test_in_place_with_grad_mode(strategy: str) -> None:
     unchanged(net, inner, lambda: net[0].weight.mul_(2), metaoptim.WindowError, "no_grad", strategy=strategy)
 
 
-def test_windows_inside_windows() -> None:
-    net = network()
-    inner = metaoptim.MetaSGD([net])
-    unchanged(
-        net, inner, lambda: metaoptim.SlidingWindow().__enter__(), metaoptim.WindowError, "inside a window"
-    )
-
-
 def test_constructors() -> None:
     net = network()
     for make, error, match in [
