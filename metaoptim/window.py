@@ -192,7 +192,7 @@ class SlidingWindow:
         session.open()
         try:
             for optimizer in optimizers_here():  # the same order on every rank
-                if optimizer._session is around:
+                if optimizer._session in (None, around):
                     with suppress(WindowError):  # raised where it steps, if it does
                         session.adopt(optimizer)
         except BaseException:

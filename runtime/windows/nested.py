@@ -103,9 +103,12 @@ class NestedSession(FullTapeSession):
             self.networks.restore()
             self.networks.put_back([network for m in ended for network in m.optimizer.networks])
             for member in members:
-                member.optimizer._session = self.around
-                if member in ended:
+                optimizer, done = member.optimizer, member in ended
+                if done:
                     member.restore()
+                if done and member.joined:  # one for each task, maybe, which the window around need not keep
+                    del self.around.members[id(optimizer)]
+                optimizer._session = self.around if id(optimizer) in self.around.members else None
             _current.set(self.around)
             intercept.networks.set(self.around.networks)
             self._versions.clear()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -112,3 +114,25 @@ def test_compiled_steps_and_steps_in_chunks_inside() -> None:
     expected = run("plain")
     agree(run("compiled"), expected)
     agree(run("chunks"), expected)
+
+
+@pytest.mark.parametrize("window", [{}, {"strategy": "full_tape"}], ids=str)
+def test_inner_optimizers_of_past_tasks_are_let_go(window: dict[str, Any]) -> None:
+    s = Setting()
+    meta = metaoptim.MetaSGD([s.net], lr=0.1)
+    past: list[Any] = []
+    again = metaoptim.MetaSGD([s.net], lr=0.1)
+    with metaoptim.SlidingWindow(offline=True, **window):
+        for t in range(3):
+            inner = metaoptim.MetaAdam([s.net], lr=s.log_lr.exp())
+            past.append(weakref.ref(inner))
+            with metaoptim.SlidingWindow(offline=True):
+                inner.step(s.loss(t, 0))
+                again.step(s.loss(t, 1))
+                loss = s.loss(t, 2)
+            meta.step(loss)
+        del inner
+        gc.collect()
+        assert [ref() for ref in past] == [None] * 3
+        s.loss(0, 0).backward()
+    assert s.log_lr.grad is not None and s.log_lr.grad != 0
