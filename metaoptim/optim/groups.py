@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from metaoptim.compiler.ir.modules import take_apart
 from metaoptim.runtime.windows.session import current_session
-from metaoptim.runtime.windows.updates.update import parameters_of
+from metaoptim.runtime.windows.updates.update import InnerOptimizer, parameters_of
 
 if TYPE_CHECKING:
     from .optimizer import MetaOptimizer
@@ -22,7 +22,7 @@ _CLOSE = 0.85  # how alike a key and an option are where one is meant by the oth
 _ALSO = {"learning_rate": "lr", "wd": "weight_decay", "beta": "betas", "alpha": "lr"}
 
 
-def check_network(optimizer: MetaOptimizer, network: Any) -> None:
+def check_network(optimizer: InnerOptimizer, network: Any) -> None:
     """Raise for what no optimizer can train: something else than a module, or one of torch.jit."""
     if not isinstance(network, nn.Module):
         raise TypeError(
@@ -95,7 +95,7 @@ def group_of(optimizer: MetaOptimizer, given: Any) -> tuple[dict[str, Any], nn.M
     return group, whole
 
 
-def check_misspelt(optimizer: MetaOptimizer) -> None:
+def check_misspelt(optimizer: InnerOptimizer) -> None:
     """Raise for a key that was put into a group afterwards and looks like an option; others may be the user's own."""
     known = optimizer.defaults.keys() | NO_OPTIONS
     for group in optimizer.param_groups:
@@ -106,12 +106,12 @@ def check_misspelt(optimizer: MetaOptimizer) -> None:
                 raise _unknown(optimizer, key)
 
 
-def _meant(optimizer: MetaOptimizer, key: str) -> str | None:
+def _meant(optimizer: InnerOptimizer, key: str) -> str | None:
     close = difflib.get_close_matches(key.lower(), optimizer.defaults, 1)
     return close[0] if close else _ALSO.get(key)
 
 
-def _unknown(optimizer: MetaOptimizer, key: str) -> TypeError:
+def _unknown(optimizer: InnerOptimizer, key: str) -> TypeError:
     meant = _meant(optimizer, key)
     return TypeError(
         f"{type(optimizer).__name__}: got the group option {key!r}, expected some of "
@@ -119,7 +119,7 @@ def _unknown(optimizer: MetaOptimizer, key: str) -> TypeError:
     )
 
 
-def matching(optimizer: MetaOptimizer, values: Mapping[Any, Tensor]) -> list[Tensor]:
+def matching(optimizer: InnerOptimizer, values: Mapping[Any, Tensor]) -> list[Tensor]:
     """The parameters that `MetaOptimizer.start` is given values for, in their order."""
     cls = type(optimizer).__name__
     if not isinstance(values, Mapping):
