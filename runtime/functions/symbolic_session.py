@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from metaoptim.compiler.capture import intercept
 from metaoptim.compiler.capture.symbolic.tracer import Tracer
@@ -23,7 +23,6 @@ from metaoptim.errors import CaptureError, LossError, WindowError, user_location
 
 from ..engine.engine import Held
 from ..engine.graph import leaves_of
-from ..windows.networks import Networks
 from ..windows.session import (
     AS_GRADIENT,
     WINDOW,
@@ -36,6 +35,7 @@ from ..windows.session import (
 )
 from ..windows.updates.hyper import Scheduled, hyper_of
 from ..windows.updates.update import InnerOptimizer, Update, trained, update_by
+from .fake_networks import FakeNetworks
 from .loops import Loops
 
 aten = torch.ops.aten
@@ -48,28 +48,6 @@ class _Losses(NamedTuple):
 
     roots: tuple[Any, ...]
     leaves: set[int]
-
-
-class _Networks(Networks):
-    """Networks that show fake parameters and buffers."""
-
-    def __init__(self, tracer: Tracer) -> None:
-        super().__init__()
-        self.tracer = tracer
-
-    def _copy_buffers(self, modules: Sequence[nn.Module]) -> None:
-        storages: dict[int, Tensor] = {}
-        for module in (m for root in modules for m in root.modules() if id(m) not in self._modules):
-            for name, b in module._buffers.items():
-                if b is None or b.requires_grad or id(b) in self._copies:
-                    continue
-                if storages.setdefault(b.untyped_storage()._cdata, b) is not b:
-                    raise CaptureError(
-                        f"buffer {name!r} shares memory with another buffer; use an ordinary window"
-                    )
-                fake = self.tracer.faked(b).detach().clone(memory_format=torch.preserve_format)
-                self.tracer.bind(fake, self.tracer.value_of(b))
-                self._copies[id(b)] = fake
 
 
 class CapturedSession(Session):
@@ -92,7 +70,7 @@ class CapturedSession(Session):
             raise WindowError(
                 "backend, hvp or self_check of a window inside a compiled function; give them to metaoptim.compile"
             )
-        super().__init__(options, tracer, _Networks(tracer))
+        super().__init__(options, tracer, FakeNetworks(tracer))
         self.keeps_state = not options.offline  # whether optimizers go on from where the window leaves them
         self.mark = WindowMark(options.offline, options.window, options.retention, options.backward_hook)
         self.loops = Loops(tracer)

@@ -25,10 +25,10 @@ from .networks import Networks
 from .ordinary_session import OrdinarySession
 from .oversights import Ended, all_finite, tell_unreachable, watch_backward
 from .recorded_step import RecordedStep, applied, unrecorded
-from .session import Options, Place, read_outside, refuse_overwritten
+from .session import Options, Place, by_optimizer, read_outside, refuse_overwritten
 from .theta_view import ThetaView
 from .updates.hyper import Hyper, Scheduled, hyper_of
-from .updates.update import InnerOptimizer, Update, added, gradient, trained, update_by
+from .updates.update import InnerOptimizer, Update, added, sums_of_gradients, trained, update_by
 
 
 class _Losses(NamedTuple):
@@ -142,7 +142,7 @@ class RecordedSession(OrdinarySession):
         view, engine = self.view, self.engine
         view.settle()
         view.need(map(self.ordinal, places))
-        for optimizer, of in _by_optimizer(places).items():
+        for optimizer, of in by_optimizer(places).items():
             self.bring(optimizer, dict.fromkeys(place.parameter for place in of))
         indices = self._indices(places)
         values = [engine.state[i].clone() if copied else engine.state[i] for i in indices]
@@ -293,7 +293,7 @@ class RecordedSession(OrdinarySession):
         if view.stepped.behind:
             view.stepped.check(loss, [shown[i] for i in ordinals])
         if (node := stepped(loss)) is None:
-            return _sums_of_gradients(loss, [read.get(indices[i], [shown[i]]) for i in ordinals])
+            return sums_of_gradients(loss, [read.get(indices[i], [shown[i]]) for i in ordinals])
         sweep = gradient_of_loss(node.engine, node.position, torch.ones_like(loss))
         return [sweep.cotangents.get(indices[i]) for i in ordinals]
 
@@ -392,23 +392,3 @@ def _names(
     own = [thetas.get(index, 0) for index in indices]
     of_states = {i: (optimizer, own[k] if k >= 0 else -1, name) for (optimizer, k, name), i in states.items()}
     return {**thetas, **of_states}
-
-
-def _by_optimizer(places: Iterable[Place]) -> dict[InnerOptimizer, list[Place]]:
-    """The places that are an optimizer's state, by optimizer."""
-    found: dict[InnerOptimizer, list[Place]] = {}
-    for place in places:
-        if place.optimizer is not None:
-            found.setdefault(place.optimizer, []).append(place)
-    return found
-
-
-def _sums_of_gradients(loss: Tensor, by: list[list[Tensor]]) -> list[Tensor | None]:
-    """For each group of tensors, the sum of the gradients of ``loss`` by them."""
-    flat = [t for group in by for t in group]
-    found = iter(gradient(loss, flat, retain_graph=True))
-    sums: list[Tensor | None] = []
-    for group in by:
-        parts = [g for _, g in zip(group, found, strict=False) if g is not None]
-        sums.append(sum(parts[1:], parts[0]) if parts else None)
-    return sums

@@ -95,6 +95,15 @@ class Place(NamedTuple):
             self.optimizer.state[self.parameter][self.name] = value
 
 
+def by_optimizer(places: Iterable[Place]) -> dict[InnerOptimizer, list[Place]]:
+    """The places that are an optimizer's state, by optimizer."""
+    found: dict[InnerOptimizer, list[Place]] = {}
+    for place in places:
+        if place.optimizer is not None:
+            found.setdefault(place.optimizer, []).append(place)
+    return found
+
+
 AS_GRADIENT = (
     "wrap the change in torch.no_grad(), or, to begin at values that are to receive a gradient, call "
     "inner.start({name: values})"

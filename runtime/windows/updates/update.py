@@ -95,6 +95,17 @@ def added(known: Sequence[Tensor | None], grads: Sequence[Tensor | None]) -> lis
     return [g if k is None else k if g is None else k + g for k, g in pairs]
 
 
+def sums_of_gradients(loss: Tensor, by: list[list[Tensor]]) -> list[Tensor | None]:
+    """For each group of tensors, the sum of the gradients of ``loss`` by them."""
+    flat = [t for group in by for t in group]
+    found = iter(gradient(loss, flat, retain_graph=True))
+    sums: list[Tensor | None] = []
+    for group in by:
+        parts = [g for _, g in zip(group, found, strict=False) if g is not None]
+        sums.append(sum(parts[1:], parts[0]) if parts else None)
+    return sums
+
+
 class Update(NamedTuple):
     """The update of a step, of the parameters that its loss has a gradient by."""
 
