@@ -233,7 +233,11 @@ def globals_read(function: Any, seen: frozenset[Any] = frozenset()) -> tuple[Any
     What torch and this package define does not change.
     """
     function = getattr(function, "__func__", function)
-    if not isinstance(function, FunctionType) or function in seen or is_of_torch(function.__module__):
+    if (
+        not isinstance(function, FunctionType)
+        or function in seen
+        or is_of_torch(function.__globals__.get("__name__"))
+    ):
         return ()
     found: list[Any] = []
     seen |= {function}

@@ -32,6 +32,7 @@ _log = logging.getLogger("metaoptim.recompiles")
 PAYS = 0.05
 _OURS: tuple[Any, ...] = (gradient, show, again, operator.getitem)
 _PLAIN = (bool, int, float, str, type(None))
+_imported = time.time()
 
 #: Graphs of a step, and what is to be said of them.
 Derivation = tuple[Sequence[FlatGraph], Any]
@@ -75,7 +76,9 @@ def _path_of(step: StepGraph, kind: str) -> str | None:
     """Where a graph of a step lies; None where it depends on what has no name that holds in another process."""
     if step.opaque or step.dynamic or step.hooked or step.given or step.graph.find_nodes(op="get_attr"):
         return None
-    plans: list[str] = []
+    source, plans = _source(), list[str]()
+    if source is None:
+        return None
     target: Any
     for target in [n.target for n in step.graph.nodes if n.op == "call_function"]:
         if isinstance(target, UpdatePlan):
@@ -96,7 +99,7 @@ def _path_of(step: StepGraph, kind: str) -> str | None:
         torch.version.git_version,
         torch.are_deterministic_algorithms_enabled(),
         torch.backends.mkldnn.enabled,
-        _source(),
+        source,
     )
     name = hashlib.sha256(repr(facts).encode()).hexdigest()
     return os.path.join(folder(), f"{name}.graph")
@@ -107,13 +110,21 @@ def _name_of(plan: UpdatePlan) -> str | None:
     own: list[Any] = [plan.update, *([plan.init] if plan.init else ())]
     values = [v for group in plan.groups for _, v in group]
     flat = [w for v in values for w in (v if isinstance(v, tuple) else (v,))]
-    ours = all(
-        isinstance(f, FunctionType) and not f.__closure__ and f.__module__.startswith(_package()) for f in own
-    )
-    if not ours or plan.transforms or not all(isinstance(v, (*_PLAIN, HyperRef)) for v in flat):
+    if (
+        not all(map(_is_ours, own))
+        or plan.transforms
+        or not all(isinstance(v, (*_PLAIN, HyperRef)) for v in flat)
+    ):
         return None
-    names = [(f.__module__, f.__qualname__) for f in own]
+    names = [(f.__globals__["__name__"], f.__code__.co_firstlineno) for f in own]
     return repr((names, plan.groups, plan.group_of, plan.states))
+
+
+def _is_ours(function: Any) -> bool:
+    """Whether a function's code is in this package; what it says of itself, others may say too (functools.wraps)."""
+    if not isinstance(function, FunctionType) or function.__closure__:
+        return False
+    return function.__globals__.get("__name__", "").startswith(_package())
 
 
 def _package() -> str:
@@ -121,9 +132,12 @@ def _package() -> str:
 
 
 @functools.cache
-def _source() -> str:
-    """A digest of this package's source: of what derives, and of the optimizers."""
-    digest = hashlib.sha256()
+def _source() -> str | None:
+    """A digest of this package's source: of what derives, and of the optimizers.
+
+    None where that is not what runs: there is none, or it has changed since this module was imported.
+    """
+    digest, changed = hashlib.sha256(), 0.0
     for package in (_package()[:-1], __name__.rpartition(".lower")[0]):
         for root in sys.modules[package].__path__:
             for place, folders, files in os.walk(root):
@@ -132,4 +146,5 @@ def _source() -> str:
                     if name.endswith(".py"):
                         with open(os.path.join(place, name), "rb") as file:
                             digest.update(file.read())
-    return digest.hexdigest()
+                            changed = max(changed, os.fstat(file.fileno()).st_ctime)
+    return digest.hexdigest() if 0 < changed < _imported else None

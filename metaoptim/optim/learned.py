@@ -12,7 +12,7 @@ from metaoptim.errors import WindowError
 
 from .hyper import Number, check_non_negative
 from .optimizer import MetaOptimizer, Params
-from .parts import by_parts
+from .parts import by_parts, parts
 
 
 class MetaLearned(MetaOptimizer):
@@ -78,7 +78,7 @@ class MetaLearned(MetaOptimizer):
     def init_state(param: Tensor, hyper: dict[str, Any]) -> dict[str, Tensor]:
         """What the rule says."""
         rule = hyper["rule"]
-        return checked_state(f"{type(rule).__name__}.init_state", rule.init_state(param))
+        return checked_state(f"{type(rule).__name__}.init_state", rule.init_state(parts(param)))
 
     @staticmethod
     def update(

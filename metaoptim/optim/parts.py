@@ -19,13 +19,14 @@ def by_parts(
     hyper: dict[str, Any],
 ) -> tuple[Tensor, State]:
     """``update`` of a complex parameter, as one of real tensors with a last dimension of two."""
-    real = {name: _parts(v) for name, v in state.items()}
-    new, after = update(_parts(param), _parts(grad), real, {k: _spread(v) for k, v in hyper.items()})
+    real = {name: parts(v) for name, v in state.items()}
+    new, after = update(parts(param), parts(grad), real, {k: _spread(v) for k, v in hyper.items()})
     states = {k: torch.view_as_complex(v) if real.get(k) is not state.get(k) else v for k, v in after.items()}
     return torch.view_as_complex(new), states
 
 
-def _parts(t: Tensor) -> Tensor:
+def parts(t: Tensor) -> Tensor:
+    """A complex tensor as a real one with a last dimension of two; others as they are."""
     return torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
 
 

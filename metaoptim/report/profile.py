@@ -47,7 +47,7 @@ class _Product(NamedTuple):
     args: tuple[Any, ...]
 
     def seconds(self) -> float:
-        """How long one takes by itself, on numbers drawn at random: the median of a few."""
+        """How long one takes by itself: the median of a few."""
         args = [_like(a) for a in self.args]
         found: list[float] = []
         for _ in range(_REPEATS + 1):
@@ -60,9 +60,10 @@ class _Product(NamedTuple):
 
 
 def _like(a: Any) -> Any:
-    if isinstance(a, TensorSpec):
-        return torch.empty_strided(a.shape, a.stride, dtype=a.dtype, device=a.device).normal_()
-    return a
+    if not isinstance(a, TensorSpec):
+        return a
+    span = 1 + sum((size - 1) * stride for size, stride in zip(a.shape, a.stride, strict=True))
+    return torch.ones(max(span, 0), dtype=a.dtype, device=a.device).as_strided(a.shape, a.stride)
 
 
 class _Products(TorchDispatchMode):

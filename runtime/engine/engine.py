@@ -236,7 +236,8 @@ class Engine(Interpreter):
             if self.check is not None:
                 self.check(call, kind, operands)
             if kind in ("vjp", "backward") and self._lower is lowered_for:
-                tell_of_few_bits(call, operands)
+                limited = self.store.slots is not None or (self.streaming is not None and self.streaming.acts)
+                tell_of_few_bits(call, operands, limited)
             with times.part("lower"):
                 if self._lower is lowered_for:
                     lowering = call.lowering

@@ -15,8 +15,12 @@ from metaoptim.errors import warn
 _told: set[tuple[str, torch.dtype]] = set()  # what has been warned of, in this process
 
 
-def tell_of_few_bits(call: StepCall, operands: Sequence[Tensor]) -> None:
-    """Warn, once for each kind, if a step trains in few bits; ``operands`` are what its derivative is given."""
+def tell_of_few_bits(call: StepCall, operands: Sequence[Tensor], limited: bool) -> None:
+    """Warn, once for each kind, if a step trains in few bits; ``operands`` are what its derivative is given.
+
+    Nothing is measured where memory is ``limited``, of which it takes some, or where it would call the user's own hooks
+    and Functions.
+    """
     step = call.step
     new = few_bits(step).dtypes - _told
     if not new:
@@ -27,9 +31,10 @@ def tell_of_few_bits(call: StepCall, operands: Sequence[Tensor]) -> None:
     eps = max(torch.finfo(dtype).eps for _, dtype in new)
     held = " and ".join(sorted(f"{what} in {str(dtype).removeprefix('torch.')}" for what, dtype in new))
     where = f"the inner step at {call.location}" if call.location else "an inner step"
+    measured = "" if limited or step.opaque else _measured(call, [*inputs, *cotangents])
     warn(
         f"{where} has {held}: what is added to a number there is lost where it is smaller than 1/{round(2 / eps)} of "
-        f"it, so that small updates and much of a meta-gradient are. {_measured(call, [*inputs, *cotangents])}Keep "
+        f"it, so that small updates and much of a meta-gradient are. {measured}Keep "
         f"parameters and optimizer state in float32, and compute the loss under torch.autocast(..., dtype={name})"
     )
 
@@ -37,7 +42,7 @@ def tell_of_few_bits(call: StepCall, operands: Sequence[Tensor]) -> None:
 def _measured(call: StepCall, operands: Sequence[Tensor]) -> str:
     try:
         cosine = cosine_with_float32(call.step, operands)
-    except RuntimeError as error:  # of memory, or of a custom Function that takes no other type
+    except Exception as error:  # of memory, or whatever the user's own update raises of another type
         return f"(What this step loses cannot be measured: {error}.) "
     if cosine is None:
         return ""

@@ -157,6 +157,10 @@ def test_refused() -> None:
     """What torch refuses, and what is written for real vectors."""
     with pytest.raises(metaoptim.CaptureError, match="Adafactor does not support complex"):
         gradients(MODEL, "A", optimizer=metaoptim.MetaAdafactor)
+    with pytest.raises(
+        metaoptim.WindowError, match=r"'lr' is a tensor of shape \(1,\), and a parameter is complex"
+    ):
+        gradients(MODEL, "A", optimizer=lambda nets, lr: metaoptim.MetaAdamW(nets, lr=lr.reshape(1)))
     net = made(MODEL)
     inner = metaoptim.MetaSGD([net], lr=0.1)
     with pytest.raises(metaoptim.WindowError, match="complex parameter; use gradient='exact'"):
@@ -165,3 +169,24 @@ def test_refused() -> None:
     with pytest.raises(metaoptim.WindowError, match="complex tensors that require grad"):
         with metaoptim.SlidingWindow(gradient="forward", offline=True):
             inner.step(MODEL.loss(net, MODEL.xs[0], MODEL.xs[0]))
+
+
+class _Slow(nn.Module):
+    """A rule with a state that begins as the parameter's size: of each part its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(0.5))
+
+    def init_state(self, param: Tensor) -> dict[str, Tensor]:
+        assert not param.is_complex()
+        return {"size": param.abs()}
+
+    def forward(
+        self, param: Tensor, grad: Tensor, state: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.scale * grad * (1 + state["size"]), {"size": 0.9 * state["size"]}
+
+
+def test_a_rule_is_given_parts_from_its_state_on() -> None:
+    check(MODEL, "AC", optimizer=lambda nets, lr: metaoptim.MetaLearned(nets, _Slow(), lr=lr), modes=[True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,28 @@ def test_an_optimizer_of_the_user_s_is_derived_anew(traced: Recorder, tmp_path: 
     before, traced.count = len(files(tmp_path)), 0
     gradients(Mine)
     assert traced.count and len(files(tmp_path)) == before
+
+
+def test_an_update_that_says_it_is_this_package_s(traced: Recorder) -> None:
+    class Mine(metaoptim.MetaSGD):
+        @staticmethod
+        @functools.wraps(metaoptim.MetaSGD.update)
+        def update(param: Any, grad: Any, state: Any, hyper: Any) -> Any:
+            return param - hyper["lr"] * grad * 2, state
+
+    assert not torch.allclose(gradients(metaoptim.MetaSGD)[0], gradients(Mine)[0])
+
+
+def test_source_that_has_changed_since_the_import_is_not_what_runs(
+    traced: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remembered, "_imported", 1.0)
+    remembered._source.cache_clear()
+    try:
+        gradients()
+        assert not files(tmp_path)
+    finally:
+        remembered._source.cache_clear()
 
 
 def test_a_file_that_is_cut_off_or_changed_is_passed_over(traced: Recorder, tmp_path: Path) -> None:

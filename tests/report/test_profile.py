@@ -132,3 +132,16 @@ def test_one_profile_at_a_time() -> None:
     assert outer.total > 0
     with metaoptim.profile():  # and it can be taken again
         pass
+
+
+def test_layouts_of_all_kinds_and_no_random_numbers_drawn() -> None:
+    net = nn.Linear(3, 2)
+    inner = metaoptim.MetaSGD([net], lr=0.1)
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    with metaoptim.profile() as found, metaoptim.SlidingWindow(offline=True):
+        inner.step(net(X[:1].expand(8, 3)).sum() ** 2)
+        net(X).sum().backward()
+    assert found.products is not None and found.products > 0
+    assert torch.equal(torch.rand(3), expected)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from metaoptim.compiler.derive.flat import tracing
-from metaoptim.errors import CaptureError, warn
+from metaoptim.errors import CaptureError, WindowError, warn
 from metaoptim.runtime.windows.session import Session
 from metaoptim.runtime.windows.updates.schedule import Schedule
 
@@ -56,6 +56,16 @@ _REST_OF_DOC = """
     """
 
 
+def _check_numbers(name: str, hyper: dict[str, Any]) -> None:
+    """Raise for tensors that a step of a complex parameter would take for those of its real and imaginary parts."""
+    for key, value in hyper.items():
+        if isinstance(value, Tensor) and value.dim():
+            raise WindowError(
+                f"{name}: {key!r} is a tensor of shape {tuple(value.shape)}, and a parameter is complex; expected a "
+                "scalar. MetaSGD, MetaAdam and MetaRMSprop take one number for each entry of a complex parameter"
+            )
+
+
 class Wrapped(MetaOptimizer):
     """An inner optimizer whose update is the step of a `torch.optim.Optimizer`: see `wrap`."""
 
@@ -78,6 +88,8 @@ class Wrapped(MetaOptimizer):
             """One step for one parameter."""
             if not isinstance(of, type):
                 examine_options(source, param.shape, hyper)
+            if param.is_complex():
+                _check_numbers(cls.__name__, hyper)
             return step(source, param, grad, state, hyper)
 
         cls.init_state, cls.update = staticmethod(init_state), staticmethod(update)
