@@ -304,7 +304,12 @@ class SlidingWindow:
         if isinstance(session, RecordedSession):
             self._program = session.program
         session.close(failed=kind is not None)
-        if idle:
+        if idle and isinstance(session, OrdinarySession) and session.held_inner:
+            warn(
+                "this window took no step of its own, and the steps in the window inside it ended with that one. "
+                "Compute the query loss in the inner block, and take the outer step by it after the block"
+            )
+        elif idle:
             warn(
                 "this window had no inner optimizer, so nothing in it was differentiated or put back; build one from "
                 "the networks (inner = metaoptim.MetaSGD([net])) and call inner.step(loss) instead of torch.optim's"

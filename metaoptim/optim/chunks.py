@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from metaoptim.compiler.compat import tree_flatten, tree_unflatten
-from metaoptim.compiler.ir.retention import check_count
 
 _WHOLE = (bool, int, float, complex, str, type(None))  # what every chunk is given as it is
 
@@ -45,22 +44,31 @@ def cut(name: str, loss_fn: Any, batch: tuple[Any, ...], chunks: int, reduction:
             f"{name}: got a {'tensor' if is_loss else type(loss_fn).__name__}, expected a function of a chunk that "
             f"returns its loss, as in {name}(lambda x, y: F.cross_entropy(net(x), y), x, y, chunks=4){hint}"
         )
-    check_count("chunks", chunks)
+    if type(chunks) is not int or chunks < 1:
+        raise ValueError(
+            f"{name}: chunks: got {chunks!r}, expected a positive integer; for one chunk take step(loss)"
+        )
     if reduction not in ("mean", "sum"):
         raise ValueError(f"{name}: reduction: got {reduction!r}, expected 'mean' or 'sum'")
+    batch = tuple([dict(b) if isinstance(b, Mapping) else b for b in batch])  # of a tokenizer, for one
     leaves, _ = tree_flatten(batch)
     for leaf in leaves:
         if not isinstance(leaf, (Tensor, *_WHOLE)):
             raise TypeError(
                 f"{name}: got a {type(leaf).__name__} in the batch, expected tensors, by themselves or in lists, "
-                "tuples and dicts; make one of these of it, as in dict(batch), or let the loss function close over it"
+                "tuples and dicts; make tensors of what is part of the batch, and let the loss function find the rest"
             )
     sizes = {t.shape[0] for t in leaves if _is_cut(t)}
+    if not sizes or 0 in sizes:
+        raise ValueError(
+            f"{name}: got {'an empty batch' if sizes else 'no batch'}, expected tensors with the examples along their "
+            f"first dimension, as in {name}(loss_fn, x, y, chunks=4)"
+        )
     if len(sizes) != 1:
         shapes = [tuple(t.shape) for t in leaves if isinstance(t, Tensor)]
         raise ValueError(
             f"{name}: got a batch of tensors of shapes {shapes}, expected the same number of examples, along the first "
-            "dimension, in each; what is no part of the batch the loss function can close over"
+            "dimension, in each; what has no examples is no part of the batch, and the loss function finds it itself"
         )
     (size,) = sizes
     if chunks > size:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from metaoptim.errors import WindowError
+from metaoptim.runtime.engine.times import part
 from metaoptim.runtime.windows.session import Session, current_session
 from metaoptim.runtime.windows.updates.update import InnerOptimizer
 
@@ -99,7 +100,7 @@ class Stepping(InnerOptimizer):
         whole = cut(f"{type(self).__name__}.step_in_chunks", loss_fn, batch, chunks, reduction)
         for hook in self._optimizer_step_pre_hooks.values():
             hook(self, (), {})
-        with torch.enable_grad():
+        with torch.enable_grad(), part("step"):
             loss = session.step_by_sum(self, whole.losses(), allow_unused)
         for hook in self._optimizer_step_post_hooks.values():
             hook(self, (), {})

@@ -71,6 +71,7 @@ class NestedSession(FullTapeSession):
         self._noted: dict[int, int] = {}  # ordinal -> version of what is shown
 
     def open(self) -> None:
+        self.around.held_inner = True
         open_tapes(+1)
         _current.set(self)
         intercept.networks.set(self.networks)

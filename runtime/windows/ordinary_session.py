@@ -31,6 +31,7 @@ class OrdinarySession(Session):
 
     def __init__(self, options: Options, recorder: Recorder, networks: Networks) -> None:
         super().__init__(options, recorder, networks)
+        self.held_inner = False  # whether there was a window inside it
         self._loss_told = False  # whether a loss that is not finite has been told of
         self._steps_of_others: dict[str, str] = {}  # parameter that an optimizer of torch moved -> where
         self._differentiated = WeakIdKeyDictionary()  # losses -> where their backward was called

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+from collections import UserDict
 from collections.abc import Callable
 from typing import Any
 
@@ -73,7 +74,17 @@ WRONG: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
     "no batch": (
         lambda inner: inner.step_in_chunks(mean, chunks=2),
         ValueError,
-        "the same number of examples",
+        "got no batch, expected tensors",
+    ),
+    "an empty batch": (
+        lambda inner: inner.step_in_chunks(mean, X[:0], Y[:0], chunks=1),
+        ValueError,
+        "got an empty batch, expected tensors",
+    ),
+    "None": (
+        lambda inner: inner.step_in_chunks(mean, X, Y, chunks=None),
+        ValueError,
+        r"chunks: got None, expected a positive integer; for one chunk take step\(loss\)",
     ),
     "unlike sizes": (
         lambda inner: inner.step_in_chunks(mean, X, Y[:4], chunks=2),
@@ -193,3 +204,18 @@ def test_a_failing_chunk_leaves_all_as_it_was() -> None:
         assert lr.grad is not None and lr.grad != 0
         grads.append(lr.grad)
     assert torch.equal(*grads)
+
+
+def test_the_batch_of_a_tokenizer() -> None:
+    """It is a mapping, and no dict."""
+
+    def gradients(batch: Any) -> list[Tensor]:
+        NET.zero_grad()
+        with metaoptim.SlidingWindow(offline=True):
+            inner = metaoptim.MetaSGD([NET], lr=0.1)
+            inner.step_in_chunks(lambda b: mean(b["x"], b["y"]), batch, chunks=2)
+            mean(X, Y).backward()
+        return [p.grad.clone() for p in NET.parameters() if p.grad is not None]
+
+    given = {"x": X, "y": Y}
+    assert all(map(torch.equal, gradients(UserDict(given)), gradients(given)))

@@ -136,3 +136,16 @@ def test_inner_optimizers_of_past_tasks_are_let_go(window: dict[str, Any]) -> No
         assert [ref() for ref in past] == [None] * 3
         s.loss(0, 0).backward()
     assert s.log_lr.grad is not None and s.log_lr.grad != 0
+
+
+def test_the_outer_step_inside_the_inner_block_is_told_of() -> None:
+    """It is undone with the inner window."""
+    s = Setting()
+    inner, meta = metaoptim.MetaSGD([s.net], lr=0.1), metaoptim.MetaSGD([s.net], lr=0.1)
+    with pytest.warns(
+        UserWarning, match="took no step of its own.*take the outer step by it after the block"
+    ):
+        with metaoptim.SlidingWindow(offline=True):
+            with metaoptim.SlidingWindow(offline=True):
+                inner.step(s.loss(0, 0))
+                meta.step(s.loss(0, 1))
