@@ -68,7 +68,7 @@ def compiled(
                 own = fx.GraphModule(graph, copied(graph.graph))  # the backend may take it apart
                 program = backends.call_backend(backend, own, inputs)
         seconds = time.perf_counter() - begun
-        _log.info("%s compiled a graph of %d nodes in %.1f s", backend, size, seconds)
+        _log.info("a graph of %d nodes runs compiled by %s, after a wait of %.1f s", size, backend, seconds)
         if not check:
             return program
         given = [*inputs[: len(inputs) - cotangents], *map(_random_like, inputs[len(inputs) - cotangents :])]
