@@ -32,8 +32,12 @@ def in_order(wanted: Iterable[fx.Node], known: Container[fx.Node]) -> list[fx.No
         return []
     writers: dict[fx.Node, list[fx.Node]] = {}
     for node in wanted[0].graph.nodes:
-        if node.op == "call_function" and written(node.target, node.args, node.kwargs, fx.Node):
-            writers.setdefault(_home(node), []).append(node)
+        if node.op == "call_function":
+            into: list[fx.Node] = written(
+                node.target, node.args, node.kwargs, fx.Node
+            )  # several, by a _foreach_
+            for changed in into:
+                writers.setdefault(_home(changed), []).append(node)
     last = max(wanted)
 
     def onwards(node: fx.Node) -> list[fx.Node]:

@@ -94,7 +94,12 @@ class Pool:
                 assert process.stdin is not None and process.stdout is not None
                 send(process.stdin, (job.path, job.payload))
                 job.end(*receive(process.stdout))
-            except (OSError, EOFError, pickle.UnpicklingError) as error:
+            except (
+                OSError,
+                EOFError,
+                ValueError,
+                pickle.UnpicklingError,
+            ) as error:  # of a pipe that was closed
                 _end(process)
                 job.end(f"the process that compiles has ended ({type(error).__name__})")
             with self._lock:
