@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, fx
 
 from ..ir.operators import is_several, written
-from ..ir.step import again, gradient, show
-from ..ir.values import reached
+from ..ir.step import gradient, show
+from ..ir.values import reached, shares_memory
 
 Env = dict[fx.Node, Any]
 Evaluate = Callable[[Sequence[fx.Node], Mapping[fx.Node, Any]], list[Any]]
@@ -73,7 +73,7 @@ def _home(node: fx.Node) -> fx.Node:
     """The node that made the memory that another lies in."""
     while node.op == "call_function":
         into: list[Any] = written(node.target, node.args, node.kwargs, fx.Node)
-        shares = node.target in (again, getitem) or getattr(node.target, "is_view", False)
+        shares = node.target is getitem or shares_memory(node.target)
         source: Any = into[0] if len(into) == 1 else node.args[0] if shares else None
         if source is None:
             break

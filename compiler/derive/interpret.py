@@ -28,12 +28,22 @@ class _Interpreter:
     def run(self, inputs: Sequence[Tensor]) -> tuple[Any, ...]:
         graph = self.step.graph
         known = dict(zip(graph.find_nodes(op="placeholder"), inputs, strict=True))
-        return tuple(self.evaluate(results_of(graph), known))
+        if self.step.chunked:
+            return tuple(self.evaluate(results_of(graph), known))
+        calls = [
+            n for n in graph.nodes if n.op == "call_function"
+        ]  # all: one may write into memory of others
+        return tuple(self.values(calls, results_of(graph), known))
 
     def evaluate(self, wanted: Sequence[fx.Node], known: Mapping[fx.Node, Any]) -> list[Any]:
-        """The values of nodes, from those of ``known`` ones; none is held longer than it is needed."""
-        nodes, env = in_order(wanted, known), dict(known)
-        done = dropped(nodes, set(wanted))
+        """The values of nodes, from those of ``known`` ones: only what they need is run."""
+        return self.values(in_order(wanted, known), wanted, known)
+
+    def values(
+        self, nodes: Sequence[fx.Node], wanted: Sequence[fx.Node], known: Mapping[fx.Node, Any]
+    ) -> list[Any]:
+        """The values of ``wanted`` nodes, when all of ``nodes`` have run; none is held longer than it is needed."""
+        env, done = dict(known), dropped(nodes, set(wanted))
         for node in nodes:
             env[node] = self.value(node, env)
             for gone in done.get(node, ()):

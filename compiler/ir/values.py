@@ -296,8 +296,12 @@ def origin(entry: Entry) -> Any:
     into = changed(entry)
     if len(into) == 1:
         return into[0]
-    shares = entry.op is again or entry.op in _SHARING or getattr(entry.op, "is_view", False)
-    return entry.args[0] if shares else None
+    return entry.args[0] if shares_memory(entry.op) else None
+
+
+def shares_memory(op: Any) -> bool:
+    """Whether the result of a call lies in the memory of its first argument."""
+    return op is again or op in _SHARING or getattr(op, "is_view", False)
 
 
 def owner(ref: Any, inside: Callable[[Entry], bool] = lambda entry: True) -> Any:

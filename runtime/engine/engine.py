@@ -236,8 +236,7 @@ class Engine(Interpreter):
             if self.check is not None:
                 self.check(call, kind, operands)
             if kind in ("vjp", "backward") and self._lower is lowered_for:
-                limited = self.store.slots is not None or (self.streaming is not None and self.streaming.acts)
-                tell_of_few_bits(call, operands, limited)
+                tell_of_few_bits(call, operands, self._is_limited)
             with times.part("lower"):
                 if self._lower is lowered_for:
                     lowering = call.lowering
@@ -250,6 +249,10 @@ class Engine(Interpreter):
             where = f"of the inner step at {call.location}: " if call.location else ""
             raise CaptureError(f"{where}{error.reason}") from error
         return times.timed(call, kind, program)
+
+    def _is_limited(self) -> bool:
+        """Whether memory is."""
+        return self.store.slots is not None or (self.streaming is not None and self.streaming.acts)
 
     def _taken(self, call: StepCall, kind: str, operands: Sequence[Tensor], position: int) -> Lowering:
         """How a graph runs: compiled once that is done, but a replay does what the first run of its position did."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import isfinite
 
 import torch
@@ -15,7 +15,7 @@ from metaoptim.errors import warn
 _told: set[tuple[str, torch.dtype]] = set()  # what has been warned of, in this process
 
 
-def tell_of_few_bits(call: StepCall, operands: Sequence[Tensor], limited: bool) -> None:
+def tell_of_few_bits(call: StepCall, operands: Sequence[Tensor], limited: Callable[[], bool]) -> None:
     """Warn, once for each kind, if a step trains in few bits; ``operands`` are what its derivative is given.
 
     Nothing is measured where memory is ``limited``, of which it takes some, or where it would call the user's own hooks
@@ -31,7 +31,7 @@ def tell_of_few_bits(call: StepCall, operands: Sequence[Tensor], limited: bool) 
     eps = max(torch.finfo(dtype).eps for _, dtype in new)
     held = " and ".join(sorted(f"{what} in {str(dtype).removeprefix('torch.')}" for what, dtype in new))
     where = f"the inner step at {call.location}" if call.location else "an inner step"
-    measured = "" if limited or step.opaque else _measured(call, [*inputs, *cotangents])
+    measured = "" if limited() or step.opaque else _measured(call, [*inputs, *cotangents])
     warn(
         f"{where} has {held}: what is added to a number there is lost where it is smaller than 1/{round(2 / eps)} of "
         f"it, so that small updates and much of a meta-gradient are. {measured}Keep "
