@@ -300,16 +300,18 @@ class SlidingWindow:
     ) -> None:
         session, self._session = self._session, None
         assert session is not None
-        idle = kind is None and not session.members
+        members = list(session.members.values())
         if isinstance(session, RecordedSession):
             self._program = session.program
         session.close(failed=kind is not None)
-        if idle and isinstance(session, OrdinarySession) and session.held_inner:
+        if kind is not None or any(member.joined for member in members):
+            return
+        if isinstance(session, OrdinarySession) and session.held_inner:
             warn(
                 "this window took no step of its own, and the steps in the window inside it ended with that one. "
                 "Compute the query loss in the inner block, and take the outer step by it after the block"
             )
-        elif idle:
+        elif not members:
             warn(
                 "this window had no inner optimizer, so nothing in it was differentiated or put back; build one from "
                 "the networks (inner = metaoptim.MetaSGD([net])) and call inner.step(loss) instead of torch.optim's"

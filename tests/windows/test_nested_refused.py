@@ -139,8 +139,8 @@ def test_inner_optimizers_of_past_tasks_are_let_go(window: dict[str, Any]) -> No
 
 
 def test_the_outer_step_inside_the_inner_block_is_told_of() -> None:
-    """It is undone with the inner window."""
-    s = Setting()
+    """It is undone with the inner window. Another optimizer that is alive, and may step in both, has not."""
+    s, another = Setting(), metaoptim.MetaSGD([Setting().net], lr=0.1)
     inner, meta = metaoptim.MetaSGD([s.net], lr=0.1), metaoptim.MetaSGD([s.net], lr=0.1)
     with pytest.warns(
         UserWarning, match="took no step of its own.*take the outer step by it after the block"
@@ -149,3 +149,4 @@ def test_the_outer_step_inside_the_inner_block_is_told_of() -> None:
             with metaoptim.SlidingWindow(offline=True):
                 inner.step(s.loss(0, 0))
                 meta.step(s.loss(0, 1))
+    assert not another.state
