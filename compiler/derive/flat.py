@@ -32,6 +32,7 @@ from ..ir.tensors import tensor_spec
 
 aten = torch.ops.aten
 _LIFTED = (aten.lift_fresh.default, aten.lift.default)
+_COPIED = aten.lift_fresh_copy.default
 _NONE: Mapping[str, Any] = {}
 _lock = RLock()  # of what is patched while a step is traced
 
@@ -173,7 +174,7 @@ class _Writer(TorchDispatchMode):
         if func is aten.detach.default:
             self.bind(out, self.token(args[0]), made=False)
             return out
-        node = self._write(aten.lift_fresh_copy.default if func in _LIFTED else func, args, kwargs)
+        node = self._write(_COPIED if func in _LIFTED else func, args, kwargs)
         if isinstance(out, Tensor):
             self.bind(out, node)
         elif isinstance(out, (list, tuple)):
@@ -193,6 +194,10 @@ class _Writer(TorchDispatchMode):
 
     def _check(self, func: Any, args: tuple, kwargs: dict) -> None:
         """That a call on real tensors says what calls on others will be."""
+        if func in _LIFTED or func is _COPIED:  # a number or a list of Python's, made a tensor
+            if self.known(args[0]) is None:
+                self._hold(args[0], args[0].clone())  # which may be written into now
+            return
         info = op_info(func)
         if info.random or (info.dynamic and shape_depends_on_values(func, args)) or not shapes_known(func):
             raise Unfollowed(func)
@@ -267,8 +272,12 @@ class _Writer(TorchDispatchMode):
             )
         if self.real:
             raise Unfollowed("a constant")
+        return self._hold(t, t)
+
+    def _hold(self, t: Tensor, value: Tensor) -> fx.Node:
+        """What stands for the constant ``t``, which has this value."""
         name = f"_tensor_constant{len(self.constants)}"
-        self.constants[name] = t
+        self.constants[name] = value
         with self.graph.inserting_before(next(iter(self.graph.nodes))):
             node = self.graph.get_attr(name)
         self.bind(t, node)

@@ -19,12 +19,14 @@ from metaoptim.errors import CaptureError, MetaOptimError, ProgramError
 
 from ..ir.operators import op_info, written
 from ..ir.step import FlatGraph, Port, Role, StepGraph, gradient
-from ..ir.tensors import TensorSpec, tensor_spec
+from ..ir.tensors import TensorSpec, nbytes, tensor_spec
 from .flat import Traced, Unfollowed, flat_graph, tracing
 from .graphs import distinct, drop_dead, merge_equal, mutates, results_of, undo_transposes
 from .interpret import interpret
 
 aten = torch.ops.aten
+#: A step whose inputs take no more bytes is run on values made up for it: to trace it over fake tensors takes longer.
+SMALL = 1 << 20
 _DIFFERENTIATED = (Role.THETA, Role.THETA_NOW, Role.OPT_STATE, Role.CARRY, Role.META)
 
 
@@ -36,8 +38,13 @@ def ports_of(step: StepGraph, kind: str) -> list[Port]:
 def derived_by_tracing(step: StepGraph, kind: str, example: Sequence[Tensor] | None = None) -> FlatGraph:
     """The flat graph of a step's "replay", inputs -> outputs, or "vjp", `ports_of` it -> a cotangent or None per input.
 
-    It is traced over fake tensors, or over ``example`` where shapes depend on values.
+    It is traced over fake tensors. With ``example`` it is found by a run on these, where that will do; a step whose
+    shapes depend on values takes one.
     """
+    if example is not None and not step.dynamic:
+        found = derived_by_running(step, kind, example)
+        if found is not None:
+            return found[0]
     fn = functools.partial(run, step, kind)
     with tracing(step.default_dtype):
         try:
@@ -82,6 +89,24 @@ def derived_by_running(
             seen.add(node)
             results.append(t if t is None else t.detach().clone() if again else t.detach())
         return cleaned(kind, found, step.chunked), results
+
+
+def made_up(step: StepGraph, kind: str) -> list[Tensor] | None:
+    """Inputs for a run of a small step, from which what it gives is found; None for other steps."""
+    specs = [p.spec for p in ports_of(step, kind)]
+    if sum(map(nbytes, specs)) > SMALL or any(len(s.stride) != len(s.shape) for s in specs):
+        return None
+    return [_made_up(spec) for spec in specs]
+
+
+def _made_up(spec: TensorSpec) -> Tensor:
+    """Numbers that differ, between 0 and 1; zeros for whole numbers, which may be indices."""
+    size = nbytes(spec) // spec.dtype.itemsize
+    if spec.dtype.is_floating_point or spec.dtype.is_complex:
+        memory = torch.linspace(0.2, 0.8, size, device=spec.device).to(spec.dtype)
+    else:
+        memory = torch.zeros(size, dtype=spec.dtype, device=spec.device)
+    return memory.as_strided(spec.shape, spec.stride)
 
 
 def run(step: StepGraph, kind: str, *args: Tensor) -> tuple:

@@ -18,6 +18,7 @@ import torch
 from metaoptim.errors import CaptureError
 
 from ..derive.flat import uncollected
+from ..derive.reverse import made_up
 from ..ir.calls import Loop, folded
 from ..ir.program import Program
 from ..ir.step import StepGraph
@@ -87,16 +88,22 @@ def loop(program: Program, options: Options) -> tuple[Program, str]:
 
 def differentiate(program: Program, options: Options) -> tuple[Program, str]:
     """Derive the step graphs that a gradient can flow through, in the mode that legality and cost allow."""
-    learnt = any(x.grad for x in program.inputs)
-    return program, derive_all(program.step_graphs if learnt else (), options.lowering.hvp)
+    learnt, limited = (
+        any(x.grad for x in program.inputs),
+        retention_of(program, options).memory_budget is not None,
+    )
+    return program, derive_all(program.step_graphs if learnt else (), options.lowering.hvp, limited)
 
 
-def derive_all(graphs: Iterable[StepGraph], hvp: str) -> str:
-    """Derive those of the step graphs that a gradient can flow through, and say which mode each got."""
+def derive_all(graphs: Iterable[StepGraph], hvp: str, limited: bool) -> str:
+    """Derive those of the step graphs that a gradient can flow through, and say which mode each got.
+
+    Where memory is ``limited``, none is run to be derived.
+    """
     chosen: Counter[str] = Counter()
     for step in graphs:
         if any(p.differentiable for p in step.inputs) and any(p.differentiable for p in step.outputs):
-            derived(step, hvp)
+            derived(step, hvp, None if limited else made_up(step, "vjp"))
             chosen[step.derivatives[hvp]] += 1
     return "; ".join(f"{count} × {what}" for what, count in chosen.items()) or "no part carries a gradient"
 

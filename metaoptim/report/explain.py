@@ -269,7 +269,7 @@ def _records(program: Tape, lowerings: dict[int, Lowering]) -> list[Record]:
     modes: dict[str, list[StepGraph]] = {}
     for g in program.step_graphs:
         modes.setdefault(lowerings[id(g)].hvp, []).append(g)
-    done = "; ".join(derive_all(graphs, hvp) for hvp, graphs in modes.items())
+    done = "; ".join(derive_all(graphs, hvp, True) for hvp, graphs in modes.items())
     return [*found, Record("differentiate", done, 1e3 * (time.perf_counter() - begun))]
 
 

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import metaoptim
+from metaoptim.compiler.derive import reverse
 from metaoptim.compiler.derive.flat import Unfollowed, flat_graph, tracing
+from metaoptim.compiler.ir.step import FlatGraph
 from metaoptim.compiler.lower import derivatives
 from metaoptim.compiler.lower.library import library
 from oracle import agree, run_oracle, run_window
@@ -29,6 +31,7 @@ def by_running(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         return made
 
     monkeypatch.setattr(derivatives, "derived_by_running", noted)
+    monkeypatch.setattr(reverse, "derived_by_running", noted)
     library.clear()
     yield found
     library.clear()
@@ -91,6 +94,48 @@ def test_what_looks_at_values_is_left_to_a_trace() -> None:
     ):
         with tracing(), pytest.raises(Unfollowed):
             flat_graph(fn, [x], real=True)  # type: ignore[arg-type]
+
+
+def test_a_constant_is_held_as_it_was_made() -> None:
+    def fn(t: Tensor) -> tuple[Tensor]:
+        factor = torch.tensor([2.0, 3.0, 5.0])
+        doubled = t * factor
+        factor.add_(1.0)
+        return (doubled + factor,)
+
+    x, other = torch.randn(3), torch.randn(3)
+    with tracing():
+        traced = flat_graph(fn, [x], real=True)
+    found = FlatGraph(traced.graph, traced.constants)
+    torch.testing.assert_close(found(other), fn(other), rtol=0, atol=0)
+    assert traced.results[0].equal(fn(x)[0])
+
+
+def test_small_steps_of_a_function_are_run_to_be_derived(by_running: list[str]) -> None:
+    """On values made up for them, by which nothing is decided; where memory is limited they are traced."""
+
+    def gradients(**options: str) -> list[Tensor]:
+        torch.manual_seed(0)
+        net, xs = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 5)), torch.randn(3, 6, 3)
+        log_lr = torch.tensor(-1.0, requires_grad=True)
+
+        @metaoptim.compile(backend="eager", **options)
+        def loss(xs: Tensor) -> Tensor:
+            inner = metaoptim.MetaAdam([net], lr=log_lr.exp())
+            with metaoptim.SlidingWindow(offline=True):
+                for x in xs:
+                    inner.step(F.cross_entropy(net(x), x.argmax(1)) + net(x).clamp(0.1, 0.4).cumprod(1).sum())
+                return net(xs).square().sum()
+
+        return [*torch.autograd.grad(loss(xs), [log_lr, *net.parameters()])]
+
+    found = gradients()
+    assert "vjp" in by_running
+    library.clear()
+    by_running.clear()
+    expected = gradients(memory_budget="1GiB")
+    assert "vjp" not in by_running
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 def test_a_budget_measures_the_graph_itself(by_running: list[str]) -> None:
