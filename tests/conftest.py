@@ -31,10 +31,14 @@ def _no_optimizers_left(request: pytest.FixtureRequest) -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def _no_steps_left() -> Iterator[None]:
-    """Python's collector goes through all objects, and steps are many: what a file has captured goes with it."""
+    """Python's collector goes through all objects, and steps are many: what a file has captured goes with it.
+
+    What has been imported by then stays, and is looked at no more.
+    """
     yield
     library.clear()
     gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
