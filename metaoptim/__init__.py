@@ -40,9 +40,9 @@ from .optim import (
 )
 from .plan import plan
 from .report.profile import Profile, profile
-from .runtime.engine.evolution import Evolution
-from .runtime.engine.implicit import Implicit
-from .runtime.engine.progress import progress
+from .runtime.engine.estimators.evolution import Evolution
+from .runtime.engine.estimators.implicit import Implicit
+from .runtime.engine.monitoring.progress import progress
 from .states import extract_state, recover_state, reptile, stop_gradient
 from .vmap import vmap
 from .window import SlidingWindow, zero_nan_hook

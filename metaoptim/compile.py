@@ -25,7 +25,7 @@ from .functions.guards import Dependencies
 from .functions.reads import Reads
 from .functions.specialization import StepSpecialization, compare, name_of, specialize
 from .functions.specializations import Specializations
-from .optim.alive import refresh_optimizers
+from .optim.base.alive import refresh_optimizers
 from .report.explain import report_of
 from .report.report import Report
 from .runtime.windows.recording_session import RecordedSession

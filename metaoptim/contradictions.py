@@ -7,8 +7,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from .runtime.engine.evolution import Evolution
-from .runtime.engine.implicit import Implicit
+from .runtime.engine.estimators.evolution import Evolution
+from .runtime.engine.estimators.implicit import Implicit
 
 
 def check_gradient(gradient: Any, said: Mapping[str, Any]) -> None:

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from .compile import CompiledFunction, compiled_of
 from .compiler.capture import intercept
 from .compiler.compat import tree_flatten, tree_unflatten
-from .compiler.ir.calls import StepCall
+from .compiler.ir.programs.calls import StepCall
 from .compiler.ir.retention import check_count
-from .compiler.ir.values import Input
+from .compiler.ir.traces.values import Input
 from .compiler.lower.ambient import unaffected
 from .compiler.lower.compile_graph import waiting
 from .compiler.passes.batch import Batched, batch, wrong
@@ -29,7 +29,7 @@ from .functions.guards import Dependencies
 from .functions.reads import Reads
 from .functions.specialization import Specialization, trace_of, warn_unreached
 from .functions.specializations import Specializations
-from .optim.alive import refresh_optimizers
+from .optim.base.alive import refresh_optimizers
 from .runtime.engine.noise import generator_of
 from .runtime.windows.session import current_session
 

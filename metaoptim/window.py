@@ -17,18 +17,18 @@ from .compiler.ir.retention import Retention, check_count
 from .compiler.ir.step import Lowering
 from .contradictions import check_gradient, check_sync
 from .errors import WindowError, warn
-from .optim.alive import optimizers_here, refresh_optimizers
+from .optim.base.alive import optimizers_here, refresh_optimizers
 from .report.explain import explain_window
 from .report.report import Report
-from .runtime.engine.evolution import Evolution
-from .runtime.engine.implicit import Implicit
+from .runtime.engine.estimators.evolution import Evolution
+from .runtime.engine.estimators.implicit import Implicit
 from .runtime.functions.loops import Loop
 from .runtime.functions.symbolic_session import CapturedSession
-from .runtime.windows.full_tape import FullTapeSession
-from .runtime.windows.nested import NestedSession, refuse_options
 from .runtime.windows.ordinary_session import OrdinarySession
 from .runtime.windows.recording_session import RecordedSession
 from .runtime.windows.session import Options, Session, current_session
+from .runtime.windows.taped.full_tape import FullTapeSession
+from .runtime.windows.taped.nested import NestedSession, refuse_options
 
 _STRATEGIES: dict[str, type[RecordedSession] | type[FullTapeSession]] = {
     "auto": RecordedSession,

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from metaoptim.compiler.lower import remembered
+from metaoptim.compiler.lower.files import remembered
 from metaoptim.compiler.lower.library import library
-from metaoptim.optim.alive import live_optimizers
+from metaoptim.optim.base.alive import live_optimizers
 
 os.environ.setdefault("METAOPTIM_WAIT", "1")  # compiled graphs are tested, not whether they come in time
 remembered.PAYS = float("inf")  # derivations are tested, not what is read of earlier ones

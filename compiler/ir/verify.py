@@ -13,14 +13,14 @@ from torch import Tensor, fx
 
 from metaoptim.errors import ProgramError
 
-from .calls import Loop, Operand, StepCall, calls_of
 from .operators import aten, is_operator, is_several, op_info, op_text, written
-from .program import Program
+from .programs.calls import Loop, Operand, StepCall, calls_of
+from .programs.program import Program
 from .step import RANK, Port, Role, StepGraph, show
 from .tensors import tensor_spec
 from .text import registers_text
-from .trace import Partition, arguments
-from .values import Noise, Value, reached
+from .traces.trace import Partition, arguments
+from .traces.values import Noise, Value, reached
 
 _INNER = (Role.THETA, Role.OPT_STATE)
 _INPUTS = (*RANK, Role.META, Role.SCAN, Role.NOISE)

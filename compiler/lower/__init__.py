@@ -1,5 +1,5 @@
 """Graphs as callables.
 
 In: a step graph and a lowering (backend, HVP mode). Out: a callable, compiled and checked where a backend was asked
-for. Imports: `ir`, `derive`.
+for: in another process (`processes`), and kept for the next one (`files`). Imports: `ir`, `derive`.
 """

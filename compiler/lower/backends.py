@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from ..ir.tensors import TensorSpec
-from .artifacts import WHOLE, Settings
+from .files.artifacts import WHOLE, Settings
 
 _LIBRARY = {"aot_inductor.enable_line_tables": False}  # of code that nobody has written
 

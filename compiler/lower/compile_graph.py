@@ -22,7 +22,7 @@ from ..derive.graphs import copied
 from ..derive.interpret import hooking, measuring_hook
 from ..ir.step import FlatGraph
 from ..ir.tensors import tensor_spec
-from .handover import Handover, elsewhere
+from .processes.handover import Handover, elsewhere
 from .rounding import agree, noise_of, precision_of, size_of
 
 _log = logging.getLogger("metaoptim.recompiles")

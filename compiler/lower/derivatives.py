@@ -21,8 +21,8 @@ from ..ir.tensors import TensorSpec, tensor_spec
 from ..ir.text import readable_bytes
 from .ambient import with_default_dtype
 from .compile_graph import compiled
-from .handover import Handover, elsewhere, tell, waits
-from .remembered import Derivation, remembered
+from .files.remembered import Derivation, remembered
+from .processes.handover import Handover, elsewhere, tell, waits
 
 #: Below this many live bytes of reverse over reverse there is nothing worth saving: mixed mode takes a third more work.
 WORTH_SAVING = 64 << 20

@@ -16,11 +16,11 @@ from ..compat import FakeTensorMode
 from ..derive.flat import flat_graph, tracing
 from ..derive.graphs import mutates, results_of
 from ..derive.reverse import cleaned
-from ..ir.calls import Loop, Operand, StepCall, calls_of
-from ..ir.program import Program
+from ..ir.programs.calls import Loop, Operand, StepCall, calls_of
+from ..ir.programs.program import Program
 from ..ir.step import FlatGraph, Port, Role, StepGraph
 from ..ir.tensors import TensorSpec, tensor_spec
-from ..ir.values import Input, Noise
+from ..ir.traces.values import Input, Noise
 from ..lower.compile_graph import difference
 from ..lower.derivatives import derived, replayed
 

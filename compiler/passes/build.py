@@ -11,10 +11,16 @@ from torch import Tensor, fx
 
 from metaoptim.compiler.compat import OpOverload
 
-from ..ir.slices import hook_key, restored
 from ..ir.step import Port, Role, StepGraph
 from ..ir.tensors import TensorSpec
-from ..ir.trace import Part, Roles, Segment, roles_of, spec_of
+from ..ir.traces.slices import hook_key, restored
+from ..ir.traces.trace import (
+    Part,
+    Roles,
+    Segment,
+    roles_of,
+    spec_of,
+)
 from .substitutes import stand_in
 
 aten = torch.ops.aten

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..ir.program import Kept, Program
+from ..ir.programs.program import Kept, Program
 from ..ir.retention import UNSAID, Retention
 from ..ir.step import Lowering
 from ..lower.library import Library, library

@@ -19,21 +19,21 @@ from metaoptim.errors import CaptureError
 
 from ..derive.flat import uncollected
 from ..derive.reverse import made_up
-from ..ir.calls import Loop, folded
-from ..ir.program import Program
+from ..ir.programs.calls import Loop, folded
+from ..ir.programs.program import Program
 from ..ir.step import StepGraph
 from ..ir.text import operator_count, partition_text, plural, trace_text
-from ..ir.trace import Partition, Trace
-from ..ir.values import Input, Value
+from ..ir.traces.trace import Partition, Trace
+from ..ir.traces.values import Input, Value
 from ..ir.verify import verify_partition, verify_program
 from ..lower.derivatives import derived, residuals
-from .canonicalize import canonicalize, outline
-from .enter import enter
 from .options import Options, retention_of
-from .prune import keep_all, prune
 from .roll import roll
-from .rows import rows
-from .split import split
+from .traces.canonicalize import canonicalize, outline
+from .traces.enter import enter
+from .traces.prune import keep_all, prune
+from .traces.rows import rows
+from .traces.split import split
 
 Form = Trace | Partition | Program
 _log = logging.getLogger("metaoptim.passes")

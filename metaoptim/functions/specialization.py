@@ -17,21 +17,21 @@ from ..compiler.compat import tree_flatten, tree_unflatten
 from ..compiler.cost.step import check_bytes
 from ..compiler.derive.flat import uncollected
 from ..compiler.derive.graphs import results_of
-from ..compiler.ir.calls import StepCall
-from ..compiler.ir.program import Kept, Program
+from ..compiler.ir.programs.calls import StepCall
+from ..compiler.ir.programs.program import Kept, Program
 from ..compiler.ir.step import Lowering
 from ..compiler.ir.tensors import tensor_spec
 from ..compiler.ir.text import plural
-from ..compiler.ir.trace import Trace
-from ..compiler.ir.values import Input, Noise
+from ..compiler.ir.traces.trace import Trace
+from ..compiler.ir.traces.values import Input, Noise
 from ..compiler.lower.ambient import unaffected
 from ..compiler.lower.compile_graph import waiting
 from ..compiler.lower.derivatives import begin, derived, settled
-from ..compiler.lower.handover import prepare
+from ..compiler.lower.processes.handover import prepare
 from ..compiler.passes.options import Options, retention_of
 from ..compiler.passes.pipeline import Record, checkpoint, compile_trace
 from ..errors import CaptureError, UnreachableWarning, warn
-from ..optim.alive import preserved
+from ..optim.base.alive import preserved
 from ..runtime.budget.amounts import tell_default
 from ..runtime.budget.planner import Plan, decide
 from ..runtime.engine.engine import Check

@@ -6,8 +6,8 @@ In: networks and hyper-parameters. Out: pure update functions, and steps handed 
 
 from . import schedules, transforms
 from .adam import MetaAdam
+from .base.hyper import safe_sqrt
 from .functional import FunctionalOptimizer, functional
-from .hyper import safe_sqrt
 from .learned import MetaLearned
 from .optimizer import MetaOptimizer
 from .rmsprop import MetaRMSprop

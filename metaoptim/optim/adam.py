@@ -8,9 +8,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .hyper import Number, Schedule, active, check_non_negative, has_values, safe_sqrt
+from .base.hyper import (
+    Number,
+    Schedule,
+    active,
+    check_non_negative,
+    has_values,
+    safe_sqrt,
+)
+from .base.parts import by_parts
 from .optimizer import MetaOptimizer, Params, Transforms
-from .parts import by_parts
 
 
 class MetaAdam(MetaOptimizer):

@@ -13,7 +13,7 @@ from metaoptim.compiler.ir.update import State, UpdatePlan, initial_state
 from metaoptim.runtime.windows.session import outside
 from metaoptim.runtime.windows.updates.hyper import schedules_of
 
-from .alive import live_optimizers
+from .base.alive import live_optimizers
 from .optimizer import MetaOptimizer
 
 #: A tensor, or a dictionary, list or tuple of trees.

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from metaoptim.compiler.ir.update import checked_result, checked_state
 from metaoptim.errors import WindowError
 
-from .hyper import Number, check_non_negative
+from .base.hyper import Number, check_non_negative
+from .base.parts import by_parts, parts
 from .optimizer import MetaOptimizer, Params
-from .parts import by_parts, parts
 
 
 class MetaLearned(MetaOptimizer):

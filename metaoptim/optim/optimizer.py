@@ -16,10 +16,17 @@ from metaoptim.runtime.windows.updates.hyper import scheduled
 from metaoptim.runtime.windows.updates.transform import Apply, Transform, as_transforms
 from metaoptim.runtime.windows.updates.update import parameters_of
 
-from .alive import live_optimizers
-from .groups import check_network, group_of, own
-from .hyper import Number, as_number, detached, is_symbolic, learned, plain
-from .steps import Stepping
+from .base.alive import live_optimizers
+from .base.groups import check_network, group_of, own
+from .base.hyper import (
+    Number,
+    as_number,
+    detached,
+    is_symbolic,
+    learned,
+    plain,
+)
+from .base.steps import Stepping
 from .transforms import clip_global_norm
 
 #: What an optimizer trains: networks, or groups (see `MetaOptimizer`).

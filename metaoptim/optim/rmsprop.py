@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .hyper import Number, active, check_non_negative, safe_sqrt
+from .base.hyper import Number, active, check_non_negative, safe_sqrt
+from .base.parts import by_parts
 from .optimizer import MetaOptimizer, Params, Transforms
-from .parts import by_parts
 
 
 class MetaRMSprop(MetaOptimizer):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .hyper import safe_sqrt
+from .base.hyper import safe_sqrt
 
 _TIMES = tuple(float(t) for k in range(5) for t in (10**k, 3 * 10**k))  # of the embedding of the step
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .hyper import Number, active, check_non_negative
+from .base.hyper import Number, active, check_non_negative
 from .optimizer import MetaOptimizer, Params, Transforms
 
 

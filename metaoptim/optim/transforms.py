@@ -17,7 +17,7 @@ from torch import Tensor
 
 from metaoptim.runtime.windows.updates.transform import Apply, Mask, Transform
 
-from .hyper import Number, check_non_negative
+from .base.hyper import Number, check_non_negative
 
 __all__ = [
     "Mask",

@@ -9,8 +9,8 @@ from typing import Any
 
 from ..compiler.cost.model import SIZES, CostModel, step_flops
 from ..compiler.cost.step import residual_cost, step_cost
-from ..compiler.ir.calls import Loop
-from ..compiler.ir.program import Program
+from ..compiler.ir.programs.calls import Loop
+from ..compiler.ir.programs.program import Program
 from ..compiler.ir.step import Lowering
 from ..compiler.ir.tensors import nbytes
 from ..compiler.ir.text import plural, readable_bytes

@@ -10,13 +10,13 @@ from dataclasses import asdict, replace
 from ..compiler.compat import profiling
 from ..compiler.cost.step import step_cost
 from ..compiler.derive.graphs import results_of
-from ..compiler.ir.calls import Loop, Operand
-from ..compiler.ir.program import Kept, Program, Tape
+from ..compiler.ir.programs.calls import Loop, Operand
+from ..compiler.ir.programs.program import Kept, Program, Tape
 from ..compiler.ir.step import Lowering, Role, StepGraph
 from ..compiler.ir.tensors import memory_of, nbytes
 from ..compiler.ir.text import plural, signature
-from ..compiler.ir.trace import Trace
-from ..compiler.ir.values import Input
+from ..compiler.ir.traces.trace import Trace
+from ..compiler.ir.traces.values import Input
 from ..compiler.lower.derivatives import derived
 from ..compiler.passes.options import Options, retention_of
 from ..compiler.passes.pipeline import Record, checkpoint, compile_trace, derive_all

@@ -18,7 +18,7 @@ from ..compiler.ir.tensors import TensorSpec, tensor_spec
 from ..compiler.ir.text import plural
 from ..compiler.lower.ambient import unaffected
 from ..compiler.lower.derivatives import lowered
-from ..runtime.engine.times import Ran, Times, listen
+from ..runtime.engine.monitoring.times import Ran, Times, listen
 
 aten = torch.ops.aten
 _PRODUCTS = {

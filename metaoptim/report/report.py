@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..compiler.cost.step import step_cost
-from ..compiler.ir.program import Calls
+from ..compiler.ir.programs.program import Calls
 from ..compiler.ir.step import Lowering, StepGraph
 from ..compiler.ir.tensors import nbytes
 from ..compiler.ir.text import by_role, plural, readable_bytes, shapes_text

@@ -13,16 +13,16 @@ from torch import Tensor
 
 from metaoptim.compiler.compat import profiling
 from metaoptim.compiler.cost.step import made_of, measured
-from metaoptim.compiler.ir.calls import StepCall
-from metaoptim.compiler.ir.program import Kept, Program
+from metaoptim.compiler.ir.programs.calls import StepCall
+from metaoptim.compiler.ir.programs.program import Kept, Program
 from metaoptim.compiler.ir.step import Lowering, Measured
-from metaoptim.compiler.ir.values import Input
+from metaoptim.compiler.ir.traces.values import Input
 from metaoptim.compiler.lower.derivatives import Lowered, lowered, residuals
 from metaoptim.errors import UnreachableWarning
 
 from ..engine.engine import lowered_for
 from ..engine.function import Run
-from ..engine.progress import progress
+from ..engine.monitoring.progress import progress
 from .meter import AllocatorMeter
 from .peaks import shortened
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from metaoptim.compiler.cost.step import measured, step_cost
-from metaoptim.compiler.ir.calls import Assign, Loop, StepCall
-from metaoptim.compiler.ir.program import Call, Program, super_steps
+from metaoptim.compiler.ir.programs.calls import Assign, Loop, StepCall
+from metaoptim.compiler.ir.programs.program import Call, Program, super_steps
 from metaoptim.compiler.ir.step import Lowering
 from metaoptim.compiler.ir.tensors import memory_bytes, nbytes
-from metaoptim.compiler.ir.values import Input
+from metaoptim.compiler.ir.traces.values import Input
 
 from .simulate import predict, predict_sweep
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from metaoptim.compiler.cost.step import measured, residual_cost, step_cost
-from metaoptim.compiler.ir.program import Kept, Program
+from metaoptim.compiler.ir.programs.program import Kept, Program
 from metaoptim.compiler.ir.retention import Retention
 from metaoptim.compiler.ir.step import Lowering
 from metaoptim.compiler.ir.text import readable_bytes
-from metaoptim.compiler.ir.values import Input
+from metaoptim.compiler.ir.traces.values import Input
 from metaoptim.errors import BudgetError
 
 from ..states.schedule import with_tier

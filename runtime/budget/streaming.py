@@ -12,7 +12,7 @@ from torch import Tensor
 from metaoptim.compiler.compat import disable_current_modes, profiling
 from metaoptim.compiler.cost.step import check_bytes, measured, step_cost
 from metaoptim.compiler.derive.interpret import hooking, measuring_hook
-from metaoptim.compiler.ir.calls import Assign, StepCall
+from metaoptim.compiler.ir.programs.calls import Assign, StepCall
 from metaoptim.compiler.ir.step import Role
 from metaoptim.compiler.ir.tensors import memory_key, memory_of, nbytes
 from metaoptim.compiler.ir.text import plural, readable_bytes

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from metaoptim.compiler.compat import disable_current_modes, queue_callback
 from metaoptim.compiler.derive.interpret import hooking
-from metaoptim.compiler.ir.calls import Assign, StepCall
-from metaoptim.compiler.ir.program import Tape
+from metaoptim.compiler.ir.programs.calls import Assign, StepCall
+from metaoptim.compiler.ir.programs.program import Tape
 from metaoptim.compiler.ir.step import Lowering, Role
 from metaoptim.compiler.ir.tensors import TensorSpec, memory_of
 from metaoptim.compiler.lower.ambient import unaffected
@@ -26,15 +26,15 @@ from metaoptim.errors import CaptureError, StaleInputError, WindowError
 from ..states.slots import Action, Advance, Slots, State
 from ..states.streams import coming, rebase, shrink, slide
 from ..states.tier import Tier
-from . import progress, times
-from .few_bits import tell_of_few_bits
 from .interpreter import Interpreter, changed, may_keep
+from .monitoring import progress, times
+from .monitoring.few_bits import tell_of_few_bits
 from .noise import Stream
 from .sweep import Sweep, Tell
 
 if TYPE_CHECKING:
-    from .evolution import Particles
-    from .tangents import Tangents
+    from .estimators.evolution import Particles
+    from .estimators.tangents import Tangents
 
 Lower = Callable[[StepCall, str, Sequence[Tensor]], Lowered]
 Check = Callable[[StepCall, str, Sequence[Tensor]], None]

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from metaoptim.compiler.ir.calls import Assign, StepCall
+from metaoptim.compiler.ir.programs.calls import Assign, StepCall
 from metaoptim.compiler.ir.step import Role
 from metaoptim.compiler.ir.tensors import TensorSpec
 from metaoptim.compiler.lower.derivatives import residuals

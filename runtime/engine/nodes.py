@@ -17,8 +17,8 @@ from metaoptim.compiler.compat import graph_task
 from metaoptim.errors import MetaOptimError, UnreachableWarning, WindowError, warn
 
 from .engine import Engine
-from .evolution import EvolutionSweep
-from .implicit import Implicit, SolutionSweep, only_step
+from .estimators.evolution import EvolutionSweep
+from .estimators.implicit import Implicit, SolutionSweep, only_step
 from .sweep import LOSS, Sweep
 
 

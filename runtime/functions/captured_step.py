@@ -14,13 +14,21 @@ from metaoptim.compiler.capture import intercept
 from metaoptim.compiler.capture.symbolic.tracer import Tracer
 from metaoptim.compiler.compat import disable_current_modes
 from metaoptim.compiler.ir.step import Role, gradient, show
-from metaoptim.compiler.ir.trace import Roles, arguments, leaves
-from metaoptim.compiler.ir.values import Entry, Input, Noise, Value, exact, identity, reached
+from metaoptim.compiler.ir.traces.trace import Roles, arguments, leaves
+from metaoptim.compiler.ir.traces.values import (
+    Entry,
+    Input,
+    Noise,
+    Value,
+    exact,
+    identity,
+    reached,
+)
 from metaoptim.compiler.ir.verify import verify_step
 from metaoptim.compiler.lower.library import library
 from metaoptim.compiler.passes.build import build_step_graph
 from metaoptim.compiler.passes.pipeline import shaped
-from metaoptim.compiler.passes.split import refuse_aliases_across, single
+from metaoptim.compiler.passes.traces.split import refuse_aliases_across, single
 from metaoptim.errors import CaptureError
 
 from ..windows.recording_session import RecordedSession

@@ -13,11 +13,11 @@ from torch import Tensor
 from metaoptim.compiler.capture import intercept
 from metaoptim.compiler.capture.symbolic.tracer import Tracer
 from metaoptim.compiler.ir.operators import LIFTS
-from metaoptim.compiler.ir.slices import closed_over
 from metaoptim.compiler.ir.step import gradient, show
 from metaoptim.compiler.ir.tensors import TensorSpec, tensor_spec
-from metaoptim.compiler.ir.trace import WindowMark, sources
-from metaoptim.compiler.ir.values import Entry, Input, Value, reached
+from metaoptim.compiler.ir.traces.slices import closed_over
+from metaoptim.compiler.ir.traces.trace import WindowMark, sources
+from metaoptim.compiler.ir.traces.values import Entry, Input, Value, reached
 from metaoptim.compiler.passes.build import GradientHooks
 from metaoptim.errors import CaptureError, LossError, WindowError, user_location
 

@@ -17,11 +17,11 @@ from metaoptim.compiler.capture import intercept
 from metaoptim.compiler.capture.eager.recorder import Recorder
 from metaoptim.errors import LossError, WindowError, user_location, warn
 
-from . import oversights
 from .networks import Networks
 from .session import Member, Options, Session, _current, current_session
 from .updates.hyper import Scheduled
 from .updates.update import parameters_of
+from .watching import oversights
 
 
 class OrdinarySession(Session):

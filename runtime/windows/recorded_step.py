@@ -10,10 +10,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from metaoptim.compiler.ir.calls import StepCall
-from metaoptim.compiler.ir.slices import Slice, hook_key
+from metaoptim.compiler.ir.programs.calls import StepCall
 from metaoptim.compiler.ir.step import Lowering, StepGraph
 from metaoptim.compiler.ir.tensors import tensor_spec
+from metaoptim.compiler.ir.traces.slices import Slice, hook_key
 from metaoptim.compiler.lower.ambient import unaffected
 from metaoptim.compiler.lower.derivatives import lowered
 from metaoptim.compiler.lower.library import library

@@ -9,26 +9,36 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from metaoptim.compiler.ir.calls import Assign, StepCall
-from metaoptim.compiler.ir.program import Tape
-from metaoptim.compiler.ir.slices import Slice
+from metaoptim.compiler.ir.programs.calls import Assign, StepCall
+from metaoptim.compiler.ir.programs.program import Tape
+from metaoptim.compiler.ir.traces.slices import Slice
+from metaoptim.compiler.ir.traces.values import (
+    Entry,
+    Epoch,
+    External,
+    Spy,
+    Theta,
+    Value,
+    is_cut,
+    parents,
+    reached,
+)
 from metaoptim.compiler.ir.update import initial_state
-from metaoptim.compiler.ir.values import Entry, Epoch, External, Spy, Theta, Value, is_cut, parents, reached
 from metaoptim.errors import CaptureError, LossError, WindowError
 
 from ..budget.streaming import Streaming
 from ..engine.engine import Engine, Held
-from ..engine.evolution import Particles
+from ..engine.estimators.evolution import Particles
 from ..engine.nodes import gradient_of_loss, stepped
 from ..states.disk import tier_for
 from .networks import Networks
 from .ordinary_session import OrdinarySession
-from .oversights import Ended, all_finite, tell_unreachable, watch_backward
 from .recorded_step import RecordedStep, applied, unrecorded
 from .session import Options, Place, by_optimizer, read_outside, refuse_overwritten
 from .theta_view import ThetaView
 from .updates.hyper import Hyper, Scheduled, hyper_of
 from .updates.update import InnerOptimizer, Update, added, sums_of_gradients, trained, update_by
+from .watching.oversights import Ended, all_finite, tell_unreachable, watch_backward
 
 
 class _Losses(NamedTuple):

@@ -10,16 +10,16 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from metaoptim.compiler.ir.calls import StepCall
-from metaoptim.compiler.ir.slices import Slice
-from metaoptim.compiler.ir.values import Epoch
+from metaoptim.compiler.ir.programs.calls import StepCall
+from metaoptim.compiler.ir.traces.slices import Slice
+from metaoptim.compiler.ir.traces.values import Epoch
 from metaoptim.errors import CaptureError, WindowError
 
 from ..engine.engine import Engine
-from ..engine.implicit import Implicit
+from ..engine.estimators.implicit import Implicit
+from ..engine.estimators.tangents import TangentRead, Tangents
 from ..engine.nodes import Alias, Life, WindowedLoss, WindowedRead, new_token
 from ..engine.sweep import warn_cut
-from ..engine.tangents import TangentRead, Tangents
 from .reads import CommonReads, WholeReads
 
 

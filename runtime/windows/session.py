@@ -19,9 +19,9 @@ from metaoptim.compiler.ir.step import Lowering
 from metaoptim.errors import CaptureError, LossError, WindowError
 
 from ..engine.engine import Engine, Held
-from ..engine.evolution import Evolution
-from ..engine.implicit import Implicit
-from ..engine.times import part
+from ..engine.estimators.evolution import Evolution
+from ..engine.estimators.implicit import Implicit
+from ..engine.monitoring.times import part
 from .networks import Networks
 from .updates.hyper import COUNT, Scheduled, scheduled
 from .updates.update import InnerOptimizer, parameters_of, trained

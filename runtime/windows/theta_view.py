@@ -10,21 +10,21 @@ from torch import Tensor
 from torch.overrides import enable_reentrant_dispatch
 
 from metaoptim.compiler.capture.eager.recorder import Recorder
-from metaoptim.compiler.ir.calls import Assign, StepCall
 from metaoptim.compiler.ir.operators import LIFTS
+from metaoptim.compiler.ir.programs.calls import Assign, StepCall
 from metaoptim.compiler.ir.tensors import memory_of
-from metaoptim.compiler.ir.values import Epoch, Theta
+from metaoptim.compiler.ir.traces.values import Epoch, Theta
 
 from ..engine.engine import Engine
 from ..engine.inputs import Inputs
 from ..engine.nodes import Begin, InnerParameter
 from ..states.disk import check_device
-from . import oversights
-from .losses import Stepped, Versions
 from .networks import Networks
 from .reads import WholeReads
 from .rooted_reads import ForwardReads, Reads, SlidingReads
 from .session import Options, refuse_write
+from .watching import oversights
+from .watching.losses import Stepped, Versions
 
 
 class ThetaView:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import metaoptim
 from forms import leaf, mlp
-from metaoptim.runtime.windows import oversights
+from metaoptim.runtime.windows.watching import oversights
 from taped import STEPS, XS, YS, against_tape, loss_of, refused
 
 # -- gradients of tensors computed in the window ----------------------------------------------------------------------

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import metaoptim
 from forms import Made, compare, leaf, mlp
-from metaoptim.compiler.ir.calls import Loop
-from metaoptim.compiler.ir.program import Program
+from metaoptim.compiler.ir.programs.calls import Loop
+from metaoptim.compiler.ir.programs.program import Program
 from metaoptim.compiler.passes.options import Options
 from metaoptim.compiler.passes.pipeline import loop
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import metaoptim
 from forms import Made, compare, full_tape, leaf, mlp, outcome
-from metaoptim.compiler.ir.calls import Loop
-from metaoptim.compiler.ir.program import Program
+from metaoptim.compiler.ir.programs.calls import Loop
+from metaoptim.compiler.ir.programs.program import Program
 from metaoptim.compiler.passes.options import Options
 from metaoptim.compiler.passes.pipeline import loop
 from metaoptim.runtime.budget.meter import AllocatorMeter

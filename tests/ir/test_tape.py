@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 import metaoptim
-from metaoptim.compiler.ir.calls import Assign, Loop, StepCall
-from metaoptim.compiler.ir.program import Tape
+from metaoptim.compiler.ir.programs.calls import Assign, Loop, StepCall
+from metaoptim.compiler.ir.programs.program import Tape
 from metaoptim.compiler.ir.step import StepGraph, gradient
 from oracle import agree
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from metaoptim.compiler.ir.calls import Loop, Operand, StepCall
-from metaoptim.compiler.ir.program import Program
+from metaoptim.compiler.ir.programs.calls import Loop, Operand, StepCall
+from metaoptim.compiler.ir.programs.program import Program
 from metaoptim.compiler.ir.step import Port, Role, StepGraph
 from metaoptim.compiler.ir.tensors import TensorSpec
-from metaoptim.compiler.ir.values import Input, Noise
+from metaoptim.compiler.ir.traces.values import Input, Noise
 from metaoptim.compiler.ir.verify import verify_program, verify_step
 from metaoptim.errors import ProgramError
 

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 import metaoptim
 from metaoptim.compiler.ir.step import EAGER
 from metaoptim.compiler.ir.tensors import TensorSpec
-from metaoptim.compiler.ir.trace import Partition
+from metaoptim.compiler.ir.traces.trace import Partition
 from metaoptim.compiler.ir.verify import verify_partition, verify_program, verify_step
-from metaoptim.compiler.passes.canonicalize import canonicalize
 from metaoptim.compiler.passes.options import Options
 from metaoptim.compiler.passes.pipeline import PIPELINE, compile_trace
-from metaoptim.compiler.passes.prune import prune
-from metaoptim.compiler.passes.split import split
+from metaoptim.compiler.passes.traces.canonicalize import canonicalize
+from metaoptim.compiler.passes.traces.prune import prune
+from metaoptim.compiler.passes.traces.split import split
 from metaoptim.errors import ProgramError
 from metaoptim.functions.specialization import trace_of
 from oracle import leaves

@@ -15,17 +15,17 @@ from torch import Tensor, nn
 import metaoptim
 from metaoptim.compile import CompiledFunction
 from metaoptim.compiler.cost.step import step_cost
-from metaoptim.compiler.ir.program import Kept, Program
+from metaoptim.compiler.ir.programs.program import Kept, Program
 from metaoptim.compiler.ir.step import EAGER
-from metaoptim.compiler.ir.trace import Partition, Trace
+from metaoptim.compiler.ir.traces.trace import Partition, Trace
 from metaoptim.compiler.lower.derivatives import derived, replayed, residuals
-from metaoptim.compiler.passes.canonicalize import canonicalize
 from metaoptim.compiler.passes.options import OPTIONAL, Options
 from metaoptim.compiler.passes.pipeline import PIPELINE, checkpoint, compile_trace, loop, mode, sizes_of
-from metaoptim.compiler.passes.prune import prune
 from metaoptim.compiler.passes.roll import roll
-from metaoptim.compiler.passes.rows import rows
-from metaoptim.compiler.passes.split import split
+from metaoptim.compiler.passes.traces.canonicalize import canonicalize
+from metaoptim.compiler.passes.traces.prune import prune
+from metaoptim.compiler.passes.traces.rows import rows
+from metaoptim.compiler.passes.traces.split import split
 from metaoptim.functions.specialization import trace_of
 from metaoptim.runtime.budget.simulate import predict
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import metaoptim
-from metaoptim.optim.alive import live_optimizers
+from metaoptim.optim.base.alive import live_optimizers
 from metaoptim.report.report import Report
 from metaoptim.runtime.budget.meter import AllocatorMeter
 from metaoptim.runtime.engine import function as runtime

@@ -13,7 +13,7 @@ from torch.func import functional_call
 import metaoptim
 from branches import LOOPS, Remembering, X, Y, by_hand, by_window, metas
 from forms import leaf, mlp
-from metaoptim.compiler.ir.calls import Assign
+from metaoptim.compiler.ir.programs.calls import Assign
 from oracle import agree
 
 

@@ -33,11 +33,17 @@ from ...ir.operators import (
     parts,
     shape_depends_on_values,
 )
-from ...ir.slices import closed_over
 from ...ir.step import gradient
 from ...ir.tensors import tensor_spec
-from ...ir.trace import Trace
-from ...ir.values import Entry, Input, Spy, Value, is_removed
+from ...ir.traces.slices import closed_over
+from ...ir.traces.trace import Trace
+from ...ir.traces.values import (
+    Entry,
+    Input,
+    Spy,
+    Value,
+    is_removed,
+)
 from ..modes import CaptureMode, Writer
 from . import effects
 from .fakes import Constants, FakeCalls, mapped

@@ -31,7 +31,7 @@ from metaoptim.compiler.ir.bindings import bound
 from metaoptim.compiler.ir.tensors import tensor_spec
 from metaoptim.errors import CaptureError, MetaOptimError
 
-from ..hyper import safe_sqrt
+from ..base.hyper import safe_sqrt
 from .shims import Decides, Numbers, shims
 
 State = dict[str, Tensor]

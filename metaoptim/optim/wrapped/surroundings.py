@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from metaoptim.compiler.ir.slices import globals_read, is_of_torch
+from metaoptim.compiler.ir.traces.slices import globals_read, is_of_torch
 
 
 def surroundings(cls: type) -> tuple[Any, ...]:

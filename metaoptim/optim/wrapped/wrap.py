@@ -16,8 +16,8 @@ from metaoptim.runtime.windows.session import Session
 from metaoptim.runtime.windows.updates.schedule import Schedule
 
 from ..adam import MetaAdam
-from ..groups import NO_OPTIONS
-from ..hyper import has_values, plain
+from ..base.groups import NO_OPTIONS
+from ..base.hyper import has_values, plain
 from ..optimizer import MetaOptimizer, Params, Transforms
 from ..rmsprop import MetaRMSprop
 from ..sgd import MetaSGD

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-from metaoptim.compiler.ir.slices import closed_over
+from metaoptim.compiler.ir.traces.slices import closed_over
 from metaoptim.compiler.ir.update import name_of
 
 #: ``(grads, params, hyper) -> grads'``, lists of tensors in the order of the optimizer's parameters.
