@@ -15,13 +15,7 @@ from .operators import is_operator
 from .step import Port, StepGraph
 from .tensors import TensorSpec, nbytes
 from .traces.trace import Part, Partition, Trace, arguments
-from .traces.values import (
-    Input,
-    Noise,
-    ScanItem,
-    Value,
-    identity,
-)
+from .traces.values import Input, Noise, ScanItem, Value, identity
 from .update import UpdatePlan
 
 _MOST_LINES = 40

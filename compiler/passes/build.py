@@ -14,13 +14,7 @@ from metaoptim.compiler.compat import OpOverload
 from ..ir.step import Port, Role, StepGraph
 from ..ir.tensors import TensorSpec
 from ..ir.traces.slices import hook_key, restored
-from ..ir.traces.trace import (
-    Part,
-    Roles,
-    Segment,
-    roles_of,
-    spec_of,
-)
+from ..ir.traces.trace import Part, Roles, Segment, roles_of, spec_of
 from .substitutes import stand_in
 
 aten = torch.ops.aten

@@ -8,14 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .base.hyper import (
-    Number,
-    Schedule,
-    active,
-    check_non_negative,
-    has_values,
-    safe_sqrt,
-)
+from .base.hyper import Number, Schedule, active, check_non_negative, has_values, safe_sqrt
 from .base.parts import by_parts
 from .optimizer import MetaOptimizer, Params, Transforms
 

@@ -18,14 +18,7 @@ from metaoptim.runtime.windows.updates.update import parameters_of
 
 from .base.alive import live_optimizers
 from .base.groups import check_network, group_of, own
-from .base.hyper import (
-    Number,
-    as_number,
-    detached,
-    is_symbolic,
-    learned,
-    plain,
-)
+from .base.hyper import Number, as_number, detached, is_symbolic, learned, plain
 from .base.steps import Stepping
 from .transforms import clip_global_norm
 

@@ -22,13 +22,7 @@ import torch
 
 from metaoptim.compiler.compat import OpOverload
 
-from ...ir.step import (
-    FlatGraph,
-    StepGraph,
-    again,
-    gradient,
-    show,
-)
+from ...ir.step import FlatGraph, StepGraph, again, gradient, show
 from ...ir.update import HyperRef, UpdatePlan
 from .artifacts import folder
 from .pickled import read, written

@@ -10,15 +10,7 @@ from typing import Any
 from metaoptim.errors import CaptureError, user_location
 
 from ...ir.step import gradient
-from ...ir.traces.trace import (
-    Part,
-    Partition,
-    PartKind,
-    Segment,
-    Trace,
-    leaves,
-    sources,
-)
+from ...ir.traces.trace import Part, Partition, PartKind, Segment, Trace, leaves, sources
 from ...ir.traces.values import Entry, Value, changed, reached
 from ..options import Options
 

@@ -18,13 +18,7 @@ from metaoptim.errors import CaptureError, MetaOptimError, WindowError
 
 from ...states.slots import State
 from ..engine import Engine
-from ..nodes import (
-    as_parameter,
-    defined,
-    hooked,
-    refuse_third_order,
-    tell_if_nothing_is_reached,
-)
+from ..nodes import as_parameter, defined, hooked, refuse_third_order, tell_if_nothing_is_reached
 
 #: Most entries that tensors may have in all which a forward gradient is taken by.
 MOST = 100

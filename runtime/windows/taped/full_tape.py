@@ -19,13 +19,7 @@ from ..networks import Networks
 from ..ordinary_session import OrdinarySession
 from ..session import Options, Place, refuse_overwritten, refuse_write
 from ..updates.hyper import Scheduled, hyper_of
-from ..updates.update import (
-    InnerOptimizer,
-    added,
-    gradient,
-    trained,
-    update_by,
-)
+from ..updates.update import InnerOptimizer, added, gradient, trained, update_by
 
 # The fused attention kernels have no second derivative: none is taken while a full tape is open, in the whole process.
 _lock = Lock()
