@@ -6,11 +6,8 @@ explain: what such a function becomes, what it will cost, and where its gradient
 from __future__ import annotations
 
 import functools
-import logging
 import os
-import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -22,17 +19,12 @@ from .compiler.lower.derivatives import begin
 from .compiler.passes.options import Options
 from .errors import WindowError
 from .functions.guards import Dependencies
-from .functions.reads import Reads
-from .functions.specialization import StepSpecialization, compare, name_of, specialize
+from .functions.specialization import compare, name_of, specialize
 from .functions.specializations import Specializations
-from .optim.base.alive import refresh_optimizers
 from .report.explain import report_of
 from .report.report import Report
 from .runtime.windows.recording_session import RecordedSession
 from .runtime.windows.session import current_session
-
-_graphs = logging.getLogger("metaoptim.graphs")
-_UNSEEN = nullcontext  # outside of windows nobody looks
 
 
 class CompiledFunction:
@@ -41,7 +33,7 @@ class CompiledFunction:
     def __init__(self, fn: Callable, options: Options) -> None:
         functools.update_wrapper(self, fn)
         self._fn, self._options, self._name = fn, options, name_of(fn)
-        self._specializations = Specializations(self._name)
+        self._specializations = Specializations(fn)
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         return self if instance is None else BoundFunction(self, instance)
@@ -56,7 +48,8 @@ class CompiledFunction:
         if recorder is not None and recorder.symbolic:
             return self._fn(*args, **kwargs)
         if session is None or isinstance(session, RecordedSession):
-            return self._call(session, args, kwargs)
+            found, dependencies = self._found(session, args, kwargs)
+            return found.run(dependencies, session)
         return self._fn(*args, **kwargs)  # full_tape: the oracle is not compiled
 
     def compile_now(self, *args: Any, **kwargs: Any) -> None:
@@ -84,37 +77,15 @@ class CompiledFunction:
                 for coming in step.derived.coming.values():
                     coming.wait()
 
-    def _call(self, window: RecordedSession | None, args: tuple, kwargs: dict) -> Any:
-        """A call outside of windows, or one compiled inner step of the window that is open."""
-        found, dependencies = self._found(window, args, kwargs)
-        return found.run(dependencies, window)
-
     def _found(self, window: RecordedSession | None, args: tuple, kwargs: dict) -> tuple[Any, Dependencies]:
         """The specialization for a call, captured where there is none yet."""
-        fn, options, unseen = self._fn, self._options, _UNSEEN if window is None else window.recorder.paused
-        with unseen():
-            dependencies = Dependencies.of_call(fn, args, kwargs, window)
-            found = self._specializations.find(dependencies, window)
+        fn, options = self._fn, self._options
         if window is not None:
-            window.look_at(dependencies.tensors)
-        elif found is None and refresh_optimizers():
-            dependencies = Dependencies.of_call(fn, args, kwargs)
-            found = self._specializations.find(dependencies)
-        if found is None:
-            if window is not None:
-                self._check_retention()
-            begun = time.perf_counter()
-            with unseen():
-                reads = Reads(fn, args, kwargs, window)
-            with waiting(f"capturing {self._name} ..."):
-                found = specialize(fn, options, window, dependencies, args, kwargs, reads)
-            self._specializations.add(reads, found, time.perf_counter() - begun)
-            if _graphs.isEnabledFor(logging.INFO):
-                step = found.step.step if isinstance(found, StepSpecialization) else None
-                text = step or found.program.text(operators=_graphs.isEnabledFor(logging.DEBUG))
-                _graphs.info("%s: %s", self._name, text)
-        elif options.recapture:
-            compare(self._name, found, specialize(fn, options, window, dependencies, args, kwargs))
+            self._check_retention()
+        capture = functools.partial(specialize, fn, options, window)
+        found, dependencies, new = self._specializations.serve(args, kwargs, capture, window)
+        if options.recapture and not new:
+            compare(self._name, found, capture(dependencies, args, kwargs))
         return found, dependencies
 
     def _check_retention(self) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import logging
-import time
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from typing import Any
@@ -20,7 +18,6 @@ from .compiler.ir.programs.calls import StepCall
 from .compiler.ir.retention import check_count
 from .compiler.ir.traces.values import Input
 from .compiler.lower.ambient import unaffected
-from .compiler.lower.compile_graph import waiting
 from .compiler.passes.batch import Batched, batch, wrong
 from .compiler.passes.options import Options
 from .compiler.passes.pipeline import compile_trace, lower
@@ -29,7 +26,6 @@ from .functions.guards import Dependencies
 from .functions.reads import Reads
 from .functions.specialization import Specialization, trace_of, warn_unreached
 from .functions.specializations import Specializations
-from .optim.base.alive import refresh_optimizers
 from .runtime.engine.noise import generator_of
 from .runtime.windows.session import current_session
 
@@ -48,7 +44,6 @@ _SHARED = (
     nn.Module,
     torch.optim.Optimizer,
 )
-_graphs = logging.getLogger("metaoptim.graphs")
 Wholes = Mapping[
     int, Tensor
 ]  # id of the first task's tensor -> that of all tasks, along the leading dimension
@@ -187,28 +182,13 @@ class BatchedFunction:
                 wholes[id(t)], size = whole, len(whole)
             leaves.append(t)
         args, kwargs = tree_unflatten(leaves, spec)
-        found, tasks = self._found(args, kwargs, wholes, size)
+        mapped = tuple(id(leaf) in wholes for leaf in leaves)
+        known = self._specializations.setdefault((size, mapped), Specializations(self._fn))
+        specialize = functools.partial(self._specialize, size)
+        found, tasks, _ = known.serve(args, kwargs, specialize, look_at=functools.partial(_tasks, wholes))
         return found.run(tasks)
 
-    def _found(self, args: Any, kwargs: Any, wholes: Wholes, size: int) -> tuple[Any, _Tasks]:
-        mapped = tuple(id(leaf) in wholes for leaf in tree_flatten((args, kwargs))[0])
-        known = self._specializations.setdefault((size, mapped), Specializations(self._name))
-        tasks = _tasks(self._fn, args, kwargs, wholes)
-        found = known.find(tasks)
-        if found is None and refresh_optimizers():
-            tasks = _tasks(self._fn, args, kwargs, wholes)
-            found = known.find(tasks)
-        if found is None:
-            begun = time.perf_counter()
-            reads = Reads(self._fn, args, kwargs, None)
-            with waiting(f"capturing {self._name} ..."):
-                found = self._specialize(args, kwargs, tasks, reads, size)
-            known.add(reads, found, time.perf_counter() - begun)
-            if _graphs.isEnabledFor(logging.INFO):
-                _graphs.info("%s: %s", self._name, found.program.text())
-        return found, tasks
-
-    def _specialize(self, args: Any, kwargs: Any, tasks: _Tasks, reads: Reads, size: int) -> _Batched:
+    def _specialize(self, size: int, tasks: _Tasks, args: Any, kwargs: Any, reads: Reads) -> _Batched:
         trace, traced, _ = trace_of(self._fn, args, kwargs, reads=reads)
         reads.settle(tasks)
         options: Options = self._options
@@ -221,8 +201,8 @@ class BatchedFunction:
         return _Batched(self._name, options, tasks, made.program, records, traced, made=made, size=size)
 
 
-def _tasks(fn: Callable[..., Any], args: Any, kwargs: Any, wholes: Wholes) -> _Tasks:
-    tasks = _Tasks.of_call(fn, args, kwargs)
+def _tasks(wholes: Wholes, *call: Any) -> _Tasks:
+    tasks = _Tasks.of_call(*call)
     assert isinstance(tasks, _Tasks)
     tasks.wholes = wholes
     return tasks

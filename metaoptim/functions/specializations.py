@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, TypeVar
 
+from ..compiler.lower.compile_graph import waiting
 from ..errors import warn
+from ..optim.base.alive import refresh_optimizers
+from ..runtime.windows.recording_session import RecordedSession
 from .guards import Dependencies, Fact, Place, look
 from .reads import Reads
-from .specialization import Specialization, StepSpecialization
+from .specialization import Specialization, StepSpecialization, name_of
 
+D = TypeVar("D", bound=Dependencies)
+_graphs = logging.getLogger("metaoptim.graphs")
 _recompiles = logging.getLogger("metaoptim.recompiles")
 #: After so many recompilations of one function a warning names what makes it compile anew.
 RECOMPILE_LIMIT = 8
@@ -18,13 +26,45 @@ RECOMPILE_LIMIT = 8
 class Specializations:
     """What a function has become for the calls that it has had."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, fn: Callable) -> None:
+        self._fn, self.name = fn, name_of(fn)
         # by what a call depends on by itself, by which list of places was read, and by the facts there
         self.known: dict[tuple[Any, int, Any], list[Specialization | StepSpecialization]] = {}
         # lists of places that captures have read
         self._places: dict[tuple[Fact, ...], list[list[Place]]] = {}
         self._last: Reads | None = None  # of the last capture
+
+    def serve(
+        self,
+        args: tuple,
+        kwargs: dict,
+        specialize: Callable[[D, tuple, dict, Reads], Specialization | StepSpecialization],
+        window: RecordedSession | None = None,
+        look_at: Callable[..., D] = Dependencies.of_call,
+    ) -> tuple[Any, D, bool]:
+        """The one for a call, what the call depends on, and whether it was captured now, there having been none."""
+        unseen = nullcontext if window is None else window.recorder.paused  # outside of windows nobody looks
+        with unseen():
+            dependencies = look_at(self._fn, args, kwargs, window)
+            found = self.find(dependencies, window)
+        if window is not None:
+            window.look_at(dependencies.tensors)
+        elif found is None and refresh_optimizers():
+            dependencies = look_at(self._fn, args, kwargs)
+            found = self.find(dependencies)
+        if found is not None:
+            return found, dependencies, False
+        begun = time.perf_counter()
+        with unseen():
+            reads = Reads(self._fn, args, kwargs, window)
+        with waiting(f"capturing {self.name} ..."):
+            found = specialize(dependencies, args, kwargs, reads)
+        self.add(reads, found, time.perf_counter() - begun)
+        if _graphs.isEnabledFor(logging.INFO):
+            step = found.step.step if isinstance(found, StepSpecialization) else None
+            text = step or found.program.text(operators=_graphs.isEnabledFor(logging.DEBUG))
+            _graphs.info("%s: %s", self.name, text)
+        return found, dependencies, True
 
     def find(self, dependencies: Dependencies, window: Any = None) -> Any:
         """The one for ``dependencies``, which are extended by the facts at the places read; None if there is none."""
