@@ -159,8 +159,8 @@ def step_flops(step: StepGraph, lowering: Lowering) -> tuple[int, int, int]:
     As torch counts them: matrix products, convolutions, attention.
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
-        given = [p.empty() for p in step.inputs]
-        cotangents = [step.outputs[i].empty() for i in step.cotangents]
+        given = [p.spec.empty() for p in step.inputs]
+        cotangents = [step.outputs[i].spec.empty() for i in step.cotangents]
         _, replay = _counted(replayed(step), given)
         _, vjp = _counted(derived(step, lowering.hvp), [*given, *cotangents])
         divided = residuals(step, lowering.hvp)

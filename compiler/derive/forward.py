@@ -81,4 +81,4 @@ def pushed_forward(
 
 def zero_cotangents(step: StepGraph) -> list[Tensor]:
     """A cotangent for each output of ``step`` that takes one."""
-    return [step.outputs[i].empty().zero_() for i in step.cotangents]
+    return [step.outputs[i].spec.empty().zero_() for i in step.cotangents]

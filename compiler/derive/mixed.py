@@ -137,7 +137,7 @@ class _MixedStep:
     def _traced(self, fn: Callable[..., tuple], gradients: bool = False) -> Traced:
         """A function of the step's inputs and cotangents, and of its inner gradient, as a flat graph."""
         with FakeTensorMode(allow_non_fake_inputs=True):
-            given = [p.empty() for p in ports_of(self.step, "vjp")]
+            given = [p.spec.empty() for p in ports_of(self.step, "vjp")]
             if gradients:
                 given += [torch.empty_like(t) for t in self._run(self.thetas, given[: len(self.inputs)])]
             return flat_graph(fn, given, in_formulas(self.step), marks=self.marks)

@@ -53,7 +53,7 @@ def derived_by_tracing(step: StepGraph, kind: str, example: Sequence[Tensor] | N
                     raise ValueError("a step whose shapes depend on values is traced over real inputs")
                 return cleaned(kind, flat_graph(fn, [t.detach().clone() for t in example]), step.chunked)
             with FakeTensorMode(allow_non_fake_inputs=True):
-                found = flat_graph(fn, [p.empty() for p in ports_of(step, kind)], in_formulas(step))
+                found = flat_graph(fn, [p.spec.empty() for p in ports_of(step, kind)], in_formulas(step))
             return cleaned(kind, found, step.chunked)
         except (MetaOptimError, torch.OutOfMemoryError):
             raise

@@ -52,11 +52,6 @@ class Port:
         number = self.spec.dtype.is_floating_point or self.spec.dtype.is_complex
         return self.active and self.role not in (Role.SCAN, Role.NOISE) and number
 
-    def empty(self) -> Tensor:
-        """An uninitialised tensor of this spec."""
-        shape, dtype, stride, device = self.spec
-        return torch.empty_strided(shape, stride, dtype=dtype, device=device)
-
     def __str__(self) -> str:
         return f"{self.name}: {self.role.value}[{self.spec.outline}]"
 

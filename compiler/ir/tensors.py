@@ -26,6 +26,10 @@ class TensorSpec(NamedTuple):
         """That of a row along the leading axis."""
         return TensorSpec(self.shape[1:], self.dtype, self.stride[1:], self.device)
 
+    def empty(self) -> Tensor:
+        """An uninitialised tensor like this."""
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
+
     def __str__(self) -> str:
         return f"{self.outline} (strides {self.stride}, {self.device})"
 

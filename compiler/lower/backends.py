@@ -90,9 +90,7 @@ def compile_to(path: str, graph: fx.Graph, specs: Sequence[TensorSpec], settings
         torch._inductor.config.load_config(config)
     mode = FakeTensorMode(shape_env=ShapeEnv())
     with mode:
-        inputs: list[Any] = [
-            torch.empty_strided(s.shape, s.stride, dtype=s.dtype, device=s.device) for s in specs
-        ]
+        inputs: list[Any] = [s.empty() for s in specs]
     with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as folder, torch.no_grad(), options():
         module = fx.GraphModule(torch.nn.Module(), graph)
         made = compile_fx_aot(module, inputs, config_patches=_LIBRARY | {"aot_inductor.output_path": folder})

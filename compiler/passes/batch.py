@@ -304,7 +304,7 @@ def _traced(
     """The flat graph of a function of all tasks, whose last arguments are ``constants`` of the graph."""
     with tracing(), FakeTensorMode(allow_non_fake_inputs=True):
         wanted = [*specs, *map(tensor_spec, constants.values())]
-        fakes = [torch.empty_strided(s.shape, s.stride, dtype=s.dtype, device=s.device) for s in wanted]
+        fakes = [s.empty() for s in wanted]
         try:
             traced = flat_graph(fn, fakes)
         except (RuntimeError, ValueError) as error:

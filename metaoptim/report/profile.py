@@ -206,7 +206,7 @@ def _products_of(ran: Ran) -> Counter[_Product]:
     call, kind, specs = ran
     fakes = FakeTensorMode(allow_non_fake_inputs=True)
     with fakes:
-        operands = [torch.empty_strided(s.shape, s.stride, dtype=s.dtype, device=s.device) for s in specs]
+        operands = [s.empty() for s in specs]
     program = lowered(call.step, kind, operands, call.lowering.uncompiled)
     with fakes, _Products() as products:
         program(*operands)

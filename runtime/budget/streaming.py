@@ -285,7 +285,7 @@ def _measure(engine: Engine, call: StepCall) -> None:
     with disable_current_modes(), unaffected(), hooking(measuring_hook):
         base = engine.state_at(engine.position - call.back) if call.back else engine.state
         inputs = engine.operands(call, engine.state, base, engine.position)
-        inputs += [call.step.outputs[i].empty().zero_() for i in call.step.cotangents]
+        inputs += [call.step.outputs[i].spec.empty().zero_() for i in call.step.cotangents]
         program = lowered(call.step, "vjp", inputs, call.lowering)
         if not profiling():
             metered(program, call, "vjp", 0, *inputs)

@@ -59,9 +59,7 @@ def drawn(noise: Noise, generator: torch.Generator) -> Tensor:
         return torch.stack([drawn(one, generator) for _ in range(noise.tasks)])
     if not op_info(noise.op).writes:
         return noise.op(*noise.args, **noise.kwargs, generator=generator)
-    shape, dtype, stride, device = noise.spec
-    room = torch.empty_strided(shape, stride, dtype=dtype, device=device)
-    return noise.op(room, *noise.args, **noise.kwargs, generator=generator)
+    return noise.op(noise.spec.empty(), *noise.args, **noise.kwargs, generator=generator)
 
 
 def _device(given: Given) -> torch.device:

@@ -39,7 +39,9 @@ def arguments(step: StepGraph, seed: int = 0) -> tuple[list[Tensor], list[Tensor
     def like(t: Tensor) -> Tensor:
         return t.copy_(torch.rand(t.shape, generator=g) + 0.2) if t.is_floating_point() else t.zero_()
 
-    return [like(p.empty()) for p in step.inputs], [like(step.outputs[i].empty()) for i in step.cotangents]
+    return [like(p.spec.empty()) for p in step.inputs], [
+        like(step.outputs[i].spec.empty()) for i in step.cotangents
+    ]
 
 
 def operators(module: FlatGraph) -> int:

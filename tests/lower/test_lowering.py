@@ -126,7 +126,7 @@ def test_mixed_mode_with_rematerialisation_takes_less_memory() -> None:
     with torch.no_grad():
         meta_loss(net, log_lr, torch.stack([x] * 5))
     step = steps_of(meta_loss)[-1]
-    inputs = [p.empty() for p in step.inputs] + [step.outputs[i].empty() for i in step.cotangents]
+    inputs = [p.spec.empty() for p in step.inputs] + [step.outputs[i].spec.empty() for i in step.cotangents]
     inputs = [t.normal_().mul_(0.3) if t.is_floating_point() else t.zero_() for t in inputs]
     results, peaks = [], []
     for hvp in ("reverse", "mixed"):
@@ -147,7 +147,7 @@ def test_the_graph_of_a_mixed_derivative_is_what_runs() -> None:
     _, fn = gradients(case, backend="eager", hvp="mixed")
     step = steps_of(fn)[0]
     graph = step.derived.vjp["mixed"]
-    inputs = [p.empty() for p in step.inputs] + [step.outputs[i].empty() for i in step.cotangents]
+    inputs = [p.spec.empty() for p in step.inputs] + [step.outputs[i].spec.empty() for i in step.cotangents]
     inputs = [t.normal_() if t.is_floating_point() else t.zero_() for t in inputs]
     before = graph(*inputs)
     node = next(n for n in graph.graph.nodes if n.target is torch.ops.aten.tanh.default)

@@ -309,7 +309,7 @@ def only_step(program: Any, bottom: int, end: int) -> int | None:
 def _whole(call: StepCall, given: Vector) -> Vector:
     """``given`` with zeros for what else the step has made: the system couples all of it."""
     made = [(call.writes[k], call.step.outputs[k]) for k in call.step.cotangents]
-    return {i: given[i] if i in given else port.empty().zero_() for i, port in made if i >= 0}
+    return {i: given[i] if i in given else port.spec.empty().zero_() for i, port in made if i >= 0}
 
 
 def _flat(vector: Vector) -> Tensor:

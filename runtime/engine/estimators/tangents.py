@@ -122,7 +122,7 @@ class Tangents:
         for (i, role), index in zip(call.step.gradients, (*call.reads, *call.metas), strict=True):
             if role is Role.META:
                 if index == direction.key:
-                    given[i] = _unit(call.step.inputs[i].empty(), direction.entry)
+                    given[i] = _unit(call.step.inputs[i].spec.empty(), direction.entry)
             elif (tangent := (before if role is Role.THETA else now).get(index)) is not None:
                 given[i] = tangent
         return given
