@@ -13,7 +13,7 @@ from .optimizer import MetaOptimizer
 from .rmsprop import MetaRMSprop
 from .rules import PerParameterRule, PerTensorRule
 from .sgd import MetaSGD
-from .wrapped import (
+from .wrapped.named import (
     MetaAdadelta,
     MetaAdafactor,
     MetaAdagrad,
@@ -24,8 +24,8 @@ from .wrapped import (
     MetaNAdam,
     MetaRAdam,
     MetaRprop,
-    wrap,
 )
+from .wrapped.wrap import wrap
 
 MetaRMSProp = MetaRMSprop  # as the original project spells it
 
