@@ -36,6 +36,8 @@ from .shims import Decides, Numbers, shims
 
 State = dict[str, Tensor]
 
+#: What to do about a step that cannot be captured.
+INSTEAD = "write it as init_state and update of a metaoptim.MetaOptimizer (docs/optimizers.md)"
 #: Options that say how torch runs a step, not what it computes.
 HOW = {"foreach": False, "fused": False, "differentiable": False, "capturable": False}
 _aten = torch.ops.aten
@@ -164,7 +166,7 @@ def _captured(
         after = dict(optimizer.state.get(param, {}))
         now = optimizer.param_groups[0]
         after |= {name: now[name] for name, _ in source.counted if name in now}
-        kept = {k: _tensor(source, k, v) for k, v in after.items() if v is not None}
+        kept = as_tensors(source.cls, {k: v for k, v in after.items() if v is not None})
         names[:] = kept
         return (param, *kept.values())
 
@@ -267,16 +269,19 @@ def _refused(source: Source, error: Exception) -> CaptureError:
     why = "it asks in Python for the value of a tensor" if asks else error
     return CaptureError(
         f"{source.cls.__name__}.step cannot be captured{where}: {why}. A step must compute with tensors, and decide "
-        "by torch.where; write it as init_state and update of a metaoptim.MetaOptimizer (docs/optimizers.md)"
+        f"by torch.where; {INSTEAD}"
     )
 
 
-def _tensor(source: Source, name: str, value: Any) -> Tensor:
-    if isinstance(value, Tensor):
-        return value
-    if isinstance(value, (int, float)):
-        return torch.tensor(float(value), dtype=torch.float64)
-    raise CaptureError(
-        f"{source.cls.__name__} keeps {type(value).__name__} as state {name!r}, expected tensors and numbers; write it "
-        "as init_state and update of a metaoptim.MetaOptimizer (docs/optimizers.md)"
-    )
+def as_tensors(cls: type, state: Mapping[str, Any]) -> State:
+    """What a step has left as state, as tensors."""
+    found: State = {}
+    for name, value in state.items():
+        if not isinstance(value, (Tensor, int, float)):
+            raise CaptureError(
+                f"{cls.__name__} keeps {type(value).__name__} as state {name!r}, expected tensors and numbers; "
+                f"{INSTEAD}"
+            )
+        number = not isinstance(value, Tensor)
+        found[name] = torch.tensor(float(value), dtype=torch.float64) if number else value
+    return found

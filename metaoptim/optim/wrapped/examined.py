@@ -13,7 +13,7 @@ from metaoptim.compiler.compat import unset_fake_temporarily
 from metaoptim.compiler.derive.flat import tracing
 from metaoptim.errors import CaptureError
 
-from .captured import Given, Source, State, initial, outline, step, step_of
+from .captured import INSTEAD, Given, Source, State, initial, outline, step, step_of
 
 Options = tuple[tuple[str, Any], ...]
 
@@ -80,16 +80,14 @@ def examined(
             except Exception as error:
                 raise CaptureError(
                     f"{cls.__name__}.step() fails with random gradients: {type(error).__name__}: {error}. An inner "
-                    "optimizer steps by the gradient alone, without a closure; write it as init_state and update of a "
-                    "metaoptim.MetaOptimizer (docs/optimizers.md)"
+                    f"optimizer steps by the gradient alone, without a closure; {INSTEAD}"
                 ) from error
             if not turn:
                 shared = [key for key in own.state if not isinstance(key, Tensor)]
                 if shared:
                     raise CaptureError(
                         f"{cls.__name__} keeps state[{shared[0]!r}] for all parameters together; state must be that of "
-                        "one parameter; write it as init_state and update of a metaoptim.MetaOptimizer "
-                        "(docs/optimizers.md)"
+                        f"one parameter; {INSTEAD}"
                     )
                 kept = {k for of in own.state.values() for k, v in of.items() if isinstance(v, (int, float))}
                 counted = _counts(cls, attributes, before, own)
@@ -104,8 +102,7 @@ def examined(
                     raise CaptureError(
                         f"{cls.__name__}: a step and the captured one differ by {float((p - q).abs().max())} for a "
                         f"parameter of shape {tuple(p.shape)}: it mixes parameters, draws random numbers, computes "
-                        "in low precision, or decides by a value in Python; write it as init_state and update of a "
-                        "metaoptim.MetaOptimizer (docs/optimizers.md)"
+                        f"in low precision, or decides by a value in Python; {INSTEAD}"
                     )
     _known.update(
         (source, p.shape, _outline(source, h)) for of, h in zip(mine, hypers, strict=True) for p in of
@@ -125,7 +122,7 @@ def _counts(
         if name not in base() and (name not in known or not _same(known[name], value)):
             raise CaptureError(
                 f"{cls.__name__} keeps state in its attribute {name!r}, which a step changes; state must be tensors in "
-                "optimizer.state; write it as init_state and update of a metaoptim.MetaOptimizer (docs/optimizers.md)"
+                f"optimizer.state; {INSTEAD}"
             )
     counted: dict[str, int | None] = {}
     for given, group in zip(before, after.param_groups, strict=True):
@@ -135,8 +132,7 @@ def _counts(
             if type(value) is not int:
                 raise CaptureError(
                     f"{cls.__name__} keeps state in param_groups[...][{name!r}], which a step changes to {value!r}; "
-                    "state must be tensors in optimizer.state; write it as init_state and update of a "
-                    "metaoptim.MetaOptimizer (docs/optimizers.md)"
+                    f"state must be tensors in optimizer.state; {INSTEAD}"
                 )
             counted[name] = given.get(name)
     return tuple(counted.items())

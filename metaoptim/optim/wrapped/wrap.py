@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -21,7 +21,7 @@ from ..base.hyper import has_values, plain
 from ..optimizer import MetaOptimizer, Params, Transforms
 from ..rmsprop import MetaRMSprop
 from ..sgd import MetaSGD
-from .captured import HOW, Source, State, initial, step, step_of, widened
+from .captured import HOW, INSTEAD, Source, State, as_tensors, initial, step, step_of, widened
 from .examined import base, examine_options, examined
 from .surroundings import surroundings
 
@@ -184,8 +184,7 @@ class Wrapped(MetaOptimizer):
         for group in self.param_groups:
             counts = {name: group.pop(name) for name, _ in self.source.counted if name in group}
             for p in group["params"]:
-                state = {k: v for k, v in self.state[p].items() if v is not None} | counts
-                self.state[p].update(widened({k: _state(self.source.cls, k, v) for k, v in state.items()}, p))
+                self.state[p].update(_loaded(self.source.cls, self.state[p], counts, p))
 
     def _built(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         made: torch.optim.Optimizer = object.__new__(self.source.cls)
@@ -271,10 +270,16 @@ def wrap(
     )
     for group, count in zip(inner.param_groups, counts, strict=True):
         for p in group["params"]:
-            state = {k: v for k, v in optimizer.state.get(p, {}).items() if v is not None}
-            if state := state | count:
-                inner.state[p] = widened({k: _state(cls, k, v) for k, v in state.items()}, p)
+            if state := _loaded(cls, optimizer.state.get(p, {}), count, p):
+                inner.state[p] = state
     return inner
+
+
+def _loaded(cls: type, state: Mapping[str, Any], counts: Mapping[str, Any], param: Tensor) -> State:
+    """The state of a parameter as tensors of its own, with the counts of its group."""
+    there = {k: v for k, v in state.items() if v is not None}
+    own = {k: v.detach().clone() for k, v in as_tensors(cls, {**there, **counts}).items()}
+    return widened(own, param)
 
 
 def _by_hand(
@@ -353,20 +358,9 @@ def _hashable(value: Any) -> Any:
         hash(value)
     except TypeError:
         raise CaptureError(
-            f"wrap: the optimizer holds {value!r}, expected numbers, names and functions; write it as init_state and "
-            "update of a metaoptim.MetaOptimizer (docs/optimizers.md)"
+            f"wrap: the optimizer holds {value!r}, expected numbers, names and functions; {INSTEAD}"
         ) from None
     return value
-
-
-def _state(cls: type, name: str, value: Any) -> Tensor:
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if isinstance(value, (int, float)):
-        return torch.tensor(float(value), dtype=torch.float64)
-    raise CaptureError(
-        f"{cls.__name__} keeps {type(value).__name__} as state {name!r}, expected tensors and numbers"
-    )
 
 
 def _signature(of: type[torch.optim.Optimizer], extra: dict[str, Any]) -> inspect.Signature:
