@@ -5,6 +5,7 @@ explain: what such a function becomes, what it will cost, and where its gradient
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 from collections.abc import Callable
@@ -27,24 +28,34 @@ from .runtime.windows.recording_session import RecordedSession
 from .runtime.windows.session import current_session
 
 
-class CompiledFunction:
+class Method:
+    """A function that is a method where a class holds it."""
+
+    _instance: tuple[Any, ...]  # whose method it is
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        if instance is None or self._instance:
+            return self
+        method = copy.copy(self)  # with the same specializations
+        method._instance = (instance,)
+        return method
+
+
+class CompiledFunction(Method):
     """What `compile` returns: called like the function itself."""
 
     def __init__(self, fn: Callable, options: Options) -> None:
         functools.update_wrapper(self, fn)
-        self._fn, self._options, self._name = fn, options, name_of(fn)
+        self._fn, self._options, self._name, self._instance = fn, options, name_of(fn), ()
         self._specializations = Specializations(fn)
-
-    def __get__(self, instance: Any, owner: Any = None) -> Any:
-        return self if instance is None else BoundFunction(self, instance)
 
     def explain(self, *args: Any, **kwargs: Any) -> Report:
         """What a call with these arguments compiles to and costs; see `metaoptim.explain`."""
-        return report_of(self._fn, self._options, args, kwargs)
+        return report_of(self._fn, self._options, (*self._instance, *args), kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the function: capture and compile it on first use, and whenever a guard fails."""
-        recorder, session = intercept.recording.get(), current_session()
+        recorder, session, args = intercept.recording.get(), current_session(), (*self._instance, *args)
         if recorder is not None and recorder.symbolic:
             return self._fn(*args, **kwargs)
         if session is None or isinstance(session, RecordedSession):
@@ -68,7 +79,10 @@ class CompiledFunction:
                 f"{self._name}.compile_now() was called inside a window: it is for functions that hold their windows, "
                 "and called before them. A compiled step is compiled while its window goes on"
             )
-        program, lowering = self._found(None, args, kwargs)[0].program, self._options.lowering
+        program, lowering = (
+            self._found(None, (*self._instance, *args), kwargs)[0].program,
+            self._options.lowering,
+        )
         graphs = [(step, program.lowering_of(step, lowering)) for step in program.step_graphs]
         for step, its in graphs:
             begin(step, its)
@@ -99,31 +113,9 @@ class CompiledFunction:
                 )
 
 
-class BoundFunction:
-    """A compiled method of an object."""
-
-    def __init__(self, function: CompiledFunction, instance: Any) -> None:
-        functools.update_wrapper(self, function._fn)
-        self.function, self.instance = function, instance
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the method."""
-        return self.function(self.instance, *args, **kwargs)
-
-    def compile_now(self, *args: Any, **kwargs: Any) -> None:
-        """Compile the method and wait; see `CompiledFunction.compile_now`."""
-        self.function.compile_now(self.instance, *args, **kwargs)
-
-    def explain(self, *args: Any, **kwargs: Any) -> Report:
-        """What a call with these arguments compiles to and costs; see `metaoptim.explain`."""
-        return self.function.explain(self.instance, *args, **kwargs)
-
-
-def compiled_of(fn: Callable) -> tuple[CompiledFunction, tuple[Any, ...]]:
-    """A function as a compiled one, with the options of `compile` by default; and the object that it is a method of."""
-    if isinstance(fn, BoundFunction):
-        return fn.function, (fn.instance,)
-    return fn if isinstance(fn, CompiledFunction) else CompiledFunction(fn, Options()), ()
+def compiled_of(fn: Callable) -> CompiledFunction:
+    """A function as a compiled one, with the options of `compile` by default."""
+    return fn if isinstance(fn, CompiledFunction) else CompiledFunction(fn, Options())
 
 
 def compile(
@@ -223,10 +215,10 @@ def explain(fn: Callable, *, measure: bool = False, verbose: bool = False) -> Ca
         >>> report.horizon, report.gradient_targets
         (20, ['net.weight', 'net.bias', 'log_lr'])
     """
-    compiled, instance = compiled_of(fn)
+    compiled = compiled_of(fn)
 
     def explained(*args: Any, **kwargs: Any) -> Report:
-        found = report_of(compiled._fn, compiled._options, (*instance, *args), kwargs, measure)
+        found = report_of(compiled._fn, compiled._options, (*compiled._instance, *args), kwargs, measure)
         return replace(found, verbose=verbose)
 
     return explained

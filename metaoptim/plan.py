@@ -91,10 +91,10 @@ def plan(
             "plan was called inside a window: it takes a function that holds its window itself. For a compiled step "
             "use explain(step); to plan, put the loop into a function"
         )
-    compiled, instance = compiled_of(fn)
+    compiled = compiled_of(fn)
 
     def cost(*args: Any, **kwargs: Any) -> Cost:
-        options, args = compiled._options, (*instance, *args)
+        options, args = compiled._options, (*compiled._instance, *args)
         call = partial(compiled._fn, *args, **kwargs)
         if batch is not None and batch_size is not None:
             call = _with_batch(compiled._fn, args, kwargs, batch, batch_size)

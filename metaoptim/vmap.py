@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .compile import CompiledFunction, compiled_of
+from .compile import CompiledFunction, Method, compiled_of
 from .compiler.capture import intercept
 from .compiler.compat import tree_flatten, tree_unflatten
 from .compiler.ir.programs.calls import StepCall
@@ -101,24 +100,17 @@ class _Batched(Specialization):
         return [t if held else t.expand(self.size, *t.shape) for t, held in pairs]
 
 
-class BatchedFunction:
+class BatchedFunction(Method):
     """What `vmap` returns: called like the function itself, with tensors of all tasks."""
 
     def __init__(
         self, compiled: CompiledFunction, in_dims: Any, chunk_size: int | None, randomness: str
     ) -> None:
-        self._instance: tuple[Any, ...] = ()  # whose method it is
         functools.update_wrapper(self, compiled._fn)
+        self._instance = compiled._instance
         self._fn, self._options, self._name = compiled._fn, compiled._options, compiled._name
         self._in_dims, self._chunk_size, self._randomness = in_dims, chunk_size, randomness
         self._specializations: dict[Any, Specializations] = {}
-
-    def __get__(self, instance: Any, owner: Any = None) -> BatchedFunction:
-        if instance is None:
-            return self
-        method = copy.copy(self)  # with the same specializations
-        method._instance = (instance,)
-        return method
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the function for all tasks; it is captured once, for tasks like these."""
@@ -292,7 +284,4 @@ def vmap(
     check_count("chunk_size", chunk_size)
     if not callable(fn):
         raise TypeError(f"vmap: got {type(fn).__name__}, expected a function")
-    compiled, instance = compiled_of(fn)
-    batched = BatchedFunction(compiled, in_dims, chunk_size, randomness)
-    batched._instance = tuple(instance)
-    return batched
+    return BatchedFunction(compiled_of(fn), in_dims, chunk_size, randomness)
