@@ -16,12 +16,22 @@ _TIMES = tuple(float(t) for k in range(5) for t in (10**k, 3 * 10**k))  # of the
 class _Rule(nn.Module):
     """Adam's direction, and what it is made of at several time scales."""
 
-    def __init__(self, decays: Sequence[float], beta2: float, eps: float) -> None:
+    def __init__(
+        self,
+        hidden: int = 32,
+        decays: Sequence[float] = (0.9, 0.5, 0.99, 0.999),
+        beta2: float = 0.999,
+        eps: float = 1e-8,
+    ) -> None:
         super().__init__()
         for name, values in (("decays", decays), ("beta2", [beta2])):
             if not values or not all(0 <= v < 1 for v in values):
                 raise ValueError(f"{name}: got {values}, expected numbers in [0, 1)")
         self.decays, self.beta2, self.eps = tuple(decays), beta2, eps
+        self._build(hidden)
+
+    def _build(self, hidden: int) -> None:
+        """Make the networks; what they give at first makes the rule as Adam."""
 
     def init_state(self, param: Tensor) -> dict[str, Tensor]:
         """Zero moments and step count."""
@@ -82,14 +92,7 @@ class PerParameterRule(_Rule):
         torch.Size([2, 8])
     """
 
-    def __init__(
-        self,
-        hidden: int = 32,
-        decays: Sequence[float] = (0.9, 0.5, 0.99, 0.999),
-        beta2: float = 0.999,
-        eps: float = 1e-8,
-    ) -> None:
-        super().__init__(decays, beta2, eps)
+    def _build(self, hidden: int) -> None:
         self.features = len(self.decays) + 6 + len(_TIMES)
         self.network = nn.Sequential(
             nn.Linear(self.features, hidden),
@@ -156,14 +159,7 @@ class PerTensorRule(_Rule):
         torch.Size([5, 8])
     """
 
-    def __init__(
-        self,
-        hidden: int = 32,
-        decays: Sequence[float] = (0.9, 0.5, 0.99, 0.999),
-        beta2: float = 0.999,
-        eps: float = 1e-8,
-    ) -> None:
-        super().__init__(decays, beta2, eps)
+    def _build(self, hidden: int) -> None:
         self.cell = nn.GRUCell(2 * len(self.decays) + 4 + len(_TIMES), hidden)
         self.output = nn.Linear(hidden, len(self.decays) + 1)
         _begin_at_zero(self.output)
