@@ -11,6 +11,7 @@ from torch import Tensor
 
 from metaoptim.compiler.compat import unset_fake_temporarily
 from metaoptim.compiler.derive.flat import tracing
+from metaoptim.compiler.ir.traces.slices import globals_read, is_of_torch
 from metaoptim.errors import CaptureError
 
 from .captured import INSTEAD, Given, Source, State, initial, outline, step, step_of
@@ -144,3 +145,24 @@ def _same(a: Any, b: Any) -> bool:
 
 def _each(groups: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     return [t for of in groups for t in of]
+
+
+def surroundings(cls: type) -> tuple[Any, ...]:
+    """What the functions of an optimizer's class read besides their arguments: a captured step holds for these values.
+
+    Numbers, texts and tensors in the class, and in the modules of its functions; those of torch do not change.
+    """
+    found: list[Any] = []
+    for owner in cls.__mro__:
+        if owner is not object and not is_of_torch(owner.__module__):
+            for name, value in vars(owner).items():
+                read = getattr(value, "fget", getattr(value, "__func__", value))
+                if callable(read):
+                    while read is not None:  # decorators, and what they decorate
+                        found += globals_read(read)
+                        read = getattr(read, "__wrapped__", None)
+                elif not name.startswith("__") and isinstance(value, (int, float, complex, str, bytes)):
+                    found.append((owner, name, type(value), value))
+                elif isinstance(value, Tensor):
+                    found.append((owner, name, id(value), value._version))
+    return tuple(found)

@@ -22,8 +22,7 @@ from ..optimizer import MetaOptimizer, Params, Transforms
 from ..rmsprop import MetaRMSprop
 from ..sgd import MetaSGD
 from .captured import HOW, INSTEAD, Source, State, as_tensors, initial, step, step_of, widened
-from .examined import base, examine_options, examined
-from .surroundings import surroundings
+from .examined import base, examine_options, examined, surroundings
 
 _REFUSED = {
     torch.optim.LBFGS: "its step takes the loss several times",
