@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from metaoptim.compiler.capture.intercept import Patches
+
 
 class Decides(Exception):
     """A step decides in Python by a value."""
@@ -173,20 +175,14 @@ _SHIMS += [
     for name in (known, f"{known}_")
     if hasattr(owner, name)
 ]
-_MISSING = object()
+_patches = Patches(*_SHIMS)
 
 
 @contextmanager
 def shims() -> Iterator[None]:
     """While a step is captured, functions of Python and torch take tensors for numbers; numbers they take as before."""
-    before = [(owner, name, vars(owner).get(name, _MISSING)) for owner, name, _ in _SHIMS]
+    _patches.install()
     try:
-        for owner, name, function in _SHIMS:
-            setattr(owner, name, function)
         yield
     finally:
-        for owner, name, own in before:
-            if own is _MISSING:  # it is inherited
-                delattr(owner, name)
-            else:
-                setattr(owner, name, own)
+        _patches.uninstall()
