@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, UntypedStorage
 from torch.utils.weak import TensorWeakRef
 
+from metaoptim.compiler.ir.tensors import memory_key
+
 _ALIGNED = 64  # bytes; a piece begins at such a place, so that a view in it is aligned as it was
 
 
@@ -57,11 +59,6 @@ class View(NamedTuple):
         return torch.ops.aten._neg_view.default(t) if self.negative else t
 
 
-def address(t: Tensor) -> int:
-    """The address of the storage of ``t``."""
-    return t.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
-
-
 class Index:
     """Which pieces' bytes lie in which memory, so that nothing is written or read twice."""
 
@@ -77,7 +74,7 @@ class Index:
     def add(self, piece: Piece, tensor: Tensor, begin: int) -> None:
         """The bytes of ``piece`` lie in the storage of ``tensor``, from ``begin`` on."""
         self.discard(piece)
-        piece.tensor, piece.begin, piece.storage = TensorWeakRef(tensor), begin, address(tensor)
+        piece.tensor, piece.begin, piece.storage = TensorWeakRef(tensor), begin, memory_key(tensor)
         self._at.setdefault(piece.storage, {})[begin, begin + piece.nbytes] = piece
 
     def discard(self, piece: Piece) -> None:
@@ -123,7 +120,9 @@ def taken_apart(state: Sequence[Any], index: Index) -> tuple[list[Any], list[tup
         if not t.numel():
             return View(None, 0, *meta)
         at = int(t.storage_offset()) * t.element_size()
-        begin, piece = next((begin, piece) for begin, end, piece in pieces[address(t)] if begin <= at < end)
+        begin, piece = next(
+            (begin, piece) for begin, end, piece in pieces[memory_key(t)] if begin <= at < end
+        )
         return View(piece, at - begin, *meta)
 
     return [entry(t) for t in state], new
@@ -135,7 +134,7 @@ def _stretches(tensors: Iterable[Tensor]) -> list[tuple[int, int, int, Tensor]]:
     for t in tensors:
         size, first = t.element_size(), int(t.storage_offset()) * t.element_size()
         last = sum((int(n) - 1) * int(stride) for n, stride in zip(t.shape, t.stride(), strict=True))
-        found.append((address(t), first - first % _ALIGNED, first + (last + 1) * size, t))
+        found.append((memory_key(t), first - first % _ALIGNED, first + (last + 1) * size, t))
     merged: list[tuple[int, int, int, Tensor]] = []
     for storage, begin, end, t in sorted(found, key=lambda s: s[:2]):
         if merged and merged[-1][0] == storage and begin < merged[-1][2]:

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from metaoptim.compiler.compat import disable_current_modes  # pyright: ignore[reportPrivateUsage]
+from metaoptim.compiler.ir.tensors import memory_key
 from metaoptim.compiler.lower.ambient import unaffected
 from metaoptim.errors import StoreError
 
-from .pieces import Index, Piece, View, address, taken_apart
+from .pieces import Index, Piece, View, taken_apart
 from .slots import State
 
 WRITING = 2  # states handed over to be written, at most
@@ -152,7 +153,7 @@ class Tier:
         """Have what is kept of ``storage`` written before somebody overwrites it; whether a state may lie in it."""
         self.rest()
         for _, future, parts in self._writing:
-            if any(address(part) == storage for part in parts):
+            if any(memory_key(part) == storage for part in parts):
                 wait([future])
         return self._index.overwritten(storage)
 
