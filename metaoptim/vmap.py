@@ -15,7 +15,7 @@ from .compiler.capture import intercept
 from .compiler.compat import tree_flatten, tree_unflatten
 from .compiler.ir.programs.calls import StepCall
 from .compiler.ir.retention import check_count
-from .compiler.ir.traces.values import Input
+from .compiler.ir.values import Input
 from .compiler.lower.ambient import unaffected
 from .compiler.passes.batch import Batched, batch, wrong
 from .compiler.passes.options import Options

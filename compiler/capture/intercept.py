@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from metaoptim.compiler.compat import CHECKPOINT, FUNCTIONS, SingleLevelFunction, transforms_active
 from metaoptim.errors import CaptureError, WindowError
 
-from ..ir.traces.values import Spy, Theta
+from ..ir.values import Spy, Theta
 from .eager import writes
 from .eager.recorder import Recorder
 from .modes import CaptureMode

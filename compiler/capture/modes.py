@@ -19,7 +19,7 @@ from metaoptim.compiler.compat import (
 )
 
 from ..ir.operators import INDEXING, from_the_front, lifts, op_info, without_running_stats
-from ..ir.traces.values import Entry, Number, Spy, Value
+from ..ir.values import Entry, Number, Spy, Value
 
 aten = torch.ops.aten
 

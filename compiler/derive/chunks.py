@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from ..ir.operators import is_several, written
 from ..ir.step import gradient, show
-from ..ir.traces.values import reached, shares_memory
+from ..ir.values import reached, shares_memory
 
 Env = dict[fx.Node, Any]
 Evaluate = Callable[[Sequence[fx.Node], Mapping[fx.Node, Any]], list[Any]]

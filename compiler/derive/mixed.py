@@ -24,7 +24,7 @@ from metaoptim.errors import MetaOptimError
 
 from ..ir.operators import op_info
 from ..ir.step import FlatGraph, StepGraph, gradient, show
-from ..ir.traces.values import reached
+from ..ir.values import reached
 from .flat import Traced, flat_graph, tracing
 from .graphs import alive_bytes, copied, drop_dead, merge_equal, mutates, peak_bytes, results_of, storages
 from .reverse import checked, in_formulas, ports_of, pulled_back

@@ -15,8 +15,8 @@ from .operators import is_operator
 from .step import Port, StepGraph
 from .tensors import TensorSpec, nbytes
 from .traces.trace import Part, Partition, Trace, arguments
-from .traces.values import Input, Noise, ScanItem, Value, identity
 from .update import UpdatePlan
+from .values import Input, Noise, ScanItem, Value, identity
 
 _MOST_LINES = 40
 _MOST_SHAPES = 6  # of one role and dtype that are written out

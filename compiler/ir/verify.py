@@ -20,7 +20,7 @@ from .step import RANK, Port, Role, StepGraph, show
 from .tensors import tensor_spec
 from .text import registers_text
 from .traces.trace import Partition, arguments
-from .traces.values import Noise, Value, reached
+from .values import Noise, Value, reached
 
 _INNER = (Role.THETA, Role.OPT_STATE)
 _INPUTS = (*RANK, Role.META, Role.SCAN, Role.NOISE)

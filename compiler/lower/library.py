@@ -11,7 +11,7 @@ import torch
 
 from ..ir.step import StepGraph
 from ..ir.text import operator_count
-from ..ir.traces.values import exact
+from ..ir.values import exact
 
 _log = logging.getLogger("metaoptim.cache")
 Numbers = tuple[float, ...]

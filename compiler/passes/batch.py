@@ -20,7 +20,7 @@ from ..ir.programs.calls import Loop, Operand, StepCall, calls_of
 from ..ir.programs.program import Program
 from ..ir.step import FlatGraph, Port, Role, StepGraph
 from ..ir.tensors import TensorSpec, tensor_spec
-from ..ir.traces.values import Input, Noise
+from ..ir.values import Input, Noise
 from ..lower.compile_graph import difference
 from ..lower.derivatives import derived, replayed
 

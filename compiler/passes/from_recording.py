@@ -14,8 +14,8 @@ from ..ir.step import Role, StepGraph, gradient
 from ..ir.tensors import TensorSpec
 from ..ir.traces.slices import Slice, restored
 from ..ir.traces.trace import Roles, Trace
-from ..ir.traces.values import Entry, Input, Number, Value
 from ..ir.update import UpdatePlan
+from ..ir.values import Entry, Input, Number, Value
 from ..ir.verify import verify_step
 from .build import GradientHooks, build_step_graph
 from .pipeline import shaped

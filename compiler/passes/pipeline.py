@@ -24,7 +24,7 @@ from ..ir.programs.program import Program
 from ..ir.step import StepGraph
 from ..ir.text import operator_count, partition_text, plural, trace_text
 from ..ir.traces.trace import Partition, Trace
-from ..ir.traces.values import Input, Value
+from ..ir.values import Input, Value
 from ..ir.verify import verify_partition, verify_program
 from ..lower.derivatives import derived, residuals
 from .options import Options, retention_of

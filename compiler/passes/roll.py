@@ -11,7 +11,7 @@ from ..ir.programs.calls import Loop, Operand, StepCall
 from ..ir.programs.program import Program
 from ..ir.text import plural
 from ..ir.traces.trace import Part, Partition, PartKind, Scan, roles_of
-from ..ir.traces.values import Input, Noise, ScanItem, Value, exact, identity
+from ..ir.values import Input, Noise, ScanItem, Value, exact, identity
 from ..lower.library import Library
 from .build import build_step_graph
 from .options import Options

@@ -23,7 +23,7 @@ from ..compiler.ir.step import Lowering
 from ..compiler.ir.tensors import tensor_spec
 from ..compiler.ir.text import plural
 from ..compiler.ir.traces.trace import Trace
-from ..compiler.ir.traces.values import Input, Noise
+from ..compiler.ir.values import Input, Noise
 from ..compiler.lower.ambient import unaffected
 from ..compiler.lower.compile_graph import waiting
 from ..compiler.lower.derivatives import begin, derived, settled

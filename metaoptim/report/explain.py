@@ -16,7 +16,7 @@ from ..compiler.ir.step import Lowering, Role, StepGraph
 from ..compiler.ir.tensors import memory_of, nbytes
 from ..compiler.ir.text import plural, signature
 from ..compiler.ir.traces.trace import Trace
-from ..compiler.ir.traces.values import Input
+from ..compiler.ir.values import Input
 from ..compiler.lower.derivatives import derived
 from ..compiler.passes.options import Options, retention_of
 from ..compiler.passes.pipeline import Record, checkpoint, compile_trace, derive_all

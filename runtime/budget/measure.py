@@ -16,7 +16,7 @@ from metaoptim.compiler.cost.step import made_of, measured
 from metaoptim.compiler.ir.programs.calls import StepCall
 from metaoptim.compiler.ir.programs.program import Kept, Program
 from metaoptim.compiler.ir.step import Lowering, Measured
-from metaoptim.compiler.ir.traces.values import Input
+from metaoptim.compiler.ir.values import Input
 from metaoptim.compiler.lower.derivatives import Lowered, lowered, residuals
 from metaoptim.errors import UnreachableWarning
 

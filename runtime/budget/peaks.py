@@ -17,7 +17,7 @@ from metaoptim.compiler.ir.programs.calls import Assign, Loop, StepCall
 from metaoptim.compiler.ir.programs.program import Call, Program, super_steps
 from metaoptim.compiler.ir.step import Lowering
 from metaoptim.compiler.ir.tensors import memory_bytes, nbytes
-from metaoptim.compiler.ir.traces.values import Input
+from metaoptim.compiler.ir.values import Input
 
 from .simulate import predict, predict_sweep
 

@@ -14,7 +14,7 @@ from metaoptim.compiler.ir.programs.program import Kept, Program
 from metaoptim.compiler.ir.retention import Retention
 from metaoptim.compiler.ir.step import Lowering
 from metaoptim.compiler.ir.text import readable_bytes
-from metaoptim.compiler.ir.traces.values import Input
+from metaoptim.compiler.ir.values import Input
 from metaoptim.errors import BudgetError
 
 from ..states.schedule import with_tier

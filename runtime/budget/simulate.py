@@ -15,7 +15,7 @@ from metaoptim.compiler.ir.programs.calls import Assign, StepCall
 from metaoptim.compiler.ir.programs.program import Program
 from metaoptim.compiler.ir.step import EAGER, Lowering, ResultMemory, Role
 from metaoptim.compiler.ir.tensors import TensorSpec, memory_bytes, nbytes
-from metaoptim.compiler.ir.traces.values import Input
+from metaoptim.compiler.ir.values import Input
 
 from ..engine.function import BoundProgram, generator_for, sweep_over
 from ..engine.interpreter import Interpreter, may_keep

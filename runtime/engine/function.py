@@ -15,7 +15,7 @@ from metaoptim.compiler.derive.interpret import measuring_hook
 from metaoptim.compiler.ir.programs.calls import Loop, Operand, StepCall, calls_of
 from metaoptim.compiler.ir.programs.program import Kept, Program
 from metaoptim.compiler.ir.step import Lowering, Port, Role
-from metaoptim.compiler.ir.traces.values import Input, Noise
+from metaoptim.compiler.ir.values import Input, Noise
 from metaoptim.compiler.lower.ambient import unaffected
 
 from ..states.disk import check_device, tier_for

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from metaoptim.compiler.ir.traces.values import reached
+from metaoptim.compiler.ir.values import reached
 
 
 def nodes_below(tensors: Iterable[Any], ends: Callable[[Any], bool] = lambda node: False) -> Iterator[Any]:

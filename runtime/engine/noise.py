@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from metaoptim.compiler.ir.operators import op_info
-from metaoptim.compiler.ir.traces.values import Noise
+from metaoptim.compiler.ir.values import Noise
 
 Given = Sequence[Tensor | Noise]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from metaoptim.compiler.ir.programs.calls import Assign, StepCall
 from metaoptim.compiler.ir.step import Role
-from metaoptim.compiler.ir.traces.values import Input
+from metaoptim.compiler.ir.values import Input
 from metaoptim.errors import UnreachableWarning, warn
 
 # in the place of a state index, at the position after a step: the loss of that step (-1 stands for none)

@@ -15,7 +15,7 @@ from metaoptim.compiler.capture.symbolic.tracer import Tracer
 from metaoptim.compiler.compat import disable_current_modes
 from metaoptim.compiler.ir.step import Role, gradient, show
 from metaoptim.compiler.ir.traces.trace import Roles, arguments, leaves
-from metaoptim.compiler.ir.traces.values import Entry, Input, Noise, Value, exact, identity, reached
+from metaoptim.compiler.ir.values import Entry, Input, Noise, Value, exact, identity, reached
 from metaoptim.compiler.ir.verify import verify_step
 from metaoptim.compiler.lower.library import library
 from metaoptim.compiler.passes.build import build_step_graph

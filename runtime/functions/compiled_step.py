@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from metaoptim.compiler.ir.programs.calls import Operand, StepCall
 from metaoptim.compiler.ir.programs.program import Program
 from metaoptim.compiler.ir.step import Lowering, Role, StepGraph
-from metaoptim.compiler.ir.traces.values import Input, Noise
+from metaoptim.compiler.ir.values import Input, Noise
 from metaoptim.compiler.lower.ambient import unaffected
 from metaoptim.compiler.lower.derivatives import begin, lowered, taken
 from metaoptim.compiler.passes.pipeline import FEW, Record

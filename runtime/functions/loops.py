@@ -23,7 +23,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from metaoptim.compiler.capture.symbolic.tracer import Tracer
 from metaoptim.compiler.ir.traces.trace import Scan
-from metaoptim.compiler.ir.traces.values import Input, ScanItem
+from metaoptim.compiler.ir.values import Input, ScanItem
 from metaoptim.errors import CaptureError, user_location
 
 # Iterations of a scan that are captured: one may differ (state is created), the others show what is carried from one to

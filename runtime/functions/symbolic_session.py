@@ -17,7 +17,7 @@ from metaoptim.compiler.ir.step import gradient, show
 from metaoptim.compiler.ir.tensors import TensorSpec, tensor_spec
 from metaoptim.compiler.ir.traces.slices import closed_over
 from metaoptim.compiler.ir.traces.trace import WindowMark, sources
-from metaoptim.compiler.ir.traces.values import Entry, Input, Value, reached
+from metaoptim.compiler.ir.values import Entry, Input, Value, reached
 from metaoptim.compiler.passes.build import GradientHooks
 from metaoptim.errors import CaptureError, LossError, WindowError, user_location
 

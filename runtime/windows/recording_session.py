@@ -12,18 +12,8 @@ from torch import Tensor
 from metaoptim.compiler.ir.programs.calls import Assign, StepCall
 from metaoptim.compiler.ir.programs.program import Tape
 from metaoptim.compiler.ir.traces.slices import Slice
-from metaoptim.compiler.ir.traces.values import (
-    Entry,
-    Epoch,
-    External,
-    Spy,
-    Theta,
-    Value,
-    is_cut,
-    parents,
-    reached,
-)
 from metaoptim.compiler.ir.update import initial_state
+from metaoptim.compiler.ir.values import Entry, Epoch, External, Spy, Theta, Value, is_cut, parents, reached
 from metaoptim.errors import CaptureError, LossError, WindowError
 
 from ..budget.streaming import Streaming

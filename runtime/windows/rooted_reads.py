@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from metaoptim.compiler.ir.programs.calls import StepCall
 from metaoptim.compiler.ir.traces.slices import Slice
-from metaoptim.compiler.ir.traces.values import Epoch
+from metaoptim.compiler.ir.values import Epoch
 from metaoptim.errors import CaptureError, WindowError
 
 from ..engine.engine import Engine

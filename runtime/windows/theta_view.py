@@ -13,7 +13,7 @@ from metaoptim.compiler.capture.eager.recorder import Recorder
 from metaoptim.compiler.ir.operators import LIFTS
 from metaoptim.compiler.ir.programs.calls import Assign, StepCall
 from metaoptim.compiler.ir.tensors import memory_of
-from metaoptim.compiler.ir.traces.values import Epoch, Theta
+from metaoptim.compiler.ir.values import Epoch, Theta
 
 from ..engine.engine import Engine
 from ..engine.inputs import Inputs

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import metaoptim
-from metaoptim.compiler.ir.traces.values import Noise
+from metaoptim.compiler.ir.values import Noise
 from metaoptim.runtime.engine import noise
 
 Draw = Callable[[Tensor], Tensor]

@@ -14,7 +14,7 @@ from metaoptim.compiler.ir.programs.calls import Loop, Operand, StepCall
 from metaoptim.compiler.ir.programs.program import Program
 from metaoptim.compiler.ir.step import Port, Role, StepGraph
 from metaoptim.compiler.ir.tensors import TensorSpec
-from metaoptim.compiler.ir.traces.values import Input, Noise
+from metaoptim.compiler.ir.values import Input, Noise
 from metaoptim.compiler.ir.verify import verify_program, verify_step
 from metaoptim.errors import ProgramError
 

@@ -17,7 +17,7 @@ from metaoptim.errors import CaptureError
 
 from ...ir.operators import BATCH_NORM, RRELU, Function, flattened, op_info, slopes_of
 from ...ir.tensors import ByStorage
-from ...ir.traces.values import Spy, Value, reaches_theta
+from ...ir.values import Spy, Value, reaches_theta
 from ..modes import CaptureMode
 from . import writes
 from .recording import Guard, Recording, WriteGuard, tensors_in

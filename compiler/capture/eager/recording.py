@@ -16,18 +16,7 @@ from torch import Tensor
 from metaoptim.errors import CaptureError
 
 from ...ir.operators import EMPTY, MASKED, PARTING, OpInfo, op_info, parts, shape_depends_on_values
-from ...ir.traces.values import (
-    Carried,
-    Entry,
-    Epoch,
-    External,
-    Hold,
-    Theta,
-    Value,
-    parents,
-    reached,
-    version_of,
-)
+from ...ir.values import Carried, Entry, Epoch, External, Hold, Theta, Value, parents, reached, version_of
 from ..modes import Writer
 
 aten = torch.ops.aten

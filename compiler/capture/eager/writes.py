@@ -18,7 +18,7 @@ from metaoptim.compiler.compat import storage_users
 from metaoptim.errors import CaptureError
 
 from ...ir.operators import MASKED, OpInfo, written
-from ...ir.traces.values import Carried, External, Theta, Value
+from ...ir.values import Carried, External, Theta, Value
 from .recording import Recording, mask_counts, tensors_in
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from metaoptim.errors import CaptureError
 from ...ir.operators import BATCH_NORM, OpInfo, functional, op_info, slopes_of, written
 from ...ir.step import again
 from ...ir.tensors import tensor_spec
-from ...ir.traces.values import Noise, Value
+from ...ir.values import Noise, Value
 from ..eager.recording import tensors_in
 from .fakes import mapped
 

@@ -21,7 +21,7 @@ from metaoptim.compiler.compat import (
 
 from ...ir.operators import op_info
 from ...ir.tensors import TensorSpec, tensor_spec
-from ...ir.traces.values import Entry, Number, Value, reached
+from ...ir.values import Entry, Number, Value, reached
 
 aten = torch.ops.aten
 # Room for the tangent of a view, in a storage as large as its base's: torch's own memory of fake results forgets that.

@@ -37,7 +37,7 @@ from ...ir.step import gradient
 from ...ir.tensors import tensor_spec
 from ...ir.traces.slices import closed_over
 from ...ir.traces.trace import Trace
-from ...ir.traces.values import Entry, Input, Spy, Value, is_removed
+from ...ir.values import Entry, Input, Spy, Value, is_removed
 from ..modes import CaptureMode, Writer
 from . import effects
 from .fakes import Constants, FakeCalls, mapped

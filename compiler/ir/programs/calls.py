@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..step import EAGER, Lowering, Role, StepGraph
 from ..text import kind_of, registers_text
-from ..traces.values import Input, Noise, Spy
+from ..values import Input, Noise, Spy
 
 LONGEST = 32  # calls in a round
 

@@ -15,7 +15,7 @@ from ..retention import UNSAID, Retention
 from ..step import Lowering, Role, StepGraph
 from ..tensors import nbytes
 from ..text import plural, readable_bytes, signature, step_name
-from ..traces.values import Input
+from ..values import Input
 from .calls import LONGEST, Assign, Call, Item, Loop, Operand, StepCall, calls_of, extended, folded, nth
 
 

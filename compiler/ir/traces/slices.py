@@ -11,7 +11,19 @@ from torch import Tensor
 
 from ..operators import INDEXING, Function, is_named, is_several
 from ..tensors import memory_key
-from .values import Carried, Entry, External, Number, Spy, Theta, Value, changed, identity, is_removed, origin
+from ..values import (
+    Carried,
+    Entry,
+    External,
+    Number,
+    Spy,
+    Theta,
+    Value,
+    changed,
+    identity,
+    is_removed,
+    origin,
+)
 
 Token = tuple[Any, ...]
 _PLAIN = (int, float, str, bytes, bool, type(None), Tensor)

@@ -16,8 +16,8 @@ from ..retention import UNSAID, Retention
 from ..step import RANK, Role, gradient, show
 from ..tensors import TensorSpec
 from ..update import UpdatePlan
+from ..values import Entry, Input, Noise, Number, ScanItem, Spy, Value, changed, identity, owner
 from .slices import Keyed
-from .values import Entry, Input, Noise, Number, ScanItem, Spy, Value, changed, identity, owner
 
 Place = tuple[int, Any]  # of a call, and which of its outputs; None for the only one
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ...ir.text import plural
 from ...ir.traces.trace import Partition, Segment, arguments
-from ...ir.traces.values import Noise, Value
+from ...ir.values import Noise, Value
 from ..options import Options
 from .split import group
 

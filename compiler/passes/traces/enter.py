@@ -7,7 +7,7 @@ from typing import Any
 from ...ir.step import show
 from ...ir.text import plural
 from ...ir.traces.trace import Part, Partition, Segment, is_inner_state
-from ...ir.traces.values import Entry, Input, Value
+from ...ir.values import Entry, Input, Value
 from ..options import Options
 from .split import group
 

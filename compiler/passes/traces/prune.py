@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...ir.traces.trace import Part, Partition, Place, sources
-from ...ir.traces.values import Noise, Value, identity
+from ...ir.values import Noise, Value, identity
 from ..options import Options
 
 

@@ -8,7 +8,7 @@ import torch
 
 from ...ir.step import gradient
 from ...ir.traces.trace import Trace
-from ...ir.traces.values import Entry, Input, ScanItem, Value, changed, owner
+from ...ir.values import Entry, Input, ScanItem, Value, changed, owner
 from ..options import Options
 
 

@@ -11,7 +11,7 @@ from metaoptim.errors import CaptureError, user_location
 
 from ...ir.step import gradient
 from ...ir.traces.trace import Part, Partition, PartKind, Segment, Trace, leaves, sources
-from ...ir.traces.values import Entry, Value, changed, reached
+from ...ir.values import Entry, Value, changed, reached
 from ..options import Options
 
 

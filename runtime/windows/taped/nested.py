@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from metaoptim.compiler.capture import intercept
 from metaoptim.compiler.compat import DisableAutocast
-from metaoptim.compiler.ir.traces.values import Value
+from metaoptim.compiler.ir.values import Value
 from metaoptim.errors import WindowError
 
 from ..networks import Networks

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from metaoptim.compiler.ir.modules import take_apart
-from metaoptim.compiler.ir.traces.values import Number
 from metaoptim.compiler.ir.update import HyperRef, ModuleRef
+from metaoptim.compiler.ir.values import Number
 
 from .schedule import Schedule
 from .transform import Transform

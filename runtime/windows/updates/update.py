@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from metaoptim.compiler.ir.traces.slices import globals_read, hook_key
-from metaoptim.compiler.ir.traces.values import Spy
 from metaoptim.compiler.ir.update import TransformPlan, UpdatePlan
+from metaoptim.compiler.ir.values import Spy
 from metaoptim.compiler.passes.build import GradientHooks
 from metaoptim.errors import LossError, MetaOptimError, WindowError
 

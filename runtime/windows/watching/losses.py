@@ -18,7 +18,7 @@ from metaoptim.compiler.capture.eager.recording import Recording
 from metaoptim.compiler.compat import swap_tensors
 from metaoptim.compiler.ir.programs.calls import StepCall
 from metaoptim.compiler.ir.traces.slices import Slice
-from metaoptim.compiler.ir.traces.values import Epoch, Theta
+from metaoptim.compiler.ir.values import Epoch, Theta
 from metaoptim.errors import CaptureError
 
 from ...engine.engine import Engine

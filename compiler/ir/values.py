@@ -11,9 +11,9 @@ from torch import Tensor
 
 from metaoptim.errors import CaptureError, user_location
 
-from ..operators import aten, is_several, written
-from ..step import again
-from ..tensors import ByStorage, TensorSpec, tensor_spec
+from .operators import aten, is_several, written
+from .step import again
+from .tensors import ByStorage, TensorSpec, tensor_spec
 
 T = TypeVar("T")
 _DETACH = aten.detach.default
