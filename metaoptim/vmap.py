@@ -177,7 +177,7 @@ class BatchedFunction(Method):
         mapped = tuple(id(leaf) in wholes for leaf in leaves)
         known = self._specializations.setdefault((size, mapped), Specializations(self._fn))
         specialize = functools.partial(self._specialize, size)
-        found, tasks, _ = known.serve(args, kwargs, specialize, look_at=functools.partial(_tasks, wholes))
+        found, tasks, _ = known.serve(args, kwargs, specialize, of_call=functools.partial(_tasks, wholes))
         return found.run(tasks)
 
     def _specialize(self, size: int, tasks: _Tasks, args: Any, kwargs: Any, reads: Reads) -> _Batched:

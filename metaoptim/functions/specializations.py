@@ -40,17 +40,17 @@ class Specializations:
         kwargs: dict,
         specialize: Callable[[D, tuple, dict, Reads], Specialization | StepSpecialization],
         window: RecordedSession | None = None,
-        look_at: Callable[..., D] = Dependencies.of_call,
+        of_call: Callable[..., D] = Dependencies.of_call,
     ) -> tuple[Any, D, bool]:
         """The one for a call, what the call depends on, and whether it was captured now, there having been none."""
         unseen = nullcontext if window is None else window.recorder.paused  # outside of windows nobody looks
         with unseen():
-            dependencies = look_at(self._fn, args, kwargs, window)
+            dependencies = of_call(self._fn, args, kwargs, window)
             found = self.find(dependencies, window)
         if window is not None:
             window.look_at(dependencies.tensors)
         elif found is None and refresh_optimizers():
-            dependencies = look_at(self._fn, args, kwargs)
+            dependencies = of_call(self._fn, args, kwargs)
             found = self.find(dependencies)
         if found is not None:
             return found, dependencies, False
