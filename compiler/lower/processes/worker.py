@@ -55,7 +55,3 @@ def _listen(jobs: queue.SimpleQueue[Any]) -> None:
             jobs.put(receive(sys.stdin.buffer))
     finally:
         os.killpg(os.getpgrp(), signal.SIGTERM)
-
-
-if __name__ == "__main__":
-    main()
