@@ -309,6 +309,30 @@ def test_a_scheduler_of_the_optimizer_given_is_told_of() -> None:
         metaoptim.wrap(optimizer, [net])
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.AdamW])
+def test_a_learnt_number_in_the_optimizer_given_is_refused(cls: Any, compiled: bool) -> None:
+    """Of those that it had when it was given, `wrap` has made its own."""
+    net, _ = networks()
+    optimizer = cls(net.parameters(), lr=0.1)
+    decay = optimizer.param_groups[0]["weight_decay"] = torch.tensor(0.1, requires_grad=True)
+    inner = metaoptim.wrap(optimizer, [net])
+
+    def loss() -> Tensor:
+        with metaoptim.SlidingWindow(offline=True):
+            inner.step(net(XS[0]).square().mean())
+            return net(XS[1]).square().mean()
+
+    run = metaoptim.compile(loss, backend="eager") if compiled else loss
+    run().backward()
+    assert decay.grad is not None and decay.grad != 0
+    inner.param_groups[0]["weight_decay"] = 0.2
+    loss().backward()
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.1, requires_grad=True)
+    with pytest.raises(metaoptim.WindowError, match=r"inner.param_groups\[0\]\['lr'\]"):
+        loss()
+
+
 def test_an_option_that_is_misspelt_afterwards() -> None:
     net, _ = networks()
     inner = metaoptim.MetaAdamW([net])

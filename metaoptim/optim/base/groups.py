@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from metaoptim.compiler.ir.modules import take_apart
+from metaoptim.errors import WindowError
 from metaoptim.runtime.windows.session import current_session
 from metaoptim.runtime.windows.updates.update import InnerOptimizer, parameters_of
 
@@ -104,6 +106,36 @@ def check_misspelt(optimizer: InnerOptimizer) -> None:
         for key in group.keys() - known:
             if key in _ALSO or difflib.get_close_matches(key.lower(), optimizer.defaults, 1, _CLOSE):
                 raise _unknown(optimizer, key)
+
+
+class Given(NamedTuple):
+    """The optimizer that `wrap` was given, and the learnt numbers that its groups had then."""
+
+    ref: weakref.ref[torch.optim.Optimizer]
+    learnt: frozenset[int]  # ids
+
+    @staticmethod
+    def of(optimizer: torch.optim.Optimizer) -> Given:
+        """It as it is now."""
+        return Given(weakref.ref(optimizer), frozenset(id(v) for _, v in _learnt(optimizer)))
+
+    def check(self, name: str) -> None:
+        """Raise for a learnt number that was put into its groups afterwards, where no step of ``name`` reads it."""
+        optimizer = self.ref()
+        for key, value in () if optimizer is None else _learnt(optimizer):
+            if id(value) not in self.learnt:
+                raise WindowError(
+                    f"{name}.step: {key!r} was set to a tensor that requires grad in a group of the "
+                    f"{type(optimizer).__name__} that wrap was given, which takes no inner step; set it in the groups "
+                    f"of what wrap returned: inner.param_groups[0][{key!r}] = ..."
+                )
+
+
+def _learnt(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
+    for group in optimizer.param_groups:
+        for key, value in group.items():
+            if isinstance(value, Tensor) and value.requires_grad:
+                yield key, value
 
 
 def _meant(optimizer: InnerOptimizer, key: str) -> str | None:

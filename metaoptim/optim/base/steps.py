@@ -14,11 +14,13 @@ from metaoptim.runtime.windows.session import Session, current_session
 from metaoptim.runtime.windows.updates.update import InnerOptimizer
 
 from .chunks import cut
-from .groups import check_misspelt, matching
+from .groups import Given, check_misspelt, matching
 
 
 class Stepping(InnerOptimizer):
     """What `MetaOptimizer` does in the window that is open."""
+
+    given: Given | None = None  # by `wrap`
 
     def step(  # type: ignore[override]  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -115,6 +117,8 @@ class Stepping(InnerOptimizer):
                 "`with metaoptim.SlidingWindow(...):`"
             )
         check_misspelt(self)
+        if self.given is not None:
+            self.given.check(type(self).__name__)
         return session
 
     def start(self, values: Mapping[Any, Tensor]) -> None:

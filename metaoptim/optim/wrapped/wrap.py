@@ -16,7 +16,7 @@ from metaoptim.runtime.windows.session import Session
 from metaoptim.runtime.windows.updates.schedule import Schedule
 
 from ..adam import MetaAdam
-from ..base.groups import NO_OPTIONS
+from ..base.groups import NO_OPTIONS, Given
 from ..base.hyper import has_values, plain
 from ..optimizer import MetaOptimizer, Params, Transforms
 from ..rmsprop import MetaRMSprop
@@ -254,6 +254,7 @@ def wrap(
     if by_hand is not None:
         made = _by_hand(by_hand, optimizer, groups, networks, first_order=first_order, transforms=transforms)
         if made is not None:
+            made.given = Given.of(optimizer)
             return made
     made_by = _named.get(cls) or _class_for(optimizer, groups)
     counted = [name for name, _ in made_by.source.counted]
@@ -271,6 +272,7 @@ def wrap(
         for p in group["params"]:
             if state := _loaded(cls, optimizer.state.get(p, {}), count, p):
                 inner.state[p] = state
+    inner.given = Given.of(optimizer)
     return inner
 
 
