@@ -21,6 +21,7 @@ from metaoptim.errors import CaptureError, WindowError, user_location
 
 from ..engine.engine import Engine
 from ..engine.graph import nodes_below
+from ..engine.inputs import Snapshot
 from ..engine.noise import redrawn
 from ..windows.recording_session import RecordedSession
 from ..windows.updates.hyper import COUNT
@@ -85,7 +86,9 @@ class CompiledStep:
             ports = self.step.inputs[self.step.states :]
             metas = [t for t, p in zip(given, ports, strict=True) if p.role is Role.META and t is not None]
             view.reads.prepare(call, metas)
-            inputs = [engine.state[i] for i in call.reads] + [h.get() for h in held]
+            # what has been held just now is not overwritten yet, and need not be looked at again
+            inputs = [engine.state[i] for i in call.reads]
+            inputs += [h.tensor if isinstance(h, Snapshot) else h.get() for h in held]
             now = taken(self.step, "replay", inputs, lowering)
             if now is not lowering:
                 call.lowering = lowering.recorded

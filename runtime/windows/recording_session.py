@@ -353,8 +353,11 @@ class RecordedSession(OrdinarySession):
         new: dict[tuple[int, int, str], int] = {}
         changes: list[tuple[int, Tensor]] = []
         for holder in holders:
-            for name, value in optimizer.state.get(holder, {}).items():
-                key = self.state_key(optimizer, holder, name)
+            if not (states := optimizer.state.get(holder)):
+                continue
+            number, ordinal, _ = self.state_key(optimizer, holder, "")
+            for name, value in states.items():
+                key = number, ordinal, name
                 if key in known and engine.state[known[key]] is value:
                     continue
                 if value.requires_grad:
