@@ -20,6 +20,7 @@ from metaoptim.errors import CaptureError, MetaOptimError, ProgramError
 from ..ir.operators import op_info, written
 from ..ir.step import FlatGraph, Port, Role, StepGraph, gradient
 from ..ir.tensors import TensorSpec, nbytes, tensor_spec
+from ..ir.update import UpdatePlan
 from .flat import Traced, Unfollowed, flat_graph, tracing
 from .graphs import distinct, drop_dead, merge_equal, mutates, results_of, undo_transposes
 from .interpret import interpret
@@ -71,7 +72,8 @@ def derived_by_running(
     """
     strided = [t for t in inputs if t.layout is torch.strided]
     apart = len({t.untyped_storage()._cdata for t in strided}) == len(inputs)
-    if step.opaque or step.dynamic or step.hooked or not apart:
+    users = any(isinstance(n.target, UpdatePlan) and n.target.is_users for n in step.graph.nodes)
+    if step.opaque or step.dynamic or step.hooked or users or not apart:
         return None
     if any(tensor_spec(t) != p.spec for t, p in zip(inputs, ports_of(step, kind), strict=True)):
         return None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -30,6 +32,12 @@ class HyperRef:
 def name_of(fn: Any) -> str:
     """What texts call a function of a transform or a schedule."""
     return getattr(fn, "__name__", type(fn).__name__).lstrip("_")
+
+
+def is_ours(function: Any) -> bool:
+    """Whether a function's code is in this package; what it says of itself, others may say too (functools.wraps)."""
+    package = __name__.partition(".")[0] + "."
+    return isinstance(function, FunctionType) and function.__globals__.get("__name__", "").startswith(package)
 
 
 @dataclass(frozen=True)
@@ -92,6 +100,15 @@ class UpdatePlan:
     @property
     def __name__(self) -> str:
         return self.update.__qualname__
+
+    @cached_property
+    def is_users(self) -> bool:
+        """Whether Python of the user's own is part of it, which may look at values in sight of nobody (``tolist``)."""
+        functions = (self.update, *((self.init,) if self.init else ()), *(t.apply for t in self.transforms))
+        named = (*self.groups, *(transform.hyper for transform in self.transforms))
+        return not all(map(is_ours, functions)) or any(
+            _modules(value) for group in named for _, value in group
+        )
 
     def __call__(
         self, thetas: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[State], slots: Sequence[Any]

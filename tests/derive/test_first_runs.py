@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -94,6 +95,31 @@ def test_what_looks_at_values_is_left_to_a_trace() -> None:
     ):
         with tracing(), pytest.raises(Unfollowed):
             flat_graph(fn, [x], real=True)  # type: ignore[arg-type]
+
+
+class LookingAtValues(metaoptim.MetaOptimizer):
+    """Its update reads values in a way that no operator shows."""
+
+    def __init__(self, networks: list[nn.Module], lr: Tensor, as_tensor: bool) -> None:
+        super().__init__(networks, dict(lr=lr, as_tensor=as_tensor))
+
+    @staticmethod
+    def init_state(param: Tensor, hyper: dict[str, Any]) -> dict[str, Tensor]:
+        return {}
+
+    @staticmethod
+    def update(param: Tensor, grad: Tensor, state: dict[str, Tensor], hyper: dict[str, Any]) -> Any:
+        values = grad.detach().flatten().tolist()
+        factor = torch.tensor(values).view_as(grad) if hyper["as_tensor"] else values[0]
+        return param - hyper["lr"] * grad * factor, state
+
+
+@pytest.mark.parametrize("as_tensor", [True, False])
+def test_values_that_a_users_update_looks_at_are_not_frozen(as_tensor: bool) -> None:
+    net, lr = nn.Linear(3, 2), torch.tensor(0.1, requires_grad=True)
+    inner = LookingAtValues([net], lr, as_tensor)
+    with metaoptim.SlidingWindow(offline=True), pytest.raises(metaoptim.CaptureError):
+        inner.step(net(torch.randn(5, 3)).square().mean())
 
 
 def test_a_constant_is_held_as_it_was_made() -> None:

@@ -15,7 +15,6 @@ import pickle
 import sys
 import time
 from collections.abc import Callable, Sequence
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ import torch
 from metaoptim.compiler.compat import OpOverload
 
 from ...ir.step import FlatGraph, StepGraph, again, gradient, show
-from ...ir.update import HyperRef, UpdatePlan
+from ...ir.update import HyperRef, UpdatePlan, is_ours
 from .artifacts import folder
 from .pickled import read, written
 
@@ -111,20 +110,13 @@ def _name_of(plan: UpdatePlan) -> str | None:
     values = [v for group in plan.groups for _, v in group]
     flat = [w for v in values for w in (v if isinstance(v, tuple) else (v,))]
     if (
-        not all(map(_is_ours, own))
+        not all(is_ours(f) and not f.__closure__ for f in own)
         or plan.transforms
         or not all(isinstance(v, (*_PLAIN, HyperRef)) for v in flat)
     ):
         return None
     names = [(f.__globals__["__name__"], f.__code__.co_firstlineno) for f in own]
     return repr((names, plan.groups, plan.group_of, plan.states))
-
-
-def _is_ours(function: Any) -> bool:
-    """Whether a function's code is in this package; what it says of itself, others may say too (functools.wraps)."""
-    if not isinstance(function, FunctionType) or function.__closure__:
-        return False
-    return function.__globals__.get("__name__", "").startswith(_package())
 
 
 def _package() -> str:
