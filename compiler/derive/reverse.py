@@ -70,14 +70,14 @@ def derived_by_running(
     None where the graph might not hold for other values, and where the user's own Python is part of the step: there it
     takes a trace over fake tensors.
     """
-    strided = [t for t in inputs if t.layout is torch.strided]
-    apart = len({t.untyped_storage()._cdata for t in strided}) == len(inputs)
     users = any(isinstance(n.target, UpdatePlan) and n.target.is_users for n in step.graph.nodes)
-    if step.opaque or step.dynamic or step.hooked or users or not apart:
+    if step.opaque or step.dynamic or step.hooked or users:
         return None
-    if any(tensor_spec(t) != p.spec for t, p in zip(inputs, ports_of(step, kind), strict=True)):
+    given = _apart(inputs)
+    if given is None or any(
+        tensor_spec(t) != p.spec for t, p in zip(given, ports_of(step, kind), strict=True)
+    ):
         return None
-    given = [t.detach() for t in inputs]
     with tracing(step.default_dtype):
         try:
             found = flat_graph(functools.partial(run, step, kind), given, in_formulas(step), real=True)
@@ -91,6 +91,19 @@ def derived_by_running(
             seen.add(node)
             results.append(t if t is None else t.detach().clone() if again else t.detach())
         return cleaned(kind, found, step.chunked), results
+
+
+def _apart(inputs: Sequence[Tensor]) -> list[Tensor] | None:
+    """``inputs`` that share no memory: copies, where these are small; None for other ones, and for sparse ones."""
+    found, known, copied = list[Tensor](), set[int](), 0
+    for t in inputs:
+        if t.layout is not torch.strided:
+            return None
+        storage = t.untyped_storage()._cdata
+        copied += t.nbytes if storage in known else 0
+        found.append(t.detach().clone() if storage in known else t.detach())
+        known.add(storage)
+    return found if copied <= SMALL else None
 
 
 def made_up(step: StepGraph, kind: str) -> list[Tensor] | None:

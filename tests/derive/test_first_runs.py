@@ -64,6 +64,26 @@ def test_a_second_backward_is_the_first_to_the_bit(by_running: list[str]) -> Non
             )
 
 
+def test_rates_that_are_views_of_one_tensor(by_running: list[str]) -> None:
+    """Like `log_lr.exp().unbind()`; and a tensor that is given twice is two inputs."""
+
+    def gradients(strategy: str) -> list[Tensor]:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+        log_lr = torch.tensor([-1.0, -2.0], dtype=torch.float64, requires_grad=True)
+        x, inner = torch.randn(3, 5, 3).double(), metaoptim.MetaSGD([{"params": m} for m in (net[0], net[2])])
+        with metaoptim.SlidingWindow(offline=True, strategy=strategy):
+            for k in range(3):
+                for group, lr in zip(inner.param_groups, log_lr.exp().unbind(), strict=True):
+                    group["lr"] = lr
+                inner.step((net(x[k]) - x[k - 1, :, :2]).square().mean())
+            return list(torch.autograd.grad(net(x[0]).square().mean(), [log_lr, *net.parameters()]))
+
+    for got, want in zip(gradients("auto"), gradients("full_tape"), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+    assert {"replay", "vjp"} <= set(by_running)
+
+
 def test_branches_on_values_are_not_frozen(by_running: list[str]) -> None:
     """The derivative of a product has another formula where a factor is 0, which the first step has none of."""
 
