@@ -19,7 +19,7 @@ from metaoptim.errors import CaptureError, MetaOptimError, ProgramError
 
 from ..ir.operators import op_info, written
 from ..ir.step import FlatGraph, Port, Role, StepGraph, gradient
-from ..ir.tensors import TensorSpec, nbytes, tensor_spec
+from ..ir.tensors import TensorSpec, in_the_layout, nbytes, tensor_spec
 from ..ir.update import UpdatePlan
 from .flat import Traced, Unfollowed, flat_graph, tracing
 from .graphs import distinct, drop_dead, merge_equal, mutates, results_of, undo_transposes
@@ -100,10 +100,12 @@ def _apart(inputs: Sequence[Tensor]) -> list[Tensor] | None:
         if t.layout is not torch.strided:
             return None
         storage = t.untyped_storage()._cdata
-        copied += t.nbytes if storage in known else 0
-        found.append(t.detach().clone() if storage in known else t.detach())
+        copied += nbytes(tensor_spec(t)) if storage in known else 0
+        if copied > SMALL:
+            return None
+        found.append(in_the_layout(t) if storage in known else t.detach())
         known.add(storage)
-    return found if copied <= SMALL else None
+    return found
 
 
 def made_up(step: StepGraph, kind: str) -> list[Tensor] | None:

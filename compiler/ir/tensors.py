@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
@@ -51,6 +51,15 @@ def nbytes(spec: TensorSpec) -> int:
         return 0
     stride = stride if len(stride) == len(shape) else torch.empty(shape, device="meta").stride()
     return dtype.itemsize * (1 + sum((size - 1) * s for size, s in zip(shape, stride, strict=True)))
+
+
+def in_the_layout(t: Tensor, values: Callable[[Tensor], Tensor] = Tensor.clone) -> Tensor:
+    """A copy laid out like ``t``, gaps and overlaps too; ``values`` are made of the memory that it spans."""
+    t = t.detach()
+    if t.layout is not torch.strided:
+        return values(t)
+    span = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0
+    return values(t.as_strided((span,), (1,))).as_strided(t.shape, t.stride())
 
 
 def memory_bytes(t: Tensor) -> int:

@@ -21,7 +21,7 @@ from metaoptim.compiler.compat import disable_current_modes
 from ..derive.graphs import copied
 from ..derive.interpret import hooking, measuring_hook
 from ..ir.step import FlatGraph
-from ..ir.tensors import tensor_spec
+from ..ir.tensors import in_the_layout, tensor_spec
 from .processes.handover import Handover, elsewhere
 from .rounding import agree, noise_of, precision_of, size_of
 
@@ -89,12 +89,12 @@ def compiled(
 
 def difference(graph: fx.GraphModule, program: Callable[..., Any], inputs: Sequence[Tensor]) -> str | None:
     """What is wrong with ``program``, a compilation of ``graph``, on ``inputs``; None if nothing is found."""
-    expected = graph(*map(_copy, inputs))
+    expected = graph(*map(in_the_layout, inputs))
     largest = max((size_of(t) for t in expected if t is not None), default=0.0)
     precision = precision_of(graph.graph, inputs)
     noise: list[float] = []
     for attempt in ("first", "second"):
-        given = list(map(_copy, inputs))
+        given = list(map(in_the_layout, inputs))
         try:
             results = program(*given)
         except torch.OutOfMemoryError:
@@ -113,22 +113,10 @@ def difference(graph: fx.GraphModule, program: Callable[..., Any], inputs: Seque
     return None
 
 
-def _in_the_layout(t: Tensor, values: Callable[[Tensor], Tensor]) -> Tensor:
-    """A tensor laid out like ``t``, gaps and overlaps too; ``values`` are made of the memory that it spans."""
-    if t.layout is not torch.strided:
-        return values(t)
-    span = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0
-    return values(t.detach().as_strided((span,), (1,))).as_strided(t.shape, t.stride())
-
-
-def _copy(t: Tensor) -> Tensor:
-    return _in_the_layout(t, Tensor.clone)
-
-
 def _random_like(t: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(0)  # the user's stays where it is
 
     def drawn(span: Tensor) -> Tensor:
         return torch.randn(span.shape, generator=generator, dtype=t.dtype).to(t.device)
 
-    return _in_the_layout(t, drawn)
+    return in_the_layout(t, drawn)

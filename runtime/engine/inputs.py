@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from metaoptim.compiler.ir.tensors import TensorSpec, tensor_spec
+from metaoptim.compiler.ir.tensors import TensorSpec, in_the_layout, tensor_spec
 from metaoptim.errors import StaleInputError
 
 from .ledger import Ledger, Memory
@@ -51,11 +51,7 @@ def _in_order(t: Tensor) -> Tensor:
 def _copy(t: Tensor) -> Tensor:
     """A copy with the very strides of ``t``: step graphs are traced for them."""
     with torch.no_grad():
-        t = t.detach()
-        if t.layout is not torch.strided or t.is_conj() or t.is_neg() or not t.numel() or t.is_contiguous():
-            return t.clone()
-        span = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
-        return t.as_strided((span,), (1,)).clone().as_strided(t.shape, t.stride())
+        return t.detach().clone() if t.is_conj() or t.is_neg() else in_the_layout(t)
 
 
 class Snapshot:
