@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -322,6 +324,67 @@ def test_a_cache_folder_that_cannot_be_written(meanwhile: Path, monkeypatch: pyt
         agree(gradients(), expected())
         agree(gradients(), expected())
     assert len(told) == 1
+
+
+def test_a_full_disk(meanwhile: Path) -> None:
+    """The process that compiles can write small files alone."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 15, hard))
+    try:
+        background.prepare()
+        while background._pool is None or background._pool._processes[0] is None:
+            time.sleep(0.01)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    gradients = problem(metaoptim.compile(backend="inductor"))
+    agree(gradients(), expected())
+    for coming in [c for s in steps_of(gradients.of) for c in s.derived.coming.values()]:  # type: ignore[attr-defined]
+        coming.wait()
+        assert coming.complaint is not None
+    with pytest.warns(RuntimeWarning, match="could not be compiled in the background and runs as it is"):
+        agree(gradients(), expected())
+    assert not [*(meanwhile / "metaoptim-2").glob("*.so")]
+
+
+ALONE = """
+import torch
+from metaoptim.compiler.ir.step import FlatGraph
+from metaoptim.compiler.ir.tensors import tensor_spec
+from metaoptim.compiler.lower.processes.handover import Handover
+graph, x = torch.fx.Graph(), torch.arange(3.0)
+graph.output((graph.call_function(torch.ops.aten.sin.default, (graph.placeholder("x"),)),))
+print(Handover(FlatGraph(graph, {}), [tensor_spec(x)]).program()(x)[0].equal(x.sin()))
+"""
+
+
+def test_two_processes_with_one_cache(tmp_path: Path) -> None:
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    both = [
+        subprocess.Popen([sys.executable, "-c", ALONE], env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    assert [process.communicate(timeout=300)[0] for process in both] == ["True\n"] * 2
+    assert not any(process.returncode for process in both)
+    assert len([*(tmp_path / "metaoptim-2").iterdir()]) == 1
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_ctrl_c_while_a_call_waits(meanwhile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("METAOPTIM_WAIT", "1")
+
+    def interrupt() -> None:
+        while all(job.ended for job in [*background._coming.values()]):
+            time.sleep(0.01)
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    gradients = problem(metaoptim.compile(backend="inductor"))
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        gradients()
+    agree(gradients(), expected())  # what had begun to be compiled goes on
+    kinds = {kind for s in library.steps() for kind, how in s.derived.lowered if how.backend == "inductor"}
+    assert kinds == {"replay", "vjp"}
 
 
 def test_a_process_that_is_killed(meanwhile: Path) -> None:
