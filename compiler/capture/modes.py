@@ -17,8 +17,9 @@ from metaoptim.compiler.compat import (
     push_dispatch_mode,
     tops_dispatch,
 )
+from metaoptim.errors import CaptureError
 
-from ..ir.operators import INDEXING, from_the_front, lifts, op_info, without_running_stats
+from ..ir.operators import INDEXING, OFFSETS, from_the_front, lifts, op_info, without_running_stats
 from ..ir.values import Entry, Number, Spy, Value
 
 aten = torch.ops.aten
@@ -127,9 +128,31 @@ class Writer:
         """The arguments of a call of ``op``, with what stands for tensors and for numbers that may differ."""
         info = op_info(op)
         if info.particular:
-            args = from_the_front(op, args) if op in INDEXING else without_running_stats(op, args)
+            if op in INDEXING:
+                args = from_the_front(op, args)
+            elif op in OFFSETS:
+                args = self._relative(op, args)
+            else:
+                args = without_running_stats(op, args)
         tokens = tuple([self.token(a) for a in args])
         return (tokens[0], Number(float(args[1])), *tokens[2:]) if lifts(info, args) else tokens
+
+    def starts_elsewhere(self, t: Tensor, offset: int) -> bool:
+        """Whether ``offset``, counted from the start of the memory of ``t``, means another place in a later run."""
+        raise NotImplementedError
+
+    def _relative(self, op: Any, args: tuple) -> tuple:
+        """The arguments of a call with an offset, left out where it is that of the operand itself."""
+        t, offset = args[0], args[OFFSETS[op]] if len(args) > OFFSETS[op] else None
+        if offset is None:
+            return args
+        if self.starts_elsewhere(t, offset):
+            raise CaptureError(
+                f"{op} with storage_offset={offset} on a tensor of shape {tuple(t.shape)}: the offset counts from the "
+                "start of the memory that the tensor lies in, which may be another place when the step is run again. "
+                "Leave storage_offset out (it is then that of the tensor), take a slice, or clone the tensor first"
+            )
+        return args[: OFFSETS[op]] if offset == t.storage_offset() else args
 
     def bind_outputs(self, entry: Entry, out: Any) -> None:
         """Let the outputs of ``entry`` stand for the tensors in ``out``."""

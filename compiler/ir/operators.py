@@ -44,7 +44,11 @@ _TWO_OPERANDS = {
 }
 # What takes a part that a number says out of a tensor.
 INDEXING = {aten.select.int, aten.slice.Tensor}
+# Where among their arguments an offset is that counts from the start of an operand's memory, not of the operand.
+OFFSETS = {aten.as_strided.default: 3, aten.as_strided_copy.default: 3, aten.as_strided_scatter.default: 4}
 PARTING = {aten.unbind.int, aten.split.Tensor, aten.split_with_sizes.default}
+# The formula of its derivative reads the lengths that it is given.
+PACK = aten._pack_padded_sequence.default
 # Their results hold nothing yet.
 EMPTY = {
     *(aten.empty_like.default, aten.new_empty.default, aten.new_empty_strided.default),
@@ -71,9 +75,9 @@ def op_info(op: Any) -> OpInfo:
     return OpInfo(
         tuple(writes),
         torch.Tag.nondeterministic_seeded in op.tags and op not in ATTENTION,
-        torch.Tag.dynamic_output_shape in op.tags or op is aten._pack_padded_sequence.default,
+        torch.Tag.dynamic_output_shape in op.tags or op is PACK,
         op in _TWO_OPERANDS,
-        op in {*INDEXING, *PARTING, *EMPTY, *MASKED, *BATCH_NORM, *RRELU},
+        op in {*INDEXING, *OFFSETS, *PARTING, *EMPTY, *MASKED, *BATCH_NORM, *RRELU},
     )
 
 

@@ -94,7 +94,7 @@ def _shared(run: Run, words: list[str], source: str, made: str, text: str) -> st
     """The path of the compiled interface, beside inductor's compiled headers; another process may be making it."""
     import fcntl  # not on Windows
 
-    facts = [word for word in words if word not in (source, made)], text
+    facts = [word for word in words if word not in (source, made)], text, torch.version.git_version
     folder = os.path.join(default_cache_dir(), "metaoptim-interfaces")
     path = os.path.join(folder, hashlib.sha256(repr(facts).encode()).hexdigest())
     os.makedirs(folder, exist_ok=True)

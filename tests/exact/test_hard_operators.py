@@ -290,6 +290,58 @@ def test_values_that_are_not_known(form: str) -> None:
         outcome(form, lambda net, x, w: net(x).mean() * torch.poisson(w.detach()))
 
 
+# -- what the shapes of a step do not tell ----------------------------------------------------------------------------
+
+
+def test_packed_sequences_of_other_lengths_and_equal_shapes() -> None:
+    """The derivative's formula reads the lengths: eight elements in four time steps, both times."""
+    lengths = torch.tensor([[4, 3, 1], [4, 2, 2], [4, 3, 1]])
+
+    def gradients(strategy: str) -> list[Tensor]:
+        torch.manual_seed(0)
+        net, x, w = nn.Linear(3, 2).double(), torch.randn(3, 3, 4, 3).double(), torch.randn(8, 2).double()
+        lr = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
+        inner = metaoptim.MetaSGD([net], lr=lr)
+        with metaoptim.SlidingWindow(offline=True, strategy=strategy):
+            for k in range(3):
+                packed = nn.utils.rnn.pack_padded_sequence(net(x[k]), lengths[k], batch_first=True)
+                inner.step((packed.data.square() * w).mean())
+            return list(torch.autograd.grad(net(x[0]).square().mean(), [lr, *net.parameters()]))
+
+    agree(dict(zip("abc", gradients("auto"))), dict(zip("abc", gradients("full_tape"))))
+
+
+class Strided:
+    """A loss with `as_strided` on rows of one tensor; ``offset`` counts from the start of its memory."""
+
+    def __init__(self, offset: Callable[[Tensor], int]) -> None:
+        torch.manual_seed(0)
+        self.net, self.base, self.u = nn.Linear(3, 2).double(), torch.randn(3, 5).double(), XS[0, :4, :3]
+        self.base.requires_grad_()
+        self.offset = offset
+
+    def __call__(self, x: Tensor, strategy: str = "auto") -> Tensor:
+        inner = metaoptim.MetaSGD([self.net], lr=0.2)
+        with metaoptim.SlidingWindow(offline=True, strategy=strategy):
+            for row in x:
+                inner.step(
+                    (self.net(self.u) * row.as_strided((4, 2), (1, 1), self.offset(row))).square().mean()
+                )
+            return self.net(self.u).square().mean()
+
+    def gradient(self, *strategy: str) -> Tensor:
+        return torch.autograd.grad(self(self.base, *strategy), self.base)[0]
+
+
+def test_offsets_that_count_from_the_start_of_memory() -> None:
+    own = Strided(Tensor.storage_offset)
+    torch.testing.assert_close(own.gradient(), own.gradient("full_tape"), rtol=1e-10, atol=1e-12)
+    with pytest.raises(metaoptim.CaptureError, match="storage_offset=1 on a tensor"):
+        Strided(lambda row: 1).gradient()
+    with pytest.raises(metaoptim.CaptureError, match="storage_offset=0 on a tensor"):
+        metaoptim.compile(Strided(lambda row: 0), backend="eager")(own.base.detach()[1:])
+
+
 # -- lazy modules -----------------------------------------------------------------------------------------------------
 
 

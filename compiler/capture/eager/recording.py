@@ -15,7 +15,7 @@ from torch import Tensor
 
 from metaoptim.errors import CaptureError
 
-from ...ir.operators import EMPTY, MASKED, PARTING, OpInfo, op_info, parts, shape_depends_on_values
+from ...ir.operators import EMPTY, MASKED, PACK, PARTING, OpInfo, op_info, parts, shape_depends_on_values
 from ...ir.values import Carried, Entry, Epoch, External, Hold, Theta, Value, parents, reached, version_of
 from ..modes import Writer
 
@@ -257,6 +257,12 @@ class Recording(Writer):
         grad = not t.is_leaf if t.requires_grad else not base.requires_grad
         return self.bind(t, Value(self.entry(aten.as_strided.default, args, {}, (base,), grad), None))
 
+    def starts_elsewhere(self, t: Tensor, offset: int) -> bool:
+        return t.storage_offset() not in (
+            0,
+            offset,
+        )  # copies, which have offset 0, stand for what is read from outside
+
     # -- writing down --------------------------------------------------------------------------------------------
 
     def bind(self, t: Tensor, ref: Value) -> Value:
@@ -313,6 +319,8 @@ class Recording(Writer):
         entry = self.entry(op, tokens, kw, tensors_in(args), True)
         if info.dynamic and shape_depends_on_values(op, args):
             entry.shape = tuple(tuple(o.shape) for o in tensors_in(out if isinstance(out, tuple) else (out,)))
+            if op is PACK:
+                entry.shape += tuple(args[1].tolist())
         elif info.particular and op in MASKED:
             entry.shape = mask_counts(args) or None
         self.bind_outputs(entry, out)
