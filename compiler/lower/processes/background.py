@@ -57,6 +57,7 @@ class Pool:
         self._waiting = 0
         self._lock = threading.Lock()
         self._processes: list[subprocess.Popen[bytes] | None] = []
+        self._closed = False
 
     def submit(self, job: Job, most: int) -> None:
         """Have a job done, by ``most`` processes at most."""
@@ -78,19 +79,19 @@ class Pool:
         threading.Thread(target=self._serve, args=(lane,), name="metaoptim-compile", daemon=True).start()
 
     def close(self) -> None:
-        """End all processes."""
+        """End all processes, and start none any more."""
+        self._closed = True
         for process in self._processes:
             _end(process)
 
     def _serve(self, lane: int) -> None:
         """One process's jobs, one after the other."""
-        with contextlib.suppress(OSError):  # the first job tries again
-            self._processes[lane] = _start()
+        with contextlib.suppress(OSError, EOFError):  # the first job tries again
+            self._process(lane)
         while True:
-            job, process = self._jobs.get(), self._processes[lane]
+            job, process = self._jobs.get(), None
             try:
-                if process is None or process.poll() is not None:
-                    process = self._processes[lane] = _start()
+                process = self._process(lane)
                 assert process.stdin is not None and process.stdout is not None
                 send(process.stdin, (job.path, job.payload))
                 job.end(*receive(process.stdout))
@@ -104,6 +105,16 @@ class Pool:
                 job.end(f"the process that compiles has ended ({type(error).__name__})")
             with self._lock:
                 self._waiting -= 1
+
+    def _process(self, lane: int) -> subprocess.Popen[bytes]:
+        """A lane's process, started where there is none or it has ended."""
+        process = self._processes[lane]
+        if not self._closed and (process is None or process.poll() is not None):
+            process = self._processes[lane] = _start()
+        if process is None or self._closed:  # maybe since it was started
+            _end(process)
+            raise EOFError
+        return process
 
 
 def _end(process: subprocess.Popen[bytes] | None) -> None:

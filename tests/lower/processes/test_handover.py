@@ -11,9 +11,10 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -413,30 +414,44 @@ def test_a_fork_does_not_wait_for_its_parents_processes(meanwhile: Path) -> None
 
 
 SCRIPT = """
-import os, sys, time
+import atexit, sys, time
+atexit.register(time.sleep, 0.5)  # after all else
 from metaoptim.compiler.lower.processes import background
-background.submit(background.Job("never"), b"", waiting=False)
+for _ in range(2):  # the second one waits
+    background.submit(background.Job("never"), b"", waiting=False)
 while not background._pool._processes or background._pool._processes[0] is None:
     time.sleep(0.01)
 print(background._pool._processes[0].pid, flush=True)
-if sys.argv[1] == "killed":
-    time.sleep(60)
+sys.stdin.readline()
 """
 
 
 @pytest.mark.parametrize("how", ["ends", "killed"])
 def test_nothing_is_left_running(how: str) -> None:
-    with subprocess.Popen([sys.executable, "-c", SCRIPT, how], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
+    environment = {**os.environ, "OF_THIS_TEST": str(uuid.uuid4())}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", SCRIPT], env=environment, **pipes) as process:
+        assert process.stdin is not None and process.stdout is not None
         worker = int(process.stdout.readline())
+        assert worker in processes_with(environment["OF_THIS_TEST"])
         if how == "killed":
             process.kill()
-        process.wait()
-    for _ in range(600):
-        if not Path(f"/proc/{worker}").exists() or "Z" in Path(f"/proc/{worker}/stat").read_text().split()[2]:
+        process.communicate("")
+    for _ in range(600 if how == "killed" else 1):
+        if not processes_with(environment["OF_THIS_TEST"]):
             return
         time.sleep(0.1)
-    pytest.fail("the process that compiles goes on")
+    pytest.fail("the process that compiles goes on, or another one")
+
+
+def processes_with(mark: str) -> list[int]:
+    """The processes that have ``mark`` in their environment, and go on."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if mark.encode() in (process / "environ").read_bytes():
+                found.append(int(process.name))
+    return found
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
