@@ -45,7 +45,9 @@ def main() -> None:
             complaint = None
         except Exception as error:  # whatever a compiler raises is for the process that asked
             lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
-            told = " ... ".join(dict.fromkeys([lines[0], lines[-1]]))  # between them lies all that a compiler says
+            told = " ... ".join(
+                dict.fromkeys([lines[0], lines[-1]])
+            )  # between them lies all that a compiler says
             complaint = f"{type(error).__name__}: {told}"
         send(results, (complaint, time.perf_counter() - begun))
 
