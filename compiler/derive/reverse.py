@@ -28,6 +28,7 @@ from .interpret import interpret
 aten = torch.ops.aten
 #: A step whose inputs take no more bytes is run on values made up for it: to trace it over fake tensors takes longer.
 SMALL = 1 << 20
+_SHARED = 1 << 14  # bytes of inputs that share memory, which are copied although nobody has planned for it
 _DIFFERENTIATED = (Role.THETA, Role.THETA_NOW, Role.OPT_STATE, Role.CARRY, Role.META)
 
 
@@ -101,7 +102,7 @@ def _apart(inputs: Sequence[Tensor]) -> list[Tensor] | None:
             return None
         storage = t.untyped_storage()._cdata
         copied += nbytes(tensor_spec(t)) if storage in known else 0
-        if copied > SMALL:
+        if copied > _SHARED:
             return None
         found.append(in_the_layout(t) if storage in known else t.detach())
         known.add(storage)

@@ -51,7 +51,8 @@ def _in_order(t: Tensor) -> Tensor:
 def _copy(t: Tensor) -> Tensor:
     """A copy with the very strides of ``t``: step graphs are traced for them."""
     with torch.no_grad():
-        return t.detach().clone() if t.is_conj() or t.is_neg() else in_the_layout(t)
+        plain = t.layout is not torch.strided or t.is_conj() or t.is_neg() or t.is_contiguous()
+        return t.detach().clone() if plain else in_the_layout(t)
 
 
 class Snapshot:

@@ -258,10 +258,7 @@ class Recording(Writer):
         return self.bind(t, Value(self.entry(aten.as_strided.default, args, {}, (base,), grad), None))
 
     def starts_elsewhere(self, t: Tensor, offset: int) -> bool:
-        return t.storage_offset() not in (
-            0,
-            offset,
-        )  # copies, which have offset 0, stand for what is read from outside
+        return t.storage_offset() not in (0, offset)  # copies of what was read from outside have offset 0
 
     # -- writing down --------------------------------------------------------------------------------------------
 
