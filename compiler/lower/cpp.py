@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import torch
@@ -40,27 +39,20 @@ def options() -> Iterator[None]:
     of a first call. On Linux the flags tell: whether PyTorch's own libraries load is known, it runs. Of a graph's own
     source most is the interface, and checks of the inputs that run where an environment variable asks for them.
     """
+    checks = CppWrapperCpu.generate_input_output_runtime_checks
+    probed = platform.system() == "Linux" and platform.machine() == "x86_64"
     with (
         torch._inductor.config.patch(size_asserts=False, alignment_asserts=False),
         mock.patch.object(cpp_builder, "run_compile_cmd", partial(_compile, cpp_builder.run_compile_cmd)),
-        _replaced(CppWrapperCpu, "generate_input_output_runtime_checks", _unchecked),
-        _replaced(VecISA, "check_build", lambda _, isa, code: _takes(isa._arch_flags))
-        if _KNOWN
+        mock.patch.object(CppWrapperCpu, checks.__name__, lambda wrapper: _without_inputs(checks, wrapper)),
+        mock.patch.object(VecISA, "check_build", lambda isa, code: _takes(isa._arch_flags))
+        if probed
         else nullcontext(),
     ):
         yield
 
 
-_KNOWN = platform.system() == "Linux" and platform.machine() == "x86_64"
-
-
-def _replaced(of: type, name: str, by: Callable[..., Any]) -> Any:
-    """A method replaced by a function that is given the method first."""
-    method = getattr(of, name)
-    return mock.patch.object(of, name, lambda *args: by(method, *args))
-
-
-def _unchecked(generate: Callable[[CppWrapperCpu], None], wrapper: CppWrapperCpu) -> None:
+def _without_inputs(generate: Callable[[CppWrapperCpu], None], wrapper: CppWrapperCpu) -> None:
     """Write the check of no inputs: whoever calls a graph has checked their shapes and types."""
     with mock.patch.object(V.graph, "graph_inputs", {}):
         generate(wrapper)

@@ -65,7 +65,7 @@ def test_a_second_backward_is_the_first_to_the_bit(by_running: list[str]) -> Non
 
 
 def test_rates_that_are_views_of_one_tensor(by_running: list[str]) -> None:
-    """Like `log_lr.exp().unbind()`; and a tensor that is given twice is two inputs."""
+    """Like `log_lr.exp().unbind()`; and rows of one tensor, one of them laid out with gaps."""
 
     def gradients(strategy: str) -> list[Tensor]:
         torch.manual_seed(0)
