@@ -14,10 +14,12 @@ from ..ir.step import StepGraph, gradient, show
 from ..ir.update import UpdatePlan
 from .chunks import Chunks, GradientOfChunks, dropped, in_order, is_chunked
 from .graphs import results_of
+from .norms import FORMULAS, check_norms
 
 
 def interpret(step: StepGraph, inputs: Sequence[Tensor], *, create_graph: bool) -> tuple[Any, ...]:
     """The outputs of ``step``, differentiable with ``create_graph``, for its inputs, of which thetas require grad."""
+    check_norms(step.graph)
     return _Interpreter(step, create_graph).run(inputs)
 
 
@@ -66,10 +68,12 @@ class _Interpreter:
                     else theta.detach().requires_grad_()
                 )
         # after the gradient nothing but its derivative needs a graph
-        with torch.set_grad_enabled(
-            node.meta.get("grad", True) and (self.create_graph or not isinstance(node.target, UpdatePlan))
-        ):
-            return node.target(*args, **kwargs)  # type: ignore[operator]
+        grad = node.meta.get("grad", True) and (self.create_graph or not isinstance(node.target, UpdatePlan))
+        function: Any = node.target
+        if self.create_graph:
+            function = FORMULAS.get(function, function)
+        with torch.set_grad_enabled(grad):
+            return function(*args, **kwargs)
 
     def gradient(self, loss: Tensor, thetas: Sequence[Tensor]) -> tuple[Tensor, ...]:
         create = self.create_graph and not self.step.first_order

@@ -29,6 +29,7 @@ T = TypeVar("T")
 class OpInfo(NamedTuple):
     """Facts about one operator overload."""
 
+    op: Any
     writes: tuple[int | str, ...]  # positions / keyword names of the arguments it mutates
     random: bool
     dynamic: bool  # output shape depends on values
@@ -65,14 +66,24 @@ ATTENTION = (
 )
 
 
-@functools.cache
+_infos: dict[int, OpInfo] = {}  # by the id of the operator: its hash is a call of Python
+
+
 def op_info(op: Any) -> OpInfo:
     """Facts about ``op``, computed once."""
+    found = _infos.get(id(op))
+    if found is None:
+        found = _infos[id(op)] = _looked_up(op)
+    return found
+
+
+def _looked_up(op: Any) -> OpInfo:
     writes: list[int | str] = []
     for position, argument in enumerate(op._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             writes.append(argument.name if argument.kwarg_only else position)
     return OpInfo(
+        op,
         tuple(writes),
         torch.Tag.nondeterministic_seeded in op.tags and op not in ATTENTION,
         torch.Tag.dynamic_output_shape in op.tags or op is PACK,
@@ -132,8 +143,11 @@ def _types(op: Any) -> list[str]:
 
 def written(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any], kind: type[T]) -> list[T]:
     """The arguments of a ``kind`` that a call changes in place: tensors, or what stands for them."""
+    places = op_info(op).writes if is_operator(op) else ()
+    if not places:  # as most operators
+        return []
     found: list[Any] = []
-    for where in op_info(op).writes if is_operator(op) else ():
+    for where in places:
         a = kwargs.get(where) if isinstance(where, str) else args[where] if where < len(args) else None
         found += a if is_several(a) else [a]
     return [a for a in found if a is not None and isinstance(a, kind)]
@@ -150,6 +164,15 @@ BATCH_NORM = {
     aten.miopen_batch_norm.default: (3, 4, 5),
 }
 
+
+# First derivatives of norms. Where they are differentiated twice, torch's formulas are wrong.
+NORM_GRADIENTS = {
+    aten.native_layer_norm_backward.default,
+    aten.native_batch_norm_backward.default,
+    aten.cudnn_batch_norm_backward.default,
+    aten.miopen_batch_norm_backward.default,
+}
+PLAIN_NORM = "(x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + eps).sqrt()"
 
 # Leaky ReLUs whose slopes are drawn in training mode, and fixed otherwise: operators of their own that say neither.
 RRELU = {

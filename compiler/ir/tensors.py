@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Generic, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-
-T = TypeVar("T")
-_FEW = 4
 
 
 class TensorSpec(NamedTuple):
@@ -73,51 +69,14 @@ def memory_bytes(t: Tensor) -> int:
 
 def memory_key(t: Tensor) -> int:
     """Equal for tensors that are alive and lie in the same memory."""
-    return _address(t.untyped_storage()) if t.layout is torch.strided else id(t)
+    return address(t.untyped_storage()) if t.layout is torch.strided else id(t)
 
 
-def _address(storage: torch.UntypedStorage) -> int:
+def address(storage: torch.UntypedStorage) -> int:
+    """Where a piece of memory is known to torch."""
     return storage._cdata  # pyright: ignore[reportPrivateUsage]
 
 
 def memory_of(tensors: Iterable[Tensor]) -> int:
     """Bytes of the memory that tensors keep alive; what they share counts once."""
     return sum({memory_key(t): memory_bytes(t) for t in tensors}.values())
-
-
-class ByStorage(Generic[T]):
-    """The memory of a tensor -> what is known of it, for as long as the memory lives.
-
-    An address alone does not tell one piece of memory from the next that lies there. As long as a weak reference to a
-    storage is held, its address is not used again, so what is found for a tensor is of its own memory. Entries whose
-    memory is gone are dropped when the table has grown to twice what was left of it the last time.
-    """
-
-    __slots__ = ("_at", "_sweep_at")
-
-    def __init__(self) -> None:
-        self._at: dict[int, tuple[StorageWeakRef, T]] = {}
-        self._sweep_at = _FEW
-
-    def __len__(self) -> int:
-        return len(self._at)
-
-    def __contains__(self, t: Tensor) -> bool:
-        return self.get(t) is not None
-
-    def get(self, t: Tensor) -> T | None:
-        """What is known of the memory of ``t``."""
-        found = self._at.get(memory_key(t)) if t.layout is torch.strided else None
-        return None if found is None else found[1]
-
-    def __setitem__(self, t: Tensor, value: T) -> None:
-        storage = t.untyped_storage()
-        known = self._at.get(address := _address(storage))
-        if known is None and len(self._at) >= self._sweep_at:
-            self._at = {k: found for k, found in self._at.items() if not found[0].expired()}
-            self._sweep_at = max(_FEW, 2 * len(self._at))
-        self._at[address] = (StorageWeakRef(storage) if known is None else known[0], value)
-
-    def clear(self) -> None:
-        """Forget everything."""
-        self._at.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,11 +23,17 @@ _MOST = 1024
 _looked_at: set[Any] = set()  # updates, with the forms of modules, that have been seen to be as they should
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # equal ones are one object: steps are looked up by them
 class HyperRef:
     """Place of a hyper-parameter in the flat list of those that are tensors or may change from step to step."""
 
     at: int
+
+    @staticmethod
+    @functools.cache
+    def of(at: int) -> HyperRef:
+        """The one for a place."""
+        return HyperRef(at)
 
 
 def name_of(fn: Any) -> str:

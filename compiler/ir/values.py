@@ -13,7 +13,8 @@ from metaoptim.errors import CaptureError, user_location
 
 from .operators import aten, is_several, written
 from .step import again
-from .tensors import ByStorage, TensorSpec, tensor_spec
+from .tensors import TensorSpec, tensor_spec
+from .weak import ByStorage
 
 T = TypeVar("T")
 _DETACH = aten.detach.default

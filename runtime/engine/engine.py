@@ -19,6 +19,7 @@ from metaoptim.compiler.ir.programs.calls import Assign, StepCall
 from metaoptim.compiler.ir.programs.program import Tape
 from metaoptim.compiler.ir.step import Lowering, Role
 from metaoptim.compiler.ir.tensors import TensorSpec, memory_of
+from metaoptim.compiler.ir.weak import WeakTable
 from metaoptim.compiler.lower.ambient import unaffected
 from metaoptim.compiler.lower.derivatives import Lowered, lowered, taken
 from metaoptim.errors import CaptureError, StaleInputError, WindowError
@@ -99,7 +100,7 @@ class Engine(Interpreter):
         ] = {}  # step and kind of graph -> from where on it ran compiled
         self.stream = Stream()
         self._sweeps: dict[int, Sweep] = {}
-        self._memory: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
+        self._memory = WeakTable[Tensor]()
         self.held: weakref.WeakSet[Held] = weakref.WeakSet()  # what may be gone back to
 
     @property
@@ -185,12 +186,12 @@ class Engine(Interpreter):
 
     def holds(self, storage: int) -> bool:
         """Whether a tensor of the tape lies in ``storage``."""
-        return storage in self._memory or (self.tier is not None and self.tier.holds(storage))
+        return self._memory.get(storage) is not None or (self.tier is not None and self.tier.holds(storage))
 
     def protect(self, storage: int) -> None:
         """Someone is about to write into ``storage``: keep what the tape holds of it."""
         offloaded = self.tier is not None and self.tier.overwritten(storage)
-        if self._memory.pop(storage, None) is None and not offloaded:
+        if self._memory.pop(storage) is None and not offloaded:
             return
         copies: dict[int, Tensor] = {}
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from metaoptim.compiler.ir.tensors import TensorSpec, in_the_layout, tensor_spec
+from metaoptim.compiler.ir.weak import WeakTable
 from metaoptim.errors import StaleInputError
 
 from .ledger import Ledger, Memory
@@ -139,7 +140,7 @@ class _Holds:
 
     def __init__(self) -> None:
         self.memory: weakref.ref[Memory]  # of which views are kept as places in it
-        self.holds: weakref.WeakSet[Snapshot] = weakref.WeakSet()
+        self.holds = WeakTable[Snapshot]()
 
 
 def _lie_alike(a: Tensor, b: Tensor) -> bool:

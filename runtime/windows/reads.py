@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Collection, Sequence
 
 import torch
@@ -12,6 +11,7 @@ from metaoptim.compiler.ir.programs.calls import StepCall
 from metaoptim.compiler.ir.tensors import memory_of
 from metaoptim.compiler.ir.traces.slices import Slice
 from metaoptim.compiler.ir.values import Epoch
+from metaoptim.compiler.ir.weak import WeakTable
 from metaoptim.errors import WindowError
 
 from ..engine.engine import Engine
@@ -56,7 +56,7 @@ class WholeReads(CommonReads):
 
     def __init__(self, engine: Engine) -> None:
         super().__init__(engine)
-        self.waiting: weakref.WeakSet[Life] = weakref.WeakSet()
+        self.waiting = WeakTable[Life]()
         self._token = new_token()
         self._superstep = 0
         self._unlinked: list[tuple[int, tuple[int, ...], list[Tensor]]] = []

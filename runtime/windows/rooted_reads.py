@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import weakref
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence, Sized
 from typing import Any, TypeAlias
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from metaoptim.compiler.ir.programs.calls import StepCall
 from metaoptim.compiler.ir.traces.slices import Slice
 from metaoptim.compiler.ir.values import Epoch
+from metaoptim.compiler.ir.weak import WeakTable
 from metaoptim.errors import CaptureError, WindowError
 
 from ..engine.engine import Engine
@@ -26,12 +26,12 @@ from .reads import CommonReads, WholeReads
 class RootedReads(CommonReads):
     """Reads each of which is a root of its own; the tape forgets what none goes back to."""
 
-    waiting: Collection[Life] = ()
+    waiting: Sized = ()
     option: str  # the one of the window that asks for them
 
     def __init__(self, engine: Engine) -> None:
         super().__init__(engine)
-        self._lives: weakref.WeakSet[Life] = weakref.WeakSet()  # at the lowest position each goes back to
+        self._lives = WeakTable[Life]()  # at the lowest position each goes back to
 
     def hold(self, indices: Sequence[int]) -> tuple[Tensor, ...]:
         """Refused: W steps back from there are no W steps back from a loss, and tangents there are none here."""

@@ -16,8 +16,8 @@ from metaoptim.compiler.compat import called
 from metaoptim.errors import CaptureError
 
 from ...ir.operators import BATCH_NORM, RRELU, Function, flattened, op_info, slopes_of
-from ...ir.tensors import ByStorage
 from ...ir.values import Spy, Value, reaches_theta
+from ...ir.weak import ByStorage, WeakTable
 from ..modes import CaptureMode
 from . import writes
 from .recording import Guard, Recording, WriteGuard, tensors_in
@@ -73,7 +73,7 @@ class Recorder(CaptureMode):
         self.record = record
         self.recording, self.taint = Recording(cast(Guard, guard)), Taint()
         # tensors without a version counter of their memory, by id
-        self.loose: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
+        self.loose = WeakTable[Tensor]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}

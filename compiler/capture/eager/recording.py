@@ -17,6 +17,7 @@ from metaoptim.errors import CaptureError
 
 from ...ir.operators import EMPTY, MASKED, PACK, PARTING, OpInfo, op_info, parts, shape_depends_on_values
 from ...ir.values import Carried, Entry, Epoch, External, Hold, Theta, Value, parents, reached, version_of
+from ...ir.weak import WeakTable
 from ..modes import Writer
 
 aten = torch.ops.aten
@@ -109,25 +110,32 @@ class Recording(Writer):
         self.guard: Guard = guard
         self.epoch = Epoch(0, 0, {})
         self.values: dict[int, Value] = {}
-        self.histories: weakref.WeakSet[External] = weakref.WeakSet()
+        self.histories = WeakTable[External]()
         self._seq = 0
         self._sweep_at = _FEW
 
     def keep_only(self, epoch: Epoch) -> None:
         """A super-step has begun that reads ``epoch``: nothing older will be part of a step."""
-        self.forget([v for v in self.values.values() if v.entry.epoch is not epoch])
-        self.values = {k: v for k, v in self.values.items() if v.entry.epoch is epoch and v.ref() is not None}
+        kept: dict[int, Value] = {}
+        for k, v in self.values.items():
+            if v.entry.epoch is not epoch:
+                if v.steps:
+                    self._forget(v)
+            elif v.ref() is not None:
+                kept[k] = v
+        self.values = kept
 
-    def forget(self, values: Iterable[Value]) -> None:
-        """``values`` leave the recording: the guard is told of tensors that live on and that steps have read."""
-        for value in values:
-            t = value.ref() if value.steps else None
-            if t is not None and t.requires_grad:
-                self.guard.outlived(t, value.steps)
+    def _forget(self, value: Value) -> None:
+        """``value``, which steps have read, leaves the recording: the guard is told if its tensor lives on."""
+        t = value.ref()
+        if t is not None and t.requires_grad:
+            self.guard.outlived(t, value.steps)
 
     def close(self) -> None:
         """The window has ended: forget everything, in no cycle that would wait for the collector."""
-        self.forget(self.values.values())
+        for value in self.values.values():
+            if value.steps:
+                self._forget(value)
         self.epoch = Epoch(0, 0, {})
         self.guard = None  # type: ignore[assignment]  # pyright: ignore
         self.values.clear()

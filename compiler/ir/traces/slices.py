@@ -9,7 +9,7 @@ from typing import Any, TypeGuard
 
 from torch import Tensor
 
-from ..operators import INDEXING, Function, is_named, is_several
+from ..operators import INDEXING, Function, is_named, is_operator, is_several, op_info
 from ..tensors import memory_key
 from ..values import (
     Carried,
@@ -49,7 +49,8 @@ class Keyed:
         if isinstance(a, Value):
             where = ("v", self.number_of[id(a.entry)], a.index)
             self.values.append(a)
-            self._note_hooks(where, a.hooks)
+            if a.hooks:
+                self._note_hooks(where, a.hooks)
             return where
         if isinstance(a, Number):
             self.numbers.append(a.value)
@@ -73,8 +74,8 @@ class Keyed:
         """Memory that is written -> the place of the last call that does."""
         return {self.memory_of(ref): i for i, e in enumerate(self.entries) for ref in changed(e)}
 
-    def _note_hooks(self, where: Token, hooks: list[tuple[Any, Spy]] | None) -> None:
-        if hooks and where not in self.hooks:
+    def _note_hooks(self, where: Token, hooks: list[tuple[Any, Spy]]) -> None:
+        if where not in self.hooks:
             spies = [spy for handle, spy in hooks if not is_removed(handle)]
             self.spies += spies
             # one that has not run lies where only the meta-gradient passes
@@ -92,12 +93,18 @@ class Keyed:
         return tuple([self._entry_key(e) for e in self.entries])
 
     def _entry_key(self, entry: Entry) -> Token:
-        self.opaque |= isinstance(entry.op, Function)
-        args = self._lift_index(entry)
+        op, args = entry.op, None
+        if is_operator(op):
+            what: Any = id(op)  # it is never forgotten, and its hash is a call of Python
+            if op_info(op).particular:
+                args = self._lift_index(entry)
+        else:
+            what = op
+            self.opaque |= isinstance(op, Function)
         if args is None:
             args = tuple(self.token(a) for a in entry.args)
         kwargs = tuple((k, self.token(v)) for k, v in entry.kwargs.items()) if entry.kwargs else ()
-        return (entry.op, args, kwargs, entry.grad, entry.shape)
+        return (what, args, kwargs, entry.grad, entry.shape)
 
     def _lift_index(self, entry: Entry) -> Token | None:
         """The arguments of an index that is a number of the step, not of its program: it may be another in each step.
@@ -107,7 +114,7 @@ class Keyed:
         if entry.op not in INDEXING or self.indexed:
             return None
         source, dim, start, *end = entry.args
-        if self.written.get(self.memory_of(source), -1) > self.number_of[id(entry)]:
+        if self.written and self.written.get(self.memory_of(source), -1) > self.number_of[id(entry)]:
             return None
         token = self.token(source)
         self.numbers.append(start)
@@ -165,7 +172,9 @@ class Slice(Keyed):
 
     def token(self, a: Any) -> Any:
         """A hashable stand-in for one argument: ("v", entry, output), ("t", k), ("x", k), ("n", k) or a constant."""
-        if a is None or type(a) is int:  # most are
+        if type(a) is int:  # most are one of these
+            return ("c", int, a)
+        if a is None or (type(a) is Value and a.apart is None):
             return super().token(a)
         a = self._resolved(a)
         if isinstance(a, External):
@@ -183,7 +192,8 @@ class Slice(Keyed):
                 elif all(t is not a.tensor for t in self.twins.setdefault(at, [])):
                     self.twins[at].append(a.tensor)
             where = ("t", at)
-            self._note_hooks(where, a.hooks)
+            if a.hooks:
+                self._note_hooks(where, a.hooks)
             return where
         return super().token(a)
 

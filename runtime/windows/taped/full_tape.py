@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.overrides import enable_reentrant_dispatch
 
 from metaoptim.compiler.capture.eager.recorder import Recorder
+from metaoptim.compiler.ir.operators import NORM_GRADIENTS, PLAIN_NORM
+from metaoptim.errors import CaptureError
 
 from ...engine.engine import Held
 from ...engine.graph import nodes_below
@@ -85,6 +87,24 @@ def _shown_below(loss: Tensor, level: int) -> set[Any]:
         if hasattr(node, "variable"):
             found.add(id(node.variable))
     return found
+
+
+#: What autograd calls the derivatives of norms where these are differentiated.
+_NORMS = {
+    "".join(word.capitalize() for word in op._schema.name.partition("::")[2].split("_")) + "Backward0"
+    for op in NORM_GRADIENTS
+}
+
+
+def _check_norms(read: Collection[Any]) -> None:
+    """Raise for a loss that holds the derivative of a norm, where its gradient is differentiated."""
+    found = {node.name() for node in read if not isinstance(node, int)} & _NORMS
+    if found:
+        raise CaptureError(
+            f"the loss holds the derivative of a norm ({found.pop()}), and a meta-gradient by autograd's tape takes "
+            "the third one, which PyTorch gets wrong for layer norm and batch norm. Leave strategy='full_tape' out; in "
+            f"a window inside another one, write the norm in plain operators: {PLAIN_NORM}"
+        )
 
 
 class FullTapeSession(OrdinarySession):
@@ -231,6 +251,8 @@ class FullTapeSession(OrdinarySession):
         value was the same, both count; where an older value led to a newer one through a step, that way does not.
         """
         read = _shown_below(loss, self.level)
+        if create_graph:
+            _check_norms(read)
         for i, node in self._cut:
             if i in ordinals and node in read:
                 refuse_overwritten(self.networks.names[i])

@@ -120,7 +120,7 @@ def hyper_of(
         else:
             return value
         slots.append(value)
-        return HyperRef(len(slots) - 1)
+        return HyperRef.of(len(slots) - 1)
 
     groups: list[tuple] = []
     defaults = optimizer.defaults.items()

@@ -11,7 +11,7 @@ is told by a warning that points at the user's line.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -104,7 +104,7 @@ class Ended:
         own: Mapping[str, Tensor],
         asked: bool,
         learns: bool,
-        reads: Collection[Any],
+        reads: Sized,
         implicit: bool = False,
     ) -> None:
         self.offline, self.asked, self.learns, self._reads = offline, asked, learns, reads
