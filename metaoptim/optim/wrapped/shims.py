@@ -44,6 +44,8 @@ class Numbers(TorchFunctionMode):
             return args[0].copy_(getattr(torch.Tensor, name[:-1])(*args, **kwargs))
         if name == "bfloat16":
             return args[0].to(self.low)
+        if name == "to" and kwargs.get("dtype") is torch.bfloat16:  # as from torch 2.15 on
+            kwargs = {**kwargs, "dtype": self.low}
         if name == "__setitem__" and isinstance(args[1], Tensor) and args[1].dtype is torch.bool:
             raise Decides("entries chosen by a mask")
         return func(*args, **kwargs)
