@@ -2,8 +2,8 @@
 
 Torch's formula for the second derivative of layer norm and batch norm takes mean and variance for constants. So the
 third is wrong: of layer norm silently (up to torch 2.15), of batch norm silently in torch 2.13, while 2.14 and later
-raise. Where the first derivative is a call of the loss, a meta-gradient takes the third. Such calls are differentiated by
-the formulas below, in which mean and variance are functions of the input.
+raise. Where the first derivative is a call of the loss, a meta-gradient takes the third. Such calls are
+differentiated by the formulas below, in which mean and variance are functions of the input.
 """
 
 from __future__ import annotations
