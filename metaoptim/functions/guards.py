@@ -57,27 +57,35 @@ class Dependencies:
     ) -> Dependencies:
         """What a call of ``fn`` depends on, inside an ordinary window or outside of one."""
         dependencies = cls(named)
-        dependencies._late = []
-        dependencies.fact("the call", ("is", "outside any window" if window is None else "inside a window"))
+        try:
+            dependencies._look(fn, args, kwargs, window)
+        except CaptureError:
+            if not named:
+                cls.of_call(fn, args, kwargs, window, named=True)  # raises it with the place of what is wrong
+            raise
+        return dependencies
+
+    def _look(self, fn: Callable, args: tuple, kwargs: dict[str, Any], window: Any) -> None:
+        self._late, named = [], self.paths is not None
+        self.fact("the call", ("is", "outside any window" if window is None else "inside a window"))
         if window is not None:
             hooked = "without" if window.options.backward_hook is None else "with"
-            dependencies.fact("the window", ("is", f"{hooked} a backward_hook"))
+            self.fact("the window", ("is", f"{hooked} a backward_hook"))
         for path, mode in ambient().items():
-            dependencies.fact(path, ("mode", mode))
+            self.fact(path, ("mode", mode))
         labels = argument_names(fn, args) if named else ()
-        dependencies.fact("the number of positional arguments", (int, len(args)))
+        self.fact("the number of positional arguments", (int, len(args)))
         for i, value in enumerate(args):
-            dependencies.describe(value, labels[i] if labels else "")
-        dependencies.fact("the keyword arguments", ("keys", tuple(kwargs)))
+            self.describe(value, labels[i] if labels else "")
+        self.fact("the keyword arguments", ("keys", tuple(kwargs)))
         for name, value in kwargs.items():
-            dependencies.describe(value, name)
+            self.describe(value, name if named else "")
         for name, value in surroundings(fn):
-            dependencies.fact("what the function refers to", ("name", name))
-            dependencies.describe(value, name)
-        late, dependencies._late = dependencies._late, None
+            self.fact("what the function refers to", ("name", name))
+            self.describe(value, name if named else "")
+        late, self._late = self._late, None
         for network, path in late:
-            dependencies.describe(network, path)
-        return dependencies
+            self.describe(network, path)
 
     @property
     def key(self) -> tuple[Fact, ...]:
