@@ -1,4 +1,7 @@
-"""metaoptim: exact meta-gradients in bounded memory, from ordinary PyTorch code."""
+"""metaoptim: exact meta-gradients in bounded memory, from ordinary PyTorch code.
+
+In: a user's networks, losses and functions. Out: gradients, reports. Imports: all that is below.
+"""
 
 from . import logs
 from .compile import compile, explain

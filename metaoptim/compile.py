@@ -20,7 +20,13 @@ from .compiler.lower.derivatives import begin
 from .compiler.passes.options import Options
 from .errors import WindowError
 from .functions.guards import Dependencies
-from .functions.specialization import compare, name_of, specialize
+from .functions.specialization import (
+    Specialization,
+    StepSpecialization,
+    compare,
+    name_of,
+    specialize,
+)
 from .functions.specializations import Specializations
 from .report.explain import report_of
 from .report.report import Report
@@ -91,7 +97,9 @@ class CompiledFunction(Method):
                 for coming in step.derived.coming.values():
                     coming.wait()
 
-    def _found(self, window: RecordedSession | None, args: tuple, kwargs: dict) -> tuple[Any, Dependencies]:
+    def _found(
+        self, window: RecordedSession | None, args: tuple, kwargs: dict
+    ) -> tuple[Specialization | StepSpecialization, Dependencies]:
         """The specialization for a call, captured where there is none yet."""
         fn, options = self._fn, self._options
         if window is not None:

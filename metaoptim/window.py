@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .compiler.capture.intercept import recording
+from .compiler.ir.programs.program import Tape
 from .compiler.ir.retention import Retention, check_count
 from .compiler.ir.step import Lowering
 from .contradictions import check_gradient, check_sync
@@ -182,7 +183,7 @@ class SlidingWindow:
             )
         self._strategy = strategy
         self._session: Session | None = None
-        self._program: Any = None
+        self._program: Tape | None = None
 
     def __enter__(self) -> SlidingWindow:
         around = current_session()
@@ -324,7 +325,7 @@ class SlidingWindow:
         """What the steps taken so far have become, what a backward from here will cost, and who gets a gradient.
 
         Called inside the block. Nothing changes: the steps are gone through on sizes alone. After a backward, which
-        gives up states on its way, it is of another one.
+        gives up states, the report is about a second backward.
 
         Returns:
             A `Report` of the form ``"block"``: the states kept, the steps that a backward will run again, the peak that
@@ -352,7 +353,7 @@ class SlidingWindow:
             return explain_window(self._session, repr(self))
 
     @property
-    def program(self) -> Any:
+    def program(self) -> Tape | None:
         """What the window has recorded, as a printable Tape; None under full_tape."""
         return self._session.program if isinstance(self._session, RecordedSession) else self._program
 

@@ -41,7 +41,7 @@ class CaptureMode(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Torch's own way of it wraps each call."""
+        """Torch's default would wrap every call."""
         return False
 
     def __init_subclass__(cls) -> None:
@@ -64,7 +64,7 @@ class CaptureMode(TorchDispatchMode):
                 push_dispatch_mode(self)
 
     def __enter__(self) -> CaptureMode:
-        """Torch's own way also notes that a mode is on, for all threads, and not that `close` has ended it."""
+        """Torch's own `__enter__` also sets a flag for all threads, which `close` would leave set."""
         push_dispatch_mode(self)
         return self
 

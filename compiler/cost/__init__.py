@@ -1,1 +1,4 @@
-"""Bytes and FLOPs of steps and programs, measured and as formulas. In: a program. Imports: `ir`, `derive`, `lower`."""
+"""Bytes and FLOPs of steps and programs, measured and as formulas.
+
+In: a program. Out: numbers and formulas. Imports: `ir`, `derive`, `lower`.
+"""

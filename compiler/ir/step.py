@@ -3,7 +3,8 @@
 A `StepGraph` is an fx graph of one inner step: from theta, optimizer state, meta-parameters and data to the loss, from
 the loss to its gradient (one `gradient` node), from the gradient to theta' and the new optimizer state. Its operators
 are ATen calls; custom autograd Functions, hooks and the optimizer's update are calls too, since they may have a
-derivative of their own. Everything that runs (the replay of the step and its VJP) is derived from this graph alone.
+derivative of their own. Everything that runs (the replay of the step and its VJP) is derived from this graph alone, but
+for batched steps, which are made together with their derivatives.
 """
 
 from __future__ import annotations
@@ -149,12 +150,12 @@ class FlatGraph:
 
     @cached_property
     def module(self) -> fx.GraphModule:
-        """It as a module."""
+        """The graph as a module."""
         return fx.GraphModule(self.constants, self.graph)
 
     @cached_property
     def program(self) -> Lowered:
-        """It as code."""
+        """The graph as Python code."""
         return fx.GraphModule(self.constants, bound(self.graph)).forward
 
     def __call__(self, *inputs: Tensor) -> Any:

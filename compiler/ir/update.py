@@ -69,12 +69,12 @@ class TransformPlan:
         return name_of(self.apply)
 
     def __call__(
-        self, grads: Sequence[Tensor], thetas: Sequence[Tensor], slots: Sequence[Any]
+        self, grads: Sequence[Tensor], thetas: Sequence[Tensor], hyper_values: Sequence[Any]
     ) -> list[Tensor]:
         """The new gradients, of the same shapes and dtypes."""
         at = range(len(grads)) if self.places is None else self.places
         given = [grads[i] for i in at]
-        found = self.apply(list(given), [thetas[i] for i in at], self.filled(slots))
+        found = self.apply(list(given), [thetas[i] for i in at], self.filled(hyper_values))
         if not (is_several(found) and len(found) == len(given) and all(map(_alike, found, given))):
             raise WindowError(
                 f"the transform {self.__name__}: got {_outline(found)}, expected a list of one tensor for each "
@@ -85,9 +85,9 @@ class TransformPlan:
             after[i] = g if g.dtype == grads[i].dtype else g.to(grads[i].dtype)
         return after
 
-    def filled(self, slots: Sequence[Any]) -> dict[str, Any]:
+    def filled(self, hyper_values: Sequence[Any]) -> dict[str, Any]:
         """Its hyper-parameters, by name."""
-        return {name: _fill(value, slots, []) for name, value in self.hyper}
+        return {name: _fill(value, hyper_values, []) for name, value in self.hyper}
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,11 @@ class UpdatePlan:
         )
 
     def __call__(
-        self, thetas: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[State], slots: Sequence[Any]
+        self,
+        thetas: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        states: Sequence[State],
+        hyper_values: Sequence[Any],
     ) -> tuple[list[Tensor], list[State]]:
         """New parameters and new states."""
         named = (*self.groups, *(transform.hyper for transform in self.transforms))
@@ -126,18 +130,21 @@ class UpdatePlan:
         use = (self.update, self.states, *(transform.key for transform in self.transforms), *forms)
         first, given = use not in _looked_at, _Given()
         if first:  # it may write into what it is given
-            thetas, grads, slots = _copies(thetas), _copies(grads), _copies(slots)
+            thetas, grads, hyper_values = _copies(thetas), _copies(grads), _copies(hyper_values)
             states = [dict(zip(state, _copies(list(state.values())), strict=True)) for state in states]
             given.add("its parameter", thetas)
             given.add("its gradient", grads)
             given.add("its state", [v for state in states for v in state.values()])
             given.add(
-                "a hyper-parameter, or a buffer of a module (batch norm must be in evaluation mode),", slots
+                "a hyper-parameter, or a buffer of a module (batch norm must be in evaluation mode),",
+                hyper_values,
             )
         modules: list[tuple[ModuleRef, nn.Module]] = []
-        groups = [{name: _fill(value, slots, modules) for name, value in group} for group in self.groups]
+        groups = [
+            {name: _fill(value, hyper_values, modules) for name, value in group} for group in self.groups
+        ]
         for transform in self.transforms:
-            grads = transform(grads, thetas, slots)
+            grads = transform(grads, thetas, hyper_values)
         new_thetas: list[Tensor] = []
         new_states: list[State] = []
         for theta, grad, state, group in zip(thetas, grads, states, self.group_of, strict=True):
@@ -158,7 +165,7 @@ class UpdatePlan:
         if first:
             given.check_kept(" or ".join([*(t.__name__ for t in self.transforms), self.__name__]))
             for ref, module in modules:
-                ref.form.check_kept(module, [slots[at.at] for at in ref.tensors])
+                ref.form.check_kept(module, [hyper_values[at.at] for at in ref.tensors])
             if len(_looked_at) >= _MOST:
                 _looked_at.clear()
             _looked_at.add(use)
@@ -249,15 +256,15 @@ def _modules(value: Any) -> list[ModuleRef]:
     return [ref for v in value for ref in _modules(v)] if is_several(value) else []
 
 
-def _fill(value: Any, slots: Sequence[Any], modules: list[tuple[ModuleRef, nn.Module]]) -> Any:
+def _fill(value: Any, hyper_values: Sequence[Any], modules: list[tuple[ModuleRef, nn.Module]]) -> Any:
     """A hyper-parameter with values in the place of references; ``modules`` are extended by those that are made."""
     if isinstance(value, HyperRef):
-        return slots[value.at]
+        return hyper_values[value.at]
     if isinstance(value, ModuleRef):
-        made = value.form.module([slots[ref.at] for ref in value.tensors])
+        made = value.form.module([hyper_values[ref.at] for ref in value.tensors])
         modules.append((value, made))
         return made
-    return tuple([_fill(v, slots, modules) for v in value]) if is_several(value) else value
+    return tuple([_fill(v, hyper_values, modules) for v in value]) if is_several(value) else value
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

@@ -14,7 +14,7 @@ from metaoptim.errors import CaptureError, user_location
 from .operators import aten, is_several, written
 from .step import again
 from .tensors import TensorSpec, tensor_spec
-from .weak import ByStorage
+from .weak import ByStorage, WeakTable
 
 T = TypeVar("T")
 _DETACH = aten.detach.default
@@ -83,7 +83,7 @@ class Epoch:
     theta: dict[int, Theta]  # by the id of the tensor that the networks show
     writes: ByStorage[list[Entry]] = field(default_factory=lambda: ByStorage())  # in-place calls, in order
     # What stands for tensors read from outside, by their id.
-    externals: dict[int, weakref.ref[External]] = field(default_factory=dict[int, "weakref.ref[External]"])
+    externals: WeakTable[External] = field(default_factory=lambda: WeakTable())
     apart: ByStorage[bool] = field(default_factory=lambda: ByStorage())  # memory of values that are set apart
     read: bool = False  # whether any theta has been read in it
 

@@ -37,7 +37,7 @@ class WeakTable(Generic[T]):
         at[key] = weakref.ref(value)
 
     def add(self, value: T) -> None:
-        """Have an object by its id."""
+        """Enter an object under its id."""
         self[id(value)] = value
 
     def get(self, key: int) -> T | None:

@@ -131,7 +131,7 @@ class _Batch:
         return replace(call, step=step, inputs=inputs)
 
     def _enter(self, call: StepCall) -> list[bool]:
-        """Which of its inputs hold all tasks; if any does, so do its results from then on, and otherwise none."""
+        """Which inputs hold all tasks. If any does, so do the registers it writes from then on, else no longer."""
         given = [r in self.over for r in call.reads]
         given += [any(map(self._differs, _chosen(g))) for g in call.inputs]
         written = {r for r in call.writes if r >= 0}

@@ -109,7 +109,7 @@ class _StepTrace:
     def update(self, spec: StepSpec, new_states: Sequence[State], hooks: Sequence[Sequence[Any]]) -> None:
         """Add the gradient and the update."""
         roots = tuple(map(self._value, self.sliced.roots))
-        losses, slots = roots[: spec.losses], roots[spec.losses :]
+        losses, hyper_values = roots[: spec.losses], roots[spec.losses :]
         thetas = tuple(self.thetas[i] for i in spec.params)
         now = tuple(self._input(Role.THETA_NOW, s) for s in spec.now) if spec.stale else thetas
         states = tuple({k: self._input(Role.OPT_STATE, s) for k, s in state} for state in spec.states)
@@ -118,7 +118,7 @@ class _StepTrace:
         grads = [self._call(GradientHooks(h), g) if h else g for g, h in zip(grads, hooks, strict=True)]
         detach = torch.ops.aten.detach.default
         used = tuple(self._call(detach, g) for g in grads) if spec.first_order else tuple(grads)
-        after = self._call(spec.plan, now, used, states, slots)
+        after = self._call(spec.plan, now, used, states, hyper_values)
 
         def part(*path: Any) -> Value:
             """A piece of the update's nested result."""

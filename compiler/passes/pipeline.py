@@ -35,7 +35,7 @@ from .traces.prune import keep_all, prune
 from .traces.rows import rows
 from .traces.split import split
 
-Form = Trace | Partition | Program
+Stage = Trace | Partition | Program
 _log = logging.getLogger("metaoptim.passes")
 #: A step graph that a call runs no more often than this runs as it is.
 FEW = 2
@@ -152,8 +152,8 @@ def checkpoint(program: Program, options: Options) -> tuple[Program, str]:
 class Pass:
     """One rewrite in its place: (program, options) -> (program, note); ``instead`` is run where it is skipped."""
 
-    run: Callable[[Any, Options], tuple[Form, str]]
-    instead: Callable[[Any, Options], tuple[Form, str]] | None = None
+    run: Callable[[Any, Options], tuple[Stage, str]]
+    instead: Callable[[Any, Options], tuple[Stage, str]] | None = None
 
     @property
     def name(self) -> str:
@@ -212,13 +212,13 @@ def shaped(partition: Partition, texts: Mapping[Input, str] | None = None) -> li
 
 
 def _run(
-    passes: Sequence[Pass], trace: Trace, form: Form, options: Options, texts: Mapping[Input, str] | None
-) -> tuple[Form, list[Record]]:
+    passes: Sequence[Pass], trace: Trace, form: Stage, options: Options, texts: Mapping[Input, str] | None
+) -> tuple[Stage, list[Record]]:
     """Take a form of ``trace`` through passes, with the verifier after each that rewrites."""
     records: list[Record] = []
     verifying = 0.0
 
-    def note(name: str, done: str, milliseconds: float, before: dict[str, int], form: Form) -> None:
+    def note(name: str, done: str, milliseconds: float, before: dict[str, int], form: Stage) -> None:
         text = "" if texts is None else _text(form, texts)
         records.append(Record(name, done, milliseconds, before, sizes_of(form), text))
         _log.info("%s", records[-1])
@@ -241,19 +241,19 @@ def _run(
     return form, records
 
 
-def _text(form: Form, texts: Mapping[Input, str]) -> str:
+def _text(form: Stage, texts: Mapping[Input, str]) -> str:
     if isinstance(form, Trace):
         return trace_text(form)
     return partition_text(form) if isinstance(form, Partition) else form.text(texts)
 
 
-def sizes_of(program: Form) -> dict[str, int]:
+def sizes_of(program: Stage) -> dict[str, int]:
     """Sizes of a program in whatever form; ``values`` are passed between parts, ``distinct`` are kinds of these."""
     if isinstance(program, Trace):
-        return {"calls": len(program.entries)}
+        return {"entries": len(program.entries)}
     if isinstance(program, Partition):
         return {
-            "calls": sum(len(u.segment.entries) for u in program.parts),
+            "entries": sum(len(u.segment.entries) for u in program.parts),
             "parts": len(program.parts),
             "distinct": len(program.kinds),
             "values": sum(len(b.outputs) for b in program.kinds),

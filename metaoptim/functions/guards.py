@@ -316,7 +316,7 @@ def _is_hashable(value: Any) -> bool:
 # -- places -----------------------------------------------------------------------------------------------------------
 
 
-class Place:
+class ReadAt:
     """Where something was read: an attribute, a name in a dict of globals, a closure's variable; or an object."""
 
     __slots__ = ("kind", "holder", "name", "path")
@@ -357,7 +357,7 @@ class Place:
             dependencies.describe(value, self.path)
 
 
-def look(dependencies: Dependencies, places: Sequence[Place]) -> Iterator[tuple[Fact, ...]]:
+def look(dependencies: Dependencies, places: Sequence[ReadAt]) -> Iterator[tuple[Fact, ...]]:
     """What is at each of the places now, as facts; ``dependencies`` is extended by them."""
     for place in places:
         before = len(dependencies.facts)

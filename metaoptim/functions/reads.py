@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from metaoptim.compiler.compat import FakeTensor
 
 from ..optim.optimizer import MetaOptimizer
-from .guards import MISSING, Dependencies, Fact, Place, dict_of, look
+from .guards import MISSING, Dependencies, Fact, ReadAt, dict_of, look
 from .surroundings import (
     argument_names,
     contents,
@@ -76,7 +76,7 @@ class _Glance(Dependencies):
 class _Noted:
     """A place that was read: what holds it, what was there, and whether what was read has only been counted up."""
 
-    place: Place
+    place: ReadAt
     holder: Any
     facts: tuple[Fact, ...]
     counts: bool
@@ -90,7 +90,7 @@ class Reads:
         self.key = self.dependencies.key  # what the call depends on by itself
         # facts, each by a key of its own, and what they are about
         self.told: dict[Any, tuple[str, Fact]] = {}
-        self.places: list[Place] = []  # where the capture has read, once that is settled
+        self.places: list[ReadAt] = []  # where the capture has read, once that is settled
         self.found: list[tuple[Fact, ...]] = []  # the facts that were there
         self._noted: dict[tuple[int, str], _Noted] = {}
         self._written: set[tuple[int, str]] = set()
@@ -140,7 +140,7 @@ class Reads:
         if key in self._noted:
             self._noted[key].counts &= counts
         elif key not in self._written:
-            place, glance = Place(kind, holder, name, path), _Glance(self)
+            place, glance = ReadAt(kind, holder, name, path), _Glance(self)
             busy, self._busy = self._busy, True
             try:
                 place.describe(glance)

@@ -273,7 +273,9 @@ def name_of(fn: Callable) -> str:
 # -- compile(recapture=True): is a captured function still the function it was captured from? --------------------------
 
 
-def compare(name: str, known: Any, again: Any) -> None:
+def compare(
+    name: str, known: Specialization | StepSpecialization, again: Specialization | StepSpecialization
+) -> None:
     """Raise at the first difference of two captures of one function for equal guards: the first one, and one of now."""
     where = _difference(known, again)
     if where is None:
@@ -285,7 +287,9 @@ def compare(name: str, known: Any, again: Any) -> None:
     )
 
 
-def _difference(known: Any, again: Any) -> str | None:
+def _difference(
+    known: Specialization | StepSpecialization, again: Specialization | StepSpecialization
+) -> str | None:
     if _result(known) != _result(again):
         return f"what it returns besides tensors was {_result(known)[0]}, and is {_result(again)[0]}"
     if known.program.horizon != again.program.horizon:

@@ -12,7 +12,7 @@ from ..compiler.lower.compile_graph import waiting
 from ..errors import warn
 from ..optim.base.alive import refresh_optimizers
 from ..runtime.windows.recording_session import RecordedSession
-from .guards import Dependencies, Fact, Place, look
+from .guards import Dependencies, Fact, ReadAt, look
 from .reads import Reads
 from .specialization import Specialization, StepSpecialization, name_of
 
@@ -31,7 +31,7 @@ class Specializations:
         # by what a call depends on by itself, by which list of places was read, and by the facts there
         self.known: dict[tuple[Any, int, Any], list[Specialization | StepSpecialization]] = {}
         # lists of places that captures have read
-        self._places: dict[tuple[Fact, ...], list[list[Place]]] = {}
+        self._places: dict[tuple[Fact, ...], list[list[ReadAt]]] = {}
         self._last: Reads | None = None  # of the last capture
 
     def serve(
@@ -41,7 +41,7 @@ class Specializations:
         specialize: Callable[[D, tuple, dict, Reads], Specialization | StepSpecialization],
         window: RecordedSession | None = None,
         of_call: Callable[..., D] = Dependencies.of_call,
-    ) -> tuple[Any, D, bool]:
+    ) -> tuple[Specialization | StepSpecialization, D, bool]:
         """The one for a call, what the call depends on, and whether it was captured now, there having been none."""
         unseen = nullcontext if window is None else window.recorder.paused  # outside of windows nobody looks
         with unseen():
@@ -66,14 +66,16 @@ class Specializations:
             _graphs.info("%s: %s", self.name, text)
         return found, dependencies, True
 
-    def find(self, dependencies: Dependencies, window: Any = None) -> Any:
+    def find(
+        self, dependencies: Dependencies, window: RecordedSession | None = None
+    ) -> Specialization | StepSpecialization | None:
         """The one for ``dependencies``, which are extended by the facts at the places read; None if there is none."""
         key, mark = dependencies.key, dependencies.mark()
         for i, places in enumerate(self._places.get(key, ())):
             candidates = self.known.get((key, i, tuple(look(dependencies, places))), [])
             for found in list(candidates):
                 if all(ref() is o for ref, o in zip(found.remembered, dependencies.objects, strict=True)):
-                    if isinstance(found, Specialization) or found.step.fits(window):
+                    if isinstance(found, Specialization) or window is None or found.step.fits(window):
                         return found
                     candidates.remove(found)  # a layer is another one than in its last window
             dependencies.back_to(mark)

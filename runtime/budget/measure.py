@@ -26,7 +26,7 @@ from ..engine.monitoring.progress import progress
 from .meter import AllocatorMeter
 from .peaks import shortened
 
-_ITERATIONS = 3  # of each loop: a first one, one as all, a last one
+_ITERATIONS = 3  # of each loop: the first, one like the others, the last
 
 
 def rehearse(

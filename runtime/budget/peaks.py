@@ -86,7 +86,7 @@ def changed_bytes(calls: Iterable[Call]) -> int:
 
 
 def lengths(slots: int, offload: bool = False) -> Sequence[int]:
-    """Iterations of a loop in which so many slots are as full as they will ever be.
+    """Iterations of a loop from which on more of them do not fill these slots any further.
 
     With fewer than C(slots + 4, 4) no sweep has come to replay anything four times, with all slots taken on the way.
     """

@@ -252,7 +252,7 @@ class Engine(Interpreter):
         return times.timed(call, kind, program)
 
     def _is_limited(self) -> bool:
-        """Whether memory is."""
+        """Whether memory is limited."""
         return self.store.slots is not None or (self.streaming is not None and self.streaming.acts)
 
     def _taken(self, call: StepCall, kind: str, operands: Sequence[Tensor], position: int) -> Lowering:

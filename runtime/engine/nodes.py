@@ -1,4 +1,4 @@
-"""The autograd nodes that join an engine to the user's graph (DESIGN: Read and Link).
+"""The autograd nodes that join an engine to the user's graph (docs/architecture.md: Joining autograd).
 
 A Read hands out theta at one position; its only differentiable input is a token. A Link stands where a step first read
 some differentiable tensors: its inputs are those and the previous token. Autograd runs a node after everything that

@@ -1,1 +1,4 @@
-"""Captured functions and compiled steps at work. In: traces, arguments. Imports: `windows` and what is below it."""
+"""Captured functions and compiled steps at work.
+
+In: traces, arguments. Out: results. Imports: `windows` and what is below it.
+"""

@@ -1,4 +1,4 @@
-"""A compiled inner step inside an ordinary window (form B): captured once, then one call of the engine each time."""
+"""A compiled inner step inside an ordinary window: captured once, then one call of the engine each time."""
 
 from __future__ import annotations
 

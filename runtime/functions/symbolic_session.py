@@ -354,17 +354,17 @@ class CapturedSession(Session):
 
     def _updated(self, update: Update, thetas: list[Tensor]) -> _Specs:
         """Specs of what an update makes of parameters and states; it is gone through once for all that are alike."""
-        plan, grads, states, slots = update.plan, update.grads, update.states, update.slots
+        plan, grads, states, hyper_values = update.plan, update.grads, update.states, update.hyper_values
         key = (
             plan,
             *(tensor_spec(t) for t in (*thetas, *grads)),
             *(tensor_spec(v) for state in states for v in state.values()),
-            *(tensor_spec(v) if isinstance(v, Tensor) else type(v) for v in slots),
+            *(tensor_spec(v) if isinstance(v, Tensor) else type(v) for v in hyper_values),
         )
         if key not in self._updates:
             with torch.no_grad():
                 values = [t.detach() for t in thetas]
-                new, new_states = plan(values, grads, states, self.recorder.faked(slots))
+                new, new_states = plan(values, grads, states, self.recorder.faked(hyper_values))
             specs = [{k: tensor_spec(v) for k, v in state.items()} for state in new_states]
             self._updates[key] = list(map(tensor_spec, new)), specs
         return self._updates[key]

@@ -200,15 +200,15 @@ def unrecorded(name: str, worst: float | None = None, scale: float | None = None
 
 
 def applied(update: Update, old: list[Tensor]) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-    """Υ, whose errors tell what it was given."""
-    plan, slots = update.plan, update.slots
+    """Apply the update; its errors name the shapes that it was given."""
+    plan, hyper_values = update.plan, update.hyper_values
     with torch.no_grad():
         try:
-            return plan(old, update.grads, update.states, slots)
+            return plan(old, update.grads, update.states, hyper_values)
         except (MetaOptimError, torch.OutOfMemoryError):
             raise
         except RuntimeError as error:
-            shapes = ", ".join(str(tuple(s.shape)) for s in slots if isinstance(s, Tensor)) or "none"
+            shapes = ", ".join(str(tuple(s.shape)) for s in hyper_values if isinstance(s, Tensor)) or "none"
             failed = " or ".join([*(t.__name__ for t in plan.transforms), plan.__name__])
             raise WindowError(
                 f"{failed} failed: {error}; shapes of the hyper-parameters that are tensors: {shapes}"

@@ -34,7 +34,7 @@ class RootedReads(CommonReads):
         self._lives = WeakTable[Life]()  # at the lowest position each goes back to
 
     def hold(self, indices: Sequence[int]) -> tuple[Tensor, ...]:
-        """Refused: W steps back from there are no W steps back from a loss, and tangents there are none here."""
+        """Refused: W steps back from such a state are not W steps back from a loss, nor has it tangents."""
         raise WindowError(
             f"extract_state by reference or copy, in a window with {self.option}: its gradient would need a root of "
             "its own. Use by='detached', or leave the option out"

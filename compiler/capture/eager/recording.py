@@ -246,15 +246,14 @@ class Recording(Writer):
                 "step, in a way that cannot be followed; clone one of them"
             )
         new = External(t, self.guard.hold(t))
-        self.epoch.externals[id(t)] = weakref.ref(new)
+        self.epoch.externals[id(t)] = new
         if not t.is_leaf:
             self.histories.add(new)
         return new
 
     def external_of(self, t: Tensor) -> External | None:
         """``t`` as this epoch has read it last, if it has."""
-        ref = self.epoch.externals.get(id(t))
-        found = None if ref is None else ref()
+        found = self.epoch.externals.get(id(t))
         return found if found is not None and found.source is t else None
 
     def alias_of(self, t: Tensor, base: Tensor) -> Value:
@@ -278,9 +277,7 @@ class Recording(Writer):
     def _sweep(self) -> None:
         """Forget what stood for tensors that have died, and with it what only their history holds."""
         self.values = {k: v for k, v in self.values.items() if v.ref() is not None}
-        externals = self.epoch.externals
-        self.epoch.externals = {k: ref for k, ref in externals.items() if ref() is not None}
-        self._sweep_at = max(_FEW, 2 * (len(self.values) + len(self.epoch.externals)))
+        self._sweep_at = max(_FEW, 2 * len(self.values))
 
     def entry(self, op: Any, tokens: tuple, kwargs: dict, reads: Iterable, grad: bool) -> Entry:
         """A call of which ``reads`` are the tensors: it depends on what was written into their memory."""
@@ -301,7 +298,7 @@ class Recording(Writer):
 
     def bind_outputs(self, entry: Entry, out: Any) -> None:
         super().bind_outputs(entry, out)
-        if len(self.values) + len(self.epoch.externals) > self._sweep_at:
+        if len(self.values) > self._sweep_at:
             self._sweep()
 
     def record(self, op: Any, info: OpInfo, args: tuple, kwargs: dict, out: Any) -> None:

@@ -110,7 +110,7 @@ def _adopt_target(recording: Recording, t: Tensor) -> list[External]:
     if recording.is_recorded(t):
         if recording.known(t) is None and base is not t:
             recording.alias_of(t, base)
-        read = [x for ref in epoch.externals.values() if (x := ref()) is not None]
+        read = list(epoch.externals)
         # of which ``t`` may be a recorded view
         touched = [x for x in read if x.source is not None and _lies_in(x.source, _storage(t))]
     else:
@@ -185,7 +185,7 @@ def _suspect(recorder: Recorder, targets: list[Tensor]) -> None:
         return
     read: list[tuple[Any, Tensor | None]] = [(v, v.ref()) for v in recording.values.values()]
     for epoch in (*recording.guard.epochs, recording.epoch):
-        read += [(x, x.source) for ref in epoch.externals.values() if (x := ref()) is not None]
+        read += [(x, x.source) for x in epoch.externals]
         read += [(theta, theta.tensor) for theta in epoch.theta.values()]
     for x, t in read:
         if t is not None and _storage(t) in storages:

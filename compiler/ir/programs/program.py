@@ -278,7 +278,7 @@ class Tape(Calls):
     def __str__(self) -> str:
         self.fold()
         graphs, names = self.step_graphs, self.names()
-        lines = [f"program of {plural(self.horizon, 'inner step')}, {len(graphs)} distinct"]
+        lines = [f"tape of {plural(self.horizon, 'inner step')}, {len(graphs)} distinct"]
         if self.start:
             lines[0] += f" (what lies before position {self.start} is forgotten)"
         for item in self.calls:

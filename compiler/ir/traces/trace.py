@@ -19,7 +19,7 @@ from ..update import UpdatePlan
 from ..values import Entry, Input, Noise, Number, ScanItem, Spy, Value, changed, identity, owner
 from .slices import Keyed
 
-Place = tuple[int, Any]  # of a call, and which of its outputs; None for the only one
+OutputAt = tuple[int, Any]  # of a call, and which of its outputs; None for the only one
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -180,9 +180,9 @@ class PartKind:
     """What equal segments have in common."""
 
     parts: list[Part] = field(default_factory=lambda: [])
-    outputs: dict[Place, TensorSpec] = field(default_factory=lambda: {})  # that anything later reads
+    outputs: dict[OutputAt, TensorSpec] = field(default_factory=lambda: {})  # that anything later reads
     active: set[int] = field(default_factory=set[int])  # inputs that depend on something that requires grad
-    active_outputs: set[Place] = field(default_factory=set[Place])  # outputs that do
+    active_outputs: set[OutputAt] = field(default_factory=set[OutputAt])  # outputs that do
 
 
 @dataclass
@@ -205,7 +205,7 @@ class Partition:
     kinds: list[PartKind] = field(default_factory=list[PartKind])
     part_of: dict[int, int] = field(default_factory=dict[int, int])  # id of an entry -> its part
 
-    def made(self, value: Value) -> tuple[Part, Place]:
+    def made(self, value: Value) -> tuple[Part, OutputAt]:
         """The part that gives a value, and the value's place in it."""
         part = self.parts[self.part_of[id(value.entry)]]
         return part, (part.segment.number_of[id(value.entry)], value.index)
@@ -220,7 +220,7 @@ class Roles:
     """What the inputs, by place, and the outputs of a segment, in order, are to the inner loop."""
 
     inputs: list[Role]
-    outputs: dict[Place, Role]
+    outputs: dict[OutputAt, Role]
 
     @property
     def order(self) -> list[int]:
@@ -238,7 +238,7 @@ def roles_of(segment: Segment, kind: PartKind) -> Roles:
         else:
             given = Role.NOISE if isinstance(ref, Noise) else Role.SCAN
             inputs.append(Role.META if at in kind.active else given)
-    outputs: dict[Place, Role] = {}
+    outputs: dict[OutputAt, Role] = {}
     for number, index in kind.outputs:
         inner = is_inner_state(Value(segment.entries[number], index))
         outputs[number, index] = Role.OPT_STATE if inner else Role.CARRY

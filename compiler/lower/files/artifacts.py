@@ -1,4 +1,4 @@
-"""Compiled graphs as files: what a graph's depends on, and where it lies.
+"""Compiled graphs as files: what a graph's file depends on, and where it lies.
 
 The files lie in inductor's own cache folder. Another process that has the same graph reads the file, and does not
 compile it.

@@ -32,7 +32,7 @@ class Job:
         self._done, self._process = threading.Event(), os.getpid()
 
     def end(self, complaint: str | None, seconds: float = 0.0) -> None:
-        """It is compiled, or there is a complaint."""
+        """Note that it is done: compiled, or why not."""
         self.complaint, self.seconds = complaint, seconds
         self._done.set()
 

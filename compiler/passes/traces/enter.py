@@ -13,9 +13,10 @@ from .split import group
 
 
 def enter(partition: Partition, options: Options) -> tuple[Partition, str]:
-    """Let a step read from a part of its own what the step after it reads from it, and it itself from outside.
+    """Pass optimizer state from outside through a part of its own.
 
-    Two steps that do the same then are of one kind, and have one step graph and one derivative.
+    So the first step reads it from the part before, as the second step reads it from the first. Two steps that do
+    the same then are of one kind, and have one step graph and one derivative.
     """
     parts: list[Part] = []
     entered = 0

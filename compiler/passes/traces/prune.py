@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...ir.traces.trace import Part, Partition, Place, sources
+from ...ir.traces.trace import OutputAt, Part, Partition, sources
 from ...ir.values import Noise, Value, identity
 from ..options import Options
 
@@ -41,7 +41,7 @@ def _active(partition: Partition, ref: object) -> bool:
     return place in part.kind.active_outputs
 
 
-def _spread(part: Part, inputs: set[int]) -> set[Place]:
+def _spread(part: Part, inputs: set[int]) -> set[OutputAt]:
     """Places of the part's outputs that depend on the inputs at ``inputs``."""
     segment = part.segment
     given = {identity(segment.inputs[at]) for at in inputs}

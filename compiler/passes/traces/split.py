@@ -94,7 +94,7 @@ def _first_use_of_theta(taken: Entry) -> int:
 
 
 def refuse_aliases_across(partition: Partition) -> None:
-    """That nothing is changed in place in one part that another reads by other memory."""
+    """Raise where a part changes memory in place that a later part reads through another tensor."""
     for entry in partition.trace.entries:
         for write in entry.deps:
             inside = partition.parts[partition.part_of[id(write)]].segment

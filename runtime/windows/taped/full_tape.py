@@ -223,8 +223,10 @@ class FullTapeSession(OrdinarySession):
                         g.register_hook(hook)
             thetas = [networks.shown[i] for i in update.ordinals]
             # schedulers write into tensors that autograd saves here: copies, where that changes no gradient
-            slots = [h.clone() if isinstance(h, Tensor) and not h.requires_grad else h for h in update.slots]
-            new, new_states = update.plan(thetas, inner, update.states, slots)
+            hyper_values = [
+                h.clone() if isinstance(h, Tensor) and not h.requires_grad else h for h in update.hyper_values
+            ]
+            new, new_states = update.plan(thetas, inner, update.states, hyper_values)
             for i, value in zip(update.ordinals, new, strict=True):
                 own = networks.originals[i]
                 learnt = value.requires_grad

@@ -94,7 +94,7 @@ class Hyper(NamedTuple):
 
     groups: tuple  # per parameter group, names with constants and `HyperRef`s
     transforms: tuple[tuple[Transform, tuple], ...]  # each with such names
-    slots: list[Any]  # the values that the references stand for
+    hyper_values: list[Any]  # the values that the references stand for
     roots: list[Any]  # what stands for the values in a recording
 
 
@@ -102,7 +102,7 @@ def hyper_of(
     optimizer: InnerOptimizer, schedules: Scheduled, value_of: Callable[[Tensor], Any], lifts: bool
 ) -> Hyper:
     """The hyper-parameters as they are now; ``lifts``: whether numbers may become inputs of the step."""
-    slots: list[Any] = []
+    hyper_values: list[Any] = []
     roots: list[Any] = []
 
     def template(value: Any) -> Any:
@@ -119,8 +119,8 @@ def hyper_of(
             return ModuleRef(form, tuple([template(t) for t in tensors]))
         else:
             return value
-        slots.append(value)
-        return HyperRef.of(len(slots) - 1)
+        hyper_values.append(value)
+        return HyperRef.of(len(hyper_values) - 1)
 
     groups: list[tuple] = []
     defaults = optimizer.defaults.items()
@@ -143,4 +143,4 @@ def hyper_of(
         (t, tuple([(name, template(schedules.at(value))) for name, value in t.hyper.items()]))
         for t in optimizer.transforms
     ]
-    return Hyper(tuple(groups), tuple(transforms), slots, roots)
+    return Hyper(tuple(groups), tuple(transforms), hyper_values, roots)

@@ -114,7 +114,7 @@ class Update(NamedTuple):
     hooks: tuple[tuple, ...]  # for each, the hooks on the user's own parameter that change its gradient
     states: list[dict[str, Tensor]]  # before the update
     plan: UpdatePlan
-    slots: list[Any]  # the values of the plan's hyper-references
+    hyper_values: list[Any]  # the values of the plan's hyper-references
 
 
 def trained(optimizer: InnerOptimizer, networks: Networks) -> list[tuple[int, int]]:
@@ -170,7 +170,7 @@ def update_by(
     inner, hooks = _through_hooks([g for *_, g in used], hooked, create_graph)
     transforms = _transforms(name, hyper, networks, members, ordinals)
     if any(t.check is not None for t, _ in transforms):
-        _check(name, transforms, inner, [networks.shown[i].detach() for i in ordinals], hyper.slots)
+        _check(name, transforms, inner, [networks.shown[i].detach() for i in ordinals], hyper.hyper_values)
     initial = prepare is not None and prepare(ordinals)
     states = [dict(optimizer.state[networks.originals[i]]) for i in ordinals]
     if prepare is None:
@@ -180,7 +180,7 @@ def update_by(
     plans = tuple([plan for _, plan in transforms])
     names, update = tuple(map(tuple, states)), type(optimizer).update
     plan = UpdatePlan(update, hyper.groups, group_of, names, plans, init, optimizer.reads())
-    return Update(ordinals, inner, hooks, states, plan, hyper.slots)
+    return Update(ordinals, inner, hooks, states, plan, hyper.hyper_values)
 
 
 def _through_hooks(
@@ -226,12 +226,12 @@ def _check(
     transforms: list[tuple[Transform, TransformPlan]],
     grads: list[Tensor],
     thetas: list[Tensor],
-    slots: list[Any],
+    hyper_values: list[Any],
 ) -> None:
     """Raise for gradients that a transform is not to be given."""
     for transform, plan in transforms:
         at = range(len(grads)) if plan.places is None else plan.places
-        wrong = transform.check and transform.check([grads[i] for i in at], plan.filled(slots))
+        wrong = transform.check and transform.check([grads[i] for i in at], plan.filled(hyper_values))
         if wrong:
             raise LossError(f"{name}.step: {wrong}")
-        grads = plan(grads, thetas, slots)
+        grads = plan(grads, thetas, hyper_values)
