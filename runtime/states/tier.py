@@ -44,7 +44,7 @@ class _Reading(NamedTuple):
 class Tier:
     """States by tape position, below the slots of the device. What they share is kept once.
 
-    A state is written behind the back of the loop, and may be read ahead of it. Where it waits to be written (in files),
+    A state is written behind the back of the loop, and may be read ahead of it. Where it waits to be written, in files,
     its tensors are referred to, not copied: whoever changes one says so before (`overwritten`).
 
     This one is page-locked memory of the host, for a device that has a memory of its own: copies are asked of the
