@@ -26,6 +26,7 @@ from metaoptim.compiler.compat import FakeTensor
 from ..compiler.lower.ambient import ambient
 from ..errors import CaptureError
 from ..optim.optimizer import MetaOptimizer
+from ..runtime.engine.nodes import InnerParameter
 from ..runtime.windows.updates.hyper import COUNT
 from ..runtime.windows.updates.schedule import Schedule
 from ..runtime.windows.updates.transform import Transform
@@ -37,6 +38,7 @@ Source = int | Tensor  # the place of a tensor among `Dependencies.tensors`, or 
 _OF_TORCH = {torch.dtype, torch.device, torch.Size, torch.layout}
 _ATOMS = {int, bool, str, bytes, type(None), range, type(...)} | _OF_TORCH
 MISSING = object()
+_USUAL = {Tensor, nn.Parameter, InnerParameter}
 
 
 class Dependencies:
@@ -234,17 +236,8 @@ class Dependencies:
                 self.describe(contents(cell), name)
 
     def _tensor(self, t: Tensor, path: str) -> None:
-        if isinstance(t, FakeTensor):
-            raise CaptureError(
-                f"{path + ': ' if path else ''}a symbolic tensor of shape {tuple(t.shape)} is among what the compiled "
-                "function depends on: an earlier capture has stored it in a list, a dict or an attribute. Return it "
-                "from the function instead"
-            )
-        if is_lazy(t):
-            raise CaptureError(
-                "a parameter or buffer of a lazy module has no shape yet, which a compiled function must know; run the "
-                "network once before, under torch.no_grad()"
-            )
+        if type(t) not in _USUAL:
+            _check_known(t, path)
         self.tensors.append(t)
         stride = t.stride() if t.layout is torch.strided else ()
         hooks: Any = ()
@@ -303,6 +296,21 @@ class Dependencies:
                 self.describe(network, label)
             else:
                 self._late.append((network, label))
+
+
+def _check_known(t: Tensor, path: str) -> None:
+    """Raise for a tensor that says nothing of the calls to come."""
+    if isinstance(t, FakeTensor):
+        raise CaptureError(
+            f"{path + ': ' if path else ''}a symbolic tensor of shape {tuple(t.shape)} is among what the compiled "
+            "function depends on: an earlier capture has stored it in a list, a dict or an attribute. Return it from "
+            "the function instead"
+        )
+    if is_lazy(t):
+        raise CaptureError(
+            "a parameter or buffer of a lazy module has no shape yet, which a compiled function must know; run the "
+            "network once before, under torch.no_grad()"
+        )
 
 
 def _is_hashable(value: Any) -> bool:

@@ -153,6 +153,7 @@ class OrdinarySession(Session):
 
     def close(self, failed: bool) -> None:
         self.recorder.depth += 1  # from here on nothing is the window's any more
+        self.recorder.close()
         ended, failing = None, True
         try:
             if not failed:
@@ -172,7 +173,6 @@ class OrdinarySession(Session):
             finally:
                 for member in self.members.values():
                     member.optimizer._session = None
-                self.recorder.close()
                 intercept.recording.set(None)
                 intercept.networks.set(None)
                 _current.set(None)

@@ -185,9 +185,16 @@ last_ended = _ended.get  # the window that ended last in this thread, if no othe
 
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether all entries are finite; the device is waited for once."""
-    found = [t.isfinite().all() for t in tensors if t.is_floating_point()]
-    return not found or bool(torch.stack([f.to(found[0].device) for f in found]).all())
+    """Whether all entries are finite; the device is waited for once, or twice where their sums are not."""
+    real = [t for t in tensors if t.is_floating_point()]
+    if not real:
+        return True
+
+    def together(seen: Callable[[Tensor], Tensor]) -> Tensor:
+        return torch.stack([seen(t).to(real[0].device) for t in real])
+
+    # a sum that is finite hides nothing; one that is not may have overflowed
+    return bool(together(Tensor.sum).isfinite().all()) or bool(together(lambda t: t.isfinite().all()).all())
 
 
 # -- partial gradients ---------------------------------------------------------------------------------------------
