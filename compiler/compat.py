@@ -68,6 +68,12 @@ ONCE = tuple(
     for which in ("", "_no_reduction")
 )
 
+
+def forward_mode_level() -> int:
+    """How many levels of forward-mode differentiation are open, less one."""
+    return torch.autograd.forward_ad._current_level
+
+
 any_autocast_enabled = torch._C._is_any_autocast_enabled
 swap_tensors = torch._C._swap_tensor_impl
 current_autograd_node = torch._C._current_autograd_node

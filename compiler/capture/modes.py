@@ -12,6 +12,7 @@ from torch import Tensor
 from metaoptim.compiler.compat import (
     TorchDispatchMode,
     dispatch_modes,
+    forward_mode_level,
     keep_from_dynamo,
     pop_dispatch_mode,
     push_dispatch_mode,
@@ -19,7 +20,17 @@ from metaoptim.compiler.compat import (
 )
 from metaoptim.errors import CaptureError
 
-from ..ir.operators import INDEXING, OFFSETS, from_the_front, lifts, op_info, without_running_stats
+from ..ir.operators import (
+    BATCH_NORM,
+    INDEXING,
+    OFFSETS,
+    PLAIN_NORM,
+    WRONG_IN_FORWARD_MODE,
+    from_the_front,
+    lifts,
+    op_info,
+    without_running_stats,
+)
 from ..ir.values import Entry, Number, Spy, Value
 
 aten = torch.ops.aten
@@ -97,6 +108,22 @@ class CaptureMode(TorchDispatchMode):
     def detach_in_place(self, t: Tensor, detach: Callable[[Tensor], Tensor]) -> Tensor:
         """Record ``t.detach_()``, which happens above the operators."""
         raise NotImplementedError
+
+
+def check_forward_mode(op: Any, args: tuple) -> None:
+    """Raise where ``op`` is differentiated in forward mode, and that derivative in turn by torch's wrong formula."""
+    if (
+        op in WRONG_IN_FORWARD_MODE
+        and (op not in BATCH_NORM or args[BATCH_NORM[op][2]])  # in evaluation mode it is linear
+        and forward_mode_level() >= 0
+        and torch.is_grad_enabled()
+        and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+    ):
+        raise CaptureError(
+            f"{op} within forward-mode differentiation (torch.func.jvp, jacfwd, hessian), whose result PyTorch "
+            "differentiates wrongly, so the inner gradient would be wrong. Use reverse mode (torch.func.vjp, jacrev), "
+            f"or plain operators; for a norm: {PLAIN_NORM}"
+        )
 
 
 class Writer:

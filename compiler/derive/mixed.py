@@ -22,11 +22,12 @@ from torch import Tensor, fx
 from metaoptim.compiler.compat import FakeTensorMode, OpOverload
 from metaoptim.errors import MetaOptimError
 
-from ..ir.operators import NORM_GRADIENTS, op_info
+from ..ir.operators import op_info
 from ..ir.step import FlatGraph, StepGraph, gradient, show
 from ..ir.values import reached
 from .flat import Traced, flat_graph, tracing
 from .graphs import alive_bytes, copied, drop_dead, merge_equal, mutates, peak_bytes, results_of, storages
+from .norms import FORMULAS
 from .reverse import checked, in_formulas, ports_of, pulled_back
 
 
@@ -74,8 +75,8 @@ def why_not_mixed(step: StepGraph) -> str | None:
     for node in step.graph.nodes:
         if isinstance(node.target, OpOverload) and op_info(node.target).writes:
             return f"it writes in place ({node.target})"
-        if node.target in NORM_GRADIENTS:
-            return f"its loss holds the derivative of a norm ({node.target})"
+        if node.target in FORMULAS:
+            return f"torch differentiates an operator of its loss wrongly ({node.target})"
     return None
 
 

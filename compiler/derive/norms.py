@@ -1,9 +1,10 @@
-"""Derivatives of norms, for losses that hold a derivative themselves: gradient penalties, windows inside windows.
+"""Norms that torch differentiates wrongly: what stands for their operators where a derivative is differentiated.
 
 Torch's formula for the second derivative of layer norm and batch norm takes mean and variance for constants. So the
 third is wrong: of layer norm silently (up to torch 2.15), of batch norm silently in torch 2.13, while 2.14 and later
-raise. Where the first derivative is a call of the loss, a meta-gradient takes the third. Such calls are
-differentiated by the formulas below, in which mean and variance are functions of the input.
+raise. It matters to losses that hold a derivative themselves (gradient penalties, windows inside windows), where the
+first derivative is a call of the loss. Of weight norm the second derivative is wrong already, which every meta-gradient
+takes. In the formulas below all statistics are functions of the input.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor, fx
 
 from metaoptim.errors import CaptureError
 
-from ..ir.operators import BATCH_NORM, NORM_GRADIENTS, PLAIN_NORM, aten
+from ..ir.operators import BATCH_NORM, NORM_GRADIENTS, PLAIN_NORM, WEIGHT_NORM, aten
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -96,6 +97,12 @@ def _summed(t: Tensor, over: list[int]) -> Tensor:
     return t.sum(over) if over else t
 
 
+def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
+    """What ``_weight_norm_interface`` gives, w = g v / ‖v‖ and the norms, over all dimensions but ``dim``."""
+    norms = v.square().sum([d for d in range(v.dim()) if d != dim % v.dim()], keepdim=True).sqrt()
+    return v * (g / norms), norms
+
+
 def _of_training(x: Tensor, grad: Tensor, *rest: Any) -> Gradients:
     """Other libraries' ``batch_norm_backward``, in training mode alone."""
     weight, running_mean, running_var, mean, invstd, eps = rest[:6]
@@ -105,26 +112,29 @@ def _of_training(x: Tensor, grad: Tensor, *rest: Any) -> Gradients:
     )
 
 
-#: What stands for the first derivative of a norm where it is differentiated.
-FORMULAS: dict[Any, Callable[..., Gradients]] = {
+#: What stands for an operator where a derivative of a step is differentiated.
+FORMULAS: dict[Any, Callable[..., tuple[Tensor | None, ...]]] = {
+    WEIGHT_NORM: weight_norm,
     aten.native_layer_norm_backward.default: layer_norm_gradients,
     aten.native_batch_norm_backward.default: batch_norm_gradients,
     aten.cudnn_batch_norm_backward.default: _of_training,
     aten.miopen_batch_norm_backward.default: _of_training,
 }
-assert FORMULAS.keys() == NORM_GRADIENTS
-_NORMS = {aten.native_layer_norm.default, *BATCH_NORM}
+_NORMS = {aten.native_layer_norm.default, WEIGHT_NORM, *BATCH_NORM}
 
 
 def check_norms(graph: fx.Graph) -> None:
-    """Raise for a loss with a second derivative of a norm, whose own gradient is wrong already."""
-    if not any(node.target in NORM_GRADIENTS for node in graph.nodes):
-        return
+    """Raise for a loss that reads the statistics of a norm otherwise than for its first derivative.
+
+    Autograd takes them for constants. So do a second derivative of the norm (of weight norm the first) and a derivative
+    in forward mode, whose gradients are wrong for it, the inner one too.
+    """
     for node in graph.nodes:
         if node.target in _NORMS:
             statistics = [part for part in node.users if part.args[1] != 0]
             if any(user.target not in NORM_GRADIENTS for part in statistics for user in part.users):
                 raise CaptureError(
-                    f"the loss holds a second derivative of {node.target}, of which PyTorch's third derivative is "
-                    f"wrong, and so the inner gradient itself. Write the norm in plain operators: {PLAIN_NORM}"
+                    f"the loss reads the statistics that {node.target} gives beside its result, which PyTorch takes "
+                    "for constants. So it does within derivatives of the norm that the loss holds, whose gradients are "
+                    f"wrong. Write the norm in plain operators: {PLAIN_NORM}"
                 )

@@ -35,6 +35,7 @@ class OpInfo(NamedTuple):
     dynamic: bool  # output shape depends on values
     lifts_number: bool  # a Python number among its two operands may become an input
     particular: bool  # it is in one of the sets below, which captures go by
+    in_lists: bool  # it mutates tensors in lists, whose versions torch does not move under a dispatch mode
 
 
 # Python numbers become inputs beside these; elsewhere one counts more digits than a tensor would.
@@ -79,16 +80,19 @@ def op_info(op: Any) -> OpInfo:
 
 def _looked_up(op: Any) -> OpInfo:
     writes: list[int | str] = []
+    in_lists = False
     for position, argument in enumerate(op._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             writes.append(argument.name if argument.kwarg_only else position)
+            in_lists |= isinstance(argument.type, torch.ListType)
     return OpInfo(
         op,
         tuple(writes),
         torch.Tag.nondeterministic_seeded in op.tags and op not in ATTENTION,
         torch.Tag.dynamic_output_shape in op.tags or op is PACK,
         op in _TWO_OPERANDS,
-        op in {*INDEXING, *OFFSETS, *PARTING, *EMPTY, *MASKED, *BATCH_NORM, *RRELU},
+        op in {*INDEXING, *OFFSETS, *PARTING, *EMPTY, *MASKED, *BATCH_NORM, *RRELU, *WRONG_IN_FORWARD_MODE},
+        in_lists,
     )
 
 
@@ -165,12 +169,20 @@ BATCH_NORM = {
 }
 
 
+# Torch's formula for its first derivative takes the norms for constants, so that the second one is wrong.
+WEIGHT_NORM = aten._weight_norm_interface.default
 # First derivatives of norms. Where they are differentiated twice, torch's formulas are wrong.
 NORM_GRADIENTS = {
     aten.native_layer_norm_backward.default,
     aten.native_batch_norm_backward.default,
     aten.cudnn_batch_norm_backward.default,
     aten.miopen_batch_norm_backward.default,
+}
+# Torch differentiates their derivatives in forward mode wrongly.
+WRONG_IN_FORWARD_MODE = {
+    *(aten.native_layer_norm.default, *BATCH_NORM),
+    *(aten._linalg_solve_ex.default, aten._linalg_det.default, aten._linalg_slogdet.default),
+    aten.linalg_householder_product.default,
 }
 PLAIN_NORM = "(x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + eps).sqrt()"
 

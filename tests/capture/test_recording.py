@@ -197,3 +197,18 @@ def test_a_window_that_is_given_its_slots_counts_nothing() -> None:
         session: Any = window._session
         ledger = session.view.inputs.ledger
         assert not ledger.bytes and not ledger._watches
+
+
+@pytest.mark.parametrize("strategy", ["auto", "full_tape"])
+def test_tensors_written_by_lists_are_known_to_be_written(strategy: str) -> None:
+    """Below a dispatch mode torch moves no versions of them, so autograd would not see that what it saved is gone."""
+    net, scale = nn.Linear(3, 1), torch.ones(4, 1)
+    inner, weight = metaoptim.MetaSGD([net], lr=0.1), torch.tensor(2.0, requires_grad=True)
+    with metaoptim.SlidingWindow(offline=True, strategy=strategy):
+        inner.step((net(torch.randn(4, 3)) * weight).square().sum())
+        outer = (net(torch.randn(4, 3)) * scale * weight).sum()
+        before = scale._version
+        torch._foreach_mul_([scale], 5.0)
+        assert scale._version > before
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            outer.backward()

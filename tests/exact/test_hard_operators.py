@@ -98,11 +98,33 @@ def jacobian(net: nn.Module, x: Tensor, w: Tensor) -> Tensor:
     return w * torch.func.jacfwd(lambda z: torch.func.functional_call(net, parameters, (z,)).sin())(x[0])
 
 
+def slope_of_parts(net: nn.Module, x: Tensor, w: Tensor) -> Tensor:
+    """A derivative through values that autograd has saved beside others that are written in place."""
+    x = x.clone().requires_grad_()
+    a, b = (net(x) * w).unsafe_chunk(2, 1)
+    (slope,) = torch.autograd.grad(a.sigmoid_().sum() + b.tanh_().sum(), x, create_graph=True)
+    return slope
+
+
+def slope_of_a_cell(net: nn.Module, x: Tensor, w: Tensor) -> Tensor:
+    weights = (
+        torch.linspace(-1, 1, 30, dtype=torch.float64).view(6, 5).cos(),
+        torch.ones(6, 2).double().tril() / 2,
+    )
+    x = x.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(
+        torch.gru_cell(net(x) * w, x[:, :2].detach(), *weights).sum(), x, create_graph=True
+    )
+    return slope
+
+
 def fresh(*shape: int, **options: Any) -> Tensor:
     return torch.empty(*shape, dtype=torch.float64, **options)
 
 
 OPERATORS: dict[str, Callable[[nn.Module, Tensor, Tensor], Tensor]] = {
+    "slope of parts written in place": slope_of_parts,
+    "slope of a cell": slope_of_a_cell,
     "copy_ into a fresh tensor": lambda net, x, w: fresh(6, 5).copy_(net(x) * w),
     "copy_, spread": lambda net, x, w: fresh(3, 6, 5).copy_(net(x)[:1] * w),
     "copy_ to another dtype": lambda net, x, w: torch.empty(6, 5).copy_(net(x) * w).double(),

@@ -11,14 +11,15 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from metaoptim.compiler.compat import called
 from metaoptim.errors import CaptureError
 
-from ...ir.operators import BATCH_NORM, RRELU, Function, flattened, op_info, slopes_of
+from ...ir.operators import BATCH_NORM, RRELU, Function, flattened, op_info, slopes_of, written
 from ...ir.values import Spy, Value, reaches_theta
 from ...ir.weak import ByStorage, WeakTable
-from ..modes import CaptureMode
+from ..modes import CaptureMode, check_forward_mode
 from . import writes
 from .recording import Guard, Recording, WriteGuard, tensors_in
 
@@ -88,8 +89,12 @@ class Recorder(CaptureMode):
                 args = (*args[:mean], *fresh, *args[mean + 2 :])
             if func in RRELU:
                 return self._leaky(func, types, args, kwargs)
+            check_forward_mode(func, args)
         if info.writes:
-            return writes.write(self, func, info, args, kwargs)
+            out = writes.write(self, func, info, args, kwargs)
+            if info.in_lists:
+                increment_version([t for t in written(func, args, kwargs, Tensor) if not t.is_inference()])
+            return out
         if not self.record:
             return called(func, args, kwargs)
         if info.random and func is not aten.native_dropout.default:

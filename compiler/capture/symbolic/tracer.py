@@ -33,12 +33,12 @@ from ...ir.operators import (
     parts,
     shape_depends_on_values,
 )
-from ...ir.step import gradient
+from ...ir.step import again, gradient
 from ...ir.tensors import tensor_spec
 from ...ir.traces.slices import closed_over
 from ...ir.traces.trace import Trace
 from ...ir.values import Entry, Input, Spy, Value, is_removed
-from ..modes import CaptureMode, Writer
+from ..modes import CaptureMode, Writer, check_forward_mode
 from . import effects
 from .fakes import Constants, FakeCalls, mapped
 
@@ -106,6 +106,7 @@ class Tracer(CaptureMode, Writer):
         info = op_info(func)
         if info.random:
             return effects.draw(self, func, args, kwargs)
+        check_forward_mode(func, args)
         if func in BATCH_NORM and args[BATCH_NORM[func][0]] is not None and args[BATCH_NORM[func][2]]:
             return effects.batch_norm(self, func, args)
         if info.writes:
@@ -197,8 +198,17 @@ class Tracer(CaptureMode, Writer):
                     "function was given and has changed in place; clone one of them before the call"
                 )
             return self.bind_input(t)
-        while t.requires_grad and not t.is_leaf and isinstance(ref, Value) and ref.entry.op is _DETACH:
-            ref = ref.entry.args[0]  # autograd hands saved outputs back through a detach: an alias, not a cut
+        while t.requires_grad and not t.is_leaf:
+            made = ref
+            while (
+                isinstance(made, Value) and made.entry.op is again
+            ):  # another part of its memory was written
+                made = made.entry.args[0]
+            if not (isinstance(made, Value) and made.entry.op is _DETACH):
+                break
+            ref = made.entry.args[
+                0
+            ]  # autograd hands saved outputs back through a detach: an alias, not a cut
         return ref
 
     def known(self, t: Tensor) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import enable_reentrant_dispatch
 
 from metaoptim.compiler.capture.eager.recorder import Recorder
-from metaoptim.compiler.ir.operators import NORM_GRADIENTS, PLAIN_NORM
+from metaoptim.compiler.ir.operators import NORM_GRADIENTS, PLAIN_NORM, WEIGHT_NORM
 from metaoptim.errors import CaptureError
 
 from ...engine.engine import Held
@@ -89,21 +89,22 @@ def _shown_below(loss: Tensor, level: int) -> set[Any]:
     return found
 
 
-#: What autograd calls the derivatives of norms where these are differentiated.
+#: What autograd calls the derivatives of these, whose own derivatives are wrong.
 _NORMS = {
     "".join(word.capitalize() for word in op._schema.name.partition("::")[2].split("_")) + "Backward0"
-    for op in NORM_GRADIENTS
+    for op in (WEIGHT_NORM, *NORM_GRADIENTS)
 }
 
 
 def _check_norms(read: Collection[Any]) -> None:
-    """Raise for a loss that holds the derivative of a norm, where its gradient is differentiated."""
+    """Raise for a loss with weight norm or the derivative of another norm, where its gradient is differentiated."""
     found = {node.name() for node in read if not isinstance(node, int)} & _NORMS
     if found:
         raise CaptureError(
-            f"the loss holds the derivative of a norm ({found.pop()}), and a meta-gradient by autograd's tape takes "
-            "the third one, which PyTorch gets wrong for layer norm and batch norm. Leave strategy='full_tape' out; in "
-            f"a window inside another one, write the norm in plain operators: {PLAIN_NORM}"
+            f"autograd's tape would give a wrong meta-gradient by {found.pop()}: PyTorch gets the second derivative of "
+            "weight norm wrong, and the third one of layer norm and batch norm (a loss with a derivative of these in "
+            "it). Leave strategy='full_tape' out; in a window inside another one, write the norm in plain operators: "
+            f"{PLAIN_NORM}"
         )
 
 
