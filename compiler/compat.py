@@ -161,10 +161,12 @@ class FakeTensorMode(fake_tensor.FakeTensorMode):
         with _fakes:
             FakeTensorMode._on -= 1
             if not FakeTensorMode._on:
-                for note, value in zip(_NOTES, FakeTensorMode._before, strict=True):
+                # what was found may have been of a mode of torch's own in another thread, which is off by now
+                before = [value and bool(dispatch_modes()) for value in FakeTensorMode._before]
+                for note, value in zip(_NOTES, before, strict=True):
                     setattr(dispatching, note, value)
                 tell_dynamo = dispatching.set_is_in_mode_without_ignore_compile_internals  # pyright: ignore
-                tell_dynamo(FakeTensorMode._before[-1])
+                tell_dynamo(before[-1])
 
 
 # -- stacks of modes --------------------------------------------------------------------------------------------------

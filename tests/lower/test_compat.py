@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import fake_tensor
 from torch.utils import checkpoint
 from torch.utils._python_dispatch import (
     is_in_any_mode_without_ignore_compile_internals,
@@ -283,13 +284,16 @@ def test_no_thread_finds_torch_in_a_dispatch_mode_after_threads_that_crossed() -
             crossed.set()
             left.wait(60)
 
-    thread = threading.Thread(target=work)
-    with compat.FakeTensorMode():
-        thread.start()
-        crossed.wait(60)
-    left.set()
-    thread.join()
-    assert not is_in_torch_dispatch_mode() and not is_in_any_mode_without_ignore_compile_internals()
+    for theirs in (compat.FakeTensorMode, fake_tensor.FakeTensorMode):  # or torch's own, by a compiler
+        thread = threading.Thread(target=work)
+        crossed.clear()
+        left.clear()
+        with theirs():
+            thread.start()
+            crossed.wait(60)
+        left.set()
+        thread.join()
+        assert not is_in_torch_dispatch_mode() and not is_in_any_mode_without_ignore_compile_internals()
 
 
 def test_optimizers_take_themselves_for_compiled_and_make_their_state() -> None:
