@@ -22,7 +22,7 @@ from ..modes import Writer
 
 aten = torch.ops.aten
 _DETACH = aten.detach.default
-_FEW = 16  # what the dead hold on to may be large, so they are looked for when there are twice as many as had lived
+_FEW = 16  # what the dead hold on to may be large: they are looked for after as many calls as values had lived
 
 
 def _written_by_view(t: Tensor) -> bool:
@@ -112,7 +112,7 @@ class Recording(Writer):
         self.values: dict[int, Value] = {}
         self.histories = WeakTable[External]()
         self._seq = 0
-        self._sweep_at = _FEW
+        self._until_sweep = _FEW  # calls
 
     def keep_only(self, epoch: Epoch) -> None:
         """A super-step has begun that reads ``epoch``: nothing older will be part of a step."""
@@ -277,7 +277,7 @@ class Recording(Writer):
     def _sweep(self) -> None:
         """Forget what stood for tensors that have died, and with it what only their history holds."""
         self.values = {k: v for k, v in self.values.items() if v.ref() is not None}
-        self._sweep_at = max(_FEW, 2 * len(self.values))
+        self._until_sweep = max(_FEW, len(self.values))
 
     def entry(self, op: Any, tokens: tuple, kwargs: dict, reads: Iterable, grad: bool) -> Entry:
         """A call of which ``reads`` are the tensors: it depends on what was written into their memory."""
@@ -298,7 +298,8 @@ class Recording(Writer):
 
     def bind_outputs(self, entry: Entry, out: Any) -> None:
         super().bind_outputs(entry, out)
-        if len(self.values) > self._sweep_at:
+        self._until_sweep -= 1
+        if not self._until_sweep:
             self._sweep()
 
     def record(self, op: Any, info: OpInfo, args: tuple, kwargs: dict, out: Any) -> None:
