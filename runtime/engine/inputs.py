@@ -172,6 +172,8 @@ class Inputs:
         if self.is_buffer(tensor):
             return self._copied(tensor, "a buffer")
         label = "an input of an inner step"
+        if tensor._is_zerotensor():  # of forward mode: it has no memory of its own
+            tensor = torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
         if tensor.is_neg():  # compiled graphs read memory as it lies there
             return self._copied(tensor, label)
         if tensor.layout is not torch.strided:

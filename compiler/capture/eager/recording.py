@@ -22,7 +22,9 @@ from ..modes import Writer
 
 aten = torch.ops.aten
 _DETACH = aten.detach.default
-_FEW = 16  # what the dead hold on to may be large: they are looked for after as many calls as values had lived
+_FEW = (
+    16  # what the dead hold on to may be large: they are looked for after as many calls as values had lived
+)
 
 
 def _written_by_view(t: Tensor) -> bool:
