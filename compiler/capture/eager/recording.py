@@ -22,9 +22,8 @@ from ..modes import Writer
 
 aten = torch.ops.aten
 _DETACH = aten.detach.default
-_FEW = (
-    16  # what the dead hold on to may be large: they are looked for after as many calls as values had lived
-)
+# Calls after which the dead are looked for, at least: what they hold on to may be large. Otherwise as many as had lived.
+_FEW = 16
 
 
 def _written_by_view(t: Tensor) -> bool:

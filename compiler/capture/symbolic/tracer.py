@@ -198,17 +198,15 @@ class Tracer(CaptureMode, Writer):
                     "function was given and has changed in place; clone one of them before the call"
                 )
             return self.bind_input(t)
+        # autograd hands saved outputs back through a detach: an alias, not a cut
         while t.requires_grad and not t.is_leaf:
             made = ref
-            while (
-                isinstance(made, Value) and made.entry.op is again
-            ):  # another part of its memory was written
+            # another part of its memory may have been written since
+            while isinstance(made, Value) and made.entry.op is again:
                 made = made.entry.args[0]
             if not (isinstance(made, Value) and made.entry.op is _DETACH):
                 break
-            ref = made.entry.args[
-                0
-            ]  # autograd hands saved outputs back through a detach: an alias, not a cut
+            ref = made.entry.args[0]
         return ref
 
     def known(self, t: Tensor) -> Any:
