@@ -22,7 +22,7 @@ from ..modes import Writer
 
 aten = torch.ops.aten
 _DETACH = aten.detach.default
-# Calls after which the dead are looked for, at least: what they hold on to may be large. Otherwise as many as had lived.
+# Calls, at least, after which the dead are looked for: what they hold on to may be large. It is as many as had lived.
 _FEW = 16
 
 
