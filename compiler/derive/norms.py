@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from metaoptim.errors import CaptureError
 
-from ..ir.operators import BATCH_NORM, NORM_GRADIENTS, PLAIN_NORM, WEIGHT_NORM, aten
+from ..ir.operators import BATCH_NORM, PLAIN_NORM, aten
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -114,13 +114,13 @@ def _of_training(x: Tensor, grad: Tensor, *rest: Any) -> Gradients:
 
 #: What stands for an operator where a derivative of a step is differentiated.
 FORMULAS: dict[Any, Callable[..., tuple[Tensor | None, ...]]] = {
-    WEIGHT_NORM: weight_norm,
+    aten._weight_norm_interface.default: weight_norm,
     aten.native_layer_norm_backward.default: layer_norm_gradients,
     aten.native_batch_norm_backward.default: batch_norm_gradients,
     aten.cudnn_batch_norm_backward.default: _of_training,
     aten.miopen_batch_norm_backward.default: _of_training,
 }
-_NORMS = {aten.native_layer_norm.default, WEIGHT_NORM, *BATCH_NORM}
+_NORMS = {aten.native_layer_norm.default, aten._weight_norm_interface.default, *BATCH_NORM}
 
 
 def check_norms(graph: fx.Graph) -> None:
@@ -132,7 +132,7 @@ def check_norms(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if node.target in _NORMS:
             statistics = [part for part in node.users if part.args[1] != 0]
-            if any(user.target not in NORM_GRADIENTS for part in statistics for user in part.users):
+            if any(user.target not in FORMULAS for part in statistics for user in part.users):
                 raise CaptureError(
                     f"the loss reads the statistics that {node.target} gives beside its result, which PyTorch takes "
                     "for constants. So it does within derivatives of the norm that the loss holds, whose gradients are "

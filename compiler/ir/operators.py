@@ -169,15 +169,6 @@ BATCH_NORM = {
 }
 
 
-# Torch's formula for its first derivative takes the norms for constants, so that the second one is wrong.
-WEIGHT_NORM = aten._weight_norm_interface.default
-# First derivatives of norms. Where they are differentiated twice, torch's formulas are wrong.
-NORM_GRADIENTS = {
-    aten.native_layer_norm_backward.default,
-    aten.native_batch_norm_backward.default,
-    aten.cudnn_batch_norm_backward.default,
-    aten.miopen_batch_norm_backward.default,
-}
 # Torch differentiates their derivatives in forward mode wrongly.
 WRONG_IN_FORWARD_MODE = {
     *(aten.native_layer_norm.default, *BATCH_NORM),

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.overrides import enable_reentrant_dispatch
 
 from metaoptim.compiler.capture.eager.recorder import Recorder
-from metaoptim.compiler.ir.operators import NORM_GRADIENTS, PLAIN_NORM, WEIGHT_NORM
+from metaoptim.compiler.derive.norms import FORMULAS
+from metaoptim.compiler.ir.operators import PLAIN_NORM
 from metaoptim.errors import CaptureError
 
 from ...engine.engine import Held
@@ -92,7 +93,7 @@ def _shown_below(loss: Tensor, level: int) -> set[Any]:
 #: What autograd calls the derivatives of these, whose own derivatives are wrong.
 _NORMS = {
     "".join(word.capitalize() for word in op._schema.name.partition("::")[2].split("_")) + "Backward0"
-    for op in (WEIGHT_NORM, *NORM_GRADIENTS)
+    for op in FORMULAS
 }
 
 
