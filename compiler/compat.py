@@ -69,16 +69,20 @@ ONCE = tuple(
 )
 
 
-def forward_mode_level() -> int:
-    """How many levels of forward-mode differentiation are open, less one."""
-    return torch.autograd.forward_ad._current_level
-
-
 any_autocast_enabled = torch._C._is_any_autocast_enabled
 swap_tensors = torch._C._swap_tensor_impl
 current_autograd_node = torch._C._current_autograd_node
 #: An id of the backward that is running, for its nodes.
 graph_task = torch._C._current_graph_task_id
+
+#: Whether a tensor is one of forward mode's zeros, which have no memory.
+is_zero_tensor = torch.Tensor._is_zerotensor
+
+
+def forward_mode_level() -> int:
+    """How many levels of forward-mode differentiation are open, less one."""
+    return torch.autograd.forward_ad._current_level
+
 
 _CONJUGATING = (torch.ops.aten.linalg_pinv.atol_rtol_tensor, torch.ops.aten.linalg_lstsq.default)
 

@@ -113,9 +113,9 @@ class CaptureMode(TorchDispatchMode):
 def check_forward_mode(op: Any, args: tuple) -> None:
     """Raise where ``op`` is differentiated in forward mode, and that derivative in turn by torch's wrong formula."""
     if (
-        op in WRONG_IN_FORWARD_MODE
+        forward_mode_level() >= 0
+        and op in WRONG_IN_FORWARD_MODE
         and (op not in BATCH_NORM or args[BATCH_NORM[op][2]])  # in evaluation mode it is linear
-        and forward_mode_level() >= 0
         and torch.is_grad_enabled()
         and any(isinstance(a, Tensor) and a.requires_grad for a in args)
     ):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from metaoptim.compiler.compat import is_zero_tensor
 from metaoptim.compiler.ir.tensors import TensorSpec, in_the_layout, tensor_spec
 from metaoptim.compiler.ir.weak import WeakTable
 from metaoptim.errors import StaleInputError
@@ -172,7 +173,7 @@ class Inputs:
         if self.is_buffer(tensor):
             return self._copied(tensor, "a buffer")
         label = "an input of an inner step"
-        if tensor._is_zerotensor():  # of forward mode: it has no memory of its own
+        if is_zero_tensor(tensor):
             tensor = torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
         if tensor.is_neg():  # compiled graphs read memory as it lies there
             return self._copied(tensor, label)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses import fake_tensor
+from torch.autograd import forward_ad
 from torch.utils import checkpoint
 from torch.utils._python_dispatch import (
     is_in_any_mode_without_ignore_compile_internals,
@@ -306,3 +307,19 @@ def test_optimizers_take_themselves_for_compiled_and_make_their_state() -> None:
     with compat.compiling_flag():
         assert torch.compiler.is_compiling()
     assert not torch.compiler.is_compiling()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning", "ignore:.*torch.jit.*:FutureWarning")
+def test_forward_mode() -> None:
+    levels: list[int] = []
+
+    def noted(x: Tensor) -> Tensor:
+        levels.append(compat.forward_mode_level())
+        return x.sin()
+
+    noted(torch.ones(2))
+    torch.func.jvp(noted, (torch.ones(2),), (torch.ones(2),))
+    with forward_ad.dual_level():
+        noted(forward_ad.make_dual(torch.ones(2), torch.ones(2)))
+    assert levels == [-1, 0, 0] and compat.forward_mode_level() == -1
+    assert compat.is_zero_tensor(torch._efficientzerotensor(2)) and not compat.is_zero_tensor(torch.zeros(2))
