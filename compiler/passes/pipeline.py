@@ -212,43 +212,43 @@ def shaped(partition: Partition, texts: Mapping[Input, str] | None = None) -> li
 
 
 def _run(
-    passes: Sequence[Pass], trace: Trace, form: Stage, options: Options, texts: Mapping[Input, str] | None
+    passes: Sequence[Pass], trace: Trace, stage: Stage, options: Options, texts: Mapping[Input, str] | None
 ) -> tuple[Stage, list[Record]]:
-    """Take a form of ``trace`` through passes, with the verifier after each that rewrites."""
+    """Take a stage of ``trace`` through passes, with the verifier after each that rewrites."""
     records: list[Record] = []
     verifying = 0.0
 
-    def note(name: str, done: str, milliseconds: float, before: dict[str, int], form: Stage) -> None:
-        text = "" if texts is None else _text(form, texts)
-        records.append(Record(name, done, milliseconds, before, sizes_of(form), text))
+    def note(name: str, done: str, milliseconds: float, before: dict[str, int], stage: Stage) -> None:
+        text = "" if texts is None else _text(stage, texts)
+        records.append(Record(name, done, milliseconds, before, sizes_of(stage), text))
         _log.info("%s", records[-1])
 
     note("capture", f"{len(trace.entries)} calls", trace.milliseconds, {}, trace)
     for one in passes:
         run = one.instead if one.name in options.skip else one.run
         if run is not None:
-            before, begun = sizes_of(form), time.perf_counter()
-            form, done = run(form, options)
-            note(one.name, done, 1e3 * (time.perf_counter() - begun), before, form)
+            before, begun = sizes_of(stage), time.perf_counter()
+            stage, done = run(stage, options)
+            note(one.name, done, 1e3 * (time.perf_counter() - begun), before, stage)
             begun = time.perf_counter()
-            if isinstance(form, Partition):
-                verify_partition(form, outlined=one.run not in (split, enter))
-            elif isinstance(form, Program) and one.run in (roll, loop):
-                verify_program(form, pruned="canonicalize" not in options.skip, folded=one.run is loop)
+            if isinstance(stage, Partition):
+                verify_partition(stage, outlined=one.run not in (split, enter))
+            elif isinstance(stage, Program) and one.run in (roll, loop):
+                verify_program(stage, pruned="canonicalize" not in options.skip, folded=one.run is loop)
             verifying += 1e3 * (time.perf_counter() - begun)
     records.append(Record("verify", "the program is well-formed after every pass", verifying))
     _log.info("%s", records[-1])
-    return form, records
+    return stage, records
 
 
-def _text(form: Stage, texts: Mapping[Input, str]) -> str:
-    if isinstance(form, Trace):
-        return trace_text(form)
-    return partition_text(form) if isinstance(form, Partition) else form.text(texts)
+def _text(stage: Stage, texts: Mapping[Input, str]) -> str:
+    if isinstance(stage, Trace):
+        return trace_text(stage)
+    return partition_text(stage) if isinstance(stage, Partition) else stage.text(texts)
 
 
 def sizes_of(program: Stage) -> dict[str, int]:
-    """Sizes of a program in whatever form; ``values`` are passed between parts, ``distinct`` are kinds of these."""
+    """Sizes of a program in whatever stage; ``values`` are passed between parts, ``distinct`` are kinds of these."""
     if isinstance(program, Trace):
         return {"entries": len(program.entries)}
     if isinstance(program, Partition):

@@ -60,14 +60,14 @@ class Dependencies:
         """What a call of ``fn`` depends on, inside an ordinary window or outside of one."""
         dependencies = cls(named)
         try:
-            dependencies._look(fn, args, kwargs, window)
+            dependencies._describe_call(fn, args, kwargs, window)
         except CaptureError:
             if not named:
                 cls.of_call(fn, args, kwargs, window, named=True)  # raises it with the place of what is wrong
             raise
         return dependencies
 
-    def _look(self, fn: Callable, args: tuple, kwargs: dict[str, Any], window: Any) -> None:
+    def _describe_call(self, fn: Callable, args: tuple, kwargs: dict[str, Any], window: Any) -> None:
         self._late, named = [], self.paths is not None
         self.fact("the call", ("is", "outside any window" if window is None else "inside a window"))
         if window is not None:
