@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import fx
 
@@ -13,6 +14,8 @@ from ..ir.step import Lowering, Measured, ResultMemory, StepCost, StepGraph
 from ..ir.tensors import nbytes
 from ..ir.text import operator_count
 from ..lower.derivatives import derived, replayed, residuals
+
+_known: WeakKeyDictionary[fx.Graph, Measured] = WeakKeyDictionary()  # what graphs say that they take
 
 
 def measured(step: StepGraph, kind: str, lowering: Lowering) -> Measured | None:
@@ -71,6 +74,8 @@ def _static_cost(step: StepGraph, hvp: str) -> StepCost:
 
 def _static(graph: fx.Graph) -> Measured:
     """What a graph says that it takes."""
+    if (known := _known.get(graph)) is not None:
+        return known
     given = {s: i for i, n in enumerate(graph.find_nodes(op="placeholder")) for s, _ in storages(n)}
     constant = {s for node in graph.find_nodes(op="get_attr") for s, _ in storages(node)}
 
@@ -79,7 +84,8 @@ def _static(graph: fx.Graph) -> Measured:
         return None if found is None or found[0] in constant else found
 
     made = made_of([memory(n) if isinstance(n, fx.Node) else () for n in results_of(graph)], given)
-    return Measured(peak_bytes(graph), 0, tuple(made))
+    _known[graph] = found = Measured(peak_bytes(graph), 0, tuple(made))
+    return found
 
 
 def made_of(results: Sequence[Any], given: dict[Any, int]) -> list[ResultMemory | None]:

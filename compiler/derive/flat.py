@@ -106,7 +106,7 @@ def flat_graph(
     """The operators that ``fn(*inputs)`` calls below autograd, those of its backward passes included.
 
     What torch's own make_fx gives for static shapes, in less time: no proxies, no symbolic numbers; and without
-    detaches, which mean nothing there, and in-place operators whose memory nobody shares.
+    detaches and views that change nothing, which mean nothing there, and in-place operators whose memory nobody shares.
 
     Args:
         fn: returns a tuple of tensors and None.
@@ -144,6 +144,18 @@ class _Memory:
         self.within: list[tuple[weakref.ref[Tensor], fx.Node]] = []
 
 
+def _same(view: Any, t: Any) -> bool:
+    """Whether a view shows its tensor as it is."""
+    return (
+        isinstance(view, Tensor)
+        and isinstance(t, Tensor)
+        and view.layout is t.layout is torch.strided
+        and tensor_spec(view) == tensor_spec(t)
+        and (view.storage_offset(), view.is_conj(), view.is_neg())
+        == (t.storage_offset(), t.is_conj(), t.is_neg())
+    )
+
+
 class _Writer(TorchDispatchMode):
     """Writes down every operator that reaches it."""
 
@@ -171,7 +183,7 @@ class _Writer(TorchDispatchMode):
         if self._instead_of_writing(func, args, kwargs):
             return args[0]
         out = called(func, args, kwargs)
-        if func is aten.detach.default:
+        if func is aten.detach.default or (func.is_view and _same(out, args[0])):
             self.bind(out, self.token(args[0]), made=False)
             return out
         node = self._write(_COPIED if func in _LIFTED else func, args, kwargs)

@@ -22,6 +22,13 @@ from ..ir.text import operator_count
 from .graphs import distinct, drop_dead, merge_equal, mutates, results_of, storages
 
 _SOURCE, _SINK = "source", "sink"
+aten = torch.ops.aten
+#: Not tagged as pointwise, but as cheap: copies in another type, and tensors that are filled with one number.
+_AS_CHEAP = {
+    *(aten.expand.default, aten._to_copy.default, aten.rsub.Tensor),
+    *(aten.zeros_like.default, aten.ones_like.default, aten.full_like.default),
+    *(aten.new_zeros.default, aten.new_ones.default, aten.new_full.default),
+}
 
 
 def split(step: StepGraph, replay: FlatGraph, vjp: FlatGraph) -> Split | None:
@@ -85,7 +92,7 @@ def _cheap(node: fx.Node) -> bool:
     if target is getitem or not node.all_input_nodes or _is_alias(node):
         return True
     return isinstance(target, OpOverload) and (
-        torch.Tag.pointwise in target.tags or target.is_view or target is torch.ops.aten.expand.default
+        torch.Tag.pointwise in target.tags or target.is_view or target in _AS_CHEAP
     )
 
 

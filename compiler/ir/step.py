@@ -134,7 +134,8 @@ class Lowering:
 
     def backend_of(self, kind: str) -> str:
         """What a step's graph of this kind runs on: "auto" is told apart by `taken`."""
-        return self.backend if (self.replays or kind != "replay") and self.backend != "auto" else "eager"
+        runs = self.replays or kind not in ("replay", "forward")
+        return self.backend if runs and self.backend != "auto" else "eager"
 
 
 EAGER = Lowering()

@@ -107,19 +107,23 @@ def _pays(step: StepGraph, kind: str, lowering: Lowering) -> bool:
     return runs * len(graph.graph.nodes) > (ASKED if lowering.replays else PAYS)
 
 
-def begin(step: StepGraph, lowering: Lowering) -> None:
-    """Have a step's replay and VJP compiled, before they are needed for the first time."""
+def begin(step: StepGraph, lowering: Lowering, saved: Sequence[Tensor] | None = None) -> None:
+    """Have a step's replay and VJP compiled, before they are needed for the first time.
+
+    With residuals ``saved`` by its forward, that and its backward.
+    """
     states, outputs = [p.spec for p in step.inputs], step.cotangents
     if lowering.backend != "inductor" or step.dynamic or step.chunked or not elsewhere(states):
         return
-    for kind in ("vjp", "replay") if outputs else ("replay",):  # the VJP takes longer
+    again, back = ("replay", "vjp") if saved is None else ("forward", "backward")
+    given = [*states, *map(tensor_spec, saved or ()), *(step.outputs[i].spec for i in outputs)]
+    for kind in (back, again) if outputs else (again,):  # the derivative takes longer
         if (
             not {(kind, lowering)} & {*step.derived.coming, *step.derived.lowered}
             and lowering.backend_of(kind) != "eager"
         ):
-            graph = derived(step, lowering.hvp) if kind == "vjp" else replayed(step)
-            given = [*states, *(step.outputs[i].spec for i in outputs)] if kind == "vjp" else states
-            _begun(step, kind, lowering, graph, given)
+            graph = _flat(step, kind, lowering.hvp, ())
+            _begun(step, kind, lowering, graph, given if kind == back else states)
 
 
 def _begun(

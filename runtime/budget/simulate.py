@@ -161,7 +161,7 @@ class _Sizes(Interpreter):
                     grad.reached = bool(depends & real)
             return grads
 
-        return replay if kind == "replay" else vjp
+        return replay if kind in ("replay", "forward") else vjp
 
     def _blocks(self, made: tuple[ResultMemory | None, ...], arguments: Sequence[Any]) -> list[Any]:
         blocks: list[Any] = []

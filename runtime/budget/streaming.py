@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from metaoptim.compiler.compat import disable_current_modes, profiling
-from metaoptim.compiler.cost.step import check_bytes, measured, step_cost
+from metaoptim.compiler.cost.step import check_bytes, measured, residual_cost, step_cost
 from metaoptim.compiler.derive.interpret import hooking, measuring_hook
 from metaoptim.compiler.ir.programs.calls import Assign, StepCall
 from metaoptim.compiler.ir.step import Role
@@ -57,6 +57,11 @@ class Streaming:
         self._taken: Counter = Counter()  # how often each step was taken
         self._written: Counter = Counter()  # which entries were set from outside, how often
         self._start = 0  # of the program, when its inputs were last counted
+        # of each kind of step: those of a call, with what runs beside them, and what the check of their graphs takes
+        self._residual_bytes: dict[int, tuple[int, int]] = {}
+        self._saved = 0  # bytes of residuals
+        self._saving = True  # whether there is still room for any
+        self._replayed = 0  # bytes of residuals that a replay makes of a step that ran with them, at most
         self._peaks: Peaks | None = None
         self._known: dict[Any, Any] = {}  # the step is held: its id stays its own
         self._planned: set[Any] = set()  # kinds of steps that peaks were foreseen for
@@ -69,6 +74,18 @@ class Streaming:
         return self._budget is not None or self._peaks is not None
 
     # -- what comes ------------------------------------------------------------------------------------------------
+
+    def saves(self, call: StepCall) -> bool:
+        """Whether there is ample room for the residuals of one more call."""
+        if not self._saving or self.budget < 0 or self._peaks is not None or self.offload:
+            return False
+        step = call.step
+        found = self._residual_bytes.get(id(step))
+        if found is None:
+            kept = sum(residual_cost(step, call.lowering))
+            found = self._residual_bytes[id(step)] = kept, check_bytes(step, call.lowering)
+        kept, checked = found
+        return kept > 0 and 2 * (self._held + kept + checked) <= self.budget
 
     def slots(self, engine: Engine, call: StepCall, changes: Sequence[tuple[int, Tensor]]) -> int | None:
         """How many states may be kept when ``call`` is appended, which makes ``changes``; None for all."""
@@ -118,6 +135,10 @@ class Streaming:
         Peaks show those of a few steps.
         """
         self.ledger.take(call.inputs)
+        if call.saved and self._saving:
+            kept, _ = self._residual_bytes[id(call.step)]
+            self._saved += kept
+            self._replayed = max(self._replayed, kept)
         self._taken[id(call.step)] += 1
         if max(call.metas, default=-1) <= self._met:
             return
@@ -132,7 +153,7 @@ class Streaming:
         self.ledger.restart()
         self._written.clear()
         self._taken.clear()
-        self._met, self._set, self._gradients = -1, 0, 0
+        self._met, self._set, self._gradients, self._saved = -1, 0, 0, 0
         self._set_to.clear()
         begun = self._start > 0
         for past in (*engine.program, *more):
@@ -153,7 +174,7 @@ class Streaming:
     @property
     def beside(self) -> int:
         """Bytes held beside states and derivatives: inputs, the theta shown before, what is to be put back."""
-        return self._grown + self._shown + self.waiting + self.aside
+        return self._grown + self._shown + self.waiting + self.aside + self._replayed
 
     def minimum(self, engine: Engine) -> int:
         """The smallest budget for the steps so far."""
@@ -166,6 +187,10 @@ class Streaming:
         """
         if self._peaks is None and self._roomy(engine, more):
             return None
+        if self._saved:
+            engine.drop_residuals()
+            self._saved, self._saving = 0, False
+            return self._decided(engine, more, refusing)
         if self._peaks is None or any(_kind(c) not in self._planned for c in more):
             calls = [*engine.program, *more]
             self._peaks = self._foreseen(engine, calls)
@@ -200,13 +225,18 @@ class Streaming:
     def _roomy(self, engine: Engine, more: Sequence[StepCall]) -> bool:
         if self.offload:
             return False  # where a segment begins depends on the slots there are
-        if 2 * (self._states + self.beside + self._growth + self._sweep) <= self.budget:
+        if 2 * self._held <= self.budget:
             return True
         if engine.program.start > self._start:
             self._recount(engine, more)
         self._states = memory_of(t for state in engine.store.states for t in state)
         # as much again must go by before they are counted once more
-        return 4 * (self._states + self.beside + self._growth + self._sweep) <= self.budget
+        return 4 * self._held <= self.budget
+
+    @property
+    def _held(self) -> int:
+        """Bytes where every state is kept."""
+        return self._states + self._saved + self.beside + self._growth + self._sweep
 
     def _fitting(self, peaks: Peaks) -> int:
         room = self.budget - self.beside

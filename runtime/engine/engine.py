@@ -21,7 +21,7 @@ from metaoptim.compiler.ir.step import Lowering, Role
 from metaoptim.compiler.ir.tensors import TensorSpec, memory_of
 from metaoptim.compiler.ir.weak import WeakTable
 from metaoptim.compiler.lower.ambient import unaffected
-from metaoptim.compiler.lower.derivatives import Lowered, lowered, taken
+from metaoptim.compiler.lower.derivatives import Lowered, lowered, residuals, taken
 from metaoptim.errors import CaptureError, StaleInputError, WindowError
 
 from ..states.slots import Action, Advance, Slots, State
@@ -137,6 +137,27 @@ class Engine(Interpreter):
             for action in rebase(self.store, self.program.end):
                 self.store.apply(action, self.state)
 
+    def saves(self, call: StepCall) -> bool:
+        """Whether ``call`` runs with residuals, so that its derivative does not run it again.
+
+        As long as every state is kept, and there is ample room; if a sweep is to come at all.
+        """
+        streaming = self.streaming
+        if streaming is None or self.store.slots is not None or self.tier is not None:
+            return False
+        return self.tangents is None and self.particles is None and streaming.saves(call)
+
+    def save(self, call: StepCall, results: Sequence[Tensor]) -> list[Tensor]:
+        """Keep the residuals among the ``results`` of ``call``, the next one."""
+        divided = residuals(call.step, call.lowering.hvp)
+        assert divided is not None
+        self._residuals[self.program.end] = saved = [results[i] for i in divided.residuals]
+        return saved
+
+    def drop_residuals(self) -> None:
+        """Let derivatives run their steps again."""
+        self._residuals.clear()
+
     def make_room(self, kept: Sequence[Tensor] = (), refusing: bool = True) -> None:
         """Give up states for what has come to be held since the last step, of which ``kept`` lies beside the tape.
 
@@ -162,6 +183,7 @@ class Engine(Interpreter):
         within: set[int] = set()
         if self.store.slots is None:  # so far, those within super-steps were worth keeping as well
             within = {p for p in range(self.program.start, self.program.end) if not may_keep(self.program[p])}
+        self.drop_residuals()
         for action in shrink(self.store, slots, within):
             self.store.apply(action)
         self.store.slots = slots
@@ -205,7 +227,8 @@ class Engine(Interpreter):
 
         written = [c.values for c in self.program.calls if isinstance(c, Assign)]
         with disable_current_modes(), unaffected():
-            for values in [self.state, *self.store.states, *written, *(held.values for held in self.held)]:
+            held = (h.values for h in self.held)
+            for values in [self.state, *self.store.states, *self._residuals.values(), *written, *held]:
                 values[:] = [kept(t) for t in values]
 
     def trim(self, needed: int) -> None:
@@ -219,6 +242,8 @@ class Engine(Interpreter):
             else:
                 self.store.apply(action)
         if self.store.base > self.program.start:
+            for position in range(self.program.start, self.store.base):
+                self._residuals.pop(position, None)
             self.program.forget(self.store.base)
 
     # -- calls ---------------------------------------------------------------------------------------------------

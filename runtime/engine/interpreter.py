@@ -136,10 +136,10 @@ class Interpreter:
         if base is None:
             base = self.state_at(position - call.back)
         operands = self.operands(call, state, base, position)
-        divided = residuals(call.step, call.lowering.hvp) if saving else None
+        divided = residuals(call.step, call.lowering.hvp) if saving or call.saved else None
         kind = "replay" if divided is None else "forward"
         results = self._lowered(call, kind, operands, position)(*operands)
-        if divided is not None:
+        if saving and divided is not None:
             self._residuals[position] = [results[i] for i in divided.residuals]
         new = changed(state, zip(call.writes, results, strict=False))
         if call.rng >= 0:

@@ -83,17 +83,21 @@ class CompiledStep:
             if self._runs <= FEW:  # many never run again: the first step of all, with no optimizer state yet
                 lowering = lowering.uncompiled
             call = self._call(window, held, lowering)
+            call.saved = self._runs > FEW and engine.saves(call)
+            kind = "forward" if call.saved else "replay"
             ports = self.step.inputs[self.step.states :]
             metas = [t for t, p in zip(given, ports, strict=True) if p.role is Role.META and t is not None]
             view.reads.prepare(call, metas)
             # what has been held just now is not overwritten yet, and need not be looked at again
             inputs = [engine.state[i] for i in call.reads]
             inputs += [h.tensor if isinstance(h, Snapshot) else h.get() for h in held]
-            now = taken(self.step, "replay", inputs, lowering)
+            now = taken(self.step, kind, inputs, lowering)
+            results = lowered(self.step, kind, inputs, now, at_once=True)(*inputs)
+            saved = engine.save(call, results) if call.saved else None
             if now is not lowering:
                 call.lowering = lowering.recorded
-                begin(self.step, lowering.recorded)
-            results = lowered(self.step, "replay", inputs, now, at_once=True)(*inputs)
+                begin(self.step, lowering.recorded, saved)
+            results = list(results[: len(call.writes)])
             del inputs  # under a budget, the engine may run the step's derivative now, on numbers drawn again
             changes = [(i, v) for i, v in zip(call.writes, results, strict=True) if i >= 0]
             self._show_state(window, call, results)
@@ -101,7 +105,7 @@ class CompiledStep:
             view.take(call, changes, view.recording.epoch, metas, updated)
             for optimizer, steps in self.taken:
                 window.members[id(optimizer)].steps += steps
-        results = list(results[len(self.thetas) + len(self.states) + len(self.buffers) :])
+        results = results[len(self.thetas) + len(self.states) + len(self.buffers) :]
         with torch.no_grad():
             for x, value in zip(self.left, results, strict=False):
                 tensor_of(x).copy_(value)

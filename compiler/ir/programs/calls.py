@@ -32,6 +32,7 @@ class StepCall:
     rng: int = -1  # state index of the random generator's state, if the step draws
     lowering: Lowering = EAGER
     spies: tuple[Spy, ...] = ()  # the tensor hooks that are part of the step
+    saved: bool = False  # whether it ran with residuals: replays run the same graph, to be the same to the bit
 
     @property
     def theta(self) -> tuple[int, ...]:
@@ -153,7 +154,9 @@ def nth(loop: Loop, n: int) -> StepCall:
     call = loop.calls[which]
     inputs, metas = ([x.of[k] if type(x) is Operand else x for x in of] for of in (call.inputs, call.metas))
     step, reads, writes, where = call.step, call.reads, call.writes, call.location
-    return StepCall(step, reads, writes, inputs, where, call.back, tuple(metas), lowering=call.lowering)
+    return StepCall(
+        step, reads, writes, inputs, where, call.back, tuple(metas), lowering=call.lowering, saved=call.saved
+    )
 
 
 def extended(known: Loop, calls: Sequence[Item]) -> int:
@@ -186,7 +189,7 @@ def _key(item: Item) -> tuple[Any, ...]:
     """Equal for calls that may be one and the same of a loop."""
     if not isinstance(item, StepCall) or item.spies:
         return (id(item),)
-    return id(item.step), item.reads, item.writes, item.back, item.lowering, item.location
+    return id(item.step), item.reads, item.writes, item.back, item.lowering, item.location, item.saved
 
 
 def _repeats(keys: list[tuple[Any, ...]]) -> dict[int, list[int]]:
