@@ -10,6 +10,7 @@ from torch import Tensor
 
 from metaoptim.errors import CaptureError
 
+from ..compat import FakeTensorMode
 from ..derive.flat import default_dtype
 from ..derive.forward import pushed_forward, transposable, zero_cotangents
 from ..derive.graphs import peak_bytes
@@ -107,23 +108,52 @@ def _pays(step: StepGraph, kind: str, lowering: Lowering) -> bool:
     return runs * len(graph.graph.nodes) > (ASKED if lowering.replays else PAYS)
 
 
-def begin(step: StepGraph, lowering: Lowering, saved: Sequence[Tensor] | None = None) -> None:
+def begin(step: StepGraph, lowering: Lowering, saving: bool = False) -> None:
     """Have a step's replay and VJP compiled, before they are needed for the first time.
 
-    With residuals ``saved`` by its forward, that and its backward.
+    When ``saving`` residuals, these are its forward and backward.
     """
     states, outputs = [p.spec for p in step.inputs], step.cotangents
     if lowering.backend != "inductor" or step.dynamic or step.chunked or not elsewhere(states):
         return
-    again, back = ("replay", "vjp") if saved is None else ("forward", "backward")
-    given = [*states, *map(tensor_spec, saved or ()), *(step.outputs[i].spec for i in outputs)]
+    again, back = ("forward", "backward") if saving else ("replay", "vjp")
     for kind in (back, again) if outputs else (again,):  # the derivative takes longer
         if (
             not {(kind, lowering)} & {*step.derived.coming, *step.derived.lowered}
             and lowering.backend_of(kind) != "eager"
         ):
-            graph = _flat(step, kind, lowering.hvp, ())
-            _begun(step, kind, lowering, graph, given if kind == back else states)
+            given = [*states]
+            if kind == back:
+                given += _residual_specs(step, lowering.hvp) if saving else ()
+                given += [step.outputs[i].spec for i in outputs]
+            _begun(step, kind, lowering, _flat(step, kind, lowering.hvp, ()), given)
+
+
+def divisible(step: StepGraph, lowering: Lowering) -> bool:
+    """Whether a step may run as its forward with residuals and its backward from now on.
+
+    Where graphs are compiled meanwhile, these come after the replay and the VJP: they are derived from both.
+    """
+    if step.dynamic or step.chunked:
+        return False
+    if lowering.backend != "inductor" or waits() or not elsewhere(p.spec for p in step.inputs):
+        return True
+    coming = step.derived.coming
+    if not all((c := coming.get((kind, lowering))) and c.ended for kind in ("replay", "vjp")):
+        return False
+    if residuals(step, lowering.hvp) is None:
+        return False
+    begin(step, lowering, saving=True)
+    halves = [coming[kind, lowering] for kind in ("forward", "backward")]
+    return all(c.ended and c.complaint is None for c in halves)
+
+
+def _residual_specs(step: StepGraph, hvp: str) -> list[TensorSpec]:
+    divided = residuals(step, hvp)
+    assert divided is not None
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        made = divided.forward(*(p.spec.empty() for p in step.inputs))
+    return [tensor_spec(made[i]) for i in divided.residuals]
 
 
 def _begun(

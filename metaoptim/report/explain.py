@@ -223,7 +223,7 @@ def explain_window(session: RecordedSession, title: str) -> Report:
     swept = [program[p] for p in positions]
     prediction = predict_sweep(swept, store.slots, options.retention.offload is not None, engine.state, kept)
     streaming = engine.streaming
-    beside = 0 if streaming is None else streaming.beside
+    beside = 0 if streaming is None else streaming.beside + streaming.saved
     lowerings = {id(call.step): call.lowering for call, _ in program.counted()}
     budgeted = streaming if streaming is not None and streaming.acts and lowerings else None
     below = "streaming" if options.retention.offload is None else "tiered"
@@ -240,7 +240,7 @@ def explain_window(session: RecordedSession, title: str) -> Report:
         offload=options.retention.place,
         plan="all states" if store.slots is None else below,
         kept_states=len(store),
-        saved_calls=0,
+        saved_calls=engine.saved_calls,
         extra_forwards=prediction.extra_forwards,
         recompute_factor=1 + prediction.extra_forwards / max(program.end - program.start, 1),
         state_bytes=memory_of(engine.state),

@@ -59,7 +59,7 @@ class Streaming:
         self._start = 0  # of the program, when its inputs were last counted
         # of each kind of step: those of a call, with what runs beside them, and what the check of their graphs takes
         self._residual_bytes: dict[int, tuple[int, int]] = {}
-        self._saved = 0  # bytes of residuals
+        self.saved = 0  # bytes of residuals
         self._saving = True  # whether there is still room for any
         self._replayed = 0  # bytes of residuals that a replay makes of a step that ran with them, at most
         self._peaks: Peaks | None = None
@@ -75,25 +75,23 @@ class Streaming:
 
     # -- what comes ------------------------------------------------------------------------------------------------
 
-    def saves(self, call: StepCall) -> bool:
+    def saves(self, engine: Engine, call: StepCall) -> bool:
         """Whether there is ample room for the residuals of one more call."""
-        if not self._saving or self.budget < 0 or self._peaks is not None or self.offload:
+        if not self._saving or self._peaks is not None or self.offload:
             return False
+        self._look(engine)
         step = call.step
         found = self._residual_bytes.get(id(step))
         if found is None:
-            kept = sum(residual_cost(step, call.lowering))
-            found = self._residual_bytes[id(step)] = kept, check_bytes(step, call.lowering)
+            kept, lowering = sum(residual_cost(step, call.lowering)), call.lowering
+            checks = lowering.check and lowering.backend_of("backward") != "eager"
+            found = self._residual_bytes[id(step)] = kept, check_bytes(step, lowering) if checks else 0
         kept, checked = found
         return kept > 0 and 2 * (self._held + kept + checked) <= self.budget
 
     def slots(self, engine: Engine, call: StepCall, changes: Sequence[tuple[int, Tensor]]) -> int | None:
         """How many states may be kept when ``call`` is appended, which makes ``changes``; None for all."""
-        if self.budget < 0:
-            device = engine.state[0].device
-            stated = self._budget
-            self.budget = default_budget(device) if stated is None else budget_bytes(stated, device)
-            self._states = memory_of(engine.state)
+        self._look(engine)
         kind = _kind(call)
         if kind not in self._known:
             made = memory_of(value for _, value in changes)
@@ -105,6 +103,13 @@ class Streaming:
         if self._peaks is None:
             self._states += self._known[kind][1]
         return self._decided(engine, [call])
+
+    def _look(self, engine: Engine) -> None:
+        """See what the budget is, when the device is known."""
+        if self.budget < 0:
+            device, stated = engine.state[0].device, self._budget
+            self.budget = default_budget(device) if stated is None else budget_bytes(stated, device)
+            self._states = memory_of(engine.state)
 
     def slots_between(self, engine: Engine, refusing: bool) -> int | None:
         """How many states may be kept between steps, and before a sweep, where something has come to be held."""
@@ -137,7 +142,7 @@ class Streaming:
         self.ledger.take(call.inputs)
         if call.saved and self._saving:
             kept, _ = self._residual_bytes[id(call.step)]
-            self._saved += kept
+            self.saved += kept
             self._replayed = max(self._replayed, kept)
         self._taken[id(call.step)] += 1
         if max(call.metas, default=-1) <= self._met:
@@ -153,7 +158,7 @@ class Streaming:
         self.ledger.restart()
         self._written.clear()
         self._taken.clear()
-        self._met, self._set, self._gradients, self._saved = -1, 0, 0, 0
+        self._met, self._set, self._gradients, self.saved = -1, 0, 0, 0
         self._set_to.clear()
         begun = self._start > 0
         for past in (*engine.program, *more):
@@ -187,9 +192,9 @@ class Streaming:
         """
         if self._peaks is None and self._roomy(engine, more):
             return None
-        if self._saved:
+        if self.saved:
             engine.drop_residuals()
-            self._saved, self._saving = 0, False
+            self.saved, self._saving = 0, False
             return self._decided(engine, more, refusing)
         if self._peaks is None or any(_kind(c) not in self._planned for c in more):
             calls = [*engine.program, *more]
@@ -236,7 +241,7 @@ class Streaming:
     @property
     def _held(self) -> int:
         """Bytes where every state is kept."""
-        return self._states + self._saved + self.beside + self._growth + self._sweep
+        return self._states + self.saved + self.beside + self._growth + self._sweep
 
     def _fitting(self, peaks: Peaks) -> int:
         room = self.budget - self.beside

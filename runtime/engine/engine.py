@@ -145,14 +145,18 @@ class Engine(Interpreter):
         streaming = self.streaming
         if streaming is None or self.store.slots is not None or self.tier is not None:
             return False
-        return self.tangents is None and self.particles is None and streaming.saves(call)
+        return self.tangents is None and self.particles is None and streaming.saves(self, call)
 
-    def save(self, call: StepCall, results: Sequence[Tensor]) -> list[Tensor]:
+    def save(self, call: StepCall, results: Sequence[Tensor]) -> None:
         """Keep the residuals among the ``results`` of ``call``, the next one."""
         divided = residuals(call.step, call.lowering.hvp)
         assert divided is not None
-        self._residuals[self.program.end] = saved = [results[i] for i in divided.residuals]
-        return saved
+        self._residuals[self.program.end] = [results[i] for i in divided.residuals]
+
+    @property
+    def saved_calls(self) -> int:
+        """Over how many calls there are residuals."""
+        return len(self._residuals)
 
     def drop_residuals(self) -> None:
         """Let derivatives run their steps again."""

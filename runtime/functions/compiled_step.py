@@ -15,7 +15,7 @@ from metaoptim.compiler.ir.programs.program import Program
 from metaoptim.compiler.ir.step import Lowering, Role, StepGraph
 from metaoptim.compiler.ir.values import Input, Noise
 from metaoptim.compiler.lower.ambient import unaffected
-from metaoptim.compiler.lower.derivatives import begin, lowered, taken
+from metaoptim.compiler.lower.derivatives import begin, divisible, lowered, taken
 from metaoptim.compiler.passes.pipeline import FEW, Record
 from metaoptim.errors import CaptureError, WindowError, user_location
 
@@ -83,8 +83,10 @@ class CompiledStep:
             if self._runs <= FEW:  # many never run again: the first step of all, with no optimizer state yet
                 lowering = lowering.uncompiled
             call = self._call(window, held, lowering)
-            call.saved = self._runs > FEW and engine.saves(call)
+            call.saved = self._runs > FEW and divisible(self.step, lowering) and engine.saves(call)
             kind = "forward" if call.saved else "replay"
+            if self._runs == FEW + 1:
+                begin(self.step, lowering, call.saved)
             ports = self.step.inputs[self.step.states :]
             metas = [t for t, p in zip(given, ports, strict=True) if p.role is Role.META and t is not None]
             view.reads.prepare(call, metas)
@@ -93,10 +95,11 @@ class CompiledStep:
             inputs += [h.tensor if isinstance(h, Snapshot) else h.get() for h in held]
             now = taken(self.step, kind, inputs, lowering)
             results = lowered(self.step, kind, inputs, now, at_once=True)(*inputs)
-            saved = engine.save(call, results) if call.saved else None
+            if call.saved:
+                engine.save(call, results)
             if now is not lowering:
                 call.lowering = lowering.recorded
-                begin(self.step, lowering.recorded, saved)
+                begin(self.step, lowering.recorded)
             results = list(results[: len(call.writes)])
             del inputs  # under a budget, the engine may run the step's derivative now, on numbers drawn again
             changes = [(i, v) for i, v in zip(call.writes, results, strict=True) if i >= 0]

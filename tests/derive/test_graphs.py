@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from metaoptim.compiler.derive.flat import flat_graph
 from metaoptim.compiler.derive.graphs import merge_equal, undo_transposes
 
 aten = torch.ops.aten
@@ -28,3 +29,16 @@ def test_transposes_of_transposes_go_but_a_result_stays_what_it_was() -> None:
     assert targets == [aten.t.default, aten.mm.default, aten.t.default]
     for got, want in zip(fx.GraphModule({}, graph)(given), expected, strict=True):
         assert torch.equal(got, want) and got.stride() == want.stride()
+
+
+def test_views_that_change_nothing_are_left_out() -> None:
+    def views(x: torch.Tensor, z: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        same = aten.alias(x).view(2, 3)[:].expand(2, 3)
+        return same.mul(2), same[:, 1:], x.view(3, 2), z.conj(), z.conj().conj()
+
+    given = torch.randn(2, 3), torch.randn(2, dtype=torch.complex128)
+    traced = flat_graph(views, given)
+    targets = [n.target for n in traced.graph.nodes if n.op == "call_function"]
+    assert targets == [aten.mul.Tensor, aten.slice.Tensor, aten.view.default, *3 * [aten._conj.default]]
+    for got, want in zip(fx.GraphModule({}, traced.graph)(*given), views(*given), strict=True):
+        assert torch.equal(got, want) and got.is_conj() == want.is_conj()

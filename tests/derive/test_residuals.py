@@ -219,3 +219,16 @@ def test_views_that_no_operator_calls_one() -> None:
     (got, saved), (expected, none) = gradient(memory_budget=MUCH), gradient()
     assert saved and not none
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
+
+
+def test_what_is_filled_or_copied_into_another_type_is_made_again() -> None:
+    """Of Adam's update nothing is saved but the gradient, for all that its square root's derivative looks at."""
+    _, program = run(problem("linear", "adam", 3, True), memory_budget=MUCH)
+    step = next(g for g in reversed(program.program.step_graphs) if g.steps)
+    split = residuals(step, "auto")
+    assert split is not None
+    sizes = [p.spec.shape for p in step.inputs if p.role.value == "theta"]
+    inputs, _ = arguments(step)
+    made = split.forward(*inputs)
+    saved = [t.shape for t in made[len(made) - split.fresh :]]
+    assert all(saved.count(shape) <= sizes.count(shape) for shape in sizes)
