@@ -129,7 +129,10 @@ class Dependencies:
     def describe(self, value: Any, path: str = "") -> None:
         """Note all that ``value`` is."""
         kind = type(value)
-        if kind in _ATOMS:
+        if kind in _USUAL:
+            if not self._again(value, path):
+                self._tensor(value, path)
+        elif kind in _ATOMS:
             self.fact(path, (kind, value))
         elif kind is float:
             self.fact(path, (kind, value.hex()))  # -0.0 is not 0.0, and nan is nan
@@ -241,9 +244,9 @@ class Dependencies:
         self.tensors.append(t)
         stride = t.stride() if t.layout is torch.strided else ()
         hooks: Any = ()
-        if t._backward_hooks and isinstance(t, nn.Parameter):  # they act on inner gradients
-            self.objects += t._backward_hooks.values()
-            hooks = tuple(map(id, t._backward_hooks.values()))
+        if (own := t._backward_hooks) and isinstance(t, nn.Parameter):  # they act on inner gradients
+            self.objects += own.values()
+            hooks = tuple(map(id, own.values()))
         self.fact(path, ("tensor", t.shape, t.dtype, stride, t.device, t.requires_grad, hooks))
 
     def module(self, module: nn.Module, path: str) -> None:

@@ -59,6 +59,7 @@ class Streaming:
         self._start = 0  # of the program, when its inputs were last counted
         # of each kind of step: those of a call, with what runs beside them, and what the check of their graphs takes
         self._residual_bytes: dict[int, tuple[int, int]] = {}
+        self._room = 0  # what of the half in which nothing is planned is left, doubled
         self.saved = 0  # bytes of residuals
         self._saving = True  # whether there is still room for any
         self._replayed = 0  # bytes of residuals that a replay makes of a step that ran with them, at most
@@ -79,7 +80,9 @@ class Streaming:
         """Whether there is ample room for the residuals of one more call."""
         if not self._saving or self._peaks is not None or self.offload:
             return False
-        self._look(engine)
+        if self.budget < 0:
+            self._look(engine)
+            self._room = self.budget - 2 * self._held
         step = call.step
         found = self._residual_bytes.get(id(step))
         if found is None:
@@ -87,7 +90,7 @@ class Streaming:
             checks = lowering.check and lowering.backend_of("backward") != "eager"
             found = self._residual_bytes[id(step)] = kept, check_bytes(step, lowering) if checks else 0
         kept, checked = found
-        return kept > 0 and 2 * (self._held + kept + checked) <= self.budget
+        return kept > 0 and 2 * (kept + checked) <= self._room
 
     def slots(self, engine: Engine, call: StepCall, changes: Sequence[tuple[int, Tensor]]) -> int | None:
         """How many states may be kept when ``call`` is appended, which makes ``changes``; None for all."""
@@ -230,7 +233,8 @@ class Streaming:
     def _roomy(self, engine: Engine, more: Sequence[StepCall]) -> bool:
         if self.offload:
             return False  # where a segment begins depends on the slots there are
-        if 2 * self._held <= self.budget:
+        self._room = self.budget - 2 * self._held
+        if self._room >= 0:
             return True
         if engine.program.start > self._start:
             self._recount(engine, more)

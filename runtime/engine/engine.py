@@ -101,6 +101,7 @@ class Engine(Interpreter):
         self.stream = Stream()
         self._sweeps: dict[int, Sweep] = {}
         self._memory = WeakTable[Tensor]()
+        self._unlisted: list[Tensor] = []  # not in there yet: as a rule nobody ever asks
         self.held: weakref.WeakSet[Held] = weakref.WeakSet()  # what may be gone back to
 
     @property
@@ -129,13 +130,20 @@ class Engine(Interpreter):
         if may_keep(call) or self.store.slots is None:
             for action in coming(self.store, self.program.end):
                 self.store.apply(action, self.state)
-        for _, value in changes:
-            self._memory[value.untyped_storage()._cdata] = value
+        self._unlisted += [value for _, value in changes]
         self.program.append(call)
         self.state = changed(self.state, changes)
         if isinstance(call, Assign) and not self.program.begun and not read:
             for action in rebase(self.store, self.program.end):
                 self.store.apply(action, self.state)
+            self._list()
+        elif self.store.slots is not None:  # states die, and may not be held here
+            self._list()
+
+    def _list(self) -> None:
+        for value in self._unlisted:
+            self._memory[value.untyped_storage()._cdata] = value
+        self._unlisted.clear()
 
     def saves(self, call: StepCall) -> bool:
         """Whether ``call`` runs with residuals, so that its derivative does not run it again.
@@ -187,6 +195,7 @@ class Engine(Interpreter):
         within: set[int] = set()
         if self.store.slots is None:  # so far, those within super-steps were worth keeping as well
             within = {p for p in range(self.program.start, self.program.end) if not may_keep(self.program[p])}
+        self._list()
         self.drop_residuals()
         for action in shrink(self.store, slots, within):
             self.store.apply(action)
@@ -212,10 +221,12 @@ class Engine(Interpreter):
 
     def holds(self, storage: int) -> bool:
         """Whether a tensor of the tape lies in ``storage``."""
+        self._list()
         return self._memory.get(storage) is not None or (self.tier is not None and self.tier.holds(storage))
 
     def protect(self, storage: int) -> None:
         """Someone is about to write into ``storage``: keep what the tape holds of it."""
+        self._list()
         offloaded = self.tier is not None and self.tier.overwritten(storage)
         if self._memory.pop(storage) is None and not offloaded:
             return
@@ -239,6 +250,7 @@ class Engine(Interpreter):
         """Forget what lies before ``needed``: no sweep will go there."""
         if needed <= self.program.start or needed < self.store.base:
             return
+        self._list()
         for action in slide(self.store, needed, self.program.end):
             if isinstance(action, Advance):
                 with disable_current_modes(), unaffected():

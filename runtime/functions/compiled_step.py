@@ -23,6 +23,7 @@ from ..engine.engine import Engine
 from ..engine.graph import nodes_below
 from ..engine.inputs import Snapshot
 from ..engine.noise import redrawn
+from ..windows.recorded_step import StepPlaces
 from ..windows.recording_session import RecordedSession
 from ..windows.updates.hyper import COUNT
 from ..windows.updates.update import InnerOptimizer
@@ -82,7 +83,8 @@ class CompiledStep:
             self._runs += 1
             if self._runs <= FEW:  # many never run again: the first step of all, with no optimizer state yet
                 lowering = lowering.uncompiled
-            call = self._call(window, held, lowering)
+            places = window.places.get(self) or self._places(window)
+            call = StepCall(self.step, places.reads, places.writes, held, user_location(), lowering=lowering)
             call.saved = self._runs > FEW and divisible(self.step, lowering) and engine.saves(call)
             kind = "forward" if call.saved else "replay"
             if self._runs == FEW + 1:
@@ -106,13 +108,15 @@ class CompiledStep:
             self._show_state(window, call, results)
             updated = [self._ordinal(window, p) for p in self.thetas]
             view.take(call, changes, view.recording.epoch, metas, updated)
+            window.places[self] = places
+            window.opt_state.update(places.states)
             for optimizer, steps in self.taken:
                 window.members[id(optimizer)].steps += steps
         results = results[len(self.thetas) + len(self.states) + len(self.buffers) :]
         with torch.no_grad():
             for x, value in zip(self.left, results, strict=False):
                 tensor_of(x).copy_(value)
-        return self._results(window, call, results[len(self.left) :])
+        return self._results(window, places, results[len(self.left) :])
 
     @property
     def program(self) -> Program:
@@ -145,23 +149,21 @@ class CompiledStep:
             raise WindowError("a compiled step trains a network that is no part of this window")
         return ordinal
 
-    def _call(self, window: RecordedSession, held: list[Any], lowering: Lowering) -> StepCall:
-        view, known = window.view, window.opt_state
-        free = len(window.engine.state)
-        out = [view.indices[self._ordinal(window, p)] for p in self.thetas]
-        for optimizer, p, name in self.states:
-            key = window.state_key(optimizer, p, name)
-            if key not in known:
-                known[key], free = free, free + 1
-            out.append(known[key])
-        out += [-1] * (len(self.buffers) + len(self.left))
-        for k, live in enumerate(self.live):
-            if live and (id(self), k) not in window.results:
-                window.results[id(self), k], free = free, free + 1
-            out.append(window.results[id(self), k] if live else -1)
+    def _places(self, window: RecordedSession) -> StepPlaces:
+        """Where it reads and leaves its values, in its first call of a window; what is new is put at the end."""
+        view, known, free = window.view, window.opt_state, len(window.engine.state)
+        keys = [window.state_key(*key) for key in self.states]
+        new = {key: free + i for i, key in enumerate(k for k in keys if k not in known)}
+        free += len(new)
+        results = tuple(range(free, free + sum(self.live)))
+        left = iter(results)
         reads = [view.indices[self._ordinal(window, p)] for p in self.reads]
         reads += [known[window.state_key(*key)] for key in self.reads_state]
-        return StepCall(self.step, tuple(reads), tuple(out), held, user_location(), lowering=lowering)
+        writes = [view.indices[self._ordinal(window, p)] for p in self.thetas]
+        writes += [new[key] if key in new else known[key] for key in keys]
+        writes += [-1] * (len(self.buffers) + len(self.left))
+        writes += [next(left) if live else -1 for live in self.live]
+        return StepPlaces(tuple(reads), tuple(writes), new, results)
 
     def _show_state(self, window: RecordedSession, call: StepCall, results: Sequence[Tensor]) -> None:
         """Let the optimizers and the networks' buffers have their new values."""
@@ -175,13 +177,14 @@ class CompiledStep:
                 if m._buffers.get(n) is old:
                     m._buffers[n] = new
 
-    def _results(self, window: RecordedSession, call: StepCall, results: Sequence[Tensor]) -> list[Tensor]:
+    def _results(
+        self, window: RecordedSession, places: StepPlaces, results: Sequence[Tensor]
+    ) -> list[Tensor]:
         found = list(results)
         at = [k for k, live in enumerate(self.live) if live]
         if at:
-            indices = [window.results[id(self), k] for k in at]
             with window.recorder.paused(), torch.enable_grad():
-                reads = window.view.reads.results(indices)
+                reads = window.view.reads.results(list(places.results))
             shown: Any = window.networks.shown
             node: Any = reads[0].grad_fn  # of all of them
             node.current = {

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +25,19 @@ from metaoptim.errors import CaptureError, MetaOptimError, WindowError, user_loc
 from ..engine.engine import Engine
 from ..engine.inputs import Snapshot
 from .updates.update import Update
+
+
+class StepPlaces(NamedTuple):
+    """State indices of what a compiled step reads and leaves in a window.
+
+    ``states`` are those of optimizer states that it has made, by (optimizer, ordinal, name), ``results`` those of what
+    it returns that can be differentiated.
+    """
+
+    reads: tuple[int, ...]
+    writes: tuple[int, ...]
+    states: dict[tuple[int, int, str], int]
+    results: tuple[int, ...]
 
 
 @dataclass(slots=True)

@@ -23,7 +23,7 @@ from ..engine.nodes import gradient_of_loss, stepped
 from ..states.disk import tier_for
 from .networks import Networks
 from .ordinary_session import OrdinarySession
-from .recorded_step import RecordedStep, applied, unrecorded
+from .recorded_step import RecordedStep, StepPlaces, applied, unrecorded
 from .session import Options, Place, by_optimizer, read_outside, refuse_overwritten
 from .theta_view import ThetaView
 from .updates.hyper import Hyper, Scheduled, hyper_of
@@ -65,7 +65,7 @@ class RecordedSession(OrdinarySession):
             self.engine.streaming = Streaming(retention.memory_budget, ledger, offloads, slides)
         self._looked_at: dict[int, Tensor] = {}  # parameters that steps have read and do not train, by id
         self.opt_state: dict[tuple[int, int, str], int] = {}  # (optimizer, ordinal, name) -> state index
-        self.results: dict[tuple[int, int], int] = {}  # (compiled step, number of its result) -> state index
+        self.places: dict[Any, StepPlaces] = {}  # of compiled steps
         if options.evolution is not None:
             names = partial(_names, self.engine.thetas, self.view.indices, self.opt_state)
             self.engine.particles = Particles(options.evolution, names)
