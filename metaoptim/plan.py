@@ -24,7 +24,7 @@ from .errors import ProgramError, WindowError
 from .functions.specialization import trace_of
 from .report.cost import Cost, Setting
 from .runtime.budget.amounts import budget_bytes
-from .runtime.budget.planner import default_plan, device_of
+from .runtime.budget.planner import device_of
 from .runtime.windows.session import current_session
 
 
@@ -107,8 +107,7 @@ def plan(
         name = getattr(compiled, "__qualname__", "the function")
         setting = Setting(program, options.lowering, name, horizon, tiered, batch_size)
         if budget is None:
-            kept = None if slots is not None else default_plan(setting.alone)
-            return setting.with_slots(slots, tiered) if kept is None else setting.cost(kept, kept.budget)
+            return setting.with_nothing_said() if slots is None else setting.with_slots(slots, tiered)
         return setting.within(budget_bytes(budget, device_of(program)), tiered)
 
     return cost

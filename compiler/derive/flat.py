@@ -183,7 +183,7 @@ class _Writer(TorchDispatchMode):
         if self._instead_of_writing(func, args, kwargs):
             return args[0]
         out = called(func, args, kwargs)
-        if func is aten.detach.default or (func.is_view and _same(out, args[0])):
+        if func is aten.detach.default or (func.is_view and func not in _LIFTED and _same(out, args[0])):
             self.bind(out, self.token(args[0]), made=False)
             return out
         node = self._write(_COPIED if func in _LIFTED else func, args, kwargs)

@@ -98,10 +98,14 @@ def taken(
 
 def _pays(step: StepGraph, kind: str, lowering: Lowering) -> bool:
     """Whether a graph has taken so long by now that compiling it is no waste."""
-    derived = step.derived
-    graph = derived.vjp.get(lowering.hvp) if kind == "vjp" else None
-    if kind == "replay" and lowering.replays:
+    derived, graph = step.derived, None
+    divided = derived.splits.get(lowering.hvp)
+    if kind == "vjp":
+        graph = derived.vjp.get(lowering.hvp)
+    elif kind == "replay" and lowering.replays:
         graph = derived.replay
+    elif kind in ("forward", "backward") and divided is not None:
+        graph = divided.forward if kind == "forward" else divided.backward
     if graph is None or step.dynamic:
         return False
     runs = derived.runs[kind] = derived.runs.get(kind, 0) + 1
@@ -130,19 +134,19 @@ def begin(step: StepGraph, lowering: Lowering, saving: bool = False) -> None:
 
 
 def divisible(step: StepGraph, lowering: Lowering) -> bool:
-    """Whether a step may run as its forward with residuals and its backward from now on.
+    """Whether a step may run as its forward with residuals and its backward from now on, if it has any.
 
     Where graphs are compiled meanwhile, these come after the replay and the VJP: they are derived from both.
     """
-    if step.dynamic or step.chunked:
-        return False
+    if step.dynamic or step.chunked or not step.cotangents:
+        return True  # it stays whole
     if lowering.backend != "inductor" or waits() or not elsewhere(p.spec for p in step.inputs):
         return True
     coming = step.derived.coming
     if not all((c := coming.get((kind, lowering))) and c.ended for kind in ("replay", "vjp")):
         return False
     if residuals(step, lowering.hvp) is None:
-        return False
+        return True
     begin(step, lowering, saving=True)
     halves = [coming[kind, lowering] for kind in ("forward", "backward")]
     return all(c.ended and c.complaint is None for c in halves)

@@ -26,14 +26,14 @@ from ..compiler.ir.traces.trace import Trace
 from ..compiler.ir.values import Input, Noise
 from ..compiler.lower.ambient import unaffected
 from ..compiler.lower.compile_graph import waiting
-from ..compiler.lower.derivatives import begin, derived, settled
-from ..compiler.lower.processes.handover import prepare
+from ..compiler.lower.derivatives import begin, derived, divisible, residuals, settled
+from ..compiler.lower.processes.handover import prepare, waits
 from ..compiler.passes.options import Options, retention_of
 from ..compiler.passes.pipeline import Record, checkpoint, compile_trace
 from ..errors import CaptureError, UnreachableWarning, warn
 from ..optim.base.alive import preserved
 from ..runtime.budget.amounts import tell_default
-from ..runtime.budget.planner import Plan, decide
+from ..runtime.budget.planner import Plan, decide, with_default_residuals
 from ..runtime.engine.engine import Check
 from ..runtime.engine.function import Call, Run
 from ..runtime.functions.captured_step import CapturedStep, aside, compiled
@@ -119,6 +119,7 @@ class Specialization:
         self.plan: Plan | None = None  # how it keeps to its memory budget, once it has run under one
         self._name, self._options = name, options
         self._planned = self._lowering = options.lowering  # what the plan is for, and what runs
+        self._divided = False  # whether it has been decided on residuals that nobody has asked for
         source = dependencies.sources()
         calls = [call for call, _ in program.counted()]
         found = {x for c in calls for g in c.inputs for x in g.sources if isinstance(x, Input)}
@@ -141,7 +142,7 @@ class Specialization:
         written = [dependencies.tensor(t) for t in self._writes if not isinstance(t, tuple)]
         run = Run(program, tensors, self._lowering, kept, written)
         run.engine.check = self.check
-        run.engine.later = retention_of(program, self._options).memory_budget is not None
+        run.engine.later = run.engine.spends = retention_of(program, self._options).memory_budget is not None
         if differentiable:
             found = Call.apply(run, self._keys, program.dead, *(tensors[x] for x in self._keys))
         else:
@@ -163,8 +164,7 @@ class Specialization:
         lowering = settled(program.step_graphs, self._options.lowering)
         if program.kept is None or (lowering != self._planned and retention.memory_budget is not None):
             self._planned = lowering
-            for step in program.step_graphs:
-                begin(step, program.lowering_of(step, self._options.lowering))
+            self._begin(saving=waits() and not retention.given)
             if program.kept is not None and not self._may_check(lowering):
                 self._lowering = lowering.uncompiled
                 return program.kept
@@ -176,7 +176,25 @@ class Specialization:
                     tell_default(self._name, self.plan.budget)
                 _plans.info("%s: %s", self._name, self.plan)
         assert program.kept is not None
+        if not retention.given and not self._divided and self.plan is None and self._divisible():
+            # nobody has asked for residuals: they are taken up when their graphs are there
+            self._divided = True
+            kept, _ = with_default_residuals(program.kept, program, lowering)
+            checkpoint(program, replace(self._options, kept=kept))
         return program.kept
+
+    def _begin(self, saving: bool = False) -> None:
+        """Have the step graphs compiled that are to be."""
+        lowering = self._options.lowering
+        for step in self.program.step_graphs:
+            divided = saving and residuals(step, lowering.hvp) is not None
+            begin(step, self.program.lowering_of(step, lowering), divided)
+
+    def _divisible(self) -> bool:
+        lowering = self._options.lowering
+        steps = [(g, self.program.lowering_of(g, lowering)) for g in self.program.step_graphs]
+        ready = [divisible(g, how) for g, how in steps if how.backend == "inductor"]  # each is begun
+        return all(ready)
 
     def _may_check(self, lowering: Lowering) -> bool:
         """Whether the budget has room to compare compiled graphs with what they are compiled from."""

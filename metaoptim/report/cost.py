@@ -10,13 +10,20 @@ from typing import Any
 from ..compiler.cost.model import SIZES, CostModel, step_flops
 from ..compiler.cost.step import residual_cost, step_cost
 from ..compiler.ir.programs.calls import Loop
-from ..compiler.ir.programs.program import Program
+from ..compiler.ir.programs.program import Kept, Program
 from ..compiler.ir.step import Lowering
 from ..compiler.ir.tensors import nbytes
 from ..compiler.ir.text import plural, readable_bytes
 from ..errors import WindowError
 from ..runtime.budget.peaks import FEW_SLOTS
-from ..runtime.budget.planner import Plan, Planner, residuals_from, with_residuals
+from ..runtime.budget.planner import (
+    Plan,
+    Planner,
+    default_plan,
+    residuals_from,
+    with_default_residuals,
+    with_residuals,
+)
 
 
 @dataclass(frozen=True)
@@ -203,6 +210,15 @@ class Setting:
         peak = planner.every if kept is None else planner.peak(kept, tiered)
         least = planner.least(tiered)
         return self.cost(Plan(peak, kept, peak, least, offload=tiered), None)
+
+    def with_nothing_said(self) -> Cost:
+        """The cost of a call that states neither slots nor a budget."""
+        plan = default_plan(self.alone)
+        if plan is not None:
+            return self.cost(plan, plan.budget)
+        kept, more = with_default_residuals(Kept(), self.program, self.alone.lowering)
+        peak = self.alone.every + more
+        return self.cost(Plan(peak, None, peak, self.alone.least(), saved=kept.saved), None)
 
     def cost(self, plan: Plan, budget: int | None) -> Cost:
         """The cost of a call that keeps to ``plan``."""

@@ -25,7 +25,7 @@ from ..functions.guards import Dependencies
 from ..functions.specialization import captured_step, name_of, trace_of
 from ..functions.surroundings import names_in, tensor_names
 from ..runtime.budget.measure import measured_peak, rehearse
-from ..runtime.budget.planner import decide
+from ..runtime.budget.planner import decide, with_default_residuals
 from ..runtime.budget.simulate import predict, predict_sweep
 from ..runtime.engine.graph import leaves_of
 from ..runtime.windows.recording_session import RecordedSession
@@ -52,13 +52,16 @@ def report_of(fn: Callable, options: Options, args: tuple, kwargs: dict, measure
         rehearse(program, tensors, lowering)
     begun = time.perf_counter()
     kept, plan = decide(program, lowering, said, name_of(fn), tensors if measure else None)
+    more = 0
+    if plan is None and not said.given:
+        kept, more = with_default_residuals(kept, program, lowering)
     slots, offload = kept.slots, kept.offload
     prediction = predict(program, slots, lowering, offload is not None)
     if not prediction.reached:
-        kept = Kept(1)
+        kept, more = Kept(1), 0
         prediction = predict(program, 1, lowering)
     saved = kept.saved
-    peak = plan.peak_bytes if plan is not None and saved else prediction.peak_bytes
+    peak = plan.peak_bytes if plan is not None and saved else prediction.peak_bytes + more
     kind = "scheduled" if offload is None else "tiered"
     if not prediction.reached:
         kind = "forward only"

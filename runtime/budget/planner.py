@@ -128,6 +128,20 @@ def default_plan(planner: Planner) -> Plan | None:
     return planner.plan(max(budget, planner.minimum()))
 
 
+def with_default_residuals(kept: Kept, program: Program, lowering: Lowering) -> tuple[Kept, int]:
+    """What a compiled function keeps that states no budget, with residuals over its calls, and the bytes of these.
+
+    Where graphs are compiled, every state is kept, and states and residuals take half of the default budget at most.
+    """
+    if kept.slots is not None or lowering.backend != "inductor":
+        return kept, 0
+    saved, bytes_ = saved_calls(program, lowering)
+    states = program.swept * program.state_bytes
+    if 2 * (states + bytes_) > default_budget(device_of(program)):
+        return kept, 0
+    return replace(kept, saved=saved), bytes_
+
+
 def device_of(program: Program) -> torch.device:
     """Where the inner state lives."""
     return next((x.spec.device for x in program.inputs if x.spec.device.type != "cpu"), torch.device("cpu"))

@@ -17,7 +17,7 @@ from metaoptim.compiler.ir.step import Role
 from metaoptim.compiler.ir.tensors import memory_key, memory_of, nbytes
 from metaoptim.compiler.ir.text import plural, readable_bytes
 from metaoptim.compiler.lower.ambient import unaffected
-from metaoptim.compiler.lower.derivatives import lowered
+from metaoptim.compiler.lower.derivatives import lowered, residuals
 from metaoptim.errors import BudgetError
 
 from ..engine.engine import Engine
@@ -86,11 +86,9 @@ class Streaming:
         step = call.step
         found = self._residual_bytes.get(id(step))
         if found is None:
-            kept, lowering = sum(residual_cost(step, call.lowering)), call.lowering
-            checks = lowering.check and lowering.backend_of("backward") != "eager"
-            found = self._residual_bytes[id(step)] = kept, check_bytes(step, lowering) if checks else 0
+            found = self._residual_bytes[id(step)] = _residual_bytes(call)
         kept, checked = found
-        return kept > 0 and 2 * (kept + checked) <= self._room
+        return kept >= 0 and 2 * (kept + checked) <= self._room
 
     def slots(self, engine: Engine, call: StepCall, changes: Sequence[tuple[int, Tensor]]) -> int | None:
         """How many states may be kept when ``call`` is appended, which makes ``changes``; None for all."""
@@ -302,6 +300,19 @@ class Streaming:
             )
         if fits < len(engine.store):
             engine.limit(fits)
+
+
+def _residual_bytes(call: StepCall) -> tuple[int, int]:
+    """Bytes of a call's residuals (-1: it has none), with what runs beside them, and of their graphs' check."""
+    step, lowering = call.step, call.lowering
+    divided = residuals(step, lowering.hvp)
+    if divided is None:
+        return -1, 0
+    # results that are no part of the state die with the call, unless they are residuals
+    mine = [i for i in divided.residuals if i < len(call.writes) and call.writes[i] < 0]
+    kept = sum(residual_cost(step, lowering)) + sum(nbytes(step.outputs[i].spec) for i in mine)
+    checks = lowering.check and lowering.backend_of("backward") != "eager"
+    return kept, check_bytes(step, lowering) if checks else 0
 
 
 def _kind(call: StepCall) -> Any:

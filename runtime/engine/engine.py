@@ -102,6 +102,7 @@ class Engine(Interpreter):
         self._sweeps: dict[int, Sweep] = {}
         self._memory = WeakTable[Tensor]()
         self._unlisted: list[Tensor] = []  # not in there yet: as a rule nobody ever asks
+        self._shared: list[int] = []  # positions of residuals that a state may lie in the memory of
         self.held: weakref.WeakSet[Held] = weakref.WeakSet()  # what may be gone back to
 
     @property
@@ -159,7 +160,17 @@ class Engine(Interpreter):
         """Keep the residuals among the ``results`` of ``call``, the next one."""
         divided = residuals(call.step, call.lowering.hvp)
         assert divided is not None
-        self._residuals[self.program.end] = [results[i] for i in divided.residuals]
+        position = self.program.end
+        self._residuals[position] = [results[i] for i in divided.residuals]
+        if len(divided.residuals) > divided.fresh:
+            self._shared.append(position)
+
+    def part(self) -> None:
+        """The last state is the user's from now on, who may write into it: no residual may lie there."""
+        shown = {t.untyped_storage()._cdata for t in self.state if t.layout is torch.strided}
+        for saved in filter(None, map(self._residuals.get, self._shared)):
+            saved[:] = [t.clone() if t.untyped_storage()._cdata in shown else t for t in saved]
+        self._shared.clear()
 
     @property
     def saved_calls(self) -> int:

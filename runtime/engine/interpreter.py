@@ -28,6 +28,7 @@ class Interpreter:
         self.state: State = []  # the last one
         self.begin = 0  # no sweep goes back further over inner steps that `run` runs
         self.saving = sys.maxsize  # from which position on `run` saves residuals
+        self.spends = False  # whether residuals go with the first backward, as a stated budget has it
         self.replays = self.vjps = 0  # calls that were run, and pulled back through
         self.keepable: Keepable = always
         self.passing: Tell | None = None  # told of every call that is run, by position
@@ -174,8 +175,7 @@ class Interpreter:
         if kind == "loss":
             operands += [c.new_empty(c.shape).copy_(c) for c in received.values()]
         else:
-            # of a window, other losses may come back here
-            saved = (self._residuals.get if call.saved else self._residuals.pop)(position, None)
+            saved = (self._residuals.pop if self.spends else self._residuals.get)(position, None)
             kind = "vjp" if saved is None else "backward"
             operands += saved or ()
             operands += [self._cotangent(step.outputs[i].spec, received.get(i)) for i in step.cotangents]

@@ -36,7 +36,7 @@ class CapturedStep(CapturedSession):
     """Stands in for the window while one of its steps is captured."""
 
     def __init__(self, window: RecordedSession, tracer: Tracer) -> None:
-        super().__init__(Options(offline=True), tracer)
+        super().__init__(Options(offline=True, first_order=window.options.first_order), tracer)
         self.window, self.keeps_state = window, True
         self.left: list[tuple[Any, Value]] = []  # what has a new value after the step, and which
         self.thetas: dict[int, Tensor] = {}  # id of an input that is a parameter before the step -> which

@@ -7,6 +7,7 @@ from torch import fx
 
 from metaoptim.compiler.derive.flat import flat_graph
 from metaoptim.compiler.derive.graphs import merge_equal, undo_transposes
+from metaoptim.compiler.ir.step import FlatGraph
 
 aten = torch.ops.aten
 
@@ -42,3 +43,17 @@ def test_views_that_change_nothing_are_left_out() -> None:
     assert targets == [aten.mul.Tensor, aten.slice.Tensor, aten.view.default, *3 * [aten._conj.default]]
     for got, want in zip(fx.GraphModule({}, traced.graph)(*given), views(*given), strict=True):
         assert torch.equal(got, want) and got.is_conj() == want.is_conj()
+
+
+def test_constants_are_made_anew_by_each_run() -> None:
+    """What Python's numbers become is a view to torch, of which each run needs a copy: it may be written into."""
+
+    def decayed(x: torch.Tensor) -> tuple[torch.Tensor]:
+        decay = torch.tensor(0.9)
+        return (decay.mul_(0.5) * x,)
+
+    x = torch.randn(3)
+    traced = flat_graph(decayed, [x], real=True)
+    graph = FlatGraph(traced.graph, traced.constants)
+    for _ in range(3):
+        torch.testing.assert_close(graph(x)[0], 0.45 * x)

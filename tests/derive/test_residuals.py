@@ -14,6 +14,8 @@ from forms import in_form_c, mlp
 from metaoptim.compiler.ir.step import FlatGraph, StepGraph
 from metaoptim.compiler.lower import derivatives
 from metaoptim.compiler.lower.derivatives import derived, replayed, residuals
+from metaoptim.compiler.lower.processes import handover
+from metaoptim.runtime.budget import amounts
 from metaoptim.runtime.budget.meter import AllocatorMeter
 from oracle import Problem, agree, leaves, run_oracle
 from problems import OPTIMIZERS, problem
@@ -232,3 +234,61 @@ def test_what_is_filled_or_copied_into_another_type_is_made_again() -> None:
     made = split.forward(*inputs)
     saved = [t.shape for t in made[len(made) - split.fresh :]]
     assert all(saved.count(shape) <= sizes.count(shape) for shape in sizes)
+
+
+# -- where nobody has asked for them -----------------------------------------------------------------------------------
+
+
+def saved_by(meta_loss: Any) -> int:
+    ((program,),) = meta_loss._specializations.known.values()
+    return program.program.kept.saved
+
+
+def test_compiled_functions_save_them_unasked() -> None:
+    net, log_lr, xs = setting(8)
+    expected = torch.autograd.grad(compiled()(net, log_lr, xs), [log_lr, *net.parameters()])
+    meta_loss = compiled(backend="inductor")
+    loss = meta_loss(net, log_lr, xs)
+    for _ in range(2):  # the second backward goes on from them, too
+        got = torch.autograd.grad(loss, [log_lr, *net.parameters()], retain_graph=True)
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-14)
+    report = meta_loss.explain(net, log_lr, xs)
+    assert saved_by(meta_loss) == report.saved_calls == report.calls and report.plan == "unrolled"
+    ((program,),) = meta_loss._specializations.known.values()
+    loops = [g for g, count in ((c.step, n) for c, n in program.program.counted()) if count > 2]
+    assert loops and all({kind for kind, _ in g.derived.lowered} == {"forward", "backward"} for g in loops)
+    planned = metaoptim.plan(meta_loss, horizon=500)(net, log_lr, xs)
+    assert planned.saved_calls == 502 and planned.plan == "unrolled"
+
+
+@pytest.mark.parametrize("why", ["not compiled yet", "no room", "slots"])
+def test_and_save_none(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    net, log_lr, xs = setting(8)
+    expected = torch.autograd.grad(compiled()(net, log_lr, xs), [log_lr, *net.parameters()])
+    if why == "not compiled yet":
+        monkeypatch.setenv("METAOPTIM_WAIT", "0")
+        monkeypatch.setattr(handover.background, "submit", lambda *args: None)  # nor will it ever be
+    if why == "no room":
+        monkeypatch.setattr(amounts, "free_bytes", lambda device: 20_000)
+    meta_loss = compiled(backend="inductor", slots=4 if why == "slots" else None)
+    for _ in range(2):
+        got = torch.autograd.grad(meta_loss(net, log_lr, xs), [log_lr, *net.parameters()])
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-14)
+        assert saved_by(meta_loss) == 0
+
+
+def test_they_are_taken_up_when_their_graphs_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """First replays and derivatives, then, once these have run compiled, forwards and backwards."""
+    net, log_lr, xs = setting(8)
+    expected = torch.autograd.grad(compiled()(net, log_lr, xs), [log_lr, *net.parameters()])
+    monkeypatch.setenv("METAOPTIM_WAIT", "0")
+    meta_loss, saved = compiled(backend="inductor"), []
+    for _ in range(4):
+        got = torch.autograd.grad(meta_loss(net, log_lr, xs), [log_lr, *net.parameters()])
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-14)
+        ((program,),) = meta_loss._specializations.known.values()
+        for step in program.program.step_graphs:
+            for coming in step.derived.coming.values():
+                coming.wait()
+        saved.append(saved_by(meta_loss))
+    assert saved[0] == 0 and saved[-1] == 10

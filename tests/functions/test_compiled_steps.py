@@ -259,6 +259,23 @@ def test_backward_hook_and_first_order(first_order: bool) -> None:
     assert not torch.allclose(with_hook, Bench(plain).net[0].weight)
 
 
+def test_a_window_that_asks_for_the_first_order_has_it() -> None:
+    def run(wrap: Wrap, gradient: str | None = "first_order", **window: Any) -> list[Tensor | None]:
+        b = Bench(wrap)
+        step, given = b.step(), {} if gradient is None else {"gradient": gradient}
+        for options in ({}, given):  # the step of an exact window is another one
+            for p in (*b.net.parameters(), b.log_lr, b.weight):
+                p.grad = None
+            with metaoptim.SlidingWindow(**options, **window):
+                for t in range(4):
+                    step(XS[t], YS[t])
+                b.outer().backward()
+        return b.left()
+
+    same(run, offline=True)
+    assert not torch.allclose(run(compiled, offline=True)[0], run(compiled, None, offline=True)[0])
+
+
 @MODES
 def test_writes_into_parameters_cut_the_history(offline: bool) -> None:
     def run(wrap: Wrap, **window: Any) -> list[Tensor | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -167,6 +168,48 @@ def test_states_that_are_written_into_are_kept() -> None:
         found.append(gradient(run, write))
     assert run.saved >= 5
     torch.testing.assert_close(found[1], found[0], rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("when", ["after", "next window"])
+def test_states_may_be_written_into_after_the_window(when: str) -> None:
+    """The last residuals of momentum are what the optimizer has then."""
+
+    def found(writes: bool) -> list[Tensor]:
+        run = Run()
+        run.inner = metaoptim.MetaSGD([run.net], lr=0.01, momentum=0.9)
+        (loss,) = run.losses()
+        assert run.saved == 5
+        if writes:
+            with metaoptim.SlidingWindow() if when == "next window" else nullcontext():
+                for of_parameter in run.inner.state.values():
+                    of_parameter["momentum_buffer"].zero_()
+        loss.backward()
+        return run.grads
+
+    assert all(map(torch.equal, found(True), found(False)))
+
+
+def test_results_that_nobody_differentiates_count() -> None:
+    """They would die with their step, were they no residuals."""
+    torch.manual_seed(0)
+    body, head = nn.Linear(8, 2048).requires_grad_(False), nn.Linear(2048, 1)
+    log_lr, xs = torch.tensor(-9.0, requires_grad=True), torch.randn(60, 64, 8)
+    inner = metaoptim.MetaSGD([head], lr=log_lr.exp())
+
+    @metaoptim.compile(backend="eager")
+    def step(x: Tensor) -> Tensor:
+        features = body(x)
+        inner.step(head(features).square().mean())
+        return features
+
+    budget = 16_000_000
+    with AllocatorMeter() as meter:
+        with metaoptim.SlidingWindow(offline=True, memory_budget=budget):
+            for x in xs:
+                step(x)
+            loss = head.weight.square().sum()
+        loss.backward()
+    assert meter.peak <= budget and log_lr.grad is not None and bool(log_lr.grad)
 
 
 def test_batches_that_were_changed_are_refused() -> None:
