@@ -16,7 +16,6 @@ from .compiler.capture import intercept
 from .compiler.ir.retention import Retention, check_count
 from .compiler.ir.step import Lowering
 from .compiler.lower.compile_graph import waiting
-from .compiler.lower.derivatives import begin
 from .compiler.passes.options import Options
 from .errors import WindowError
 from .functions.guards import Dependencies
@@ -85,15 +84,11 @@ class CompiledFunction(Method):
                 f"{self._name}.compile_now() was called inside a window: it is for functions that hold their windows, "
                 "and called before them. A compiled step is compiled while its window goes on"
             )
-        program, lowering = (
-            self._found(None, (*self._instance, *args), kwargs)[0].program,
-            self._options.lowering,
-        )
-        graphs = [(step, program.lowering_of(step, lowering)) for step in program.step_graphs]
-        for step, its in graphs:
-            begin(step, its)
+        found, _ = self._found(None, (*self._instance, *args), kwargs)
+        assert isinstance(found, Specialization)  # outside of windows
+        found.begin()
         with waiting(f"compiling {self._name} ..."):
-            for step, _ in graphs:
+            for step in found.program.step_graphs:
                 for coming in step.derived.coming.values():
                     coming.wait()
 

@@ -164,7 +164,7 @@ class Specialization:
         lowering = settled(program.step_graphs, self._options.lowering)
         if program.kept is None or (lowering != self._planned and retention.memory_budget is not None):
             self._planned = lowering
-            self._begin(saving=waits() and not retention.given)
+            self.begin()
             if program.kept is not None and not self._may_check(lowering):
                 self._lowering = lowering.uncompiled
                 return program.kept
@@ -183,12 +183,13 @@ class Specialization:
             checkpoint(program, replace(self._options, kept=kept))
         return program.kept
 
-    def _begin(self, saving: bool = False) -> None:
-        """Have the step graphs compiled that are to be."""
-        lowering = self._options.lowering
-        for step in self.program.step_graphs:
+    def begin(self) -> None:
+        """Have the step graphs compiled that are to be: with residuals at once where calls wait for them."""
+        program, lowering = self.program, self._options.lowering
+        saving = waits() and not retention_of(program, self._options).given
+        for step in program.step_graphs:
             divided = saving and residuals(step, lowering.hvp) is not None
-            begin(step, self.program.lowering_of(step, lowering), divided)
+            begin(step, program.lowering_of(step, lowering), divided)
 
     def _divisible(self) -> bool:
         lowering = self._options.lowering

@@ -165,7 +165,7 @@ class Engine(Interpreter):
         if len(divided.residuals) > divided.fresh:
             self._shared.append(position)
 
-    def part(self) -> None:
+    def release(self) -> None:
         """The last state is the user's from now on, who may write into it: no residual may lie there."""
         shown = {t.untyped_storage()._cdata for t in self.state if t.layout is torch.strided}
         for saved in filter(None, map(self._residuals.get, self._shared)):

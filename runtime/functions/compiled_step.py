@@ -52,6 +52,7 @@ class CompiledStep:
     buffers_given: list[tuple[nn.Module, str] | None]
     taken: list[tuple[InnerOptimizer, int]]  # the optimizers that step in it, and how often each does
     _runs: int = 0
+    _divided: bool = False  # whether the graphs that save residuals and go on from them are there
 
     def run(
         self, window: RecordedSession, tensor_of: Callable[[Input], Tensor], lowering: Lowering
@@ -85,7 +86,8 @@ class CompiledStep:
                 lowering = lowering.uncompiled
             places = window.places.get(self) or self._places(window)
             call = StepCall(self.step, places.reads, places.writes, held, user_location(), lowering=lowering)
-            call.saved = self._runs > FEW and divisible(self.step, lowering) and engine.saves(call)
+            self._divided = self._divided or (self._runs > FEW and divisible(self.step, lowering))
+            call.saved = self._divided and engine.saves(call)
             kind = "forward" if call.saved else "replay"
             if self._runs == FEW + 1:
                 begin(self.step, lowering, call.saved)
@@ -153,7 +155,7 @@ class CompiledStep:
         """Where it reads and leaves its values, in its first call of a window; what is new is put at the end."""
         view, known, free = window.view, window.opt_state, len(window.engine.state)
         keys = [window.state_key(*key) for key in self.states]
-        new = {key: free + i for i, key in enumerate(k for k in keys if k not in known)}
+        new = {key: free + i for i, key in enumerate(dict.fromkeys(k for k in keys if k not in known))}
         free += len(new)
         results = tuple(range(free, free + sum(self.live)))
         left = iter(results)

@@ -133,7 +133,7 @@ class RecordedSession(OrdinarySession):
             self.engine.tier.settle()
 
     def _close(self, failed: bool) -> None:
-        self.engine.part()
+        self.engine.release()
         self.view.close()
         self._looked_at.clear()
         if failed and self.engine.tier is not None:  # otherwise when nothing can ask for it any more

@@ -32,9 +32,7 @@ class StepCall:
     rng: int = -1  # state index of the random generator's state, if the step draws
     lowering: Lowering = EAGER
     spies: tuple[Spy, ...] = ()  # the tensor hooks that are part of the step
-    saved: bool = (
-        False  # whether it ran with residuals: replays run the same graph, to be the same to the bit
-    )
+    saved: bool = False  # whether it ran with residuals, which replays do too: the same to the bit
 
     @property
     def theta(self) -> tuple[int, ...]:
