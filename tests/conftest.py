@@ -11,6 +11,7 @@ import torch
 
 from metaoptim.compiler.lower.files import remembered
 from metaoptim.compiler.lower.library import library
+from metaoptim.compiler.lower.processes import background
 from metaoptim.optim.base.alive import live_optimizers
 
 os.environ.setdefault("METAOPTIM_WAIT", "1")  # compiled graphs are tested, not whether they come in time
@@ -39,6 +40,17 @@ def _no_steps_left() -> Iterator[None]:
     library.clear()
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def never_compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No graph is ever compiled, and nobody waits for it."""
+    monkeypatch.setenv("METAOPTIM_WAIT", "0")
+    monkeypatch.setattr(background, "submit", lambda *args: None)
+    monkeypatch.setattr(background, "_coming", {})  # or other tests would wait for what does not come
+    library.clear()
+    yield
+    library.clear()
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -142,14 +142,19 @@ def divisible(step: StepGraph, lowering: Lowering) -> bool:
         return True  # it stays whole
     if lowering.backend != "inductor" or waits() or not elsewhere(p.spec for p in step.inputs):
         return True
-    coming = step.derived.coming
-    if not all((c := coming.get((kind, lowering))) and c.ended for kind in ("replay", "vjp")):
+    if not (_is_there(step, "replay", lowering) and _is_there(step, "vjp", lowering)):
         return False
     if residuals(step, lowering.hvp) is None:
         return True
     begin(step, lowering, saving=True)
-    halves = [coming[kind, lowering] for kind in ("forward", "backward")]
-    return all(c.ended and c.complaint is None for c in halves)
+    return _is_there(step, "forward", lowering) and _is_there(step, "backward", lowering)
+
+
+def _is_there(step: StepGraph, kind: str, lowering: Lowering) -> bool:
+    """Whether there is the compiled form of a graph."""
+    coming = step.derived.coming.get((kind, lowering))
+    there = coming is not None and coming.ended and coming.complaint is None
+    return there or (kind, lowering) in step.derived.lowered
 
 
 def _residual_specs(step: StepGraph, hvp: str) -> list[TensorSpec]:

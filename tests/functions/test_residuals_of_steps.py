@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import metaoptim
-from metaoptim.compiler.lower.processes import handover
 from metaoptim.runtime.budget import amounts
 from metaoptim.runtime.budget.meter import AllocatorMeter
 from metaoptim.runtime.engine.engine import Engine
@@ -109,10 +108,9 @@ def test_by_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(found, gradient(Run(backend=None, offline=True)), rtol=1e-10, atol=1e-14)
 
 
-def test_meanwhile_steps_run_undivided(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("never_compiled")
+def test_meanwhile_steps_run_undivided() -> None:
     """Nobody waits for graphs that are derived from the replay and the VJP: these are compiled first."""
-    monkeypatch.delenv("METAOPTIM_WAIT", raising=False)
-    monkeypatch.setattr(handover.background, "submit", lambda *args: None)  # nothing is ever compiled
     run = Run(backend="inductor", offline=True)
     expected = gradient(Run(backend=None, offline=True))
     torch.testing.assert_close(gradient(run), expected, rtol=1e-10, atol=1e-14)
