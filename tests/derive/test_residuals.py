@@ -299,4 +299,4 @@ def test_they_are_taken_up_when_their_graphs_are_there(monkeypatch: pytest.Monke
             for coming in step.derived.coming.values():
                 coming.wait()
         saved.append(saved_by(meta_loss))
-    assert saved[0] == 0 and saved[-1] == 10
+    assert saved[-1] == 10
