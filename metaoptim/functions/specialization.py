@@ -179,7 +179,7 @@ class Specialization:
         if not retention.given and not self._divided and self.plan is None and self._divisible():
             # nobody has asked for residuals: they are taken up when their graphs are there
             self._divided = True
-            kept, _ = with_default_residuals(program.kept, program, lowering)
+            kept, _ = with_default_residuals(program.kept, program, self._options.lowering)
             checkpoint(program, replace(self._options, kept=kept))
         return program.kept
 
