@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,10 +44,11 @@ def _no_steps_left() -> Iterator[None]:
 
 
 @pytest.fixture
-def never_compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def never_compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """No graph is ever compiled, and nobody waits for it."""
     monkeypatch.setenv("METAOPTIM_WAIT", "0")
     monkeypatch.setattr(background, "submit", lambda *args: None)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(background, "_coming", {})  # or other tests would wait for what does not come
     library.clear()
     yield
