@@ -74,6 +74,8 @@ swap_tensors = torch._C._swap_tensor_impl
 current_autograd_node = torch._C._current_autograd_node
 #: An id of the backward that is running, for its nodes.
 graph_task = torch._C._current_graph_task_id
+#: Whether the backward that is running was told to ``retain_graph``; outside of one, yes.
+keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph  # pyright: ignore[reportAttributeAccessIssue]
 
 #: Whether a tensor is one of forward mode's zeros, which have no memory.
 is_zero_tensor = torch.Tensor._is_zerotensor

@@ -142,7 +142,8 @@ class Specialization:
         written = [dependencies.tensor(t) for t in self._writes if not isinstance(t, tuple)]
         run = Run(program, tensors, self._lowering, kept, written)
         run.engine.check = self.check
-        run.engine.later = run.engine.spends = retention_of(program, self._options).memory_budget is not None
+        if retention_of(program, self._options).memory_budget is not None:
+            run.engine.later = run.engine.spending = True
         if differentiable:
             found = Call.apply(run, self._keys, program.dead, *(tensors[x] for x in self._keys))
         else:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from metaoptim.compiler.compat import disable_current_modes, queue_callback
+from metaoptim.compiler.compat import disable_current_modes, keeps_graph, queue_callback
 from metaoptim.compiler.derive.interpret import hooking
 from metaoptim.compiler.ir.programs.calls import Assign, StepCall
 from metaoptim.compiler.ir.programs.program import Tape
@@ -102,6 +102,8 @@ class Engine(Interpreter):
         self._sweeps: dict[int, Sweep] = {}
         self._memory = WeakTable[Tensor]()
         self._unlisted: list[Tensor] = []  # not in there yet: as a rule nobody ever asks
+        # whether residuals go with the first sweep over them; None: as what autograd has saved, without retain_graph
+        self.spending: bool | None = None
         self._shared: list[int] = []  # positions of residuals that a state may lie in the memory of
         self.held: weakref.WeakSet[Held] = weakref.WeakSet()  # what may be gone back to
 
@@ -355,6 +357,7 @@ class Engine(Interpreter):
         if self._watch is not None:
             watch, ran, start = self._watch, self._ran, self.program.start
             tell = lambda position: watch(ran + sweep.top - position, ran + sweep.top - start)
+        self.spends = not keeps_graph() if self.spending is None else self.spending
         with times.part("sweep"), disable_current_modes(), unaffected(), hooking(self.backward_hook):
             super().pull_back(sweep, bottom, tell)
 

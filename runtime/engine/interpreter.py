@@ -28,7 +28,7 @@ class Interpreter:
         self.state: State = []  # the last one
         self.begin = 0  # no sweep goes back further over inner steps that `run` runs
         self.saving = sys.maxsize  # from which position on `run` saves residuals
-        self.spends = False  # whether residuals go with the first backward, as a stated budget has it
+        self.spends = False  # whether residuals go with the sweep that goes on from them
         self.replays = self.vjps = 0  # calls that were run, and pulled back through
         self.keepable: Keepable = always
         self.passing: Tell | None = None  # told of every call that is run, by position

@@ -61,6 +61,7 @@ class RecordedSession(OrdinarySession):
         if slots is None:
             offloads = retention.offload is not None
             slides = options.forward or options.window is not None
+            self.engine.spending = False if slides else None  # sweeps overlap
             ledger = self.view.inputs.ledger
             self.engine.streaming = Streaming(retention.memory_budget, ledger, offloads, slides)
         self._looked_at: dict[int, Tensor] = {}  # parameters that steps have read and do not train, by id

@@ -93,6 +93,7 @@ def test_custom_functions_are_applied_by_these_classes(
 
 def test_what_a_backward_tells() -> None:
     seen: list[int] = []
+    kept: list[bool] = []
 
     class Told(torch.autograd.Function):
         @staticmethod
@@ -102,6 +103,7 @@ def test_what_a_backward_tells() -> None:
         @staticmethod
         def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[no-untyped-def, override]
             seen.append(compat.graph_task())
+            kept.append(compat.keeps_graph())
             assert compat.current_autograd_node() is not None
             compat.queue_callback(lambda: seen.append(-2))
             return grad
@@ -110,7 +112,8 @@ def test_what_a_backward_tells() -> None:
     Told.apply(Told.apply(x)).sum().backward()
     first = seen.copy()
     assert first[0] == first[1] >= 0 and first[2:] == [-2, -2]
-    Told.apply(x).sum().backward()
+    Told.apply(x).sum().backward(retain_graph=True)
+    assert kept == [False, False, True] and compat.keeps_graph()
     assert seen[4] != first[0]
     assert compat.graph_task() == -1 and compat.current_autograd_node() is None
 
