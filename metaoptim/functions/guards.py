@@ -72,9 +72,8 @@ class Dependencies:
         self.fact("the call", ("is", "outside any window" if window is None else "inside a window"))
         if window is not None:
             hooked = "without" if window.options.backward_hook is None else "with"
-            self.fact("the window", ("is", f"{hooked} a backward_hook"))
-            first = "first_order" if window.options.first_order else "of the exact gradient"
-            self.fact("the window", ("is", first))
+            order = ", gradient='first_order'" if window.options.first_order else ""
+            self.fact("the window", ("is", f"{hooked} a backward_hook{order}"))
         for path, mode in ambient().items():
             self.fact(path, ("mode", mode))
         labels = argument_names(fn, args) if named else ()

@@ -86,7 +86,7 @@ class Streaming:
         step = call.step
         found = self._residual_bytes.get(id(step))
         if found is None:
-            found = self._residual_bytes[id(step)] = _residual_bytes(call)
+            found = self._residual_bytes[id(step)] = _cost_of_residuals(call)
         kept, checked = found
         return kept >= 0 and 2 * (kept + checked) <= self._room
 
@@ -302,7 +302,7 @@ class Streaming:
             engine.limit(fits)
 
 
-def _residual_bytes(call: StepCall) -> tuple[int, int]:
+def _cost_of_residuals(call: StepCall) -> tuple[int, int]:
     """Bytes of a call's residuals (-1: it has none), with what runs beside them, and of their graphs' check."""
     step, lowering = call.step, call.lowering
     divided = residuals(step, lowering.hvp)

@@ -66,7 +66,7 @@ class RecordedSession(OrdinarySession):
             self.engine.streaming = Streaming(retention.memory_budget, ledger, offloads, slides)
         self._looked_at: dict[int, Tensor] = {}  # parameters that steps have read and do not train, by id
         self.opt_state: dict[tuple[int, int, str], int] = {}  # (optimizer, ordinal, name) -> state index
-        self.places: dict[Any, StepPlaces] = {}  # of compiled steps
+        self.places: dict[object, StepPlaces] = {}  # of compiled steps
         if options.evolution is not None:
             names = partial(_names, self.engine.thetas, self.view.indices, self.opt_state)
             self.engine.particles = Particles(options.evolution, names)

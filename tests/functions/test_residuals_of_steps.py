@@ -25,7 +25,6 @@ class Run:
 
     Attributes:
         saved: over how many calls there were residuals when the last step had been taken.
-        kinds: which graphs the engine has run, in order.
     """
 
     def __init__(
@@ -38,7 +37,6 @@ class Run:
         self.xs, self.last = torch.randn(steps, 4, 20), torch.randn(4, 20)
         self.inner: metaoptim.MetaOptimizer = metaoptim.MetaAdam([self.net], lr=0.01)
         self.options, self.steps = options, steps
-        self.kinds: list[str] = []
 
         def step(x: Tensor) -> None:
             self.inner.step((self.net(x).square().mean(1) * self.weights.sigmoid()).mean())
