@@ -284,11 +284,12 @@ def owners(directory: Path) -> set[int]:
 
 
 def ended(process: int) -> bool:
-    """Whether a process is gone."""
+    """Whether a process is gone, with all its threads: until the last has ended, its files are open and locked."""
     try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+        states = [stat.read_text() for stat in Path(f"/proc/{process}/task").glob("*/stat")]
     except OSError:
         return True
+    return all(state.rpartition(")")[2].split()[0] in "ZX" for state in states)
 
 
 def test_what_a_killed_process_has_left_is_removed_by_the_next(processes: Path) -> None:
