@@ -41,8 +41,9 @@ _lock = RLock()  # of what is patched while a step is traced
 def uncollected() -> Iterator[None]:
     """Python's cycle collector rests inside the block.
 
-    A trace is many objects, all of them alive, and no cycles: the collector would go through them, and through all that
-    torch has loaded, again and again (more than half of the time that a capture of 1,000 steps took).
+    A trace, or the states of a loop, are many objects, all of them alive, and no cycles: the collector would go through
+    them, and through all that torch has loaded, again and again (more than half of the time that a capture of 1,000
+    steps took, and a tenth of a compiled loop's).
     """
     enabled = gc.isenabled()
     gc.disable()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from metaoptim.compiler.compat import disable_current_modes, keeps_graph, queue_callback
+from metaoptim.compiler.derive.flat import uncollected
 from metaoptim.compiler.derive.interpret import hooking
 from metaoptim.compiler.ir.programs.calls import Assign, StepCall
 from metaoptim.compiler.ir.programs.program import Tape
@@ -227,7 +228,7 @@ class Engine(Interpreter):
         if self._watch is not None:
             watch, total = self._watch, 2 * self.program.end
             self.passing = lambda position: watch(position + 1, total)
-        with times.part("loop"):
+        with times.part("loop"), uncollected():
             super().run(state, actions)
         self.passing, self._ran = None, self.program.end
         return self.state
@@ -359,7 +360,8 @@ class Engine(Interpreter):
             tell = lambda position: watch(ran + sweep.top - position, ran + sweep.top - start)
         self.spends = not keeps_graph() if self.spending is None else self.spending
         with times.part("sweep"), disable_current_modes(), unaffected(), hooking(self.backward_hook):
-            super().pull_back(sweep, bottom, tell)
+            with uncollected():
+                super().pull_back(sweep, bottom, tell)
 
     def _through(
         self, call: StepCall, position: int, kind: str, received: dict[int, Tensor]

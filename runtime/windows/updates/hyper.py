@@ -41,17 +41,13 @@ _NONE = Scheduled({}, None)
 
 def schedules_of(optimizer: InnerOptimizer) -> list[Schedule]:
     """The hyper-parameters that are schedules, each once."""
-    found: dict[int, Schedule] = {}
-
-    def note(value: Any) -> None:
+    waiting, found = list(_hyper_parameters(optimizer)), dict[int, Schedule]()
+    while waiting:
+        value = waiting.pop()
         if isinstance(value, (tuple, list)):
-            for v in value:
-                note(v)
+            waiting += value
         elif isinstance(value, Schedule):
             found[id(value)] = value
-
-    for value in _hyper_parameters(optimizer):
-        note(value)
     return list(found.values())
 
 
@@ -102,26 +98,8 @@ def hyper_of(
     optimizer: InnerOptimizer, schedules: Scheduled, value_of: Callable[[Tensor], Any], lifts: bool
 ) -> Hyper:
     """The hyper-parameters as they are now; ``lifts``: whether numbers may become inputs of the step."""
-    hyper_values: list[Any] = []
-    roots: list[Any] = []
-
-    def template(value: Any) -> Any:
-        if value is None or type(value) in (bool, int, str):
-            return value
-        if isinstance(value, Tensor):
-            roots.append(value_of(value))
-        elif type(value) is float and value != 0 and lifts:
-            roots.append(Number(value))
-        elif isinstance(value, (tuple, list)):
-            return tuple([template(v) for v in value])
-        elif isinstance(value, nn.Module):
-            form, tensors = take_apart(value)
-            return ModuleRef(form, tuple([template(t) for t in tensors]))
-        else:
-            return value
-        hyper_values.append(value)
-        return HyperRef.of(len(hyper_values) - 1)
-
+    given = _Given(value_of, lifts)
+    template = given.template
     groups: list[tuple] = []
     defaults = optimizer.defaults.items()
     for k, group in enumerate(optimizer.param_groups):
@@ -143,4 +121,31 @@ def hyper_of(
         (t, tuple([(name, template(schedules.at(value))) for name, value in t.hyper.items()]))
         for t in optimizer.transforms
     ]
-    return Hyper(tuple(groups), tuple(transforms), hyper_values, roots)
+    return Hyper(tuple(groups), tuple(transforms), given.hyper_values, given.roots)
+
+
+class _Given:
+    """Takes apart hyper-parameters: what a step is given in their place (no closure, which would be a cycle)."""
+
+    def __init__(self, value_of: Callable[[Tensor], Any], lifts: bool) -> None:
+        self._value_of, self._lifts = value_of, lifts
+        self.hyper_values: list[Any] = []
+        self.roots: list[Any] = []
+
+    def template(self, value: Any) -> Any:
+        """A hyper-parameter with references in the place of what each step is given."""
+        if value is None or type(value) in (bool, int, str):
+            return value
+        if isinstance(value, Tensor):
+            self.roots.append(self._value_of(value))
+        elif type(value) is float and value != 0 and self._lifts:
+            self.roots.append(Number(value))
+        elif isinstance(value, (tuple, list)):
+            return tuple([self.template(v) for v in value])
+        elif isinstance(value, nn.Module):
+            form, tensors = take_apart(value)
+            return ModuleRef(form, tuple([self.template(t) for t in tensors]))
+        else:
+            return value
+        self.hyper_values.append(value)
+        return HyperRef.of(len(self.hyper_values) - 1)
