@@ -4,11 +4,12 @@
     python benchmarks/gpu_check.py --device cuda:1 --minutes 8 --out benchmarks/gpu
 
 First the tests marked `gpu` run (exactness in float64 in the three forms, budgets, offloading, autocast, random
-numbers). Then three inner loops at sizes worth a GPU: an MLP, a four-layer convolution with batch norm, and a small
-GPT, each as a hand-written eager tape, an ordinary window, a window with 20 states, and a compiled function without and
-with a budget. Results are written as JSON and as a table, named after the device. Without a device the same runs at
-small sizes on the CPU, where aot_eager stands in for inductor. That checks this script; nothing is written, unless
---out says where.
+numbers, CUDA graphs). Then three inner loops at sizes worth a GPU: an MLP, a four-layer convolution with batch norm,
+and a small GPT, each as a hand-written eager tape, an ordinary window, a window with 20 states, a compiled function without
+and with a budget, and with CUDA graphs, of compiled kernels and of PyTorch's own. In the time that is left,
+`peers/run.py` runs there too. Results are written as JSON and as a table, named after the device. Without a device the
+same runs at small sizes on the CPU, where aot_eager stands in for inductor. That checks this script; nothing is
+written, unless --out says where.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -225,6 +228,13 @@ def measured(problem: Problem, horizon: int, device: torch.device, repeats: int)
         "compiled": metaoptim.compile(problem.window, backend=backend),
         "compiled, budget": metaoptim.compile(problem.window, backend=backend, memory_budget=budget),
     }
+    if device.type == "cuda":
+        forms["compiled, CUDA graphs"] = metaoptim.compile(
+            problem.window, backend=backend, mode="reduce-overhead"
+        )
+        forms["CUDA graphs alone"] = metaoptim.compile(
+            problem.window, backend="eager", mode="reduce-overhead"
+        )
     rows: list[dict[str, Any]] = []
     expected: Tensor | None = None
     for form, run in forms.items():
@@ -283,6 +293,24 @@ def tests(device: torch.device, seconds: float) -> dict[str, Any]:
     }
 
 
+def peers(device: torch.device, seconds: float) -> str:
+    """What `peers/run.py` has found when time is up, as a table; or why there is none."""
+    options = ["--small", "--problem", "digits-sgd", "--peer", "eager-tape,ours-window"]
+    if device.type == "cuda":
+        names = "eager-tape,torchopt,ours-window,ours-step,ours-compiled,ours-graphs"
+        options = ["--problem", "digits-sgd,gpt", "--T", "100", "--peer", names, "--repeats", "3"]
+    folder = ROOT / "benchmarks" / "peers"
+    with tempfile.TemporaryDirectory() as out:
+        run = [sys.executable, folder / "run.py", "--device", str(device), "--out", out, *options]
+        with suppress(subprocess.TimeoutExpired):
+            subprocess.run(run, capture_output=True, timeout=max(seconds, 60), check=False)
+        table = [sys.executable, folder / "report.py", out]
+        done = subprocess.run(table, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return f"No table of peers: {done.stderr.strip().splitlines()[-1]}"
+    return done.stdout.strip()
+
+
 # -- reporting --------------------------------------------------------------------------------------------------------
 
 
@@ -305,7 +333,7 @@ def table(results: dict[str, Any]) -> str:
             cells += [f"{row['first_s']:.2f}", f"{row['ms_per_step']:.3f}", f"{row['peak_mib']:.1f}"]
             cells += [f"{row['budget_mib']:.1f}" if "budget_mib" in row else "", f"{row['error']:.1e}"]
         lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", *results["left_out"]]
+    lines += ["", *results["left_out"], "", "## Beside other libraries", "", results["peers"]]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -365,6 +393,7 @@ def main() -> int:
         rows = measured(problem, horizon, device, repeats=1 if small else 3)
         results["rows"] += rows
         print(*(json.dumps(row) for row in rows), sep="\n", flush=True)
+    results["peers"] = peers(device, end - time.perf_counter())
     print(table(results))
     out = args.out or (None if small else ROOT / "benchmarks" / "gpu")
     if out is not None:

@@ -129,6 +129,7 @@ def compile(
     slots: int | None = None,
     offload: str | os.PathLike[str] | None = None,
     backend: str = "inductor",
+    mode: str | None = None,
     hvp: str = "auto",
     self_check: bool = True,
     recapture: bool = False,
@@ -143,6 +144,10 @@ def compile(
         slots: for the same windows, how many states are kept; instead of a budget.
         offload: with either: where states go for which there is no room on the device.
         backend: a backend of torch.compile: ``"inductor"``, ``"aot_eager"``, or ``"eager"``.
+        mode: ``"reduce-overhead"``: on a GPU, the kernels of each graph are captured as a CUDA graph, and launched
+            together from its second run on. For small networks, whose kernels take less time than their launches. It
+            costs two copies of what goes into a graph and comes out, and memory that stays between calls. None or
+            ``"default"``: kernels are launched one by one.
         hvp: how a step's gradient is differentiated: ``"reverse"`` (over reverse), ``"mixed"`` (forward over reverse,
             with layers made again: less memory for about a third more work), or ``"auto"``.
         self_check: compare every compiled graph with its uncompiled form on first use.
@@ -153,11 +158,12 @@ def compile(
 
     Raises:
         TypeError: for something else than a function.
-        ValueError: for an unknown backend, hvp or budget, a window or slots below 1, both slots and a budget, or an
-            ``offload`` that is no directory or has nothing to do.
+        ValueError: for an unknown backend, mode, hvp or budget, a window or slots below 1, both slots and a budget, or
+            an ``offload`` that is no directory or has nothing to do.
         BudgetError: on the first call, for a budget in which not even one state can be kept.
         StoreError: from a call or its backward, where an offloaded state cannot be written, or is damaged.
-        CaptureError: on the first call, for what cannot be captured; with ``recapture``, on a later call of a function
+        CaptureError: on the first call, for what cannot be captured, and for CUDA graphs of a function that is on the
+            CPU, or that a budget bounds; with ``recapture``, on a later call of a function
             that has changed behind its guards.
 
     Example:
@@ -177,7 +183,7 @@ def compile(
         hint = f"; did you mean backend={fn!r}?" if isinstance(fn, str) else ""
         raise TypeError(f"compile: got {type(fn).__name__}, expected a function{hint}")
     check_count("window", window)
-    lowering = Lowering.stated(backend, hvp, self_check)
+    lowering = Lowering.stated(backend, hvp, self_check, mode=mode)
     options = Options(window, Retention(slots, memory_budget, offload), lowering, recapture)
     if fn is None:
         return lambda f: CompiledFunction(f, options)

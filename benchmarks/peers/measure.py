@@ -76,6 +76,7 @@ PEERS: dict[str, Peer] = {
     "ours-compiled": _compiled("compiled", "compiled"),
     "ours-64MiB": _compiled("compiled, 64 MiB", "compiled", memory_budget="64MiB"),
     "ours-256MiB": _compiled("compiled, 256 MiB", "compiled", memory_budget="256MiB"),
+    "ours-graphs": _compiled("compiled, CUDA graphs", "compiled", mode="reduce-overhead"),
     "ours-4GiB": _compiled("compiled, 4 GiB", "compiled", memory_budget="4GiB"),
 }
 
@@ -99,12 +100,24 @@ class Clock:
         self.took = {key: now - self.begun[key] for key, now in self._now().items()}
 
     def _now(self) -> dict[str, float]:
+        _wait_for_gpu()
         children = resource.getrusage(resource.RUSAGE_CHILDREN)
         return {
             "wall": time.perf_counter(),
             "cpu": time.process_time(),
             "children": children.ru_utime + children.ru_stime,
         }
+
+
+def _on_gpu() -> bool:
+    """Whether this process has used a GPU, by torch."""
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.cuda.is_initialized()
+
+
+def _wait_for_gpu() -> None:
+    if _on_gpu():
+        sys.modules["torch"].cuda.synchronize()
 
 
 def errors(found: dict[str, np.ndarray], reference: dict[str, np.ndarray]) -> dict[str, float | None]:
@@ -150,12 +163,24 @@ def measure(
     result["steady"] = {key: statistics.median(t[key] for t in took) for key in took[0]}
     result["calls"] = took
     gc.collect()
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-    gradient()
-    peak = resident("VmHWM")
-    result["memory"] = {"baseline": baseline, "before": before, "peak": peak, "above": peak - baseline}
+    if _on_gpu():
+        result["memory"] = {"above": on_device(gradient)}
+    else:
+        before = resident("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+        gradient()
+        peak = resident("VmHWM")
+        result["memory"] = {"baseline": baseline, "before": before, "peak": peak, "above": peak - baseline}
     yield
+
+
+def on_device(gradient: Gradient) -> float:
+    """Most MiB of a GPU that are allocated in a call; what it keeps from call to call counts."""
+    import torch
+
+    torch.cuda.reset_peak_memory_stats()
+    gradient()
+    return torch.cuda.max_memory_allocated() / 2**20
 
 
 def imports(names: list[str]) -> float:

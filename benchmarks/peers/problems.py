@@ -32,6 +32,7 @@ class Problem:
             differ by 3% after 20 steps of the GPT, in every peer.
         online: whether parameters run on from window to window.
         heads: of attention.
+        device: what torch's peers run it on.
         theta: initial parameters, by the names in torch's state dict. The first part of a name is the layer.
         meta: meta-parameters; among them "log_lr", the logarithm of each layer's learning rate.
         steps: inputs of inner steps, (windows, T, ...).
@@ -48,6 +49,7 @@ class Problem:
     eps: float = 1e-5
     online: bool = False
     heads: int = 0
+    device: str = "cpu"
 
     @property
     def layers(self) -> list[str]:
@@ -93,7 +95,7 @@ def layer_of(name: str) -> str:
 # -- the problems -----------------------------------------------------------------------------------------------------
 
 
-def digits(optimizer: str, horizon: int, small: bool) -> Problem:
+def digits(optimizer: str, horizon: int, size: str) -> Problem:
     """An MLP 64-128-128-10 on scikit-learn's digits, batches of 64; a learnt weight for each of 1,280 examples."""
     from sklearn.datasets import load_digits
 
@@ -102,7 +104,7 @@ def digits(optimizer: str, horizon: int, small: bool) -> Problem:
     x = (
         x / 16 - 0.5
     )  # no pixel is always 0: a gradient that is exactly 0 has no derivative under Adam in most peers
-    width, batch, count = (8, 8, 64) if small else (128, 64, 1280)
+    width, batch, count = {"tiny": (8, 8, 64), "usual": (128, 64, 1280), "gpu": (1024, 256, 1280)}[size]
     index = rng.integers(count, size=(1, horizon, batch))
     theta: Arrays = {}
     for layer, (rows, columns) in {"0": (width, 64), "2": (width, width), "4": (10, width)}.items():
@@ -119,13 +121,14 @@ def digits(optimizer: str, horizon: int, small: bool) -> Problem:
     )
 
 
-def actor_critic(horizon: int, small: bool) -> Problem:
+def actor_critic(horizon: int, size: str) -> Problem:
     """Actor and critic that learn from trajectories of 8 environments, in 20 online windows; learnt γ and λ.
 
     The trajectories are random numbers of the right kind, made beforehand: every peer shall see the same.
     """
     rng = np.random.default_rng(0)
-    windows, length, envs, hidden = (3, 4, 2, 4) if small else (20, 32, 8, 32)
+    sizes = {"tiny": (3, 4, 2, 4), "usual": (20, 32, 8, 32), "gpu": (20, 128, 64, 256)}
+    windows, length, envs, hidden = sizes[size]
 
     def trajectories(*leading: int) -> Arrays:
         shape = (*leading, length, envs)
@@ -155,10 +158,10 @@ def actor_critic(horizon: int, small: bool) -> Problem:
     )
 
 
-def conv4(horizon: int, small: bool) -> Problem:
+def conv4(horizon: int, size: str) -> Problem:
     """MAML of four convolutions with batch norm: 4 tasks of five classes, 25 images of 28 by 28 pixels."""
     rng = np.random.default_rng(0)
-    tasks, filters, pixels = (2, 4, 28) if small else (4, 64, 28)
+    tasks, filters, pixels = {"tiny": (2, 4, 28), "usual": (4, 64, 28), "gpu": (4, 256, 28)}[size]
     prototypes = rng.normal(size=(tasks, 5, 1, pixels, pixels))
     labels = np.stack([rng.permutation(np.repeat(np.arange(5), 5)) for _ in range(2 * tasks)])
     support, query = labels[:tasks], labels[tasks:]
@@ -185,10 +188,11 @@ def conv4(horizon: int, small: bool) -> Problem:
     )
 
 
-def gpt(horizon: int, small: bool) -> Problem:
+def gpt(horizon: int, size: str) -> Problem:
     """A byte-level GPT, 2 layers, d = 128, 4 heads, on 8 sequences of 64 bytes of a licence; no biases, tied ends."""
     rng = np.random.default_rng(0)
-    width, heads, length, batch = (16, 2, 8, 2) if small else (128, 4, 64, 8)
+    sizes = {"tiny": (16, 2, 8, 2), "usual": (128, 4, 64, 8), "gpu": (512, 8, 256, 16)}
+    width, heads, length, batch = sizes[size]
     text = np.frombuffer((Path(__file__).resolve().parents[2] / "LICENSE").read_bytes(), np.uint8)
     starts = rng.integers(len(text) - length - 1, size=(1, horizon + 1, batch, 1))
     tokens = text[starts + np.arange(length + 1)].astype(np.int64)
@@ -215,10 +219,12 @@ def gpt(horizon: int, small: bool) -> Problem:
     )
 
 
-# name -> (how it is made, T in the full benchmark, T in the small one)
-PROBLEMS: dict[str, tuple[Callable[[int, bool], Problem], tuple[int, ...], int]] = {
-    "digits-sgd": (lambda horizon, small: digits("sgd", horizon, small), (10, 100, 1000), 4),
-    "digits-adam": (lambda horizon, small: digits("adam", horizon, small), (100, 1000), 4),
+#: How large problems are: for a rehearsal, for a CPU, for a GPU.
+SIZES = ("tiny", "usual", "gpu")
+# name -> (how it is made, T in the full benchmark, T in a rehearsal)
+PROBLEMS: dict[str, tuple[Callable[[int, str], Problem], tuple[int, ...], int]] = {
+    "digits-sgd": (lambda horizon, size: digits("sgd", horizon, size), (10, 100, 1000), 4),
+    "digits-adam": (lambda horizon, size: digits("adam", horizon, size), (100, 1000), 4),
     "actor-critic": (actor_critic, (10,), 4),
     "conv4": (conv4, (5,), 2),
     "gpt": (gpt, (20, 100), 4),

@@ -42,14 +42,15 @@ def numbers(result: dict[str, Any]) -> dict[str, float | None]:
     cold, warm = result.get("cold", {}), result.get("warm", {})
     last, error = warm or cold, worst_error(result)
     above = last.get("memory", {}).get("above")
+    clock = "cpu" if result.get("device", "cpu") == "cpu" else "wall"
     bound = result["peer"] == "products"  # no gradient and no loop
     now = result.get("now", cold)  # by default
     return {
         "now": None if bound else now.get("first", {}).get("wall"),
         "cold": cold.get("first", {}).get("wall") if "now" in result else None,
         "warm": None if bound else warm.get("first", {}).get("wall"),
-        "steady": last.get("steady", {}).get("cpu"),
-        "memory": None if bound or above is None else above - result["imports"],
+        "steady": last.get("steady", {}).get(clock),
+        "memory": None if bound or above is None else above - (result["imports"] if clock == "cpu" else 0.0),
         "error": error[0] if error and not bound else None,
     }
 
@@ -79,8 +80,9 @@ def _short(value: float | None) -> str:
 def tables(found: dict[str, Any]) -> str:
     """A table for each problem and T, as Markdown."""
     about = found["machine"]
+    on = "" if about.get("device", "cpu") == "cpu" else f"; **torch's peers on {about['device']}**"
     text = [
-        f"{about['cpu']}, {about['cores']} cores, one thread, float32; Python {about['python']}; {about['date']}, "
+        f"{about['cpu']}, {about['cores']} cores, one thread, float32{on}; Python {about['python']}; {about['date']}, "
         f"commit {about['commit']}" + ("; **tiny sizes: a rehearsal**" if found["small"] else ""),
         "Versions: "
         + ", ".join(f"{name} {version}" for name, version in sorted(versions(found).items()))
@@ -89,7 +91,7 @@ def tables(found: dict[str, Any]) -> str:
     for (problem, horizon), results in by_point(found).items():
         tape = next((numbers(r)["steady"] for r in results if r["peer"] == "eager-tape"), None)
         rows = [
-            "| peer | first call, s | waiting | second process | steady, CPU s | × eager tape | peak MiB | error | |",
+            "| peer | first call, s | waiting | second process | steady, s | × eager tape | peak MiB | error | |",
             "|---|---|---|---|---|---|---|---|---|",
         ]
         for result in results:

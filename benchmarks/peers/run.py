@@ -5,9 +5,10 @@
     make bench-peers ARGS="--small --peer eager-tape,ours-window"    # a rehearsal with tiny sizes
 
 Every measurement runs in processes of its own, on one thread: a first one with empty caches, and a second one that
-finds the caches of the first and goes on to measure steady calls and memory. Every meta-gradient is compared with that
-of the eager tape in float64. Results go into one folder (--out): results.json, table.md, and plots; they are written
-after each measurement, and --resume goes on where an earlier run ended.
+finds the caches of the first and goes on to measure steady calls and memory. On a GPU (--device cuda) problems are
+larger, steady calls are measured by the wall clock, and memory is the device's. Every meta-gradient is compared with
+that of the eager tape in float64. Results go into one folder (--out): results.json, table.md, and plots; they are
+written after each measurement, and --resume goes on where an earlier run ended.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,10 +102,12 @@ class Runner:
         limit: seconds for each process.
         repeats: steady calls.
         small: tiny sizes, one process for each peer, and the eager backend in place of inductor.
+        device: what torch's peers run on.
     """
 
-    def __init__(self, folder: Path, limit: float, repeats: int, small: bool) -> None:
+    def __init__(self, folder: Path, limit: float, repeats: int, small: bool, device: str) -> None:
         self.folder, self.limit, self.repeats, self.small = folder, limit, repeats, small
+        self.device = device
         self.problem, self.reference = folder / "problem.npz", folder / "reference.npz"
         self.imports: dict[str, float] = {}  # MiB by peer
 
@@ -116,7 +120,8 @@ class Runner:
     def prepare(self, problem: str, horizon: int) -> str | None:
         """Make the data and the gradient in float64; why that failed, or None."""
         self.reference.unlink(missing_ok=True)
-        PROBLEMS[problem][0](horizon, self.small).save(self.problem)
+        size = "tiny" if self.small else "usual" if self.device == "cpu" else "gpu"
+        replace(PROBLEMS[problem][0](horizon, size), device=self.device).save(self.problem)
         return self._process("reference", self.folder, self.folder / "none.json")
 
     def measure(self, name: str) -> dict[str, Any]:
@@ -125,7 +130,12 @@ class Runner:
         Ours wait for the compiler in these, or steady calls would be measured before they are steady; what the first
         call takes by default, where nobody waits, is measured in a process of its own, "now".
         """
-        python = PYTHONS[PEERS[name].environment]
+        environment = PEERS[name].environment
+        python = PYTHONS[environment]
+        if self.device == "cpu" and PEERS[name].options.get("mode"):
+            return {"failure": "the CPU has no CUDA graphs"}
+        if self.device != "cpu" and environment == "jax":
+            return {"failure": "make peers installs JAX for the CPU"}
         if not python.exists():
             return {"failure": f"no {python.relative_to(ROOT)}: run make peers"}
         result: dict[str, Any] = {"failure": None}
@@ -152,7 +162,7 @@ class Runner:
         return result
 
 
-def machine() -> dict[str, Any]:
+def machine(device: str) -> dict[str, Any]:
     """What the figures belong to."""
     cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     commit = subprocess.run(
@@ -162,6 +172,7 @@ def machine() -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         "cpu": cpu[0].partition(":")[2].strip() if cpu else platform.processor(),
         "cores": os.cpu_count(),
+        "device": device,
         "python": platform.python_version(),
         "commit": commit.stdout.strip(),
     }
@@ -184,6 +195,9 @@ def main() -> None:
     parser.add_argument("--peer", help=f"some of {', '.join(PEERS)}")
     parser.add_argument("--T", help="horizons in place of each problem's own, as 10,100")
     parser.add_argument("--small", action="store_true", help="a rehearsal: tiny sizes, nothing compiled")
+    parser.add_argument(
+        "--device", default="cpu", help="what torch's peers run on; a GPU gets larger problems"
+    )
     parser.add_argument("--limit", type=float, default=300, help="seconds for each process (300)")
     parser.add_argument("--repeats", type=int, help="steady calls, of which the median counts (5)")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder for what comes out")
@@ -195,12 +209,13 @@ def main() -> None:
     peers = chosen(args.peer, [*PEERS], "peer")
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / "results.json"
-    found: dict[str, Any] = {"machine": machine(), "small": args.small, "results": []}
+    found: dict[str, Any] = {"machine": machine(args.device), "small": args.small, "results": []}
     if args.resume and file.exists():
         found["results"] = json.loads(file.read_text())["results"]
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends what has been started, as Ctrl-C does
     with alone(), tempfile.TemporaryDirectory() as temporary:
-        runner = Runner(Path(temporary), args.limit, args.repeats or (1 if args.small else 5), args.small)
+        repeats = args.repeats or (1 if args.small else 5)
+        runner = Runner(Path(temporary), args.limit, repeats, args.small, args.device)
         for problem in problems:
             _, horizons, tiny = PROBLEMS[problem]
             for horizon in (
@@ -211,7 +226,8 @@ def main() -> None:
                 unchecked = runner.prepare(problem, horizon) if missing else None
                 for peer in missing:
                     print(f"{problem}, T = {horizon}: {PEERS[peer].label} ... ", end="", flush=True)
-                    result = {"problem": problem, "T": horizon, "peer": peer, **runner.measure(peer)}
+                    result = {"problem": problem, "T": horizon, "peer": peer, "device": args.device}
+                    result |= runner.measure(peer)
                     result["unchecked"] = unchecked  # why there is no reference
                     print(report.summary(result), flush=True)
                     found["results"].append(result)

@@ -258,11 +258,11 @@ def products(numbers: Problem) -> Gradient:
 
 def _described(argument: Any) -> Any:
     if isinstance(argument, Tensor):
-        return Tensor, tuple(argument.shape), argument.stride(), argument.dtype
+        return Tensor, tuple(argument.shape), argument.stride(), argument.dtype, argument.device
     return tuple(argument) if isinstance(argument, list) else argument
 
 
 def _made(described: Any) -> Any:
     if isinstance(described, tuple) and described and described[0] is Tensor:
-        return torch.empty_strided(*described[1:3], dtype=described[3]).normal_()
+        return torch.empty_strided(*described[1:3], dtype=described[3], device=described[4]).normal_()
     return list(described) if isinstance(described, tuple) else described

@@ -25,7 +25,7 @@ class TorchProblem:
 
     def __init__(self, problem: Problem, dtype: torch.dtype = torch.float32) -> None:
         def tensor(array: np.ndarray) -> Tensor:
-            made = torch.from_numpy(array)
+            made = torch.from_numpy(array).to(problem.device)
             return made.to(dtype) if made.is_floating_point() else made
 
         self.numbers = problem
@@ -43,7 +43,7 @@ class TorchProblem:
         """The network, with parameters of its own."""
         net = self._build(self.numbers)
         net.load_state_dict(self.theta)
-        return net.to(next(iter(self.theta.values())).dtype)
+        return net.to(next(iter(self.theta.values())))
 
     def layer_lrs(self) -> list[Tensor]:
         """The learning rate of each layer, on a new graph."""
@@ -59,7 +59,7 @@ class TorchProblem:
         found = {"loss": np.array(loss)}
         for name, leaf in (self.meta | ({} if self.online else theta)).items():
             assert leaf.grad is not None, f"{name} has no gradient"
-            found[name] = leaf.grad.numpy()
+            found[name] = leaf.grad.cpu().numpy()
         for leaf in (*self.meta.values(), *theta.values()):
             leaf.grad = None
         return found
@@ -118,7 +118,7 @@ def actor_critic_losses(net: Net, played: Tensors, gamma: Tensor, lam: Tensor) -
     logits, values = net(played["observations"]).unbind(-1)
     logits, fixed = logits[:-1], values.detach()
     delta = played["rewards"] + gamma * played["alive"] * fixed[1:] - fixed[:-1]
-    steps = torch.arange(len(delta))
+    steps = torch.arange(len(delta), device=delta.device)
     gap = (steps[None, :] - steps[:, None]).clamp(min=0).to(delta.dtype)
     advantages = (((gamma * lam) ** gap)[..., None] * played["reaches"] * delta[None]).sum(1)
     taken = torch.where(played["actions"] > 0, F.logsigmoid(logits), F.logsigmoid(-logits))

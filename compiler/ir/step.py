@@ -90,21 +90,26 @@ class Lowering:
     # Whether replays run on the backend too. Not where the forward was eager PyTorch's own: a state that is made again
     # must be the same to the bit.
     replays: bool = True
+    cuda_graphs: bool = False  # whether what runs on a GPU is captured and replayed
 
     @cached_property
     def _hash(self) -> int:
-        return hash((self.backend, self.check, self.hvp, self.replays))
+        return hash((self.backend, self.check, self.hvp, self.replays, self.cuda_graphs))
 
     def __hash__(self) -> int:  # graphs are looked up by it for every step that runs
         return self._hash
 
     @staticmethod
-    def stated(backend: str, hvp: str, self_check: bool, replays: bool = True) -> Lowering:
+    def stated(
+        backend: str, hvp: str, self_check: bool, replays: bool = True, mode: str | None = None
+    ) -> Lowering:
         """The lowering that a user asks for.
 
         Raises:
-            ValueError: for a backend that torch.compile does not know, or an unknown ``hvp``.
+            ValueError: for a backend that torch.compile does not know, or an unknown ``hvp`` or ``mode``.
         """
+        if mode not in (None, "default", "reduce-overhead"):
+            raise ValueError(f"mode: got {mode!r}, expected 'default' or 'reduce-overhead' (CUDA graphs)")
         if hvp not in ("auto", "reverse", "mixed"):
             raise ValueError(f"hvp: got {hvp!r}, expected 'auto', 'reverse' or 'mixed'")
         if backend == "auto" and not replays:
@@ -115,7 +120,7 @@ class Lowering:
                 f"backend: got {backend!r}, expected one of {', '.join(sorted(usual))}, or another backend of "
                 "torch.compile"
             )
-        return Lowering(backend, self_check, hvp, replays)
+        return Lowering(backend, self_check, hvp, replays, mode == "reduce-overhead")
 
     @cached_property
     def uncompiled(self) -> Lowering:

@@ -54,8 +54,13 @@ def in_the_layout(t: Tensor, values: Callable[[Tensor], Tensor] = Tensor.clone) 
     t = t.detach()
     if t.layout is not torch.strided:
         return values(t)
+    return values(spanned(t)).as_strided(t.shape, t.stride())
+
+
+def spanned(t: Tensor) -> Tensor:
+    """The memory from the first element of ``t`` to its last, as a vector."""
     span = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0
-    return values(t.as_strided((span,), (1,))).as_strided(t.shape, t.stride())
+    return t.as_strided((span,), (1,))
 
 
 def memory_bytes(t: Tensor) -> int:

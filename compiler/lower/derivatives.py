@@ -22,6 +22,7 @@ from ..ir.tensors import TensorSpec, tensor_spec
 from ..ir.text import readable_bytes
 from .ambient import with_default_dtype
 from .compile_graph import compiled
+from .cuda_graphs import captured
 from .files.remembered import Derivation, remembered
 from .processes.handover import Handover, elsewhere, tell, waits
 
@@ -52,11 +53,22 @@ def lowered(
     # a compiler would move operators from chunk to chunk, and take long
     backend, hvp = "eager" if step.chunked else lowering.backend_of(kind), lowering.hvp
     results = _by_running(of, what, inputs, hvp) if at_once and backend == "eager" else None
-    program = graph = _flat(of, what, hvp, inputs)
-    if backend != "eager":
-        cotangents = 0 if kind in ("replay", "forward") else len(of.cotangents)
+    graph, cotangents = (
+        _flat(of, what, hvp, inputs),
+        0 if kind in ("replay", "forward") else len(of.cotangents),
+    )
+
+    def lower(part: FlatGraph, given: Sequence[Tensor], cotangents: int) -> Lowered:
+        if backend == "eager":
+            return part
         with default_dtype(step.default_dtype):
-            program = compiled(graph, inputs, backend, cotangents, lowering.check)
+            return compiled(part, given, backend, cotangents, lowering.check)
+
+    if lowering.cuda_graphs and not step.chunked and not step.dynamic:
+        program = captured(graph, inputs, cotangents, lower)
+    else:
+        program = lower(graph, inputs, cotangents)
+    if backend != "eager":
         step.derived.since[kind, lowering] = time.time()
     program = step.derived.lowered[kind, lowering] = with_default_dtype(step.default_dtype, program)
     return program if results is None else lambda *_: results

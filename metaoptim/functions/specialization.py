@@ -26,6 +26,7 @@ from ..compiler.ir.traces.trace import Trace
 from ..compiler.ir.values import Input, Noise
 from ..compiler.lower.ambient import unaffected
 from ..compiler.lower.compile_graph import waiting
+from ..compiler.lower.cuda_graphs import check_captured
 from ..compiler.lower.derivatives import begin, derived, divisible, residuals, settled
 from ..compiler.lower.processes.handover import prepare, waits
 from ..compiler.passes.options import Options, retention_of
@@ -259,6 +260,9 @@ def specialize(
     """
     if window is not None:
         step, _, traced = captured_step(fn, window, args, kwargs, reads)
+        if options.lowering.cuda_graphs:
+            budget = window.options.retention.memory_budget
+            check_captured([p.spec for p in step.step.inputs], budget, name_of(fn))
         if reads is not None:
             with window.recorder.paused():
                 reads.settle(dependencies)
@@ -270,6 +274,9 @@ def specialize(
         reads.settle(dependencies)
     with unaffected():
         program, records = compile_trace(trace, options)
+    if options.lowering.cuda_graphs:
+        budget = retention_of(program, options).memory_budget
+        check_captured([x.spec for x in program.inputs], budget, name_of(fn))
     warn_unreached(trace, program, fn)
     return Specialization(name_of(fn), options, dependencies, program, records, traced)
 

@@ -43,7 +43,7 @@ def worst(peers: dict[str, Any], found: dict[str, np.ndarray], expected: dict[st
 def test_the_eager_tape_and_a_window_have_the_same_gradient(peers: dict[str, Any], name: str) -> None:
     """Again in the second call: nothing of the first is left in networks, optimizers and gradients."""
     make, _, horizon = peers["problems"].PROBLEMS[name]
-    problem = make(horizon, True)
+    problem = make(horizon, "tiny")
     expected = peers["torch_peers"].eager_tape(problem, torch.float64)()
     assert all(np.linalg.norm(g) > 0 for g in expected.values())
     for gradient in (peers["torch_peers"].eager_tape(problem), peers["ours"].window(problem, slots=2)):
@@ -55,7 +55,7 @@ def test_the_eager_tape_and_a_window_have_the_same_gradient(peers: dict[str, Any
 @pytest.mark.parametrize("form", ["compiled_step", "compiled"])
 def test_compiled_forms_have_that_gradient_too(peers: dict[str, Any], name: str, form: str) -> None:
     make, _, horizon = peers["problems"].PROBLEMS[name]
-    problem = make(horizon, True)
+    problem = make(horizon, "tiny")
     expected = peers["torch_peers"].eager_tape(problem, torch.float64)()
     gradient = getattr(peers["ours"], form)(problem, backend="eager")
     assert worst(peers, gradient(), expected) < 1e-3
@@ -63,7 +63,7 @@ def test_compiled_forms_have_that_gradient_too(peers: dict[str, Any], name: str,
 
 
 def test_a_problem_survives_its_file(peers: dict[str, Any], tmp_path: Path) -> None:
-    problem = peers["problems"].gpt(3, True)
+    problem = peers["problems"].gpt(3, "tiny")
     problem.save(tmp_path / "problem.npz")
     loaded = peers["problems"].Problem.load(tmp_path / "problem.npz")
     assert (loaded.model, loaded.heads, loaded.horizon, loaded.windows) == ("gpt", 2, 3, 1)
@@ -71,6 +71,22 @@ def test_a_problem_survives_its_file(peers: dict[str, Any], tmp_path: Path) -> N
         before, after = getattr(problem, part), getattr(loaded, part)
         assert list(before) == list(after)
         assert all(np.array_equal(before[key], after[key]) for key in before)
+
+
+def test_on_a_gpu_the_clock_on_the_wall_counts(peers: dict[str, Any]) -> None:
+    result = {
+        "problem": "gpt",
+        "T": 4,
+        "peer": "ours-graphs",
+        "device": "cuda",
+        "failure": None,
+        "imports": 9.0,
+    }
+    measured = {"first": {"wall": 2.0}, "steady": {"cpu": 1.0, "wall": 3.0}, "memory": {"above": 5.0}}
+    found = peers["report"].numbers({**result, "cold": measured})
+    assert (found["steady"], found["memory"]) == (3.0, 5.0)
+    found = peers["report"].numbers({**result, "device": "cpu", "cold": measured, "imports": 1.0})
+    assert (found["steady"], found["memory"]) == (1.0, 4.0)
 
 
 def test_faults_are_shown(peers: dict[str, Any]) -> None:

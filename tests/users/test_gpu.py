@@ -50,6 +50,17 @@ def test_compiled_forms_without_a_compiler(form: str, network: str, optimizer: s
     agree(got, run_oracle(case), rtol=1e-8)
 
 
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="the CPU has no CUDA graphs")
+@pytest.mark.parametrize("network", ["linear", "conv_bn", "lstm", "dropout"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.filterwarnings("error:mode='reduce-overhead'")
+def test_cuda_graphs(network: str, optimizer: str) -> None:
+    for slots in (None, 2):
+        case = on_device(network, optimizer, 7, True)
+        got = run_compiled(case, backend="eager", mode="reduce-overhead", slots=slots)
+        agree(got, run_oracle(case), rtol=1e-8)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @inductor_config.patch({"cpp.simdlen": 1, "compile_threads": 1})
 @pytest.mark.parametrize(
@@ -60,6 +71,8 @@ def test_inductor(form: str, network: str, optimizer: str) -> None:
     case = on_device(network, optimizer, 5, True)
     run = {"A": run_window, "B": run_step, "C": run_compiled}[form]
     agree(run(case, backend="inductor"), run_oracle(case), rtol=1e-8)
+    if form == "C" and DEVICE.type == "cuda":
+        agree(run_compiled(case, backend="inductor", mode="reduce-overhead"), run_oracle(case), rtol=1e-8)
 
 
 # -- what is held -----------------------------------------------------------------------------------------------------
