@@ -5,8 +5,8 @@
 
 First the tests marked `gpu` run (exactness in float64 in the three forms, budgets, offloading, autocast, random
 numbers, CUDA graphs). Then three inner loops at sizes worth a GPU: an MLP, a four-layer convolution with batch norm,
-and a small GPT, each as a hand-written eager tape, an ordinary window, a window with 20 states, a compiled function without
-and with a budget, and with CUDA graphs, of compiled kernels and of PyTorch's own. In the time that is left,
+and a small GPT, each as a hand-written eager tape, an ordinary window, a window with 20 states, a compiled function
+without and with a budget, and with CUDA graphs, of compiled kernels and of PyTorch's own. In the time that is left,
 `peers/run.py` runs there too. Results are written as JSON and as a table, named after the device. Without a device the
 same runs at small sizes on the CPU, where aot_eager stands in for inductor. That checks this script; nothing is
 written, unless --out says where.

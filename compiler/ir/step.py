@@ -91,10 +91,11 @@ class Lowering:
     # must be the same to the bit.
     replays: bool = True
     cuda_graphs: bool = False  # whether what runs on a GPU is captured and replayed
+    patient: bool = False  # whether "auto" compiles what has run for long only, as nobody has asked for it
 
     @cached_property
     def _hash(self) -> int:
-        return hash((self.backend, self.check, self.hvp, self.replays, self.cuda_graphs))
+        return hash((self.backend, self.check, self.hvp, self.replays, self.cuda_graphs, self.patient))
 
     def __hash__(self) -> int:  # graphs are looked up by it for every step that runs
         return self._hash
@@ -113,7 +114,7 @@ class Lowering:
         if hvp not in ("auto", "reverse", "mixed"):
             raise ValueError(f"hvp: got {hvp!r}, expected 'auto', 'reverse' or 'mixed'")
         if backend == "auto" and not replays:
-            return Lowering(backend, self_check, hvp, replays)
+            return Lowering(backend, self_check, hvp, replays, patient=True)
         if backend not in _USUAL and backend not in torch.compiler.list_backends(exclude_tags=()):  # pyright: ignore
             usual = {*_USUAL, *(() if replays else ("auto",)), *torch.compiler.list_backends()}  # pyright: ignore[reportUnknownMemberType]
             raise ValueError(
@@ -131,6 +132,11 @@ class Lowering:
     def compiled(self) -> Lowering:
         """What "auto" becomes when that pays."""
         return replace(self, backend="inductor")
+
+    @cached_property
+    def whole(self) -> Lowering:
+        """The same, with replays on the backend too, as the forward is."""
+        return replace(self, replays=True)
 
     @cached_property
     def recorded(self) -> Lowering:

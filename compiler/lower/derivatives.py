@@ -121,7 +121,7 @@ def _pays(step: StepGraph, kind: str, lowering: Lowering) -> bool:
     if graph is None or step.dynamic:
         return False
     runs = derived.runs[kind] = derived.runs.get(kind, 0) + 1
-    return runs * len(graph.graph.nodes) > (ASKED if lowering.replays else PAYS)
+    return runs * len(graph.graph.nodes) > (PAYS if lowering.patient else ASKED)
 
 
 def begin(step: StepGraph, lowering: Lowering, saving: bool = False) -> None:
@@ -160,6 +160,24 @@ def divisible(step: StepGraph, lowering: Lowering) -> bool:
         return True
     begin(step, lowering, saving=True)
     return _is_there(step, "forward", lowering) and _is_there(step, "backward", lowering)
+
+
+def compiled_with_residuals(step: StepGraph, lowering: Lowering) -> Lowering | None:
+    """How a step of an ordinary window runs compiled, forward and backward, once both graphs are there.
+
+    They are begun when the compiled form of its derivative is there: compiling it has paid.
+    """
+    if lowering.backend not in ("inductor", "auto") or not elsewhere(p.spec for p in step.inputs):
+        return None
+    asked, how = lowering.compiled, lowering.compiled.whole
+    if not (_is_there(step, "vjp", asked) or _is_there(step, "backward", asked)):
+        return None
+    begin(step, how, saving=True)
+    coming = [step.derived.coming.get((kind, how)) for kind in ("forward", "backward")]
+    for one in coming if waits() else ():
+        if one is not None:
+            one.wait()
+    return how if _is_there(step, "forward", how) and _is_there(step, "backward", how) else None
 
 
 def _is_there(step: StepGraph, kind: str, lowering: Lowering) -> bool:

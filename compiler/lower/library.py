@@ -66,6 +66,12 @@ class Library:
             _log.info("built a step graph of %d operators, now %d", operators, structures)
             return step, lifted, True
 
+    def find(self, key: Hashable, numbers: Numbers) -> tuple[StepGraph, tuple[int, ...]] | None:
+        """The step for ``key`` and ``numbers`` and which of these are its inputs, if there is one."""
+        with self._lock:
+            family = self._families.get((key, torch.get_default_dtype()))
+            return None if family is None else family.steps.get(family.masked(numbers))
+
     def step(self, key: Hashable, build: Callable[[], StepGraph]) -> StepGraph:
         """The step for ``key``, which says all there is to it."""
         return self.get(key, (), lambda _: build())[0]

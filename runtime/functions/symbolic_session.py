@@ -246,7 +246,12 @@ class CapturedSession(Session):
     # -- steps ---------------------------------------------------------------------------------------------------
 
     def _added(
-        self, optimizer: InnerOptimizer, schedules: Scheduled, loss: Tensor, losses: _Losses | None
+        self,
+        optimizer: InnerOptimizer,
+        schedules: Scheduled,
+        loss: Tensor,
+        losses: _Losses | None,
+        alone: bool = False,
     ) -> _Losses:
         self.recorder.settle_hooks()
         root, leaves = self.recorder.value_of(loss), set(map(id, leaves_of(loss)))

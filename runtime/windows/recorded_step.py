@@ -77,9 +77,8 @@ class RecordedStep:
         """
         sliced = self.sliced
         _check_requires_grad(sliced)
-        place = {t.index: k for k, t in enumerate(sliced.thetas)}
-        spec = self._spec(place)
-        key, held = (sliced.key, spec), [x.held for x in sliced.externals]
+        spec = self._spec()
+        key = sliced.key, spec
         with _capturing():
             graph, lifted, new = library.get(key, tuple(sliced.numbers), partial(self._build, spec))
         if graph.dynamic and lowering.backend_of("vjp") != "eager":
@@ -88,14 +87,7 @@ class RecordedStep:
                 f"backend={lowering.backend!r}: the shapes in this step depend on values, and such a step cannot be "
                 "compiled; use backend='eager'"
             )
-        dtypes = [port.spec.dtype for port in graph.inputs[len(graph.inputs) - len(lifted) :]]
-        held += [
-            Snapshot(torch.tensor(sliced.numbers[i], dtype=dtype, device="cpu"), None, "a number")
-            for i, dtype in zip(lifted, dtypes, strict=True)
-        ]
-        reads = (*place, *(self.indices if self.stale else ()), *before)
-        writes = (*self.indices, *after)
-        call = StepCall(graph, reads, writes, held, user_location(), self.back, lowering=lowering)
+        call = self._call(graph, lifted, before, after, lowering)
         suspect = any(x.suspect for x in (*sliced.externals, *sliced.values))
         if new or graph.opaque or suspect:
             try:
@@ -110,8 +102,38 @@ class RecordedStep:
                 raise
         return call
 
-    def _spec(self, place: dict[int, int]) -> StepSpec:
-        update = self.update
+    def known(
+        self, graph: StepGraph, before: tuple[int, ...], after: tuple[int, ...], lowering: Lowering
+    ) -> StepCall | None:
+        """The call, if its step graph is ``graph``."""
+        _check_requires_grad(self.sliced)
+        found = library.find((self.sliced.key, self._spec()), tuple(self.sliced.numbers))
+        if found is None or found[0] is not graph:
+            return None
+        return self._call(*found, before, after, lowering)
+
+    def _call(
+        self,
+        graph: StepGraph,
+        lifted: tuple[int, ...],
+        before: tuple[int, ...],
+        after: tuple[int, ...],
+        lowering: Lowering,
+    ) -> StepCall:
+        sliced, held = self.sliced, [x.held for x in self.sliced.externals]
+        dtypes = [port.spec.dtype for port in graph.inputs[len(graph.inputs) - len(lifted) :]]
+        held += [
+            Snapshot(torch.tensor(sliced.numbers[i], dtype=dtype, device="cpu"), None, "a number")
+            for i, dtype in zip(lifted, dtypes, strict=True)
+        ]
+        thetas = [t.index for t in sliced.thetas]
+        reads = (*thetas, *(self.indices if self.stale else ()), *before)
+        return StepCall(
+            graph, reads, (*self.indices, *after), held, user_location(), self.back, lowering=lowering
+        )
+
+    def _spec(self) -> StepSpec:
+        update, place = self.update, {t.index: k for k, t in enumerate(self.sliced.thetas)}
         return StepSpec(
             update.plan,
             params=tuple(place[x] for x in self.indices),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from metaoptim.compiler.ir.programs.calls import Assign, StepCall
 from metaoptim.compiler.ir.programs.program import Tape
+from metaoptim.compiler.ir.step import Lowering
 from metaoptim.compiler.ir.traces.slices import Slice
 from metaoptim.compiler.ir.update import initial_state
 from metaoptim.compiler.ir.values import Entry, Epoch, External, Spy, Theta, Value, is_cut, parents, reached
@@ -21,6 +22,7 @@ from ..engine.engine import Engine, Held
 from ..engine.estimators.evolution import Particles
 from ..engine.nodes import gradient_of_loss, stepped
 from ..states.disk import tier_for
+from .known_steps import KnownSteps, Taken
 from .networks import Networks
 from .ordinary_session import OrdinarySession
 from .recorded_step import RecordedStep, StepPlaces, applied, unrecorded
@@ -40,7 +42,8 @@ class _Losses(NamedTuple):
     epoch: Epoch  # whose theta it has read
     read: frozenset[int]  # state indices of theta that any has read
     spies: list[Spy]  # the hooks in all of them
-    grads: list[Tensor | None]  # sums of their gradients by each of the optimizer's parameters
+    # sums of their gradients by each of the optimizer's parameters, or how the step may be taken without
+    grads: list[Tensor | None] | Lowering
 
 
 class RecordedSession(OrdinarySession):
@@ -67,6 +70,7 @@ class RecordedSession(OrdinarySession):
         self._looked_at: dict[int, Tensor] = {}  # parameters that steps have read and do not train, by id
         self.opt_state: dict[tuple[int, int, str], int] = {}  # (optimizer, ordinal, name) -> state index
         self.places: dict[object, StepPlaces] = {}  # of compiled steps
+        self._known = KnownSteps(self)
         if options.evolution is not None:
             names = partial(_names, self.engine.thetas, self.view.indices, self.opt_state)
             self.engine.particles = Particles(options.evolution, names)
@@ -175,7 +179,12 @@ class RecordedSession(OrdinarySession):
         return tuple(found)
 
     def _added(
-        self, optimizer: InnerOptimizer, schedules: Scheduled, loss: Tensor, losses: _Losses | None
+        self,
+        optimizer: InnerOptimizer,
+        schedules: Scheduled,
+        loss: Tensor,
+        losses: _Losses | None,
+        alone: bool = False,
     ) -> _Losses:
         view = self.view
         view.settle()
@@ -189,7 +198,9 @@ class RecordedSession(OrdinarySession):
         sliced, epoch = view.versions.slice([root, *hyper.roots])
         self._refuse_changed(sliced, optimizer)
         self.look_at([x.tensor for x in sliced.externals if x.tensor is not None])
-        grads, read = self._gradient(optimizer, loss, sliced), frozenset(t.index for t in sliced.thetas)
+        read = frozenset(t.index for t in sliced.thetas)
+        grads = self._known.expected(optimizer, loss, sliced) if alone else None
+        grads = grads or self._gradient(optimizer, loss, sliced)
         if losses is None:
             return _Losses([root], hyper, sliced, epoch, read, sliced.spies, grads)
         if spies := losses.spies + sliced.spies:
@@ -198,6 +209,7 @@ class RecordedSession(OrdinarySession):
                 "(metaoptim.compile), or open the window with strategy='full_tape'"
             )
         roots = [*losses.roots, root]
+        assert isinstance(losses.grads, list) and isinstance(grads, list)  # none of them is alone
         return _Losses(roots, hyper, sliced, epoch, losses.read | read, spies, added(losses.grads, grads))
 
     def _moment(self) -> int:
@@ -223,9 +235,34 @@ class RecordedSession(OrdinarySession):
         loss: Tensor,
         allow_unused: bool,
     ) -> None:
+        grads, sliced = losses.grads, losses.sliced
+        if isinstance(grads, Lowering):
+            stand_ins = self._known.stand_ins(optimizer)
+            update = self._update(optimizer, schedules, losses, stand_ins, allow_unused)
+            taken = self._known.take(optimizer, update, sliced, grads, self._fixed(optimizer))
+            if taken is not None:
+                self._leave(optimizer, taken, sliced, losses.epoch, loss)
+                return
+            grads = self._gradient(optimizer, loss, sliced)
+        self._step_by_autograd(optimizer, schedules, losses, grads, loss, allow_unused)
+
+    def _fixed(self, optimizer: InnerOptimizer) -> tuple[bool, bool]:
+        """Whether inner gradients are constants of the meta-gradient, and whether the window has a backward_hook."""
+        options = self.options
+        return optimizer.first_order or options.first_order, options.backward_hook is not None
+
+    def _step_by_autograd(
+        self,
+        optimizer: InnerOptimizer,
+        schedules: Scheduled,
+        losses: _Losses,
+        grads: list[Tensor | None],
+        loss: Tensor,
+        allow_unused: bool,
+    ) -> None:
         view, engine = self.view, self.engine
         hyper, sliced, epoch = losses.hyper, losses.sliced, losses.epoch
-        update = self._update(optimizer, schedules, losses, allow_unused)
+        update = self._update(optimizer, schedules, losses, grads, allow_unused)
         if losses.spies or losses.roots[1:]:  # only now have the hooks run
             if any(spy.mutated for spy in losses.spies):
                 raise CaptureError(
@@ -240,26 +277,34 @@ class RecordedSession(OrdinarySession):
             self.options.implicit.check_real(old)
         changed = {t.index for t in sliced.thetas if not view.versions.unchanged(t)}
         back = engine.position - epoch.position if changed else 0
-        options, names = self.options, self.networks.names
-        fixed = optimizer.first_order or options.first_order, options.backward_hook is not None
-        count = len(losses.roots)
+        count, fixed = len(losses.roots), self._fixed(optimizer)
         step = RecordedStep(
             engine, sliced, count, changed, back, update, indices, old, new, new_states, *fixed
         )
-        before, after = self._state_indices(optimizer, update, new_states)
-        call = step.call(before, after, options.lowering, names)
+        before, after = self.state_indices(optimizer, update, new_states)
+        call = step.call(before, after, self.options.lowering, self.networks.names)
+        taken = Taken(call, update, step.state, new_states)
+        if count == 1 and not changed:
+            self._known.note(optimizer, sliced, taken, grads)
+        grads.clear()  # a sliding window may replay below
+        self._leave(optimizer, taken, sliced, epoch, loss)
+
+    def _leave(
+        self, optimizer: InnerOptimizer, taken: Taken, sliced: Slice, epoch: Epoch, loss: Tensor
+    ) -> None:
+        """Put a step on the tape, and show what it has made."""
+        view, engine, (call, update, state, new_states, results) = self.view, self.engine, taken
         metas = [x.tensor for x in sliced.externals if x.tensor is not None]  # after the hooks
         view.reads.prepare(call, metas)
         if self.recorder.taint.of_storage and tell_unreachable(sliced, self.recorder.taint, self.networks):
             engine.reaches = True  # there is a better explanation
         update.grads.clear()  # a sliding window may replay below
-        losses.grads.clear()
         # nothing the user sees has changed so far, and nothing below fails
-        outputs = iter(after)
-        for i, state in zip(update.ordinals, new_states, strict=True):
-            for name in state:
+        outputs = iter(call.writes[len(update.ordinals) :])
+        for i, new in zip(update.ordinals, new_states, strict=True):
+            for name in new:
                 self.opt_state[id(optimizer), i, name] = next(outputs)
-            optimizer.state[self.networks.originals[i]] = state
+            optimizer.state[self.networks.originals[i]] = new
         position = engine.position
         for value in sliced.values:
             if not value.steps or value.steps[-1] != position:
@@ -267,7 +312,9 @@ class RecordedSession(OrdinarySession):
         call.spies = tuple(spy for spies in sliced.hooks.values() for spy in spies)
         for spy in call.spies:
             spy.taken = True
-        changes = list(zip(call.writes, step.state, strict=True))
+        changes = list(zip(call.writes, state, strict=True))
+        if results is not None:
+            engine.save(call, results)
         view.take(call, changes, epoch, metas, update.ordinals)
         if loss.requires_grad:  # the sum of several has no history
             view.stepped.leave(loss, call, sliced)
@@ -300,7 +347,12 @@ class RecordedSession(OrdinarySession):
         return [sweep.cotangents.get(indices[i]) for i in ordinals]
 
     def _update(
-        self, optimizer: InnerOptimizer, schedules: Scheduled, losses: _Losses, allow_unused: bool
+        self,
+        optimizer: InnerOptimizer,
+        schedules: Scheduled,
+        losses: _Losses,
+        grads: list[Tensor | None],
+        allow_unused: bool,
     ) -> Update:
         indices, members = self.view.indices, trained(optimizer, self.networks)
 
@@ -314,7 +366,7 @@ class RecordedSession(OrdinarySession):
             optimizer,
             self.networks,
             members,
-            losses.grads,
+            grads,
             losses.hyper,
             allow_unused=allow_unused,
             prepare=prepare,
@@ -376,8 +428,8 @@ class RecordedSession(OrdinarySession):
             known.update(new)
             self.view.recording.epoch.position = engine.position  # theta is the same here
 
-    def _state_indices(
-        self, optimizer: InnerOptimizer, update: Update, after: list[dict[str, Tensor]]
+    def state_indices(
+        self, optimizer: InnerOptimizer, update: Update, after: Sequence[Iterable[str]]
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """State indices of the optimizer state before a step and after; what is new is put at the end."""
         known, end, inputs, outputs = self.opt_state, len(self.engine.state), [], []

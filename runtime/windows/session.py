@@ -26,7 +26,7 @@ from .networks import Networks
 from .updates.hyper import COUNT, Scheduled, scheduled
 from .updates.update import InnerOptimizer, parameters_of, trained
 
-WINDOW = Lowering("auto", hvp="auto", replays=False)  # of what an ordinary window records
+WINDOW = Lowering("auto", hvp="auto", replays=False, patient=True)  # of what an ordinary window records
 _current: ContextVar[Session | None] = ContextVar("metaoptim_session", default=None)
 current_session = _current.get  # the window open in this thread, or None
 
@@ -180,10 +180,13 @@ class Session:
     def _check_value(self, member: Member, loss: Tensor) -> None:
         """Raise for a loss of a value that no step is to be taken by."""
 
-    def _added(self, optimizer: InnerOptimizer, schedules: Scheduled, loss: Tensor, losses: Any) -> Any:
+    def _added(
+        self, optimizer: InnerOptimizer, schedules: Scheduled, loss: Tensor, losses: Any, alone: bool = False
+    ) -> Any:
         """What a step needs of ``loss``, and of those before it, which ``losses`` (None at first) has.
 
-        That is the sum of their gradients, or what stands for it, and nothing that holds their graphs.
+        That is the sum of their gradients, or what stands for it, and nothing that holds their graphs. A loss that is
+        ``alone`` is there until the step is taken.
         """
         raise NotImplementedError
 
@@ -273,7 +276,7 @@ class Session:
         member = self.members[id(optimizer)]
         with self._stepping(optimizer):
             self._check_value(member, loss)
-            losses = self._added(optimizer, schedules, loss, None)
+            losses = self._added(optimizer, schedules, loss, None, alone=True)
             self._take(member, schedules, losses, loss, allow_unused)
 
     def step_by_sum(

@@ -1,0 +1,134 @@
+"""Steps of a known kind, taken by their graphs in the place of autograd's gradient and the optimizer's update.
+
+What a loss has recorded is the program of its step. Where it has been compiled, and there is ample room, it is run from
+the beginning and saves residuals: the loss is computed twice, but the step's derivative computes neither loss nor
+gradient again. (Uncompiled that takes as long as autograd, and more memory.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from metaoptim.compiler.ir.programs.calls import StepCall
+from metaoptim.compiler.ir.step import Lowering, StepGraph
+from metaoptim.compiler.ir.traces.slices import Slice
+from metaoptim.compiler.lower.ambient import unaffected
+from metaoptim.compiler.lower.derivatives import compiled_with_residuals, lowered
+from metaoptim.errors import StaleInputError
+
+from ..engine.nodes import stepped
+from .recorded_step import RecordedStep
+from .updates.update import InnerOptimizer, Update, trained
+
+if TYPE_CHECKING:
+    from .recording_session import RecordedSession
+
+
+class Taken(NamedTuple):
+    """A step on its way to the tape."""
+
+    call: StepCall
+    update: Update
+    state: Sequence[Tensor]  # what it leaves: parameters, then optimizer states
+    new_states: list[dict[str, Tensor]]
+    results: Sequence[Tensor] | None = None  # of a graph that has saved residuals
+
+
+class _Kind(NamedTuple):
+    """A kind of steps, and what eager PyTorch did in the last of them."""
+
+    key: Hashable  # what its loss and its hyper-parameters depend on, and how
+    graph: StepGraph
+    trainable: list[bool]  # for each parameter of the optimizer: whether it requires grad
+    reached: list[bool]  # whether the loss has a gradient by it
+    names: list[list[str]]  # for each that has: its optimizer states afterwards
+
+
+#: The kind of step that an optimizer has taken last, by autograd.
+_last: WeakKeyDictionary[InnerOptimizer, _Kind] = WeakKeyDictionary()
+
+
+class KnownSteps:
+    """Steps of a window that may be taken by their graphs."""
+
+    def __init__(self, session: RecordedSession) -> None:
+        self._session = session
+
+    def note(
+        self, optimizer: InnerOptimizer, sliced: Slice, taken: Taken, grads: Sequence[Tensor | None]
+    ) -> None:
+        """A step was taken by autograd, with these gradients by the optimizer's parameters."""
+        names, reached = [list(state) for state in taken.new_states], [g is not None for g in grads]
+        _last[optimizer] = _Kind(sliced.key, taken.call.step, self._trainable(optimizer), reached, names)
+
+    def expected(self, optimizer: InnerOptimizer, loss: Tensor, sliced: Slice) -> Lowering | None:
+        """How a step by ``loss`` may be taken by its graph; None where autograd's gradient is needed."""
+        session, kind = self._session, _last.get(optimizer)
+        if kind is None or kind.key != sliced.key:
+            return None
+        graph, view = kind.graph, session.view
+        # what only autograd does
+        originals = session.networks.originals
+        if (
+            graph.opaque
+            or session.engine.later
+            or session.options.implicit is not None
+            or sliced.hooks
+            or sliced.spies
+            or sliced.twins
+            or view.stepped.behind
+            or stepped(loss) is not None
+            or torch.is_anomaly_enabled()
+            or any(x.suspect for x in (*sliced.externals, *sliced.values, *sliced.thetas))
+            or any(originals[i]._backward_hooks for i in session.ordinals(optimizer))
+            or any(transform.check is not None for transform in optimizer.transforms)
+            or kind.trainable != self._trainable(optimizer)
+            or not all(map(view.versions.unchanged, sliced.thetas))
+        ):
+            return None
+        return compiled_with_residuals(graph, session.options.lowering)
+
+    def take(
+        self,
+        optimizer: InnerOptimizer,
+        update: Update,
+        sliced: Slice,
+        how: Lowering,
+        fixed: tuple[bool, bool],
+    ) -> Taken | None:
+        """A step that was expected, by its graph; None where there is no room, or an input is another one by now."""
+        session, kind = self._session, _last[optimizer]
+        view, engine = session.view, session.engine
+        if update.plan.init is not None or any(update.hooks):
+            return None
+        indices = tuple(view.indices[i] for i in update.ordinals)
+        old = [engine.state[x] for x in indices]
+        step = RecordedStep(engine, sliced, 1, set(), 0, update, indices, old, [], [], *fixed)
+        call = step.known(kind.graph, *session.state_indices(optimizer, update, kind.names), how)
+        if call is None or not engine.saves(call):
+            return None
+        call.saved = True
+        try:
+            inputs = [*(engine.state[i] for i in call.reads), *(held.get() for held in call.inputs)]
+        except StaleInputError:
+            return None
+        with unaffected():
+            results = lowered(call.step, "forward", inputs, how, at_once=True)(*inputs)
+        state = iter(results[len(indices) : len(call.writes)])
+        new_states = [{name: next(state) for name in names} for names in kind.names]
+        return Taken(call, update, results[: len(call.writes)], new_states, results)
+
+    def stand_ins(self, optimizer: InnerOptimizer) -> list[Tensor | None]:
+        """What stands for the gradients of a step that is expected, which its graph takes itself."""
+        reached, shown = _last[optimizer].reached, self._session.networks.shown
+        ordinals = self._session.ordinals(optimizer)
+        return [shown[i].detach() if there else None for i, there in zip(ordinals, reached, strict=True)]
+
+    def _trainable(self, optimizer: InnerOptimizer) -> list[bool]:
+        shown = self._session.networks.shown
+        return [shown[i].requires_grad for i, _ in trained(optimizer, self._session.networks)]
