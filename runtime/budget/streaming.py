@@ -61,7 +61,7 @@ class Streaming:
         self._residual_bytes: dict[int, tuple[int, int]] = {}
         self._room = 0  # what of the half in which nothing is planned is left, doubled
         self.saved = 0  # bytes of residuals
-        self._saving = True  # whether there is still room for any
+        self.saving = True  # whether there is still room for any
         self._replayed = 0  # bytes of residuals that a replay makes of a step that ran with them, at most
         self._peaks: Peaks | None = None
         self._known: dict[Any, Any] = {}  # the step is held: its id stays its own
@@ -78,7 +78,7 @@ class Streaming:
 
     def saves(self, engine: Engine, call: StepCall) -> bool:
         """Whether there is ample room for the residuals of one more call."""
-        if not self._saving or self._peaks is not None or self.offload:
+        if not self.saving or self._peaks is not None or self.offload:
             return False
         if self.budget < 0:
             self._look(engine)
@@ -141,7 +141,7 @@ class Streaming:
         Peaks show those of a few steps.
         """
         self.ledger.take(call.inputs)
-        if call.saved and self._saving:
+        if call.saved and self.saving:
             kept, _ = self._residual_bytes[id(call.step)]
             self.saved += kept
             self._replayed = max(self._replayed, kept)
@@ -195,7 +195,7 @@ class Streaming:
             return None
         if self.saved:
             engine.drop_residuals()
-            self.saved, self._saving = 0, False
+            self.saved, self.saving = 0, False
             return self._decided(engine, more, refusing)
         if self._peaks is None or any(_kind(c) not in self._planned for c in more):
             calls = [*engine.program, *more]

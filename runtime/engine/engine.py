@@ -154,10 +154,14 @@ class Engine(Interpreter):
 
         As long as every state is kept, and there is ample room; if a sweep is to come at all.
         """
-        streaming = self.streaming
-        if streaming is None or self.store.slots is not None or self.tier is not None:
+        return self.may_save and self.streaming.saves(self, call)
+
+    @property
+    def may_save(self) -> bool:
+        """Whether calls run with residuals where there is room."""
+        if self.streaming is None or self.store.slots is not None or self.tier is not None:
             return False
-        return self.tangents is None and self.particles is None and streaming.saves(self, call)
+        return self.tangents is None and self.particles is None and self.streaming.saving
 
     def save(self, call: StepCall, results: Sequence[Tensor]) -> None:
         """Keep the residuals among the ``results`` of ``call``, the next one."""

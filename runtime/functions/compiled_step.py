@@ -73,7 +73,7 @@ class CompiledStep:
             view.need(self._ordinal(window, p) for p in self.reads)
             for optimizer, _ in self.taken:
                 own = [networks.originals[i] for i in window.ordinals(optimizer)]
-                window.bring(optimizer, [*own, COUNT])
+                window.opt_states.bring(optimizer, [*own, COUNT])
             given: list[Tensor | None] = []
             for x, place in zip(self.given, self.buffers_given, strict=True):
                 own = None if isinstance(x, Noise) or place is not None else tensor_of(x)
@@ -111,7 +111,7 @@ class CompiledStep:
             updated = [self._ordinal(window, p) for p in self.thetas]
             view.take(call, changes, view.recording.epoch, metas, updated)
             window.places[self] = places
-            window.opt_state.update(places.states)
+            window.opt_states.at.update(places.states)
             for optimizer, steps in self.taken:
                 window.members[id(optimizer)].steps += steps
         results = results[len(self.thetas) + len(self.states) + len(self.buffers) :]
@@ -153,14 +153,14 @@ class CompiledStep:
 
     def _places(self, window: RecordedSession) -> StepPlaces:
         """Where it reads and leaves its values, in its first call of a window; what is new is put at the end."""
-        view, known, free = window.view, window.opt_state, len(window.engine.state)
-        keys = [window.state_key(*key) for key in self.states]
+        view, known, free = window.view, window.opt_states.at, len(window.engine.state)
+        keys = [window.opt_states.key(*key) for key in self.states]
         new = {key: free + i for i, key in enumerate(dict.fromkeys(k for k in keys if k not in known))}
         free += len(new)
         results = tuple(range(free, free + sum(self.live)))
         left = iter(results)
         reads = [view.indices[self._ordinal(window, p)] for p in self.reads]
-        reads += [known[window.state_key(*key)] for key in self.reads_state]
+        reads += [known[window.opt_states.key(*key)] for key in self.reads_state]
         writes = [view.indices[self._ordinal(window, p)] for p in self.thetas]
         writes += [new[key] if key in new else known[key] for key in keys]
         writes += [-1] * (len(self.buffers) + len(self.left))

@@ -76,6 +76,7 @@ class KnownSteps:
         originals = session.networks.originals
         if (
             graph.opaque
+            or not session.engine.may_save
             or session.engine.later
             or session.options.implicit is not None
             or sliced.hooks
@@ -109,7 +110,7 @@ class KnownSteps:
         indices = tuple(view.indices[i] for i in update.ordinals)
         old = [engine.state[x] for x in indices]
         step = RecordedStep(engine, sliced, 1, set(), 0, update, indices, old, [], [], *fixed)
-        call = step.known(kind.graph, *session.state_indices(optimizer, update, kind.names), how)
+        call = step.known(kind.graph, *session.opt_states.indices(optimizer, update, kind.names), how)
         if call is None or not engine.saves(call):
             return None
         call.saved = True

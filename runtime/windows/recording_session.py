@@ -9,13 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from metaoptim.compiler.ir.programs.calls import Assign, StepCall
+from metaoptim.compiler.ir.programs.calls import StepCall
 from metaoptim.compiler.ir.programs.program import Tape
 from metaoptim.compiler.ir.step import Lowering
 from metaoptim.compiler.ir.traces.slices import Slice
-from metaoptim.compiler.ir.update import initial_state
 from metaoptim.compiler.ir.values import Entry, Epoch, External, Spy, Theta, Value, is_cut, parents, reached
-from metaoptim.errors import CaptureError, LossError, WindowError
+from metaoptim.errors import CaptureError, LossError
 
 from ..budget.streaming import Streaming
 from ..engine.engine import Engine, Held
@@ -24,6 +23,7 @@ from ..engine.nodes import gradient_of_loss, stepped
 from ..states.disk import tier_for
 from .known_steps import KnownSteps, Taken
 from .networks import Networks
+from .opt_states import OptStates, names_of
 from .ordinary_session import OrdinarySession
 from .recorded_step import RecordedStep, StepPlaces, applied, unrecorded
 from .session import Options, Place, by_optimizer, read_outside, refuse_overwritten
@@ -68,11 +68,11 @@ class RecordedSession(OrdinarySession):
             ledger = self.view.inputs.ledger
             self.engine.streaming = Streaming(retention.memory_budget, ledger, offloads, slides)
         self._looked_at: dict[int, Tensor] = {}  # parameters that steps have read and do not train, by id
-        self.opt_state: dict[tuple[int, int, str], int] = {}  # (optimizer, ordinal, name) -> state index
+        self.opt_states = OptStates(self.engine, networks, self.view)
         self.places: dict[object, StepPlaces] = {}  # of compiled steps
         self._known = KnownSteps(self)
         if options.evolution is not None:
-            names = partial(_names, self.engine.thetas, self.view.indices, self.opt_state)
+            names = partial(names_of, self.engine.thetas, self.view.indices, self.opt_states.at)
             self.engine.particles = Particles(options.evolution, names)
 
     @property
@@ -149,7 +149,7 @@ class RecordedSession(OrdinarySession):
         view.settle()
         view.need(map(self.ordinal, places))
         for optimizer, of in by_optimizer(places).items():
-            self.bring(optimizer, dict.fromkeys(place.parameter for place in of))
+            self.opt_states.bring(optimizer, dict.fromkeys(place.parameter for place in of))
         indices = self._indices(places)
         values = [engine.state[i].clone() if copied else engine.state[i] for i in indices]
         view.recording.epoch.read = True  # the tape can go back to here
@@ -171,8 +171,8 @@ class RecordedSession(OrdinarySession):
                 found.append(self.view.indices[self.ordinal(place)])
             else:
                 found.append(
-                    self.opt_state.setdefault(
-                        self.state_key(place.optimizer, place.parameter, place.name), free
+                    self.opt_states.at.setdefault(
+                        self.opt_states.key(place.optimizer, place.parameter, place.name), free
                     )
                 )
                 free += found[-1] == free
@@ -281,7 +281,7 @@ class RecordedSession(OrdinarySession):
         step = RecordedStep(
             engine, sliced, count, changed, back, update, indices, old, new, new_states, *fixed
         )
-        before, after = self.state_indices(optimizer, update, new_states)
+        before, after = self.opt_states.indices(optimizer, update, new_states)
         call = step.call(before, after, self.options.lowering, self.networks.names)
         taken = Taken(call, update, step.state, new_states)
         if count == 1 and not changed:
@@ -303,7 +303,7 @@ class RecordedSession(OrdinarySession):
         outputs = iter(call.writes[len(update.ordinals) :])
         for i, new in zip(update.ordinals, new_states, strict=True):
             for name in new:
-                self.opt_state[id(optimizer), i, name] = next(outputs)
+                self.opt_states.at[id(optimizer), i, name] = next(outputs)
             optimizer.state[self.networks.originals[i]] = new
         position = engine.position
         for value in sliced.values:
@@ -360,7 +360,7 @@ class RecordedSession(OrdinarySession):
             for i in used:
                 if indices[i] not in losses.read:
                     raise unrecorded(self.networks.names[i])
-            return self._sync_opt_state(optimizer, schedules, used)
+            return self.opt_states.sync(optimizer, schedules, used)
 
         return update_by(
             optimizer,
@@ -371,81 +371,3 @@ class RecordedSession(OrdinarySession):
             allow_unused=allow_unused,
             prepare=prepare,
         )
-
-    def _sync_opt_state(self, optimizer: InnerOptimizer, schedules: Scheduled, ordinals: list[int]) -> bool:
-        """Bring optimizer state that is not on the tape (new, from before the window, or just loaded) onto it.
-
-        Returns whether there are initial states that depend on their parameter: those must be part of the step.
-        """
-        inside = False
-        for i in ordinals:
-            p = self.networks.originals[i]
-            state = optimizer.state[p]
-            if not state:
-                group = next(g for g in optimizer.param_groups if any(q is p for q in g["params"]))
-                value = self.engine.state[self.view.indices[i]].detach().requires_grad_()
-                with torch.enable_grad():
-                    hyper = {name: schedules.at(group[name]) for name in optimizer.defaults}
-                    initial = initial_state(optimizer.init_state, value, hyper)
-                if any(v.requires_grad for v in initial.values()):
-                    inside = True
-                else:
-                    state.update(initial)
-        self.bring(optimizer, [self.networks.originals[i] for i in ordinals])
-        return inside
-
-    def state_key(self, optimizer: InnerOptimizer, holder: Any, name: str) -> tuple[int, int, str]:
-        """How `opt_state` knows the state ``name`` of a parameter, or the count of schedules."""
-        ordinal = self.networks.index_of(holder) if isinstance(holder, Tensor) else -1
-        if ordinal is None:
-            raise WindowError("a compiled step trains a network that is no part of this window")
-        return id(optimizer), ordinal, name
-
-    def bring(self, optimizer: InnerOptimizer, holders: Iterable[Any]) -> None:
-        """Put optimizer state that is not on the tape onto it: of parameters, or the count of schedules."""
-        engine, known = self.engine, self.opt_state
-        new: dict[tuple[int, int, str], int] = {}
-        changes: list[tuple[int, Tensor]] = []
-        for holder in holders:
-            if not (states := optimizer.state.get(holder)):
-                continue
-            number, ordinal, _ = self.state_key(optimizer, holder, "")
-            for name, value in states.items():
-                key = number, ordinal, name
-                if key in known and engine.state[known[key]] is value:
-                    continue
-                if value.requires_grad:
-                    raise WindowError(
-                        f"the optimizer state {name!r} of {self.networks.names[key[1]]!r} requires grad; detach it, or "
-                        "open the window with strategy='full_tape' to differentiate by it"
-                    )
-                if key not in known:
-                    new[key] = len(engine.state) + len(new)
-                changes.append((known[key] if key in known else new[key], value))
-        if changes:
-            call = Assign(tuple(i for i, _ in changes), [v for _, v in changes])
-            engine.append(call, changes, read=self.view.versions.read)
-            known.update(new)
-            self.view.recording.epoch.position = engine.position  # theta is the same here
-
-    def state_indices(
-        self, optimizer: InnerOptimizer, update: Update, after: Sequence[Iterable[str]]
-    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """State indices of the optimizer state before a step and after; what is new is put at the end."""
-        known, end, inputs, outputs = self.opt_state, len(self.engine.state), [], []
-        for i, before, state in zip(update.ordinals, update.states, after, strict=True):
-            inputs += [known[id(optimizer), i, name] for name in before]
-            for name in state:
-                index = known.get((id(optimizer), i, name), end)
-                end += index == end
-                outputs.append(index)
-        return tuple(inputs), tuple(outputs)
-
-
-def _names(
-    thetas: dict[int, int], indices: list[int], states: dict[tuple[int, int, str], int]
-) -> dict[int, Any]:
-    """What entries of the state are, in any window: a parameter's id, or an optimizer's, a parameter's and a name."""
-    own = [thetas.get(index, 0) for index in indices]
-    of_states = {i: (optimizer, own[k] if k >= 0 else -1, name) for (optimizer, k, name), i in states.items()}
-    return {**thetas, **of_states}
