@@ -230,9 +230,8 @@ def test_an_input_that_is_overwritten_before_the_step(by_graph: list[bool]) -> N
     got = Loop().grads(overwriting(Tensor.zero_))
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-15)
     assert all(by_graph[1:])  # in the second step, a number of the first becomes an input
-    with pytest.raises(metaoptim.StaleInputError, match="was overwritten after the step had read it"):
+    with pytest.raises(metaoptim.CaptureError, match=r"was changed through \.data or numpy between its use"):
         Loop().grads(overwriting(lambda x: x.data.zero_()))
-    assert not all(by_graph)
 
 
 def test_anomaly_mode_has_autograds_gradient(by_graph: list[bool]) -> None:
