@@ -53,83 +53,87 @@ class _Kind(NamedTuple):
 _last: WeakKeyDictionary[InnerOptimizer, _Kind] = WeakKeyDictionary()
 
 
-class KnownSteps:
-    """Steps of a window that may be taken by their graphs."""
+def note(
+    session: RecordedSession,
+    optimizer: InnerOptimizer,
+    sliced: Slice,
+    taken: Taken,
+    grads: Sequence[Tensor | None],
+) -> None:
+    """A step was taken by autograd, with these gradients by the optimizer's parameters."""
+    names, reached = [list(state) for state in taken.new_states], [g is not None for g in grads]
+    _last[optimizer] = _Kind(sliced.key, taken.call.step, _trainable(session, optimizer), reached, names)
 
-    def __init__(self, session: RecordedSession) -> None:
-        self._session = session
 
-    def note(
-        self, optimizer: InnerOptimizer, sliced: Slice, taken: Taken, grads: Sequence[Tensor | None]
-    ) -> None:
-        """A step was taken by autograd, with these gradients by the optimizer's parameters."""
-        names, reached = [list(state) for state in taken.new_states], [g is not None for g in grads]
-        _last[optimizer] = _Kind(sliced.key, taken.call.step, self._trainable(optimizer), reached, names)
+def expected(
+    session: RecordedSession, optimizer: InnerOptimizer, loss: Tensor, sliced: Slice
+) -> Lowering | None:
+    """How a step by ``loss`` may be taken by its graph; None where autograd's gradient is needed."""
+    kind = _last.get(optimizer)
+    if kind is None or kind.key != sliced.key:
+        return None
+    graph, view = kind.graph, session.view
+    # what only autograd does
+    originals = session.networks.originals
+    if (
+        graph.opaque
+        or not session.engine.may_save
+        or session.engine.later
+        or session.options.implicit is not None
+        or sliced.hooks
+        or sliced.spies
+        or sliced.twins
+        or view.stepped.behind
+        or stepped(loss) is not None
+        or torch.is_anomaly_enabled()
+        or any(x.suspect for x in (*sliced.externals, *sliced.values, *sliced.thetas))
+        or any(originals[i]._backward_hooks for i in session.ordinals(optimizer))
+        or any(transform.check is not None for transform in optimizer.transforms)
+        or kind.trainable != _trainable(session, optimizer)
+        or not all(map(view.versions.unchanged, sliced.thetas))
+    ):
+        return None
+    return compiled_with_residuals(graph, session.options.lowering)
 
-    def expected(self, optimizer: InnerOptimizer, loss: Tensor, sliced: Slice) -> Lowering | None:
-        """How a step by ``loss`` may be taken by its graph; None where autograd's gradient is needed."""
-        session, kind = self._session, _last.get(optimizer)
-        if kind is None or kind.key != sliced.key:
-            return None
-        graph, view = kind.graph, session.view
-        # what only autograd does
-        originals = session.networks.originals
-        if (
-            graph.opaque
-            or not session.engine.may_save
-            or session.engine.later
-            or session.options.implicit is not None
-            or sliced.hooks
-            or sliced.spies
-            or sliced.twins
-            or view.stepped.behind
-            or stepped(loss) is not None
-            or torch.is_anomaly_enabled()
-            or any(x.suspect for x in (*sliced.externals, *sliced.values, *sliced.thetas))
-            or any(originals[i]._backward_hooks for i in session.ordinals(optimizer))
-            or any(transform.check is not None for transform in optimizer.transforms)
-            or kind.trainable != self._trainable(optimizer)
-            or not all(map(view.versions.unchanged, sliced.thetas))
-        ):
-            return None
-        return compiled_with_residuals(graph, session.options.lowering)
 
-    def take(
-        self,
-        optimizer: InnerOptimizer,
-        update: Update,
-        sliced: Slice,
-        how: Lowering,
-        fixed: tuple[bool, bool],
-    ) -> Taken | None:
-        """A step that was expected, by its graph; None where there is no room, or an input is another one by now."""
-        session, kind = self._session, _last[optimizer]
-        view, engine = session.view, session.engine
-        if update.plan.init is not None or any(update.hooks):
-            return None
-        indices = tuple(view.indices[i] for i in update.ordinals)
-        old = [engine.state[x] for x in indices]
-        step = RecordedStep(engine, sliced, 1, set(), 0, update, indices, old, [], [], *fixed)
-        call = step.known(kind.graph, *session.opt_states.indices(optimizer, update, kind.names), how)
-        if call is None or not engine.saves(call):
-            return None
-        call.saved = True
-        try:
-            inputs = [*(engine.state[i] for i in call.reads), *(held.get() for held in call.inputs)]
-        except StaleInputError:
-            return None
-        with unaffected():
-            results = lowered(call.step, "forward", inputs, how, at_once=True)(*inputs)
-        state = iter(results[len(indices) : len(call.writes)])
-        new_states = [{name: next(state) for name in names} for names in kind.names]
-        return Taken(call, update, results[: len(call.writes)], new_states, results)
+def take(
+    session: RecordedSession,
+    optimizer: InnerOptimizer,
+    update: Update,
+    sliced: Slice,
+    how: Lowering,
+    fixed: tuple[bool, bool],
+) -> Taken | None:
+    """A step that was expected, by its graph; None where there is no room, or an input is another one by now."""
+    kind = _last[optimizer]
+    view, engine = session.view, session.engine
+    if update.plan.init is not None or any(update.hooks):
+        return None
+    indices = tuple(view.indices[i] for i in update.ordinals)
+    old = [engine.state[x] for x in indices]
+    step = RecordedStep(engine, sliced, 1, set(), 0, update, indices, old, [], [], *fixed)
+    call = step.known(kind.graph, *session.opt_states.indices(optimizer, update, kind.names), how)
+    if call is None or not engine.saves(call):
+        return None
+    call.saved = True
+    try:
+        inputs = [*(engine.state[i] for i in call.reads), *(held.get() for held in call.inputs)]
+    except StaleInputError:
+        return None
+    with unaffected():
+        results = lowered(call.step, "forward", inputs, how, at_once=True)(*inputs)
+    state = iter(results[len(indices) : len(call.writes)])
+    new_states = [{name: next(state) for name in names} for names in kind.names]
+    return Taken(call, update, results[: len(call.writes)], new_states, results)
 
-    def stand_ins(self, optimizer: InnerOptimizer) -> list[Tensor | None]:
-        """What stands for the gradients of a step that is expected, which its graph takes itself."""
-        reached, shown = _last[optimizer].reached, self._session.networks.shown
-        ordinals = self._session.ordinals(optimizer)
-        return [shown[i].detach() if there else None for i, there in zip(ordinals, reached, strict=True)]
 
-    def _trainable(self, optimizer: InnerOptimizer) -> list[bool]:
-        shown = self._session.networks.shown
-        return [shown[i].requires_grad for i, _ in trained(optimizer, self._session.networks)]
+def stand_ins(session: RecordedSession, optimizer: InnerOptimizer) -> list[Tensor | None]:
+    """What stands for the gradients of a step that is expected, which its graph takes itself."""
+    reached, shown = _last[optimizer].reached, session.networks.shown
+    ordinals = session.ordinals(optimizer)
+    return [shown[i].detach() if there else None for i, there in zip(ordinals, reached, strict=True)]
+
+
+def _trainable(session: RecordedSession, optimizer: InnerOptimizer) -> list[bool]:
+    shown = session.networks.shown
+    return [shown[i].requires_grad for i, _ in trained(optimizer, session.networks)]

@@ -21,7 +21,8 @@ from ..engine.engine import Engine, Held
 from ..engine.estimators.evolution import Particles
 from ..engine.nodes import gradient_of_loss, stepped
 from ..states.disk import tier_for
-from .known_steps import KnownSteps, Taken
+from . import known_steps
+from .known_steps import Taken
 from .networks import Networks
 from .opt_states import OptStates, names_of
 from .ordinary_session import OrdinarySession
@@ -70,7 +71,6 @@ class RecordedSession(OrdinarySession):
         self._looked_at: dict[int, Tensor] = {}  # parameters that steps have read and do not train, by id
         self.opt_states = OptStates(self.engine, networks, self.view)
         self.places: dict[object, StepPlaces] = {}  # of compiled steps
-        self._known = KnownSteps(self)
         if options.evolution is not None:
             names = partial(names_of, self.engine.thetas, self.view.indices, self.opt_states.at)
             self.engine.particles = Particles(options.evolution, names)
@@ -199,7 +199,7 @@ class RecordedSession(OrdinarySession):
         self._refuse_changed(sliced, optimizer)
         self.look_at([x.tensor for x in sliced.externals if x.tensor is not None])
         read = frozenset(t.index for t in sliced.thetas)
-        grads = self._known.expected(optimizer, loss, sliced) if alone else None
+        grads = known_steps.expected(self, optimizer, loss, sliced) if alone else None
         grads = grads or self._gradient(optimizer, loss, sliced)
         if losses is None:
             return _Losses([root], hyper, sliced, epoch, read, sliced.spies, grads)
@@ -237,9 +237,9 @@ class RecordedSession(OrdinarySession):
     ) -> None:
         grads, sliced = losses.grads, losses.sliced
         if isinstance(grads, Lowering):
-            stand_ins = self._known.stand_ins(optimizer)
+            stand_ins = known_steps.stand_ins(self, optimizer)
             update = self._update(optimizer, schedules, losses, stand_ins, allow_unused)
-            taken = self._known.take(optimizer, update, sliced, grads, self._fixed(optimizer))
+            taken = known_steps.take(self, optimizer, update, sliced, grads, self._fixed(optimizer))
             if taken is not None:
                 self._leave(optimizer, taken, sliced, losses.epoch, loss)
                 return
@@ -285,7 +285,7 @@ class RecordedSession(OrdinarySession):
         call = step.call(before, after, self.options.lowering, self.networks.names)
         taken = Taken(call, update, step.state, new_states)
         if count == 1 and not changed:
-            self._known.note(optimizer, sliced, taken, grads)
+            known_steps.note(self, optimizer, sliced, taken, grads)
         grads.clear()  # a sliding window may replay below
         self._leave(optimizer, taken, sliced, epoch, loss)
 

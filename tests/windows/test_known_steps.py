@@ -13,7 +13,6 @@ import metaoptim
 from metaoptim.compiler.ir.step import Lowering, StepGraph
 from metaoptim.compiler.lower.derivatives import residuals
 from metaoptim.runtime.windows import known_steps
-from metaoptim.runtime.windows.known_steps import KnownSteps
 from oracle import agree, run_oracle, run_window
 from problems import NETWORKS, OPTIMIZERS, problem
 
@@ -22,14 +21,14 @@ from problems import NETWORKS, OPTIMIZERS, problem
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """For each step that was expected to be taken by its graph: whether it was."""
     found: list[bool] = []
-    take = KnownSteps.take
+    take = known_steps.take
 
-    def watched(self: KnownSteps, *args: Any) -> Any:
-        made = take(self, *args)
+    def watched(*args: Any) -> Any:
+        made = take(*args)
         found.append(made is not None)
         return made
 
-    monkeypatch.setattr(KnownSteps, "take", watched)
+    monkeypatch.setattr(known_steps, "take", watched)
     return found
 
 
