@@ -133,7 +133,7 @@ def _fill(own: Tensor, t: Tensor) -> None:
     """Copy an input to where a capture reads it; elements that share memory could not be written to one by one."""
     if own.stride() == t.stride():
         own, t = spanned(own), spanned(t)
-    own.copy_(t, non_blocking=True)
+    own.copy_(t, non_blocking=not t.is_pinned())  # pinned memory would be read later, when it may be another's
 
 
 class Capture:
@@ -216,8 +216,11 @@ def _divided(flat: FlatGraph, inputs: Sequence[Tensor]) -> _Parts | None:
     if len(devices := {t.device for t in inputs if on_gpu(t)}) > 1:
         raise _Refused(f"it is on several devices, {', '.join(sorted(map(str, devices)))}")
     places = _Places(flat)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        places.run(*(tensor_spec(t).empty() for t in inputs))
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            places.run(*(tensor_spec(t).empty() for t in inputs))
+    except Exception as error:  # of operators without a fake form
+        raise _Refused(f"it cannot be run on fake tensors ({type(error).__name__})") from error
     host, device = fx.Graph(), fx.Graph()
     on_host, on_device = dict[fx.Node, fx.Node](), dict[fx.Node, fx.Node]()
     read: dict[fx.Node, None] = {}  # values of the host that the other part reads

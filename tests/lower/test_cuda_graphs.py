@@ -190,6 +190,10 @@ def test_what_is_not_captured_says_so(captures: list[ListCapture], monkeypatch: 
         program = cuda_graphs.captured(graph, [count, x], 0, whole)
     torch.testing.assert_close(program(count, x)[0], 2 * x.float())
 
+    graph = FlatGraph(fx.symbolic_trace(lambda x: (torch.ops.aten.nonzero.default(x),)).graph, {})
+    with pytest.warns(RuntimeWarning, match="it cannot be run on fake tensors"):
+        assert cuda_graphs.captured(graph, [x], 0, whole) is graph
+
     def refuses(run: Any, device: Any) -> Any:
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
