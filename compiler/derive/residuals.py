@@ -56,7 +56,10 @@ def split(step: StepGraph, replay: FlatGraph, vjp: FlatGraph) -> Split | None:
     drop_dead(backward)
     saves = operator_count(vjp.graph) - operator_count(backward)
     forward, places, fresh = _forward(replay, vjp, saved)
-    return Split(forward, FlatGraph(backward, vjp.constants), places, fresh, saves)
+    results = list(results_of(forward.graph))
+    others = {s for n in results[: len(results) - fresh] for s, _ in storages(n)}
+    shared = any(s in others for i in places for s, _ in storages(results[i]))
+    return Split(forward, FlatGraph(backward, vjp.constants), places, fresh, saves, shared)
 
 
 def _cheapest(graph: fx.Graph, after: set[fx.Node]) -> list[fx.Node]:

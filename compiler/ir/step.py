@@ -190,6 +190,7 @@ class Split:
     residuals: tuple[int, ...]  # which results of the forward they are; what is a state anyway costs nothing
     fresh: int  # how many of these results are residuals alone
     saves: int  # operators that the backward does not run again
+    shared: bool  # whether residuals lie in memory of the forward's other results
 
 
 @dataclass(frozen=True)

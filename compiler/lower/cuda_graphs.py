@@ -91,6 +91,7 @@ class CapturedGraph:
         self._capture: Capture | None = None
         self._inputs: list[Tensor] = []
         self._results: Sequence[Any] = ()
+        self._switches: tuple = ()  # as they were when it was captured
 
     def __call__(self, *inputs: Tensor) -> Sequence[Any]:
         parts = self._parts
@@ -107,7 +108,8 @@ class CapturedGraph:
             self._calls += 1
             if self._calls == 1:  # what libraries set up in a first call must not be captured
                 return self._program(*(_moved(t, self._device) for t in given))
-            if self._calls == 2:
+            if self._calls > 1 and self._switches != (now := switches()):
+                self._switches = now
                 self._begin(given)
             if self._capture is None:
                 return self._program(*(_moved(t, self._device) for t in given))
@@ -115,10 +117,11 @@ class CapturedGraph:
                 for own, t in zip(self._inputs, given, strict=True):
                     _fill(own, t)
                 self._capture.replay()
-                return [r.clone() if isinstance(r, Tensor) else r for r in self._results]
+                return [in_the_layout(r) if isinstance(r, Tensor) else r for r in self._results]
 
     def _begin(self, given: list[Tensor]) -> None:
         """Capture the program, on memory of its own."""
+        self._capture, self._results = None, ()
         self._inputs = [in_the_layout(_moved(t, self._device)) for t in given]
         try:
             self._capture, self._results = Capture.of(lambda: self._program(*self._inputs), self._device)
@@ -133,7 +136,9 @@ def _fill(own: Tensor, t: Tensor) -> None:
     """Copy an input to where a capture reads it; elements that share memory could not be written to one by one."""
     if own.stride() == t.stride():
         own, t = spanned(own), spanned(t)
-    own.copy_(t, non_blocking=not t.is_pinned())  # pinned memory would be read later, when it may be another's
+    own.copy_(
+        t, non_blocking=not t.is_pinned()
+    )  # pinned memory would be read later, when it may be another's
 
 
 class Capture:
@@ -171,6 +176,13 @@ class _InOrder:
     def __exit__(self, *error: object) -> None:
         self._done.record(torch.cuda.current_stream(self._device))
         self._guard.__exit__(*error)
+
+
+def switches() -> tuple:
+    """PyTorch's switches that decide which kernels a capture has."""
+    backends = torch.backends.cuda.matmul, torch.backends.cudnn
+    precision = torch.get_float32_matmul_precision(), *(b.allow_tf32 for b in backends)
+    return (*precision, torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark)
 
 
 def on_gpu(t: Tensor) -> bool:

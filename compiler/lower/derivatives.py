@@ -170,7 +170,8 @@ def compiled_with_residuals(step: StepGraph, lowering: Lowering) -> Lowering | N
     if lowering.backend not in ("inductor", "auto") or not elsewhere(p.spec for p in step.inputs):
         return None
     asked, how = lowering.compiled, lowering.compiled.whole
-    if not (_is_there(step, "vjp", asked) or _is_there(step, "backward", asked)):
+    there = _is_there(step, "vjp", asked) or _is_there(step, "backward", asked)
+    if not there or step.dynamic or step.chunked or residuals(step, lowering.hvp) is None:
         return None
     begin(step, how, saving=True)
     coming = [step.derived.coming.get((kind, how)) for kind in ("forward", "backward")]
@@ -362,5 +363,5 @@ def _split(step: StepGraph, hvp: str) -> Derivation:
     found = split(step, replayed(step), derived(step, hvp))
     if found is None:
         return (), None
-    facts = {"residuals": found.residuals, "fresh": found.fresh, "saves": found.saves}
+    facts = {"residuals": found.residuals, "fresh": found.fresh, "saves": found.saves, "shared": found.shared}
     return (found.forward, found.backward), facts

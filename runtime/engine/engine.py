@@ -47,6 +47,11 @@ def lowered_for(call: StepCall, kind: str, operands: Sequence[Tensor]) -> Lowere
     return lowered(call.step, kind, operands, call.lowering, at_once=True)
 
 
+def _storage(t: Tensor) -> int | None:
+    """Equal for tensors in the same memory; None where that is not known."""
+    return t.untyped_storage()._cdata if t.layout is torch.strided else None
+
+
 class Held:
     """Entries of a state that may be gone back to: detached values, and tensors whose history is theirs."""
 
@@ -169,14 +174,21 @@ class Engine(Interpreter):
         assert divided is not None
         position = self.program.end
         self._residuals[position] = [results[i] for i in divided.residuals]
-        if len(divided.residuals) > divided.fresh:
+        if divided.shared:
             self._shared.append(position)
 
-    def release(self) -> None:
-        """The last state is the user's from now on, who may write into it: no residual may lie there."""
-        shown = {t.untyped_storage()._cdata for t in self.state if t.layout is torch.strided}
+    def release(self, given: Iterable[int]) -> None:
+        """Entries ``given`` of the last state are the user's from now on, who may write into them.
+
+        No residual may lie there, nor an earlier state that a step has handed on as it was.
+        """
+        earlier = {_storage(t) for t in self.store[self.store.kept[-1]]}
+        for storage in {_storage(self.state[i]) for i in given} & earlier - {None}:
+            assert storage is not None
+            self.protect(storage)
+        shown = {_storage(t) for t in self.state} - {None}
         for saved in filter(None, map(self._residuals.get, self._shared)):
-            saved[:] = [t.clone() if t.untyped_storage()._cdata in shown else t for t in saved]
+            saved[:] = [t.clone() if _storage(t) in shown else t for t in saved]
         self._shared.clear()
 
     @property

@@ -43,6 +43,7 @@ class _Kind(NamedTuple):
     """A kind of steps, and what eager PyTorch did in the last of them."""
 
     key: Hashable  # what its loss and its hyper-parameters depend on, and how
+    read: list[int | None]  # the ids of the parameters that its loss reads
     graph: StepGraph
     trainable: list[bool]  # for each parameter of the optimizer: whether it requires grad
     reached: list[bool]  # whether the loss has a gradient by it
@@ -61,8 +62,14 @@ def note(
     grads: Sequence[Tensor | None],
 ) -> None:
     """A step was taken by autograd, with these gradients by the optimizer's parameters."""
+    _last.pop(optimizer, None)
+    if (
+        taken.update.plan.is_users or taken.call.step.opaque
+    ):  # Python of the user's own, which may count steps
+        return
+    read, trainable = _read(session, sliced), _trainable(session, optimizer)
     names, reached = [list(state) for state in taken.new_states], [g is not None for g in grads]
-    _last[optimizer] = _Kind(sliced.key, taken.call.step, _trainable(session, optimizer), reached, names)
+    _last[optimizer] = _Kind(sliced.key, read, taken.call.step, trainable, reached, names)
 
 
 def expected(
@@ -70,16 +77,16 @@ def expected(
 ) -> Lowering | None:
     """How a step by ``loss`` may be taken by its graph; None where autograd's gradient is needed."""
     kind = _last.get(optimizer)
-    if kind is None or kind.key != sliced.key:
+    if kind is None or kind.key != sliced.key or kind.read != _read(session, sliced):
         return None
-    graph, view = kind.graph, session.view
+    view, originals = session.view, session.networks.originals
     # what only autograd does
-    originals = session.networks.originals
     if (
-        graph.opaque
-        or not session.engine.may_save
+        not session.engine.may_save
         or session.engine.later
         or session.options.implicit is not None
+        or session.networks.recomputes
+        or _retains_grad(loss, sliced)
         or sliced.hooks
         or sliced.spies
         or sliced.twins
@@ -93,7 +100,7 @@ def expected(
         or not all(map(view.versions.unchanged, sliced.thetas))
     ):
         return None
-    return compiled_with_residuals(graph, session.options.lowering)
+    return compiled_with_residuals(kind.graph, session.options.lowering)
 
 
 def take(
@@ -132,6 +139,17 @@ def stand_ins(session: RecordedSession, optimizer: InnerOptimizer) -> list[Tenso
     reached, shown = _last[optimizer].reached, session.networks.shown
     ordinals = session.ordinals(optimizer)
     return [shown[i].detach() if there else None for i, there in zip(ordinals, reached, strict=True)]
+
+
+def _read(session: RecordedSession, sliced: Slice) -> list[int | None]:
+    return [session.engine.thetas.get(t.index) for t in sliced.thetas]
+
+
+def _retains_grad(loss: Tensor, sliced: Slice) -> bool:
+    """Whether somebody has asked for the gradient of what the loss is computed from."""
+    values = (v.ref() for v in sliced.values)
+    tensors = (loss, *values, *(x.tensor for x in sliced.externals), *(t.tensor for t in sliced.thetas))
+    return any(t is not None and t.retains_grad for t in tensors)
 
 
 def _trainable(session: RecordedSession, optimizer: InnerOptimizer) -> list[bool]:

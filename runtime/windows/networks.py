@@ -31,6 +31,7 @@ class Networks:
         self.names: list[str] = []
         self.shown: list[Tensor] = []
         self.joined: set[int] = set()
+        self.recomputes = False  # whether a backward may run modules again
         self._index: dict[int, int] = {}
         self._at: dict[int, int] | None = (
             None  # memory of what is shown -> its ordinal; None to be found anew
@@ -182,7 +183,7 @@ class Networks:
 
     def bind(self, fn: Callable) -> Callable:
         """``fn`` for the recomputation of activation checkpointing: it sees the parameters of now."""
-        then = list(self.shown)
+        then, self.recomputes = list(self.shown), True
 
         def bound(*args: Any, **kwargs: Any) -> Any:
             with self.showing(then):

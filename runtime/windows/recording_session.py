@@ -138,7 +138,7 @@ class RecordedSession(OrdinarySession):
             self.engine.tier.settle()
 
     def _close(self, failed: bool) -> None:
-        self.engine.release()
+        self.engine.release(self.opt_states.at.values())
         self.view.close()
         self._looked_at.clear()
         if failed and self.engine.tier is not None:  # otherwise when nothing can ask for it any more

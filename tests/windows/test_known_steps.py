@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import metaoptim
 from metaoptim.compiler.ir.step import Lowering, StepGraph
+from metaoptim.compiler.lower import derivatives
 from metaoptim.compiler.lower.derivatives import residuals
 from metaoptim.runtime.windows import known_steps
 from oracle import agree, run_oracle, run_window
@@ -245,3 +246,153 @@ def test_it_goes_on_in_the_next_window(by_graph: list[bool]) -> None:
     by_graph.clear()
     torch.testing.assert_close(loop.grads(), expected, rtol=1e-12, atol=1e-15)
     assert len(by_graph) == 9 and all(by_graph)
+
+
+# -- steps that look alike ---------------------------------------------------------------------------------------------
+
+
+class Heads(nn.Module):
+    """A trunk and heads of one structure."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.trunk, self.heads = nn.Linear(3, 4), nn.ModuleList(nn.Linear(4, 2) for _ in range(2))
+
+
+def test_another_head_of_the_same_structure(by_graph: list[bool]) -> None:
+    def grads(**window: Any) -> list[Tensor | None]:
+        net, xs = Heads(), torch.randn(9, 6, 3, generator=torch.Generator().manual_seed(1))
+        inner = metaoptim.MetaSGD([net], lr=0.1)
+        with metaoptim.SlidingWindow(offline=True, **window):
+            for t, x in enumerate(xs):
+                loss = net.heads[t // 3 % 2](net.trunk(x).tanh()).square().mean()
+                inner.step(loss, allow_unused=True)
+            outer = net.heads[0](net.trunk(xs[0]).sin()).mean()
+        return list(torch.autograd.grad(outer, list(net.parameters()), allow_unused=True))
+
+    torch.testing.assert_close(grads(), grads(strategy="full_tape"), rtol=1e-9, atol=1e-15)
+    assert len(by_graph) == 6 and all(by_graph)  # two of each three
+
+
+def test_a_parameter_that_is_read_but_not_trained_gets_no_state(by_graph: list[bool]) -> None:
+    torch.manual_seed(0)
+    nets, xs = nn.ModuleList([nn.Linear(3, 2), nn.Linear(3, 2)]), torch.randn(3, 6, 3)
+    inner, own = metaoptim.MetaRprop([nets], lr=0.1), [list(net.parameters()) for net in nets]
+    for k in range(2):
+        a, b = nets[k], nets[1 - k]
+        with metaoptim.SlidingWindow():
+            for x in xs:
+                inner.step((a(x) - b(x).detach()).square().mean(), allow_unused=True)
+        assert set(inner.state) == set(own[k])
+        inner.state.clear()
+    assert by_graph == [True] * 4
+
+
+def test_python_of_the_users_own_runs_in_every_step(by_graph: list[bool]) -> None:
+    loop, calls = Loop("MetaSGD"), []
+
+    def halved(grads: list[Tensor], params: list[Tensor], hyper: dict[str, Any]) -> list[Tensor]:
+        calls.append(len(grads))
+        return [g / 2 for g in grads]
+
+    loop.inner.transforms = [halved]
+    with metaoptim.SlidingWindow(offline=True):
+        loop.all()
+        assert len(calls) >= 9
+    assert not by_graph
+
+
+def test_gradients_that_are_asked_for_are_there(by_graph: list[bool]) -> None:
+    loop = Loop("MetaSGD")
+    with metaoptim.SlidingWindow(offline=True):
+        for x in loop.xs:
+            hidden = loop.net[0](x)
+            hidden.retain_grad()
+            loop.inner.step(loop.net[2](hidden.tanh()).square().mean())
+            assert hidden.grad is not None and bool(hidden.grad.any())
+    assert not by_graph
+
+
+def test_checkpoints_are_recomputed_as_often(by_graph: list[bool]) -> None:
+    """Running statistics are updated once more by each recomputation, which is autograd's."""
+
+    def buffers(**window: Any) -> list[Tensor]:
+        torch.manual_seed(2)
+        net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2))
+        inner, xs = metaoptim.MetaSGD([net], lr=0.1), torch.randn(6, 5, 3)
+        with metaoptim.SlidingWindow(**window):
+            for x in xs:
+                hidden = torch.utils.checkpoint.checkpoint(net[:3], x.requires_grad_(), use_reentrant=False)
+                inner.step(net[3](hidden).square().mean())
+        return [b.clone() for b in net.buffers()]
+
+    got = buffers()
+    assert not by_graph
+    known_steps._last.clear()
+    torch.testing.assert_close(got, buffers(backend="eager"))
+
+
+def test_a_step_without_residuals_stays_autograds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that writes in place, whose derivative has been compiled."""
+    monkeypatch.setattr(derivatives, "_is_there", lambda *args: True)
+    net, xs = nn.Linear(3, 2), torch.randn(4, 6, 3)
+    inner = metaoptim.MetaSGD([net], lr=0.1)
+    with metaoptim.SlidingWindow(offline=True) as window:
+        for x in xs:
+            y, h = net(x), torch.zeros(6, 2)
+            h[:, 0], h[:, 1] = y[:, 0], y[:, 1].sin()
+            inner.step(h.square().mean())
+        (graph,) = {id(g): g for g in window._session.program.step_graphs}.values()
+        assert residuals(graph, "auto") is None
+        assert (
+            derivatives.compiled_with_residuals(graph, Lowering("inductor", hvp="auto", replays=False))
+            is None
+        )
+
+
+# -- what the user may write into afterwards ---------------------------------------------------------------------------
+
+
+class Hands(metaoptim.MetaOptimizer):
+    """An optimizer that hands on what it is given: its state, and in the next the parameter and the gradient."""
+
+    def __init__(self, nets: list[nn.Module]) -> None:
+        super().__init__(nets, {"lr": 0.1})
+
+    @staticmethod
+    def init_state(param: Tensor, hyper: dict[str, Any]) -> dict[str, Tensor]:
+        return {"same": torch.ones_like(param), "old": torch.ones_like(param), "grad": torch.ones_like(param)}
+
+    @staticmethod
+    def update(
+        param: Tensor, grad: Tensor, state: dict[str, Tensor], hyper: dict[str, Any]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        moved = grad * grad.abs() + 0.5 * state["grad"] * grad * state["same"] + 0.1 * state["old"]
+        return param - hyper["lr"] * moved, {"same": state["same"], "old": param, "grad": grad}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("slots", [None, 2])
+@pytest.mark.parametrize("name", ["same", "old", "grad"])
+def test_optimizer_state_that_is_written_into_after_the_window(
+    name: str, slots: int | None, compiled: bool
+) -> None:
+    def grad(factor: float) -> Tensor:
+        torch.manual_seed(0)
+        net, xs = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)), torch.randn(6, 6, 3)
+        weight, inner = torch.tensor(0.5, requires_grad=True), Hands([net])
+
+        def step(x: Tensor) -> None:
+            inner.step((net(x) - 0.1).square().mean() * weight)
+
+        step = metaoptim.compile(backend="eager")(step) if compiled else step
+        with metaoptim.SlidingWindow(slots=slots):
+            for x in xs:
+                step(x)
+            outer = net(xs[0]).sin().mean()
+        for state in inner.state.values():
+            state[name].mul_(factor)
+        return torch.autograd.grad(outer, weight)[0]
+
+    torch.testing.assert_close(grad(3.0), grad(1.0), rtol=1e-12, atol=0)
