@@ -147,7 +147,7 @@ def _read(session: RecordedSession, sliced: Slice) -> list[int | None]:
 
 def _retains_grad(loss: Tensor, sliced: Slice) -> bool:
     """Whether somebody has asked for the gradient of what the loss is computed from."""
-    values = (v.ref() for v in sliced.values)
+    values = (v.ref() for v in sliced.values if v.ref is not None)
     tensors = (loss, *values, *(x.tensor for x in sliced.externals), *(t.tensor for t in sliced.thetas))
     return any(t is not None and t.retains_grad for t in tensors)
 
