@@ -138,7 +138,9 @@ class RecordedSession(OrdinarySession):
             self.engine.tier.settle()
 
     def _close(self, failed: bool) -> None:
-        there = len(self.engine.state)  # a step that has failed may have left places that nothing was put into
+        there = len(
+            self.engine.state
+        )  # a step that has failed may have left places that nothing was put into
         self.engine.release(i for i in self.opt_states.at.values() if i < there)
         self.view.close()
         self._looked_at.clear()
