@@ -340,6 +340,8 @@ def table(results: dict[str, Any]) -> str:
 def wrong(results: dict[str, Any]) -> list[str]:
     """What is not as promised."""
     found = [] if results["tests"]["passed"] else [f"tests: {results['tests']['summary']}"]
+    if results["peers"].startswith("No table"):
+        found.append(results["peers"])
     for row in results["rows"]:
         where = f"{row['problem']}, T = {row['T']}, {row['form']}"
         if "failed" in row and row["form"] != "eager tape":  # that one may well run out of memory

@@ -160,6 +160,13 @@ class FlatGraph:
         self.constants = dict(constants)  # by the names of its attributes
         self._called = False
 
+    @property
+    def holder(self) -> torch.nn.Module:
+        """The constants as attributes."""
+        held = torch.nn.Module()
+        vars(held).update(self.constants)
+        return held
+
     @cached_property
     def module(self) -> fx.GraphModule:
         """The graph as a module."""
@@ -174,9 +181,7 @@ class FlatGraph:
         if self._called:
             return self.program(*inputs)
         self._called = True
-        constants = torch.nn.Module()
-        vars(constants).update(self.constants)
-        runner = fx.Interpreter(constants, graph=self.graph)
+        runner = fx.Interpreter(self.holder, graph=self.graph)
         runner.extra_traceback = False  # a user's error is hers, without the names of our nodes
         return runner.run(*inputs, enable_io_processing=False)
 

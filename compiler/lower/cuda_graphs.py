@@ -87,7 +87,7 @@ class CapturedGraph:
     def __init__(self, parts: _Parts, program: Lowered, device: torch.device) -> None:
         self._parts, self._program, self._device = parts, program, device
         self._lock = threading.Lock()
-        self._calls = 0
+        self._warm = False  # whether it has run: what libraries set up in a first call must not be captured
         self._capture: Capture | None = None
         self._inputs: list[Tensor] = []
         self._results: Sequence[Any] = ()
@@ -105,12 +105,10 @@ class CapturedGraph:
 
     def _run(self, given: list[Tensor]) -> Sequence[Any]:
         with self._lock:
-            self._calls += 1
-            if self._calls == 1:  # what libraries set up in a first call must not be captured
-                return self._program(*(_moved(t, self._device) for t in given))
-            if self._calls > 1 and self._switches != (now := switches()):
+            if self._warm and self._switches != (now := switches()):
                 self._switches = now
                 self._begin(given)
+            self._warm = True
             if self._capture is None:
                 return self._program(*(_moved(t, self._device) for t in given))
             with self._capture.in_order():
@@ -136,9 +134,8 @@ def _fill(own: Tensor, t: Tensor) -> None:
     """Copy an input to where a capture reads it; elements that share memory could not be written to one by one."""
     if own.stride() == t.stride():
         own, t = spanned(own), spanned(t)
-    own.copy_(
-        t, non_blocking=not t.is_pinned()
-    )  # pinned memory would be read later, when it may be another's
+    # pinned memory would be read later, when it may hold something else
+    own.copy_(t, non_blocking=not t.is_pinned())
 
 
 class Capture:
@@ -203,9 +200,7 @@ class _Places(fx.Interpreter):
     """Runs a graph on fake tensors, and notes which nodes are on a GPU."""
 
     def __init__(self, flat: FlatGraph) -> None:
-        constants = torch.nn.Module()
-        vars(constants).update(flat.constants)
-        super().__init__(constants, graph=flat.graph)
+        super().__init__(flat.holder, graph=flat.graph)
         self.there: dict[fx.Node, bool] = {}
 
     def run_node(self, n: fx.Node) -> Any:

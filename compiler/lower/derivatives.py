@@ -53,10 +53,8 @@ def lowered(
     # a compiler would move operators from chunk to chunk, and take long
     backend, hvp = "eager" if step.chunked else lowering.backend_of(kind), lowering.hvp
     results = _by_running(of, what, inputs, hvp) if at_once and backend == "eager" else None
-    graph, cotangents = (
-        _flat(of, what, hvp, inputs),
-        0 if kind in ("replay", "forward") else len(of.cotangents),
-    )
+    graph = _flat(of, what, hvp, inputs)
+    cotangents = 0 if kind in ("replay", "forward") else len(of.cotangents)
 
     def lower(part: FlatGraph, given: Sequence[Tensor], cotangents: int) -> Lowered:
         if backend == "eager":
@@ -167,18 +165,21 @@ def compiled_with_residuals(step: StepGraph, lowering: Lowering) -> Lowering | N
 
     They are begun when the compiled form of its derivative is there: compiling it has paid.
     """
-    if lowering.backend not in ("inductor", "auto") or not elsewhere(p.spec for p in step.inputs):
+    if lowering.backend not in ("inductor", "auto"):
         return None
-    asked, how = lowering.compiled, lowering.compiled.whole
-    there = _is_there(step, "vjp", asked) or _is_there(step, "backward", asked)
-    if not there or step.dynamic or step.chunked or residuals(step, lowering.hvp) is None:
+    asked, how, kinds = lowering.compiled, lowering.compiled.whole, ("forward", "backward")
+    if all(_is_there(step, kind, how) for kind in kinds):
+        return how
+    if not _is_there(step, "vjp", asked) or not elsewhere(p.spec for p in step.inputs):
+        return None
+    if step.dynamic or step.chunked or residuals(step, lowering.hvp) is None:
         return None
     begin(step, how, saving=True)
-    coming = [step.derived.coming.get((kind, how)) for kind in ("forward", "backward")]
-    for one in coming if waits() else ():
-        if one is not None:
-            one.wait()
-    return how if _is_there(step, "forward", how) and _is_there(step, "backward", how) else None
+    if waits():
+        for kind in kinds:
+            if (coming := step.derived.coming.get((kind, how))) is not None:
+                coming.wait()
+    return how if all(_is_there(step, kind, how) for kind in kinds) else None
 
 
 def _is_there(step: StepGraph, kind: str, lowering: Lowering) -> bool:

@@ -19,7 +19,7 @@ from metaoptim.compiler.derive.interpret import hooking
 from metaoptim.compiler.ir.programs.calls import Assign, StepCall
 from metaoptim.compiler.ir.programs.program import Tape
 from metaoptim.compiler.ir.step import Lowering, Role
-from metaoptim.compiler.ir.tensors import TensorSpec, memory_of
+from metaoptim.compiler.ir.tensors import TensorSpec, memory_key, memory_of
 from metaoptim.compiler.ir.weak import WeakTable
 from metaoptim.compiler.lower.ambient import unaffected
 from metaoptim.compiler.lower.derivatives import Lowered, lowered, residuals, taken
@@ -45,11 +45,6 @@ Check = Callable[[StepCall, str, Sequence[Tensor]], None]
 def lowered_for(call: StepCall, kind: str, operands: Sequence[Tensor]) -> Lowered:
     """One of a call's graphs, as a callable that is called with ``operands`` now."""
     return lowered(call.step, kind, operands, call.lowering, at_once=True)
-
-
-def _storage(t: Tensor) -> int | None:
-    """Equal for tensors in the same memory; None where that is not known."""
-    return t.untyped_storage()._cdata if t.layout is torch.strided else None
 
 
 class Held:
@@ -182,13 +177,12 @@ class Engine(Interpreter):
 
         No residual may lie there, nor an earlier state that a step has handed on as it was.
         """
-        earlier = {_storage(t) for t in self.store[self.store.kept[-1]]}
-        for storage in {_storage(self.state[i]) for i in given} & earlier - {None}:
-            assert storage is not None
+        earlier = set(map(memory_key, self.store[self.store.kept[-1]]))
+        for storage in {memory_key(self.state[i]) for i in given} & earlier:
             self.protect(storage)
-        shown = {_storage(t) for t in self.state} - {None}
+        shown = set(map(memory_key, self.state))
         for saved in filter(None, map(self._residuals.get, self._shared)):
-            saved[:] = [t.clone() if _storage(t) in shown else t for t in saved]
+            saved[:] = [t.clone() if memory_key(t) in shown else t for t in saved]
         self._shared.clear()
 
     @property

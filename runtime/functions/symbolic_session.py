@@ -246,12 +246,7 @@ class CapturedSession(Session):
     # -- steps ---------------------------------------------------------------------------------------------------
 
     def _added(
-        self,
-        optimizer: InnerOptimizer,
-        schedules: Scheduled,
-        loss: Tensor,
-        losses: _Losses | None,
-        alone: bool = False,
+        self, optimizer: InnerOptimizer, schedules: Scheduled, loss: Tensor, losses: _Losses | None
     ) -> _Losses:
         self.recorder.settle_hooks()
         root, leaves = self.recorder.value_of(loss), set(map(id, leaves_of(loss)))

@@ -62,14 +62,14 @@ def note(
     grads: Sequence[Tensor | None],
 ) -> None:
     """A step was taken by autograd, with these gradients by the optimizer's parameters."""
-    _last.pop(optimizer, None)
-    if (
-        taken.update.plan.is_users or taken.call.step.opaque
-    ):  # Python of the user's own, which may count steps
+    graph = taken.call.step
+    if graph.opaque or compiled_with_residuals(graph, session.options.lowering) is None:
+        return
+    if taken.update.plan.is_users:  # its Python may count steps
         return
     read, trainable = _read(session, sliced), _trainable(session, optimizer)
     names, reached = [list(state) for state in taken.new_states], [g is not None for g in grads]
-    _last[optimizer] = _Kind(sliced.key, read, taken.call.step, trainable, reached, names)
+    _last[optimizer] = _Kind(sliced.key, read, graph, trainable, reached, names)
 
 
 def expected(

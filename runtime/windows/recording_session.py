@@ -181,14 +181,8 @@ class RecordedSession(OrdinarySession):
                 free += found[-1] == free
         return tuple(found)
 
-    def _added(
-        self,
-        optimizer: InnerOptimizer,
-        schedules: Scheduled,
-        loss: Tensor,
-        losses: _Losses | None,
-        alone: bool = False,
-    ) -> _Losses:
+    def _sliced(self, optimizer: InnerOptimizer, schedules: Scheduled, loss: Tensor) -> _Losses:
+        """What a loss has read, without its gradient."""
         view = self.view
         view.settle()
         root = view.recording.root_of(loss)
@@ -202,18 +196,28 @@ class RecordedSession(OrdinarySession):
         self._refuse_changed(sliced, optimizer)
         self.look_at([x.tensor for x in sliced.externals if x.tensor is not None])
         read = frozenset(t.index for t in sliced.thetas)
-        grads = known_steps.expected(self, optimizer, loss, sliced) if alone else None
-        grads = grads or self._gradient(optimizer, loss, sliced)
+        return _Losses([root], hyper, sliced, epoch, read, sliced.spies, [])
+
+    def _alone(self, optimizer: InnerOptimizer, schedules: Scheduled, loss: Tensor) -> _Losses:
+        one = self._sliced(optimizer, schedules, loss)
+        how = known_steps.expected(self, optimizer, loss, one.sliced)
+        return one._replace(grads=how or self._gradient(optimizer, loss, one.sliced))
+
+    def _added(
+        self, optimizer: InnerOptimizer, schedules: Scheduled, loss: Tensor, losses: _Losses | None
+    ) -> _Losses:
+        one = self._sliced(optimizer, schedules, loss)
+        grads = self._gradient(optimizer, loss, one.sliced)
         if losses is None:
-            return _Losses([root], hyper, sliced, epoch, read, sliced.spies, grads)
-        if spies := losses.spies + sliced.spies:
+            return one._replace(grads=grads)
+        if spies := losses.spies + one.spies:
             raise CaptureError(
                 "a tensor hook in the loss of a chunk, which is gone before the step is written down; compile the step "
                 "(metaoptim.compile), or open the window with strategy='full_tape'"
             )
-        roots = [*losses.roots, root]
-        assert isinstance(losses.grads, list) and isinstance(grads, list)  # none of them is alone
-        return _Losses(roots, hyper, sliced, epoch, losses.read | read, spies, added(losses.grads, grads))
+        assert isinstance(losses.grads, list)  # it was not alone
+        roots, sums = [*losses.roots, *one.roots], added(losses.grads, grads)
+        return one._replace(roots=roots, read=losses.read | one.read, spies=spies, grads=sums)
 
     def _moment(self) -> int:
         return self.view.recording.calls

@@ -180,15 +180,16 @@ class Session:
     def _check_value(self, member: Member, loss: Tensor) -> None:
         """Raise for a loss of a value that no step is to be taken by."""
 
-    def _added(
-        self, optimizer: InnerOptimizer, schedules: Scheduled, loss: Tensor, losses: Any, alone: bool = False
-    ) -> Any:
+    def _added(self, optimizer: InnerOptimizer, schedules: Scheduled, loss: Tensor, losses: Any) -> Any:
         """What a step needs of ``loss``, and of those before it, which ``losses`` (None at first) has.
 
-        That is the sum of their gradients, or what stands for it, and nothing that holds their graphs. A loss that is
-        ``alone`` is there until the step is taken.
+        That is the sum of their gradients, or what stands for it, and nothing that holds their graphs.
         """
         raise NotImplementedError
+
+    def _alone(self, optimizer: InnerOptimizer, schedules: Scheduled, loss: Tensor) -> Any:
+        """The same of a step's only loss, which is there until the step is taken."""
+        return self._added(optimizer, schedules, loss, None)
 
     def _step(
         self, optimizer: InnerOptimizer, schedules: Scheduled, losses: Any, loss: Tensor, allow_unused: bool
@@ -276,7 +277,7 @@ class Session:
         member = self.members[id(optimizer)]
         with self._stepping(optimizer):
             self._check_value(member, loss)
-            losses = self._added(optimizer, schedules, loss, None, alone=True)
+            losses = self._alone(optimizer, schedules, loss)
             self._take(member, schedules, losses, loss, allow_unused)
 
     def step_by_sum(

@@ -192,7 +192,6 @@ class FullTapeSession(OrdinarySession):
         schedules: Scheduled,
         loss: Tensor,
         losses: list[Tensor | None] | None,
-        alone: bool = False,
     ) -> list[Tensor | None]:
         self.refuse_strangers()
         ordinals, create_graph = self.ordinals(optimizer), self._differentiable(optimizer)
