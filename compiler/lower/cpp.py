@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -22,6 +23,8 @@ from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.cpu_vec_isa import VecISA
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch._inductor.virtualized import V
+
+from .small_products import SmallProducts
 
 Run = Callable[[str, str], None]
 
@@ -39,10 +42,13 @@ def options() -> Iterator[None]:
     of a first call. On Linux the flags tell: whether PyTorch's own libraries load is known, it runs. Of a graph's own
     source most is the interface, and checks of the inputs that run where an environment variable asks for them.
     """
+    passes: dict[str, Any] = {}
+    if torch._inductor.config.post_grad_custom_pre_pass is None:  # otherwise the user has one
+        passes["post_grad_custom_pre_pass"] = SmallProducts()
     checks = CppWrapperCpu.generate_input_output_runtime_checks
     probed = platform.system() == "Linux" and platform.machine() == "x86_64"
     with (
-        torch._inductor.config.patch(size_asserts=False, alignment_asserts=False),
+        torch._inductor.config.patch(size_asserts=False, alignment_asserts=False, **passes),
         mock.patch.object(cpp_builder, "run_compile_cmd", partial(_compile, cpp_builder.run_compile_cmd)),
         mock.patch.object(CppWrapperCpu, checks.__name__, lambda wrapper: _without_inputs(checks, wrapper)),
         mock.patch.object(VecISA, "check_build", lambda isa, code: _takes(isa._arch_flags))

@@ -65,7 +65,7 @@ def folder() -> str:
     inductors = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or os.path.join(
         tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}"
     )
-    return os.path.join(os.path.abspath(inductors), "metaoptim-2")  # the number is that of the format
+    return os.path.join(os.path.abspath(inductors), "metaoptim-3")  # the number is that of the format
 
 
 def load(path: str) -> Callable[..., Any]:

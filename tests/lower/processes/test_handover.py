@@ -122,7 +122,7 @@ def test_the_first_call_does_not_wait_and_later_ones_run_compiled(meanwhile: Pat
     assert re.search(
         r"compiled +step_.: (vjp|replay) since ..:..:.., (vjp|replay) since", str(gradients.explain())
     )  # type: ignore[attr-defined]
-    assert len(list((meanwhile / "metaoptim-2").glob("*.so"))) == len(coming)
+    assert len(list((meanwhile / "metaoptim-3").glob("*.so"))) == len(coming)
 
 
 def test_compile_now_waits(meanwhile: Path) -> None:
@@ -344,7 +344,7 @@ def test_a_full_disk(meanwhile: Path) -> None:
         assert coming.complaint is not None
     with pytest.warns(RuntimeWarning, match="could not be compiled in the background and runs as it is"):
         agree(gradients(), expected())
-    assert not [*(meanwhile / "metaoptim-2").glob("*.so")]
+    assert not [*(meanwhile / "metaoptim-3").glob("*.so")]
 
 
 ALONE = """
@@ -366,7 +366,7 @@ def test_two_processes_with_one_cache(tmp_path: Path) -> None:
     ]
     assert [process.communicate(timeout=300)[0] for process in both] == ["True\n"] * 2
     assert not any(process.returncode for process in both)
-    assert len([*(tmp_path / "metaoptim-2").iterdir()]) == 1
+    assert len([*(tmp_path / "metaoptim-3").iterdir()]) == 1
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
