@@ -27,6 +27,9 @@ import numpy as np
 from problems import Problem
 
 Gradient = Callable[[], dict[str, np.ndarray]]
+#: Calls after the first that do not count as steady: a window's steps run by compiled graphs from the second to the
+#: sixth call on, by the problem.
+WARM_UP = 7
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,7 @@ def build(peer: Peer, problem: Problem, backend: str | None) -> Gradient:
 def measure(
     peer: Peer, gradient: Gradient, reference: Path, repeats: int, result: dict[str, Any]
 ) -> Iterator[None]:
-    """The first call, then `repeats` more and one for the memory; yields whenever ``result`` has grown."""
+    """The first call, `WARM_UP` more, `repeats` that are steady, one for memory; yields when ``result`` has grown."""
     result["versions"] = {name: importlib.metadata.version(name) for name in peer.packages}
     baseline, known = resident("VmRSS"), set(sys.modules)
     with Clock() as clock:
@@ -156,10 +159,10 @@ def measure(
     if not repeats:
         return
     took = []
-    for _ in range(repeats):
+    for k in range(WARM_UP + repeats):
         with Clock() as clock:
             gradient()
-        took.append(clock.took)
+        took += [clock.took] if k >= WARM_UP else []
     result["steady"] = {key: statistics.median(t[key] for t in took) for key in took[0]}
     result["calls"] = took
     gc.collect()

@@ -14,6 +14,7 @@ from metaoptim.compiler.compat import OpOverload
 from ..ir.operators import EMPTY, op_info
 
 _t = torch.ops.aten.t.default
+_AS_AN_OPERATOR = 16 << 10  # bytes
 
 
 def storages(node: fx.Node) -> Sequence[tuple[Any, int]]:
@@ -61,6 +62,16 @@ def alive_bytes(nodes: Sequence[fx.Node], given: Collection[Any], *, after: bool
         change[begin] += size
         change[end if after else end + 1] -= size
     return list(accumulate(change[:-1]))
+
+
+def work_of(graph: fx.Graph) -> int:
+    """About how long ``graph`` takes to run as it is, in operators on small tensors, of 3 to 5 µs each on a CPU.
+
+    What it allocates counts, too: measured from an MLP's to a transformer's derivative, 16 KiB take as long.
+    """
+    given = {s for n in graph.nodes if n.op in ("placeholder", "get_attr") for s, _ in storages(n)}
+    made = {s: size for n in graph.nodes for s, size in storages(n) if s not in given}
+    return len(graph.nodes) + sum(made.values()) // _AS_AN_OPERATOR
 
 
 def mutates(node: fx.Node) -> bool:

@@ -264,6 +264,7 @@ class Derived:
     runs: dict[str, int] = field(
         default_factory=lambda: {}
     )  # how often a kind of graph has run, where that decides
+    work: dict[str, int] = field(default_factory=lambda: {})  # about how long it takes, in small operators
     since: dict[tuple[str, Lowering], float] = field(
         default_factory=lambda: {}
     )  # when a compiled form was taken over

@@ -13,7 +13,7 @@ from metaoptim.errors import CaptureError
 from ..compat import FakeTensorMode
 from ..derive.flat import default_dtype
 from ..derive.forward import pushed_forward, transposable, zero_cotangents
-from ..derive.graphs import peak_bytes
+from ..derive.graphs import peak_bytes, work_of
 from ..derive.mixed import NotMixed, mixed_vjp_graph, why_not_mixed
 from ..derive.residuals import split
 from ..derive.reverse import derived_by_running, derived_by_tracing, loss_graph
@@ -28,7 +28,7 @@ from .processes.handover import Handover, elsewhere, tell, waits
 
 #: Below this many live bytes of reverse over reverse there is nothing worth saving: mixed mode takes a third more work.
 WORTH_SAVING = 64 << 20
-#: A graph of which more nodes than this have run has taken a second.
+#: A graph of which so much has run (`work_of`) has taken about a second.
 PAYS = 300_000
 #: Where the user has asked for compiled graphs, one that runs again and again is compiled sooner.
 ASKED = 20_000
@@ -119,7 +119,9 @@ def _pays(step: StepGraph, kind: str, lowering: Lowering) -> bool:
     if graph is None or step.dynamic:
         return False
     runs = derived.runs[kind] = derived.runs.get(kind, 0) + 1
-    return runs * len(graph.graph.nodes) > (PAYS if lowering.patient else ASKED)
+    if kind not in derived.work:
+        derived.work[kind] = work_of(graph.graph)
+    return runs > 1 and runs * derived.work[kind] > (PAYS if lowering.patient else ASKED)
 
 
 def begin(step: StepGraph, lowering: Lowering, saving: bool = False) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import fx
 
 from metaoptim.compiler.derive.flat import flat_graph
-from metaoptim.compiler.derive.graphs import merge_equal, undo_transposes
+from metaoptim.compiler.derive.graphs import merge_equal, undo_transposes, work_of
 from metaoptim.compiler.ir.step import FlatGraph
 
 aten = torch.ops.aten
@@ -43,6 +43,16 @@ def test_views_that_change_nothing_are_left_out() -> None:
     assert targets == [aten.mul.Tensor, aten.slice.Tensor, aten.view.default, *3 * [aten._conj.default]]
     for got, want in zip(fx.GraphModule({}, traced.graph)(*given), views(*given), strict=True):
         assert torch.equal(got, want) and got.is_conj() == want.is_conj()
+
+
+def test_work_grows_with_what_is_allocated_and_not_with_views() -> None:
+    def twice(x: torch.Tensor) -> tuple[torch.Tensor]:
+        return (x.view(-1).sin().cos().view(x.shape),)
+
+    small, large = (
+        work_of(flat_graph(twice, [torch.ones(n, dtype=torch.float64)]).graph) for n in (1, 16384)
+    )
+    assert small == 6 and large == 6 + 2 * 8  # two results of 128 KiB
 
 
 def test_constants_are_made_anew_by_each_run() -> None:
