@@ -15,8 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from ..ir.tensors import TensorSpec
-from .cpp import options
 from .files.artifacts import WHOLE, Settings
+from .inductor.cpp import options
 
 _LIBRARY = {"aot_inductor.enable_line_tables": False}  # of code that nobody has written
 

@@ -16,9 +16,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from metaoptim.compiler.ir.tensors import tensor_spec
 from metaoptim.compiler.lower import backends
-from metaoptim.compiler.lower.cpp import options
 from metaoptim.compiler.lower.files.artifacts import load
-from metaoptim.compiler.lower.small_products import SmallProducts
+from metaoptim.compiler.lower.inductor.cpp import options
+from metaoptim.compiler.lower.inductor.rewrites import Rewrites
+from metaoptim.compiler.lower.inductor.small_products import sum_small_products
 
 aten = torch.ops.aten
 F64 = torch.float64
@@ -63,7 +64,7 @@ def test_what_is_small_becomes_a_sum(case: str) -> None:
     graph = traced(f, *inputs)
     assert left(graph.graph) == 1
     want = graph(*inputs)
-    SmallProducts()(graph.graph)
+    sum_small_products(graph.graph)
     graph.recompile()
     assert not left(graph.graph)
     torch.testing.assert_close(graph(*inputs), want)
@@ -76,7 +77,7 @@ def test_the_rest_is_left(case: str) -> None:
     f, inputs = LEFT[case]
     graph = traced(f, *inputs)
     before = str(graph.graph)
-    SmallProducts()(graph.graph)
+    sum_small_products(graph.graph)
     assert str(graph.graph) == before
     assert left(graph.graph) == 1
 
@@ -108,5 +109,5 @@ def test_a_pass_of_the_users_own_is_kept() -> None:
     with inductor_config.patch(post_grad_custom_pre_pass=own), options():
         assert inductor_config.post_grad_custom_pre_pass is own
     with options():
-        assert isinstance(inductor_config.post_grad_custom_pre_pass, SmallProducts)
+        assert isinstance(inductor_config.post_grad_custom_pre_pass, Rewrites)
     assert inductor_config.post_grad_custom_pre_pass is None

@@ -29,7 +29,7 @@ def test_a_graphs_own_source_has_neither_interface_nor_checks(
         run(command, cwd)
 
     monkeypatch.setattr(cpp_builder, "run_compile_cmd", spy)
-    monkeypatch.setattr("metaoptim.compiler.lower.cpp.default_cache_dir", lambda: str(tmp_path))
+    monkeypatch.setattr("metaoptim.compiler.lower.inductor.cpp.default_cache_dir", lambda: str(tmp_path))
     x, y = torch.randn(3, 4), torch.randn(4)
     specs = [tensor_spec(t) for t in (x, y)]
     for n in (1, 2):

@@ -24,7 +24,8 @@ from torch._inductor.cpu_vec_isa import VecISA
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch._inductor.virtualized import V
 
-from .small_products import SmallProducts
+from .rewrites import Rewrites
+from .vector_functions import vector_functions
 
 Run = Callable[[str, str], None]
 
@@ -44,10 +45,11 @@ def options() -> Iterator[None]:
     """
     passes: dict[str, Any] = {}
     if torch._inductor.config.post_grad_custom_pre_pass is None:  # otherwise the user has one
-        passes["post_grad_custom_pre_pass"] = SmallProducts()
+        passes["post_grad_custom_pre_pass"] = Rewrites()
     checks = CppWrapperCpu.generate_input_output_runtime_checks
     probed = platform.system() == "Linux" and platform.machine() == "x86_64"
     with (
+        vector_functions(),
         torch._inductor.config.patch(size_asserts=False, alignment_asserts=False, **passes),
         mock.patch.object(cpp_builder, "run_compile_cmd", partial(_compile, cpp_builder.run_compile_cmd)),
         mock.patch.object(CppWrapperCpu, checks.__name__, lambda wrapper: _without_inputs(checks, wrapper)),
