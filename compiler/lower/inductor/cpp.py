@@ -8,6 +8,7 @@ import os
 import platform
 import shlex
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
@@ -31,6 +32,8 @@ Run = Callable[[str, str], None]
 
 #: What a compiled graph is called by. Inductor copies it into the source of each.
 _INTERFACE = Path(codegen.__path__[0], "aoti_runtime", "interface.cpp")
+_of_one_thread = threading.RLock()  # what inductor is made of is replaced, and put back
+_CHECKS = "generate_input_output_runtime_checks"
 _HEADER = "#include <torch/csrc/inductor/aoti_include/cpu.h>\n"
 _MODEL = "template class torch::aot_inductor::AOTInductorModelBase<torch::aot_inductor::AOTInductorModel>;\n"
 
@@ -43,16 +46,22 @@ def options() -> Iterator[None]:
     of a first call. On Linux the flags tell: whether PyTorch's own libraries load is known, it runs. Of a graph's own
     source most is the interface, and checks of the inputs that run where an environment variable asks for them.
     """
+    with _of_one_thread, _replaced():
+        yield
+
+
+@contextmanager
+def _replaced() -> Iterator[None]:
     passes: dict[str, Any] = {}
     if torch._inductor.config.post_grad_custom_pre_pass is None:  # otherwise the user has one
         passes["post_grad_custom_pre_pass"] = Rewrites()
-    checks = CppWrapperCpu.generate_input_output_runtime_checks
     probed = platform.system() == "Linux" and platform.machine() == "x86_64"
+    checks = CppWrapperCpu.generate_input_output_runtime_checks
     with (
         vector_functions(),
         torch._inductor.config.patch(size_asserts=False, alignment_asserts=False, **passes),
         mock.patch.object(cpp_builder, "run_compile_cmd", partial(_compile, cpp_builder.run_compile_cmd)),
-        mock.patch.object(CppWrapperCpu, checks.__name__, lambda wrapper: _without_inputs(checks, wrapper)),
+        mock.patch.object(CppWrapperCpu, _CHECKS, lambda wrapper: _without_inputs(checks, wrapper)),
         mock.patch.object(VecISA, "check_build", lambda isa, code: _takes(isa._arch_flags))
         if probed
         else nullcontext(),

@@ -23,7 +23,7 @@ _TANH = """[](auto x) {{
         small = small * z + V(-5.37397155531e-2f);
         small = small * z + V(1.33314422036e-1f);
         small = small * z + V(-3.33332819422e-1f);
-        small = small * z * x + x;
+        small = V::blendv(small * z * x + x, x, z == V(0.0f));  // -0 stays -0
         auto large = V(1.0f) - V(2.0f) / ((a + a).exp() + V(1.0f));
         large = V::blendv(large, large.neg(), x < V(0.0f));
         return V::blendv(large, small, a < V(0.625f));
@@ -31,6 +31,11 @@ _TANH = """[](auto x) {{
 }}({x})"""
 
 
+def tanh(x: object) -> str:
+    """The C++ of it, for a variable; inductor takes the function for numbers by this one's name."""
+    return _TANH.format(x=x)
+
+
 def vector_functions() -> AbstractContextManager[object]:
     """A context in which inductor writes them."""
-    return mock.patch.object(CppVecOverrides, "tanh", staticmethod(lambda x: _TANH.format(x=x)))
+    return mock.patch.object(CppVecOverrides, tanh.__name__, staticmethod(tanh))

@@ -63,6 +63,8 @@ def test_a_number_that_is_shaped_or_expanded_is_kept_before() -> None:
 def test_compiled_they_give_the_same(tmp_path: Path) -> None:
     path, inputs = str(tmp_path / "graph.so"), [t.to(F64) for t in INPUTS]
     graph = make_fx(adam, tracing_mode="fake")(*inputs).graph
-    backends.compile_to(path, graph, [tensor_spec(t) for t in inputs], (F64, False, 1, None))
+    backends.compile_to(
+        path, graph, [tensor_spec(t) for t in inputs], (torch.get_default_dtype(), False, 1, None)
+    )
     for got, want in zip(load(path)(*inputs), adam(*inputs), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-13, atol=0)

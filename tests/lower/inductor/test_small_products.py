@@ -92,7 +92,7 @@ def test_compiled_they_give_the_same(tmp_path: Path) -> None:
     inputs = made(33, 4), made(8, 4), made(8), made(8, 1)
     path = str(tmp_path / "graph.so")
     specs = [tensor_spec(t) for t in inputs]
-    backends.compile_to(path, traced(f, *inputs).graph, specs, (F64, False, 1, None))
+    backends.compile_to(path, traced(f, *inputs).graph, specs, (torch.get_default_dtype(), False, 1, None))
     for got, want in zip(load(path)(*inputs), f(*inputs), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 

@@ -29,19 +29,24 @@ def test_tanh_is_exact_to_one_and_a_half_units_in_the_last_place(tmp_path: Path)
             *(torch.logspace(-37, 2, 50_001) * s for s in (1, -1)),
         ]
     ).float()
-    special = torch.tensor([torch.inf, -torch.inf, torch.nan, 0.0, 3e38, -3e38, 1e-45, 0.625, -0.625] * 3)
+    values = [torch.inf, -torch.inf, 0.0, -0.0, 3e38, -3e38, 1e-45, 0.625, -0.625, torch.nan]
+    special = torch.tensor(values * 3, dtype=torch.float32)
     double = torch.linspace(-3, 3, 1001, dtype=torch.float64)
     half = torch.linspace(-3, 3, 1001).bfloat16()
     inputs = single, special, double, half
 
     def f(*tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(t.tanh() for t in tensors)
+        return *(t.tanh() for t in tensors), tensors[0][:1].expand_as(tensors[1]).tanh() * tensors[1]
 
     path = str(tmp_path / "graph.so")
     graph = make_fx(f, tracing_mode="fake")(*inputs).graph
-    backends.compile_to(path, graph, [tensor_spec(t) for t in inputs], (torch.float32, False, 1, None))
+    backends.compile_to(
+        path, graph, [tensor_spec(t) for t in inputs], (torch.get_default_dtype(), False, 1, None)
+    )
     got = load(path)(*inputs)
     assert 0.51 < ulps(got[0], single.double().tanh()) < 1.5  # more than Sleef's: this one it is
     torch.testing.assert_close(got[1], special.tanh(), rtol=2e-7, atol=0, equal_nan=True)
+    assert torch.equal(got[1].signbit()[:9], special.tanh().signbit()[:9])
     torch.testing.assert_close(got[2], double.tanh(), rtol=1e-15, atol=0)
+    torch.testing.assert_close(got[4], single[0].tanh() * special, equal_nan=True)
     torch.testing.assert_close(got[3], half.tanh(), rtol=1e-2, atol=0)
