@@ -1,7 +1,7 @@
 """Functions of vectors of floats in inductor's C++, in the place of Sleef's.
 
-Sleef's tanh is exact to half a unit in the last place (ULP), and took up to a fifth of a small network's graphs. This one
-is exact to one and a half ULP, and takes half of that. Vectors of other types keep theirs.
+Sleef's tanh is exact to half a unit in the last place (ULP), and took up to a fifth of a small network's graphs. This
+one is exact to one and a half ULP, and takes half of that. Vectors of other types keep theirs.
 """
 
 from __future__ import annotations
