@@ -159,10 +159,11 @@ def measure(
     if not repeats:
         return
     took = []
-    for k in range(WARM_UP + repeats):
+    for _ in range(WARM_UP + repeats):
         with Clock() as clock:
             gradient()
-        took += [clock.took] if k >= WARM_UP else []
+        took.append(clock.took)
+    took = took[WARM_UP:]
     result["steady"] = {key: statistics.median(t[key] for t in took) for key in took[0]}
     result["calls"] = took
     gc.collect()

@@ -254,8 +254,8 @@ def _refuse_clipping(parameters: Any, name: str, transform: str) -> list[Tensor]
 
 patches = Patches(
     *((owner, "apply", classmethod(_apply)) for owner in FUNCTIONS),
-    # Costs every window more than all others together; and with one class, all go by way of its ``apply``.
-    *((BackwardCFunction, "__init__", _no_other_way) for _ in FUNCTIONS[1:]),
+    # Costs every window more than all others together; with one class, there is no other way than its ``apply``.
+    *([(BackwardCFunction, "__init__", _no_other_way)] if len(FUNCTIONS) > 1 else []),
     (checkpointing, CHECKPOINT, _checkpoint),
     (Tensor, "register_hook", _register_hook),
     (Tensor, "retain_grad", _retain_grad),

@@ -33,7 +33,6 @@ Run = Callable[[str, str], None]
 #: What a compiled graph is called by. Inductor copies it into the source of each.
 _INTERFACE = Path(codegen.__path__[0], "aoti_runtime", "interface.cpp")
 _of_one_thread = threading.RLock()  # what inductor is made of is replaced, and put back
-_CHECKS = "generate_input_output_runtime_checks"
 _HEADER = "#include <torch/csrc/inductor/aoti_include/cpu.h>\n"
 _MODEL = "template class torch::aot_inductor::AOTInductorModelBase<torch::aot_inductor::AOTInductorModel>;\n"
 
@@ -61,7 +60,7 @@ def _replaced() -> Iterator[None]:
         vector_functions(),
         torch._inductor.config.patch(size_asserts=False, alignment_asserts=False, **passes),
         mock.patch.object(cpp_builder, "run_compile_cmd", partial(_compile, cpp_builder.run_compile_cmd)),
-        mock.patch.object(CppWrapperCpu, _CHECKS, lambda wrapper: _without_inputs(checks, wrapper)),
+        mock.patch.object(CppWrapperCpu, checks.__name__, lambda wrapper: _without_inputs(checks, wrapper)),
         mock.patch.object(VecISA, "check_build", lambda isa, code: _takes(isa._arch_flags))
         if probed
         else nullcontext(),

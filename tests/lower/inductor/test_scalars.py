@@ -9,9 +9,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from metaoptim.compiler.ir.tensors import tensor_spec
-from metaoptim.compiler.lower import backends
-from metaoptim.compiler.lower.files.artifacts import load
+from kernels import run_by_inductor
 from metaoptim.compiler.lower.inductor.scalars import make_scalars_once
 
 aten = torch.ops.aten
@@ -61,10 +59,6 @@ def test_a_number_that_is_shaped_or_expanded_is_kept_before() -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*LeafSpec:FutureWarning")  # by inductor
 def test_compiled_they_give_the_same(tmp_path: Path) -> None:
-    path, inputs = str(tmp_path / "graph.so"), [t.to(F64) for t in INPUTS]
-    graph = make_fx(adam, tracing_mode="fake")(*inputs).graph
-    backends.compile_to(
-        path, graph, [tensor_spec(t) for t in inputs], (torch.get_default_dtype(), False, 1, None)
-    )
-    for got, want in zip(load(path)(*inputs), adam(*inputs), strict=True):
+    inputs = [t.to(F64) for t in INPUTS]
+    for got, want in zip(run_by_inductor(adam, inputs, tmp_path), adam(*inputs), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-13, atol=0)

@@ -14,9 +14,8 @@ from torch._inductor import config as inductor_config
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from kernels import run_by_inductor
 from metaoptim.compiler.ir.tensors import tensor_spec
-from metaoptim.compiler.lower import backends
-from metaoptim.compiler.lower.files.artifacts import load
 from metaoptim.compiler.lower.inductor.cpp import options
 from metaoptim.compiler.lower.inductor.rewrites import Rewrites
 from metaoptim.compiler.lower.inductor.small_products import sum_small_products
@@ -90,10 +89,7 @@ def test_compiled_they_give_the_same(tmp_path: Path) -> None:
         return y, y.t() @ h, y @ v.t(), x.t() @ (y @ v.t())
 
     inputs = made(33, 4), made(8, 4), made(8), made(8, 1)
-    path = str(tmp_path / "graph.so")
-    specs = [tensor_spec(t) for t in inputs]
-    backends.compile_to(path, traced(f, *inputs).graph, specs, (torch.get_default_dtype(), False, 1, None))
-    for got, want in zip(load(path)(*inputs), f(*inputs), strict=True):
+    for got, want in zip(run_by_inductor(f, inputs, tmp_path), f(*inputs), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 

@@ -7,11 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
 
-from metaoptim.compiler.ir.tensors import tensor_spec
-from metaoptim.compiler.lower import backends
-from metaoptim.compiler.lower.files.artifacts import load
+from kernels import run_by_inductor
 
 
 def ulps(got: Tensor, want: Tensor) -> float:
@@ -38,12 +35,7 @@ def test_tanh_is_exact_to_one_and_a_half_units_in_the_last_place(tmp_path: Path)
     def f(*tensors: Tensor) -> tuple[Tensor, ...]:
         return *(t.tanh() for t in tensors), tensors[0][:1].expand_as(tensors[1]).tanh() * tensors[1]
 
-    path = str(tmp_path / "graph.so")
-    graph = make_fx(f, tracing_mode="fake")(*inputs).graph
-    backends.compile_to(
-        path, graph, [tensor_spec(t) for t in inputs], (torch.get_default_dtype(), False, 1, None)
-    )
-    got = load(path)(*inputs)
+    got = run_by_inductor(f, inputs, tmp_path)
     assert 0.51 < ulps(got[0], single.double().tanh()) < 1.5  # more than Sleef's: this one it is
     torch.testing.assert_close(got[1], special.tanh(), rtol=2e-7, atol=0, equal_nan=True)
     assert torch.equal(got[1].signbit()[:9], special.tanh().signbit()[:9])
