@@ -77,6 +77,10 @@ graph_task = torch._C._current_graph_task_id
 #: Whether the backward that is running was told to ``retain_graph``; outside of one, yes.
 keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph  # pyright: ignore[reportAttributeAccessIssue]
 
+#: Where the memory of a tensor is known to torch: ``t.untyped_storage()._cdata``, which leaves an object in Python for
+#: as long as the memory lives.
+storage_address = torch._C._storage_address
+
 #: Whether a tensor is one of forward mode's zeros, which have no memory.
 is_zero_tensor = torch.Tensor._is_zerotensor
 

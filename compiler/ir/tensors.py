@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from metaoptim.compiler.compat import storage_address
+
 
 class TensorSpec(NamedTuple):
     """What must be equal for one program to serve two tensors."""
@@ -21,6 +23,16 @@ class TensorSpec(NamedTuple):
     def row(self) -> TensorSpec:
         """That of a row along the leading axis."""
         return TensorSpec(self.shape[1:], self.dtype, self.stride[1:], self.device)
+
+    @property
+    def dense(self) -> bool:
+        """Whether elements lie one behind the other, in whatever order of the dimensions."""
+        expected = 1
+        for stride, size in sorted((d, n) for n, d in zip(self.shape, self.stride, strict=True) if n != 1):
+            if stride != expected:
+                return False
+            expected *= size
+        return True
 
     def empty(self) -> Tensor:
         """An uninitialised tensor like this."""
@@ -74,12 +86,7 @@ def memory_bytes(t: Tensor) -> int:
 
 def memory_key(t: Tensor) -> int:
     """Equal for tensors that are alive and lie in the same memory."""
-    return address(t.untyped_storage()) if t.layout is torch.strided else id(t)
-
-
-def address(storage: torch.UntypedStorage) -> int:
-    """Where a piece of memory is known to torch."""
-    return storage._cdata  # pyright: ignore[reportPrivateUsage]
+    return storage_address(t) if t.layout is torch.strided else id(t)
 
 
 def memory_of(tensors: Iterable[Tensor]) -> int:

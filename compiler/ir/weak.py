@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from .tensors import address, memory_key
+from .tensors import memory_key
 
 T = TypeVar("T")
 _FEW = 4
@@ -87,13 +87,12 @@ class ByStorage(Generic[T]):
         return None if found is None else found[1]
 
     def __setitem__(self, t: Tensor, value: T) -> None:
-        storage = t.untyped_storage()
-        at = address(storage)
+        at = memory_key(t)
         known = self._at.get(at)
         if known is None and len(self._at) >= self._sweep_at:
             self._at = {k: found for k, found in self._at.items() if not found[0].expired()}
             self._sweep_at = max(_FEW, 2 * len(self._at))
-        self._at[at] = (StorageWeakRef(storage) if known is None else known[0], value)
+        self._at[at] = (StorageWeakRef(t.untyped_storage()) if known is None else known[0], value)
 
     def clear(self) -> None:
         """Forget everything."""

@@ -176,12 +176,17 @@ def compiled_with_residuals(step: StepGraph, lowering: Lowering) -> Lowering | N
         return None
     if step.dynamic or step.chunked or residuals(step, lowering.hvp) is None:
         return None
-    begin(step, how, saving=True)
-    if waits():
-        for kind in kinds:
-            if (coming := step.derived.coming.get((kind, how))) is not None:
-                coming.wait()
-    return how if all(_is_there(step, kind, how) for kind in kinds) else None
+    return how if saving_compiled(step, how) else None
+
+
+def saving_compiled(step: StepGraph, lowering: Lowering) -> bool:
+    """Whether the compiled forms of a step's forward and backward are there; they are begun where they are not."""
+    begin(step, lowering, saving=True)
+    kinds = ("forward", "backward")
+    for kind in kinds if waits() else ():
+        if (coming := step.derived.coming.get((kind, lowering))) is not None:
+            coming.wait()
+    return all(_is_there(step, kind, lowering) for kind in kinds)
 
 
 def _is_there(step: StepGraph, kind: str, lowering: Lowering) -> bool:

@@ -27,8 +27,9 @@ from ..compiler.ir.values import Input, Noise
 from ..compiler.lower.ambient import unaffected
 from ..compiler.lower.compile_graph import waiting
 from ..compiler.lower.cuda_graphs import check_captured
-from ..compiler.lower.derivatives import begin, derived, divisible, residuals, settled
-from ..compiler.lower.processes.handover import prepare, waits
+from ..compiler.lower.derivatives import begin, derived, divisible, residuals, saving_compiled, settled
+from ..compiler.lower.processes.handover import elsewhere, prepare, waits
+from ..compiler.passes.block import block
 from ..compiler.passes.options import Options, retention_of
 from ..compiler.passes.pipeline import Record, checkpoint, compile_trace
 from ..errors import CaptureError, UnreachableWarning, warn
@@ -37,6 +38,7 @@ from ..runtime.budget.amounts import tell_default
 from ..runtime.budget.planner import Plan, decide, with_default_residuals
 from ..runtime.engine.engine import Check
 from ..runtime.engine.function import Call, Run
+from ..runtime.engine.monitoring import progress
 from ..runtime.functions.captured_step import CapturedStep, aside, compiled
 from ..runtime.functions.compiled_step import CompiledStep
 from ..runtime.windows.recording_session import RecordedSession
@@ -121,6 +123,8 @@ class Specialization:
         self._name, self._options = name, options
         self._planned = self._lowering = options.lowering  # what the plan is for, and what runs
         self._divided = False  # whether it has been decided on residuals that nobody has asked for
+        self._blocks: Program | None = None  # the same program in blocks of steps, where that has been made
+        self._calls = 0  # since residuals were decided on
         source = dependencies.sources()
         calls = [call for call, _ in program.counted()]
         found = {x for c in calls for g in c.inputs for x in g.sources if isinstance(x, Input)}
@@ -140,6 +144,8 @@ class Specialization:
         program = self.program
         differentiable = torch.is_grad_enabled() and bool(self._keys)
         kept = self._kept(tensors) if differentiable else Kept(1)
+        if differentiable and (blocks := self._in_blocks()) is not None:
+            program, kept = blocks, Kept(None, blocks.positions)
         written = [dependencies.tensor(t) for t in self._writes if not isinstance(t, tuple)]
         run = Run(program, tensors, self._lowering, kept, written)
         run.engine.check = self.check
@@ -192,6 +198,27 @@ class Specialization:
         for step in program.step_graphs:
             divided = saving and residuals(step, lowering.hvp) is not None
             begin(step, program.lowering_of(step, lowering), divided)
+
+    def _in_blocks(self) -> Program | None:
+        """The program in blocks, once their graphs are there: compiling them begins when those of steps are in use."""
+        program, lowering = self.program, self._options.lowering
+        self._calls += self._divided
+        if (
+            self._calls < 2
+            or program.kept != Kept(None, program.positions)
+            or program.backward_hook is not None
+        ):
+            return None
+        if self._calls == 2 and lowering.backend == "inductor" and elsewhere(x.spec for x in program.inputs):
+            with unaffected():
+                self._blocks, record = block(program, lowering.hvp)
+            self.records.append(record)
+        blocks = self._blocks
+        if blocks is None or self.check is not None or progress.current.get() is not None:
+            return None  # somebody looks at single steps
+        steps = [(g, blocks.lowering_of(g, lowering)) for g in blocks.step_graphs]
+        there = [saving_compiled(g, how) for g, how in steps if how.backend == "inductor"]  # each is begun
+        return blocks if all(there) else None
 
     def _divisible(self) -> bool:
         lowering = self._options.lowering
