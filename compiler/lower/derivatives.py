@@ -176,13 +176,13 @@ def compiled_with_residuals(step: StepGraph, lowering: Lowering) -> Lowering | N
         return None
     if step.dynamic or step.chunked or residuals(step, lowering.hvp) is None:
         return None
-    return how if saving_compiled(step, how) else None
+    return how if compiled_in_time(step, how, saving=True) else None
 
 
-def saving_compiled(step: StepGraph, lowering: Lowering) -> bool:
-    """Whether the compiled forms of a step's forward and backward are there; they are begun where they are not."""
-    begin(step, lowering, saving=True)
-    kinds = ("forward", "backward")
+def compiled_in_time(step: StepGraph, lowering: Lowering, saving: bool) -> bool:
+    """Whether the compiled forms of a step's replay and VJP are there, which are begun; or of forward and backward."""
+    begin(step, lowering, saving)
+    kinds = ("forward", "backward") if saving else ("replay", "vjp")
     for kind in kinds if waits() else ():
         if (coming := step.derived.coming.get((kind, lowering))) is not None:
             coming.wait()

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 
 from ..derive.blocks import block_of
 from ..ir.programs.calls import Loop, StepCall
 from ..ir.programs.program import Program
-from ..ir.step import RANK, Split, StepGraph
+from ..ir.step import RANK, Split
 from ..ir.text import operator_count
 from ..lower.derivatives import residuals
-from .pipeline import Record
 
 #: Steps in a block, at most, and operators: what is called in Python once for all of them is little by then, and
 #: compiling takes longer than in proportion.
@@ -20,15 +18,17 @@ LONGEST, MOST = 4, 4000
 FEWEST = 8
 
 
-def block(program: Program, hvp: str) -> tuple[Program | None, Record]:
-    """The program with blocks of steps in its loops, None where no loop has room for any; and what was done.
+def block(program: Program, hvp: str) -> Program | None:
+    """The program with blocks of steps in its loops; None where no loop has room for any.
 
     Calls of Python, and tensors that pass through it, take a fifth of a small network's compiled step.
     """
-    begun, calls, made = time.perf_counter(), list[StepCall | Loop](), dict[int, StepGraph]()
-    for item in program.calls:
-        size = _size(item, hvp) if isinstance(item, Loop) and program.window is None else 0  # W counts steps
-        if not isinstance(item, Loop) or size < 2:
+    sizes = sizes_of(program, hvp)
+    if not any(sizes):
+        return None
+    calls, made = list[StepCall | Loop](), set[int]()
+    for item, size in zip(program.calls, sizes, strict=True):
+        if not size or not isinstance(item, Loop):
             calls.append(item)
             continue
         call = item.calls[0]
@@ -36,29 +36,31 @@ def block(program: Program, hvp: str) -> tuple[Program | None, Record]:
         assert divided is not None
         several = block_of(call, size, hvp, divided)
         count, rest = divmod(item.count, size)
-        made[id(several.step)] = several.step
+        made.add(id(several.step))
         calls.append(Loop((several,), count))
         if rest:
             calls.append(Loop((replace(call, inputs=[g.after(count * size) for g in call.inputs]),), rest))
-    done = ", ".join(f"{s.steps} steps" for s in made.values())
-    note = f"loops run {done} a graph" if made else "no loop has room for blocks of steps"
-    record = Record("block", note, 1e3 * (time.perf_counter() - begun))
-    if not made:
-        return None, record
-    compiled = None if program.compiled is None else program.compiled | made.keys()
-    return replace(program, calls=calls, compiled=compiled), record
+    compiled = None if program.compiled is None else program.compiled | made
+    return replace(program, calls=calls, compiled=compiled, kept=None)
+
+
+def sizes_of(program: Program, hvp: str) -> list[int]:
+    """Steps in a block of each of a program's loops; 0 where there are none."""
+    if program.window is not None:  # it counts steps
+        return [0] * len(program.calls)
+    sizes = [_size(item, hvp) if isinstance(item, Loop) else 0 for item in program.calls]
+    return [size if size > 1 else 0 for size in sizes]
 
 
 def _size(loop: Loop, hvp: str) -> int:
     """Steps in a block of a loop; 0 where there may be none."""
     if len(loop.calls) > 1:
         return 0
-    call = loop.calls[0]
+    call = next(iter(loop.calls))
     step, divided = call.step, residuals(call.step, hvp)
     plain = not (step.opaque or step.dynamic or step.chunked or step.hooked or call.back)
-    if divided is None or not plain or not step.steps or any(g.kind == "noise" for g in call.inputs):
-        return 0
-    if not _flows(call):
+    draws = any(given.kind == "noise" for given in call.inputs)
+    if divided is None or not plain or not step.steps or draws or not _flows(call):
         return 0
     return min(LONGEST, MOST // _operators(divided), loop.count // FEWEST)
 

@@ -27,9 +27,8 @@ from ..compiler.ir.values import Input, Noise
 from ..compiler.lower.ambient import unaffected
 from ..compiler.lower.compile_graph import waiting
 from ..compiler.lower.cuda_graphs import check_captured
-from ..compiler.lower.derivatives import begin, derived, divisible, residuals, saving_compiled, settled
-from ..compiler.lower.processes.handover import elsewhere, prepare, waits
-from ..compiler.passes.block import block
+from ..compiler.lower.derivatives import begin, derived, divisible, residuals, settled
+from ..compiler.lower.processes.handover import prepare, waits
 from ..compiler.passes.options import Options, retention_of
 from ..compiler.passes.pipeline import Record, checkpoint, compile_trace
 from ..errors import CaptureError, UnreachableWarning, warn
@@ -42,6 +41,7 @@ from ..runtime.engine.monitoring import progress
 from ..runtime.functions.captured_step import CapturedStep, aside, compiled
 from ..runtime.functions.compiled_step import CompiledStep
 from ..runtime.windows.recording_session import RecordedSession
+from .blocks import Blocks, have_blocks
 from .guards import Dependencies, Source
 from .reads import Reads
 
@@ -123,8 +123,8 @@ class Specialization:
         self._name, self._options = name, options
         self._planned = self._lowering = options.lowering  # what the plan is for, and what runs
         self._divided = False  # whether it has been decided on residuals that nobody has asked for
-        self._blocks: Program | None = None  # the same program in blocks of steps, where that has been made
-        self._calls = 0  # since residuals were decided on
+        self._blocks: Blocks | None = None  # the same program in blocks of steps
+        self._steady = 0  # calls that have found the compiled graphs of single steps
         source = dependencies.sources()
         calls = [call for call, _ in program.counted()]
         found = {x for c in calls for g in c.inputs for x in g.sources if isinstance(x, Input)}
@@ -144,8 +144,9 @@ class Specialization:
         program = self.program
         differentiable = torch.is_grad_enabled() and bool(self._keys)
         kept = self._kept(tensors) if differentiable else Kept(1)
-        if differentiable and (blocks := self._in_blocks()) is not None:
-            program, kept = blocks, Kept(None, blocks.positions)
+        if differentiable and (blocks := self._in_blocks(tensors)) is not None:
+            assert blocks.kept is not None
+            program, kept = blocks, blocks.kept
         written = [dependencies.tensor(t) for t in self._writes if not isinstance(t, tuple)]
         run = Run(program, tensors, self._lowering, kept, written)
         run.engine.check = self.check
@@ -199,26 +200,17 @@ class Specialization:
             divided = saving and residuals(step, lowering.hvp) is not None
             begin(step, program.lowering_of(step, lowering), divided)
 
-    def _in_blocks(self) -> Program | None:
-        """The program in blocks, once their graphs are there: compiling them begins when those of steps are in use."""
-        program, lowering = self.program, self._options.lowering
-        self._calls += self._divided
-        if (
-            self._calls < 2
-            or program.kept != Kept(None, program.positions)
-            or program.backward_hook is not None
-        ):
+    def _in_blocks(self, tensors: dict[Input, Tensor]) -> Program | None:
+        """The program in blocks, once their graphs are there: they are compiled when those of steps are in use."""
+        retention, lowering = retention_of(self.program, self._options), self._options.lowering
+        budgeted = retention.memory_budget is not None
+        self._steady += self._divided or (budgeted and self._planned == self._lowering == lowering)
+        if self._steady < 2 or not have_blocks(self.program, lowering, retention):
             return None
-        if self._calls == 2 and lowering.backend == "inductor" and elsewhere(x.spec for x in program.inputs):
-            with unaffected():
-                self._blocks, record = block(program, lowering.hvp)
-            self.records.append(record)
-        blocks = self._blocks
-        if blocks is None or self.check is not None or progress.current.get() is not None:
-            return None  # somebody looks at single steps
-        steps = [(g, blocks.lowering_of(g, lowering)) for g in blocks.step_graphs]
-        there = [saving_compiled(g, how) for g, how in steps if how.backend == "inductor"]  # each is begun
-        return blocks if all(there) else None
+        if self._blocks is None:
+            self._blocks = Blocks(self.program, lowering, retention, self._name)
+        watched = self.check is not None or progress.current.get() is not None
+        return None if watched else self._blocks.program(tensors)
 
     def _divisible(self) -> bool:
         lowering = self._options.lowering

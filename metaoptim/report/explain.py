@@ -18,9 +18,11 @@ from ..compiler.ir.text import plural, signature
 from ..compiler.ir.traces.trace import Trace
 from ..compiler.ir.values import Input
 from ..compiler.lower.derivatives import derived
+from ..compiler.passes.block import sizes_of
 from ..compiler.passes.options import Options, retention_of
 from ..compiler.passes.pipeline import Record, checkpoint, compile_trace, derive_all
 from ..errors import WindowError, user_scope
+from ..functions.blocks import have_blocks
 from ..functions.guards import Dependencies
 from ..functions.specialization import captured_step, name_of, trace_of
 from ..functions.surroundings import names_in, tensor_names
@@ -73,6 +75,12 @@ def report_of(fn: Callable, options: Options, args: tuple, kwargs: dict, measure
     _, done = checkpoint(program, replace(options, kept=kept))
     done += f"; {plural(prediction.extra_forwards, 'call')} made again"
     records.append(Record("checkpoint", done, 1e3 * (time.perf_counter() - begun)))
+    if have_blocks(program, lowering, said):
+        begun, sizes = time.perf_counter(), sizes_of(program, lowering.hvp)
+        if any(sizes):
+            steps = " and ".join(map(str, filter(None, sizes)))
+            done = f"loops run {steps} steps a graph, once the graphs of single steps are in use"
+            records.append(Record("block", done, 1e3 * (time.perf_counter() - begun)))
     whole = prediction.reached
     if program.window:
         whole = predict(replace(program, window=None), slots, lowering).reached

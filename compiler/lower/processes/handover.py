@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from ...ir.step import FlatGraph
 from ...ir.tensors import TensorSpec, tensor_spec
@@ -46,18 +46,19 @@ class Handover:
     """
 
     def __init__(self, graph: FlatGraph, specs: Sequence[TensorSpec]) -> None:
-        self._graph, self.constants = lifted(graph)
+        self._flat = graph
+        own, self.constants = lifted(graph)
         self._specs = [*specs, *map(tensor_spec, self.constants)]
-        self.path, self.job = artifact_of(self._graph, self._specs), None
+        self.path, self.job = artifact_of(own, self._specs), None
         if not os.path.exists(self.path):
-            self._ask()
+            self._ask(own)
 
-    def _ask(self) -> None:
+    def _ask(self, graph: fx.Graph) -> None:
         self.job, new = background.job_for(self.path)
         try:
             if new:
                 os.makedirs(os.path.dirname(self.path), exist_ok=True)
-                background.submit(self.job, payload_of(self._graph, self._specs), waits())
+                background.submit(self.job, payload_of(graph, self._specs), waits())
         except Exception as error:  # of the file system, or whatever pickling an argument raises
             self.job.end(f"{type(error).__name__}: {error}")
 
@@ -89,7 +90,7 @@ class Handover:
                     if not again:
                         with suppress(OSError):
                             os.unlink(self.path)
-                        self._ask()
+                        self._ask(lifted(self._flat)[0])
                         self.wait()
         constants = self.constants
         return run if run is None or not constants else lambda *inputs: run(*inputs, *constants)
