@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 
 from torch import Tensor
 
+from ..compiler.cost.step import check_bytes
 from ..compiler.ir.programs.program import Kept, Program
 from ..compiler.ir.retention import Retention
 from ..compiler.ir.step import Lowering
@@ -16,7 +16,7 @@ from ..compiler.lower.derivatives import compiled_in_time
 from ..compiler.lower.processes.handover import elsewhere
 from ..compiler.passes.block import block
 from ..errors import BudgetError
-from ..runtime.budget.planner import decide
+from ..runtime.budget.planner import Plan, decide
 from ..runtime.budget.simulate import predict
 
 _plans = logging.getLogger("metaoptim.plans")
@@ -28,43 +28,57 @@ def have_blocks(program: Program, lowering: Lowering, retention: Retention) -> b
     return lowering.backend == "inductor" and not counted and elsewhere(x.spec for x in program.inputs)
 
 
+def may_check(program: Program, lowering: Lowering, budget: int) -> bool:
+    """Whether a budget has room to compare compiled graphs with what they are compiled from."""
+    graphs = [g for g in program.step_graphs if program.lowering_of(g, lowering) == lowering]
+    needed = max(check_bytes(g, lowering) for g in graphs) + 4 * program.state_bytes
+    return not lowering.check or needed <= budget
+
+
 class Blocks:
     """A function's program in blocks of steps.
 
     Args:
-        program: the one that it runs by so far, with a plan of what is kept.
+        program: the one that it runs by so far, which says what is kept.
         lowering: the backend and HVP mode of its graphs.
         retention: what was asked to be kept.
+        plan: how the program keeps to a budget, if there is one.
         name: of the function.
     """
 
-    def __init__(self, program: Program, lowering: Lowering, retention: Retention, name: str) -> None:
+    def __init__(
+        self, program: Program, lowering: Lowering, retention: Retention, plan: Plan | None, name: str
+    ) -> None:
         self._of, self._lowering, self._retention, self._name = program, lowering, retention, name
         with unaffected():
-            self._made = block(program, lowering.hvp)
+            made = block(program, lowering.hvp)
+        has_room = made is None or plan is None or may_check(made, lowering, plan.budget)
+        self._made = made if has_room else None
 
-    def program(self, tensors: Mapping[Input, Tensor]) -> Program | None:
+    def program(self, tensors: dict[Input, Tensor]) -> Program | None:
         """The program, with a plan of what is kept; None as long as calls run by the other one."""
         made, lowering = self._made, self._lowering
         if made is None or made.kept is not None:
             return made
-        saving = self._retention.memory_budget is None
-        steps = [(step, made.lowering_of(step, lowering)) for step in made.step_graphs]
-        there = [compiled_in_time(step, how, saving) for step, how in steps if how.backend == "inductor"]
+        assert self._of.kept is not None
+        budgeted, saving = self._retention.memory_budget is not None, self._of.kept.saved > 0
+        kinds = {saving, not budgeted}  # whether with residuals
+        new = [step for step in made.step_graphs if step not in self._of.step_graphs]
+        there = [compiled_in_time(step, lowering, kind) for step in new for kind in kinds]
         if not all(there):  # each is begun
             return None
-        if saving:
-            made.kept = Kept(None, made.positions)
+        if budgeted:
+            self._plan(made, saving, tensors)
         else:
-            self._plan(made, tensors)
+            made.kept = Kept(None, made.positions)
         return self._made
 
-    def _plan(self, made: Program, tensors: Mapping[Input, Tensor]) -> None:
+    def _plan(self, made: Program, saving: bool, tensors: dict[Input, Tensor]) -> None:
         """Keep to the budget; where that would run more steps again than before, there are no blocks."""
         assert self._of.kept is not None
         before = predict(self._of, self._of.kept.slots, self._lowering).extra_forwards
         try:
-            kept, plan = decide(made, self._lowering, self._retention, self._name, dict(tensors))
+            kept, plan = decide(made, self._lowering, self._retention, self._name, tensors, saving)
         except BudgetError:
             self._made = None
             return

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ..compiler.capture.symbolic.capturing import capturing
 from ..compiler.compat import tree_flatten, tree_unflatten
-from ..compiler.cost.step import check_bytes
 from ..compiler.derive.flat import uncollected
 from ..compiler.derive.graphs import results_of
 from ..compiler.ir.programs.calls import StepCall
@@ -41,7 +40,7 @@ from ..runtime.engine.monitoring import progress
 from ..runtime.functions.captured_step import CapturedStep, aside, compiled
 from ..runtime.functions.compiled_step import CompiledStep
 from ..runtime.windows.recording_session import RecordedSession
-from .blocks import Blocks, have_blocks
+from .blocks import Blocks, have_blocks, may_check
 from .guards import Dependencies, Source
 from .reads import Reads
 
@@ -174,7 +173,7 @@ class Specialization:
         if program.kept is None or (lowering != self._planned and retention.memory_budget is not None):
             self._planned = lowering
             self.begin()
-            if program.kept is not None and not self._may_check(lowering):
+            if program.kept and self.plan and not may_check(program, lowering, self.plan.budget):
                 self._lowering = lowering.uncompiled
                 return program.kept
             with waiting(f"planning what {self._name} keeps ..."):
@@ -208,7 +207,7 @@ class Specialization:
         if self._steady < 2 or not have_blocks(self.program, lowering, retention):
             return None
         if self._blocks is None:
-            self._blocks = Blocks(self.program, lowering, retention, self._name)
+            self._blocks = Blocks(self.program, lowering, retention, self.plan, self._name)
         watched = self.check is not None or progress.current.get() is not None
         return None if watched else self._blocks.program(tensors)
 
@@ -217,13 +216,6 @@ class Specialization:
         steps = [(g, self.program.lowering_of(g, lowering)) for g in self.program.step_graphs]
         ready = [divisible(g, how) for g, how in steps if how.backend == "inductor"]  # each is begun
         return all(ready)
-
-    def _may_check(self, lowering: Lowering) -> bool:
-        """Whether the budget has room to compare compiled graphs with what they are compiled from."""
-        assert self.plan is not None
-        graphs = [g for g in self.program.step_graphs if self.program.lowering_of(g, lowering) == lowering]
-        needed = max(check_bytes(g, lowering) for g in graphs) + 4 * self.program.state_bytes
-        return not lowering.check or needed <= self.plan.budget
 
     @torch.no_grad()
     def _write(self, dependencies: Dependencies, last: list[tuple[Any, Tensor]]) -> None:

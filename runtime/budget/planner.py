@@ -96,8 +96,9 @@ def decide(
     retention: Retention,
     name: str,
     tensors: dict[Input, Tensor] | None = None,
+    saving: bool = True,
 ) -> tuple[Kept, Plan | None]:
-    """What a compiled function keeps, and the plan behind it where a budget decides.
+    """What a compiled function keeps, and the plan behind it where a budget decides; residuals only if ``saving``.
 
     With ``tensors`` behind the program's inputs a few of its steps are measured; else the graphs' sizes are believed.
 
@@ -113,7 +114,8 @@ def decide(
         rehearsal = partial(rehearse, program, tensors, lowering, saving=True)
     budget = budget_bytes(retention.memory_budget, device_of(program))
     plan = Planner(program, lowering, name, retention.offload is not None).plan(budget)
-    plan = with_residuals(plan, program, lowering, rehearsal)
+    if saving:
+        plan = with_residuals(plan, program, lowering, rehearsal)
     return Kept(plan.slots, plan.saved, retention.offload if plan.offload else None), plan
 
 

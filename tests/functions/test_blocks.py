@@ -119,10 +119,9 @@ def test_they_are_taken_up_when_they_are_compiled(ran: list[Run]) -> None:
 
 
 def test_a_budget_is_kept_with_fewer_steps_run_again(ran: list[Run], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "FEWEST", 3)
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, 1))
-    inner, xs = metaoptim.MetaSGD([net], lr=0.1, momentum=0.9), torch.randn(60, 8, 20)
+    inner, xs = metaoptim.MetaSGD([net], lr=0.1, momentum=0.9), torch.randn(200, 8, 20)
 
     def loss(window: Any) -> Tensor:
         with window as opened:
@@ -133,12 +132,12 @@ def test_a_budget_is_kept_with_fewer_steps_run_again(ran: list[Run], monkeypatch
     learnt = list(net.parameters())
     expected = torch.autograd.grad(loss(full_tape(offline=True)), learnt)
     compiled = metaoptim.compile(
-        lambda: loss(metaoptim.SlidingWindow(offline=True)), memory_budget="200KiB", backend="inductor"
+        lambda: loss(metaoptim.SlidingWindow(offline=True)), memory_budget="700KiB", backend="inductor"
     )
     for n in range(4):
         with AllocatorMeter() if n > 1 else nullcontext() as meter:  # in the first two it is planned
             grads = torch.autograd.grad(compiled(), learnt)
         torch.testing.assert_close(grads, expected)
-        assert meter is None or meter.peak <= 200 << 10
+        assert meter is None or meter.peak <= 700 << 10
     again = [run.engine.replays - run.program.end for run in ran]
     assert again[0] > 20 > again[1] == again[3]
