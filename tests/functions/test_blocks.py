@@ -114,8 +114,26 @@ def test_they_are_taken_up_when_they_are_compiled(ran: list[Run]) -> None:
         agree(dict(zip(learnt, grads, strict=True)), expected, rtol=1e-9)
     first, *later = (run.program.end for run in ran)
     assert first == 41 and later == [later[0]] * 2 and later[0] < 15
-    (done,) = (p["done"] for p in meta_loss.explain(net, metas).passes if p["name"] == "block")
-    assert done == "loops run 4 steps a graph, once the graphs of single steps are in use"
+    assert named(meta_loss, net, metas) == [
+        "loops run 4 steps a graph, once the graphs of single steps are in use"
+    ]
+
+
+def named(meta_loss: Any, net: nn.Module, metas: dict[str, Tensor]) -> list[str]:
+    return [p["done"] for p in meta_loss.explain(net, metas).passes if p["name"] == "block"]
+
+
+@pytest.mark.parametrize(
+    "options", [{"slots": 5}, {"slots": 5, "offload": "host"}, {"backend": "eager"}, {"deterministic": True}]
+)
+def test_functions_that_have_none(options: dict[str, Any]) -> None:
+    case, deterministic = problem("linear", "sgd", 40, True), options.pop("deterministic", False)
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        meta_loss = in_form_c(case, **{"backend": "inductor", **options})
+        assert named(meta_loss, case.build(), leaves(case.metas)) == []
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_a_budget_is_kept_with_fewer_steps_run_again(ran: list[Run], monkeypatch: pytest.MonkeyPatch) -> None:
