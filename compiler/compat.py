@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -79,7 +79,7 @@ keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph  # pyright: 
 
 #: Where the memory of a tensor is known to torch: ``t.untyped_storage()._cdata``, which leaves an object in Python for
 #: as long as the memory lives.
-storage_address = torch._C._storage_address
+storage_address: Callable[[torch.Tensor], int] = torch._C._storage_address  # pyright: ignore[reportAttributeAccessIssue]
 
 #: Whether a tensor is one of forward mode's zeros, which have no memory.
 is_zero_tensor = torch.Tensor._is_zerotensor
