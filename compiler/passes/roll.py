@@ -115,11 +115,17 @@ def _check_scan(partition: Partition, scan: Scan, places: list[int]) -> None:
     def number(ref: Any) -> int | None:
         return partition.part_of[id(ref.entry)] if isinstance(ref, Value) else None
 
+    apart = _shift(last, scan) - _shift(before, scan)
     for a, b in zip(before.segment.inputs, last.segment.inputs, strict=True):
         if number(b) == places[-2]:
             same = number(a) == places[-3] and partition.made(a)[1] == partition.made(b)[1]
         elif isinstance(b, ScanItem):
             same = isinstance(a, ScanItem) and a.source is b.source
+            if same and b.position - a.position != apart:
+                raise CaptureError(
+                    "an iteration of a scan reads a row that an earlier one was given; scan the tensor twice, as in "
+                    f"window.scan(xs[1:], xs[:-1]), or use a plain `for`{where}"
+                )
         else:
             same = isinstance(b, Noise) or identity(a) == identity(b)
         if not same:

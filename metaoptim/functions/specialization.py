@@ -202,8 +202,10 @@ class Specialization:
     def _in_blocks(self, tensors: dict[Input, Tensor]) -> Program | None:
         """The program in blocks, once their graphs are there: they are compiled when those of steps are in use."""
         retention, lowering = retention_of(self.program, self._options), self._options.lowering
-        budgeted = retention.memory_budget is not None
-        self._steady += self._divided or (budgeted and self._planned == self._lowering == lowering)
+        if retention.memory_budget is None:
+            self._steady += self.program.kept is not None and self.program.kept.saved > 0
+        else:
+            self._steady += self._planned == self._lowering == lowering
         if self._steady < 2 or not have_blocks(self.program, lowering, retention):
             return None
         if self._blocks is None:

@@ -46,7 +46,8 @@ class Loops:
         trace = self._tracer.trace
         labels = list(range(min(count, CAPTURED_ITERATIONS)))
         if count > CAPTURED_ITERATIONS:
-            labels[-2:] = [count // 2, count - 1]  # later ones, so that what depends on the index shows
+            # later ones, so that what depends on the index shows; unevenly, so that a row of an earlier one does
+            labels[-2:] = [(count - 1) // 2, count - 1]
         scan, self.open = Scan(count, labels, user_location()), True
         facts: list[dict[str, Any]] = []
         for k in labels:

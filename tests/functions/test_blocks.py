@@ -14,6 +14,7 @@ from forms import full_tape, in_form_c, run_compiled
 from metaoptim.compiler.ir.programs.program import Kept, Program
 from metaoptim.compiler.passes import block as blocks
 from metaoptim.functions.specialization import Specialization
+from metaoptim.runtime.budget import planner
 from metaoptim.runtime.budget.meter import AllocatorMeter
 from metaoptim.runtime.engine.function import Run
 from oracle import agree, leaves, run_oracle
@@ -117,6 +118,16 @@ def test_they_are_taken_up_when_they_are_compiled(ran: list[Run]) -> None:
     assert named(meta_loss, net, metas) == [
         "loops run 4 steps a graph, once the graphs of single steps are in use"
     ]
+
+
+def test_none_where_there_is_no_room_for_residuals(ran: list[Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing is said, half of the free memory is the limit."""
+    monkeypatch.setattr(planner, "default_budget", lambda device: 50_000)
+    case = problem("linear", "momentum", 40, True)
+    meta_loss, net, metas = in_form_c(case, backend="inductor"), case.build(), leaves(case.metas)
+    for _ in range(3):
+        meta_loss(net, metas)
+    assert [run.program.end for run in ran] == [41] * 3
 
 
 def named(meta_loss: Any, net: nn.Module, metas: dict[str, Tensor]) -> list[str]:

@@ -35,6 +35,19 @@ def _refused(body: Callable, match: str, steps: int = 9) -> None:
     assert all(map(torch.equal, before, net.parameters()))
 
 
+@pytest.mark.parametrize("back", [1, 2])
+@pytest.mark.parametrize("steps", [5, 6, 9, 10])
+def test_a_row_of_an_earlier_iteration(back: int, steps: int) -> None:
+    def body(win: Any, inner: Any, net: Any, w: Tensor, xs: Tensor, ys: Tensor) -> Tensor:
+        before = [xs[0] * 1.0, xs[1] * 1.0]
+        for x, y in win.scan(xs, ys):
+            inner.step(F.mse_loss(net(x) + net(before[-back]), y) * w)
+            before = [before[1], x]
+        return query(net)
+
+    _refused(body, r"a row that an earlier one was given.*window.scan\(xs\[1:\], xs\[:-1\]\)", steps)
+
+
 def test_a_list_of_losses() -> None:
     def body(win: Any, inner: Any, net: Any, w: Tensor, xs: Tensor, ys: Tensor) -> Tensor:
         losses = []
