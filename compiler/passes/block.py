@@ -21,7 +21,7 @@ FEWEST = 8
 def block(program: Program, hvp: str) -> Program | None:
     """The program with blocks of steps in its loops; None where no loop has room for any.
 
-    Calls of Python, and tensors that pass through it, take a fifth of a small network's compiled step.
+    Calls of Python, and tensors that pass through it, take a seventh of a small network's compiled step.
     """
     sizes = sizes_of(program, hvp)
     if not any(sizes):
