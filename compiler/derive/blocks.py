@@ -133,9 +133,8 @@ class _Steps:
                 if grad is None:
                     continue
                 spec = step.inputs[i].spec
-                if (
-                    i < states and layouts[i] != spec.stride
-                ):  # the derivative is made for that of the parameters
+                # the derivative of the step before is made for that of the parameters
+                if i < states and layouts[i] != spec.stride:
                     grad = _laid_out(graph, grad, spec)
                 into, key = (arrived, self.reads[i]) if i < states else (found, self.places[i][j])
                 into[key] = added(into.get(key), grad, spec)
