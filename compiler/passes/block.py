@@ -7,7 +7,7 @@ from dataclasses import replace
 from ..derive.blocks import block_of
 from ..ir.programs.calls import Loop, StepCall
 from ..ir.programs.program import Program
-from ..ir.step import RANK, Split
+from ..ir.step import RANK
 from ..ir.text import operator_count
 from ..lower.derivatives import residuals
 
@@ -54,19 +54,16 @@ def sizes_of(program: Program, hvp: str) -> list[int]:
 
 def _size(loop: Loop, hvp: str) -> int:
     """Steps in a block of a loop; 0 where there may be none."""
-    if len(loop.calls) > 1:
+    if len(loop.calls) != 1:
         return 0
-    call = next(iter(loop.calls))
+    (call,) = loop.calls
     step, divided = call.step, residuals(call.step, hvp)
     plain = not (step.opaque or step.dynamic or step.chunked or step.hooked or call.back)
     draws = any(given.kind == "noise" for given in call.inputs)
     if divided is None or not plain or not step.steps or draws or not _flows(call):
         return 0
-    return min(LONGEST, MOST // _operators(divided), loop.count // FEWEST)
-
-
-def _operators(divided: Split) -> int:
-    return operator_count(divided.forward.graph) + operator_count(divided.backward.graph)
+    operators = operator_count(divided.forward.graph) + operator_count(divided.backward.graph)
+    return min(LONGEST, MOST // operators, loop.count // FEWEST)
 
 
 def _flows(call: StepCall) -> bool:

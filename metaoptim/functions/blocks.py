@@ -56,10 +56,12 @@ class Blocks:
         self, program: Program, lowering: Lowering, retention: Retention, plan: Plan | None, name: str
     ) -> None:
         self._of, self._lowering, self._retention, self._name = program, lowering, retention, name
-        with unaffected():
-            made = block(program, lowering.hvp)
-        has_room = made is None or plan is None or may_check(made, lowering, plan.budget)
-        self._made = made if has_room else None
+        self._made: Program | None = None
+        if have_blocks(program, lowering, retention):
+            with unaffected():
+                made = block(program, lowering.hvp)
+            if made is not None and (plan is None or may_check(made, lowering, plan.budget)):
+                self._made = made
 
     def program(self, tensors: dict[Input, Tensor]) -> Program | None:
         """The program, with a plan of what is kept; None as long as calls run by the other one."""
@@ -68,7 +70,7 @@ class Blocks:
             return made
         assert self._of.kept is not None
         budgeted, saving = self._retention.memory_budget is not None, self._of.kept.saved > 0
-        kinds = {saving, not budgeted}  # whether with residuals
+        kinds = [True] * saving + [False] * budgeted  # graphs with residuals, and without
         new = [step for step in made.step_graphs if step not in self._of.step_graphs]
         there = [compiled_in_time(step, lowering, kind) for step in new for kind in kinds]
         if not all(there):  # each is begun
@@ -88,8 +90,9 @@ class Blocks:
         except BudgetError:
             self._made = None
             return
-        made.kept = kept
         again = predict(made, kept.slots, self._lowering).extra_forwards
         if again * self._of.positions > before * made.positions:
             self._made = None
+            return
+        made.kept = kept
         _plans.info("%s, in blocks: %s", self._name, plan)

@@ -40,7 +40,7 @@ from ..runtime.engine.monitoring import progress
 from ..runtime.functions.captured_step import CapturedStep, aside, compiled
 from ..runtime.functions.compiled_step import CompiledStep
 from ..runtime.windows.recording_session import RecordedSession
-from .blocks import Blocks, have_blocks, may_check
+from .blocks import Blocks, may_check
 from .guards import Dependencies, Source
 from .reads import Reads
 
@@ -201,14 +201,14 @@ class Specialization:
 
     def _in_blocks(self, tensors: dict[Input, Tensor]) -> Program | None:
         """The program in blocks, once their graphs are there: they are compiled when those of steps are in use."""
-        retention, lowering = retention_of(self.program, self._options), self._options.lowering
-        if retention.memory_budget is None:
-            self._steady += self.program.kept is not None and self.program.kept.saved > 0
-        else:
-            self._steady += self._planned == self._lowering == lowering
-        if self._steady < 2 or not have_blocks(self.program, lowering, retention):
-            return None
         if self._blocks is None:
+            retention, lowering = retention_of(self.program, self._options), self._options.lowering
+            if retention.memory_budget is None:
+                self._steady += self.program.kept is not None and self.program.kept.saved > 0
+            else:
+                self._steady += self._planned == self._lowering == lowering
+            if self._steady < 2:
+                return None
             self._blocks = Blocks(self.program, lowering, retention, self.plan, self._name)
         watched = self.check is not None or progress.current.get() is not None
         return None if watched else self._blocks.program(tensors)

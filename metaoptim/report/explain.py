@@ -75,7 +75,7 @@ def report_of(fn: Callable, options: Options, args: tuple, kwargs: dict, measure
     _, done = checkpoint(program, replace(options, kept=kept))
     done += f"; {plural(prediction.extra_forwards, 'call')} made again"
     records.append(Record("checkpoint", done, 1e3 * (time.perf_counter() - begun)))
-    if have_blocks(program, lowering, said):
+    if (saved or said.memory_budget is not None) and have_blocks(program, lowering, said):
         begun, sizes = time.perf_counter(), sizes_of(program, lowering.hvp)
         if any(sizes):
             steps = " and ".join(map(str, filter(None, sizes)))

@@ -69,8 +69,7 @@ def test_steps_of_a_scan(made: Made) -> None:
 
     def loss(window: Any) -> Tensor:
         with window as opened:
-            rows = opened.scan(xs, ys) if isinstance(opened, metaoptim.SlidingWindow) else zip(xs, ys)
-            for x, y in rows:
+            for x, y in opened.scan(xs, ys):
                 inner.step((net(x) * shift - y).square().mean())
             return net(xs[0]).sin().sum()
 
@@ -147,14 +146,14 @@ def test_functions_that_have_none(options: dict[str, Any]) -> None:
         torch.use_deterministic_algorithms(False)
 
 
-def test_a_budget_is_kept_with_fewer_steps_run_again(ran: list[Run], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_budget_is_kept_with_fewer_steps_run_again(ran: list[Run]) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, 1))
     inner, xs = metaoptim.MetaSGD([net], lr=0.1, momentum=0.9), torch.randn(200, 8, 20)
 
     def loss(window: Any) -> Tensor:
         with window as opened:
-            for x in opened.scan(xs) if isinstance(opened, metaoptim.SlidingWindow) else xs:
+            for x in opened.scan(xs):
                 inner.step(net(x).square().mean())
             return net(xs[0]).sin().sum()
 
